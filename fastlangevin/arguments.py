@@ -1,0 +1,135 @@
+"""What the step and the sampler accept: coefficients, schedules, clamps and clips, checked once."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Coefficient = float | Tensor
+Schedule = float | Sequence[float] | Tensor
+GradClip = float | tuple[str, float]
+
+
+def check_count(op: str, name: str, value: int) -> int:
+    """An integer >= 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {number}")
+    return number
+
+
+def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Coefficient:
+    """A float >= 0, or a tensor (0-d or [chains]) of such.
+
+    The values of a CUDA tensor are not looked at: that would make the host wait for the device.
+    """
+    if not isinstance(value, Tensor):
+        return _check_number(op, name, value)
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != chains):
+        raise ValueError(
+            f"{op}: {name} must be a number or have one value per chain [{chains}], "
+            f"got shape {list(value.shape)}"
+        )
+    return _check_values(op, name, value)
+
+
+def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficient | list[float]:
+    """A float, a list of ``steps`` floats, or a tensor [], [n], [steps, n] or [steps, 1]."""
+    if isinstance(value, Tensor):
+        if value.ndim > 2 or (value.ndim == 2 and value.shape[0] != steps):
+            raise ValueError(
+                f"{op}: {name} must be a number, a sequence of steps={steps} numbers, or a tensor "
+                f"[n] or [{steps}, n], got shape {list(value.shape)}"
+            )
+        return _check_values(op, name, value)
+    if isinstance(value, Sequence | np.ndarray):
+        numbers = [_check_number(op, name, number) for number in value]
+        if len(numbers) != steps:
+            raise ValueError(
+                f"{op}: {name} as a sequence must have steps={steps} numbers, got {len(numbers)} "
+                "(one value per chain is given as a tensor [n])"
+            )
+        return numbers
+    return _check_number(op, name, value)
+
+
+def at_step(schedule: Coefficient | list[float], k: int) -> Coefficient:
+    """A schedule's coefficient at step k."""
+    if isinstance(schedule, list):
+        return schedule[k]
+    if isinstance(schedule, Tensor) and schedule.ndim == 2:
+        return schedule[k] if schedule.shape[1] != 1 else schedule[k, 0]
+    return schedule
+
+
+def check_chains(op: str, name: str, schedule: Coefficient | list[float], chains: int) -> None:
+    """ValueError unless a schedule with values per chain has one for each of ``chains``."""
+    if isinstance(schedule, Tensor) and schedule.ndim > 0:
+        width = schedule.shape[-1]
+        if width != chains and not (schedule.ndim == 2 and width == 1):
+            raise ValueError(f"{op}: {name} has values for {width} chains, x0 has {chains}")
+
+
+def check_clamp(op: str, clamp: Sequence[float] | None) -> tuple[float, float] | None:
+    """(lo, hi) with lo < hi, or None."""
+    if clamp is None:
+        return None
+    try:
+        lo, hi = (float(bound) for bound in clamp)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: clamp must be a pair (lo, hi) or None, got {clamp!r}") from None
+    if not lo < hi:
+        raise ValueError(f"{op}: clamp must have lo < hi, got ({lo}, {hi})")
+    return lo, hi
+
+
+def check_grad_clip(op: str, grad_clip: GradClip | None) -> GradClip | None:
+    """A bound > 0, or ("chain_norm" | "batch_norm", bound > 0), or None."""
+    if grad_clip is None:
+        return None
+    if not isinstance(grad_clip, tuple | list):
+        return _check_bound(op, grad_clip)
+    if len(grad_clip) != 2 or grad_clip[0] not in ("chain_norm", "batch_norm"):
+        raise ValueError(
+            f'{op}: grad_clip must be a number, ("chain_norm", c) or ("batch_norm", c), '
+            f"got {grad_clip!r}"
+        )
+    return grad_clip[0], _check_bound(op, grad_clip[1])
+
+
+def _check_bound(op: str, bound: Any) -> float:
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
+        raise ValueError(f"{op}: grad_clip must have a bound > 0, got {bound!r}")
+    return float(bound)
+
+
+def _check_number(op: str, name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} must be a number or a tensor, got {value!r}") from None
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{op}: {name} must be finite and >= 0, got {number}{_hint(name)}")
+    return number
+
+
+def _check_values(op: str, name: str, value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be of floating dtype, got {value.dtype}")
+    if value.device.type == "cpu":
+        wrong = ~(torch.isfinite(value) & (value >= 0))
+        if bool(wrong.any()):
+            first = value.detach()[wrong][0].item()
+            raise ValueError(f"{op}: {name} must be finite and >= 0, got {first}{_hint(name)}")
+    return value
+
+
+def _hint(name: str) -> str:
+    return " (to ascend, use maximize=True)" if name == "step_size" else ""

@@ -1,0 +1,93 @@
+"""The step contract in plain torch: the specification that every other backend is held to."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin import noise as _noise
+
+Coefficient = float | Tensor
+
+
+def langevin_step(
+    x: Tensor,
+    grad: Tensor | None,
+    z: Tensor | None,
+    *,
+    step_size: Coefficient,
+    noise_std: Coefficient,
+    clamp: tuple[float, float] | None = None,
+    grad_clip: float | None = None,
+    maximize: bool = False,
+    noise_last: bool = False,
+) -> Tensor:
+    """One Langevin step as a pure, differentiable function.
+
+        x' = clamp(x + (s a clip(g) + b z)),      s = -1 (descend) or +1 (maximize)
+
+    and, with ``noise_last``, x' = clamp(x + s a clip(g)) + b z. x [n, ...] of any floating dtype;
+    grad and z have its shape, or are None for a step without that term. a = step_size and
+    b = noise_std are floats or tensors [n], one value per chain; clip bounds g elementwise by
+    ``grad_clip``. Computed in float32, in float64 for a float64 x, and returned in x's dtype.
+    NaN stays NaN.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    state = x.to(compute)
+    move = None
+    if grad is not None:
+        g = grad.to(compute)
+        if grad_clip is not None:
+            g = g.clamp(-grad_clip, grad_clip)
+        scale = per_chain(step_size, x, compute)
+        move = (scale if maximize else -scale) * g
+    kick = None if z is None else per_chain(noise_std, x, compute) * z.to(compute)
+    if noise_last:
+        state = _clamp(state if move is None else state + move, clamp)
+        state = state if kick is None else state + kick
+    else:
+        total = kick if move is None else move if kick is None else move + kick
+        state = _clamp(state if total is None else state + total, clamp)
+    return state.to(x.dtype)
+
+
+def step(
+    x: Tensor,
+    grad: Tensor | None,
+    z: Tensor | None,
+    *,
+    noise_std: Coefficient,
+    seed: int,
+    step: int,
+    first_chain: int,
+    **options: Any,
+) -> Tensor:
+    """:func:`langevin_step`, with z from the noise contract where none is given."""
+    if z is None and not is_zero(noise_std):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        z = _noise.normal(
+            x.shape, seed=seed, step=step, first_chain=first_chain, device=x.device, dtype=dtype
+        )
+    return langevin_step(x, grad, z, noise_std=noise_std, **options)
+
+
+def step_(x: Tensor, grad: Tensor | None, z: Tensor | None, **options: Any) -> Tensor:
+    """:func:`step` in place on x, the entry that every backend provides; returns x."""
+    return x.copy_(step(x, grad, z, **options))
+
+
+def is_zero(coefficient: Coefficient) -> bool:
+    """Whether a coefficient is the number 0 (tensors never are: looking would wait for them)."""
+    return not isinstance(coefficient, Tensor) and coefficient == 0
+
+
+def per_chain(value: Coefficient, x: Tensor, dtype: torch.dtype) -> Coefficient:
+    """A coefficient in a form that broadcasts over x: floats as they are, [n] as [n, 1, ...]."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device=x.device, dtype=dtype)
+    return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
+
+
+def _clamp(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    return x if bounds is None else x.clamp(*bounds)

@@ -1,0 +1,382 @@
+"""LangevinSampler: the K-step loop."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as _recomputed
+
+from fastlangevin import noise as _noise
+from fastlangevin.arguments import (
+    GradClip,
+    Schedule,
+    at_step,
+    check_chains,
+    check_clamp,
+    check_count,
+    check_grad_clip,
+    check_schedule,
+)
+from fastlangevin.kernels import reference
+from fastlangevin.score import (
+    check_precision,
+    device_of,
+    energy_and_grad,
+    left_as_found,
+    seed_generators,
+)
+from fastlangevin.step import apply_step_, backend_status, choose_backend, resolve_backend
+
+NOISE_ORDERS = ("after", "before", "last")
+_OP = "LangevinSampler"
+
+
+class Diagnostics(NamedTuple):
+    """What a chain did, per step and chain [K, n], and where it ended."""
+
+    x: Tensor  # [n, ...] the last state, as the sampler itself returns it
+    energy: Tensor  # the energy's output where the gradient was taken
+    grad_norm: Tensor  # |d energy / d x|, L2 over a chain's elements, before any clip
+    displacement: Tensor  # |x after the step - x before it|
+    saturation: Tensor  # fraction of elements at or beyond clamp, or (-1, 1) without one
+
+
+class _Call(NamedTuple):
+    """The checked arguments of one call."""
+
+    seed: int
+    first_chain: int
+    first_step: int
+    noise: Tensor | None
+    model_kwargs: dict[str, Any]
+
+
+class _Step(NamedTuple):
+    """One step's results: its index, the state after it, energies [n] and gradient before it."""
+
+    k: int
+    x: Tensor
+    energies: Tensor
+    grad: Tensor
+
+
+class LangevinSampler:
+    """K Langevin steps on a batch of chains, as one call.
+
+        x <- clamp(x + (s a clip(dE/dx) + b z)),      s = -1, or +1 with maximize
+
+    energy: an nn.Module or callable, energy(x [n, ...], **model_kwargs) -> [n], [n, 1],
+        [n, 1, 1, 1] or, for n = 1, []. A call leaves its flags, modes, buffers and .grads alone.
+    steps: K >= 1.
+    step_size: a, multiplies the gradient: a float, a sequence of K floats, a tensor [n] (one value
+        per chain), or a tensor [K, n] or [K, 1].
+    noise_std: b, the standard deviation of the noise added per step, in the same forms; 0 is legal.
+    maximize: False, the chain descends an energy; True, it ascends f = -energy.
+    clamp: (lo, hi) on the state, or None.
+    grad_clip: a bound on each element, ("chain_norm", c), ("batch_norm", c), or None.
+    noise_order: "after", the noise is added together with the gradient step; "before", it is added
+        (and the state clamped) before the gradient is taken; "last", it is added after the clamp.
+    precision: of the network alone: None (as torch is set), "fp32", "tf32", "fp16" or "bf16". The
+        state stays float32, or float64 for a float64 x0.
+    backend: of the update: "auto", "native", "triton" or "reference".
+
+    The defaults are the paper's (arXiv 1904.09770, app. 7.3), up to its sign: there f = -energy.
+    Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run.
+    """
+
+    def __init__(
+        self,
+        energy: Callable[..., Tensor],
+        steps: int = 100,
+        step_size: Schedule = 1.0,
+        noise_std: Schedule = 0.01,
+        maximize: bool = False,
+        clamp: tuple[float, float] | None = None,
+        grad_clip: GradClip | None = None,
+        noise_order: str = "after",
+        precision: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if not callable(energy):
+            raise TypeError(f"{_OP}: energy must be callable, got {type(energy).__name__}")
+        if noise_order not in NOISE_ORDERS:
+            raise ValueError(
+                f"{_OP}: noise_order must be one of {', '.join(NOISE_ORDERS)}, got {noise_order!r}"
+            )
+        self.energy = energy
+        self.steps = check_count(_OP, "steps", steps)
+        self.step_size = check_schedule(_OP, "step_size", step_size, self.steps)
+        self.noise_std = check_schedule(_OP, "noise_std", noise_std, self.steps)
+        self.maximize = bool(maximize)
+        self.clamp = check_clamp(_OP, clamp)
+        self.grad_clip = check_grad_clip(_OP, grad_clip)
+        self.noise_order = noise_order
+        self.precision = precision
+        self.backend = backend
+        device = device_of(energy) or torch.device("cpu")
+        check_precision(precision, device)
+        choose_backend(backend, device)
+
+    def __call__(
+        self,
+        x0: Tensor | None = None,
+        *,
+        n: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        first_chain: int = 0,
+        first_step: int = 0,
+        noise: Tensor | None = None,
+        differentiable: bool = False,
+        checkpoint: str = "auto",
+        grad_steps: int | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """The state after K steps, [n, ...].
+
+        x0 [n, ...] is read, never changed; or ``n`` chains start from U(-1, 1) in the energy's
+        ``shape``. Noise is a function of (seed, chain = first_chain + row, step = first_step + k);
+        without ``seed`` one is drawn from ``generator``, by default torch's. ``noise`` [K, n, ...]
+        replaces it with given standard normals. ``model_kwargs`` go to the energy.
+
+        The result is detached, in float32 (float64 for a float64 x0) and in x0's memory format.
+        With ``differentiable`` it carries gradients to x0, the energy's parameters, step_size and
+        noise_std, through the last ``grad_steps`` steps or all; ``checkpoint`` is "none" (a plain
+        unroll), "step" or "auto" (each step is computed again in the backward pass).
+
+        Raises TypeError or ValueError for arguments and energies that do not fit, and
+        FloatingPointError if a chain or its energy is not finite at the end.
+        """
+        x, call = self._prepare(
+            x0,
+            n=n,
+            seed=seed,
+            generator=generator,
+            first_chain=first_chain,
+            first_step=first_step,
+            noise=noise,
+            **model_kwargs,
+        )
+        if differentiable:
+            start = x if x0 is None else x0.to(x.dtype)
+            return self._unroll(start, call, checkpoint, grad_steps)
+        if checkpoint != "auto" or grad_steps is not None:
+            raise ValueError(f"{_OP}: checkpoint and grad_steps need differentiable=True")
+        energies = x.new_zeros(0)
+        for step in self._walk(x, call):
+            energies = step.energies
+        _check_finite(x, energies, self.steps)
+        return x
+
+    def trajectory(self, x0: Tensor | None = None, *, every: int = 1, **options: Any) -> Tensor:
+        """The states after steps 0, every, 2 every, ...: [1 + K // every, n, ...], x0 first.
+
+        Options as for a call, less the differentiable ones. Raises as a call does.
+        """
+        every = check_count(_OP, "every", every)
+        x, call = self._prepare(x0, **options)
+        kept = x.new_empty((1 + self.steps // every, *x.shape))
+        kept[0] = x
+        energies = x.new_zeros(0)
+        for step in self._walk(x, call):
+            energies = step.energies
+            if (step.k + 1) % every == 0:
+                kept[(step.k + 1) // every] = x
+        _check_finite(x, energies, self.steps)
+        return kept
+
+    def diagnose(self, x0: Tensor | None = None, **options: Any) -> Diagnostics:
+        """Run the chain and measure every step of it: :class:`Diagnostics`.
+
+        Options as for a call, less the differentiable ones. Chains that are not finite raise
+        nothing here: the record shows where that began.
+        """
+        x, call = self._prepare(x0, **options)
+        records = [x.new_zeros((self.steps, x.shape[0])) for _ in range(4)]
+        lo, hi = self.clamp or (-1.0, 1.0)
+        before = x.clone()
+        for step in self._walk(x, call):
+            outside = ((x <= lo) | (x >= hi)).to(x.dtype)
+            values = step.energies, _norms(step.grad), _norms(x - before), _rows(outside).mean(1)
+            for record, value in zip(records, values, strict=True):
+                record[step.k] = value
+            before.copy_(x)
+        return Diagnostics(x, *records)
+
+    def explain(self, x0: Tensor | None = None) -> str:
+        """What a call will run, and on what, as readable text."""
+        device = device_of(self.energy) or torch.device("cpu") if x0 is None else x0.device
+        backend = choose_backend(self.backend, device)
+        lines = [
+            f"chain      {self.steps} steps, noise {self.noise_order} the gradient step, "
+            f"{'ascending f' if self.maximize else 'descending the energy'}",
+            f"score      general: forward and input gradient by autograd, precision "
+            f"{self.precision or 'as torch is set'}",
+            f"update     backend {backend} on {device}",
+        ]
+        lines += [
+            f"           not {name}: {reason}"
+            for name, reason in backend_status(device).items()
+            if reason is not None
+        ]
+        if x0 is not None:
+            state = x0.numel() * (8 if x0.dtype == torch.float64 else 4)
+            lines.append(f"state      {list(x0.shape)}, {state / 2**20:.1f} MiB")
+        return "\n".join(lines)
+
+    def _prepare(
+        self,
+        x0: Tensor | None,
+        *,
+        n: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        first_chain: int = 0,
+        first_step: int = 0,
+        noise: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, _Call]:
+        """Check a call before any work; return the state to walk on (a copy) and the rest."""
+        if seed is not None and generator is not None:
+            raise ValueError(f"{_OP}: give seed or generator, not both")
+        if (x0 is None) == (n is None):
+            raise ValueError(f"{_OP}: give either x0 or n")
+        seed = _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
+        call = _Call(seed, first_chain, first_step, noise, model_kwargs)
+        x = self._initial(n, call) if x0 is None else self._copy(x0)
+        for name in ("step_size", "noise_std"):
+            check_chains(_OP, name, getattr(self, name), x.shape[0])
+        if noise is not None and noise.shape != (self.steps, *x.shape):
+            raise ValueError(
+                f"{_OP}: noise must have shape [steps, *x0.shape] = "
+                f"{[self.steps, *x.shape]}, got {list(noise.shape)}"
+            )
+        if noise is not None and noise.device != x.device:
+            raise ValueError(f"{_OP}: noise must be on x0's device {x.device}, got {noise.device}")
+        _noise.check_address(first_chain, x.shape[0], first_step, self.steps)
+        return x, call
+
+    def _copy(self, x0: Tensor) -> Tensor:
+        if not isinstance(x0, Tensor):
+            raise TypeError(f"{_OP}: x0 must be a tensor, got {type(x0).__name__}")
+        if not x0.is_floating_point():
+            raise TypeError(f"{_OP}: x0 must be of floating dtype, got {x0.dtype}")
+        if x0.ndim == 0:
+            raise ValueError(f"{_OP}: x0 must have a leading chain dimension, got shape []")
+        device = device_of(self.energy)
+        if device is not None and device != x0.device:
+            raise ValueError(
+                f"{_OP}: x0 is on {x0.device}, the energy on {device}; move one of them"
+            )
+        state = torch.float64 if x0.dtype == torch.float64 else torch.float32
+        with torch.inference_mode(False):
+            return x0.detach().to(state, copy=True)
+
+    def _initial(self, n: Any, call: _Call) -> Tensor:
+        """x0 ~ U(-1, 1) from the seed's own stream."""
+        shape = getattr(self.energy, "shape", None)
+        if shape is None:
+            raise ValueError(
+                f"{_OP}: n needs an energy with an attribute shape (of one chain's state); give x0"
+            )
+        n = 0 if n == 0 else check_count(_OP, "n", n)
+        with torch.inference_mode(False):
+            u = _noise.uniform(
+                (n, *shape),
+                seed=call.seed,
+                step=0,
+                first_chain=call.first_chain,
+                device=device_of(self.energy),
+            )
+            return 2 * u - 1
+
+    def _walk(self, x: Tensor, call: _Call) -> Iterator[_Step]:
+        """The chain, in place on x: yields after every step. Empty batches take none."""
+        if x.shape[0] == 0:
+            return
+        run = resolve_backend(self.backend, x.device)
+        with torch.inference_mode(False), left_as_found(self.energy, x.device):
+            for k in range(self.steps):
+                with torch.no_grad():
+                    step = self._transition(run, x, k, call)
+                yield step
+
+    def _unroll(self, x: Tensor, call: _Call, checkpoint: str, grad_steps: int | None) -> Tensor:
+        """The chain as a differentiable function of x0, parameters, step_size and noise_std."""
+        if checkpoint not in ("auto", "none", "step"):
+            raise ValueError(
+                f'{_OP}: checkpoint must be "auto", "none" or "step", got {checkpoint!r}'
+            )
+        traced = self.steps if grad_steps is None else check_count(_OP, "grad_steps", grad_steps)
+        if traced > self.steps:
+            raise ValueError(f"{_OP}: grad_steps must be at most steps={self.steps}, got {traced}")
+
+        def transition(x: Tensor, k: int) -> Tensor:
+            with left_as_found(self.energy, x.device, freeze=False):
+                return self._transition(reference.step, x, k, call, create_graph=True).x
+
+        for k in range(self.steps if x.shape[0] else 0):
+            if k < self.steps - traced:
+                with torch.no_grad():
+                    x = transition(x.detach(), k).detach()
+            elif checkpoint == "none":
+                x = transition(x, k)
+            else:
+                x = _recomputed(transition, x, k, use_reentrant=False, preserve_rng_state=False)
+        return x
+
+    def _transition(
+        self,
+        run: Callable[..., Tensor],
+        x: Tensor,
+        k: int,
+        call: _Call,
+        create_graph: bool = False,
+    ) -> _Step:
+        """Step k by ``run``: in place on x for a backend, pure for the reference."""
+        seed_generators(x.device, call.seed, call.first_step + k)
+        update = functools.partial(
+            apply_step_,
+            run,
+            z=None if call.noise is None else call.noise[k],
+            seed=call.seed,
+            step=call.first_step + k,
+            first_chain=call.first_chain,
+            clamp=self.clamp,
+            grad_clip=self.grad_clip,
+            maximize=self.maximize,
+            noise_last=self.noise_order == "last",
+        )
+        step_size, noise_std = at_step(self.step_size, k), at_step(self.noise_std, k)
+        if self.noise_order == "before":
+            x = update(x, None, step_size=0.0, noise_std=noise_std)
+            noise_std = 0.0
+        energies, grad = energy_and_grad(
+            self.energy, x, call.model_kwargs, self.precision, create_graph
+        )
+        x = update(x, grad, step_size=step_size, noise_std=noise_std)
+        return _Step(k, x, energies, grad)
+
+
+def _check_finite(x: Tensor, energies: Tensor, steps: int) -> None:
+    """FloatingPointError if a chain, or its last energy, is not finite (one look, at the end)."""
+    chains = torch.isfinite(_rows(x)).all(1)
+    if energies.numel():
+        chains &= ~torch.isnan(energies)
+    if not bool(chains.all()):
+        lost = int((~chains).sum())
+        raise FloatingPointError(
+            f"{_OP}: {lost} of {x.shape[0]} chains are not finite after {steps} steps, or their "
+            "energy is NaN; diagnose() shows at which step it began, and a smaller step_size, "
+            "clamp or grad_clip may help"
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(_rows(x), dim=1)

@@ -1,0 +1,168 @@
+"""The score: energies and d energy / d x for a batch of chains, leaving the energy as it was."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlangevin import noise as _noise
+
+PRECISIONS = (None, "fp32", "tf32", "fp16", "bf16")
+_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def energy_and_grad(
+    energy: Callable[..., Tensor],
+    x: Tensor,
+    model_kwargs: dict[str, Any],
+    precision: str | None = None,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(energies [n], d energy / d x in x's shape) of a batch x [n, ...] through autograd.
+
+    The energy may return [n], [n, 1], [n, 1, 1, 1] or, for n = 1, []. With ``create_graph`` the
+    gradient is itself differentiable; x is then used as it is, else as a new leaf. Raises
+    TypeError or ValueError for an energy of wrong shape or dtype or one that ignores x.
+    """
+    leaf = x if create_graph and x.requires_grad else x.detach().requires_grad_()
+    with torch.enable_grad():
+        with network_precision(precision, x.device):
+            out = energy(leaf.to(network_dtype(energy, x.dtype)), **model_kwargs)
+        energies = check_energies(out, x.shape[0])
+        (grad,) = torch.autograd.grad(
+            energies.sum(), leaf, create_graph=create_graph, allow_unused=True
+        )
+    if grad is None:
+        raise ValueError("energy: its output does not depend on x, so there is no gradient")
+    return energies if create_graph else energies.detach(), grad
+
+
+def check_energies(out: Any, chains: int) -> Tensor:
+    """An energy's output as [n], or TypeError / ValueError saying what it should have been."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"energy: must return a tensor, got {type(out).__name__}")
+    if not out.is_floating_point():
+        raise TypeError(f"energy: must return a floating dtype, got {out.dtype}")
+    if out.numel() != chains or (out.ndim > 0 and out.shape[0] != chains):
+        raise ValueError(
+            f"energy: must return one value per chain, [{chains}] or [{chains}, 1] or "
+            f"[{chains}, 1, 1, 1], got shape {list(out.shape)}"
+        )
+    if not out.requires_grad:
+        raise ValueError(
+            "energy: its output does not depend on x through autograd (was it detached, or "
+            "computed under torch.no_grad?)"
+        )
+    return out.reshape(chains)
+
+
+def network_dtype(energy: Callable[..., Tensor], state: torch.dtype) -> torch.dtype:
+    """The dtype x enters the energy in: that of its parameters, where they have one."""
+    for module in modules_of(energy):
+        for tensor in module.parameters():
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return state
+
+
+def check_precision(precision: str | None, device: torch.device) -> None:
+    """ValueError unless the network can run in ``precision`` on a device."""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f'precision must be None, "fp32", "tf32", "fp16" or "bf16", got {precision!r}'
+        )
+    if device.type == "cpu" and precision in ("tf32", "fp16"):
+        raise ValueError(f'precision "{precision}" needs a CUDA device; on a CPU use "bf16"')
+
+
+@contextlib.contextmanager
+def network_precision(precision: str | None, device: torch.device) -> Iterator[None]:
+    """Autocast and TF32 flags for the network's forward; None leaves torch as the caller set it."""
+    if precision is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            torch.autocast(
+                device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST
+            )
+        )
+        if precision in ("fp32", "tf32") and device.type == "cuda":
+            stack.enter_context(_tf32(precision == "tf32"))
+        yield
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def left_as_found(
+    energy: Callable[..., Tensor], device: torch.device, freeze: bool = True
+) -> Iterator[None]:
+    """Run an energy without a trace, also when it raises.
+
+    With ``freeze`` its parameters do not require grad meanwhile. Buffers of modules in train mode
+    (BatchNorm's statistics, spectral norm's vectors) and torch's generators are put back.
+    """
+    modules = modules_of(energy)
+    frozen = [p for m in modules for p in m.parameters() if p.requires_grad] if freeze else []
+    buffers = [
+        (buffer, buffer.detach().clone())
+        for root in modules
+        for module in root.modules()
+        if module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+    generators = _generators(device)
+    states = [generator.get_state() for generator in generators]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for buffer, value in buffers:
+            # .data: autograd must not count this as a change of a tensor that it saved.
+            buffer.data.copy_(value)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def seed_generators(device: torch.device, seed: int, step: int) -> None:
+    """Seed torch's generators for one step, so that dropout, too, is a function of the seed."""
+    for generator in _generators(device):
+        generator.manual_seed(_noise.fold_in(seed, step))
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    if device.type != "cuda":
+        return [torch.default_generator]
+    return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
+
+
+def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:
+    """The module behind an energy: a module, its bound method, or a partial of either."""
+    while isinstance(energy, functools.partial):
+        energy = energy.func
+    owner = getattr(energy, "__self__", energy)
+    return (owner,) if isinstance(owner, nn.Module) else ()
+
+
+def device_of(energy: Callable[..., Tensor]) -> torch.device | None:
+    """The device of the energy's first parameter or buffer, None where it has neither."""
+    for module in modules_of(energy):
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return None

@@ -1,0 +1,166 @@
+"""The fused Langevin step: argument checks and the choice of who runs it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin import noise as _noise
+from fastlangevin.arguments import (
+    Coefficient,
+    GradClip,
+    check_clamp,
+    check_coefficient,
+    check_grad_clip,
+)
+from fastlangevin.kernels import reference
+
+BACKENDS = ("auto", "native", "triton", "reference")
+_OP = "langevin_step_"
+
+
+def langevin_step_(
+    x: Tensor,
+    grad: Tensor | None,
+    *,
+    step_size: Coefficient,
+    noise_std: Coefficient,
+    seed: int,
+    step: int,
+    first_chain: int = 0,
+    clamp: tuple[float, float] | None = None,
+    grad_clip: GradClip | None = None,
+    maximize: bool = False,
+    backend: str = "auto",
+    noise: Tensor | None = None,
+    noise_last: bool = False,
+) -> Tensor:
+    """One Langevin step on a batch of chains, in place.
+
+        x <- clamp(x + (s a clip(g) + b z)),      s = -1 (descend) or +1 (maximize)
+
+    x [n, ...]: float32, float64, bfloat16 or float16, of any memory format; computed in float32
+    (float64 for a float64 x). grad: d energy / d x in x's shape and any of those dtypes, or None
+    for a step of noise alone. a = step_size and b = noise_std: floats, or tensors [n] with one
+    value per chain, independent of each other; the noise is b times a standard normal.
+    ``noise_std=0`` skips the generator and is gradient descent exactly. z is ``noise`` where
+    given, else the contract's normals at (seed, chain = first_chain + row, step). ``grad_clip``:
+    a bound on each element, ("chain_norm", c) on each chain's L2 norm, or ("batch_norm", c) on
+    that of the whole batch. ``noise_last`` adds the noise after the clamp. NaN stays NaN.
+
+    Returns x. Raises TypeError or ValueError naming the argument, before x is touched;
+    RuntimeError where the backend cannot run here.
+    """
+    _check_state(x)
+    if grad is not None:
+        _check_like("grad", grad, x)
+    if noise is not None:
+        _check_like("noise", noise, x)
+    step_size = check_coefficient(_OP, "step_size", step_size, x.shape[0])
+    noise_std = check_coefficient(_OP, "noise_std", noise_std, x.shape[0])
+    _noise.check_seed(seed)
+    run = resolve_backend(backend, x.device)
+    with torch.no_grad():
+        return apply_step_(
+            run,
+            x,
+            grad,
+            noise,
+            step_size=step_size,
+            noise_std=noise_std,
+            seed=seed,
+            step=step,
+            first_chain=first_chain,
+            clamp=check_clamp(_OP, clamp),
+            grad_clip=check_grad_clip(_OP, grad_clip),
+            maximize=maximize,
+            noise_last=noise_last,
+        )
+
+
+def apply_step_(
+    run: Callable[..., Tensor],
+    x: Tensor,
+    grad: Tensor | None,
+    z: Tensor | None,
+    *,
+    step_size: Coefficient,
+    noise_std: Coefficient,
+    grad_clip: GradClip | None,
+    **options: Any,
+) -> Tensor:
+    """Run a backend (or the reference function) on checked arguments."""
+    if reference.is_zero(noise_std):
+        z = None
+    step_size, grad_clip = fold_norm_clip(grad, step_size, grad_clip)
+    return run(x, grad, z, step_size=step_size, noise_std=noise_std, grad_clip=grad_clip, **options)
+
+
+def fold_norm_clip(
+    grad: Tensor | None, step_size: Coefficient, grad_clip: GradClip | None
+) -> tuple[Coefficient, float | None]:
+    """Turn a norm clip into per-chain step sizes, so that kernels know elementwise clips only.
+
+    a clip(g) = (a min(1, c / |g|)) g, with |g| over a chain or over the batch, in fp32 or wider.
+    """
+    if grad is None or not isinstance(grad_clip, tuple):
+        return step_size, grad_clip if not isinstance(grad_clip, tuple) else None
+    kind, bound = grad_clip
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    rows = grad if grad.ndim > 1 else grad[:, None]
+    norms = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)), dtype=compute)
+    if kind == "batch_norm":
+        norms = torch.linalg.vector_norm(norms).expand_as(norms)
+    return (bound / norms).clamp(max=1.0) * step_size, None
+
+
+def resolve_backend(backend: str, device: torch.device) -> Callable[..., Tensor]:
+    """The step function of a backend; "auto" is the best that serves the device."""
+    name = choose_backend(backend, device)
+    return {"reference": reference.step_}[name]
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The name that ``backend`` stands for on a device; RuntimeError where it cannot run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    reasons = backend_status(device)
+    if backend == "auto":
+        return next(name for name, reason in reasons.items() if reason is None)
+    reason = reasons[backend]
+    if reason is not None:
+        raise RuntimeError(f'backend "{backend}" cannot run on {device}: {reason}')
+    return backend
+
+
+def backend_status(device: torch.device) -> dict[str, str | None]:
+    """Per backend, fastest first: None where it serves the device, else why not."""
+    missing = "this version of fastlangevin has no such kernels yet; use backend='auto'"
+    return {"native": missing, "triton": missing, "reference": None}
+
+
+def _check_state(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{_OP}: x must be of floating dtype, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError(f"{_OP}: x must have a leading chain dimension, got shape []")
+    if x.requires_grad:
+        raise ValueError(f"{_OP}: x requires grad and cannot be changed in place; use x.detach()")
+    if any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{_OP}: x is an expanded view (stride 0); use x.clone()")
+
+
+def _check_like(name: str, value: Tensor, x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{_OP}: {name} must be a tensor, got {type(value).__name__}")
+    if value.shape != x.shape:
+        raise ValueError(
+            f"{_OP}: {name} must have x's shape {list(x.shape)}, got {list(value.shape)}"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{_OP}: {name} must be on x's device {x.device}, got {value.device}")
+    if not value.is_floating_point():
+        raise TypeError(f"{_OP}: {name} must be of floating dtype, got {value.dtype}")
