@@ -1,17 +1,34 @@
 """Langevin sampling for energy-based models."""
 
+from typing import TYPE_CHECKING, Any
+
 from fastlangevin import noise
 from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy, GaussianEnergy
+from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import Diagnostics, LangevinSampler
 from fastlangevin.step import langevin_step_
+
+if TYPE_CHECKING:
+    from fastlangevin.learn.checkpoint import load
 
 __all__ = [
     "ConvEnergy",
     "Diagnostics",
     "GaussianEnergy",
     "LangevinSampler",
+    "ReplayBuffer",
     "__version__",
     "langevin_step_",
+    "load",
     "noise",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The sampler does not need what is built on it: learning is imported when it is asked for.
+    if name == "load":
+        from fastlangevin.learn.checkpoint import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,252 @@
+"""The `fastlangevin` command."""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastlangevin import _version
+
+app = typer.Typer(
+    help="Langevin sampling and short-run MCMC learning of energy-based models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console(stderr=True)
+Report = Callable[[int, Any], None]
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of TrainConfig, unset unless the user sets it."""
+    from fastlangevin.learn.config import FIELDS, TYPES
+
+    signature = inspect.signature(command)
+    parameters = [p for p in signature.parameters.values() if p.name != "settings"]
+    for name, field in FIELDS.items():
+        option = typer.Option(
+            help=field.metadata["help"], show_default=False, rich_help_panel="Settings"
+        )
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[TYPES[name] | None, option],
+            )
+        )
+    named = {p.name for p in parameters} - set(FIELDS)
+
+    def wrapped(**values: Any) -> None:
+        settings = {k: v for k, v in values.items() if k in FIELDS and v is not None}
+        command(**{k: v for k, v in values.items() if k in named}, settings=settings)
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__name__ = command.__name__
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+@app.command()
+@_with_settings
+def train(
+    *,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run.", show_default="runs/PRESET")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Settings to start from; see `presets`.", show_default="digits"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML, TOML or JSON file of settings.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in OUT first.")
+    ] = False,
+    settings: dict[str, Any],
+) -> None:
+    """Learn an energy from images by short-run MCMC, into a folder.
+
+    Settings come from a preset, then the config file, then options; what they resolve to is saved
+    as OUT/config.yaml. Ctrl-C saves a checkpoint and stops.
+    """
+    from fastlangevin.learn import config as configs
+    from fastlangevin.learn import run
+
+    with _errors():
+        if resume:
+            if out is None:
+                raise ValueError("--resume needs --out, the folder of the run")
+            if preset is not None or config is not None:
+                raise ValueError("--resume takes the run's own settings: no --preset or --config")
+            if (out / run.CONFIG).exists():
+                config = out / run.CONFIG
+        resolved = configs.resolve(preset, config, settings)
+        folder = out or _free_folder(Path("runs") / (preset or "digits"))
+        with _progress(resolved.iterations) as report:
+            last = run.train(resolved, folder, resume=resume, overwrite=overwrite, report=report)
+    typer.echo(f"checkpoint  {last}")
+    typer.echo(f"samples     {folder / 'samples.png'}")
+    typer.echo(f"settings    {folder / run.CONFIG}")
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    n: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
+    out: Annotated[
+        Path, typer.Option(help="A .png for a grid, a .npy for the array [n, C, H, W].")
+    ] = Path("samples.png"),
+    seed: Annotated[int, typer.Option(help="Of starting points and noise.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Langevin steps.", show_default="the run's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    averaged: Annotated[
+        bool, typer.Option(help="Use the weights' moving average, where there is one.")
+    ] = True,
+) -> None:
+    """Run chains from noise through a trained model and save the images."""
+    import numpy as np
+
+    from fastlangevin.learn.build import choose_device
+    from fastlangevin.learn.checkpoint import load
+    from fastlangevin.learn.files import replacing
+    from fastlangevin.learn.images import save_grid
+
+    with _errors():
+        if out.suffix not in (".png", ".npy"):
+            raise ValueError(f"--out must end in .png or .npy, got {out}")
+        changes: dict[str, Any] = {} if steps is None else {"steps": steps}
+        sampler = load(run, device=choose_device(device), averaged=averaged, **changes)
+        images = sampler(n=n, seed=seed)
+        if out.suffix == ".png":
+            save_grid(images, out)
+        else:
+            with replacing(out) as temporary, temporary.open("wb") as file:
+                np.save(file, images.cpu().numpy())
+    typer.echo(str(out))
+
+
+@app.command()
+def check(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    n: Annotated[int, typer.Option(min=1, help="Samples to judge.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 1,
+    sure: Annotated[float, typer.Option(help="Fraction of sure samples to pass.")] = 0.5,
+) -> None:
+    """Ask a classifier of the real images whether the samples are recognisable.
+
+    Passes (exit status 0) if it is more than 90 % sure of enough samples and finds every class.
+    """
+    from fastlangevin.learn.build import load_data
+    from fastlangevin.learn.check import ClassifierCheck
+    from fastlangevin.learn.checkpoint import load, read_checkpoint
+    from fastlangevin.learn.config import resolve
+
+    with _errors():
+        config = resolve(overrides=read_checkpoint(run)[1]["config"])
+        judge = ClassifierCheck(load_data(config))
+        found = judge(load(run)(n=n, seed=seed))
+        for name, value in (
+            ("real images", judge.of_data()),
+            ("samples", found),
+            ("uniform noise", judge.of_noise(n)),
+        ):
+            typer.echo(f"{name:<14} sure of {value.sure:4.0%}   per class {value.classes}")
+    passed = found.sure >= sure and min(found.classes) > 0
+    typer.echo("pass" if passed else "fail")
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show this one, every number.")] = None,
+) -> None:
+    """List the presets, or print one as a YAML file to start your own from."""
+    from fastlangevin.learn.config import preset_names, preset_text
+
+    with _errors():
+        typer.echo(preset_text(name) if name else "\n".join(preset_names()))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which backends serve this machine, and why the others do not."""
+    from fastlangevin.doctor import report
+
+    typer.echo(report())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(_version.__version__)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Expected failures become one readable line and exit status 1."""
+    from fastlangevin.learn.guard import DivergedError
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError, DivergedError, RuntimeError) as error:
+        _console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def _progress(iterations: int) -> Iterator[Report]:
+    """A progress bar on a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        yield _lines(iterations)
+        return
+    columns = (
+        TextColumn("iteration"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=_console) as bar:
+        task = bar.add_task("train", total=iterations, rate="", state="")
+
+        def report(iteration: int, record: Any) -> None:
+            speed = bar.tasks[task].speed
+            bar.update(task, completed=iteration, rate=f"{speed:.1f}/s" if speed else "")
+            if record["grad_norm"] is not None:
+                bar.update(task, state=_state(record))
+
+        yield report
+
+
+def _lines(iterations: int) -> Report:
+    every = max(1, iterations // 20)
+
+    def report(iteration: int, record: Any) -> None:
+        if iteration % every == 0 or iteration == iterations:
+            typer.echo(f"iteration {iteration}/{iterations}  {_state(record)}", err=True)
+
+    return report
+
+
+def _state(record: Any) -> str:
+    norm = record["grad_norm"]
+    return f"gap {record['gap']:+.3f}" + ("" if norm is None else f"  |grad| {norm:.3f}")
+
+
+def _free_folder(folder: Path) -> Path:
+    """``folder``, or the first of folder-2, folder-3, ... that is not there yet."""
+    tries = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10**6))
+    return folder if not folder.exists() else next(path for path in tries if not path.exists())

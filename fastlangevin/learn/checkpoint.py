@@ -1,0 +1,127 @@
+"""Checkpoints: one safetensors file each, with its JSON in the header; never pickle."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastlangevin.energies import ConvEnergy
+from fastlangevin.learn.files import replacing
+from fastlangevin.sampler import LangevinSampler
+
+FORMAT = "fastlangevin checkpoint"
+VERSION = 1
+_SUFFIX = ".safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or is not the one asked for."""
+
+
+def save_checkpoint(
+    path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
+) -> None:
+    """Write tensors by name and JSON-ready ``info``, atomically.
+
+    Whatever stops it, a file that was at ``path`` before stays whole until the new one is. Raises
+    OSError, with the reason, if the disk does not take it.
+    """
+    path = Path(path)
+    header = {"format": FORMAT, "version": VERSION, **info}
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(held, temporary, metadata={"fastlangevin": json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(f"checkpoint {path} could not be written: {error}") from error
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, info) of a file; CheckpointError if it is truncated, foreign or of a later version.
+
+    ``path`` may be a run's folder, which stands for its newest checkpoint.
+    """
+    path = find_checkpoint(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("fastlangevin")
+            if header is None:
+                raise CheckpointError(f"{path} is a safetensors file, but not a {FORMAT}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    info = json.loads(header)
+    if info.get("format") != FORMAT or info.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} is a {info.get('format')!r} of version {info.get('version')}; "
+            f"this fastlangevin reads version {VERSION}"
+        )
+    return tensors, info
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file itself, or the newest checkpoint of a run's folder; FileNotFoundError if none."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    found = list_checkpoints(path)
+    if not found:
+        what = "holds no checkpoint yet" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what} (looked for {path / 'checkpoints'}/*{_SUFFIX})")
+    return found[-1]
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob(f"[0-9]*{_SUFFIX}"))
+
+
+def checkpoint_path(run: Path, iteration: int) -> Path:
+    return run / "checkpoints" / f"{iteration:08d}{_SUFFIX}"
+
+
+def load(
+    path: str | Path,
+    *,
+    energy: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    averaged: bool = True,
+    **changes: Any,
+) -> LangevinSampler:
+    """The sampler of a training run, ready to call, from its folder or one of its checkpoints.
+
+    The energy is a ConvEnergy in eval mode with the run's weights, their moving average where the
+    run kept one (``averaged=False``: the weights themselves). A run on an energy of your own needs
+    it as ``energy``. ``changes`` replace settings of the sampler, such as ``steps=200``.
+
+    Raises FileNotFoundError, or CheckpointError for a file that is truncated, not ours, or of
+    another architecture.
+    """
+    tensors, info = read_checkpoint(path)
+    if energy is None:
+        if info.get("energy") is None:
+            raise CheckpointError(f"{path} was trained on an energy of its own: give energy=")
+        energy = ConvEnergy(**info["energy"])
+    prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
+    load_weights(energy, tensors, prefix, path)
+    return LangevinSampler(energy.to(device).eval(), **{**info["sampler"], **changes})
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any) -> None:
+    """Copy the tensors under ``prefix`` into a module; CheckpointError unless they are its own."""
+    held = module.state_dict()
+    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for name in held.keys() | found.keys():
+        want = list(held[name].shape) if name in held else "nothing"
+        got = list(found[name].shape) if name in found else "nothing"
+        if want != got:
+            raise CheckpointError(
+                f"{path} is of another architecture: {type(module).__name__}.{name} "
+                f"needs {want}, the file has {got}"
+            )
+    module.load_state_dict(found)

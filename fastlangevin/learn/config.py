@@ -1,0 +1,172 @@
+"""A training run's settings: presets, files and overrides, resolved to one record."""
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastlangevin.learn.files import replacing
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_PRESETS = Path(__file__).parent / "presets"
+
+
+def _option(text: str) -> Any:
+    return field(metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a run; presets state every field, files and options change some."""
+
+    # data
+    data: str | None = _option(
+        "digits, mnist5k, fashion-mnist, hub:NAME, or a path: folder, .npy, .npz, parquet"
+    )
+    size: int | None = _option(
+        "resize and crop the images to this power of two; as they are if unset"
+    )
+    channels: int | None = _option("convert the images to 1 (grey) or 3 (colour) channels")
+    limit: int | None = _option("use the first LIMIT images only")
+    flip: bool = _option("mirror half of the images")
+    on_corrupt: str = _option("error, or skip images that cannot be decoded")
+    # energy
+    width: int = _option("channels of the first convolution, the paper's n_f")
+    activation: str = _option("leaky_relu, relu, silu, softplus or elu")
+    leak: float = _option("negative slope of leaky_relu")
+    # chain
+    steps: int = _option("Langevin steps K")
+    step_size: float = _option("a, multiplies the gradient")
+    noise_std: float = _option("b, standard deviation of the noise added per step")
+    clamp: tuple[float, float] | None = _option("bounds on the state")
+    grad_clip: float | None = _option("elementwise bound on the gradient")
+    noise_order: str = _option("after, before or last, as seen from the gradient step")
+    precision: str | None = _option("of the network in the chain: fp32, tf32, fp16 or bf16")
+    backend: str = _option("of the update: auto, native, triton or reference")
+    # learning
+    iterations: int = _option("updates of the weights")
+    batch_size: int = _option("images, and chains, per iteration")
+    data_noise: float = _option("standard deviation sigma of the noise on the data")
+    lr: float = _option("Adam's learning rate")
+    beta1: float = _option("Adam's first decay rate")
+    beta2: float = _option("Adam's second decay rate")
+    anneal_start: float = _option(
+        "fraction of the run after which lr and data noise change linearly"
+    )
+    lr_final: float = _option("learning rate at the end")
+    data_noise_final: float = _option("data noise at the end")
+    ema: float | None = _option("decay of a moving average of the weights")
+    buffer_size: int = _option("persistent chains kept; 0 starts every chain from noise")
+    reinit: float = _option("fraction of persistent chains started anew")
+    max_energy: float = _option("stop as diverged when |energy| passes this")
+    max_saturation: float = _option(
+        "stop as diverged when this fraction of samples stays at the bounds"
+    )
+    # run
+    seed: int = _option("of weights, data order and every noise")
+    device: str = _option("auto, cpu, cuda or cuda:N")
+    log_every: int = _option("iterations between records")
+    sample_every: int = _option("iterations between sample grids")
+    save_every: int = _option("iterations between checkpoints")
+    samples: int = _option("images in a grid")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
+
+
+def preset_names() -> list[str]:
+    """The presets in the package."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+def preset_text(name: str) -> str:
+    """A preset's file, comments and all."""
+    if name not in preset_names():
+        raise ValueError(f"preset must be one of {', '.join(preset_names())}, got {name!r}")
+    return (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def resolve(
+    preset_name: str | None = None,
+    file: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """A preset, changed by a YAML, TOML or JSON file, changed by ``overrides``.
+
+    The file may name its ``preset``; with none named it is "digits". Raises ValueError naming the
+    field, what was expected and where the value came from.
+    """
+    given = {} if file is None else read_settings(file)
+    named = given.pop("preset", None)
+    settings = yaml.safe_load(preset_text(preset_name or named or "digits"))
+    for source, changes in ((str(file), given), ("options", overrides or {})):
+        unknown = sorted(changes.keys() - FIELDS.keys())
+        if unknown:
+            raise ValueError(
+                f"{source}: no setting is called {', '.join(unknown)}; there are "
+                f"{', '.join(FIELDS)}"
+            )
+        settings.update(changes)
+    return TrainConfig(**{name: _cast(name, settings[name]) for name in FIELDS})
+
+
+def read_settings(file: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML, TOML or JSON file; ValueError if it is not one."""
+    file = Path(file)
+    text = file.read_text(encoding="utf-8")
+    try:
+        # JSON is YAML, too.
+        settings = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as {file.suffix[1:] or 'yaml'}: {error}"
+        ) from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must hold settings by name, got {type(settings).__name__}")
+    return settings
+
+
+def save_config(config: TrainConfig, file: Path) -> None:
+    """Write a resolved config as YAML, atomically."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    with replacing(file) as temporary:
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def _cast(name: str, value: Any) -> Any:
+    """A setting in its field's type; text that is a number, as YAML's 1e-4 is, becomes one."""
+    kinds = typing.get_args(TYPES[name]) if _is_union(TYPES[name]) else (TYPES[name],)
+    if value is None:
+        if type(None) in kinds:
+            return None
+    elif kinds[0] is bool or isinstance(value, bool):
+        if kinds[0] is bool and isinstance(value, bool):
+            return value
+    elif typing.get_origin(kinds[0]) is tuple:
+        if isinstance(value, list | tuple) and len(value) == 2:
+            return tuple(float(bound) for bound in value)
+    else:
+        try:
+            number = kinds[0](value)
+        except (TypeError, ValueError):
+            number = None
+        if number is not None and (kinds[0] is str or float(number) == float(value)):
+            return number
+    expected = getattr(TYPES[name], "__name__", str(TYPES[name]))
+    raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)

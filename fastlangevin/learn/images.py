@@ -1,0 +1,37 @@
+"""Pictures of samples."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fastlangevin.learn.files import replacing
+
+
+def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.ndarray:
+    """Images [n, C, H, W] as one uint8 picture [height, width, 3].
+
+    Clamped to [-1, 1] and rounded to 256 levels; small images are enlarged by a whole factor to
+    about ``tile`` pixels, with a border of 2 between. C is 1 or 3.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[0] == 0:
+        raise ValueError(f"to_grid: images must be [n, 1 or 3, H, W], got {list(images.shape)}")
+    levels = ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    n, _, height, width = levels.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    scale = max(1, tile // max(height, width))
+    tiles = levels.repeat(scale, axis=2).repeat(scale, axis=3).transpose(0, 2, 3, 1)
+    high, wide = height * scale + 2, width * scale + 2
+    grid = np.full((math.ceil(n / columns) * high + 2, columns * wide + 2, 3), 255, np.uint8)
+    for i, picture in enumerate(tiles):
+        top, left = 2 + i // columns * high, 2 + i % columns * wide
+        grid[top : top + height * scale, left : left + width * scale] = picture
+    return grid
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
+    """Write :func:`to_grid` as PNG, atomically."""
+    with replacing(Path(path)) as temporary:
+        Image.fromarray(to_grid(images, columns)).save(temporary, format="PNG")

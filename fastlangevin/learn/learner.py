@@ -1,0 +1,247 @@
+"""Algorithm 1: learn an energy by short-run MCMC."""
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastlangevin import noise as _noise
+from fastlangevin.arguments import check_count
+from fastlangevin.learn.checkpoint import CheckpointError, load_weights
+from fastlangevin.replay import ReplayBuffer
+from fastlangevin.sampler import LangevinSampler
+
+_OP = "ShortRunLearner"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Images(Protocol):
+    """A data set: its length, one image's shape (C, H, W), and batches of images by index."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
+        """Images [n, C, H, W], float32 in [-1, 1], mirrored where ``flip`` [n] is True."""
+        ...
+
+
+class Metrics(NamedTuple):
+    """One iteration, as numbers. Energies are the model's own output (f with maximize)."""
+
+    iteration: int  # 1 after the first
+    energy_data: float  # batch mean on the data (with their noise)
+    energy_samples: float  # batch mean on the chains' last states
+    gap: float  # energy of data minus energy of samples, the loss; its sign flips with maximize
+    saturation: float  # fraction of the samples' elements at or beyond clamp, or (-1, 1)
+    grad_norm: float | None = None  # mean over steps and chains of |d energy / d x|
+    displacement: float | None = None  # mean over steps and chains of |x after - x before|
+
+
+class ShortRunLearner:
+    """Learn by K Langevin steps from p0 = U(-1, 1), never converged and never persistent.
+
+        samples = K steps of the sampler from p0
+        loss    = mean E(data + sigma e) - mean E(samples),   e ~ N(0, I)
+        weights <- Adam(d loss / d weights)
+
+    with the samples held constant. sampler: a LangevinSampler on an nn.Module; with its
+    ``maximize`` the module is f = -E. data: a tensor [N, ...] in [-1, 1], or an object with
+    ``shape``, ``len`` and ``batch(indices, flip)``. ``data_noise`` is sigma. ``flip`` mirrors half
+    of the images. ``ema``, if given, is the decay of a moving average of the weights, kept in
+    ``averaged``. ``buffer``, if given, makes the chains persistent.
+
+    ``lr`` and ``data_noise`` may be set between steps. Data order, data noise and chains are
+    functions of (seed, iteration), so that :meth:`tensors` and the iteration are the whole state.
+    Raises TypeError or ValueError naming the argument. Source: arXiv 1904.09770, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        sampler: LangevinSampler,
+        data: Images | Tensor,
+        *,
+        batch_size: int = 64,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        data_noise: float = 0.03,
+        flip: bool = False,
+        ema: float | None = None,
+        buffer: ReplayBuffer | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(sampler.energy, torch.nn.Module):
+            raise TypeError(
+                f"{_OP}: sampler.energy must be an nn.Module, got {type(sampler.energy).__name__}"
+            )
+        if not any(p.requires_grad for p in sampler.energy.parameters()):
+            raise ValueError(f"{_OP}: sampler.energy has no parameter that requires grad")
+        if data_noise < 0:
+            raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"{_OP}: ema must be in (0, 1) or None, got {ema}")
+        self.data = _TensorImages(data) if isinstance(data, Tensor) else data
+        if len(self.data) == 0:
+            raise ValueError(f"{_OP}: data is empty")
+        self.sampler = sampler
+        self.energy = sampler.energy
+        self.batch_size = check_count(_OP, "batch_size", batch_size)
+        self.data_noise = data_noise
+        self.flip = flip
+        self.buffer = buffer
+        self.seed = _noise.check_seed(seed)
+        self.iteration = 0
+        self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=lr, betas=betas)
+        self.averaged = (
+            None
+            if ema is None
+            else AveragedModel(self.energy, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        )
+
+    @property
+    def lr(self) -> float:
+        """Adam's learning rate."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module to sample from: the averaged weights where they are kept."""
+        return self.energy if self.averaged is None else self.averaged.module
+
+    def step(self, measure: bool = False) -> Metrics:
+        """One iteration of algorithm 1; with ``measure`` the chain's steps are measured too.
+
+        Raises FloatingPointError, before the weights change, if a chain or an energy is not finite.
+        """
+        data = self._data()
+        samples, grad_norm, displacement = self._samples(measure)
+        energy_data = self.energy(data).mean()
+        energy_samples = self.energy(samples).mean()
+        gap = energy_data - energy_samples
+        lo, hi = self.sampler.clamp or (-1.0, 1.0)
+        saturation = ((samples <= lo) | (samples >= hi)).float().mean()
+        values = torch.stack([energy_data, energy_samples, gap, saturation]).tolist()
+        metrics = Metrics(self.iteration + 1, *values)._replace(
+            grad_norm=grad_norm, displacement=displacement
+        )
+        if not all(math.isfinite(value) for value in values):
+            raise FloatingPointError(f"{_OP}: energies are not finite: {metrics}")
+
+        self.optimizer.zero_grad(set_to_none=True)
+        (-gap if self.sampler.maximize else gap).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.energy)
+        self.iteration += 1
+        return metrics
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, their average, Adam's moments and the buffer, by name."""
+        found = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
+        if self.averaged is not None:
+            for name, value in self.averaged.module.state_dict().items():
+                found[f"ema.{name}"] = value
+            found["ema_updates"] = self.averaged.n_averaged
+        for name, parameter in self.energy.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"adam.{key}.{name}"] = value
+        if self.buffer is not None:
+            found["buffer"] = self.buffer.states
+        return found
+
+    def load_tensors(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """Take up where :meth:`tensors` was read; CheckpointError if they do not fit."""
+        load_weights(self.energy, tensors, "model.", "the checkpoint")
+        if self.averaged is not None:
+            load_weights(self.averaged.module, tensors, "ema.", "the checkpoint")
+            self.averaged.n_averaged.copy_(_take(tensors, "ema_updates"))
+        if self.buffer is not None:
+            self.buffer.states.copy_(_take(tensors, "buffer"))
+        for name, parameter in self.energy.named_parameters():
+            if iteration > 0 and parameter.requires_grad:
+                self.optimizer.state[parameter] = {
+                    key: _take(tensors, f"adam.{key}.{name}").to(
+                        "cpu" if key == "step" else parameter.device, copy=True
+                    )
+                    for key in _MOMENTS
+                }
+        self.iteration = iteration
+
+    def _data(self) -> Tensor:
+        """The iteration's batch, with its noise: a function of (seed, iteration)."""
+        words = _noise.words(
+            (self.batch_size, 2), seed=self.seed, step=self.iteration, stream=_noise.ORDER
+        )
+        indices = words[:, 0] * len(self.data) >> 32
+        flip = words[:, 1] >= 2**31 if self.flip else None
+        device = next(self.energy.parameters()).device
+        images = self.data.batch(indices, flip).to(device)
+        if self.data_noise > 0:
+            images = images + self.data_noise * _noise.normal(
+                images.shape,
+                seed=self.seed,
+                step=self.iteration,
+                stream=_noise.DATA,
+                device=device,
+            )
+        return images
+
+    def _samples(self, measure: bool) -> tuple[Tensor, float | None, float | None]:
+        """The chains' last states, and what was measured on their way."""
+        seed = _noise.fold_in(self.seed, self.iteration)
+        device = next(self.energy.parameters()).device
+        slots = None
+        if self.buffer is not None:
+            slots, x0 = self.buffer.draw(self.batch_size, self.iteration)
+        else:
+            shape = (self.batch_size, *self.data.shape)
+            x0 = 2 * _noise.uniform(shape, seed=seed, step=0, device=device) - 1
+        grad_norm = displacement = None
+        if measure:
+            chain = self.sampler.diagnose(x0, seed=seed)
+            samples = chain.x
+            grad_norm, displacement = (
+                chain.grad_norm.mean().item(),
+                chain.displacement.mean().item(),
+            )
+        else:
+            samples = self.sampler(x0, seed=seed)
+        if self.buffer is not None and slots is not None:
+            self.buffer.put(slots, samples)
+        return samples, grad_norm, displacement
+
+
+class _TensorImages:
+    """A tensor [N, ...] as a data set."""
+
+    def __init__(self, images: Tensor) -> None:
+        if not images.is_floating_point():
+            raise TypeError(f"{_OP}: data must be of floating dtype, got {images.dtype}")
+        self.images = images
+        self.shape = tuple(images.shape[1:])
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
+        images = self.images[indices.to(self.images.device)]
+        if flip is None:
+            return images
+        where = flip.to(images.device).view(-1, *[1] * (images.ndim - 1))
+        return torch.where(where, images.flip(-1), images)
+
+
+def _take(tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"the checkpoint has no {name}")
+    return tensors[name]

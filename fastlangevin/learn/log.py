@@ -1,0 +1,72 @@
+"""A run's records: metrics.jsonl always, TensorBoard where it is installed."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.learn.files import replacing
+from fastlangevin.learn.images import save_grid, to_grid
+
+
+class RunLog:
+    """Writes one record per logged iteration to a run's folder, and sample grids.
+
+    On a resumed run, records after ``iteration`` (written, but lost with the weights they
+    describe) are taken out again.
+    """
+
+    def __init__(self, run: Path, iteration: int) -> None:
+        self.run = run
+        path = run / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["iteration"] <= iteration]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _summary_writer(run / "tensorboard", iteration)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append one record; it reaches the file at once."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "iteration" and value is not None:
+                    self._board.add_scalar(name, value, values["iteration"])
+
+    def grid(self, images: Tensor, iteration: int) -> Path:
+        """Write samples/ITERATION.png; returns its path."""
+        path = self.run / "samples" / f"{iteration:08d}.png"
+        save_grid(images, path)
+        if self._board is not None:
+            picture = torch.from_numpy(to_grid(images))
+            self._board.add_image("samples", picture, iteration, dataformats="HWC")
+        return path
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, oldest first."""
+    return [json.loads(line) for line in _lines(run / "metrics.jsonl")]
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines only: a kill may have cut the last one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def _summary_writer(folder: Path, iteration: int) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=iteration + 1)

@@ -1,0 +1,107 @@
+"""From a picture, encoded or an array, to [C, H, W] pixels of the size and channels asked for.
+
+Every 8-bit picture goes through `convert`, so it gives the same pixels from a folder, a parquet
+file or an array.
+"""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B"}
+_ALPHA_MODES = {"LA", "PA", "RGBA"}
+
+
+class CorruptImageError(ValueError):
+    """Bytes that Pillow cannot decode."""
+
+
+class ColourFoundError(ValueError):
+    """A colour picture among pictures taken to be grey."""
+
+
+def decode(content: Path | bytes, *, size: int | None, channels: int | None) -> np.ndarray:
+    """Decode a picture to uint8 [C, H, W].
+
+    The EXIF orientation is applied, transparency is composited on white, and 16-bit grey keeps its
+    high byte. `size` and `channels` are those of `convert`.
+
+    Raises CorruptImageError for bytes that cannot be decoded, a truncated file included; OSError
+    for a file that cannot be read.
+    """
+    encoded = content.read_bytes() if isinstance(content, Path) else content
+    try:
+        image = Image.open(BytesIO(encoded))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad bytes.
+    except Exception as error:
+        # Its "cannot identify image file <_io.BytesIO object at 0x...>" names no file.
+        known = not isinstance(error, UnidentifiedImageError)
+        raise CorruptImageError(str(error) if known else "not a known image format") from error
+    return convert(image, size=size, channels=channels)
+
+
+def convert(image: Image.Image, *, size: int | None, channels: int | None) -> np.ndarray:
+    """Bring a picture to uint8 [C, H, W].
+
+    channels: 1 (ITU-R 601 luma) or 3; None accepts grey only.
+    size: crop the central square and resize it to [size, size]; None keeps the picture's size.
+
+    Raises ColourFoundError for a colour picture when `channels` is None.
+    """
+    if channels is None and image.mode not in _GREY_MODES:
+        raise ColourFoundError
+    if image.mode == "F":
+        raise ValueError("floating-point pictures are not supported; store them as .npy")
+    if image.mode.startswith("I"):  # Pillow's own conversion to 8 bits clips at 255
+        wide = np.asarray(image)
+        if wide.min() < 0 or wide.max() > 0xFFFF:
+            raise ValueError("grey pictures must have at most 16 bits; store them as .npy")
+        image = Image.fromarray((wide >> 8).astype(np.uint8))
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    if size is not None:
+        image = _square(image, size)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def convert_array(pixels: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
+    """`convert` for a picture [C, H, W]: uint8 with C = 1, 3 or 4 (RGBA), or float with C = 1 or 3.
+
+    A float picture stays float32; bicubic overshoot is clipped to the picture's own range.
+    """
+    if pixels.dtype == np.uint8:
+        rows = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+        image = Image.fromarray(np.ascontiguousarray(rows))
+        return convert(image, size=size, channels=channels)
+    pixels = pixels.astype(np.float32)
+    if len(pixels) == 3 and channels == 1:
+        luma = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        pixels = np.tensordot(luma, pixels, axes=1)[None]
+    elif len(pixels) == 1 and channels == 3:
+        pixels = pixels.repeat(3, axis=0)
+    if size is None:
+        return pixels
+    planes = [np.asarray(_square(Image.fromarray(plane), size)) for plane in pixels]
+    return np.stack(planes).clip(pixels.min(), pixels.max())
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """Crop the central square and resize it to [size, size].
+
+    Bicubic, because Pillow widens the filter when it shrinks (no aliasing) and Frechet-distance
+    tools resize so (Parmar et al. 2022, On Aliased Resizing). Cropping first equals resizing the
+    shorter side and then cropping, without computing the pixels that are cropped away.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)
