@@ -27,7 +27,7 @@ from fastlangevin.score import (
     left_as_found,
     seed_generators,
 )
-from fastlangevin.step import apply_step_, backend_status, choose_backend, resolve_backend
+from fastlangevin.step import apply_step_, backend_status, check_backend, choose_backend, resolve_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _OP = "LangevinSampler"
@@ -115,9 +115,9 @@ class LangevinSampler:
         self.noise_order = noise_order
         self.precision = precision
         self.backend = backend
-        device = device_of(energy) or torch.device("cpu")
-        check_precision(precision, device)
-        choose_backend(backend, device)
+        # Energies move, so only the names are checked here; the device is at each call.
+        check_precision(precision)
+        check_backend(backend)
 
     def __call__(
         self,
@@ -255,6 +255,8 @@ class LangevinSampler:
             )
         if noise is not None and noise.device != x.device:
             raise ValueError(f"{_OP}: noise must be on x0's device {x.device}, got {noise.device}")
+        check_precision(self.precision, x.device)
+        choose_backend(self.backend, x.device)
         _noise.check_address(first_chain, x.shape[0], first_step, self.steps)
         return x, call
 

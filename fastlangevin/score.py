@@ -68,13 +68,13 @@ def network_dtype(energy: Callable[..., Tensor], state: torch.dtype) -> torch.dt
     return state
 
 
-def check_precision(precision: str | None, device: torch.device) -> None:
-    """ValueError unless the network can run in ``precision`` on a device."""
+def check_precision(precision: str | None, device: torch.device | None = None) -> None:
+    """ValueError unless the precision is one, and serves the device where one is given."""
     if precision not in PRECISIONS:
         raise ValueError(
             f'precision must be None, "fp32", "tf32", "fp16" or "bf16", got {precision!r}'
         )
-    if device.type == "cpu" and precision in ("tf32", "fp16"):
+    if device is not None and device.type == "cpu" and precision in ("tf32", "fp16"):
         raise ValueError(f'precision "{precision}" needs a CUDA device; on a CPU use "bf16"')
 
 

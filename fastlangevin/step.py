@@ -123,8 +123,7 @@ def resolve_backend(backend: str, device: torch.device) -> Callable[..., Tensor]
 
 def choose_backend(backend: str, device: torch.device) -> str:
     """The name that ``backend`` stands for on a device; RuntimeError where it cannot run."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     reasons = backend_status(device)
     if backend == "auto":
         return next(name for name, reason in reasons.items() if reason is None)
@@ -132,6 +131,12 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if reason is not None:
         raise RuntimeError(f'backend "{backend}" cannot run on {device}: {reason}')
     return backend
+
+
+def check_backend(backend: str) -> None:
+    """ValueError unless the name is a backend's, or "auto"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def backend_status(device: torch.device) -> dict[str, str | None]:

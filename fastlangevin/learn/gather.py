@@ -81,7 +81,7 @@ def collect(
         raise ValueError(f"load_images: none of {len(skipped)} images could be decoded")
     if skipped:
         warnings.warn(
-            f"load_images: skipped {len(skipped)} corrupt images, the first is {skipped[0]}",
+            f"load_images: skipped {len(skipped)} corrupt image(s), the first is {skipped[0]}",
             stacklevel=5,  # the caller of load_images
         )
     known = None not in labels
