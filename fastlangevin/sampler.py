@@ -30,6 +30,11 @@ from fastlangevin.score import (
 from fastlangevin.step import apply_step_, backend_status, check_backend, choose_backend, resolve_backend
 
 NOISE_ORDERS = ("after", "before", "last")
+_ORDER_TEXT = {
+    "after": "noise together with the gradient step",
+    "before": "noise before the gradient is taken",
+    "last": "noise after the clamp",
+}
 _OP = "LangevinSampler"
 
 
@@ -210,11 +215,11 @@ class LangevinSampler:
         device = device_of(self.energy) or torch.device("cpu") if x0 is None else x0.device
         backend = choose_backend(self.backend, device)
         lines = [
-            f"chain      {self.steps} steps, noise {self.noise_order} the gradient step, "
-            f"{'ascending f' if self.maximize else 'descending the energy'}",
+            f"chain      {self.steps} steps, {'ascending f' if self.maximize else 'descending E'}, "
+            f"{_ORDER_TEXT[self.noise_order]}",
             f"score      general: forward and input gradient by autograd, precision "
             f"{self.precision or 'as torch is set'}",
-            f"update     backend {backend} on {device}",
+            f"update     backend {backend} on {device}; reference with differentiable=True",
         ]
         lines += [
             f"           not {name}: {reason}"
