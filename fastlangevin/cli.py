@@ -91,7 +91,8 @@ def train(
             if (out / run.CONFIG).exists():
                 config = out / run.CONFIG
         resolved = configs.resolve(preset, config, settings)
-        folder = out or _free_folder(Path("runs") / (preset or "digits"))
+        name = preset or (config.stem if config else "digits")
+        folder = out or _free_folder(Path("runs") / name)
         with _progress(resolved.iterations) as report:
             last = run.train(resolved, folder, resume=resume, overwrite=overwrite, report=report)
     typer.echo(f"checkpoint  {last}")
@@ -110,6 +111,10 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Langevin steps.", show_default="the run's")
     ] = None,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Of the grid.", show_default="a square grid")
+    ] = None,
+    tile: Annotated[int, typer.Option(min=1, help="Enlarge small images to about this.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     averaged: Annotated[
         bool, typer.Option(help="Use the weights' moving average, where there is one.")
@@ -130,7 +135,7 @@ def sample(
         sampler = load(run, device=choose_device(device), averaged=averaged, **changes)
         images = sampler(n=n, seed=seed)
         if out.suffix == ".png":
-            save_grid(images, out)
+            save_grid(images, out, columns, tile)
         else:
             with replacing(out) as temporary, temporary.open("wb") as file:
                 np.save(file, images.cpu().numpy())

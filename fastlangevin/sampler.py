@@ -27,7 +27,13 @@ from fastlangevin.score import (
     left_as_found,
     seed_generators,
 )
-from fastlangevin.step import apply_step_, backend_status, check_backend, choose_backend, resolve_backend
+from fastlangevin.step import (
+    apply_step_,
+    backend_status,
+    check_backend,
+    choose_backend,
+    resolve_backend,
+)
 
 NOISE_ORDERS = ("after", "before", "last")
 _ORDER_TEXT = {

@@ -31,7 +31,7 @@ def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.nd
     return grid
 
 
-def save_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
+def save_grid(images: Tensor, path: str | Path, columns: int | None = None, tile: int = 32) -> None:
     """Write :func:`to_grid` as PNG, atomically."""
     with replacing(Path(path)) as temporary:
-        Image.fromarray(to_grid(images, columns)).save(temporary, format="PNG")
+        Image.fromarray(to_grid(images, columns, tile)).save(temporary, format="PNG")
