@@ -30,7 +30,7 @@ class ConvEnergy(nn.Module):
         activation: str = "leaky_relu",
     ) -> None:
         super().__init__()
-        if size not in (8, 16, 32, 64, 128, 256):
+        if not isinstance(size, int) or size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"ConvEnergy: size must be a power of two in 8..256, got {size!r}")
         for name, value in (("channels", channels), ("width", width)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -101,7 +101,7 @@ class GaussianEnergy(nn.Module):
         self.variance = float(variance)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.square().flatten(1).sum(1) / (2 * self.variance)
+        return x.square().reshape(x.shape[0], math.prod(x.shape[1:])).sum(1) / (2 * self.variance)
 
     def stationary_variance(self, step_size: float, noise_std: float) -> float:
         """The chain's variance after infinitely many steps, b^2 / (1 - (1 - a / variance)^2)."""

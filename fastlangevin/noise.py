@@ -108,12 +108,13 @@ def check_seed(seed: int) -> int:
     return _check_range("seed", seed, 64)
 
 
-def check_address(first_chain: int, chains: int, first_step: int, steps: int) -> None:
-    """ValueError unless all these chains and steps can be addressed by 32-bit words."""
-    _check_range("first_chain", first_chain, 32)
+def check_address(first_chain: int, chains: int, first_step: int, steps: int) -> tuple[int, int]:
+    """(first_chain, first_step) as Python ints; ValueError unless all of them fit 32-bit words."""
+    first_chain = _check_range("first_chain", first_chain, 32)
+    first_step = _check_range("step", first_step, 32)
     _check_range("the last chain", first_chain + max(chains - 1, 0), 32)
-    _check_range("step", first_step, 32)
     _check_range("the last step", first_step + max(steps - 1, 0), 32)
+    return first_chain, first_step
 
 
 def philox(counter: tuple, seed: int) -> tuple:
@@ -148,8 +149,8 @@ def _words(
         raise ValueError("noise: shape must have a leading chain dimension, got ()")
     chains, blocks = shape[0], -(-math.prod(shape[1:]) // 4)
     seed = check_seed(seed)
-    check_address(first_chain, chains, step, 1)
-    _check_range("stream", stream, 32)
+    first_chain, step = check_address(first_chain, chains, step, 1)
+    stream = _check_range("stream", stream, 32)
     _check_range("the number of blocks of four elements", blocks, 32)
     block = torch.arange(blocks, device=device)[None, :]
     chain = torch.arange(first_chain, first_chain + chains, device=device)[:, None]

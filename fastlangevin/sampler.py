@@ -1,39 +1,26 @@
 """LangevinSampler: the K-step loop."""
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as _recomputed
 
 from fastlangevin import noise as _noise
+from fastlangevin.adjoint import unroll
 from fastlangevin.arguments import (
     GradClip,
     Schedule,
-    at_step,
     check_chains,
     check_clamp,
     check_count,
     check_grad_clip,
     check_schedule,
 )
-from fastlangevin.kernels import reference
-from fastlangevin.score import (
-    check_precision,
-    device_of,
-    energy_and_grad,
-    left_as_found,
-    seed_generators,
-)
-from fastlangevin.step import (
-    apply_step_,
-    backend_status,
-    check_backend,
-    choose_backend,
-    resolve_backend,
-)
+from fastlangevin.chain import Chain
+from fastlangevin.score import check_precision, device_of
+from fastlangevin.step import backend_status, check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _ORDER_TEXT = {
@@ -42,6 +29,8 @@ _ORDER_TEXT = {
     "last": "noise after the clamp",
 }
 _OP = "LangevinSampler"
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Diagnostics(NamedTuple):
@@ -54,23 +43,17 @@ class Diagnostics(NamedTuple):
     saturation: Tensor  # fraction of elements at or beyond clamp, or (-1, 1) without one
 
 
-class _Call(NamedTuple):
-    """The checked arguments of one call."""
+def _out_of_inference_mode(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a method work under torch.inference_mode, which would deny it the gradient."""
 
-    seed: int
-    first_chain: int
-    first_step: int
-    noise: Tensor | None
-    model_kwargs: dict[str, Any]
+    @functools.wraps(method)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False):
+            return method(*args, **kwargs)
 
-
-class _Step(NamedTuple):
-    """One step's results: its index, the state after it, energies [n] and gradient before it."""
-
-    k: int
-    x: Tensor
-    energies: Tensor
-    grad: Tensor
+    return wrapped
 
 
 class LangevinSampler:
@@ -130,6 +113,7 @@ class LangevinSampler:
         check_precision(precision)
         check_backend(backend)
 
+    @_out_of_inference_mode
     def __call__(
         self,
         x0: Tensor | None = None,
@@ -155,12 +139,14 @@ class LangevinSampler:
         The result is detached, in float32 (float64 for a float64 x0) and in x0's memory format.
         With ``differentiable`` it carries gradients to x0, the energy's parameters, step_size and
         noise_std, through the last ``grad_steps`` steps or all; ``checkpoint`` is "none" (a plain
-        unroll), "step" or "auto" (each step is computed again in the backward pass).
+        unroll), "step" (each step is computed again in the backward pass) or "auto" ("step" for
+        modules, "none" for plain callables, whose tensors cannot be known). The update is then the
+        reference's, whatever the backend.
 
         Raises TypeError or ValueError for arguments and energies that do not fit, and
         FloatingPointError if a chain or its energy is not finite at the end.
         """
-        x, call = self._prepare(
+        x, chain = self._prepare(
             x0,
             n=n,
             seed=seed,
@@ -172,43 +158,45 @@ class LangevinSampler:
         )
         if differentiable:
             start = x if x0 is None else x0.to(x.dtype)
-            return self._unroll(start, call, checkpoint, grad_steps)
+            return unroll(chain, start, checkpoint, grad_steps)
         if checkpoint != "auto" or grad_steps is not None:
             raise ValueError(f"{_OP}: checkpoint and grad_steps need differentiable=True")
         energies = x.new_zeros(0)
-        for step in self._walk(x, call):
+        for step in chain.walk(x):
             energies = step.energies
-        _check_finite(x, energies, self.steps)
+        chain.check_finite(x, energies)
         return x
 
+    @_out_of_inference_mode
     def trajectory(self, x0: Tensor | None = None, *, every: int = 1, **options: Any) -> Tensor:
         """The states after steps 0, every, 2 every, ...: [1 + K // every, n, ...], x0 first.
 
         Options as for a call, less the differentiable ones. Raises as a call does.
         """
         every = check_count(_OP, "every", every)
-        x, call = self._prepare(x0, **options)
+        x, chain = self._prepare(x0, **options)
         kept = x.new_empty((1 + self.steps // every, *x.shape))
         kept[0] = x
         energies = x.new_zeros(0)
-        for step in self._walk(x, call):
+        for step in chain.walk(x):
             energies = step.energies
             if (step.k + 1) % every == 0:
                 kept[(step.k + 1) // every] = x
-        _check_finite(x, energies, self.steps)
+        chain.check_finite(x, energies)
         return kept
 
+    @_out_of_inference_mode
     def diagnose(self, x0: Tensor | None = None, **options: Any) -> Diagnostics:
         """Run the chain and measure every step of it: :class:`Diagnostics`.
 
         Options as for a call, less the differentiable ones. Chains that are not finite raise
         nothing here: the record shows where that began.
         """
-        x, call = self._prepare(x0, **options)
+        x, chain = self._prepare(x0, **options)
         records = [x.new_zeros((self.steps, x.shape[0])) for _ in range(4)]
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
-        for step in self._walk(x, call):
+        for step in chain.walk(x):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype)
             values = step.energies, _norms(step.grad), _norms(x - before), _rows(outside).mean(1)
             for record, value in zip(records, values, strict=True):
@@ -248,17 +236,20 @@ class LangevinSampler:
         first_step: int = 0,
         noise: Tensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor, _Call]:
+    ) -> tuple[Tensor, Chain]:
         """Check a call before any work; return the state to walk on (a copy) and the rest."""
         if seed is not None and generator is not None:
             raise ValueError(f"{_OP}: give seed or generator, not both")
         if (x0 is None) == (n is None):
             raise ValueError(f"{_OP}: give either x0 or n")
         seed = _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
-        call = _Call(seed, first_chain, first_step, noise, model_kwargs)
-        x = self._initial(n, call) if x0 is None else self._copy(x0)
+        x = self._initial(n, seed, first_chain) if x0 is None else self._copy(x0)
         for name in ("step_size", "noise_std"):
             check_chains(_OP, name, getattr(self, name), x.shape[0])
+        if noise is not None and not isinstance(noise, Tensor):
+            raise TypeError(f"{_OP}: noise must be a tensor, got {type(noise).__name__}")
+        if noise is not None and not noise.is_floating_point():
+            raise TypeError(f"{_OP}: noise must be of floating dtype, got {noise.dtype}")
         if noise is not None and noise.shape != (self.steps, *x.shape):
             raise ValueError(
                 f"{_OP}: noise must have shape [steps, *x0.shape] = "
@@ -268,8 +259,10 @@ class LangevinSampler:
             raise ValueError(f"{_OP}: noise must be on x0's device {x.device}, got {noise.device}")
         check_precision(self.precision, x.device)
         choose_backend(self.backend, x.device)
-        _noise.check_address(first_chain, x.shape[0], first_step, self.steps)
-        return x, call
+        first_chain, first_step = _noise.check_address(
+            first_chain, x.shape[0], first_step, self.steps
+        )
+        return x, Chain(self, seed, first_chain, first_step, noise, model_kwargs)
 
     def _copy(self, x0: Tensor) -> Tensor:
         if not isinstance(x0, Tensor):
@@ -284,10 +277,9 @@ class LangevinSampler:
                 f"{_OP}: x0 is on {x0.device}, the energy on {device}; move one of them"
             )
         state = torch.float64 if x0.dtype == torch.float64 else torch.float32
-        with torch.inference_mode(False):
-            return x0.detach().to(state, copy=True)
+        return x0.detach().to(state, copy=True)
 
-    def _initial(self, n: Any, call: _Call) -> Tensor:
+    def _initial(self, n: Any, seed: int, first_chain: int) -> Tensor:
         """x0 ~ U(-1, 1) from the seed's own stream."""
         shape = getattr(self.energy, "shape", None)
         if shape is None:
@@ -295,96 +287,14 @@ class LangevinSampler:
                 f"{_OP}: n needs an energy with an attribute shape (of one chain's state); give x0"
             )
         n = 0 if n == 0 else check_count(_OP, "n", n)
-        with torch.inference_mode(False):
-            u = _noise.uniform(
-                (n, *shape),
-                seed=call.seed,
-                step=0,
-                first_chain=call.first_chain,
-                device=device_of(self.energy),
-            )
-            return 2 * u - 1
-
-    def _walk(self, x: Tensor, call: _Call) -> Iterator[_Step]:
-        """The chain, in place on x: yields after every step. Empty batches take none."""
-        if x.shape[0] == 0:
-            return
-        run = resolve_backend(self.backend, x.device)
-        with torch.inference_mode(False), left_as_found(self.energy, x.device):
-            for k in range(self.steps):
-                with torch.no_grad():
-                    step = self._transition(run, x, k, call)
-                yield step
-
-    def _unroll(self, x: Tensor, call: _Call, checkpoint: str, grad_steps: int | None) -> Tensor:
-        """The chain as a differentiable function of x0, parameters, step_size and noise_std."""
-        if checkpoint not in ("auto", "none", "step"):
-            raise ValueError(
-                f'{_OP}: checkpoint must be "auto", "none" or "step", got {checkpoint!r}'
-            )
-        traced = self.steps if grad_steps is None else check_count(_OP, "grad_steps", grad_steps)
-        if traced > self.steps:
-            raise ValueError(f"{_OP}: grad_steps must be at most steps={self.steps}, got {traced}")
-
-        def transition(x: Tensor, k: int) -> Tensor:
-            with left_as_found(self.energy, x.device, freeze=False):
-                return self._transition(reference.step, x, k, call, create_graph=True).x
-
-        for k in range(self.steps if x.shape[0] else 0):
-            if k < self.steps - traced:
-                with torch.no_grad():
-                    x = transition(x.detach(), k).detach()
-            elif checkpoint == "none":
-                x = transition(x, k)
-            else:
-                x = _recomputed(transition, x, k, use_reentrant=False, preserve_rng_state=False)
-        return x
-
-    def _transition(
-        self,
-        run: Callable[..., Tensor],
-        x: Tensor,
-        k: int,
-        call: _Call,
-        create_graph: bool = False,
-    ) -> _Step:
-        """Step k by ``run``: in place on x for a backend, pure for the reference."""
-        seed_generators(x.device, call.seed, call.first_step + k)
-        update = functools.partial(
-            apply_step_,
-            run,
-            z=None if call.noise is None else call.noise[k],
-            seed=call.seed,
-            step=call.first_step + k,
-            first_chain=call.first_chain,
-            clamp=self.clamp,
-            grad_clip=self.grad_clip,
-            maximize=self.maximize,
-            noise_last=self.noise_order == "last",
+        u = _noise.uniform(
+            (n, *shape),
+            seed=seed,
+            step=0,
+            first_chain=first_chain,
+            device=device_of(self.energy),
         )
-        step_size, noise_std = at_step(self.step_size, k), at_step(self.noise_std, k)
-        if self.noise_order == "before":
-            x = update(x, None, step_size=0.0, noise_std=noise_std)
-            noise_std = 0.0
-        energies, grad = energy_and_grad(
-            self.energy, x, call.model_kwargs, self.precision, create_graph
-        )
-        x = update(x, grad, step_size=step_size, noise_std=noise_std)
-        return _Step(k, x, energies, grad)
-
-
-def _check_finite(x: Tensor, energies: Tensor, steps: int) -> None:
-    """FloatingPointError if a chain, or its last energy, is not finite (one look, at the end)."""
-    chains = torch.isfinite(_rows(x)).all(1)
-    if energies.numel():
-        chains &= ~torch.isnan(energies)
-    if not bool(chains.all()):
-        lost = int((~chains).sum())
-        raise FloatingPointError(
-            f"{_OP}: {lost} of {x.shape[0]} chains are not finite after {steps} steps, or their "
-            "energy is NaN; diagnose() shows at which step it began, and a smaller step_size, "
-            "clamp or grad_clip may help"
-        )
+        return 2 * u - 1
 
 
 def _rows(x: Tensor) -> Tensor:

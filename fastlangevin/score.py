@@ -28,8 +28,8 @@ def energy_and_grad(
     TypeError or ValueError for an energy of wrong shape or dtype or one that ignores x.
     """
     leaf = x if create_graph and x.requires_grad else x.detach().requires_grad_()
-    with torch.enable_grad():
-        with network_precision(precision, x.device):
+    with torch.enable_grad(), network_precision(precision, x.device):
+        with network_autocast(precision, x.device):
             out = energy(leaf.to(network_dtype(energy, x.dtype)), **model_kwargs)
         energies = check_energies(out, x.shape[0])
         (grad,) = torch.autograd.grad(
@@ -80,19 +80,22 @@ def check_precision(precision: str | None, device: torch.device | None = None) -
 
 @contextlib.contextmanager
 def network_precision(precision: str | None, device: torch.device) -> Iterator[None]:
-    """Autocast and TF32 flags for the network's forward; None leaves torch as the caller set it."""
-    if precision is None:
-        yield
-        return
+    """For forward and backward: TF32 as asked, no autocast; None leaves torch as it is set."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            torch.autocast(
-                device.type, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST
-            )
-        )
+        if precision is not None:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
         if precision in ("fp32", "tf32") and device.type == "cuda":
             stack.enter_context(_tf32(precision == "tf32"))
         yield
+
+
+def network_autocast(
+    precision: str | None, device: torch.device
+) -> contextlib.AbstractContextManager[None]:
+    """For the forward alone, as autocast wants it: the backward runs in its ops' own dtypes."""
+    if precision not in _AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
 @contextlib.contextmanager
@@ -106,36 +109,51 @@ def _tf32(allowed: bool) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
+class Buffers:
+    """The buffers of an energy's modules in train mode, as they were found.
+
+    BatchNorm's statistics and spectral norm's vectors change with every forward. Put back after
+    each step, they leave no trace and make the energy the same function at every step.
+    """
+
+    def __init__(self, energy: Callable[..., Tensor]) -> None:
+        self._found = [
+            (module, name, buffer, buffer.detach().clone())
+            for root in modules_of(energy)
+            for module in root.modules()
+            if module.training
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    def put_back(self) -> None:
+        for module, name, buffer, value in self._found:
+            # .data: autograd must not count this as a change of a tensor that it saved.
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
+
+
 @contextlib.contextmanager
 def left_as_found(
     energy: Callable[..., Tensor], device: torch.device, freeze: bool = True
-) -> Iterator[None]:
+) -> Iterator[Buffers]:
     """Run an energy without a trace, also when it raises.
 
-    With ``freeze`` its parameters do not require grad meanwhile. Buffers of modules in train mode
-    (BatchNorm's statistics, spectral norm's vectors) and torch's generators are put back.
+    With ``freeze`` its parameters do not require grad meanwhile. Torch's generators and the
+    :class:`Buffers` that it yields are put back.
     """
     modules = modules_of(energy)
     frozen = [p for m in modules for p in m.parameters() if p.requires_grad] if freeze else []
-    buffers = [
-        (buffer, buffer.detach().clone())
-        for root in modules
-        for module in root.modules()
-        if module.training
-        for buffer in module.buffers(recurse=False)
-    ]
+    buffers = Buffers(energy)
     generators = _generators(device)
     states = [generator.get_state() for generator in generators]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        yield
+        yield buffers
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for buffer, value in buffers:
-            # .data: autograd must not count this as a change of a tensor that it saved.
-            buffer.data.copy_(value)
+        buffers.put_back()
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 

@@ -59,7 +59,8 @@ def langevin_step_(
         _check_like("noise", noise, x)
     step_size = check_coefficient(_OP, "step_size", step_size, x.shape[0])
     noise_std = check_coefficient(_OP, "noise_std", noise_std, x.shape[0])
-    _noise.check_seed(seed)
+    seed = _noise.check_seed(seed)
+    first_chain, step = _noise.check_address(first_chain, x.shape[0], step, 1)
     run = resolve_backend(backend, x.device)
     with torch.no_grad():
         return apply_step_(
@@ -112,7 +113,8 @@ def fold_norm_clip(
     norms = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)), dtype=compute)
     if kind == "batch_norm":
         norms = torch.linalg.vector_norm(norms).expand_as(norms)
-    return (bound / norms).clamp(max=1.0) * step_size, None
+    # Not min(1, c / |g|): its derivative is NaN at g = 0.
+    return bound / norms.clamp(min=bound) * step_size, None
 
 
 def resolve_backend(backend: str, device: torch.device) -> Callable[..., Tensor]:
