@@ -206,7 +206,10 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, ImportError, DivergedError, RuntimeError) as error:
-        _console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        message = " ".join(str(error).split())
+        _console.print(
+            "error:", message, style="red", markup=False, soft_wrap=True, highlight=False
+        )
         raise typer.Exit(1) from error
 
 

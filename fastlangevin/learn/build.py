@@ -12,6 +12,8 @@ from fastlangevin.learn.data import ImageData, load_images
 from fastlangevin.learn.learner import Images, ShortRunLearner
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
+from fastlangevin.score import check_precision
+from fastlangevin.step import choose_backend
 
 # Numbers folded into the run's seed; those below 2**32 are iterations.
 _WEIGHTS, _BUFFER, _GRID = 2**32, 2**32 + 1, 2**32 + 2
@@ -34,6 +36,9 @@ def build_learner(config: TrainConfig) -> ShortRunLearner:
     """The learner of a config at iteration 0, its data loaded; ValueError where they do not fit."""
     data = load_data(config)
     energy = build_energy(config, data)
+    device = choose_device(config.device)
+    check_precision(config.precision, device)
+    choose_backend(config.backend, device)
     buffer = None
     if config.buffer_size:
         if config.buffer_size < config.batch_size:
@@ -46,7 +51,7 @@ def build_learner(config: TrainConfig) -> ShortRunLearner:
             data.shape,
             seed=_noise.fold_in(config.seed, _BUFFER),
             reinit=config.reinit,
-            device=choose_device(config.device),
+            device=device,
         )
     return ShortRunLearner(
         build_sampler(config, energy),

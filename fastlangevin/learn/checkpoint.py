@@ -34,6 +34,10 @@ def save_checkpoint(
     path = Path(path)
     header = {"format": FORMAT, "version": VERSION, **info}
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in held.items():
+        # The format has no shared memory: tied weights are written once each.
+        if sum(other.data_ptr() == tensor.data_ptr() for other in held.values()) > 1:
+            held[name] = tensor.clone()
     with replacing(path) as temporary:
         try:
             save_file(held, temporary, metadata={"fastlangevin": json.dumps(header)})
@@ -55,7 +59,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
-    info = json.loads(header)
+    try:
+        info = dict(json.loads(header))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {error}") from error
     if info.get("format") != FORMAT or info.get("version") != VERSION:
         raise CheckpointError(
             f"{path} is a {info.get('format')!r} of version {info.get('version')}; "
@@ -78,7 +85,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob(f"[0-9]*{_SUFFIX}"))
+    return sorted((run / "checkpoints").glob("[0-9]" * 8 + _SUFFIX))
 
 
 def checkpoint_path(run: Path, iteration: int) -> Path:
@@ -106,7 +113,10 @@ def load(
     if energy is None:
         if info.get("energy") is None:
             raise CheckpointError(f"{path} was trained on an energy of its own: give energy=")
-        energy = ConvEnergy(**info["energy"])
+        try:
+            energy = ConvEnergy(**info["energy"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is of another architecture: {error}") from error
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
     load_weights(energy, tensors, prefix, path)
     return LangevinSampler(energy.to(device).eval(), **{**info["sampler"], **changes})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from fastlangevin.arguments import check_count
 from fastlangevin.learn.files import replacing
 
 if sys.version_info >= (3, 11):
@@ -81,6 +83,16 @@ class TrainConfig:
     save_every: int = _option("iterations between checkpoints")
     samples: int = _option("images in a grid")
 
+    def __post_init__(self) -> None:
+        for name in ("iterations", "log_every", "sample_every", "save_every", "samples"):
+            check_count("train", name, getattr(self, name))
+        for name in ("data_noise", "data_noise_final", "lr", "lr_final", "max_energy"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"train: {name} must be >= 0, got {getattr(self, name)}")
+        for name in ("anneal_start", "reinit", "max_saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train: {name} must be in [0, 1], got {getattr(self, name)}")
+
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
@@ -112,7 +124,7 @@ def resolve(
     named = given.pop("preset", None)
     settings = yaml.safe_load(preset_text(preset_name or named or "digits"))
     for source, changes in ((str(file), given), ("options", overrides or {})):
-        unknown = sorted(changes.keys() - FIELDS.keys())
+        unknown = [str(name) for name in changes if name not in FIELDS]
         if unknown:
             raise ValueError(
                 f"{source}: no setting is called {', '.join(unknown)}; there are "
@@ -125,11 +137,11 @@ def resolve(
 def read_settings(file: str | Path) -> dict[str, Any]:
     """The mapping in a YAML, TOML or JSON file; ValueError if it is not one."""
     file = Path(file)
-    text = file.read_text(encoding="utf-8")
+    read = {".toml": tomllib.loads, ".json": json.loads}.get(file.suffix, yaml.safe_load)
+    content = file.read_bytes()
     try:
-        # JSON is YAML, too.
-        settings = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        settings = read(content.decode("utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # the other formats' errors are ValueErrors
         raise ValueError(
             f"{file} cannot be read as {file.suffix[1:] or 'yaml'}: {error}"
         ) from error
@@ -148,24 +160,32 @@ def save_config(config: TrainConfig, file: Path) -> None:
 def _cast(name: str, value: Any) -> Any:
     """A setting in its field's type; text that is a number, as YAML's 1e-4 is, becomes one."""
     kinds = typing.get_args(TYPES[name]) if _is_union(TYPES[name]) else (TYPES[name],)
-    if value is None:
-        if type(None) in kinds:
+    kind, optional = kinds[0], type(None) in kinds
+    try:
+        if value is None and optional:
             return None
-    elif kinds[0] is bool or isinstance(value, bool):
-        if kinds[0] is bool and isinstance(value, bool):
-            return value
-    elif typing.get_origin(kinds[0]) is tuple:
-        if isinstance(value, list | tuple) and len(value) == 2:
-            return tuple(float(bound) for bound in value)
-    else:
-        try:
-            number = kinds[0](value)
-        except (TypeError, ValueError):
-            number = None
-        if number is not None and (kinds[0] is str or float(number) == float(value)):
-            return number
-    expected = getattr(TYPES[name], "__name__", str(TYPES[name]))
-    raise ValueError(f"{name} must be {expected}, got {value!r}")
+        if kind in (bool, str):
+            if isinstance(value, kind):
+                return value
+        elif typing.get_origin(kind) is tuple:
+            lo, hi = value
+            return _number(lo, float), _number(hi, float)
+        else:
+            return _number(value, kind)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    expected = " | ".join(getattr(k, "__name__", str(k)) for k in kinds)
+    raise ValueError(f"{name} must be {expected.replace('NoneType', 'null')}, got {value!r}")
+
+
+def _number(value: Any, kind: type) -> Any:
+    """A number, or text that is one, as float or whole int; ValueError otherwise, and for NaN."""
+    if isinstance(value, bool):
+        raise ValueError
+    number = value if isinstance(value, int) else float(value)
+    if math.isnan(number) or (kind is int and number != int(number)):
+        raise ValueError
+    return kind(number)
 
 
 def _is_union(kind: Any) -> bool:

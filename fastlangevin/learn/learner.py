@@ -80,7 +80,7 @@ class ShortRunLearner:
             )
         if not any(p.requires_grad for p in sampler.energy.parameters()):
             raise ValueError(f"{_OP}: sampler.energy has no parameter that requires grad")
-        if data_noise < 0:
+        if not data_noise >= 0:
             raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"{_OP}: ema must be in (0, 1) or None, got {ema}")
@@ -123,7 +123,17 @@ class ShortRunLearner:
         Raises FloatingPointError, before the weights change, if a chain or an energy is not finite.
         """
         data = self._data()
-        samples, grad_norm, displacement = self._samples(measure)
+        slots, x0, seed = self._start()
+        grad_norm = displacement = None
+        if measure:
+            chain = self.sampler.diagnose(x0, seed=seed)
+            samples = chain.x
+            grad_norm, displacement = (
+                chain.grad_norm.mean().item(),
+                chain.displacement.mean().item(),
+            )
+        else:
+            samples = self.sampler(x0, seed=seed)
         energy_data = self.energy(data).mean()
         energy_samples = self.energy(samples).mean()
         gap = energy_data - energy_samples
@@ -136,6 +146,8 @@ class ShortRunLearner:
         if not all(math.isfinite(value) for value in values):
             raise FloatingPointError(f"{_OP}: energies are not finite: {metrics}")
 
+        if self.buffer is not None and slots is not None:
+            self.buffer.put(slots, samples)
         self.optimizer.zero_grad(set_to_none=True)
         (-gap if self.sampler.maximize else gap).backward()
         self.optimizer.step()
@@ -166,9 +178,16 @@ class ShortRunLearner:
             load_weights(self.averaged.module, tensors, "ema.", "the checkpoint")
             self.averaged.n_averaged.copy_(_take(tensors, "ema_updates"))
         if self.buffer is not None:
-            self.buffer.states.copy_(_take(tensors, "buffer"))
+            states = _take(tensors, "buffer")
+            if states.shape != self.buffer.states.shape:
+                raise CheckpointError(
+                    f"the checkpoint's buffer has shape {list(states.shape)}, "
+                    f"this one {list(self.buffer.states.shape)}"
+                )
+            self.buffer.states.copy_(states)
         for name, parameter in self.energy.named_parameters():
-            if iteration > 0 and parameter.requires_grad:
+            # Adam has no moments for a parameter that never had a gradient.
+            if any(f"adam.{key}.{name}" in tensors for key in _MOMENTS):
                 self.optimizer.state[parameter] = {
                     key: _take(tensors, f"adam.{key}.{name}").to(
                         "cpu" if key == "step" else parameter.device, copy=True
@@ -196,29 +215,14 @@ class ShortRunLearner:
             )
         return images
 
-    def _samples(self, measure: bool) -> tuple[Tensor, float | None, float | None]:
-        """The chains' last states, and what was measured on their way."""
+    def _start(self) -> tuple[Tensor | None, Tensor, int]:
+        """Where the iteration's chains start, and their seed; slots if they are persistent."""
         seed = _noise.fold_in(self.seed, self.iteration)
-        device = next(self.energy.parameters()).device
-        slots = None
         if self.buffer is not None:
-            slots, x0 = self.buffer.draw(self.batch_size, self.iteration)
-        else:
-            shape = (self.batch_size, *self.data.shape)
-            x0 = 2 * _noise.uniform(shape, seed=seed, step=0, device=device) - 1
-        grad_norm = displacement = None
-        if measure:
-            chain = self.sampler.diagnose(x0, seed=seed)
-            samples = chain.x
-            grad_norm, displacement = (
-                chain.grad_norm.mean().item(),
-                chain.displacement.mean().item(),
-            )
-        else:
-            samples = self.sampler(x0, seed=seed)
-        if self.buffer is not None and slots is not None:
-            self.buffer.put(slots, samples)
-        return samples, grad_norm, displacement
+            return *self.buffer.draw(self.batch_size, self.iteration), seed
+        device = next(self.energy.parameters()).device
+        shape = (self.batch_size, *self.data.shape)
+        return None, 2 * _noise.uniform(shape, seed=seed, step=0, device=device) - 1, seed
 
 
 class _TensorImages:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 import signal
 import threading
 import time
@@ -10,8 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastlangevin import noise as _noise
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.learn.build import build_learner, draw_samples, sampler_settings
+from fastlangevin.learn.build import (
+    build_learner,
+    choose_device,
+    draw_samples,
+    sampler_settings,
+)
 from fastlangevin.learn.checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -113,10 +118,22 @@ def iterate(
         log.record(record)
     if due % config.sample_every == 0:
         log.grid(draw_samples(learner, config), due)
-    if due % config.save_every == 0 and guard.calm:
+    if due % config.save_every == 0 and guard.calm and is_sound(learner, config):
         save_run(learner, config, out)
     if report is not None:
         report(due, record)
+
+
+def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
+    """Whether the weights, just changed, still give finite chains of bounded energy.
+
+    The guard has seen what they were before the change. A checkpoint is what a lost run goes back
+    to, so it is worth a small chain.
+    """
+    x0 = 2 * _noise.uniform((16, *learner.data.shape), seed=config.seed, step=0) - 1
+    chain = learner.sampler.diagnose(x0.to(choose_device(config.device)), seed=config.seed)
+    # A comparison with NaN is false.
+    return bool(chain.x.isfinite().all() and (chain.energy.abs() <= config.max_energy).all())
 
 
 def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
@@ -157,10 +174,9 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
         raise ValueError("train: give resume or overwrite, not both")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"train: {out} is a file, not a folder for a run")
-    holds_run = (out / CONFIG).exists()
-    if resume and not holds_run:
+    if resume and not (out / CONFIG).exists():
         raise FileNotFoundError(f"train: {out} holds no run to resume (it has no {CONFIG})")
-    if holds_run and not resume and not overwrite:
+    if not resume and not overwrite and ((out / CONFIG).exists() or list_checkpoints(out)):
         raise FileExistsError(
             f"train: {out} already holds a run; resume it, overwrite it, or name another folder"
         )
@@ -175,10 +191,21 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
 
 def remove_run(out: Path) -> None:
     """Delete what a run wrote, and nothing else. The config goes last: until then it is a run."""
+    digits = "[0-9]" * 8
+    for pattern in (
+        f"checkpoints/{digits}.safetensors",
+        f"checkpoints/.{digits}.safetensors.*.tmp",
+        f"samples/{digits}.png",
+        "tensorboard/events.out.tfevents.*",
+        "metrics.jsonl",
+        "samples.png",
+        CONFIG,
+    ):
+        for path in out.glob(pattern):
+            path.unlink()
     for name in ("checkpoints", "samples", "tensorboard"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "samples.png", CONFIG):
-        (out / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or with files of the user's in it
+            (out / name).rmdir()
 
 
 @contextlib.contextmanager
