@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficie
                 f"[n] or [{steps}, n], got shape {list(value.shape)}"
             )
         return _check_values(op, name, value)
-    if isinstance(value, Sequence | np.ndarray):
+    if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
         numbers = [_check_number(op, name, number) for number in value]
         if len(numbers) != steps:
             raise ValueError(
@@ -105,12 +106,17 @@ def check_grad_clip(op: str, grad_clip: GradClip | None) -> GradClip | None:
 
 
 def _check_bound(op: str, bound: Any) -> float:
-    if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
+    if isinstance(bound, bool) or not isinstance(bound, Real) or not float(bound) > 0:
         raise ValueError(f"{op}: grad_clip must have a bound > 0, got {bound!r}")
     return float(bound)
 
 
 def _check_number(op: str, name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{op}: {name} holds a tensor that requires grad, which a list would lose; give one "
+            "tensor, [K, 1] or [K, n]"
+        )
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -76,7 +76,7 @@ class Chain(NamedTuple):
 
     def check_finite(self, x: Tensor, energies: Tensor) -> None:
         """FloatingPointError if a chain is not finite at its end, or its last energy NaN."""
-        chains = torch.isfinite(x.reshape(x.shape[0], -1) if x.numel() else x[:, None]).all(1)
+        chains = torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)
         if energies.numel():
             chains &= ~torch.isnan(energies)
         if not bool(chains.all()):

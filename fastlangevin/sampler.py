@@ -62,7 +62,8 @@ class LangevinSampler:
         x <- clamp(x + (s a clip(dE/dx) + b z)),      s = -1, or +1 with maximize
 
     energy: an nn.Module or callable, energy(x [n, ...], **model_kwargs) -> [n], [n, 1],
-        [n, 1, 1, 1] or, for n = 1, []. A call leaves its flags, modes, buffers and .grads alone.
+        [n, 1, 1, 1] or, for n = 1, []. A call leaves the flags, modes, buffers and .grads alone of
+        a module, its bound method or a partial of them; other callables are not looked into.
     steps: K >= 1.
     step_size: a, multiplies the gradient: a float, a sequence of K floats, a tensor [n] (one value
         per chain), or a tensor [K, n] or [K, 1].
@@ -137,14 +138,13 @@ class LangevinSampler:
         replaces it with given standard normals. ``model_kwargs`` go to the energy.
 
         The result is detached, in float32 (float64 for a float64 x0) and in x0's memory format.
-        With ``differentiable`` it carries gradients to x0, the energy's parameters, step_size and
-        noise_std, through the last ``grad_steps`` steps or all; ``checkpoint`` is "none" (a plain
-        unroll), "step" (each step is computed again in the backward pass) or "auto" ("step" for
-        modules, "none" for plain callables, whose tensors cannot be known). The update is then the
-        reference's, whatever the backend.
+        With ``differentiable`` it carries gradients to x0, the energy's parameters, step_size,
+        noise_std and whatever else a step reads, through the last ``grad_steps`` steps or all;
+        ``checkpoint`` is "none" (a plain unroll), "step" or "auto" (each step is computed again in
+        the backward pass). The update is then the reference's, whatever the backend.
 
         Raises TypeError or ValueError for arguments and energies that do not fit, and
-        FloatingPointError if a chain or its energy is not finite at the end.
+        FloatingPointError if at the end a chain is not finite or its energy is NaN.
         """
         x, chain = self._prepare(
             x0,

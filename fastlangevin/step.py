@@ -1,5 +1,6 @@
 """The fused Langevin step: argument checks and the choice of who runs it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,9 +106,11 @@ def fold_norm_clip(
 
     a clip(g) = (a min(1, c / |g|)) g, with |g| over a chain or over the batch, in fp32 or wider.
     """
-    if grad is None or not isinstance(grad_clip, tuple):
-        return step_size, grad_clip if not isinstance(grad_clip, tuple) else None
+    if not isinstance(grad_clip, tuple):
+        return step_size, grad_clip
     kind, bound = grad_clip
+    if grad is None or math.isinf(bound):
+        return step_size, None
     compute = torch.promote_types(grad.dtype, torch.float32)
     rows = grad if grad.ndim > 1 else grad[:, None]
     norms = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)), dtype=compute)
