@@ -1,0 +1,75 @@
+// The dimensions of a step, put in the order of memory and merged wherever all operands allow.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "step.h"
+
+namespace fastlangevin {
+
+namespace detail {
+
+template <class F>
+inline void each_strides(Step& step, F&& f) {
+  for (Operand* operand : {&step.x, &step.out, &step.grad, &step.noise, &step.cast}) {
+    if (operand->data != nullptr) f(operand->strides);
+  }
+  if (step.draw) f(step.positions);
+}
+
+inline void swap_dims(Step& step, int p, int q) {
+  std::swap(step.shape[p], step.shape[q]);
+  each_strides(step, [=](int64_t* strides) { std::swap(strides[p], strides[q]); });
+}
+
+inline void remove_dim(Step& step, int d) {
+  const int last = --step.dims;
+  std::copy(step.shape + d + 1, step.shape + last + 1, step.shape + d);
+  each_strides(step, [=](int64_t* s) { std::copy(s + d + 1, s + last + 1, s + d); });
+}
+
+}  // namespace detail
+
+// Fills `positions` for a contiguous logical order, then sorts the dimensions of a chain by x's
+// strides and merges neighbours: contiguous operands end as [chains, elements], channels_last ones
+// as [chains, pixels, channels] (or [chains, elements] when no noise has to know the position).
+// Where chains need not be told apart either, they are merged too, into shape[0] = 1.
+inline void collapse(Step& step) {
+  int64_t elements = 1;
+  for (int d = step.dims - 1; d > 0; --d) {
+    step.positions[d] = elements;
+    elements *= step.shape[d];
+  }
+  step.positions[0] = 0;
+  const bool alike = !step.draw && step.scales == nullptr && step.noise_stds == nullptr;
+  if (alike && step.dims < kMaxDims) {
+    ++step.dims;
+    std::copy_backward(step.shape, step.shape + step.dims - 1, step.shape + step.dims);
+    step.shape[0] = 1;
+    detail::each_strides(step, [&](int64_t* s) {
+      std::copy_backward(s, s + step.dims - 1, s + step.dims);
+      s[0] = 0;
+    });
+  }
+  for (int d = step.dims - 1; d > 0; --d) {
+    if (step.shape[d] == 1) detail::remove_dim(step, d);
+  }
+  for (int d = 2; d < step.dims; ++d) {
+    for (int q = d; q > 1 && step.x.strides[q - 1] < step.x.strides[q]; --q) {
+      detail::swap_dims(step, q - 1, q);
+    }
+  }
+  for (int d = step.dims - 1; d > 1; --d) {
+    bool merges = true;
+    detail::each_strides(step, [&](const int64_t* strides) {
+      merges = merges && strides[d - 1] == strides[d] * step.shape[d];
+    });
+    if (!merges) continue;
+    step.shape[d - 1] *= step.shape[d];
+    detail::each_strides(step, [=](int64_t* strides) { strides[d - 1] = strides[d]; });
+    detail::remove_dim(step, d);
+  }
+}
+
+}  // namespace fastlangevin

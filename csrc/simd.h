@@ -1,0 +1,101 @@
+// As many numbers at a time as the instruction set at hand holds in a register: Scalar's interface
+// over the compiler's vector types, with intrinsics only for what those cannot express.
+//
+// Included by one source file, which is compiled once per instruction set, in that set's namespace.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "step.h"
+
+namespace fastlangevin {
+namespace FASTLANGEVIN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+struct Vector {
+  using Float __attribute__((vector_size(4 * kLanes))) = float;
+  using Int __attribute__((vector_size(4 * kLanes))) = int32_t;
+  using Word __attribute__((vector_size(4 * kLanes))) = uint32_t;
+  // A word in the low half of each 64-bit lane: the form that multiplies without any shuffle. What
+  // is in the high half does not matter.
+  using Counter __attribute__((vector_size(4 * kLanes))) = uint64_t;
+
+  static FASTLANGEVIN_INLINE void multiply(Counter a, uint32_t b, Counter& high, Counter& low) {
+#if defined(__AVX512F__)
+    low = (Counter)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+    low = (Counter)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+    low = (Counter)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+    low = (a & 0xffffffffu) * b;
+#endif
+    high = low >> 32;
+  }
+  static FASTLANGEVIN_INLINE Float broadcast(float value) { return value - Float{}; }
+  static FASTLANGEVIN_INLINE Float to_float(Int value) { return __builtin_convertvector(value, Float); }
+  static FASTLANGEVIN_INLINE Word bits(Float value) { return (Word)value; }
+  static FASTLANGEVIN_INLINE Float from_bits(Word word) { return (Float)word; }
+  static FASTLANGEVIN_INLINE Float sqrt(Float value) {
+#if defined(__AVX512F__)
+    return (Float)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX2__)
+    return (Float)_mm256_sqrt_ps((__m256)value);
+#elif defined(__SSE2__)
+    return (Float)_mm_sqrt_ps((__m128)value);
+#else
+    for (int k = 0; k < kLanes; ++k) value[k] = __builtin_sqrtf(value[k]);
+    return value;
+#endif
+  }
+  static FASTLANGEVIN_INLINE Float load(const float* p) {
+    Float value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+  }
+  static FASTLANGEVIN_INLINE void store(float* p, Float value) {
+    std::memcpy(p, &value, sizeof value);
+  }
+};
+
+// Even and odd lanes, as words in 64-bit lanes, side by side.
+FASTLANGEVIN_INLINE Vector::Word interleave(Vector::Counter even, Vector::Counter odd) {
+  return (Vector::Word)((even & 0xffffffffu) | odd << 32);
+}
+
+// Writes 4 kLanes numbers, the four of each block next to each other, from z[k] = the k-th of each.
+// Only groups of four lanes are transposed, which takes no move across them; the lane of a block
+// (lane_block) is chosen so that the result comes out in order.
+FASTLANGEVIN_INLINE void store_blocks(float* out, const Vector::Float (&z)[4]) {
+  using Index = Vector::Int;
+  Index low, high, first, second;
+  for (int k = 0; k < kLanes; ++k) {  // constants once unrolled
+    const int base = k & ~3, in = k & 3;
+    low[k] = base + in / 2 + (in % 2) * kLanes;
+    high[k] = low[k] + 2;
+    first[k] = base + in % 2 + (in / 2) * kLanes;
+    second[k] = first[k] + 2;
+  }
+  const Vector::Float low01 = __builtin_shuffle(z[0], z[1], low);
+  const Vector::Float low23 = __builtin_shuffle(z[2], z[3], low);
+  const Vector::Float high01 = __builtin_shuffle(z[0], z[1], high);
+  const Vector::Float high23 = __builtin_shuffle(z[2], z[3], high);
+  Vector::store(out, __builtin_shuffle(low01, low23, first));
+  Vector::store(out + kLanes, __builtin_shuffle(low01, low23, second));
+  Vector::store(out + 2 * kLanes, __builtin_shuffle(high01, high23, first));
+  Vector::store(out + 3 * kLanes, __builtin_shuffle(high01, high23, second));
+}
+
+constexpr int lane_block(int lane) { return lane % 4 * (kLanes / 4) + lane / 4; }
+
+}  // namespace FASTLANGEVIN_ISA
+}  // namespace fastlangevin

@@ -1,0 +1,382 @@
+// The CPU kernels of one instruction set, FASTLANGEVIN_ISA: this file is compiled once for each.
+//
+// A tile of a step passes through buffers in the first-level cache: its normals are drawn in their
+// own order, four per Philox block, and turned into x's order; whatever is not float32 in that
+// order already is converted into it; then one loop over float32 does the arithmetic. The same loop
+// thus serves every dtype and layout, and what passes through a buffer costs a load and a store.
+#include "simd.h"
+#include "step_cpu.h"
+
+namespace fastlangevin {
+namespace FASTLANGEVIN_ISA {
+namespace {
+
+using cpu::kTile;
+using cpu::Tiling;
+using Float = Vector::Float;
+using Counter = Vector::Counter;
+
+constexpr int kGroup = 4 * kLanes;  // numbers made at a time
+static_assert(kTile % kGroup == 0, "a tile holds whole groups");
+
+// Where the blocks of a group are: two vectors for the even and the odd lanes.
+struct Blocks {
+  Counter block[2], chain[2];
+};
+
+// The numbers of kLanes blocks into out[0 .. kGroup).
+FASTLANGEVIN_INLINE void generate(const Blocks& at, const Noise& noise, float* out) {
+  Counter words[2][4];
+  for (int half = 0; half < 2; ++half) {
+    words[half][0] = at.block[half];
+    words[half][1] = at.chain[half];
+    words[half][2] = Counter{} + noise.step;
+    words[half][3] = Counter{} + noise.stream;
+    philox<Vector>(words[half], noise.seed);
+  }
+  Vector::Word w[4];
+  for (int k = 0; k < 4; ++k) w[k] = interleave(words[0][k], words[1][k]);
+  Float z[4];
+  if (noise.fill == Fill::kNormal) {
+    box_muller<Vector>(w[0], w[1], z[0], z[1]);
+    box_muller<Vector>(w[2], w[3], z[2], z[3]);
+  } else {
+    for (int k = 0; k < 4; ++k) z[k] = uniform<Vector>(w[k]);
+  }
+  store_blocks(out, z);
+}
+
+FASTLANGEVIN_INLINE Blocks consecutive(uint32_t block, uint32_t chain) {
+  Blocks at;
+  for (int k = 0; k < kLanes; ++k) at.block[k % 2][k / 2] = lane_block(k);
+  for (int half = 0; half < 2; ++half) {
+    at.block[half] += block;
+    at.chain[half] = Counter{} + chain;
+  }
+  return at;
+}
+
+FASTLANGEVIN_INLINE void copy(float* to, const float* from, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) to[k] = from[k];
+}
+
+// Elements [first, first + count) of one chain.
+void draw_span(const Noise& noise, uint32_t chain, int64_t first, int64_t count, float* out) {
+  float group[kGroup];
+  const int64_t skip = first % 4;
+  int64_t block = first / 4;
+  if (skip != 0) {
+    generate(consecutive(static_cast<uint32_t>(block), chain), noise, group);
+    const int64_t some = count < kGroup - skip ? count : kGroup - skip;
+    copy(out, group + skip, some);
+    out += some, count -= some, block += kLanes;
+  }
+  Blocks at = consecutive(static_cast<uint32_t>(block), chain);
+  for (; count > 0; count -= kGroup, out += kGroup) {
+    if (count >= kGroup) {
+      generate(at, noise, out);
+    } else {
+      generate(at, noise, group);
+      copy(out, group, count);
+    }
+    for (int half = 0; half < 2; ++half) at.block[half] += kLanes;
+  }
+}
+
+// All elements of some small chains: lanes take blocks across chains. `spare` holds kTile numbers.
+void draw_chains(const Noise& noise, uint32_t first_chain, int64_t chains, float* spare,
+                 float* out) {
+  const int64_t elements = noise.elements, blocks = (elements + 3) / 4;
+  float* packed = elements % 4 == 0 ? out : spare;
+  float group[kGroup];
+  for (int64_t first = 0; first < chains * blocks; first += kLanes) {
+    const int64_t some = chains * blocks - first < kLanes ? chains * blocks - first : kLanes;
+    Blocks at;
+    for (int k = 0; k < kLanes; ++k) {
+      const uint32_t q = static_cast<uint32_t>(first) + lane_block(k);
+      const uint32_t row = q / static_cast<uint32_t>(blocks);
+      at.block[k % 2][k / 2] = q - row * static_cast<uint32_t>(blocks);
+      at.chain[k % 2][k / 2] = first_chain + row;
+    }
+    generate(at, noise, some == kLanes ? packed + 4 * first : group);
+    if (some < kLanes) copy(packed + 4 * first, group, 4 * some);
+  }
+  for (int64_t row = 0; packed == spare && row < chains; ++row) {
+    copy(out + row * elements, packed + row * blocks * 4, elements);
+  }
+}
+
+// One tile of an operand: rows x columns elements, and their strides there.
+struct Tile {
+  int64_t rows, columns, row_stride, column_stride;
+
+  bool contiguous() const { return column_stride == 1 && (rows == 1 || row_stride == columns); }
+  Tile merged() const { return contiguous() ? Tile{1, rows * columns, 0, 1} : *this; }
+};
+
+template <Dtype kDtype>
+struct Storage {
+  using Type = uint16_t;
+  static FASTLANGEVIN_INLINE float read(Type value) {
+    return kDtype == Dtype::kBFloat16 ? from_bfloat16(value) : from_float16(value);
+  }
+  static FASTLANGEVIN_INLINE Type write(float value) {
+    return kDtype == Dtype::kBFloat16 ? to_bfloat16(value) : to_float16(value);
+  }
+};
+
+template <>
+struct Storage<Dtype::kFloat32> {
+  using Type = float;
+  static FASTLANGEVIN_INLINE float read(Type value) { return value; }
+  static FASTLANGEVIN_INLINE Type write(float value) { return value; }
+};
+
+// One row, float16 by the processor's own conversions where it has them.
+template <Dtype kDtype>
+void read_row(const typename Storage<kDtype>::Type* from, int64_t count, float* to) {
+  int64_t k = 0;
+#ifdef __F16C__
+  if constexpr (kDtype == Dtype::kFloat16) {
+    for (; k + 8 <= count; k += 8) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
+      _mm256_storeu_ps(to + k, _mm256_cvtph_ps(halves));
+    }
+  }
+#endif
+  for (; k < count; ++k) to[k] = Storage<kDtype>::read(from[k]);
+}
+
+template <Dtype kDtype>
+void write_row(const float* from, int64_t count, typename Storage<kDtype>::Type* to) {
+  int64_t k = 0;
+#ifdef __F16C__
+  if constexpr (kDtype == Dtype::kFloat16) {
+    for (; k + 8 <= count; k += 8) {
+      const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), halves);
+    }
+  }
+#endif
+  for (; k < count; ++k) to[k] = Storage<kDtype>::write(from[k]);
+}
+
+template <Dtype kDtype>
+void read_tile(const void* data, int64_t offset, Tile tile, float* to) {
+  const auto* from = static_cast<const typename Storage<kDtype>::Type*>(data) + offset;
+  if (tile.column_stride == 1) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      read_row<kDtype>(from + r * tile.row_stride, tile.columns, to + r * tile.columns);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < tile.columns; ++c) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      to[r * tile.columns + c] =
+          Storage<kDtype>::read(from[r * tile.row_stride + c * tile.column_stride]);
+    }
+  }
+}
+
+template <Dtype kDtype>
+void write_tile(const float* from, Tile tile, void* data, int64_t offset) {
+  auto* to = static_cast<typename Storage<kDtype>::Type*>(data) + offset;
+  if (tile.column_stride == 1) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      write_row<kDtype>(from + r * tile.columns, tile.columns, to + r * tile.row_stride);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < tile.columns; ++c) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      to[r * tile.row_stride + c * tile.column_stride] =
+          Storage<kDtype>::write(from[r * tile.columns + c]);
+    }
+  }
+}
+
+// Calls f with the dtype as a compile-time constant.
+template <Dtype kValue>
+struct DtypeConstant {
+  static constexpr Dtype value = kValue;
+};
+
+template <class F>
+void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(DtypeConstant<Dtype::kFloat32>{});
+    case Dtype::kBFloat16: return f(DtypeConstant<Dtype::kBFloat16>{});
+    case Dtype::kFloat16: return f(DtypeConstant<Dtype::kFloat16>{});
+  }
+}
+
+// Where a tile is: its first index in every dimension and how far it reaches.
+struct Place {
+  int64_t index[kMaxDims];
+  int64_t rows, columns;
+
+  Place(const Step& step, const Tiling& tiling, int64_t number) {
+    int64_t cut[2];
+    for (int k = 1; k >= 0; --k) {
+      cut[k] = number % tiling.counts[k] * tiling.tile[k];
+      number /= tiling.counts[k];
+    }
+    for (int d = step.dims - 1; d >= 0; --d) {
+      index[d] = 0;
+      if (d == tiling.dims[0] || d == tiling.dims[1]) continue;
+      index[d] = number % step.shape[d];
+      number /= step.shape[d];
+    }
+    int64_t extent[2] = {1, 1};
+    for (int k = 0; k < 2; ++k) {
+      if (tiling.dims[k] < 0) continue;
+      index[tiling.dims[k]] = cut[k];
+      const int64_t left = step.shape[tiling.dims[k]] - cut[k];
+      extent[k] = left < tiling.tile[k] ? left : tiling.tile[k];
+    }
+    rows = extent[0], columns = extent[1];
+  }
+
+  int64_t offset(const Step& step, const int64_t* strides) const {
+    int64_t sum = 0;
+    for (int d = 0; d < step.dims; ++d) sum += index[d] * strides[d];
+    return sum;
+  }
+  Tile tile(const Tiling& tiling, const int64_t* strides) const {
+    const int64_t row_stride = tiling.dims[0] < 0 ? 0 : strides[tiling.dims[0]];
+    return Tile{rows, columns, row_stride, tiling.dims[1] < 0 ? 1 : strides[tiling.dims[1]]}.merged();
+  }
+};
+
+struct Buffers {
+  alignas(64) float x[kTile], grad[kTile], noise[kTile], spare[kTile];
+};
+
+// A tile of an operand as contiguous float32: in place if it is that already, else in the buffer.
+float* fetch(const Operand& operand, const Step& step, const Tiling& tiling, const Place& place,
+             float* buffer, bool read = true) {
+  if (operand.data == nullptr) return buffer;
+  const int64_t offset = place.offset(step, operand.strides);
+  const Tile tile = place.tile(tiling, operand.strides);
+  if (operand.dtype == Dtype::kFloat32 && tile.contiguous()) {
+    return static_cast<float*>(operand.data) + offset;
+  }
+  if (read) {
+    with_dtype(operand.dtype,
+               [&](auto d) { read_tile<decltype(d)::value>(operand.data, offset, tile, buffer); });
+  }
+  return buffer;
+}
+
+void put(const Operand& operand, const Step& step, const Tiling& tiling, const Place& place,
+         const float* values) {
+  if (operand.data == nullptr) return;
+  const int64_t offset = place.offset(step, operand.strides);
+  const Tile tile = place.tile(tiling, operand.strides);
+  with_dtype(operand.dtype,
+             [&](auto d) { write_tile<decltype(d)::value>(values, tile, operand.data, offset); });
+}
+
+// The normals of a tile, in x's order.
+void draw_tile(const Step& step, const Noise& noise, const Tiling& tiling, const Place& place,
+               Buffers& buffers) {
+  const uint32_t chain = step.first_chain + static_cast<uint32_t>(place.index[0]);
+  const int64_t first = place.offset(step, step.positions);
+  const Tile tile = place.tile(tiling, step.positions);
+  if (tiling.dims[0] == 0) {
+    draw_chains(noise, chain, place.rows, buffers.spare, buffers.noise);
+  } else if (tile.column_stride == 1) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      draw_span(noise, chain, first + r * tile.row_stride, tile.columns,
+                buffers.noise + r * tile.columns);
+    }
+  } else {
+    // The rows are neighbours in logical order: draw along them, then transpose.
+    for (int64_t c = 0; c < tile.columns; ++c) {
+      draw_span(noise, chain, first + c * tile.column_stride, tile.rows, buffers.spare);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        buffers.noise[r * tile.columns + c] = buffers.spare[r];
+      }
+    }
+  }
+}
+
+// count elements that share a and b.
+template <bool kGrad, bool kNoise, bool kNoiseLast>
+void update(float* out, const float* x, const float* g, const float* z, float a, float b,
+            const Bounds& bounds, int64_t count) {
+  const Float va = Vector::broadcast(a), vb = Vector::broadcast(b), none = {};
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    const Float vg = kGrad ? Vector::load(g + k) : none;
+    const Float vz = kNoise ? Vector::load(z + k) : none;
+    Vector::store(out + k, langevin<Vector, kGrad, kNoise, kNoiseLast>(Vector::load(x + k), vg, vz,
+                                                                       va, vb, bounds));
+  }
+  for (; k < count; ++k) {
+    out[k] = langevin<Scalar, kGrad, kNoise, kNoiseLast>(x[k], kGrad ? g[k] : 0.0f,
+                                                         kNoise ? z[k] : 0.0f, a, b, bounds);
+  }
+}
+
+void step_tiles(const Step& step, const Tiling& tiling, int64_t first, int64_t last) {
+  Buffers buffers;
+  const Bounds bounds(step);
+  const Noise noise{step.seed, step.step,     kLangevin,     step.first_chain,
+                    Fill::kNormal, step.shape[0], step.elements()};
+  with_form(step, [&](auto grad, auto noisy, auto noise_last) {
+    constexpr bool kGrad = decltype(grad)::value, kNoise = decltype(noisy)::value;
+    for (int64_t number = first; number < last; ++number) {
+      const Place place(step, tiling, number);
+      const float* g = fetch(step.grad, step, tiling, place, buffers.grad);
+      const float* z = fetch(step.noise, step, tiling, place, buffers.noise);
+      if (step.draw) draw_tile(step, noise, tiling, place, buffers);
+      const float* x = fetch(step.x, step, tiling, place, buffers.x);
+      float* out = fetch(step.out, step, tiling, place, buffers.x, false);
+      const bool by_row = tiling.dims[0] == 0 && (step.scales || step.noise_stds);
+      const int64_t rows = by_row ? place.rows : 1;
+      const int64_t count = place.rows * place.columns / rows;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t chain = place.index[0] + r, at = r * count;
+        const float a =
+            step.scales ? step.scale * step.scales[chain * step.scales_stride] : step.scale;
+        const float b =
+            step.noise_stds ? step.noise_stds[chain * step.noise_stds_stride] : step.noise_std;
+        update<kGrad, kNoise, decltype(noise_last)::value>(out + at, x + at, g + at, z + at, a, b,
+                                                           bounds, count);
+      }
+      if (out == buffers.x) put(step.out, step, tiling, place, out);
+      put(step.cast, step, tiling, place, out);
+    }
+  });
+}
+
+void noise_rows(const Noise& noise, float* out, int64_t first, int64_t last) {
+  if (noise.elements * 2 <= kTile) {  // rows of small chains
+    float spare[kTile];
+    const int64_t each = kTile / ((noise.elements + 3) / 4 * 4);
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t chain = row * each;
+      const int64_t left = noise.chains - chain;
+      draw_chains(noise, noise.first_chain + static_cast<uint32_t>(chain), left < each ? left : each,
+                  spare, out + chain * noise.elements);
+    }
+    return;
+  }
+  const int64_t pieces = (noise.elements + kTile - 1) / kTile;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t chain = row / pieces, at = row % pieces * kTile;
+    const int64_t left = noise.elements - at;
+    draw_span(noise, noise.first_chain + static_cast<uint32_t>(chain), at,
+              left < kTile ? left : kTile, out + chain * noise.elements + at);
+  }
+}
+
+}  // namespace
+}  // namespace FASTLANGEVIN_ISA
+
+namespace cpu {
+const Kernels FASTLANGEVIN_KERNELS = {FASTLANGEVIN_ISA::step_tiles,
+                                             FASTLANGEVIN_ISA::noise_rows};
+}  // namespace cpu
+}  // namespace fastlangevin
