@@ -72,21 +72,34 @@ struct Scalar {
   }
 };
 
+// The keys of the ten rounds, two each, from the seed.
+template <class N>
+struct KeySchedule {
+  typename N::Counter keys[20];
+
+  explicit FASTLANGEVIN_INLINE KeySchedule(uint64_t seed) {
+    uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      keys[2 * round] = typename N::Counter{} + low;
+      keys[2 * round + 1] = typename N::Counter{} + high;
+      low += 0x9E3779B9u;
+      high += 0xBB67AE85u;
+    }
+  }
+};
+
 // Philox4x32-10 (Salmon et al. 2011, constants of Random123) of the counter, in place.
 template <class N>
-FASTLANGEVIN_INLINE void philox(typename N::Counter (&counter)[4], uint64_t seed) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+FASTLANGEVIN_INLINE void philox(typename N::Counter (&counter)[4], const KeySchedule<N>& schedule) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     typename N::Counter high0, low0, high1, low1;
     N::multiply(counter[0], 0xD2511F53u, high0, low0);
     N::multiply(counter[2], 0xCD9E8D57u, high1, low1);
-    counter[0] = high1 ^ counter[1] ^ key0;
+    counter[0] = high1 ^ counter[1] ^ schedule.keys[2 * round];
     counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ key1;
+    counter[2] = high0 ^ counter[3] ^ schedule.keys[2 * round + 1];
     counter[3] = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
   }
 }
 
@@ -147,7 +160,7 @@ FASTLANGEVIN_INLINE void box_muller(typename N::Word w_radius, typename N::Word 
 FASTLANGEVIN_INLINE void normal4(uint32_t block, uint32_t chain, uint32_t step, uint32_t stream,
                                  uint64_t seed, float (&z)[4]) {
   uint32_t w[4] = {block, chain, step, stream};
-  philox<Scalar>(w, seed);
+  philox<Scalar>(w, KeySchedule<Scalar>(seed));
   box_muller<Scalar>(w[0], w[1], z[0], z[1]);
   box_muller<Scalar>(w[2], w[3], z[2], z[3]);
 }
@@ -155,7 +168,7 @@ FASTLANGEVIN_INLINE void normal4(uint32_t block, uint32_t chain, uint32_t step, 
 FASTLANGEVIN_INLINE void uniform4(uint32_t block, uint32_t chain, uint32_t step, uint32_t stream,
                                   uint64_t seed, float (&u)[4]) {
   uint32_t w[4] = {block, chain, step, stream};
-  philox<Scalar>(w, seed);
+  philox<Scalar>(w, KeySchedule<Scalar>(seed));
   for (int k = 0; k < 4; ++k) u[k] = uniform<Scalar>(w[k]);
 }
 

@@ -16,6 +16,8 @@ using cpu::Tiling;
 using Float = Vector::Float;
 using Counter = Vector::Counter;
 
+using Keys = KeySchedule<Vector>;
+
 constexpr int kGroup = 4 * kLanes;  // numbers made at a time
 static_assert(kTile % kGroup == 0, "a tile holds whole groups");
 
@@ -24,26 +26,41 @@ struct Blocks {
   Counter block[2], chain[2];
 };
 
-// The numbers of kLanes blocks into out[0 .. kGroup).
-FASTLANGEVIN_INLINE void generate(const Blocks& at, const Noise& noise, float* out) {
+// A group is made in two passes over a few groups, its words waiting where its numbers will be: each
+// pass is one long chain of dependent operations, and the shorter its code, the more groups of it a
+// processor overlaps (1.3 times faster than one pass, on Zen 5 with AVX-512).
+FASTLANGEVIN_INLINE void draw_words(const Blocks& at, const Noise& noise, const Keys& keys,
+                                    float* out) {
   Counter words[2][4];
   for (int half = 0; half < 2; ++half) {
     words[half][0] = at.block[half];
     words[half][1] = at.chain[half];
     words[half][2] = Counter{} + noise.step;
     words[half][3] = Counter{} + noise.stream;
-    philox<Vector>(words[half], noise.seed);
+    philox<Vector>(words[half], keys);
   }
+  for (int k = 0; k < 4; ++k) {
+    const Vector::Word word = interleave(words[0][k], words[1][k]);
+    Vector::store(out + k * kLanes, Vector::from_bits(word));
+  }
+}
+
+FASTLANGEVIN_INLINE void words_to_numbers(Fill fill, float* out) {
   Vector::Word w[4];
-  for (int k = 0; k < 4; ++k) w[k] = interleave(words[0][k], words[1][k]);
+  for (int k = 0; k < 4; ++k) w[k] = Vector::bits(Vector::load(out + k * kLanes));
   Float z[4];
-  if (noise.fill == Fill::kNormal) {
+  if (fill == Fill::kNormal) {
     box_muller<Vector>(w[0], w[1], z[0], z[1]);
     box_muller<Vector>(w[2], w[3], z[2], z[3]);
   } else {
     for (int k = 0; k < 4; ++k) z[k] = uniform<Vector>(w[k]);
   }
   store_blocks(out, z);
+}
+
+FASTLANGEVIN_INLINE void generate(const Blocks& at, const Noise& noise, const Keys& keys, float* out) {
+  draw_words(at, noise, keys, out);
+  words_to_numbers(noise.fill, out);
 }
 
 FASTLANGEVIN_INLINE Blocks consecutive(uint32_t block, uint32_t chain) {
@@ -61,31 +78,33 @@ FASTLANGEVIN_INLINE void copy(float* to, const float* from, int64_t count) {
 }
 
 // Elements [first, first + count) of one chain.
-void draw_span(const Noise& noise, uint32_t chain, int64_t first, int64_t count, float* out) {
+void draw_span(const Noise& noise, const Keys& keys, uint32_t chain, int64_t first, int64_t count,
+               float* out) {
   float group[kGroup];
   const int64_t skip = first % 4;
   int64_t block = first / 4;
   if (skip != 0) {
-    generate(consecutive(static_cast<uint32_t>(block), chain), noise, group);
+    generate(consecutive(static_cast<uint32_t>(block), chain), noise, keys, group);
     const int64_t some = count < kGroup - skip ? count : kGroup - skip;
     copy(out, group + skip, some);
     out += some, count -= some, block += kLanes;
   }
   Blocks at = consecutive(static_cast<uint32_t>(block), chain);
-  for (; count > 0; count -= kGroup, out += kGroup) {
-    if (count >= kGroup) {
-      generate(at, noise, out);
-    } else {
-      generate(at, noise, group);
-      copy(out, group, count);
-    }
+  const int64_t whole = count / kGroup * kGroup;
+  for (int64_t k = 0; k < whole; k += kGroup) {
+    draw_words(at, noise, keys, out + k);
     for (int half = 0; half < 2; ++half) at.block[half] += kLanes;
+  }
+  for (int64_t k = 0; k < whole; k += kGroup) words_to_numbers(noise.fill, out + k);
+  if (whole < count) {
+    generate(at, noise, keys, group);
+    copy(out + whole, group, count - whole);
   }
 }
 
 // All elements of some small chains: lanes take blocks across chains. `spare` holds kTile numbers.
-void draw_chains(const Noise& noise, uint32_t first_chain, int64_t chains, float* spare,
-                 float* out) {
+void draw_chains(const Noise& noise, const Keys& keys, uint32_t first_chain, int64_t chains,
+                 float* spare, float* out) {
   const int64_t elements = noise.elements, blocks = (elements + 3) / 4;
   float* packed = elements % 4 == 0 ? out : spare;
   float group[kGroup];
@@ -98,7 +117,7 @@ void draw_chains(const Noise& noise, uint32_t first_chain, int64_t chains, float
       at.block[k % 2][k / 2] = q - row * static_cast<uint32_t>(blocks);
       at.chain[k % 2][k / 2] = first_chain + row;
     }
-    generate(at, noise, some == kLanes ? packed + 4 * first : group);
+    generate(at, noise, keys, some == kLanes ? packed + 4 * first : group);
     if (some < kLanes) copy(packed + 4 * first, group, 4 * some);
   }
   for (int64_t row = 0; packed == spare && row < chains; ++row) {
@@ -278,22 +297,22 @@ void put(const Operand& operand, const Step& step, const Tiling& tiling, const P
 }
 
 // The normals of a tile, in x's order.
-void draw_tile(const Step& step, const Noise& noise, const Tiling& tiling, const Place& place,
-               Buffers& buffers) {
+void draw_tile(const Step& step, const Noise& noise, const Keys& keys, const Tiling& tiling,
+               const Place& place, Buffers& buffers) {
   const uint32_t chain = step.first_chain + static_cast<uint32_t>(place.index[0]);
   const int64_t first = place.offset(step, step.positions);
   const Tile tile = place.tile(tiling, step.positions);
   if (tiling.dims[0] == 0) {
-    draw_chains(noise, chain, place.rows, buffers.spare, buffers.noise);
+    draw_chains(noise, keys, chain, place.rows, buffers.spare, buffers.noise);
   } else if (tile.column_stride == 1) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      draw_span(noise, chain, first + r * tile.row_stride, tile.columns,
+      draw_span(noise, keys, chain, first + r * tile.row_stride, tile.columns,
                 buffers.noise + r * tile.columns);
     }
   } else {
     // The rows are neighbours in logical order: draw along them, then transpose.
     for (int64_t c = 0; c < tile.columns; ++c) {
-      draw_span(noise, chain, first + c * tile.column_stride, tile.rows, buffers.spare);
+      draw_span(noise, keys, chain, first + c * tile.column_stride, tile.rows, buffers.spare);
       for (int64_t r = 0; r < tile.rows; ++r) {
         buffers.noise[r * tile.columns + c] = buffers.spare[r];
       }
@@ -324,13 +343,14 @@ void step_tiles(const Step& step, const Tiling& tiling, int64_t first, int64_t l
   const Bounds bounds(step);
   const Noise noise{step.seed, step.step,     kLangevin,     step.first_chain,
                     Fill::kNormal, step.shape[0], step.elements()};
+  const Keys keys(noise.seed);
   with_form(step, [&](auto grad, auto noisy, auto noise_last) {
     constexpr bool kGrad = decltype(grad)::value, kNoise = decltype(noisy)::value;
     for (int64_t number = first; number < last; ++number) {
       const Place place(step, tiling, number);
       const float* g = fetch(step.grad, step, tiling, place, buffers.grad);
       const float* z = fetch(step.noise, step, tiling, place, buffers.noise);
-      if (step.draw) draw_tile(step, noise, tiling, place, buffers);
+      if (step.draw) draw_tile(step, noise, keys, tiling, place, buffers);
       const float* x = fetch(step.x, step, tiling, place, buffers.x);
       float* out = fetch(step.out, step, tiling, place, buffers.x, false);
       const bool by_row = tiling.dims[0] == 0 && (step.scales || step.noise_stds);
@@ -352,13 +372,14 @@ void step_tiles(const Step& step, const Tiling& tiling, int64_t first, int64_t l
 }
 
 void noise_rows(const Noise& noise, float* out, int64_t first, int64_t last) {
+  const Keys keys(noise.seed);
   if (noise.elements * 2 <= kTile) {  // rows of small chains
     float spare[kTile];
     const int64_t each = kTile / ((noise.elements + 3) / 4 * 4);
     for (int64_t row = first; row < last; ++row) {
       const int64_t chain = row * each;
       const int64_t left = noise.chains - chain;
-      draw_chains(noise, noise.first_chain + static_cast<uint32_t>(chain), left < each ? left : each,
+      draw_chains(noise, keys, noise.first_chain + static_cast<uint32_t>(chain), left < each ? left : each,
                   spare, out + chain * noise.elements);
     }
     return;
@@ -367,7 +388,7 @@ void noise_rows(const Noise& noise, float* out, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const int64_t chain = row / pieces, at = row % pieces * kTile;
     const int64_t left = noise.elements - at;
-    draw_span(noise, noise.first_chain + static_cast<uint32_t>(chain), at,
+    draw_span(noise, keys, noise.first_chain + static_cast<uint32_t>(chain), at,
               left < kTile ? left : kTile, out + chain * noise.elements + at);
   }
 }
