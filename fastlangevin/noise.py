@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlangevin.kernels import extension
+
 LANGEVIN, INITIAL, DATA, ACCEPT, ORDER, USER, FOLD_IN = 0, 1, 2, 3, 4, 5, 255
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -48,15 +50,12 @@ def normal(
     generators. Raises ValueError for a seed outside [0, 2**64) or an address word outside
     [0, 2**32).
     """
-    u0, u1, u2, u3 = _units(shape, seed, step, stream, first_chain, device, dtype)
-    radius = torch.stack((u0, u2), dim=-1).add_(2.0**-24).log_().mul_(-2.0).sqrt_()
-    turn = torch.stack((u1, u3), dim=-1)
-    # Half turns are taken out exactly, so that the angle's own rounding stays below 1.1e-7 in fp32.
-    half_turns = (turn * 2).round_()
-    radius *= 1 - 2 * (half_turns == 1).to(dtype)
-    angle = (turn - half_turns / 2).mul_(2 * math.pi)
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return _rows(pairs, shape)
+    if (place := _native_device(device, dtype)) is None:
+        return normal_ref(shape, seed, step, stream, first_chain, device, dtype)
+    seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
+    return extension.normal(
+        shape, seed=seed, step=step, stream=stream, first_chain=first_chain, device=place
+    )
 
 
 def uniform(
@@ -70,6 +69,45 @@ def uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniforms [n, ...] in [0, 1), multiples of 2**-24, addressed as in :func:`normal`."""
+    if (place := _native_device(device, dtype)) is None:
+        return uniform_ref(shape, seed, step, stream, first_chain, device, dtype)
+    seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
+    return extension.uniform(
+        shape, seed=seed, step=step, stream=stream, first_chain=first_chain, device=place
+    )
+
+
+def normal_ref(
+    shape: Sequence[int],
+    seed: int,
+    step: int,
+    stream: int = LANGEVIN,
+    first_chain: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`normal` in plain torch: the specification that the kernels are held to."""
+    u0, u1, u2, u3 = _units(shape, seed, step, stream, first_chain, device, dtype)
+    radius = torch.stack((u0, u2), dim=-1).add_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    turn = torch.stack((u1, u3), dim=-1)
+    # Half turns are taken out exactly, so that the angle's own rounding stays below 1.1e-7 in fp32.
+    half_turns = (turn * 2).round_()
+    radius *= 1 - 2 * (half_turns == 1).to(dtype)
+    angle = (turn - half_turns / 2).mul_(2 * math.pi)
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return _rows(pairs, shape)
+
+
+def uniform_ref(
+    shape: Sequence[int],
+    seed: int,
+    step: int,
+    stream: int = INITIAL,
+    first_chain: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`uniform` in plain torch."""
     units = _units(shape, seed, step, stream, first_chain, device, dtype)
     return _rows(torch.stack(units, dim=-1), shape)
 
@@ -136,6 +174,24 @@ def philox(counter: tuple, seed: int) -> tuple:
     return c0, c1, c2, c3
 
 
+def _check_request(
+    shape: Sequence[int], seed: int, step: int, stream: int, first_chain: int
+) -> tuple[int, int, int, int]:
+    """Seed, step, stream and first chain as Python ints; errors where they address nothing."""
+    if len(shape) == 0:
+        raise ValueError("noise: shape must have a leading chain dimension, got ()")
+    seed = check_seed(seed)
+    first_chain, step = check_address(first_chain, shape[0], step, 1)
+    _check_range("the number of blocks of four elements", -(-math.prod(shape[1:]) // 4), 32)
+    return seed, step, _check_range("stream", stream, 32), first_chain
+
+
+def _native_device(device: torch.device | str | None, dtype: torch.dtype) -> torch.device | None:
+    """The device as such where the native kernels make its float32 numbers, else None."""
+    place = torch.get_default_device() if device is None else torch.device(device)
+    return place if dtype == torch.float32 and extension.available(place) is None else None
+
+
 def _words(
     shape: Sequence[int],
     seed: int,
@@ -145,13 +201,8 @@ def _words(
     device: torch.device | str | None,
 ) -> tuple[Tensor, ...]:
     """Words w0..w3 of every block, each int64 [n, ceil(elements / 4)]."""
-    if len(shape) == 0:
-        raise ValueError("noise: shape must have a leading chain dimension, got ()")
+    seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
     chains, blocks = shape[0], -(-math.prod(shape[1:]) // 4)
-    seed = check_seed(seed)
-    first_chain, step = check_address(first_chain, chains, step, 1)
-    stream = _check_range("stream", stream, 32)
-    _check_range("the number of blocks of four elements", blocks, 32)
     block = torch.arange(blocks, device=device)[None, :]
     chain = torch.arange(first_chain, first_chain + chains, device=device)[:, None]
     return philox((block, chain, step, stream), seed)

@@ -15,7 +15,7 @@ from fastlangevin.arguments import (
     check_coefficient,
     check_grad_clip,
 )
-from fastlangevin.kernels import reference
+from fastlangevin.kernels import native, reference
 
 BACKENDS = ("auto", "native", "triton", "reference")
 _OP = "langevin_step_"
@@ -123,7 +123,7 @@ def fold_norm_clip(
 def resolve_backend(backend: str, device: torch.device) -> Callable[..., Tensor]:
     """The step function of a backend; "auto" is the best that serves the device."""
     name = choose_backend(backend, device)
-    return {"reference": reference.step_}[name]
+    return {"native": native.step_, "reference": reference.step_}[name]
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -147,7 +147,7 @@ def check_backend(backend: str) -> None:
 def backend_status(device: torch.device) -> dict[str, str | None]:
     """Per backend, fastest first: None where it serves the device, else why not."""
     missing = "this version of fastlangevin has no such kernels yet; use backend='auto'"
-    return {"native": missing, "triton": missing, "reference": None}
+    return {"native": native.available(device), "triton": missing, "reference": None}
 
 
 def _check_state(x: Tensor) -> None:

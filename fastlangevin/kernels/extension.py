@@ -1,0 +1,78 @@
+"""The compiled extension: whether it serves a device, and the noise that it makes.
+
+It sees addresses, sizes and strides, no tensors; one binary serves every version of torch.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library: Any
+try:
+    from fastlangevin import _native as library
+except ImportError as error:
+    library = None
+    _why_missing = str(error)
+
+
+def available(device: torch.device) -> str | None:
+    """None where the extension serves the device, else why not and what to do."""
+    if library is None:
+        return (
+            f"the extension is not built ({_why_missing}); with a C++ compiler at hand, "
+            "reinstall fastlangevin"
+        )
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        here = "ROCm" if device.type == "cuda" else device.type
+        return f"its kernels are for the CPU and CUDA, not for {here}"
+    if not library.CUDA:
+        return "the extension was built without CUDA; reinstall with nvcc and FASTLANGEVIN_CUDA=1"
+    return _cuda_reason(device.index or 0)
+
+
+def device_and_queue(x: Tensor) -> tuple[int, int]:
+    """The CUDA device and its current stream; for the CPU, -1 and how many threads to use."""
+    if not x.is_cuda:
+        return -1, torch.get_num_threads()
+    index = x.get_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def normal(shape: Sequence[int], **address: Any) -> Tensor:
+    """:func:`fastlangevin.noise.normal` in float32, on checked arguments."""
+    return _fill(shape, uniform=False, **address)
+
+
+def uniform(shape: Sequence[int], **address: Any) -> Tensor:
+    """:func:`fastlangevin.noise.uniform` in float32, on checked arguments."""
+    return _fill(shape, uniform=True, **address)
+
+
+def _fill(
+    shape: Sequence[int],
+    *,
+    uniform: bool,
+    seed: int,
+    step: int,
+    stream: int,
+    first_chain: int,
+    device: torch.device,
+) -> Tensor:
+    out = torch.empty(tuple(shape), device=device)
+    chains = out.shape[0]
+    index, queue = device_and_queue(out)
+    library.fill_noise(
+        out.data_ptr(), uniform, chains, out.numel() // max(chains, 1), seed, step, stream,
+        first_chain, index, queue,
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache
+def _cuda_reason(index: int) -> str | None:
+    return library.cuda_reason(index) or None

@@ -1,0 +1,122 @@
+"""The step by the compiled extension: on the CPU, and on CUDA where it was built with nvcc.
+
+It computes the operations of :mod:`fastlangevin.kernels.reference` with the same roundings, so that
+a step with given noise is equal to the reference's bit for bit. Its own normals differ from the
+reference's by less than the contract's 2e-6, and are equal on all instruction sets and GPUs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.kernels import extension, reference
+from fastlangevin.kernels.extension import available
+
+__all__ = ["available", "step_"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INF = float("inf")
+
+
+def step_(
+    x: Tensor,
+    grad: Tensor | None,
+    z: Tensor | None,
+    *,
+    step_size: reference.Coefficient,
+    noise_std: reference.Coefficient,
+    seed: int,
+    step: int,
+    first_chain: int,
+    clamp: tuple[float, float] | None = None,
+    grad_clip: float | None = None,
+    maximize: bool = False,
+    noise_last: bool = False,
+    joined: bool = False,
+    out: Tensor | None = None,
+    cast: Tensor | None = None,
+    state: Tensor | None = None,
+) -> Tensor:
+    """:func:`reference.step_` on checked arguments: in place on x, in any memory format.
+
+    ``joined`` (with ``noise_last``): clamp again after the noise, which joins the move of one step
+    with the noise that comes before the next: x <- clamp(clamp(x + s a clip(g)) + b z).
+    ``out``: write there and leave x alone. ``cast``: a second output of x's shape, in any dtype and
+    memory format of its own. ``state``: int64 [2] on x's CUDA device, the seed and a number added
+    to ``step``, read when the kernel runs; a captured graph is replayed with other noise by writing
+    to it.
+
+    float64 tensors take the detour that they need: as x, through the reference; as grad or z,
+    through a float32 copy. So does an x of more than MAX_DIMS dimensions. Returns x, or ``out``.
+    """
+    if x.dtype not in _DTYPES or x.dim() > extension.library.MAX_DIMS:
+        return _by_reference(
+            x, grad, z, joined=joined, out=out, cast=cast, step_size=step_size,
+            noise_std=noise_std, seed=seed, step=step, first_chain=first_chain, clamp=clamp,
+            grad_clip=grad_clip, maximize=maximize, noise_last=noise_last,
+        )  # fmt: skip
+    lo, hi = clamp or (-_INF, _INF)
+    grad, z = _as_float(grad), _as_float(z)
+    if isinstance(step_size, Tensor):
+        step_size = _as_values(step_size, x)
+    if isinstance(noise_std, Tensor):
+        noise_std = _as_values(noise_std, x)
+    device, queue = extension.device_and_queue(x)
+    extension.library.langevin_step(
+        x.shape,
+        (x.data_ptr(), _DTYPES[x.dtype], x.stride()),
+        None if out is None else (out.data_ptr(), _DTYPES[out.dtype], out.stride()),
+        None if grad is None else (grad.data_ptr(), _DTYPES[grad.dtype], grad.stride()),
+        None if z is None else (z.data_ptr(), _DTYPES[z.dtype], z.stride()),
+        None if cast is None else (cast.data_ptr(), _DTYPES[cast.dtype], cast.stride()),
+        (step_size.data_ptr(), step_size.dim()) if isinstance(step_size, Tensor) else step_size,
+        (noise_std.data_ptr(), noise_std.dim()) if isinstance(noise_std, Tensor) else noise_std,
+        maximize,
+        _INF if grad_clip is None else grad_clip,
+        lo,
+        hi,
+        noise_last or joined,
+        joined,
+        z is None and (isinstance(noise_std, Tensor) or noise_std != 0),
+        seed,
+        step,
+        first_chain,
+        0 if state is None else state.data_ptr(),
+        device,
+        queue,
+    )
+    written = x if out is None else out
+    for changed in (written,) if cast is None else (written, cast):
+        if not changed.is_inference():
+            torch.autograd.graph.increment_version(changed)
+    return written
+
+
+def _as_float(value: Tensor | None) -> Tensor | None:
+    return value if value is None or value.dtype in _DTYPES else value.float()
+
+
+def _as_values(value: Tensor, x: Tensor) -> Tensor:
+    """Per-chain coefficients as the kernels read them: float32, contiguous, where x is."""
+    return value.to(device=x.device, dtype=torch.float32).contiguous()
+
+
+def _by_reference(
+    x: Tensor,
+    grad: Tensor | None,
+    z: Tensor | None,
+    *,
+    joined: bool,
+    out: Tensor | None,
+    cast: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    written = x if out is None else out
+    options["noise_last"] |= joined
+    written.copy_(reference.step(x, grad, z, **options))
+    if joined and options["clamp"] is not None:
+        written.clamp_(*options["clamp"])
+    if cast is not None:
+        cast.copy_(written)
+    return written
