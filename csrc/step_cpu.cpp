@@ -2,6 +2,7 @@
 // instruction set.
 #include "step_cpu.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -51,6 +52,8 @@ std::atomic<const InstructionSet*>& chosen() {
 
 int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
+int64_t whole_blocks(int64_t elements) { return elements < 4 ? elements : elements / 4 * 4; }
+
 // Columns run along x's memory; rows along the noise's order where that is another one, else along
 // the next dimension, or over chains where these are small.
 Tiling cut(const Step& step) {
@@ -69,9 +72,11 @@ Tiling cut(const Step& step) {
     for (int d = 1; step.draw && d < inner; ++d) {
       if (step.positions[d] == 1) tiling.dims[0] = d;
     }
-    // Operands in several orders are read a square at a time, so that no order is slow.
-    tiling.tile[1] = columns < 64 ? columns : 64;
-    tiling.tile[0] = kTile / tiling.tile[1] / 4 * 4;  // of whole blocks
+    // Operands in several orders are read about a square at a time, so that no order is slow; cuts
+    // fall between the generator's blocks where the sizes allow.
+    tiling.tile[1] = std::min<int64_t>(columns, 64);
+    tiling.tile[0] = std::min(step.shape[tiling.dims[0]], whole_blocks(kTile / tiling.tile[1]));
+    tiling.tile[1] = std::min(columns, whole_blocks(kTile / tiling.tile[0]));
   }
   for (int d = 0; d < step.dims; ++d) {
     int64_t parts = step.shape[d];

@@ -189,12 +189,13 @@ void read_tile(const void* data, int64_t offset, Tile tile, float* to) {
     }
     return;
   }
+  typename Storage<kDtype>::Type moved[kTile];
   for (int64_t c = 0; c < tile.columns; ++c) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      to[r * tile.columns + c] =
-          Storage<kDtype>::read(from[r * tile.row_stride + c * tile.column_stride]);
+      moved[r * tile.columns + c] = from[r * tile.row_stride + c * tile.column_stride];
     }
   }
+  read_row<kDtype>(moved, tile.rows * tile.columns, to);
 }
 
 template <Dtype kDtype>
@@ -206,10 +207,11 @@ void write_tile(const float* from, Tile tile, void* data, int64_t offset) {
     }
     return;
   }
+  typename Storage<kDtype>::Type moved[kTile];
+  write_row<kDtype>(from, tile.rows * tile.columns, moved);
   for (int64_t c = 0; c < tile.columns; ++c) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      to[r * tile.row_stride + c * tile.column_stride] =
-          Storage<kDtype>::write(from[r * tile.columns + c]);
+      to[r * tile.row_stride + c * tile.column_stride] = moved[r * tile.columns + c];
     }
   }
 }

@@ -4,17 +4,18 @@ It sees addresses, sizes and strides, no tensors; one binary serves every versio
 """
 
 import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-library: Any
+library: Any = None
+_why_missing = ""
 try:
-    from fastlangevin import _native as library
+    library = importlib.import_module("fastlangevin._native")
 except ImportError as error:
-    library = None
     _why_missing = str(error)
 
 
