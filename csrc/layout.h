@@ -31,6 +31,13 @@ inline void remove_dim(Step& step, int d) {
 
 }  // namespace detail
 
+// Sorts the dimensions of a chain by some strides of the step's, largest first.
+inline void sort_by(Step& step, const int64_t* strides) {
+  for (int d = 2; d < step.dims; ++d) {
+    for (int q = d; q > 1 && strides[q - 1] < strides[q]; --q) detail::swap_dims(step, q - 1, q);
+  }
+}
+
 // Fills `positions` for a contiguous logical order, then sorts the dimensions of a chain by x's
 // strides and merges neighbours: contiguous operands end as [chains, elements], channels_last ones
 // as [chains, pixels, channels] (or [chains, elements] when no noise has to know the position).
@@ -55,11 +62,7 @@ inline void collapse(Step& step) {
   for (int d = step.dims - 1; d > 0; --d) {
     if (step.shape[d] == 1) detail::remove_dim(step, d);
   }
-  for (int d = 2; d < step.dims; ++d) {
-    for (int q = d; q > 1 && step.x.strides[q - 1] < step.x.strides[q]; --q) {
-      detail::swap_dims(step, q - 1, q);
-    }
-  }
+  sort_by(step, step.x.strides);
   for (int d = step.dims - 1; d > 1; --d) {
     bool merges = true;
     detail::each_strides(step, [&](const int64_t* strides) {

@@ -63,6 +63,17 @@ struct Scalar {
     return value;
 #endif
   }
+  // Comparisons with NaN are false, which keeps it; plain min and max would lose it.
+  static FASTLANGEVIN_INLINE Float clamp(Float x, Float lo, Float hi) {
+#ifdef __CUDA_ARCH__
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(lo));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(hi));
+    return x;
+#else
+    x = x < lo ? lo : x;
+    return x > hi ? hi : x;
+#endif
+  }
   static FASTLANGEVIN_INLINE Float sqrt(Float value) {
 #ifdef __CUDA_ARCH__
     return __fsqrt_rn(value);
@@ -91,7 +102,11 @@ struct KeySchedule {
 // Philox4x32-10 (Salmon et al. 2011, constants of Random123) of the counter, in place.
 template <class N>
 FASTLANGEVIN_INLINE void philox(typename N::Counter (&counter)[4], const KeySchedule<N>& schedule) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     typename N::Counter high0, low0, high1, low1;
     N::multiply(counter[0], 0xD2511F53u, high0, low0);

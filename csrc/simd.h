@@ -45,6 +45,10 @@ struct Vector {
   static FASTLANGEVIN_INLINE Float to_float(Int value) { return __builtin_convertvector(value, Float); }
   static FASTLANGEVIN_INLINE Word bits(Float value) { return (Word)value; }
   static FASTLANGEVIN_INLINE Float from_bits(Word word) { return (Float)word; }
+  static FASTLANGEVIN_INLINE Float clamp(Float x, Float lo, Float hi) {
+    x = x < lo ? lo : x;
+    return x > hi ? hi : x;
+  }
   static FASTLANGEVIN_INLINE Float sqrt(Float value) {
 #if defined(__AVX512F__)
     return (Float)_mm512_sqrt_ps((__m512)value);

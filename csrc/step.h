@@ -80,31 +80,26 @@ struct Bounds {
         last_hi(step.clamp_noise ? step.hi : __builtin_inff()) {}
 };
 
-// x in [lo, hi]. Comparisons with NaN are false, which keeps it; min and max would lose it.
-template <class N>
-FASTLANGEVIN_INLINE typename N::Float clamp(typename N::Float x, float lo, float hi) {
-  const typename N::Float low = N::broadcast(lo), high = N::broadcast(hi);
-  x = x < low ? low : x;
-  return x > high ? high : x;
-}
-
 // One element of a step (or N of them). a carries the sign s; kGrad, kNoise: which terms there are.
 template <class N, bool kGrad, bool kNoise, bool kNoiseLast>
 FASTLANGEVIN_INLINE typename N::Float langevin(typename N::Float x, typename N::Float g,
                                                typename N::Float z, typename N::Float a,
                                                typename N::Float b, const Bounds& bounds) {
   using Float = typename N::Float;
+  const auto clamp = [](Float value, float lo, float hi) {
+    return N::clamp(value, N::broadcast(lo), N::broadcast(hi));
+  };
   Float move = x, kick = x;
-  if constexpr (kGrad) move = a * clamp<N>(g, -bounds.clip, bounds.clip);
+  if constexpr (kGrad) move = a * clamp(g, -bounds.clip, bounds.clip);
   if constexpr (kNoise) kick = b * z;
   if constexpr (!kNoiseLast) {
     if constexpr (kGrad && kNoise) move = move + kick;
-    return clamp<N>(x + (kGrad ? move : kick), bounds.lo, bounds.hi);
+    return clamp(x + (kGrad ? move : kick), bounds.lo, bounds.hi);
   } else {
     if constexpr (kGrad) x = x + move;
-    x = clamp<N>(x, bounds.lo, bounds.hi);
+    x = clamp(x, bounds.lo, bounds.hi);
     if constexpr (kNoise) x = x + kick;
-    return clamp<N>(x, bounds.last_lo, bounds.last_hi);
+    return clamp(x, bounds.last_lo, bounds.last_hi);
   }
 }
 
@@ -164,6 +159,40 @@ FASTLANGEVIN_INLINE uint16_t to_float16(float value) {
   const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u;
   return static_cast<uint16_t>(sign | rounded >> 13);
 #endif
+}
+
+// How a dtype is stored, and its conversions.
+template <Dtype kDtype>
+struct Storage {
+  using Type = uint16_t;
+  static FASTLANGEVIN_INLINE float read(Type value) {
+    return kDtype == Dtype::kBFloat16 ? from_bfloat16(value) : from_float16(value);
+  }
+  static FASTLANGEVIN_INLINE Type write(float value) {
+    return kDtype == Dtype::kBFloat16 ? to_bfloat16(value) : to_float16(value);
+  }
+};
+
+template <>
+struct Storage<Dtype::kFloat32> {
+  using Type = float;
+  static FASTLANGEVIN_INLINE float read(Type value) { return value; }
+  static FASTLANGEVIN_INLINE Type write(float value) { return value; }
+};
+
+// Calls f with the dtype as a compile-time constant.
+template <Dtype kValue>
+struct DtypeConstant {
+  static constexpr Dtype value = kValue;
+};
+
+template <class F>
+inline void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(DtypeConstant<Dtype::kFloat32>{});
+    case Dtype::kBFloat16: return f(DtypeConstant<Dtype::kBFloat16>{});
+    case Dtype::kFloat16: return f(DtypeConstant<Dtype::kFloat16>{});
+  }
 }
 
 }  // namespace fastlangevin

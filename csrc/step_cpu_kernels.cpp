@@ -133,24 +133,6 @@ struct Tile {
   Tile merged() const { return contiguous() ? Tile{1, rows * columns, 0, 1} : *this; }
 };
 
-template <Dtype kDtype>
-struct Storage {
-  using Type = uint16_t;
-  static FASTLANGEVIN_INLINE float read(Type value) {
-    return kDtype == Dtype::kBFloat16 ? from_bfloat16(value) : from_float16(value);
-  }
-  static FASTLANGEVIN_INLINE Type write(float value) {
-    return kDtype == Dtype::kBFloat16 ? to_bfloat16(value) : to_float16(value);
-  }
-};
-
-template <>
-struct Storage<Dtype::kFloat32> {
-  using Type = float;
-  static FASTLANGEVIN_INLINE float read(Type value) { return value; }
-  static FASTLANGEVIN_INLINE Type write(float value) { return value; }
-};
-
 // One row, float16 by the processor's own conversions where it has them.
 template <Dtype kDtype>
 void read_row(const typename Storage<kDtype>::Type* from, int64_t count, float* to) {
@@ -213,21 +195,6 @@ void write_tile(const float* from, Tile tile, void* data, int64_t offset) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       to[r * tile.row_stride + c * tile.column_stride] = moved[r * tile.columns + c];
     }
-  }
-}
-
-// Calls f with the dtype as a compile-time constant.
-template <Dtype kValue>
-struct DtypeConstant {
-  static constexpr Dtype value = kValue;
-};
-
-template <class F>
-void with_dtype(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kFloat32: return f(DtypeConstant<Dtype::kFloat32>{});
-    case Dtype::kBFloat16: return f(DtypeConstant<Dtype::kBFloat16>{});
-    case Dtype::kFloat16: return f(DtypeConstant<Dtype::kFloat16>{});
   }
 }
 

@@ -1,0 +1,351 @@
+// The CUDA kernels. A thread makes the numbers of one Philox block, or of two where the state has
+// 2-byte elements, so that it moves 16 bytes of the state at a time either way.
+//
+// Compiled with -fmad=false: contracted products would give other bits than the CPU's. What that
+// costs is hidden by memory: about 45 instructions an element, of the 70 or so that an H100 can
+// issue in the time in which it moves the 12 bytes of a float32 step.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "layout.h"
+#include "step_cuda.h"
+
+namespace fastlangevin {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVectorBytes = 16;
+
+// Division by a number known at launch: a product with floor(2^64 / d) is at most one too small.
+struct Divisor {
+  uint64_t divisor = 1, magic = ~uint64_t{0};
+
+  Divisor() = default;
+  explicit Divisor(int64_t d) : divisor(static_cast<uint64_t>(d)) {
+    if (d > 1) magic = static_cast<uint64_t>((static_cast<unsigned __int128>(1) << 64) / divisor);
+  }
+  __device__ __forceinline__ int64_t divide(int64_t n, int64_t& remainder) const {
+    uint64_t quotient = __umul64hi(static_cast<uint64_t>(n), magic);
+    uint64_t rest = static_cast<uint64_t>(n) - quotient * divisor;
+    if (rest >= divisor) {
+      rest -= divisor;
+      ++quotient;
+    }
+    remainder = static_cast<int64_t>(rest);
+    return static_cast<int64_t>(quotient);
+  }
+};
+
+struct Launch {
+  Divisor items;              // of a thread each, in a chain
+  int64_t threads;            // that have work
+  int64_t elements;           // of a chain
+  Divisor shape[kMaxDims];    // of a chain's dimensions
+  bool aligned;               // every item of every chain starts at a multiple of 16 bytes
+};
+
+// Where a thread works and with which coefficients.
+struct Item {
+  int64_t chain, first;  // element
+  float a, b;
+  uint64_t seed;
+  uint32_t step;
+
+  __device__ __forceinline__ Item(const Step& s, const Launch& launch, int64_t thread, int size) {
+    chain = launch.items.divide(thread, first);
+    first *= size;
+    a = s.scales ? s.scale * s.scales[chain * s.scales_stride] : s.scale;
+    b = s.noise_stds ? s.noise_stds[chain * s.noise_stds_stride] : s.noise_std;
+    seed = s.state ? static_cast<uint64_t>(s.state[0]) : s.seed;
+    step = s.step + (s.state ? static_cast<uint32_t>(s.state[1]) : 0u);
+  }
+  __device__ __forceinline__ void draw(const Step& s, int64_t element, float (&z)[4]) const {
+    normal4(static_cast<uint32_t>(element / 4), s.first_chain + static_cast<uint32_t>(chain), step,
+            kLangevin, seed, z);
+  }
+  __device__ __forceinline__ float update(const Step& s, const Bounds& bounds, float x, float g,
+                                          float z) const {
+    return s.noise_last ? langevin<Scalar, true, true, true>(x, g, z, a, b, bounds)
+                        : langevin<Scalar, true, true, false>(x, g, z, a, b, bounds);
+  }
+};
+
+__device__ __forceinline__ int64_t thread_number() {
+  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+
+// kSize neighbouring elements, by accesses of 16 bytes where they are aligned and all there.
+template <class T, int kSize>
+struct alignas(sizeof(T) * kSize < kVectorBytes ? sizeof(T) * kSize : kVectorBytes) Pack {
+  T values[kSize];
+};
+
+template <Dtype kDtype, int kSize>
+__device__ __forceinline__ void read(const Operand& operand, int64_t offset, int count, bool whole,
+                                     float (&values)[kSize]) {
+  using Type = typename Storage<kDtype>::Type;
+  const Type* from = static_cast<const Type*>(operand.data) + offset;
+  Pack<Type, kSize> pack = {};
+  if (whole) {
+    pack = *reinterpret_cast<const Pack<Type, kSize>*>(from);
+  } else {
+    for (int k = 0; k < kSize; ++k) {
+      if (k < count) pack.values[k] = from[k];
+    }
+  }
+  for (int k = 0; k < kSize; ++k) values[k] = Storage<kDtype>::read(pack.values[k]);
+}
+
+template <Dtype kDtype, int kSize>
+__device__ __forceinline__ void write(const Operand& operand, int64_t offset, int count, bool whole,
+                                      const float (&values)[kSize]) {
+  using Type = typename Storage<kDtype>::Type;
+  Type* to = static_cast<Type*>(operand.data) + offset;
+  Pack<Type, kSize> pack;
+  for (int k = 0; k < kSize; ++k) pack.values[k] = Storage<kDtype>::write(values[k]);
+  if (whole) {
+    *reinterpret_cast<Pack<Type, kSize>*>(to) = pack;
+  } else {
+    for (int k = 0; k < kSize; ++k) {
+      if (k < count) to[k] = pack.values[k];
+    }
+  }
+}
+
+template <Dtype kX>
+constexpr int kItem = kVectorBytes / static_cast<int>(sizeof(typename Storage<kX>::Type));
+
+// All operands have a chain's elements next to each other, in the order of the noise.
+template <Dtype kX, Dtype kGrad>
+__global__ void __launch_bounds__(kThreads) linear_step(const Step step, const Launch launch) {
+  constexpr int kSize = kItem<kX>;
+  if (thread_number() >= launch.threads) return;
+  const Item item(step, launch, thread_number(), kSize);
+  const int64_t left = launch.elements - item.first;
+  const int count = left < kSize ? static_cast<int>(left) : kSize;
+  const bool whole = launch.aligned && count == kSize;
+  const auto at = [&](const Operand& o) { return item.chain * o.strides[0] + item.first; };
+
+  float x[kSize], g[kSize] = {}, z[kSize] = {};
+  read<kX, kSize>(step.x, at(step.x), count, whole, x);
+  if (step.grad.data) read<kGrad, kSize>(step.grad, at(step.grad), count, whole, g);
+  if (step.noise.data) {
+    read<Dtype::kFloat32, kSize>(step.noise, at(step.noise), count, whole, z);
+  } else if (step.draw) {
+    for (int block = 0; block < kSize; block += 4) {
+      float four[4];
+      item.draw(step, item.first + block, four);
+      for (int k = 0; k < 4; ++k) z[block + k] = four[k];
+    }
+  }
+  const Bounds bounds(step);
+  for (int k = 0; k < kSize; ++k) x[k] = item.update(step, bounds, x[k], g[k], z[k]);
+  write<kX, kSize>(step.out, at(step.out), count, whole, x);
+  if (step.cast.data == nullptr) return;
+  switch (step.cast.dtype) {
+    case Dtype::kFloat32:
+      return write<Dtype::kFloat32, kSize>(step.cast, at(step.cast), count, whole, x);
+    case Dtype::kBFloat16:
+      return write<Dtype::kBFloat16, kSize>(step.cast, at(step.cast), count, whole, x);
+    case Dtype::kFloat16:
+      return write<Dtype::kFloat16, kSize>(step.cast, at(step.cast), count, whole, x);
+  }
+}
+
+__device__ __forceinline__ float read_one(const Operand& operand, int64_t offset) {
+  if (operand.dtype == Dtype::kFloat32) return static_cast<const float*>(operand.data)[offset];
+  const uint16_t value = static_cast<const uint16_t*>(operand.data)[offset];
+  return operand.dtype == Dtype::kBFloat16 ? from_bfloat16(value) : from_float16(value);
+}
+
+__device__ __forceinline__ void write_one(const Operand& operand, int64_t offset, float value) {
+  if (operand.dtype == Dtype::kFloat32) {
+    static_cast<float*>(operand.data)[offset] = value;
+  } else {
+    static_cast<uint16_t*>(operand.data)[offset] =
+        operand.dtype == Dtype::kBFloat16 ? to_bfloat16(value) : to_float16(value);
+  }
+}
+
+// Any layouts. The dimensions are in logical order, and four neighbours in it are a thread's item.
+__global__ void __launch_bounds__(kThreads) strided_step(const Step step, const Launch launch) {
+  if (thread_number() >= launch.threads) return;
+  const Item item(step, launch, thread_number(), 4);
+  float x[4], g[4] = {}, z[4] = {};
+  int64_t to[4], cast_to[4];
+  if (step.draw) item.draw(step, item.first, z);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (item.first + k >= launch.elements) break;
+    int64_t rest = item.first + k;
+    int64_t from = item.chain * step.x.strides[0], grad_from = item.chain * step.grad.strides[0];
+    int64_t noise_from = item.chain * step.noise.strides[0];
+    to[k] = item.chain * step.out.strides[0];
+    cast_to[k] = item.chain * step.cast.strides[0];
+    for (int d = step.dims - 1; d > 0; --d) {
+      int64_t index;
+      rest = launch.shape[d].divide(rest, index);
+      from += index * step.x.strides[d];
+      grad_from += index * step.grad.strides[d];
+      noise_from += index * step.noise.strides[d];
+      to[k] += index * step.out.strides[d];
+      cast_to[k] += index * step.cast.strides[d];
+    }
+    x[k] = read_one(step.x, from);
+    if (step.grad.data) g[k] = read_one(step.grad, grad_from);
+    if (step.noise.data) z[k] = read_one(step.noise, noise_from);
+  }
+  const Bounds bounds(step);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (item.first + k >= launch.elements) break;
+    const float value = item.update(step, bounds, x[k], g[k], z[k]);
+    write_one(step.out, to[k], value);
+    if (step.cast.data) write_one(step.cast, cast_to[k], value);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    fill(const Noise noise, float* const out, const Launch launch) {
+  if (thread_number() >= launch.threads) return;
+  int64_t block;
+  const int64_t chain = launch.items.divide(thread_number(), block);
+  const uint32_t address = noise.first_chain + static_cast<uint32_t>(chain);
+  float z[4];
+  if (noise.fill == Fill::kNormal) {
+    normal4(static_cast<uint32_t>(block), address, noise.step, noise.stream, noise.seed, z);
+  } else {
+    uniform4(static_cast<uint32_t>(block), address, noise.step, noise.stream, noise.seed, z);
+  }
+  const int64_t left = launch.elements - 4 * block;
+  const Operand to = {out, Dtype::kFloat32, {}};
+  write<Dtype::kFloat32, 4>(to, chain * launch.elements + 4 * block,
+                            left < 4 ? static_cast<int>(left) : 4, launch.aligned && left >= 4, z);
+}
+
+void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current, and the one before it again.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "fastlangevin: cudaGetDevice");
+    if (device != before_) check(cudaSetDevice(device), "fastlangevin: cudaSetDevice");
+    changed_ = device != before_;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+Launch cut(int64_t chains, int64_t elements, int item) {
+  Launch launch;
+  const int64_t items = (elements + item - 1) / item;
+  launch.items = Divisor(items);
+  launch.threads = chains * items;
+  launch.elements = elements;
+  launch.aligned = false;
+  return launch;
+}
+
+template <class... Parameters, class... Arguments>
+void run(const char* name, void (*kernel)(Parameters...), const Launch& launch, int64_t chains,
+         cudaStream_t stream, const Arguments&... arguments) {
+  const int64_t blocks = (launch.threads + kThreads - 1) / kThreads;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  const cudaError_t error = blocks > INT32_MAX
+                                ? cudaErrorInvalidConfiguration
+                                : cudaLaunchKernelEx(&config, kernel, arguments...);
+  check(error, std::string("fastlangevin: CUDA kernel ") + name + " on " +
+                   std::to_string(chains) + " chains of " + std::to_string(launch.elements) +
+                   " elements (" + std::to_string(blocks) + " blocks of " +
+                   std::to_string(kThreads) + " threads)");
+}
+
+template <class F>
+void each_operand(const Step& step, F&& f) {
+  for (const Operand* operand : {&step.x, &step.out, &step.grad, &step.noise, &step.cast}) {
+    if (operand->data != nullptr) f(*operand);
+  }
+}
+
+bool is_linear(const Step& step) {
+  bool linear = step.dims <= 2;
+  each_operand(step, [&](const Operand& o) {
+    linear = linear && (step.dims == 1 || o.strides[1] == 1);
+  });
+  return linear;
+}
+
+bool is_aligned(const Step& step) {
+  bool aligned = true;
+  each_operand(step, [&](const Operand& o) {
+    const int64_t bytes = o.dtype == Dtype::kFloat32 ? 4 : 2;
+    aligned = aligned && reinterpret_cast<uintptr_t>(o.data) % kVectorBytes == 0 &&
+              (step.shape[0] == 1 || o.strides[0] * bytes % kVectorBytes == 0);
+  });
+  return aligned;
+}
+
+}  // namespace
+
+const char* reason(int device) {
+  try {
+    const OnDevice here(device);
+    cudaFuncAttributes attributes;
+    const auto kernel = reinterpret_cast<const void*>(&strided_step);
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+  } catch (const std::runtime_error&) {
+    return cudaGetErrorString(cudaGetLastError());
+  }
+}
+
+void langevin_step(Step step, int device, cudaStream_t stream) {
+  collapse(step);
+  const int64_t chains = step.shape[0], elements = step.elements();
+  if (chains * elements == 0) return;
+  const OnDevice here(device);
+  if (!is_linear(step)) {
+    if (step.draw) sort_by(step, step.positions);
+    Launch launch = cut(chains, elements, 4);
+    for (int d = 1; d < step.dims; ++d) launch.shape[d] = Divisor(step.shape[d]);
+    return run("strided_step", strided_step, launch, chains, stream, step, launch);
+  }
+  with_dtype(step.x.dtype, [&](auto x) {
+    with_dtype(step.grad.dtype, [&](auto grad) {
+      constexpr Dtype kX = decltype(x)::value;
+      Launch launch = cut(chains, elements, kItem<kX>);
+      launch.aligned = is_aligned(step);
+      run("linear_step", linear_step<kX, decltype(grad)::value>, launch, chains, stream, step,
+          launch);
+    });
+  });
+}
+
+void fill_noise(const Noise& noise, float* out, int device, cudaStream_t stream) {
+  if (noise.chains * noise.elements == 0) return;
+  const OnDevice here(device);
+  Launch launch = cut(noise.chains, noise.elements, 4);
+  launch.aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 &&
+                   (noise.chains == 1 || noise.elements % 4 == 0);
+  run("fill", fill, launch, noise.chains, stream, noise, out, launch);
+}
+
+}  // namespace cuda
+}  // namespace fastlangevin
