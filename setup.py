@@ -25,7 +25,7 @@ class CMakeBuild(build_ext):
             except (OSError, subprocess.CalledProcessError) as error:
                 if cuda_choice() == "1":
                     raise
-                self.warn(f"no native kernels{' for CUDA' if cuda else ''}: {error}")
+                self.warn(f"no native kernels{' for CUDA' if cuda else ''}: {type(error).__name__}")
 
     def build_by_cmake(self, ext: Extension, cuda: bool) -> None:
         import pybind11

@@ -80,8 +80,13 @@ __device__ __forceinline__ int64_t thread_number() {
 
 // kSize neighbouring elements, by accesses of 16 bytes where they are aligned and all there.
 template <class T, int kSize>
-struct alignas(sizeof(T) * kSize < kVectorBytes ? sizeof(T) * kSize : kVectorBytes) Pack {
-  T values[kSize];
+union Pack {
+  using Vector = std::conditional_t<(sizeof(T) * kSize < kVectorBytes), uint2, uint4>;
+  static constexpr int kVectors = static_cast<int>(sizeof(T) * kSize / sizeof(Vector));
+  static_assert(kVectors * sizeof(Vector) == sizeof(T) * kSize, "whole vectors");
+
+  T values[kSize] = {};
+  Vector vectors[kVectors];
 };
 
 template <Dtype kDtype, int kSize>
@@ -89,9 +94,11 @@ __device__ __forceinline__ void read(const Operand& operand, int64_t offset, int
                                      float (&values)[kSize]) {
   using Type = typename Storage<kDtype>::Type;
   const Type* from = static_cast<const Type*>(operand.data) + offset;
-  Pack<Type, kSize> pack = {};
+  using Numbers = Pack<Type, kSize>;
+  Numbers pack;
   if (whole) {
-    pack = *reinterpret_cast<const Pack<Type, kSize>*>(from);
+    const auto* vectors = reinterpret_cast<const typename Numbers::Vector*>(from);
+    for (int v = 0; v < Numbers::kVectors; ++v) pack.vectors[v] = vectors[v];
   } else {
     for (int k = 0; k < kSize; ++k) {
       if (k < count) pack.values[k] = from[k];
@@ -105,10 +112,13 @@ __device__ __forceinline__ void write(const Operand& operand, int64_t offset, in
                                       const float (&values)[kSize]) {
   using Type = typename Storage<kDtype>::Type;
   Type* to = static_cast<Type*>(operand.data) + offset;
-  Pack<Type, kSize> pack;
+  using Numbers = Pack<Type, kSize>;
+  Numbers pack;
   for (int k = 0; k < kSize; ++k) pack.values[k] = Storage<kDtype>::write(values[k]);
   if (whole) {
-    *reinterpret_cast<Pack<Type, kSize>*>(to) = pack;
+    auto* vectors = reinterpret_cast<typename Numbers::Vector*>(to);
+    // By name: nvcc 13.0 splits a plain assignment into four stores here.
+    for (int v = 0; v < Numbers::kVectors; ++v) __stwb(vectors + v, pack.vectors[v]);
   } else {
     for (int k = 0; k < kSize; ++k) {
       if (k < count) to[k] = pack.values[k];

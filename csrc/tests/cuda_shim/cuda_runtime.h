@@ -15,6 +15,18 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+
 inline dim3 blockIdx, threadIdx;
 
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
