@@ -1,9 +1,8 @@
 // The CUDA kernels. A thread makes the numbers of one Philox block, or of two where the state has
 // 2-byte elements, so that it moves 16 bytes of the state at a time either way.
 //
-// Compiled with -fmad=false: contracted products would give other bits than the CPU's. What that
-// costs is hidden by memory: about 45 instructions an element, of the 70 or so that an H100 can
-// issue in the time in which it moves the 12 bytes of a float32 step.
+// Compiled with -fmad=false: contracted products would give other bits than the CPU's. That costs 8
+// of about 70 instructions an element.
 #include <cuda_runtime.h>
 
 #include <stdexcept>

@@ -65,8 +65,8 @@ def step(
     """:func:`langevin_step`, with z from the noise contract where none is given."""
     if z is None and not is_zero(noise_std):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        z = _noise.normal_ref(
-            x.shape, seed, step, first_chain=first_chain, device=x.device, dtype=dtype
+        z = _noise.normal(
+            x.shape, seed=seed, step=step, first_chain=first_chain, device=x.device, dtype=dtype
         )
     return langevin_step(x, grad, z, noise_std=noise_std, **options)
 
