@@ -223,8 +223,8 @@ def test_out_and_cast_are_the_state_elsewhere(dtype):
     assert torch.equal(cast, out.to(dtype))
 
 
-def test_float64_takes_the_reference():
-    x = randn(3, 7).double()
+@pytest.mark.parametrize("x", [randn(3, 7).double(), randn(2, 1, 1, 2, 1, 1, 3, 1, 2)])
+def test_float64_and_nine_dimensions_take_the_reference(x):
     expected = reference.step(x, x, None, **OPTIONS)
     assert torch.equal(native.step_(x.clone(), x, None, **OPTIONS), expected)
 
