@@ -42,7 +42,9 @@ struct Vector {
     high = low >> 32;
   }
   static FASTLANGEVIN_INLINE Float broadcast(float value) { return value - Float{}; }
-  static FASTLANGEVIN_INLINE Float to_float(Int value) { return __builtin_convertvector(value, Float); }
+  static FASTLANGEVIN_INLINE Float to_float(Int value) {
+    return __builtin_convertvector(value, Float);
+  }
   static FASTLANGEVIN_INLINE Word bits(Float value) { return (Word)value; }
   static FASTLANGEVIN_INLINE Float from_bits(Word word) { return (Float)word; }
   static FASTLANGEVIN_INLINE Float clamp(Float x, Float lo, Float hi) {

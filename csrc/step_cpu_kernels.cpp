@@ -4,199 +4,14 @@
 // own order, four per Philox block, and turned into x's order; whatever is not float32 in that
 // order already is converted into it; then one loop over float32 does the arithmetic. The same loop
 // thus serves every dtype and layout, and what passes through a buffer costs a load and a store.
-#include "simd.h"
-#include "step_cpu.h"
+#include "draw_cpu.h"
+#include "tile_cpu.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
 namespace {
 
-using cpu::kTile;
 using cpu::Tiling;
-using Float = Vector::Float;
-using Counter = Vector::Counter;
-
-using Keys = KeySchedule<Vector>;
-
-constexpr int kGroup = 4 * kLanes;  // numbers made at a time
-static_assert(kTile % kGroup == 0, "a tile holds whole groups");
-
-// Where the blocks of a group are: two vectors for the even and the odd lanes.
-struct Blocks {
-  Counter block[2], chain[2];
-};
-
-// A group is made in two passes over a few groups, its words waiting where its numbers will be: each
-// pass is one long chain of dependent operations, and the shorter its code, the more groups of it a
-// processor overlaps (1.3 times faster than one pass, on Zen 5 with AVX-512).
-FASTLANGEVIN_INLINE void draw_words(const Blocks& at, const Noise& noise, const Keys& keys,
-                                    float* out) {
-  Counter words[2][4];
-  for (int half = 0; half < 2; ++half) {
-    words[half][0] = at.block[half];
-    words[half][1] = at.chain[half];
-    words[half][2] = Counter{} + noise.step;
-    words[half][3] = Counter{} + noise.stream;
-    philox<Vector>(words[half], keys);
-  }
-  for (int k = 0; k < 4; ++k) {
-    const Vector::Word word = interleave(words[0][k], words[1][k]);
-    Vector::store(out + k * kLanes, Vector::from_bits(word));
-  }
-}
-
-FASTLANGEVIN_INLINE void words_to_numbers(Fill fill, float* out) {
-  Vector::Word w[4];
-  for (int k = 0; k < 4; ++k) w[k] = Vector::bits(Vector::load(out + k * kLanes));
-  Float z[4];
-  if (fill == Fill::kNormal) {
-    box_muller<Vector>(w[0], w[1], z[0], z[1]);
-    box_muller<Vector>(w[2], w[3], z[2], z[3]);
-  } else {
-    for (int k = 0; k < 4; ++k) z[k] = uniform<Vector>(w[k]);
-  }
-  store_blocks(out, z);
-}
-
-FASTLANGEVIN_INLINE void generate(const Blocks& at, const Noise& noise, const Keys& keys, float* out) {
-  draw_words(at, noise, keys, out);
-  words_to_numbers(noise.fill, out);
-}
-
-FASTLANGEVIN_INLINE Blocks consecutive(uint32_t block, uint32_t chain) {
-  Blocks at;
-  for (int k = 0; k < kLanes; ++k) at.block[k % 2][k / 2] = lane_block(k);
-  for (int half = 0; half < 2; ++half) {
-    at.block[half] += block;
-    at.chain[half] = Counter{} + chain;
-  }
-  return at;
-}
-
-FASTLANGEVIN_INLINE void copy(float* to, const float* from, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) to[k] = from[k];
-}
-
-// Elements [first, first + count) of one chain.
-void draw_span(const Noise& noise, const Keys& keys, uint32_t chain, int64_t first, int64_t count,
-               float* out) {
-  float group[kGroup];
-  const int64_t skip = first % 4;
-  int64_t block = first / 4;
-  if (skip != 0) {
-    generate(consecutive(static_cast<uint32_t>(block), chain), noise, keys, group);
-    const int64_t some = count < kGroup - skip ? count : kGroup - skip;
-    copy(out, group + skip, some);
-    out += some, count -= some, block += kLanes;
-  }
-  Blocks at = consecutive(static_cast<uint32_t>(block), chain);
-  const int64_t whole = count / kGroup * kGroup;
-  for (int64_t k = 0; k < whole; k += kGroup) {
-    draw_words(at, noise, keys, out + k);
-    for (int half = 0; half < 2; ++half) at.block[half] += kLanes;
-  }
-  for (int64_t k = 0; k < whole; k += kGroup) words_to_numbers(noise.fill, out + k);
-  if (whole < count) {
-    generate(at, noise, keys, group);
-    copy(out + whole, group, count - whole);
-  }
-}
-
-// All elements of some small chains: lanes take blocks across chains. `spare` holds kTile numbers.
-void draw_chains(const Noise& noise, const Keys& keys, uint32_t first_chain, int64_t chains,
-                 float* spare, float* out) {
-  const int64_t elements = noise.elements, blocks = (elements + 3) / 4;
-  float* packed = elements % 4 == 0 ? out : spare;
-  float group[kGroup];
-  for (int64_t first = 0; first < chains * blocks; first += kLanes) {
-    const int64_t some = chains * blocks - first < kLanes ? chains * blocks - first : kLanes;
-    Blocks at;
-    for (int k = 0; k < kLanes; ++k) {
-      const uint32_t q = static_cast<uint32_t>(first) + lane_block(k);
-      const uint32_t row = q / static_cast<uint32_t>(blocks);
-      at.block[k % 2][k / 2] = q - row * static_cast<uint32_t>(blocks);
-      at.chain[k % 2][k / 2] = first_chain + row;
-    }
-    generate(at, noise, keys, some == kLanes ? packed + 4 * first : group);
-    if (some < kLanes) copy(packed + 4 * first, group, 4 * some);
-  }
-  for (int64_t row = 0; packed == spare && row < chains; ++row) {
-    copy(out + row * elements, packed + row * blocks * 4, elements);
-  }
-}
-
-// One tile of an operand: rows x columns elements, and their strides there.
-struct Tile {
-  int64_t rows, columns, row_stride, column_stride;
-
-  bool contiguous() const { return column_stride == 1 && (rows == 1 || row_stride == columns); }
-  Tile merged() const { return contiguous() ? Tile{1, rows * columns, 0, 1} : *this; }
-};
-
-// One row, float16 by the processor's own conversions where it has them.
-template <Dtype kDtype>
-void read_row(const typename Storage<kDtype>::Type* from, int64_t count, float* to) {
-  int64_t k = 0;
-#ifdef __F16C__
-  if constexpr (kDtype == Dtype::kFloat16) {
-    for (; k + 8 <= count; k += 8) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
-      _mm256_storeu_ps(to + k, _mm256_cvtph_ps(halves));
-    }
-  }
-#endif
-  for (; k < count; ++k) to[k] = Storage<kDtype>::read(from[k]);
-}
-
-template <Dtype kDtype>
-void write_row(const float* from, int64_t count, typename Storage<kDtype>::Type* to) {
-  int64_t k = 0;
-#ifdef __F16C__
-  if constexpr (kDtype == Dtype::kFloat16) {
-    for (; k + 8 <= count; k += 8) {
-      const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + k), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), halves);
-    }
-  }
-#endif
-  for (; k < count; ++k) to[k] = Storage<kDtype>::write(from[k]);
-}
-
-template <Dtype kDtype>
-void read_tile(const void* data, int64_t offset, Tile tile, float* to) {
-  const auto* from = static_cast<const typename Storage<kDtype>::Type*>(data) + offset;
-  if (tile.column_stride == 1) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      read_row<kDtype>(from + r * tile.row_stride, tile.columns, to + r * tile.columns);
-    }
-    return;
-  }
-  typename Storage<kDtype>::Type moved[kTile];
-  for (int64_t c = 0; c < tile.columns; ++c) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      moved[r * tile.columns + c] = from[r * tile.row_stride + c * tile.column_stride];
-    }
-  }
-  read_row<kDtype>(moved, tile.rows * tile.columns, to);
-}
-
-template <Dtype kDtype>
-void write_tile(const float* from, Tile tile, void* data, int64_t offset) {
-  auto* to = static_cast<typename Storage<kDtype>::Type*>(data) + offset;
-  if (tile.column_stride == 1) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      write_row<kDtype>(from + r * tile.columns, tile.columns, to + r * tile.row_stride);
-    }
-    return;
-  }
-  typename Storage<kDtype>::Type moved[kTile];
-  write_row<kDtype>(from, tile.rows * tile.columns, moved);
-  for (int64_t c = 0; c < tile.columns; ++c) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      to[r * tile.row_stride + c * tile.column_stride] = moved[r * tile.columns + c];
-    }
-  }
-}
 
 // Where a tile is: its first index in every dimension and how far it reaches.
 struct Place {
@@ -232,7 +47,8 @@ struct Place {
   }
   Tile tile(const Tiling& tiling, const int64_t* strides) const {
     const int64_t row_stride = tiling.dims[0] < 0 ? 0 : strides[tiling.dims[0]];
-    return Tile{rows, columns, row_stride, tiling.dims[1] < 0 ? 1 : strides[tiling.dims[1]]}.merged();
+    const int64_t column_stride = tiling.dims[1] < 0 ? 1 : strides[tiling.dims[1]];
+    return Tile{rows, columns, row_stride, column_stride}.merged();
   }
 };
 
@@ -348,8 +164,8 @@ void noise_rows(const Noise& noise, float* out, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t chain = row * each;
       const int64_t left = noise.chains - chain;
-      draw_chains(noise, keys, noise.first_chain + static_cast<uint32_t>(chain), left < each ? left : each,
-                  spare, out + chain * noise.elements);
+      draw_chains(noise, keys, noise.first_chain + static_cast<uint32_t>(chain),
+                  left < each ? left : each, spare, out + chain * noise.elements);
     }
     return;
   }

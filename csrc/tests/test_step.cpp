@@ -15,7 +15,8 @@ void conversions() {
     const float f = from_float16(half), b = from_bfloat16(half);
     CHECK(std::isnan(f) ? std::isnan(from_float16(to_float16(f))) : to_float16(f) == half);
     CHECK(std::isnan(b) ? std::isnan(from_bfloat16(to_bfloat16(b))) : to_bfloat16(b) == half);
-    const int exponent = static_cast<int>(bits >> 10 & 31u), mantissa = static_cast<int>(bits & 1023u);
+    const int exponent = static_cast<int>(bits >> 10 & 31u);
+    const int mantissa = static_cast<int>(bits & 1023u);
     const double exact = exponent == 0 ? std::ldexp(mantissa, -24)
                                        : std::ldexp(1024 + mantissa, exponent - 25);
     if (exponent < 31) CHECK(std::fabs(f) == exact);
