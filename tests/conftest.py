@@ -1,5 +1,10 @@
 """What several test files share: the backends that can run here."""
 
+import os
+
+# Everything here is small: several threads would only wait for one another. Also in subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

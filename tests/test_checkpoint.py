@@ -123,6 +123,14 @@ def test_weights_that_are_tied_come_back(tmp_path: Path) -> None:
     assert torch.equal(x, want)
 
 
+def test_views_of_one_storage_come_back(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    save_checkpoint(tmp_path / "a", {"whole": whole, "end": whole[2:]}, {"iteration": 1})
+    found = read_checkpoint(tmp_path / "a")[0]
+    assert torch.equal(found["whole"], whole)
+    assert torch.equal(found["end"], whole[2:])
+
+
 def test_the_newest_checkpoint_stands_for_the_folder(tmp_path: Path) -> None:
     for iteration in (9, 10, 2, 100_000):
         path = checkpoint_path(tmp_path, iteration)

@@ -439,8 +439,7 @@ def test_tensors_and_the_iteration_are_the_whole_state(make: Any, iteration: int
     other.step()
     other.load_tensors(state(learning), iteration)
     assert other.iteration == iteration
-    if iteration:
-        assert same_state(state(other), state(learning))
+    assert same_state(state(other), state(learning))
     fresh = complete(make())
     fresh.load_tensors(state(learning), iteration)
     for _ in range(2):

@@ -625,6 +625,35 @@ def test_the_last_good_checkpoint_is_good(config: TrainConfig, tmp_path: Path) -
     assert chain.energy.abs().max() <= config.max_energy
 
 
+def test_the_last_iteration_may_be_the_one_that_breaks_the_weights(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """Then the run has not ended well, and its last weights are not a good checkpoint."""
+    config = dataclasses.replace(runaway(config), iterations=8, anneal_start=0.75)
+    with pytest.raises(DivergedError) as caught:
+        train(config, tmp_path / "run")
+    assert named_checkpoint(caught).name == "00000006.safetensors"
+
+
+def test_a_close_bound_on_the_energies_does_not_stop_the_checkpoints(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """A run within max_energy is saved as often as any other."""
+    energies, saved = [], []
+
+    def report(iteration: int, record: Any) -> None:
+        energies.append(max(abs(record["energy_data"]), abs(record["energy_samples"])))
+        saved.append([path.stem for path in list_checkpoints(tmp_path / "close")])
+
+    train(config, tmp_path / "whole", report=report)
+    close = dataclasses.replace(config, max_energy=1.001 * max(energies))
+    saved.clear()
+    train(close, tmp_path / "close", report=report)
+    assert [names[-1:] for names in saved[2::3]] == [
+        [f"{iteration:08d}"] for iteration in (3, 6, 9, 12)
+    ]
+
+
 def test_chains_that_stay_saturated(config: TrainConfig, tmp_path: Path) -> None:
     """A bound that real chains pass at every iteration; after 50 of them the run is stopped."""
     out = tmp_path / "run"

@@ -34,10 +34,12 @@ def save_checkpoint(
     path = Path(path)
     header = {"format": FORMAT, "version": VERSION, **info}
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
     for name, tensor in held.items():
         # The format has no shared memory: tied weights are written once each.
-        if sum(other.data_ptr() == tensor.data_ptr() for other in held.values()) > 1:
+        if tensor.untyped_storage().data_ptr() in seen:
             held[name] = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
     with replacing(path) as temporary:
         try:
             save_file(held, temporary, metadata={"fastlangevin": json.dumps(header)})

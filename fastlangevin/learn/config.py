@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from fastlangevin.arguments import check_count
+from fastlangevin.learn.data import SOURCES
 from fastlangevin.learn.files import replacing
 
 if sys.version_info >= (3, 11):
@@ -131,7 +132,11 @@ def resolve(
                 f"{', '.join(FIELDS)}"
             )
         settings.update(changes)
-    return TrainConfig(**{name: _cast(name, settings[name]) for name in FIELDS})
+    config = {name: _cast(name, settings[name]) for name in FIELDS}
+    if config["data"] and config["data"] not in SOURCES and Path(config["data"]).exists():
+        # A run must find its data again, also from another folder.
+        config["data"] = str(Path(config["data"]).absolute())
+    return TrainConfig(**config)
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def _cast(name: str, value: Any) -> Any:
             if isinstance(value, kind):
                 return value
         elif typing.get_origin(kind) is tuple:
-            lo, hi = value
+            lo, hi = value if isinstance(value, list | tuple) else ()
             return _number(lo, float), _number(hi, float)
         else:
             return _number(value, kind)
@@ -182,6 +187,8 @@ def _number(value: Any, kind: type) -> Any:
     """A number, or text that is one, as float or whole int; ValueError otherwise, and for NaN."""
     if isinstance(value, bool):
         raise ValueError
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+        value = int(value)  # not through float, which rounds large seeds
     number = value if isinstance(value, int) else float(value)
     if math.isnan(number) or (kind is int and number != int(number)):
         raise ValueError

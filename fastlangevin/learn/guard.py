@@ -29,12 +29,12 @@ class DivergenceGuard:
         return self.saturated == 0
 
     def check(self, metrics: Metrics) -> None:
-        energy = max(abs(metrics.energy_data), abs(metrics.energy_samples))
-        if not math.isfinite(energy) or energy > self.max_energy:
-            raise DivergedError(
-                f"energies run away at iteration {metrics.iteration}: |energy| is {energy:.3g}, "
-                f"the bound max_energy is {self.max_energy:.3g}"
-            )
+        for energy in (metrics.energy_data, metrics.energy_samples):
+            if not math.isfinite(energy) or abs(energy) > self.max_energy:
+                raise DivergedError(
+                    f"energies run away at iteration {metrics.iteration}: |energy| is "
+                    f"{abs(energy):.3g}, the bound max_energy is {self.max_energy:.3g}"
+                )
         self.saturated = self.saturated + 1 if metrics.saturation > self.max_saturation else 0
         if self.saturated >= self.patience:
             raise DivergedError(

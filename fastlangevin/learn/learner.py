@@ -12,6 +12,7 @@ from fastlangevin.arguments import check_count
 from fastlangevin.learn.checkpoint import CheckpointError, load_weights
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
+from fastlangevin.score import network_dtype
 
 _OP = "ShortRunLearner"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -122,7 +123,8 @@ class ShortRunLearner:
 
         Raises FloatingPointError, before the weights change, if a chain or an energy is not finite.
         """
-        data = self._data()
+        dtype = network_dtype(self.energy, torch.float32)
+        data = self._data().to(dtype)
         slots, x0, seed = self._start()
         grad_norm = displacement = None
         if measure:
@@ -135,7 +137,7 @@ class ShortRunLearner:
         else:
             samples = self.sampler(x0, seed=seed)
         energy_data = self.energy(data).mean()
-        energy_samples = self.energy(samples).mean()
+        energy_samples = self.energy(samples.to(dtype)).mean()
         gap = energy_data - energy_samples
         lo, hi = self.sampler.clamp or (-1.0, 1.0)
         saturation = ((samples <= lo) | (samples >= hi)).float().mean()
@@ -185,6 +187,7 @@ class ShortRunLearner:
                     f"this one {list(self.buffer.states.shape)}"
                 )
             self.buffer.states.copy_(states)
+        self.optimizer.state.clear()
         for name, parameter in self.energy.named_parameters():
             # Adam has no moments for a parameter that never had a gradient.
             if any(f"adam.{key}.{name}" in tensors for key in _MOMENTS):
