@@ -1,0 +1,107 @@
+"""How long does a Langevin step take, and beside what? All variants, interleaved.
+
+    python -m benchmarks.step --out DIR [--device cpu|cuda] [--threads 1,2] [--quick]
+
+writes DIR/step-DEVICE.json: medians, quartiles, and ratios to the baselines taken round by round.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.variants import BASELINES, Case, cases, samplers, variants
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    path = options.out / f"step-{options.device}.json"
+    content: dict[str, Any] = {
+        "benchmark": "step",
+        "device": options.device,
+        "quick": options.quick,
+        "machine": timing.machine(),
+        "results": [],
+    }
+    torch.manual_seed(0)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for case in cases(device, options.quick):
+            for row in measure(case, options.seconds, options.compile):
+                content["results"].append({**row, "threads": threads})
+            # After every case: a run that is cut short has still measured something.
+            content["machine"]["load_at_end"] = timing.machine()["load"]
+            timing.write_json(path, content)
+            print(f"{threads} threads  {case}", flush=True)
+    failed = [row for row in content["results"] if "error" in row]
+    for row in failed:
+        print(f"failed: {row['variant']} {row['size']} {row['dtype']}: {row['error']}")
+    print(f"wrote {path}")
+    if failed:
+        raise SystemExit(1)
+
+
+def measure(case: Case, budget: float, compiled: bool) -> list[dict[str, Any]]:
+    """One row per variant, and one for the copy that moves as many bytes."""
+    ready, errors, sets = samplers(case, variants(case, compiled), least=budget / 1000)
+    seconds = timing.interleave(ready, timing.rounds_within(ready, budget, least=5, most=200))
+    about = {
+        "size": case.size,
+        "shape": list(case.shape),
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "noise_std": case.noise_std,
+        "bytes": case.bytes_moved,
+        "buffer_sets": sets,
+    }
+    rows = [{**about, "variant": name, **figures(case, name, seconds)} for name in seconds]
+    return rows + [{**about, "variant": name, "error": text} for name, text in errors.items()]
+
+
+def figures(case: Case, name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """A variant's time with its spread, and the same time in other units."""
+    time = timing.summary(seconds[name])
+    return {
+        "seconds": time,
+        "gb_per_s": case.bytes_moved / time["median"] / 1e9,
+        "ns_per_element": time["median"] / case.elements * 1e9,
+        "percent_of_copy": 100 * _ratio(seconds["copy"], seconds[name])["median"],
+        "speedup_over": {
+            base: _ratio(seconds[base], seconds[name]) for base in BASELINES if base in seconds
+        },
+    }
+
+
+def _ratio(base: list[float], other: list[float]) -> dict[str, float]:
+    return timing.summary([b / o for b, o in zip(base, other, strict=True)])
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step")
+    parser.add_argument("--out", type=Path, required=True, help="folder for step-DEVICE.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", default=None, help="of the CPU, as in 1,2; default: torch's")
+    parser.add_argument("--seconds", type=float, default=None, help="per case; default 2")
+    parser.add_argument("--quick", action="store_true", help="one small size, seconds in all")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="time torch.compile too; default: unless --quick",
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    threads = options.threads or str(torch.get_num_threads())
+    options.threads = [int(count) for count in threads.split(",")]
+    options.seconds = options.seconds or (0.1 if options.quick else 2.0)
+    options.compile = not options.quick if options.compile is None else options.compile
+    return options
+
+
+if __name__ == "__main__":
+    main()

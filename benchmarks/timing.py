@@ -1,0 +1,202 @@
+"""Interleaved timing on CPU and CUDA, the copy bandwidth beside it, and files of results."""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Sampler = Callable[[], float]
+
+# Of steps held by one graph: enough to make the launch of the graph itself, some 10 us, invisible.
+MIN_GRAPH_STEPS, MAX_GRAPH_STEPS = 16, 256
+
+
+def interleave(samplers: dict[str, Sampler], rounds: int) -> dict[str, list[float]]:
+    """Seconds per step of each sampler, all of them called once a round.
+
+    Slow phases of a shared machine then fall on all alike, and figures of one round can be divided
+    by each other. The order changes from round to round: none runs always in the wake of another.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        order = list(samplers)
+        shuffle(order)
+        for name in order:
+            seconds[name].append(samplers[name]())
+    return seconds
+
+
+def rounds_within(samplers: dict[str, Sampler], budget: float, least: int, most: int) -> int:
+    """How many rounds take about ``budget`` seconds, from one that also warms everything up."""
+    start = time.perf_counter()
+    interleave(samplers, 1)
+    return max(least, min(most, round(budget / (time.perf_counter() - start))))
+
+
+def sampler(steps: Sequence[Callable[[], Any]], device: torch.device, least: float) -> Sampler:
+    """A function that runs the steps, for about ``least`` seconds or once, and returns s a step."""
+    return (_cuda_sampler if device.type == "cuda" else _cpu_sampler)(steps, least)
+
+
+def _cpu_sampler(steps: Sequence[Callable[[], Any]], least: float) -> Sampler:
+    def run(loops: int) -> float:
+        start = time.perf_counter()
+        for _ in range(loops):
+            for step in steps:
+                step()
+        return (time.perf_counter() - start) / (loops * len(steps))
+
+    run(1)
+    loops = max(1, round(least / (run(1) * len(steps))))
+
+    def sample() -> float:
+        # Untimed: what ran before has left caches and threads in its own state.
+        run(1)
+        return run(loops)
+
+    return sample
+
+
+def _cuda_sampler(steps: Sequence[Callable[[], Any]], least: float) -> Sampler:
+    replay, count = capture(steps)
+
+    def run(loops: int) -> float:
+        # An untimed replay first: it hides the launch of the timed ones from the clock.
+        replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(loops):
+            replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / (loops * count)
+
+    loops = max(1, round(least / (run(1) * count)))
+    return lambda: run(loops)
+
+
+def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int]:
+    """A CUDA graph of the steps, in order and repeated to at least MIN_GRAPH_STEPS; their number.
+
+    Launched one by one, small steps would be timed by the Python that launches them.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            steps[0]()
+    torch.cuda.current_stream().wait_stream(side)
+    repeats = -(-MIN_GRAPH_STEPS // len(steps))
+    graph = torch.cuda.CUDAGraph()
+    # One pool for all graphs: they are replayed in turn, and none reads what another has left.
+    with torch.cuda.graph(graph, pool=_graph_pool()):
+        for _ in range(repeats):
+            for step in steps:
+                step()
+    return graph.replay, repeats * len(steps)
+
+
+@functools.lru_cache
+def _graph_pool() -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+def buffer_sets(set_bytes: int, device: torch.device) -> int:
+    """How many sets of buffers to go round, so that CUDA finds none of them in its L2 cache.
+
+    In a chain the network's activations sweep x out between steps. On the CPU one set: what fits
+    in a cache is timed there, as is the copy that it is compared to.
+    """
+    if device.type == "cpu":
+        return 1
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(MAX_GRAPH_STEPS, -(-2 * l2 // set_bytes)))
+
+
+def copy_steps(bytes_moved: int, device: torch.device) -> list[Callable[[], Any]]:
+    """``out.copy_(in)`` that reads and writes ``bytes_moved`` in all: what memory can do."""
+    half = bytes_moved // 2
+    sets = buffer_sets(bytes_moved, device)
+    pairs = [torch.zeros(2, half, dtype=torch.uint8, device=device) for _ in range(sets)]
+    return [functools.partial(pair[0].copy_, pair[1]) for pair in pairs]
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles; of a single figure, itself."""
+    low, middle, high = (
+        statistics.quantiles(seconds, n=4, method="inclusive")
+        if len(seconds) > 1
+        else [seconds[0]] * 3
+    )
+    return {"median": middle, "q1": low, "q3": high, "samples": len(seconds)}
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions, commit, date and load: what a figure means nothing without."""
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": gpu and gpu.name,
+        "gpu_architecture": gpu and f"{gpu.major}.{gpu.minor}",
+        "gpu_l2_bytes": gpu and gpu.L2_cache_size,
+        "driver": gpu
+        and _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "torchebm", "fastlangevin")},
+        # GIT_COMMIT: for copies of the tree that came without their history.
+        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
+        "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of results, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(path)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints about this checkout or machine; None where it cannot run."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
