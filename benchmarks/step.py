@@ -29,14 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     torch.manual_seed(0)
     for threads in options.threads:
-        torch.set_num_threads(threads)
+        if threads:
+            torch.set_num_threads(threads)
         for case in cases(device, options.quick):
             for row in measure(case, options.seconds, options.compile):
                 content["results"].append({**row, "threads": threads})
             # After every case: a run that is cut short has still measured something.
             content["machine"]["load_at_end"] = timing.machine()["load"]
             timing.write_json(path, content)
-            print(f"{threads} threads  {case}", flush=True)
+            print(case if threads is None else f"{case}, {threads} threads", flush=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what the case's graphs have held
     failed = [row for row in content["results"] if "error" in row]
     for row in failed:
         print(f"failed: {row['variant']} {row['size']} {row['dtype']}: {row['error']}")
@@ -96,8 +99,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    threads = options.threads or str(torch.get_num_threads())
-    options.threads = [int(count) for count in threads.split(",")]
+    if options.device == "cuda":
+        options.threads = [None]
+    else:
+        counts = options.threads or str(torch.get_num_threads())
+        options.threads = [int(count) for count in counts.split(",")]
     options.seconds = options.seconds or (0.1 if options.quick else 2.0)
     options.compile = not options.quick if options.compile is None else options.compile
     return options

@@ -100,17 +100,11 @@ def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int
     torch.cuda.current_stream().wait_stream(side)
     repeats = -(-MIN_GRAPH_STEPS // len(steps))
     graph = torch.cuda.CUDAGraph()
-    # One pool for all graphs: they are replayed in turn, and none reads what another has left.
-    with torch.cuda.graph(graph, pool=_graph_pool()):
+    with torch.cuda.graph(graph):
         for _ in range(repeats):
             for step in steps:
                 step()
     return graph.replay, repeats * len(steps)
-
-
-@functools.lru_cache
-def _graph_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
 
 
 def buffer_sets(set_bytes: int, device: torch.device) -> int:
@@ -134,13 +128,14 @@ def copy_steps(bytes_moved: int, device: torch.device) -> list[Callable[[], Any]
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles; of a single figure, itself."""
+    """Median, quartiles and the least; of a single figure, itself."""
     low, middle, high = (
         statistics.quantiles(seconds, n=4, method="inclusive")
         if len(seconds) > 1
         else [seconds[0]] * 3
     )
-    return {"median": middle, "q1": low, "q3": high, "samples": len(seconds)}
+    least = min(seconds)
+    return {"median": middle, "q1": low, "q3": high, "min": least, "samples": len(seconds)}
 
 
 def machine() -> dict[str, Any]:
