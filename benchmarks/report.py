@@ -1,0 +1,212 @@
+"""Result files to markdown tables and plots; nothing in them is typed by hand.
+
+    python -m benchmarks.report RESULT.json... [--short] [--readme README.md] [--plots docs/]
+
+prints every table, or the short ones (fp32, contiguous). ``--readme`` puts the short ones between
+the lines ``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` of a file. ``--plots`` draws
+step-cpu.svg and step-cuda.svg (needs matplotlib). Figures that no file holds read "not measured".
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+MISSING = "not measured"
+BASELINES = {
+    "cpu": ("eager", "eager in place", "torch.compile"),
+    "cuda": ("eager", "eager in place", "torch.compile", "torchebm"),
+}
+OURS = {"cpu": ("reference", "native"), "cuda": ("reference", "native", "triton")}
+FAST = {"cpu": ("native",), "cuda": ("native", "triton")}
+RATIOS = "eager in place", "torch.compile"
+_TITLES = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    parser.add_argument("--short", action="store_true", help="print fp32, contiguous alone")
+    parser.add_argument("--readme", type=Path, help="write the short tables between its markers")
+    parser.add_argument("--plots", type=Path, help="folder for plots")
+    options = parser.parse_args(arguments)
+    files = [json.loads(path.read_text()) for path in options.results]
+    print(report(files, options.short))
+    if options.readme:
+        text = options.readme.read_text()
+        options.readme.write_text(insert(text, report(files, short=True)))
+    if options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        for content in files:
+            plot(content, options.plots / f"step-{content['device']}.svg")
+
+
+def insert(text: str, tables: str) -> str:
+    """``text`` with ``tables`` between the markers, in place of what is there."""
+    begin, end = MARKERS
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"report: expected one line {begin} and, below it, one line {end}")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    return f"{head}{begin}\n\n{tables}\n\n{end}{tail}"
+
+
+def report(files: Sequence[Row], short: bool = False) -> str:
+    """A section for each file, and one that says so for a device that no file is about."""
+    sections = []
+    for device in _TITLES:
+        chosen = [content for content in files if content["device"] == device]
+        sections += [section(content, short) for content in chosen]
+        if not chosen:
+            sections.append(f"**{_TITLES[device]}**: {MISSING}.")
+    return "\n\n".join(sections)
+
+
+def section(content: Row, short: bool) -> str:
+    """The times of everyone, and ours beside the limit and the baselines."""
+    device = content["device"]
+    cases = group(content["results"], short)
+    names = ("copy", *BASELINES[device], *OURS[device])
+    times = table(
+        ["case", *names],
+        (
+            [label(key), *(microseconds(rows.get(name)) for name in names)]
+            for key, rows in cases.items()
+        ),
+    )
+    limits = table(
+        [
+            "case",
+            "backend",
+            "GB/s",
+            "of copy",
+            "ns / element",
+            *(f"over {name}" for name in RATIOS),
+        ],
+        (
+            [label(key), name, *beside(rows.get(name))]
+            for key, rows in cases.items()
+            for name in FAST[device]
+        ),
+    )
+    return "\n\n".join((
+        about(content),
+        "Microseconds per step (quartiles as a spread, in percent of the median); `copy` moves as "
+        "many bytes as the step must: x and g read, x written.",
+        times,
+        "The step's own bytes per second, and how many times faster it is than what it replaces "
+        "(medians of ratios taken round by round).",
+        limits,
+    ))  # fmt: skip
+
+
+def about(content: Row) -> str:
+    """What was measured, on what, when."""
+    machine = content["machine"]
+    on_cpu = content["device"] == "cpu"
+    parts = [f"{machine['cpu']}, {machine['cores']} cores" if on_cpu else machine["gpu"]]
+    for name in ("driver", "torch", "triton", "python"):
+        if machine.get(name):
+            parts.append(f"{name} {machine[name]}")
+    commit = (machine["commit"] or "unknown")[:10]
+    parts.append(f"commit {commit}{' (changed)' if machine['changed'] else ''}")
+    parts.append(machine["date"][:10])
+    if on_cpu and machine["load"] is not None:
+        parts.append(f"load before the run {machine['load']:.1f}")
+    return f"**{_TITLES[content['device']]}**: {', '.join(parts)}."
+
+
+def group(results: Iterable[Row], short: bool) -> dict[tuple, dict[str, Row]]:
+    """Rows by case, in the file's order, then by variant."""
+    cases: dict[tuple, dict[str, Row]] = {}
+    for row in results:
+        if short and (row["dtype"], row["layout"]) != ("fp32", "contiguous"):
+            continue
+        key = tuple(row[name] for name in ("size", "dtype", "layout", "noise_std", "threads"))
+        cases.setdefault(key, {})[row["variant"]] = row
+    return cases
+
+
+def label(key: tuple) -> str:
+    size, dtype, layout, noise_std, threads = key
+    words = [size, dtype, *([layout] if layout != "contiguous" else [])]
+    words.append("with noise" if noise_std else "b = 0")
+    if threads:
+        words.append(f"{threads} thread{'s' * (threads > 1)}")
+    return ", ".join(words)
+
+
+def microseconds(row: Row | None) -> str:
+    if row is None or "error" in row:
+        return MISSING if row is None else "failed"
+    time = row["seconds"]
+    spread = 100 * (time["q3"] - time["q1"]) / time["median"]
+    return f"{number(time['median'] * 1e6)} ({spread:.0f} %)"
+
+
+def beside(row: Row | None) -> list[str]:
+    """Bandwidth, part of the copy's, time per element, and ratios to the baselines."""
+    if row is None or "error" in row:
+        return [MISSING if row is None else "failed"] * (3 + len(RATIOS))
+    over = row["speedup_over"]
+    return [
+        number(row["gb_per_s"]),
+        f"{row['percent_of_copy']:.0f} %",
+        f"{row['ns_per_element']:.3f}",
+        *(f"{number(over[name]['median'])}x" if name in over else MISSING for name in RATIOS),
+    ]
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponents."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def plot(content: Row, path: Path) -> None:
+    """Time per element of every variant beside that of the copy, fp32 and contiguous, by size."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit('report: --plots needs matplotlib: pip install -e ".[bench]"') from None
+    matplotlib.use("svg")
+    # The same file from the same results.
+    matplotlib.rcParams["svg.hashsalt"] = "fastlangevin"
+    from matplotlib import pyplot
+
+    cases = group(content["results"], short=True)
+    most = max((key[4] or 0 for key in cases), default=0)
+    cases = {key: rows for key, rows in cases.items() if key[3] and (key[4] or 0) == most}
+    figure, axes = pyplot.subplots(
+        1, max(1, len(cases)), figsize=(4 * max(1, len(cases)), 2.8), sharey=True, squeeze=False
+    )
+    names = BASELINES[content["device"]] + OURS[content["device"]]
+    for axis, (key, rows) in zip(axes[0], cases.items(), strict=False):
+        for place, name in enumerate(names):
+            row = rows.get(name, {"error": MISSING})
+            if "error" in row:
+                axis.text(0.02, place, MISSING, transform=axis.get_yaxis_transform(), va="center")
+                continue
+            color = "tab:orange" if name in FAST[content["device"]] else "tab:gray"
+            axis.barh(place, row["ns_per_element"], color=color)
+        axis.axvline(rows["copy"]["ns_per_element"], color="black", linestyle=":", label="copy")
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xscale("log")
+        axis.set_xlabel("ns per element")
+        axis.set_title(label(key), fontsize=9)
+        axis.legend(fontsize=8)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
