@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Builds, tests, sanitizes and benchmarks on a CUDA machine, within ten minutes and without network:
+#
+#     benchmarks/gpu.sh OUT
+#
+# Installs this checkout (editable) into the environment of $PYTHON, by default python3, which must
+# hold a CUDA build of torch, pytest, pytest-benchmark, setuptools, cmake, ninja and pybind11. Writes
+# gpu.log, tests.xml, step-cuda.json, pytest-benchmark.json and summary.md to OUT. A stage that fails
+# does not stop the others; the exit status then is 1, and 2 where nothing could be run.
+set -uo pipefail
+
+BUDGET=570 # seconds in all
+
+if [ $# -ne 1 ]; then
+    echo "usage: benchmarks/gpu.sh OUT" >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+log=$out/gpu.log
+: >"$log"
+failed=()
+
+architecture=$("$python" -c '
+import torch
+if not torch.cuda.is_available():
+    raise SystemExit("torch sees no CUDA device")
+print("{}{}".format(*torch.cuda.get_device_capability()))' 2>>"$log")
+if [ -z "$architecture" ]; then
+    echo "gpu.sh: no CUDA device: $(tail -n 1 "$log")" >&2
+    exit 2
+fi
+
+stage() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) status first
+    shift 2
+    if [ "$left" -lt 5 ]; then
+        echo "$name: not run, no time left"
+        failed+=("$name")
+        return
+    fi
+    [ "$limit" -le "$left" ] || limit=$left
+    echo "=== $name: $*" >>"$log"
+    first=$(wc -l <"$log")
+    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+    status=$?
+    if [ $status -eq 0 ]; then
+        echo "$name: passed in $((SECONDS - start)) s"
+        return
+    fi
+    [ $status -ne 124 ] || echo "stopped after $limit s" >>"$log"
+    echo "$name: FAILED ($status) after $((SECONDS - start)) s; the end of its output:"
+    tail -n +"$((first + 1))" "$log" | tail -n 25
+    failed+=("$name")
+}
+
+find_sanitizer() {
+    command -v compute-sanitizer && return
+    local candidate
+    for candidate in "${CUDA_HOME:-/usr/local/cuda}"/{bin,compute-sanitizer}/compute-sanitizer; do
+        [ ! -x "$candidate" ] || { echo "$candidate" && return; }
+    done
+}
+
+# Triton must compile here, not interpret.
+unset TRITON_INTERPRET
+
+FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
+    stage build 120 "$python" -m pip install -e . --no-build-isolation --no-deps
+stage tests 130 "$python" -m pytest --junitxml="$out/tests.xml"
+
+sanitizer=$(find_sanitizer)
+for tool in memcheck racecheck initcheck; do
+    if [ -n "$sanitizer" ]; then
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 60 \
+            "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.sanitize
+    else
+        echo "$tool: not run, compute-sanitizer not found"
+    fi
+done
+
+stage benchmarks 130 "$python" -m benchmarks.step --device cuda --out "$out" --seconds 0.5
+# The same variants, timed above, at the one size that most people have.
+stage pytest-benchmark 60 "$python" -m pytest benchmarks -k "64x3x32x32-fp32-contiguous" \
+    --benchmark-json="$out/pytest-benchmark.json" --benchmark-max-time=0.2
+
+if [ -f "$out/step-cuda.json" ]; then
+    "$python" -m benchmarks.report "$out/step-cuda.json" >"$out/summary.md"
+    "$python" -m benchmarks.report --short "$out/step-cuda.json"
+fi
+if [ ${#failed[@]} -ne 0 ]; then
+    echo "gpu.sh: FAILED after $SECONDS s: ${failed[*]}; see $log"
+    exit 1
+fi
+echo "gpu.sh: all stages passed in $SECONDS s"

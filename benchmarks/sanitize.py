@@ -1,0 +1,117 @@
+"""Every kernel with every option at small odd sizes, for compute-sanitizer to watch.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.sanitize
+
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: else tensors lie side by side in torch's own pools, where an
+access beyond one of them is no error. What numbers come out is for the tests to say.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastlangevin as fl
+from fastlangevin.step import backend_status, resolve_backend
+
+# Tails of every length, chains that share a block of four, and layouts with odd planes.
+SHAPES = ((1, 1), (3, 5), (2, 1023), (2, 3, 5, 7), (3, 4, 3, 3), (2, 16, 5, 5))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ADDRESS = {"seed": 2**63 + 11, "step": 5, "first_chain": 3}
+
+
+def options(n: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Options of a step on n chains, every one in some company."""
+    rows = torch.linspace(0.1, 1.0, n, device=device)
+    yield {}
+    yield {"noise_std": 0.0}
+    yield {"clamp": (-0.5, 0.5), "grad_clip": 0.3, "maximize": True}
+    yield {"clamp": (-0.5, 0.5), "noise_last": True}
+    yield {"clamp": (-0.5, 0.5), "joined": True}
+    yield {"step_size": rows, "noise_std": rows}
+    yield {"grad": None}
+    yield {"z": True}
+    yield {"out": True}
+    yield {"cast": torch.float16}
+    yield {"out": True, "cast": torch.bfloat16, "clamp": (-1.0, 1.0)}
+    if device.type == "cuda":
+        yield {"state": torch.tensor([7, 1], device=device)}
+
+
+def take(run: Callable[..., Tensor], x: Tensor, g: Tensor, **chosen: Any) -> None:
+    """One step, and a look at all that it wrote (initcheck then reports what it did not)."""
+    chosen = {"step_size": 0.5, "noise_std": 0.1, **ADDRESS, **chosen}
+    grad = chosen.pop("grad", g)
+    z = torch.randn_like(x) if chosen.pop("z", False) else None
+    written = [x]
+    if chosen.pop("out", False):
+        chosen["out"] = torch.empty_like(x)
+        written.append(chosen["out"])
+    if "cast" in chosen:
+        form = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        chosen["cast"] = torch.empty_like(x, dtype=chosen["cast"], memory_format=form)
+        written.append(chosen["cast"])
+    run(x, grad, z, **chosen)
+    for tensor in written:
+        if not bool(torch.isfinite(tensor).all()):
+            raise AssertionError(f"not finite after {sorted(chosen)} on {list(x.shape)}")
+
+
+def steps(run: Callable[..., Tensor], device: torch.device) -> int:
+    """All combinations worth having; how many."""
+    count = 0
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
+        # Every option in float32; in the others, dtypes and tails are what differs.
+        for chosen in itertools.islice(
+            options(shape[0], device), None if dtype.itemsize == 4 else 1
+        ):
+            take(run, *tensors(shape, dtype, device), **chosen)
+            count += 1
+    for shape in SHAPES[3:]:
+        for chosen in options(shape[0], device):
+            take(run, *tensors(shape, torch.float32, device, torch.channels_last), **chosen)
+            count += 1
+        x, g = tensors(shape, torch.float32, device)
+        take(run, x.to(memory_format=torch.channels_last), g.bfloat16())
+        take(run, *(v.transpose(1, 2) for v in (x, g)))
+        count += 2
+    for offset in (1, 2, 3):  # not on 16 bytes
+        x, g = tensors((1, 1029), torch.float32, device)
+        take(run, x[:, offset:], g[:, offset:])
+        count += 1
+    return count
+
+
+def tensors(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> tuple[Tensor, Tensor]:
+    x, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    return x.contiguous(memory_format=memory_format), g.contiguous(memory_format=memory_format)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize")
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args().device)
+    kernels = {k: v for k, v in backend_status(device).items() if k != "reference"}
+    for name, reason in kernels.items():
+        if reason is None:
+            print(f"{name}: {steps(resolve_backend(name, device), device)} steps", flush=True)
+        else:
+            print(f"{name}: cannot run: {reason}")
+    if all(kernels.values()):
+        raise SystemExit(f"sanitize: no kernels serve {device}")
+    for shape in SHAPES:
+        for fill in (fl.noise.normal, fl.noise.uniform):
+            if not bool(torch.isfinite(fill(shape, seed=1, step=2, device=device)).all()):
+                raise AssertionError(f"not finite: {fill.__name__} of {list(shape)}")
+
+
+if __name__ == "__main__":
+    main()
