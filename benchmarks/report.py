@@ -185,8 +185,9 @@ def plot(content: Row, path: Path) -> None:
     most = max((key[4] or 0 for key in cases), default=0)
     cases = {key: rows for key, rows in cases.items() if key[3] and (key[4] or 0) == most}
     figure, axes = pyplot.subplots(
-        1, max(1, len(cases)), figsize=(4 * max(1, len(cases)), 2.8), sharey=True, squeeze=False
-    )
+        1, max(1, len(cases)), figsize=(4 * max(1, len(cases)), 2.8), sharex=True, sharey=True,
+        squeeze=False,
+    )  # fmt: skip
     names = BASELINES[content["device"]] + OURS[content["device"]]
     for axis, (key, rows) in zip(axes[0], cases.items(), strict=False):
         for place, name in enumerate(names):
@@ -195,14 +196,14 @@ def plot(content: Row, path: Path) -> None:
                 axis.text(0.02, place, MISSING, transform=axis.get_yaxis_transform(), va="center")
                 continue
             color = "tab:orange" if name in FAST[content["device"]] else "tab:gray"
-            axis.barh(place, row["ns_per_element"], color=color)
+            axis.plot(row["ns_per_element"], place, "o", color=color)
         axis.axvline(rows["copy"]["ns_per_element"], color="black", linestyle=":", label="copy")
         axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xscale("log")
         axis.set_xlabel("ns per element")
         axis.set_title(label(key), fontsize=9)
         axis.legend(fontsize=8)
-    axes[0][0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

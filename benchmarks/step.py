@@ -1,6 +1,7 @@
 """How long does a Langevin step take, and beside what? All variants, interleaved.
 
-    python -m benchmarks.step --out DIR [--device cpu|cuda] [--threads 1,2] [--quick]
+    python -m benchmarks.step --out DIR [--device cpu|cuda] [--threads 1,2] [--only 64x3x32x32]
+        [--quick]
 
 writes DIR/step-DEVICE.json: medians, quartiles, and ratios to the baselines taken round by round.
 """
@@ -27,11 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": timing.machine(),
         "results": [],
     }
+    chosen = [case for case in cases(device, options.quick) if options.only in str(case)]
     torch.manual_seed(0)
     for threads in options.threads:
         if threads:
             torch.set_num_threads(threads)
-        for case in cases(device, options.quick):
+        for case in chosen:
             for row in measure(case, options.seconds, options.compile):
                 content["results"].append({**row, "threads": threads})
             # After every case: a run that is cut short has still measured something.
@@ -88,6 +90,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for step-DEVICE.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", default=None, help="of the CPU, as in 1,2; default: torch's")
+    parser.add_argument("--only", default="", help="cases like 64x3x32x32-fp32-contiguous-noise")
     parser.add_argument("--seconds", type=float, default=None, help="per case; default 2")
     parser.add_argument("--quick", action="store_true", help="one small size, seconds in all")
     parser.add_argument(
