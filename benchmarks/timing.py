@@ -166,7 +166,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file of results, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.write_text(json.dumps(content) + "\n")
     draft.replace(path)
 
 
