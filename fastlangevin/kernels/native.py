@@ -58,6 +58,8 @@ def step_(
         )  # fmt: skip
     lo, hi = clamp or (-_INF, _INF)
     grad, z = _as_float(grad), _as_float(z)
+    if z is not None and x.is_cuda:
+        z = z.float()  # the CUDA kernels read given noise, a rarity, in float32 only
     if isinstance(step_size, Tensor):
         step_size = _as_values(step_size, x)
     if isinstance(noise_std, Tensor):
