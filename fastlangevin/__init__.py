@@ -1,5 +1,6 @@
 """Langevin sampling for energy-based models."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastlangevin import noise
@@ -31,4 +32,10 @@ def __getattr__(name: str) -> Any:
         from fastlangevin.learn.checkpoint import load
 
         return load
+    if name == "learn":
+        return importlib.import_module("fastlangevin.learn")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "learn"]

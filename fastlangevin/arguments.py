@@ -83,7 +83,7 @@ def check_clamp(op: str, clamp: Sequence[float] | None) -> tuple[float, float] |
     if clamp is None:
         return None
     try:
-        lo, hi = (float(bound) for bound in clamp)
+        lo, hi = (float(bound) for bound in ([] if isinstance(clamp, str) else clamp))
     except (TypeError, ValueError):
         raise TypeError(f"{op}: clamp must be a pair (lo, hi) or None, got {clamp!r}") from None
     if not lo < hi:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,21 +31,30 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command)
     parameters = [p for p in signature.parameters.values() if p.name != "settings"]
     for name, field in FIELDS.items():
+        kind, metavar = TYPES[name], None
+        if type(None) in typing.get_args(kind):
+            kind = typing.get_args(kind)[0]
+            if kind in (int, float):  # so that a preset's number can be taken back
+                kind, metavar = str, f"<{kind.__name__}|none>"
         option = typer.Option(
-            help=field.metadata["help"], show_default=False, rich_help_panel="Settings"
+            help=field.metadata["help"],
+            metavar=metavar,
+            show_default=False,
+            rich_help_panel="Settings",
         )
         parameters.append(
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[TYPES[name] | None, option],
+                annotation=Annotated[kind | None, option],
             )
         )
     named = {p.name for p in parameters} - set(FIELDS)
 
     def wrapped(**values: Any) -> None:
         settings = {k: v for k, v in values.items() if k in FIELDS and v is not None}
+        settings = {k: None if v == "none" else v for k, v in settings.items()}
         command(**{k: v for k, v in values.items() if k in named}, settings=settings)
 
     wrapped.__doc__ = command.__doc__
@@ -80,6 +90,7 @@ def train(
     as OUT/config.yaml. Ctrl-C saves a checkpoint and stops.
     """
     from fastlangevin.learn import config as configs
+    from fastlangevin.learn import folder as folders
     from fastlangevin.learn import run
 
     with _errors():
@@ -88,8 +99,8 @@ def train(
                 raise ValueError("--resume needs --out, the folder of the run")
             if preset is not None or config is not None:
                 raise ValueError("--resume takes the run's own settings: no --preset or --config")
-            if (out / run.CONFIG).exists():
-                config = out / run.CONFIG
+            if folders.is_run(out):
+                config = out / folders.CONFIG
         resolved = configs.resolve(preset, config, settings)
         name = preset or (config.stem if config else "digits")
         folder = out or _free_folder(Path("runs") / name)
@@ -97,7 +108,10 @@ def train(
             last = run.train(resolved, folder, resume=resume, overwrite=overwrite, report=report)
     typer.echo(f"checkpoint  {last}")
     typer.echo(f"samples     {folder / 'samples.png'}")
-    typer.echo(f"settings    {folder / run.CONFIG}")
+    typer.echo(f"settings    {folder / folders.CONFIG}")
+    if (stopped := int(last.stem)) < resolved.iterations:
+        typer.echo(f"stopped at {stopped} of {resolved.iterations}; go on with --resume", err=True)
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -148,20 +162,27 @@ def check(
     n: Annotated[int, typer.Option(min=1, help="Samples to judge.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 1,
     sure: Annotated[float, typer.Option(help="Fraction of sure samples to pass.")] = 0.5,
+    data: Annotated[
+        str | None, typer.Option(help="The images.", show_default="those of the run")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Ask a classifier of the real images whether the samples are recognisable.
 
     Passes (exit status 0) if it is more than 90 % sure of enough samples and finds every class.
     """
-    from fastlangevin.learn.build import load_data
+    from fastlangevin.learn.build import choose_device, load_data
     from fastlangevin.learn.check import ClassifierCheck
     from fastlangevin.learn.checkpoint import load, read_checkpoint
     from fastlangevin.learn.config import resolve
 
     with _errors():
-        config = resolve(overrides=read_checkpoint(run)[1]["config"])
+        settings = read_checkpoint(run)[1].get("config")
+        if settings is None:
+            raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
+        config = resolve(overrides=settings | ({} if data is None else {"data": data}))
         judge = ClassifierCheck(load_data(config))
-        found = judge(load(run)(n=n, seed=seed))
+        found = judge(load(run, device=choose_device(device))(n=n, seed=seed))
         for name, value in (
             ("real images", judge.of_data()),
             ("samples", found),
@@ -201,11 +222,9 @@ def version() -> None:
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """Expected failures become one readable line and exit status 1."""
-    from fastlangevin.learn.guard import DivergedError
-
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, DivergedError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, ImportError, ArithmeticError, RuntimeError) as error:
         message = " ".join(str(error).split())
         _console.print(
             "error:", message, style="red", markup=False, soft_wrap=True, highlight=False

@@ -50,6 +50,7 @@ def normal(
     generators. Raises ValueError for a seed outside [0, 2**64) or an address word outside
     [0, 2**32).
     """
+    _check_dtype(dtype)
     if (place := _native_device(device, dtype)) is None:
         return normal_ref(shape, seed, step, stream, first_chain, device, dtype)
     seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
@@ -69,6 +70,7 @@ def uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniforms [n, ...] in [0, 1), multiples of 2**-24, addressed as in :func:`normal`."""
+    _check_dtype(dtype)
     if (place := _native_device(device, dtype)) is None:
         return uniform_ref(shape, seed, step, stream, first_chain, device, dtype)
     seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
@@ -184,6 +186,12 @@ def _check_request(
     first_chain, step = check_address(first_chain, shape[0], step, 1)
     _check_range("the number of blocks of four elements", -(-math.prod(shape[1:]) // 4), 32)
     return seed, step, _check_range("stream", stream, 32), first_chain
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    # Halves cannot hold 24 bits: uniforms would reach 1, and the normals' logarithm 0.
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"noise: dtype must be torch.float32 or torch.float64, got {dtype}")
 
 
 def _native_device(device: torch.device | str | None, dtype: torch.dtype) -> torch.device | None:

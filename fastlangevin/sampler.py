@@ -28,6 +28,17 @@ _ORDER_TEXT = {
     "before": "noise before the gradient is taken",
     "last": "noise after the clamp",
 }
+SETTINGS = (
+    "steps",
+    "step_size",
+    "noise_std",
+    "maximize",
+    "clamp",
+    "grad_clip",
+    "noise_order",
+    "precision",
+    "backend",
+)
 _OP = "LangevinSampler"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -204,9 +215,18 @@ class LangevinSampler:
             before.copy_(x)
         return Diagnostics(x, *records)
 
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, less the energy."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"{_OP}({type(self.energy).__name__}, {shown})"
+
     def explain(self, x0: Tensor | None = None) -> str:
         """What a call will run, and on what, as readable text."""
         device = device_of(self.energy) or torch.device("cpu") if x0 is None else x0.device
+        check_precision(self.precision, device)
         backend = choose_backend(self.backend, device)
         lines = [
             f"chain      {self.steps} steps, {'ascending f' if self.maximize else 'descending E'}, "
@@ -238,6 +258,12 @@ class LangevinSampler:
         **model_kwargs: Any,
     ) -> tuple[Tensor, Chain]:
         """Check a call before any work; return the state to walk on (a copy) and the rest."""
+        for name in ("differentiable", "checkpoint", "grad_steps"):
+            if name in model_kwargs:
+                raise TypeError(f"{_OP}: {name} is an option of a call, not of this method")
+        for name, value in model_kwargs.items():
+            if isinstance(value, Tensor) and value.is_inference():
+                model_kwargs[name] = value.clone()  # autograd saves no inference tensors
         if seed is not None and generator is not None:
             raise ValueError(f"{_OP}: give seed or generator, not both")
         if (x0 is None) == (n is None):

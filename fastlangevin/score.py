@@ -144,16 +144,25 @@ def left_as_found(
     modules = modules_of(energy)
     frozen = [p for m in modules for p in m.parameters() if p.requires_grad] if freeze else []
     buffers = Buffers(energy)
+    with kept_generators(device):
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            yield buffers
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            buffers.put_back()
+
+
+@contextlib.contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """Put torch's generators of the CPU and of a device back as they were."""
     generators = _generators(device)
     states = [generator.get_state() for generator in generators]
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        yield buffers
+        yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        buffers.put_back()
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 

@@ -117,6 +117,8 @@ def fold_norm_clip(
     if kind == "batch_norm":
         norms = torch.linalg.vector_norm(norms).expand_as(norms)
     # Not min(1, c / |g|): its derivative is NaN at g = 0.
+    if isinstance(step_size, Tensor):
+        step_size = step_size.to(norms.device)
     return bound / norms.clamp(min=bound) * step_size, None
 
 

@@ -3,8 +3,10 @@
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -587,8 +589,67 @@ def test_wrong_arguments(wrong: dict, error: type[Exception], match: str) -> Non
 
 
 def test_images_that_do_not_fit_the_energy() -> None:
-    with pytest.raises(ValueError, match=r"ConvEnergy: x must have shape \[n, 1, 8, 8\], got"):
-        learner(data=torch.zeros(3, 3, 8, 8)).step()
+    match = r"data must have the energy's shape \[1, 8, 8\], got \[3, 8, 8\]"
+    with pytest.raises(ValueError, match=match):
+        learner(data=torch.zeros(3, 3, 8, 8))
+
+
+@pytest.mark.parametrize("data", [np.zeros((3, 1, 8, 8)), [torch.zeros(1, 8, 8)]], ids=type)
+def test_data_of_another_kind(data: Any) -> None:
+    with pytest.raises(TypeError, match=r"data must be a tensor \[N, ...\], what load_images"):
+        learner(data=data)
+
+
+def test_data_that_are_not_finite() -> None:
+    with pytest.raises(ValueError, match="data must be finite"):
+        learner(data=torch.full((3, *SHAPE), math.nan))
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    """With step sizes per step, which are a tensor, an energy of one's own, and some words."""
+    sizes = torch.rand(3, 1)
+
+    def made() -> ShortRunLearner:
+        chain = fl.LangevinSampler(Normed(), steps=3, step_size=sizes)
+        return ShortRunLearner(chain, images(), batch_size=B, ema=0.9)
+
+    learning, other = made(), made()
+    learning.step()
+    learning.save(tmp_path / "a.safetensors", note="mine")
+    assert other.load(tmp_path / "a.safetensors")["note"] == "mine"
+    assert other.step() == learning.step()
+    assert same_state(state(other), state(learning))
+    loaded = fl.load(tmp_path / "a.safetensors", energy=Normed())
+    assert torch.equal(loaded.step_size, sizes)
+    with pytest.raises(CheckpointError, match="trained on an energy of its own: give energy="):
+        fl.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 serves where CUDA is")
+def test_a_precision_that_does_not_serve_here(tmp_path: Path) -> None:
+    """A run from a GPU is sampled from on a CPU: with a warning, or as the user says."""
+    path = tmp_path / "a.safetensors"
+    learner(sampler(precision="fp16")).save(path)
+    with pytest.warns(UserWarning, match='"fp16" needs a CUDA device.*; using None instead'):
+        assert fl.load(path)(n=2, seed=0).isfinite().all()
+    assert fl.load(path, precision="bf16").precision == "bf16"
+    with pytest.raises(ValueError, match='precision "fp16" needs a CUDA device'):
+        fl.load(path, precision="fp16")
+
+
+def test_dropout_is_a_function_of_seed_and_iteration() -> None:
+    results = []
+    for number in range(2):
+        torch.manual_seed(number)
+        energy = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 1))
+        nn.init.constant_(energy[2].weight, 0.1)
+        nn.init.zeros_(energy[2].bias)
+        before = torch.get_rng_state()
+        chain = fl.LangevinSampler(energy, steps=2)
+        results.append(ShortRunLearner(chain, torch.ones(5, 1, 8, 8), data_noise=0.0).step())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert results[0] == results[1]
+    assert results[0].energy_data != pytest.approx(6.4, rel=1e-4)  # what it is without dropout
 
 
 def test_a_batch_larger_than_the_buffer() -> None:

@@ -33,9 +33,10 @@ from fastlangevin.learn import (
 )
 from fastlangevin.learn.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from fastlangevin.learn.config import FIELDS
+from fastlangevin.learn.folder import FREE_SETTINGS
 from fastlangevin.learn.images import to_grid
 from fastlangevin.learn.log import RunLog, read_records
-from fastlangevin.learn.run import FREE_SETTINGS, annealed
+from fastlangevin.learn.run import annealed
 
 # On top of a preset of the paper's. Everything that has a state is on: average, buffer, flips,
 # annealing.
@@ -221,7 +222,6 @@ def test_a_run_outside_the_main_thread(config: TrainConfig, whole: Path, tmp_pat
 
 
 OTHER = {
-    "data": "digits",
     "size": 16,
     "channels": 3,
     "limit": 5,
@@ -304,6 +304,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
 
 
 def test_a_second_signal_acts_at_once(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    # A shell has SIGINT ignored for what it runs in the background, and so in its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def report(iteration: int, record: Any) -> None:
         if iteration == 5:
             signal.raise_signal(signal.SIGINT)
@@ -400,7 +403,7 @@ def test_cadence_and_bounds_may_change_and_change_no_number(
     if torch.cuda.is_available():
         del free["device"]
     free |= {"max_energy": 1e9, "max_saturation": 0.99}
-    assert free.keys() | {"iterations", "device"} == set(FREE_SETTINGS)
+    assert free.keys() | {"iterations", "device", "data"} == set(FREE_SETTINGS)
     train(dataclasses.replace(config, **free), tmp_path / "run", resume=True)
     tensors = [read_checkpoint(run)[0] for run in (whole, tmp_path / "run")]
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
@@ -424,6 +427,38 @@ def test_resume_with_another_setting(name: str, config: TrainConfig, copied: Pat
     assert snapshot(copied) == before
 
 
+def test_resume_an_annealed_run_with_another_length(config: TrainConfig, copied: Path) -> None:
+    """Its learning rate would jump back, and no uncut run would have had its numbers."""
+    before = snapshot(copied)
+    with pytest.raises(ValueError, match=r"iterations \(12 to 20\), on whose value the annealing"):
+        train(dataclasses.replace(config, iterations=20), copied, resume=True)
+    assert snapshot(copied) == before
+
+
+def test_resume_on_other_data(config: TrainConfig, copied: Path, tmp_path: Path) -> None:
+    """The same images elsewhere are the same data; others under the old name are not."""
+    images = np.load(str(config.data))
+    np.save(tmp_path / "moved.npy", images)
+    moved = dataclasses.replace(config, data=str(tmp_path / "moved.npy"))
+    assert train(moved, copied, resume=True) == copied / "checkpoints" / "00000012.safetensors"
+    np.save(tmp_path / "moved.npy", images[::-1])
+    with pytest.raises(ValueError, match=r"was trained on other data than .*moved\.npy holds now"):
+        train(moved, copied, resume=True)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.png", "config.yaml"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_the_users_are_in_nobodys_way(
+    name: str, overwrite: bool, config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text('{"iteration": 1, "loss": 0.5}\n')
+    with pytest.raises(FileExistsError, match=f"mine already holds {name}, which a run would"):
+        train(config, tmp_path / "mine", overwrite=overwrite)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+    assert (tmp_path / "mine" / name).read_text() == '{"iteration": 1, "loss": 0.5}\n'
+
+
 @pytest.mark.parametrize("lost", ["nothing", "samples.png", "metrics.jsonl", "checkpoints"])
 def test_a_folder_that_holds_a_run(lost: str, config: TrainConfig, copied: Path) -> None:
     """Whole, or damaged: what is left of it stays. It is looked at before the data are."""
@@ -444,8 +479,9 @@ def test_checkpoints_without_a_config_are_a_run_too(config: TrainConfig, copied:
     (copied / "config.yaml").unlink()
     before = snapshot(copied)
     fl.load(copied)
-    with pytest.raises(FileExistsError, match=f"{copied} already holds a run"):
-        train(dataclasses.replace(config, iterations=3), copied)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=f"{copied} already holds checkpoints/0000"):
+            train(dataclasses.replace(config, iterations=3), copied, overwrite=overwrite)
     assert snapshot(copied) == before
 
 
@@ -657,8 +693,9 @@ def test_a_close_bound_on_the_energies_does_not_stop_the_checkpoints(
 def test_chains_that_stay_saturated(config: TrainConfig, tmp_path: Path) -> None:
     """A bound that real chains pass at every iteration; after 50 of them the run is stopped."""
     out = tmp_path / "run"
-    train(dataclasses.replace(config, iterations=6), out)
-    strict = dataclasses.replace(config, iterations=100, max_saturation=0.0)
+    constant = {"anneal_start": 1.0}  # else the length may not change
+    train(dataclasses.replace(config, iterations=6, **constant), out)
+    strict = dataclasses.replace(config, iterations=100, max_saturation=0.0, **constant)
     match = r"chains are saturated at iteration 56: \d+% .*, above max_saturation = 0% for 50"
     with pytest.raises(DivergedError, match=match) as caught:
         train(strict, out, resume=True)

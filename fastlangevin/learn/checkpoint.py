@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file each, with its JSON in the header; never pickle."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.learn.files import replacing
 from fastlangevin.sampler import LangevinSampler
+from fastlangevin.score import check_precision
+from fastlangevin.step import choose_backend
 
 FORMAT = "fastlangevin checkpoint"
 VERSION = 1
@@ -119,9 +122,32 @@ def load(
             energy = ConvEnergy(**info["energy"])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another architecture: {error}") from error
+    if not isinstance(info.get("sampler"), dict):
+        raise CheckpointError(f"{path} has a damaged header: no sampler in it")
+    settings = info["sampler"] | changes
+    for name in settings:
+        if name not in changes and f"sampler.{name}" in tensors:
+            settings[name] = tensors[f"sampler.{name}"].to(device)
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
     load_weights(energy, tensors, prefix, path)
-    return LangevinSampler(energy.to(device).eval(), **{**info["sampler"], **changes})
+    sampler = LangevinSampler(energy.to(device).eval(), **settings)
+    _serve(sampler, torch.device(device), changes)
+    return sampler
+
+
+def _serve(sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]) -> None:
+    """Replace a precision or backend of the run that does not serve here, and warn."""
+    for name, check, instead in (
+        ("precision", check_precision, None),
+        ("backend", choose_backend, "auto"),
+    ):
+        try:
+            check(getattr(sampler, name), device)
+        except (RuntimeError, ValueError) as error:
+            if name in chosen:
+                raise
+            warnings.warn(f"load: {error}; using {instead!r} instead", stacklevel=3)
+            setattr(sampler, name, instead)
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any) -> None:

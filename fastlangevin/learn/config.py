@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# The first line of a run's config; a folder without it is not taken for a run.
+MARK = "# The settings of a fastlangevin run.\n"
 _PRESETS = Path(__file__).parent / "presets"
 
 
@@ -159,7 +161,7 @@ def save_config(config: TrainConfig, file: Path) -> None:
     """Write a resolved config as YAML, atomically."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     with replacing(file) as temporary:
-        temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        temporary.write_text(MARK + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def _cast(name: str, value: Any) -> Any:

@@ -29,6 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, nor a read-only handle synced
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

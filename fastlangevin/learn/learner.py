@@ -1,7 +1,8 @@
 """Algorithm 1: learn an energy by short-run MCMC."""
 
 import math
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,10 +10,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
-from fastlangevin.learn.checkpoint import CheckpointError, load_weights
+from fastlangevin.energies import ConvEnergy
+from fastlangevin.learn.checkpoint import (
+    CheckpointError,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.score import network_dtype
+from fastlangevin.score import kept_generators, network_dtype, seed_generators
 
 _OP = "ShortRunLearner"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -86,8 +93,19 @@ class ShortRunLearner:
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"{_OP}: ema must be in (0, 1) or None, got {ema}")
         self.data = _TensorImages(data) if isinstance(data, Tensor) else data
+        if not (hasattr(self.data, "batch") and hasattr(self.data, "shape")):
+            raise TypeError(
+                f"{_OP}: data must be a tensor [N, ...], what load_images returns, or an object "
+                f"with shape, len and batch(indices, flip), got {type(data).__name__}"
+            )
         if len(self.data) == 0:
             raise ValueError(f"{_OP}: data is empty")
+        expected = getattr(sampler.energy, "shape", None)
+        if expected is not None and tuple(expected) != tuple(self.data.shape):
+            raise ValueError(
+                f"{_OP}: data must have the energy's shape {list(expected)}, "
+                f"got {list(self.data.shape)}"
+            )
         self.sampler = sampler
         self.energy = sampler.energy
         self.batch_size = check_count(_OP, "batch_size", batch_size)
@@ -136,8 +154,11 @@ class ShortRunLearner:
             )
         else:
             samples = self.sampler(x0, seed=seed)
-        energy_data = self.energy(data).mean()
-        energy_samples = self.energy(samples.to(dtype)).mean()
+        with kept_generators(data.device):
+            # Dropout, too, is a function of (seed, iteration).
+            seed_generators(data.device, self.seed, self.iteration)
+            energy_data = self.energy(data).mean()
+            energy_samples = self.energy(samples.to(dtype)).mean()
         gap = energy_data - energy_samples
         lo, hi = self.sampler.clamp or (-1.0, 1.0)
         saturation = ((samples <= lo) | (samples >= hi)).float().mean()
@@ -199,6 +220,30 @@ class ShortRunLearner:
                 }
         self.iteration = iteration
 
+    def save(self, path: str | Path, **info: Any) -> None:
+        """Write a checkpoint, atomically; ``fl.load`` makes a sampler of it, with ``info``."""
+        tensors, settings = self.tensors(), self.sampler.settings()
+        for name, value in settings.items():
+            if isinstance(value, Tensor):
+                tensors[f"sampler.{name}"], settings[name] = value, None
+        known = {
+            "iteration": self.iteration,
+            "energy": self.energy.settings() if isinstance(self.energy, ConvEnergy) else None,
+            "sampler": settings,
+        }
+        save_checkpoint(path, tensors, {**info, **known})
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Go on where :meth:`save` left off, on a learner made alike; returns the ``info``.
+
+        Raises FileNotFoundError, or CheckpointError for a file that does not fit.
+        """
+        tensors, info = read_checkpoint(path)
+        if not isinstance(info.get("iteration"), int):
+            raise CheckpointError(f"{path} has a damaged header: no iteration in it")
+        self.load_tensors(tensors, info["iteration"])
+        return info
+
     def _data(self) -> Tensor:
         """The iteration's batch, with its noise: a function of (seed, iteration)."""
         words = _noise.words(
@@ -234,6 +279,8 @@ class _TensorImages:
     def __init__(self, images: Tensor) -> None:
         if not images.is_floating_point():
             raise TypeError(f"{_OP}: data must be of floating dtype, got {images.dtype}")
+        if not bool(images.isfinite().all()):
+            raise ValueError(f"{_OP}: data must be finite, it holds NaN or infinity")
         self.images = images
         self.shape = tuple(images.shape[1:])
 

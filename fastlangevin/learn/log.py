@@ -1,7 +1,9 @@
 """A run's records: metrics.jsonl always, TensorBoard where it is installed."""
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ class RunLog:
     def __init__(self, run: Path, iteration: int) -> None:
         self.run = run
         path = run / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["iteration"] <= iteration]
+        kept = [line for line, record in _records(path) if record["iteration"] <= iteration]
         with replacing(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
@@ -54,14 +56,18 @@ class RunLog:
 
 def read_records(run: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first."""
-    return [json.loads(line) for line in _lines(run / "metrics.jsonl")]
+    return [record for _, record in _records(run / "metrics.jsonl")]
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines only: a kill may have cut the last one."""
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Whole records only: a kill may have cut the last line, a power cut blanked some."""
     if not path.exists():
-        return []
-    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+        return
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if line.endswith("\n") and isinstance(record, dict) and "iteration" in record:
+                yield line, record
 
 
 def _summary_writer(folder: Path, iteration: int) -> Any:

@@ -10,46 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from fastlangevin import noise as _noise
-from fastlangevin.energies import ConvEnergy
 from fastlangevin.learn.build import (
     build_learner,
     choose_device,
     draw_samples,
-    sampler_settings,
+    fingerprint,
 )
-from fastlangevin.learn.checkpoint import (
-    checkpoint_path,
-    list_checkpoints,
-    read_checkpoint,
-    save_checkpoint,
-)
-from fastlangevin.learn.config import TrainConfig, read_settings, resolve, save_config
+from fastlangevin.learn.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
+from fastlangevin.learn.config import TrainConfig, save_config
+from fastlangevin.learn.folder import CONFIG, check_folder, remove_leftovers, remove_run
 from fastlangevin.learn.guard import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_grid
 from fastlangevin.learn.learner import ShortRunLearner
 from fastlangevin.learn.log import RunLog
 
-CONFIG = "config.yaml"
 KEPT_CHECKPOINTS = 2
-_NUMBER = "[0-9]" * 8
-WRITTEN = (
-    f"checkpoints/{_NUMBER}.safetensors",
-    f"samples/{_NUMBER}.png",
-    "metrics.jsonl",
-    "samples.png",
-    CONFIG,
-)
-# What a resumed run may change: how long it goes on, what it writes, and where.
-FREE_SETTINGS = (
-    "iterations",
-    "device",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "samples",
-    "max_energy",
-    "max_saturation",
-)
 
 Report = Callable[[int, Mapping[str, Any]], None]
 
@@ -80,7 +55,7 @@ def train(
     learner = build_learner(config)
     if resume:
         remove_leftovers(out)
-        resume_learner(learner, out)
+        resume_learner(learner, config, out)
     elif overwrite:
         remove_run(out)
     save_config(config, out / CONFIG)
@@ -96,9 +71,9 @@ def train(
             save_run(learner, config, out)
         save_grid(draw_samples(learner, config), out / "samples.png")
     except (DivergedError, FloatingPointError) as error:
-        good = list_checkpoints(out)
-        where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved yet"
-        raise DivergedError(f"{error}; {where}") from error
+        raise DivergedError(f"{error}; {last_good(out)}") from error
+    except OSError as error:
+        raise OSError(f"{error}; {last_good(out)}, resume goes on from there") from error
     finally:
         log.close()
     return list_checkpoints(out)[-1]
@@ -150,6 +125,12 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
     )
 
 
+def last_good(out: Path) -> str:
+    """Which checkpoint a run that has stopped can go back to, in words."""
+    found = list_checkpoints(out)
+    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was saved yet"
+
+
 def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
     """(lr, data_noise) of an iteration: constant, then linear to their final values."""
     start = config.anneal_start * config.iterations
@@ -163,63 +144,32 @@ def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
 def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path) -> Path:
     """Save a checkpoint; of the older ones the newest is kept."""
     path = checkpoint_path(out, learner.iteration)
-    info = {
-        "iteration": learner.iteration,
-        "energy": learner.energy.settings() if isinstance(learner.energy, ConvEnergy) else None,
-        "sampler": sampler_settings(config),
-        "config": dataclasses.asdict(config),
-    }
-    save_checkpoint(path, learner.tensors(), info)
+    learner.save(path, config=dataclasses.asdict(config), data=fingerprint(learner.data))
     for old in list_checkpoints(out)[:-KEPT_CHECKPOINTS]:
         old.unlink()
     return path
 
 
-def resume_learner(learner: ShortRunLearner, out: Path) -> None:
-    """Put a fresh learner where the run's newest checkpoint, if it has one, left off."""
-    for path in list_checkpoints(out)[-1:]:
-        tensors, info = read_checkpoint(path)
-        learner.load_tensors(tensors, info["iteration"])
+def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> None:
+    """Put a fresh learner where the run's newest checkpoint, if it has one, left off.
 
-
-def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that does not fit, before anything is loaded or written."""
-    if resume and overwrite:
-        raise ValueError("train: give resume or overwrite, not both")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"train: {out} is a file, not a folder for a run")
-    if resume and not (out / CONFIG).exists():
-        raise FileNotFoundError(f"train: {out} holds no run to resume (it has no {CONFIG})")
-    if not resume and not overwrite and ((out / CONFIG).exists() or list_checkpoints(out)):
-        raise FileExistsError(
-            f"train: {out} already holds a run; resume it, overwrite it, or name another folder"
+    Raises ValueError if the data are others than the run's, or it is past its last iteration.
+    """
+    found = list_checkpoints(out)
+    if not found:
+        return
+    try:
+        saved = learner.load(found[-1])
+    except CheckpointError as error:
+        older = f"; delete it to go on from {found[-2]}" if found[1:] else ""
+        raise CheckpointError(f"{error}{older}") from error
+    if saved.get("data") != fingerprint(learner.data):
+        raise ValueError(f"train: {out} was trained on other data than {config.data} holds now")
+    if learner.iteration > config.iterations:
+        raise ValueError(
+            f"train: {out} is at iteration {learner.iteration} already, "
+            f"iterations must be at least that, got {config.iterations}"
         )
-    if resume:
-        saved = dataclasses.asdict(resolve(overrides=read_settings(out / CONFIG)))
-        asked = dataclasses.asdict(config)
-        different = [k for k in saved if k not in FREE_SETTINGS and saved[k] != asked[k]]
-        if different:
-            changes = ", ".join(f"{k} ({saved[k]} to {asked[k]})" for k in different)
-            raise ValueError(f"train: {out} cannot be resumed with other settings: {changes}")
-
-
-def remove_run(out: Path) -> None:
-    """Delete what a run wrote, and nothing else. The config goes last: until then it is a run."""
-    remove_leftovers(out)
-    for pattern in ("tensorboard/events.out.tfevents.*", *WRITTEN):
-        for path in out.glob(pattern):
-            path.unlink()
-    for name in ("checkpoints", "samples", "tensorboard"):
-        with contextlib.suppress(OSError):  # not there, or with files of the user's in it
-            (out / name).rmdir()
-
-
-def remove_leftovers(out: Path) -> None:
-    """Delete the unfinished files of a process that was killed while it wrote them."""
-    for pattern in WRITTEN:
-        folder, _, name = pattern.rpartition("/")
-        for path in (out / folder).glob(f".{name}.*.tmp"):
-            path.unlink()
 
 
 @contextlib.contextmanager
@@ -230,6 +180,8 @@ def stop_signal() -> Iterator[threading.Event]:
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell has them ignored for what it runs in the background; that stays.
+    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
 
     def request(number: int, _frame: object) -> None:
         stop.set()

@@ -1,0 +1,94 @@
+"""A run's folder: what it may hold, and what may be done to it."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+from fastlangevin.learn.config import MARK, TrainConfig, read_settings, resolve
+
+CONFIG = "config.yaml"
+_NUMBER = "[0-9]" * 8
+WRITTEN = (
+    f"checkpoints/{_NUMBER}.safetensors",
+    f"samples/{_NUMBER}.png",
+    "metrics.jsonl",
+    "samples.png",
+    CONFIG,
+)
+# What a resumed run may change: how long it goes on, what it writes, and where things are. The
+# data are compared by what is in them.
+FREE_SETTINGS = (
+    "data",
+    "iterations",
+    "device",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "samples",
+    "max_energy",
+    "max_saturation",
+)
+
+
+def is_run(out: Path) -> bool:
+    """Whether a folder is one that a run of ours wrote."""
+    config = out / CONFIG
+    return config.is_file() and config.read_bytes().startswith(MARK.encode())
+
+
+def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that does not fit, before anything is loaded or written."""
+    if resume and overwrite:
+        raise ValueError("train: give resume or overwrite, not both")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"train: {out} is a file, not a folder for a run")
+    if resume:
+        if not is_run(out):
+            raise FileNotFoundError(
+                f"train: {out} holds no run to resume (it has no {CONFIG} of one)"
+            )
+        return check_resumed(config, out)
+    in_the_way = [path for pattern in WRITTEN for path in sorted(out.glob(pattern))]
+    if is_run(out) and not overwrite:
+        raise FileExistsError(
+            f"train: {out} already holds a run; resume it, overwrite it, or name another folder"
+        )
+    if in_the_way and not is_run(out):
+        raise FileExistsError(
+            f"train: {out} already holds {in_the_way[0].relative_to(out)}, which a run would "
+            "replace, but is no whole run to overwrite; name another folder"
+        )
+
+
+def check_resumed(config: TrainConfig, out: Path) -> None:
+    """ValueError if a run would not go on as it began."""
+    saved = dataclasses.asdict(resolve(overrides=read_settings(out / CONFIG)))
+    asked = dataclasses.asdict(config)
+    free: tuple[str, ...] = FREE_SETTINGS
+    if (config.lr, config.data_noise) != (config.lr_final, config.data_noise_final):
+        # The annealing is a function of the length.
+        free = tuple(name for name in free if name != "iterations" or config.anneal_start == 1)
+    different = [name for name in saved if name not in free and saved[name] != asked[name]]
+    if different:
+        changes = ", ".join(f"{name} ({saved[name]} to {asked[name]})" for name in different)
+        hint = ", on whose value the annealing depends" if different == ["iterations"] else ""
+        raise ValueError(f"train: {out} cannot be resumed with other settings: {changes}{hint}")
+
+
+def remove_run(out: Path) -> None:
+    """Delete what a run wrote, and nothing else. The config goes last: until then it is a run."""
+    remove_leftovers(out)
+    for pattern in ("tensorboard/events.out.tfevents.*", *WRITTEN):
+        for path in out.glob(pattern) if is_run(out) else ():
+            path.unlink()
+    for name in ("checkpoints", "samples", "tensorboard"):
+        with contextlib.suppress(OSError):  # not there, or with files of the user's in it
+            (out / name).rmdir()
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete the unfinished files of a process that was killed while it wrote them."""
+    for pattern in WRITTEN:
+        folder, _, name = pattern.rpartition("/")
+        for path in (out / folder).glob(f".{name}.*.tmp"):
+            path.unlink()
