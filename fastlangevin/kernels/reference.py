@@ -71,9 +71,32 @@ def step(
     return langevin_step(x, grad, z, noise_std=noise_std, **options)
 
 
-def step_(x: Tensor, grad: Tensor | None, z: Tensor | None, **options: Any) -> Tensor:
-    """:func:`step` in place on x, the entry that every backend provides; returns x."""
-    return x.copy_(step(x, grad, z, **options))
+def step_(
+    x: Tensor,
+    grad: Tensor | None,
+    z: Tensor | None,
+    *,
+    clamp: tuple[float, float] | None = None,
+    noise_last: bool = False,
+    joined: bool = False,
+    out: Tensor | None = None,
+    cast: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """:func:`step` in place on x, the entry that every backend provides.
+
+    ``joined``: clamp, add the noise and clamp again, which joins the move of one step with the
+    noise that comes before the next: x <- clamp(clamp(x + s a clip(g)) + b z). ``out``: write there
+    and leave x alone. ``cast``: a second output of x's shape, in any dtype and memory format of its
+    own. Returns x, or ``out``.
+    """
+    written = x if out is None else out
+    written.copy_(step(x, grad, z, clamp=clamp, noise_last=noise_last or joined, **options))
+    if joined:
+        written.copy_(_clamp(written, clamp))
+    if cast is not None:
+        cast.copy_(written)
+    return written
 
 
 def is_zero(coefficient: Coefficient) -> bool:

@@ -1,0 +1,238 @@
+"""The step and the noise in Triton: CUDA and ROCm, and any CPU under Triton's interpreter.
+
+Steps with given noise equal the reference bit for bit. The kernels' own normals differ from the
+reference's by less than the contract's 2e-6, and are those of the native backend. Triton is
+imported when a kernel is first asked for.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.kernels import reference
+
+# 16 bytes of the state for each of a program's 4 warps of 32 threads: one load, one store.
+_WARPS = 4
+_TILE_BYTES = _WARPS * 32 * 16
+# Of one program, when lines are channels; 16 float32 channels are two 32-byte sectors of memory.
+_MAX_CHANNELS = 16
+# CUDA's limit on all dimensions of a grid but the first.
+_MAX_GRID = 65535
+# Every operation is rounded once, as in the other backends: see triton_kernels.
+_COMPILE = {"num_warps": _WARPS, "enable_fp_fusion": False}
+
+
+def available(device: torch.device) -> str | None:
+    """None where Triton serves the device, else why not and what to do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else (
+            "on a CPU it only runs interpreted, for tests; start Python with TRITON_INTERPRET=1"
+        )
+    if device.type != "cuda":
+        return f"its kernels are for CUDA and ROCm devices, not {device.type}"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def step_(
+    x: Tensor,
+    grad: Tensor | None,
+    z: Tensor | None,
+    *,
+    out: Tensor | None = None,
+    cast: Tensor | None = None,
+    state: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """:func:`reference.step_` on checked arguments: in place on x, in any memory format.
+
+    ``out``, ``cast`` and ``joined`` are as there. ``state``: int64 [2] on x's device, the seed and
+    a number added to ``step``, read when the kernel runs; a captured graph is replayed with other
+    noise by writing to it.
+
+    Chains that are contiguous or channels_last, each tensor as it likes, are read and written as
+    they are. Others, and channels_last ones with noise to draw whose channels are not multiples of
+    4 elements, take contiguous copies. A float64 x goes through the reference, without ``state``.
+    """
+    if x.dtype == torch.float64:
+        return reference.step_(x, grad, z, out=out, cast=cast, **options)
+    written = x if out is None else out
+    if x.numel() == 0:
+        return written
+    draws = z is None and not reference.is_zero(options["noise_std"])
+    lines = _lines(x, written, grad, z, cast, draws)
+    if lines is None:
+        dense = torch.empty(x.shape, dtype=written.dtype, device=x.device)
+        x, grad, z = (v if v is None else v.contiguous() for v in (x, grad, z))
+        _step((1, x[0].numel()), x, dense, grad, z, None, state=state, **options)
+        written.copy_(dense)
+        if cast is not None:
+            cast.copy_(dense)
+    else:
+        _step(lines, x, written, grad, z, cast, state=state, **options)
+        for changed in (written,) if cast is None else (written, cast):
+            if not changed.is_inference():
+                torch.autograd.graph.increment_version(changed)
+    return written
+
+
+def _step(
+    lines: tuple[int, int],
+    x: Tensor,
+    out: Tensor,
+    grad: Tensor | None,
+    z: Tensor | None,
+    cast: Tensor | None,
+    *,
+    step_size: reference.Coefficient,
+    noise_std: reference.Coefficient,
+    seed: int,
+    step: int,
+    first_chain: int,
+    clamp: tuple[float, float] | None = None,
+    grad_clip: float | None = None,
+    maximize: bool = False,
+    noise_last: bool = False,
+    joined: bool = False,
+    state: Tensor | None = None,
+) -> None:
+    """Launch the step on tensors whose chains are made of ``lines`` (channels, pixels)."""
+    from fastlangevin.kernels.triton_kernels import step_kernel
+
+    chains, (channels, pixels) = x.shape[0], lines
+    a, step_sizes = _coefficient(step_size, x)
+    b, noise_stds = _coefficient(noise_std, x)
+    lo, hi = clamp or (-math.inf, math.inf)
+    grid, tile = _grid(chains, channels, pixels, x.element_size())
+    with torch.cuda.device_of(x):
+        step_kernel[grid](
+            x, out, grad, z, cast,
+            *_strides(x, *lines), *_strides(grad, *lines), *_strides(cast, *lines),
+            chains, channels, pixels,
+            a if maximize else -a, b, step_sizes, noise_stds,
+            math.inf if grad_clip is None else grad_clip, lo, hi,
+            _signed(seed), _signed(seed >> 32), _signed(step), _signed(first_chain), state,
+            DRAW=z is None and not reference.is_zero(noise_std),
+            NOISE_LAST=noise_last or joined, JOINED=joined, BY_CHANNEL=channels > 1,
+            **tile, **_COMPILE,
+        )  # fmt: skip
+
+
+def normal(shape: Sequence[int], **address: Any) -> Tensor:
+    """:func:`fastlangevin.noise.normal` in float32, on checked arguments."""
+    return _fill(shape, uniform=False, **address)
+
+
+def uniform(shape: Sequence[int], **address: Any) -> Tensor:
+    """:func:`fastlangevin.noise.uniform` in float32, on checked arguments."""
+    return _fill(shape, uniform=True, **address)
+
+
+def _fill(
+    shape: Sequence[int],
+    *,
+    uniform: bool,
+    seed: int,
+    step: int,
+    stream: int,
+    first_chain: int,
+    device: torch.device,
+) -> Tensor:
+    from fastlangevin.kernels.triton_kernels import fill_kernel
+
+    out = torch.empty(tuple(shape), device=device)
+    if out.numel() == 0:
+        return out
+    chains, elements = out.shape[0], out[0].numel()
+    grid, tile = _grid(chains, 1, elements, out.element_size())
+    with torch.cuda.device_of(out):
+        fill_kernel[grid](
+            out, chains, elements,
+            _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream),
+            _signed(first_chain), UNIFORM=uniform, **tile, **_COMPILE,
+        )  # fmt: skip
+    return out
+
+
+def _lines(
+    x: Tensor, out: Tensor, grad: Tensor | None, z: Tensor | None, cast: Tensor | None, draws: bool
+) -> tuple[int, int] | None:
+    """How a chain divides into lines of evenly spaced elements, in every tensor alike.
+
+    (1, elements) where all chains are contiguous, (channels, pixels) where some are channels_last,
+    None where a tensor is neither. out and z must be laid out as x is.
+    """
+    if out.stride() != x.stride() or (z is not None and z.stride() != x.stride()):
+        return None
+    tensors = [v for v in (x, grad, cast) if v is not None]
+    elements = x[0].numel()
+    if all(_planar(v) for v in tensors):
+        return 1, elements
+    if not all(_planar(v) or _channels_last(v) for v in tensors):
+        return None
+    if not draws and all(v.stride() == x.stride() for v in tensors):
+        return 1, elements  # without noise to draw, an element's number does not matter
+    pixels = elements // x.shape[1]
+    return None if draws and pixels % 4 else (x.shape[1], pixels)
+
+
+def _planar(v: Tensor) -> bool:
+    return v.is_contiguous() or v[0].is_contiguous()
+
+
+def _channels_last(v: Tensor) -> bool:
+    return v.dim() > 2 and v[0].movedim(0, -1).is_contiguous()
+
+
+def _strides(v: Tensor | None, channels: int, pixels: int) -> tuple[int, int, int]:
+    """Between chains, channels and pixels, in elements."""
+    if v is None:
+        return 0, 0, 0
+    if channels == 1:
+        return v.stride(0), 0, 1
+    return (v.stride(0), pixels, 1) if _planar(v) else (v.stride(0), 1, channels)
+
+
+def _grid(
+    chains: int, channels: int, pixels: int, itemsize: int
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The programs, lines by pixels, and the shape of their tiles: powers of 2."""
+    tile = _TILE_BYTES // itemsize
+    if channels > 1:
+        lines = min(_MAX_CHANNELS, _power_of_2(channels))
+        columns = min(tile // lines, max(4, _power_of_2(pixels)))
+        rows = chains * -(-channels // lines)
+    else:
+        columns = min(tile, max(4, _power_of_2(pixels)))
+        lines = tile // columns
+        rows = -(-chains // lines)
+    tiles = -(-pixels // columns)
+    grid = rows, min(tiles, _MAX_GRID), -(-tiles // _MAX_GRID)
+    return grid, {"LINES": lines, "PIXELS": columns}
+
+
+def _power_of_2(number: int) -> int:
+    """The least one >= number."""
+    return 1 << (number - 1).bit_length()
+
+
+def _coefficient(value: reference.Coefficient, x: Tensor) -> tuple[float, Tensor | None]:
+    """A coefficient as a number times float32 values per chain."""
+    if not isinstance(value, Tensor):
+        return float(value), None
+    return 1.0, value.to(device=x.device, dtype=torch.float32).expand(x.shape[0]).contiguous()
+
+
+def _signed(number: int) -> int:
+    """The low word of a number as the signed int32 with its bits.
+
+    Triton would compile anew for a number that needs another integer type.
+    """
+    return ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000

@@ -1,0 +1,251 @@
+"""The noise contract and the step contract in Triton: the kernels alone.
+
+They mirror csrc/philox.h and csrc/step.h operation by operation, each rounded once (compile with
+enable_fp_fusion=False), so that their normals and steps equal the native ones bit for bit.
+
+A program owns a tile of LINES x PIXELS elements. A line is a chain, or one channel of a chain where
+an operand is channels_last; a pixel is an element of it. Four neighbours along a line share a
+Philox block, so tiles draw each block once, whatever the order of the elements in memory.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _word(number):
+    """An int32 argument as the 32-bit word that it stands for."""
+    return tl.full([1, 1], number, tl.int32).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _words(block, chain, step, stream, seed_low, seed_high):
+    """Philox4x32-10 (Salmon et al. 2011, constants of Random123), all arguments uint32."""
+    c0, c1, c2, c3 = block, chain, step, stream
+    k0, k1 = seed_low, seed_high
+    for _ in tl.static_range(10):
+        high0, high1 = tl.umulhi(c0, 0xD2511F53), tl.umulhi(c2, 0xCD9E8D57)
+        low0, low1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _uniform(w):
+    """u(w) in [0, 1)."""
+    return (w >> 8).to(tl.int32, bitcast=True).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+
+
+@triton.jit
+def _radius(w):
+    """sqrt(-2 ln v(w)), from (w >> 8) + 1 = m 2**e with m in [sqrt(1/2), sqrt(2)).
+
+    A polynomial, since the hardware's logarithm is off by 5e-4 in the radius near v = 1.
+    """
+    number = ((w >> 8) + 1).to(tl.int32, bitcast=True).to(tl.float32)
+    offset = number.to(tl.int32, bitcast=True) - 0x4B3504F3  # the bits of 2**24 sqrt(1/2)
+    exponent = (offset >> 23).to(tl.float32)
+    f = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0  # m - 1
+    p = f * -0.17444715 + 0.2873369  # towards -2 ln(1 + f) / f
+    p = p * f + -0.29904532
+    p = p * f + 0.33124787
+    p = p * f + -0.39913666
+    p = p * f + 0.5000415
+    p = p * f + -0.66668373
+    p = p * f + 0.99999976
+    p = p * f + -2.0
+    return tl.sqrt_rn(exponent * -1.3862944 + f * p)  # -2 ln 2 e - 2 ln m
+
+
+@triton.jit
+def _box_muller(w_radius, w_angle):
+    """Two normals. Half turns are taken out exactly; an odd number of them changes both signs."""
+    shifted = w_angle << 1
+    sign = (w_angle ^ shifted) & 0x80000000
+    # y = 4 (u - half turns) in [-1, 1)
+    y = (shifted & 0xFFFFFE00).to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10
+    q = y * y
+    s = q * 0.00015082264 + -0.004672233  # sin(pi / 2 y) / y
+    s = s * q + 0.07968848
+    s = s * q + -0.6459634
+    s = s * q + 1.5707963
+    c = q * 0.0008596901 + -0.020813966  # cos(pi / 2 y)
+    c = c * q + 0.2536532
+    c = c * q + -1.2336988
+    c = c * q + 1.0
+    r = (_radius(w_radius).to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return r * c, r * (y * s)
+
+
+@triton.jit
+def _draw(block, chain, step, stream, seed_low, seed_high, UNIFORM: tl.constexpr):
+    """The numbers of blocks [LINES, PIXELS / 4], as [LINES, PIXELS]."""
+    w0, w1, w2, w3 = _words(block, chain, step, stream, seed_low, seed_high)
+    if UNIFORM:
+        z0, z1, z2, z3 = _uniform(w0), _uniform(w1), _uniform(w2), _uniform(w3)
+    else:
+        z0, z1 = _box_muller(w0, w1)
+        z2, z3 = _box_muller(w2, w3)
+    quads = tl.join(tl.join(z0, z2), tl.join(z1, z3))  # [..., 2, 2], in order z0, z1, z2, z3
+    return tl.reshape(quads, [block.shape[0], block.shape[1] * 4])
+
+
+@triton.jit
+def _clamp(x, lo, hi):
+    """x in [lo, hi], NaN staying NaN."""
+    return tl.clamp(x, lo, hi, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _tile(channels, LINES: tl.constexpr, PIXELS: tl.constexpr, BY_CHANNEL: tl.constexpr):
+    """A program's chains and channels [LINES, 1] and its first pixel, in 64 bits.
+
+    A tile takes LINES chains or, by channel, LINES channels of one chain: then one program touches
+    every byte of a run of pixels, in either order of memory.
+    """
+    column = tl.program_id(1) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
+    line = tl.arange(0, LINES)[:, None].to(tl.int64)
+    if BY_CHANNEL:
+        groups = tl.cdiv(channels, LINES)
+        chain = tl.program_id(0) // groups + line * 0
+        channel = tl.program_id(0) % groups * LINES + line
+    else:
+        chain = tl.program_id(0).to(tl.int64) * LINES + line
+        channel = line * 0
+    return chain, channel, column * PIXELS
+
+
+@triton.jit
+def _blocks(channel, first_pixel, pixels, PIXELS: tl.constexpr):
+    """The blocks of four elements of a tile, [LINES, PIXELS / 4]; by channel, 4 divides pixels."""
+    quad = first_pixel // 4 + tl.arange(0, PIXELS // 4)[None, :]
+    return (channel * (pixels // 4) + quad).to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "first_chain"])
+def step_kernel(
+    x,
+    out,
+    grad,
+    noise,
+    cast,
+    x_chain,
+    x_channel,
+    x_pixel,
+    grad_chain,
+    grad_channel,
+    grad_pixel,
+    cast_chain,
+    cast_channel,
+    cast_pixel,
+    chains,
+    channels,
+    pixels,
+    step_size,
+    noise_std,
+    step_sizes,
+    noise_stds,
+    clip,
+    lo,
+    hi,
+    seed_low,
+    seed_high,
+    step,
+    first_chain,
+    state,
+    DRAW: tl.constexpr,
+    NOISE_LAST: tl.constexpr,
+    JOINED: tl.constexpr,
+    LINES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+):
+    """x <- clamp(x + (a clip(g) + b z)), a signed; pointers are None where a term is absent.
+
+    Tensors [chains, channels, pixels] are addressed by their strides; out and noise have x's.
+    step_sizes and noise_stds hold float32 factors of step_size and noise_std per chain. The words
+    of the seed, step and first_chain come as signed int32; state holds {seed, a number added to
+    step} in int64. Bounds at infinity bound nothing.
+    """
+    chain, channel, first_pixel = _tile(channels, LINES, PIXELS, BY_CHANNEL)
+    pixel = first_pixel + tl.arange(0, PIXELS)[None, :]
+    here = chain < chains
+    mask = here & (channel < channels) & (pixel < pixels)
+    place = chain * x_chain + channel * x_channel + pixel * x_pixel
+    value = tl.load(x + place, mask=mask).to(tl.float32)
+
+    if grad is not None:
+        a = step_size
+        if step_sizes is not None:
+            a *= tl.load(step_sizes + chain, mask=here)
+        there = chain * grad_chain + channel * grad_channel + pixel * grad_pixel
+        g = tl.load(grad + there, mask=mask).to(tl.float32)
+        if clip is not None:
+            g = _clamp(g, -clip, clip)
+        move = a * g
+
+    if DRAW or noise is not None:
+        b = noise_std
+        if noise_stds is not None:
+            b *= tl.load(noise_stds + chain, mask=here)
+        if DRAW:
+            low, high, number = _word(seed_low), _word(seed_high), _word(step)
+            if state is not None:
+                seed = tl.load(state)
+                low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+                number += tl.load(state + 1).to(tl.uint32)
+            block = _blocks(channel, first_pixel, pixels, PIXELS)
+            row = chain.to(tl.uint32) + _word(first_chain)
+            z = _draw(block, row, number, _word(0), low, high, False)
+        else:
+            z = tl.load(noise + place, mask=mask).to(tl.float32)
+        kick = b * z
+
+    if NOISE_LAST:
+        if grad is not None:
+            value += move
+        value = _clamp(value, lo, hi)
+        if DRAW or noise is not None:
+            value += kick
+        if JOINED:
+            value = _clamp(value, lo, hi)
+    else:
+        if grad is None:
+            if DRAW or noise is not None:
+                value += kick
+        elif DRAW or noise is not None:
+            value += move + kick
+        else:
+            value += move
+        value = _clamp(value, lo, hi)
+
+    stored = value.to(out.dtype.element_ty)
+    tl.store(out + place, stored, mask=mask)
+    if cast is not None:
+        there = chain * cast_chain + channel * cast_channel + pixel * cast_pixel
+        tl.store(cast + there, stored.to(cast.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream", "first_chain"])
+def fill_kernel(
+    out,
+    chains,
+    elements,
+    seed_low,
+    seed_high,
+    step,
+    stream,
+    first_chain,
+    UNIFORM: tl.constexpr,
+    LINES: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """out [chains, elements], contiguous float32 <- the contract's normals or uniforms."""
+    chain, channel, first_pixel = _tile(1, LINES, PIXELS, False)
+    pixel = first_pixel + tl.arange(0, PIXELS)[None, :]
+    block = _blocks(channel, first_pixel, elements, PIXELS)
+    row = chain.to(tl.uint32) + _word(first_chain)
+    low, high = _word(seed_low), _word(seed_high)
+    z = _draw(block, row, _word(step), _word(stream), low, high, UNIFORM)
+    tl.store(out + chain * elements + pixel, z, mask=(chain < chains) & (pixel < elements))
