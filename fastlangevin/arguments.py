@@ -27,10 +27,7 @@ def check_count(op: str, name: str, value: int) -> int:
 
 
 def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Coefficient:
-    """A float >= 0, or a tensor (0-d or [chains]) of such.
-
-    The values of a CUDA tensor are not looked at: that would make the host wait for the device.
-    """
+    """A float >= 0, or a tensor (0-d or [chains]), whose values are left to :func:`check_values`."""
     if not isinstance(value, Tensor):
         return _check_number(op, name, value)
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != chains):
@@ -38,7 +35,7 @@ def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Co
             f"{op}: {name} must be a number or have one value per chain [{chains}], "
             f"got shape {list(value.shape)}"
         )
-    return _check_values(op, name, value)
+    return _check_floating(op, name, value)
 
 
 def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficient | list[float]:
@@ -49,7 +46,7 @@ def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficie
                 f"{op}: {name} must be a number, a sequence of steps={steps} numbers, or a tensor "
                 f"[n] or [{steps}, n], got shape {list(value.shape)}"
             )
-        return _check_values(op, name, value)
+        return check_values(op, name, _check_floating(op, name, value))
     if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
         numbers = [_check_number(op, name, number) for number in value]
         if len(numbers) != steps:
@@ -59,6 +56,19 @@ def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficie
             )
         return numbers
     return _check_number(op, name, value)
+
+
+def check_values(op: str, name: str, value: Tensor) -> Tensor:
+    """ValueError unless every value is finite and >= 0.
+
+    Those of a CUDA tensor are not looked at: that would make the host wait for the device.
+    """
+    if value.device.type == "cpu":
+        wrong = ~(torch.isfinite(value) & (value >= 0))
+        if bool(wrong.any()):
+            first = value.detach()[wrong][0].item()
+            raise ValueError(f"{op}: {name} must be finite and >= 0, got {first}{_hint(name)}")
+    return value
 
 
 def at_step(schedule: Coefficient | list[float], k: int) -> Coefficient:
@@ -121,19 +131,14 @@ def _check_number(op: str, name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {value!r}") from None
-    if not (math.isfinite(number) and number >= 0):
+    if not 0 <= number < math.inf:
         raise ValueError(f"{op}: {name} must be finite and >= 0, got {number}{_hint(name)}")
     return number
 
 
-def _check_values(op: str, name: str, value: Tensor) -> Tensor:
+def _check_floating(op: str, name: str, value: Tensor) -> Tensor:
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be of floating dtype, got {value.dtype}")
-    if value.device.type == "cpu":
-        wrong = ~(torch.isfinite(value) & (value >= 0))
-        if bool(wrong.any()):
-            first = value.detach()[wrong][0].item()
-            raise ValueError(f"{op}: {name} must be finite and >= 0, got {first}{_hint(name)}")
     return value
 
 

@@ -238,7 +238,8 @@ def _rows(blocks: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _check_range(name: str, value: int, bits: int) -> int:
     try:
-        number = operator.index(value)
+        # torch.compile would compile anew for every number that operator.index sees.
+        number = value if isinstance(value, int) else operator.index(value)
     except TypeError:
         raise TypeError(f"noise: {name} must be an integer, got {value!r}") from None
     if not 0 <= number < 2**bits:
