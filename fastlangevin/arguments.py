@@ -27,7 +27,7 @@ def check_count(op: str, name: str, value: int) -> int:
 
 
 def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Coefficient:
-    """A float >= 0, or a tensor (0-d or [chains]), whose values are left to :func:`check_values`."""
+    """A float >= 0, or a tensor (0-d or [chains]); its values are left to check_values."""
     if not isinstance(value, Tensor):
         return _check_number(op, name, value)
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != chains):

@@ -51,6 +51,9 @@ def langevin_step_(
     a bound on each element, ("chain_norm", c) on each chain's L2 norm, or ("batch_norm", c) on
     that of the whole batch. ``noise_last`` adds the noise after the clamp. NaN stays NaN.
 
+    Works under torch.compile(fullgraph=True). There seed and step may change from call to call;
+    a float among the coefficients is a constant, so one that changes is best a 0-d tensor.
+
     Returns x. Raises TypeError or ValueError naming the argument, before x is touched;
     RuntimeError where the backend cannot run here.
     """
@@ -71,22 +74,11 @@ def langevin_step_(
         torch.ops.fastlangevin.langevin_step_.default(
             x, grad, noise, a, step_sizes, b, noise_stds,
             seed if seed < 2**63 else seed - 2**64, step, first_chain,
-            check_clamp(_OP, clamp), bound, clip_by, maximize, noise_last, backend,
+            check_clamp(_OP, clamp), bound, clip_by, bool(maximize), bool(noise_last), backend,
         )  # fmt: skip
     return x
 
 
-torch.library.define(
-    "fastlangevin::langevin_step_",
-    "(Tensor(a!) x, Tensor? grad, Tensor? noise, float step_size, Tensor? step_sizes, "
-    "float noise_std, Tensor? noise_stds, SymInt seed, SymInt step, SymInt first_chain, "
-    "float[]? clamp, float? grad_clip, str clip_by, bool maximize, bool noise_last, str backend) "
-    "-> ()",
-)
-
-
-# define and impl take 4 us a call where torch.library.custom_op takes 60 (torch 2.13, one core).
-@torch.library.impl("fastlangevin::langevin_step_", "CompositeExplicitAutograd")
 def _langevin_step_(
     x: Tensor,
     grad: Tensor | None,
@@ -123,9 +115,19 @@ def _langevin_step_(
     )
 
 
-@torch.library.register_fake("fastlangevin::langevin_step_")
-def _(x: Tensor, *_: object) -> None:
-    """Nothing is returned; x keeps its metadata."""
+# The op reads any strides, hence the tag. Without it Inductor (torch 2.13) hands over a copy of a
+# lazily computed grad, and computes it again for its later users once x has changed.
+torch.library.define(
+    "fastlangevin::langevin_step_",
+    "(Tensor(a!) x, Tensor? grad, Tensor? noise, float step_size, Tensor? step_sizes, "
+    "float noise_std, Tensor? noise_stds, SymInt seed, SymInt step, SymInt first_chain, "
+    "float[]? clamp, float? grad_clip, str clip_by, bool maximize, bool noise_last, str backend) "
+    "-> ()",
+    tags=(torch.Tag.flexible_layout,),
+)
+# define and impl take 4 us a call where torch.library.custom_op takes 60 (torch 2.13, one core).
+torch.library.impl("fastlangevin::langevin_step_", "CompositeExplicitAutograd", _langevin_step_)
+torch.library.register_fake("fastlangevin::langevin_step_", lambda *_: None)
 
 
 def apply_step_(

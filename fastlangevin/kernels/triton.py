@@ -5,6 +5,7 @@ reference's by less than the contract's 2e-6, and are those of the native backen
 imported when a kernel is first asked for.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -29,16 +30,20 @@ _COMPILE = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
 def available(device: torch.device) -> str | None:
     """None where Triton serves the device, else why not and what to do."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else (
-            "on a CPU it only runs interpreted, for tests; start Python with TRITON_INTERPRET=1"
-        )
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         return f"its kernels are for CUDA and ROCm devices, not {device.type}"
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on a CPU it only runs interpreted, for tests; start Python with TRITON_INTERPRET=1"
+    if not _installed():
+        return "triton is not installed; pip install triton"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def step_(
@@ -70,8 +75,8 @@ def step_(
     lines = _lines(x, written, grad, z, cast, draws)
     if lines is None:
         dense = torch.empty(x.shape, dtype=written.dtype, device=x.device)
-        x, grad, z = (v if v is None else v.contiguous() for v in (x, grad, z))
-        _step((1, x[0].numel()), x, dense, grad, z, None, state=state, **options)
+        grad, z = (v if v is None else v.contiguous() for v in (grad, z))
+        _step((1, x[0].numel()), x.contiguous(), dense, grad, z, None, state=state, **options)
         written.copy_(dense)
         if cast is not None:
             cast.copy_(dense)
@@ -116,8 +121,7 @@ def _step(
             x, out, grad, z, cast,
             *_strides(x, *lines), *_strides(grad, *lines), *_strides(cast, *lines),
             chains, channels, pixels,
-            a if maximize else -a, b, step_sizes, noise_stds,
-            math.inf if grad_clip is None else grad_clip, lo, hi,
+            a if maximize else -a, b, step_sizes, noise_stds, grad_clip, lo, hi,
             _signed(seed), _signed(seed >> 32), _signed(step), _signed(first_chain), state,
             DRAW=z is None and not reference.is_zero(noise_std),
             NOISE_LAST=noise_last or joined, JOINED=joined, BY_CHANNEL=channels > 1,
