@@ -1,14 +1,20 @@
 """What several test files share: the backends that can run here."""
 
 import os
+from typing import Any
 
 # Everything here is small: several threads would only wait for one another. Also in subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 
 from fastlangevin.step import backend_status
+
+# Without a GPU Triton's kernels run interpreted: asked for here, before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SERVING = [name for name, reason in backend_status(torch.device("cpu")).items() if reason is None]
 
@@ -20,3 +26,25 @@ def backend(request: pytest.FixtureRequest) -> str:
     Those that do not are skipped, with their reason, once: test_step.py::test_backends_by_name.
     """
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bfloat16_of_tritons_interpreter() -> None:
+    """Round float32 to bfloat16 as GPUs do: the interpreter cuts, and loses subnormals and NaN."""
+    if "triton" not in SERVING:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        kinds = source.dtype.scalar, to.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), to.scalar)
+        if kinds == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16)
+            return TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
+        return cast(self, source, to)
+
+    InterpreterBuilder.cast_impl = cast_impl
