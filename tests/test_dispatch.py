@@ -12,7 +12,7 @@ import torch._inductor.config
 from torch import Tensor
 
 import fastlangevin as fl
-from fastlangevin.kernels import reference, triton
+from fastlangevin.kernels import native, reference, triton
 from fastlangevin.step import backend_status, choose_backend, resolve_backend
 
 CPU = torch.device("cpu")
@@ -26,19 +26,11 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 # The choice --------------------------------------------------------------------------------------
 
 
-def test_the_interpreter_is_chosen_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons: dict[str, str | None] = {"native": "not built", "triton": None, "reference": None}
-    monkeypatch.setattr("fastlangevin.step.backend_status", lambda device: reasons)
-    assert choose_backend("auto", CPU) == "reference"
-    assert choose_backend("triton", CPU) == "triton"
-    assert choose_backend("auto", torch.device("cuda")) == "triton"
-    reasons["native"] = None
-    assert choose_backend("auto", CPU) == choose_backend("auto", torch.device("cuda")) == "native"
-
-
 def test_every_backend_resolves_to_its_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "available", lambda device: None)
     assert resolve_backend("triton", CPU) is triton.step_
+    monkeypatch.setattr(native, "available", lambda device: None)
+    assert resolve_backend("native", CPU) is native.step_
     assert resolve_backend("reference", CPU) is reference.step_
 
 
