@@ -5,7 +5,6 @@ a step with given noise is equal to the reference's bit for bit. Its own normals
 reference's by less than the contract's 2e-6, and are equal on all instruction sets and GPUs.
 """
 
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,18 +39,15 @@ def step_(
 ) -> Tensor:
     """:func:`reference.step_` on checked arguments: in place on x, in any memory format.
 
-    ``joined`` (with ``noise_last``): clamp again after the noise, which joins the move of one step
-    with the noise that comes before the next: x <- clamp(clamp(x + s a clip(g)) + b z).
-    ``out``: write there and leave x alone. ``cast``: a second output of x's shape, in any dtype and
-    memory format of its own. ``state``: int64 [2] on x's CUDA device, the seed and a number added
-    to ``step``, read when the kernel runs; a captured graph is replayed with other noise by writing
-    to it.
+    ``out``, ``cast`` and ``joined`` are as there. ``state``: int64 [2] on x's CUDA device, the seed
+    and a number added to ``step``, read when the kernel runs; a captured graph is replayed with
+    other noise by writing to it.
 
     float64 tensors take the detour that they need: as x, through the reference; as grad or z,
     through a float32 copy. So does an x of more than MAX_DIMS dimensions. Returns x, or ``out``.
     """
     if x.dtype not in _DTYPES or x.dim() > extension.library.MAX_DIMS:
-        return _by_reference(
+        return reference.step_(
             x, grad, z, joined=joined, out=out, cast=cast, step_size=step_size,
             noise_std=noise_std, seed=seed, step=step, first_chain=first_chain, clamp=clamp,
             grad_clip=grad_clip, maximize=maximize, noise_last=noise_last,
@@ -102,23 +98,3 @@ def _as_float(value: Tensor | None) -> Tensor | None:
 def _as_values(value: Tensor, x: Tensor) -> Tensor:
     """Per-chain coefficients as the kernels read them: float32, contiguous, where x is."""
     return value.to(device=x.device, dtype=torch.float32).contiguous()
-
-
-def _by_reference(
-    x: Tensor,
-    grad: Tensor | None,
-    z: Tensor | None,
-    *,
-    joined: bool,
-    out: Tensor | None,
-    cast: Tensor | None,
-    **options: Any,
-) -> Tensor:
-    written = x if out is None else out
-    options["noise_last"] |= joined
-    written.copy_(reference.step(x, grad, z, **options))
-    if joined and options["clamp"] is not None:
-        written.clamp_(*options["clamp"])
-    if cast is not None:
-        cast.copy_(written)
-    return written
