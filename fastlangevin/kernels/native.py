@@ -5,7 +5,6 @@ a step with given noise is equal to the reference's bit for bit. Its own normals
 reference's by less than the contract's 2e-6, and are equal on all instruction sets and GPUs.
 """
 
-
 import torch
 from torch import Tensor
 
