@@ -1,7 +1,7 @@
 """The fused Langevin step: argument checks and the choice of who runs it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,8 +70,9 @@ def langevin_step_(
     b, noise_stds = _split(check_coefficient(_OP, "noise_std", noise_std, x.shape[0]))
     clip = check_grad_clip(_OP, grad_clip)
     clip_by, bound = clip if isinstance(clip, tuple) else ("element", clip)
+    run = torch.ops.fastlangevin.langevin_step_.default if _is_traced(x) else _langevin_step_
     with torch.no_grad():
-        torch.ops.fastlangevin.langevin_step_.default(
+        run(
             x, grad, noise, a, step_sizes, b, noise_stds,
             seed if seed < 2**63 else seed - 2**64, step, first_chain,
             check_clamp(_OP, clamp), bound, clip_by, bool(maximize), bool(noise_last), backend,
@@ -90,7 +91,7 @@ def _langevin_step_(
     seed: int,
     step: int,
     first_chain: int,
-    clamp: list[float] | None,
+    clamp: Sequence[float] | None,
     grad_clip: float | None,
     clip_by: str,
     maximize: bool,
@@ -98,6 +99,9 @@ def _langevin_step_(
     backend: str,
 ) -> None:
     """The op behind :func:`langevin_step_`: what torch.compile sees as one call."""
+    for name, operand in (("grad", grad), ("noise", noise)):
+        if operand is not None:
+            _check_overlap(name, operand, x)
     apply_step_(
         resolve_backend(backend, x.device),
         x,
@@ -173,19 +177,19 @@ def fold_norm_clip(
 
 def resolve_backend(backend: str, device: torch.device) -> Callable[..., Tensor]:
     """The step function of a backend; "auto" is the best that serves the device."""
-    steps = {"native": native.step_, "triton": triton.step_, "reference": reference.step_}
-    return steps[choose_backend(backend, device)]
+    return _STEPS[choose_backend(backend, device)]
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
     """The name that ``backend`` stands for on a device; RuntimeError where it cannot run."""
     check_backend(backend)
-    reasons = backend_status(device)
     if backend == "auto":
-        # On a CPU Triton is interpreted, thousands of times slower: for tests, which name it.
-        skipped = "triton" if device.type == "cpu" else None
-        return next(name for name in reasons if reasons[name] is None and name != skipped)
-    reason = reasons[backend]
+        for name in _STEPS:
+            # On a CPU Triton is interpreted, thousands of times slower: for tests, which name it.
+            interpreted = name == "triton" and device.type == "cpu"
+            if not interpreted and _why_not(name, device) is None:
+                return name
+    reason = _why_not(backend, device)
     if reason is not None:
         raise RuntimeError(f'backend "{backend}" cannot run on {device}: {reason}')
     return backend
@@ -199,11 +203,25 @@ def check_backend(backend: str) -> None:
 
 def backend_status(device: torch.device) -> dict[str, str | None]:
     """Per backend, fastest first: None where it serves the device, else why not."""
-    return {
-        "native": native.available(device),
-        "triton": triton.available(device),
-        "reference": None,
-    }
+    return {name: _why_not(name, device) for name in _STEPS}
+
+
+_STEPS = {"native": native.step_, "triton": triton.step_, "reference": reference.step_}
+
+
+def _why_not(backend: str, device: torch.device) -> str | None:
+    if backend == "native":
+        return native.available(device)
+    return triton.available(device) if backend == "triton" else None
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether someone watches the operators, and must be shown one; it costs 4 us a call."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _split(coefficient: Coefficient) -> tuple[float, Tensor | None]:
@@ -222,6 +240,28 @@ def _check_state(x: Tensor) -> None:
         raise ValueError(f"{_OP}: x requires grad and cannot be changed in place; use x.detach()")
     if any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"{_OP}: x is an expanded view (stride 0); use x.clone()")
+
+
+def _check_overlap(name: str, value: Tensor, x: Tensor) -> None:
+    """ValueError if x is written where ``value`` is still to be read."""
+    if value.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return
+    if (value.data_ptr(), value.stride(), value.dtype) == (x.data_ptr(), x.stride(), x.dtype):
+        return
+    (first, last), (start, end) = _extent(value), _extent(x)
+    if first < end and start < last:
+        raise ValueError(
+            f"{_OP}: {name} shares memory with x in another layout; use {name}.clone()"
+        )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and after its last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = sum((size - 1) * stride for size, stride in steps) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 
 
 def _check_like(name: str, value: Tensor, x: Tensor) -> None:

@@ -540,7 +540,7 @@ def test_addresses_are_checked_whether_or_not_noise_is_drawn(wrong: dict, noise_
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"native": "no compiler was found", "triton": "needs a GPU", "reference": None}
-    monkeypatch.setattr("fastlangevin.step.backend_status", lambda device: reasons)
+    monkeypatch.setattr("fastlangevin.step._why_not", lambda name, device: reasons[name])
     for name in ("native", "triton"):
         match = f'backend "{name}" cannot run on cpu: {reasons[name]}'
         with pytest.raises(RuntimeError, match=match):
@@ -553,3 +553,21 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert choose_backend("auto", torch.device("cuda")) == "triton"
     reasons["native"] = None
     assert choose_backend("auto", torch.device("cpu")) == "native"
+
+
+@pytest.mark.parametrize("name", ["grad", "noise"])
+def test_memory_shared_with_x(step_: Callable[..., Tensor], name: str) -> None:
+    """Read where x is written it would be lost; as x itself, or beside it, it is not."""
+    memory = numbers((8, 4))
+    x = memory[:4]
+    before = memory.clone()
+    given = {"grad": memory[4:], name: x.T} | ({"noise": memory[4:]} if name == "grad" else {})
+    with pytest.raises(ValueError, match=f"{name} shares memory with x in another layout"):
+        step_(x, **given)
+    with pytest.raises(ValueError, match=f"{name} shares memory with x in another layout"):
+        step_(x, **given | {name: memory[1:5]})
+    assert torch.equal(memory, before)
+    step_(x, memory[4:], noise_std=0.0)
+    assert torch.equal(memory[4:], before[4:])
+    alone = step_(before[:4].clone(), before[:4].clone(), noise_std=0.0)
+    assert torch.equal(step_(y := before[:4].clone(), y, noise_std=0.0), alone)
