@@ -148,6 +148,9 @@ def apply_step_(
     """Run a backend (or the reference function) on checked arguments."""
     if reference.is_zero(noise_std):
         z = None
+    # The kernels read memory as it is; torch may have noted there that its sign is to be changed.
+    grad = None if grad is None else grad.resolve_neg()
+    z = None if z is None else z.resolve_neg()
     step_size, grad_clip = fold_norm_clip(grad, step_size, grad_clip)
     return run(x, grad, z, step_size=step_size, noise_std=noise_std, grad_clip=grad_clip, **options)
 
@@ -220,6 +223,7 @@ def _is_traced(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
+        or x.is_neg()  # the dispatcher resolves it
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
@@ -236,6 +240,10 @@ def _check_state(x: Tensor) -> None:
         raise TypeError(f"{_OP}: x must be of floating dtype, got {x.dtype}")
     if x.ndim == 0:
         raise ValueError(f"{_OP}: x must have a leading chain dimension, got shape []")
+    if x.numel() > 2**34 and x.numel() // x.shape[0] > 2**34:
+        raise ValueError(
+            f"{_OP}: x must have at most 2**34 elements per chain, got {list(x.shape)}"
+        )
     if x.requires_grad:
         raise ValueError(f"{_OP}: x requires grad and cannot be changed in place; use x.detach()")
     if any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
@@ -249,10 +257,19 @@ def _check_overlap(name: str, value: Tensor, x: Tensor) -> None:
     if (value.data_ptr(), value.stride(), value.dtype) == (x.data_ptr(), x.stride(), x.dtype):
         return
     (first, last), (start, end) = _extent(value), _extent(x)
-    if first < end and start < last:
+    if first < end and start < last and (value.dtype != x.dtype or _meet(value, x)):
         raise ValueError(
             f"{_OP}: {name} shares memory with x in another layout; use {name}.clone()"
         )
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two views of one storage, of one dtype, have an element in common."""
+    first = min(a.storage_offset(), b.storage_offset())
+    last = max(_extent(a)[1], _extent(b)[1]) - a.untyped_storage().data_ptr()
+    taken = torch.zeros(last // a.element_size() - first, dtype=torch.bool)
+    taken.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

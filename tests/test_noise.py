@@ -299,3 +299,19 @@ def test_addresses_out_of_range(
 def test_fold_in_out_of_range(seed: int, number: int) -> None:
     with pytest.raises(ValueError, match="must be in"):
         fl.noise.fold_in(seed, number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("draw", [fl.noise.normal, fl.noise.uniform])
+def test_torchs_default_dtype_changes_nothing(
+    draw: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    """A kernel that writes float32 into the memory of halves would write beyond its end."""
+    want = draw((4, 1000), seed=1, step=2)
+    torch.set_default_dtype(dtype)
+    try:
+        got = draw((4, 1000), seed=1, step=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)

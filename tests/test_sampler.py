@@ -1081,7 +1081,7 @@ def test_precisions_that_need_a_gpu(precision: str, energy: Callable, method: st
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose", "explain"])
 def test_a_backend_that_cannot_run_says_why(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"native": "no compiler was found", "triton": "needs a GPU", "reference": None}
-    monkeypatch.setattr("fastlangevin.step.backend_status", lambda device: reasons)
+    monkeypatch.setattr("fastlangevin.step._why_not", lambda name, device: reasons[name])
     run = getattr(sampler(double_well, backend="native"), method)
     with pytest.raises(RuntimeError, match='"native" cannot run on cpu: no compiler was found'):
         run(X0) if method == "explain" else run(X0, seed=0)

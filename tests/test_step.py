@@ -571,3 +571,23 @@ def test_memory_shared_with_x(step_: Callable[..., Tensor], name: str) -> None:
     assert torch.equal(memory[4:], before[4:])
     alone = step_(before[:4].clone(), before[:4].clone(), noise_std=0.0)
     assert torch.equal(step_(y := before[:4].clone(), y, noise_std=0.0), alone)
+
+
+def test_views_that_share_a_storage_but_no_element(step_: Callable[..., Tensor]) -> None:
+    memory = numbers((6, 2, 3, 4))
+    x, grad = memory.clone()[:, 0], memory[:, 1]
+    want = step_(x.clone(), grad.clone())
+    assert torch.equal(step_(memory[:, 0], memory[:, 1]), want)
+
+
+def test_a_gradient_whose_sign_is_noted_and_not_written(step_: Callable[..., Tensor]) -> None:
+    grad = torch.complex(numbers((3, 4)), numbers((3, 4), seed=1)).conj().imag
+    assert grad.is_neg()
+    x = numbers((3, 4), seed=2)
+    assert torch.equal(step_(x.clone(), grad), step_(x.clone(), grad.clone().resolve_neg()))
+
+
+def test_chains_longer_than_the_address_space() -> None:
+    x = torch.empty(1, 2**34 + 1, device="meta")
+    with pytest.raises(ValueError, match=r"x must have at most 2\*\*34 elements per chain"):
+        fl.langevin_step_(x, x, step_size=A, noise_std=B, seed=0, step=0)

@@ -64,7 +64,7 @@ def _fill(
     first_chain: int,
     device: torch.device,
 ) -> Tensor:
-    out = torch.empty(tuple(shape), device=device)
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     chains = out.shape[0]
     index, queue = device_and_queue(out)
     library.fill_noise(

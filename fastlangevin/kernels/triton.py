@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,14 @@ def available(device: torch.device) -> str | None:
         return "triton is not installed; pip install triton"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if device.type == "cuda" and not _compiler():
+        return "its launcher is compiled at run time; install gcc or clang, or set CC"
     return None
+
+
+@functools.cache
+def _compiler() -> bool:
+    return "CC" in os.environ or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 @functools.cache
@@ -151,7 +159,7 @@ def _fill(
 ) -> Tensor:
     from fastlangevin.kernels.triton_kernels import fill_kernel
 
-    out = torch.empty(tuple(shape), device=device)
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
     chains, elements = out.shape[0], out[0].numel()
