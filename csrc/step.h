@@ -35,7 +35,7 @@ struct Step {
   int dims = 1;                        // shape[0] counts chains
   int64_t shape[kMaxDims] = {};        // of every operand
   int64_t positions[kMaxDims] = {};    // strides of an element's number within its chain
-  Operand x, out, grad, noise, cast;   // cast: a second output, in another dtype or layout
+  Operand x, out, grad, noise, cast;   // cast: what out then holds, in another dtype or layout
 
   float scale = 0;                     // s a
   float noise_std = 0;                 // b
@@ -179,6 +179,12 @@ struct Storage<Dtype::kFloat32> {
   static FASTLANGEVIN_INLINE float read(Type value) { return value; }
   static FASTLANGEVIN_INLINE Type write(float value) { return value; }
 };
+
+// A number as a dtype's storage would give it back.
+template <Dtype kDtype>
+FASTLANGEVIN_INLINE float rounded(float value) {
+  return Storage<kDtype>::read(Storage<kDtype>::write(value));
+}
 
 // Calls f with the dtype as a compile-time constant.
 template <Dtype kValue>

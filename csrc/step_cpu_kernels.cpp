@@ -74,7 +74,6 @@ float* fetch(const Operand& operand, const Step& step, const Tiling& tiling, con
 
 void put(const Operand& operand, const Step& step, const Tiling& tiling, const Place& place,
          const float* values) {
-  if (operand.data == nullptr) return;
   const int64_t offset = place.offset(step, operand.strides);
   const Tile tile = place.tile(tiling, operand.strides);
   with_dtype(operand.dtype,
@@ -151,6 +150,10 @@ void step_tiles(const Step& step, const Tiling& tiling, int64_t first, int64_t l
                                                            bounds, count);
       }
       if (out == buffers.x) put(step.out, step, tiling, place, out);
+      if (step.cast.data == nullptr) continue;
+      if (step.out.dtype != Dtype::kFloat32) {  // as it was rounded there
+        out = fetch(step.out, step, tiling, place, buffers.x);
+      }
       put(step.cast, step, tiling, place, out);
     }
   });

@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(kThreads) linear_step(const Step step, const L
   for (int k = 0; k < kSize; ++k) x[k] = item.update(step, bounds, x[k], g[k], z[k]);
   write<kX, kSize>(step.out, at(step.out), count, whole, x);
   if (step.cast.data == nullptr) return;
+  for (int k = 0; k < kSize; ++k) x[k] = rounded<kX>(x[k]);
   switch (step.cast.dtype) {
     case Dtype::kFloat32:
       return write<Dtype::kFloat32, kSize>(step.cast, at(step.cast), count, whole, x);
@@ -213,7 +214,8 @@ __global__ void __launch_bounds__(kThreads) strided_step(const Step step, const 
     if (item.first + k >= launch.elements) break;
     const float value = item.update(step, bounds, x[k], g[k], z[k]);
     write_one(step.out, to[k], value);
-    if (step.cast.data) write_one(step.cast, cast_to[k], value);
+    // Read back, since it is rounded there.
+    if (step.cast.data) write_one(step.cast, cast_to[k], read_one(step.out, to[k]));
   }
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastlangevin as fl
 from fastlangevin.kernels.reference import langevin_step
-from fastlangevin.step import BACKENDS, backend_status, choose_backend
+from fastlangevin.step import BACKENDS, backend_status, choose_backend, resolve_backend
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Around a block of four normals, a prime-like odd number, a vector length + 1, several rows, and
@@ -525,6 +525,28 @@ def test_errors(wrong: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         fl.langevin_step_(**arguments | wrong)
     assert torch.equal(x, before) if isinstance(x, Tensor) else x == before
+
+
+@pytest.mark.parametrize("name", ["out", "cast"])
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda x: 0.0, TypeError, "must be a tensor, got float"),
+        (lambda x: x[:, :2], ValueError, r"must have x's shape \[4, 3\], got \[4, 2\]"),
+        (lambda x: x.to("meta"), ValueError, "must be on x's device .*, got meta"),
+        (lambda x: x[:, :1].expand(4, 3), ValueError, "is an expanded view"),
+        (lambda x: x.long(), TypeError, "must be of .*dtype.*float32.*, got torch.int64"),
+    ],
+)
+def test_outputs_of_the_backends_own_steps(
+    backend: str, name: str, make: Callable[[Tensor], Any], error: type[Exception], match: str
+) -> None:
+    x, before = ONES.clone(), ONES.clone()
+    options = {"seed": 0, "step": 0, "first_chain": 0, "step_size": A, "noise_std": B}
+    step_ = resolve_backend(backend, x.device)
+    with pytest.raises(error, match=f"langevin_step_: {name} {match}"):
+        step_(x, ONES, None, **options, **{name: make(ONES.clone())})
+    assert torch.equal(x, before)
 
 
 def test_negative_step_sizes_are_pointed_to_maximize() -> None:

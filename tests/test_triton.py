@@ -182,6 +182,21 @@ def test_seed_and_step_from_device_memory() -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize(
+    ("x", "state", "error", "match"),
+    [
+        (numbers((2, 3)).double(), [0, 0], ValueError, "cannot be used: x of float64 goes through"),
+        (numbers((2, 3)), [0.0, 0.0], TypeError, "must be an int64 tensor, got torch.float32"),
+        (numbers((2, 3)), [0], ValueError, r"must be contiguous and of shape \[2\], got \[1\]"),
+    ],
+)
+def test_a_state_that_would_not_be_read(
+    x: Tensor, state: list, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=f"langevin_step_: state {match}"):
+        triton.step_(x, None, None, **OPTIONS, state=torch.tensor(state, device=DEVICE))
+
+
 def test_batch_split() -> None:
     x, grad = numbers((300, 6)), numbers((300, 6), seed=1)
     options = OPTIONS | {"first_chain": 5, "step_size": numbers((300,)).abs()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels import extension, reference
+from fastlangevin.kernels.checks import check_outputs, check_state
 from fastlangevin.kernels.extension import available
 
 __all__ = ["available", "step_"]
@@ -40,17 +41,22 @@ def step_(
 
     ``out``, ``cast`` and ``joined`` are as there. ``state``: int64 [2] on x's CUDA device, the seed
     and a number added to ``step``, read when the kernel runs; a captured graph is replayed with
-    other noise by writing to it.
+    other noise by writing to it. ValueError where no CUDA kernel would read it.
 
     float64 tensors take the detour that they need: as x, through the reference; as grad or z,
     through a float32 copy. So does an x of more than MAX_DIMS dimensions. Returns x, or ``out``.
     """
-    if x.dtype not in _DTYPES or x.dim() > extension.library.MAX_DIMS:
+    detour = x.dtype not in _DTYPES or x.dim() > extension.library.MAX_DIMS
+    if state is not None:
+        check_state(x, state, _why_unread(x, detour))
+    if detour:
         return reference.step_(
             x, grad, z, joined=joined, out=out, cast=cast, step_size=step_size,
             noise_std=noise_std, seed=seed, step=step, first_chain=first_chain, clamp=clamp,
             grad_clip=grad_clip, maximize=maximize, noise_last=noise_last,
         )  # fmt: skip
+    if out is not None or cast is not None:
+        check_outputs(x, out, cast)
     lo, hi = clamp or (-_INF, _INF)
     grad, z = _as_float(grad), _as_float(z)
     if z is not None and x.is_cuda:
@@ -88,6 +94,12 @@ def step_(
         if not changed.is_inference():
             torch.autograd.graph.increment_version(changed)
     return written
+
+
+def _why_unread(x: Tensor, detour: bool) -> str | None:
+    if not x.is_cuda:
+        return f"only CUDA kernels read it, and x is on {x.device}"
+    return f"x of {x.dtype} and {x.dim()} dimensions goes through the reference" if detour else None
 
 
 def _as_float(value: Tensor | None) -> Tensor | None:

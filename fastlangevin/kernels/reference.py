@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
+from fastlangevin.kernels.checks import check_outputs
 
 Coefficient = float | Tensor
 
@@ -86,10 +87,12 @@ def step_(
     """:func:`step` in place on x, the entry that every backend provides.
 
     ``joined``: clamp, add the noise and clamp again, which joins the move of one step with the
-    noise that comes before the next: x <- clamp(clamp(x + s a clip(g)) + b z). ``out``: write there
-    and leave x alone. ``cast``: a second output of x's shape, in any dtype and memory format of its
-    own. Returns x, or ``out``.
+    noise that comes before the next: x <- clamp(clamp(x + s a clip(g)) + b z). ``out``: written in
+    place of x, in x's dtype. ``cast``: a second output, the new state as x's dtype holds it, in
+    float32, bfloat16 or float16. Both have x's shape and device, any memory format, and memory
+    shared with no other argument. Returns x, or ``out``.
     """
+    check_outputs(x, out, cast)
     written = x if out is None else out
     written.copy_(step(x, grad, z, clamp=clamp, noise_last=noise_last or joined, **options))
     if joined:

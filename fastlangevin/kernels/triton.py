@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels import reference
+from fastlangevin.kernels.checks import check_outputs, check_state
 
 # 16 bytes of the state for each of a program's 4 warps of 32 threads: one load, one store.
 _WARPS = 4
@@ -72,10 +73,15 @@ def step_(
 
     Chains that are contiguous or channels_last, each tensor as it likes, are read and written as
     they are. Others, and channels_last ones with noise to draw whose channels are not multiples of
-    4 elements, take contiguous copies. A float64 x goes through the reference, without ``state``.
+    4 elements, take contiguous copies. A float64 x goes through the reference, which has no
+    ``state``: ValueError.
     """
+    if state is not None:
+        double = x.dtype == torch.float64
+        check_state(x, state, "x of float64 goes through the reference" if double else None)
     if x.dtype == torch.float64:
         return reference.step_(x, grad, z, out=out, cast=cast, **options)
+    check_outputs(x, out, cast)
     written = x if out is None else out
     if x.numel() == 0:
         return written
