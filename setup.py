@@ -18,18 +18,24 @@ from setuptools.command.build_ext import build_ext
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         # A CUDA part that nobody asked for by name must not cost the CPU part.
-        choices = {"0": [False], "1": [True]}.get(cuda_choice(), [True, False])
-        for cuda in choices if find_nvcc() else [False]:
+        why_not = "FASTLANGEVIN_CUDA=0" if cuda_choice() == "0" else "no nvcc was found"
+        if cuda_choice() != "0" and find_nvcc() is not None:
             try:
-                return self.build_by_cmake(ext, cuda)
+                return self.build_by_cmake(ext, None)
             except (OSError, subprocess.CalledProcessError) as error:
                 if cuda_choice() == "1":
                     raise
-                self.warn(f"no native kernels{' for CUDA' if cuda else ''}: {type(error).__name__}")
+                why_not = f"{find_nvcc()} could not build it, as pip install -v shows"
+                self.warn(f"no native kernels for CUDA: {type(error).__name__}")
+        try:
+            self.build_by_cmake(ext, why_not)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.warn(f"no native kernels: {type(error).__name__}")
 
-    def build_by_cmake(self, ext: Extension, cuda: bool) -> None:
+    def build_by_cmake(self, ext: Extension, why_no_cuda: str | None) -> None:
         import pybind11
 
+        cuda = why_no_cuda is None
         folder = Path(self.build_temp).resolve() / ("cuda" if cuda else "cpu")
         options = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name))
@@ -38,6 +44,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "FASTLANGEVIN_CUDA": "ON" if cuda else "OFF",
+            "FASTLANGEVIN_WHY_NO_CUDA": why_no_cuda or "",
         }
         if cuda:
             options["CMAKE_CUDA_COMPILER"] = find_nvcc()

@@ -112,5 +112,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_reason", &fl::cuda::reason, py::arg("device"));
 #else
   module.attr("CUDA") = false;
+  module.attr("WHY_NO_CUDA") = FASTLANGEVIN_WHY_NO_CUDA;
 #endif
 }

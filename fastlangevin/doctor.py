@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fastlangevin._version import __version__
+from fastlangevin.kernels import extension
 from fastlangevin.step import backend_status
 
 _OPTIONAL = {
@@ -25,6 +26,7 @@ def report() -> str:
         f"python       {platform.python_version()} on {platform.platform()}",
         f"torch        {torch.__version__}, {torch.get_num_threads()} threads, "
         f"CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        f"kernels      {extension.contents()}",
     ]
     for name, purpose in _OPTIONAL.items():
         lines.append(f"{name:<13}{_installed(name) or f'not installed ({purpose})'}")

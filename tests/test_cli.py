@@ -12,6 +12,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -485,6 +486,10 @@ def test_doctor(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions, optional packages, and each backend with the reason where it does not serve."""
     reasons = {"native": "no compiler was found", "triton": None, "reference": None}
     monkeypatch.setattr("fastlangevin.doctor.backend_status", lambda device: reasons)
+    library = SimpleNamespace(
+        CUDA=False, WHY_NO_CUDA="no nvcc was found", instruction_set=lambda: "avx2"
+    )
+    monkeypatch.setattr("fastlangevin.kernels.extension.library", library)
     found = {"pyarrow": "99.9", "torch": torch.__version__}
     monkeypatch.setattr("fastlangevin.doctor._installed", found.get)
     result = command("doctor")
@@ -494,6 +499,7 @@ def test_doctor(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["fastlangevin"] == fl.__version__
     assert said["torch"].startswith(torch.__version__)
     assert said["pyarrow"] == "99.9"
+    assert said["kernels"] == "for CPUs (here avx2), not CUDA (no nvcc was found)"
     assert said["tensorboard"] == "not installed (records in TensorBoard)"
     assert said["native"] == "no: no compiler was found"
     assert said["triton"] == "serves"

@@ -36,6 +36,30 @@ def test_cpp_tests_pass_under_sanitizers(tmp_path):
     assert re.search(r"100% tests passed.* out of 3", report)
 
 
+@needs_compiler
+@pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not run from a checkout")
+@pytest.mark.parametrize(
+    ("listed", "chosen", "want"),
+    [
+        ("75 80 90 100 120", None, "80-real;90-real;100-real;120"),
+        ("75 80 90", None, "80-real;90"),  # nvcc before 12.8
+        ("", None, "80-real;90-real;100-real;120"),  # one that cannot say
+        ("75 80 90", "75;100", "75;100"),
+    ],
+)
+def test_cuda_architectures_are_those_that_nvcc_knows(tmp_path, listed, chosen, want):
+    nvcc = tmp_path / "nvcc"
+    lines = [f"echo compute_{number}" for number in listed.split()]
+    nvcc.write_text("\n".join(["#!/bin/sh", '[ "$1" = --list-gpu-arch ] || exit 1', *lines, ""]))
+    nvcc.chmod(0o755)
+    options = ["-DFASTLANGEVIN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    options += [f"-DCMAKE_CUDA_ARCHITECTURES={chosen}"] if chosen else []
+    command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    # It goes no further than this nvcc that compiles nothing.
+    assert f"CUDA architectures: {want}\n" in done.stdout
+
+
 @needs_nvcc
 def test_cuda_kernels_compile_everywhere_without_spills(tmp_path):
     architectures = [80, 90, 100, 120]

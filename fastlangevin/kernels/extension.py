@@ -32,8 +32,19 @@ def available(device: torch.device) -> str | None:
         here = "ROCm" if device.type == "cuda" else device.type
         return f"its kernels are for the CPU and CUDA, not for {here}"
     if not library.CUDA:
-        return "the extension was built without CUDA; reinstall with nvcc and FASTLANGEVIN_CUDA=1"
+        return (
+            f"the extension was built without CUDA ({library.WHY_NO_CUDA}); reinstall with nvcc "
+            "and FASTLANGEVIN_CUDA=1"
+        )
     return _cuda_reason(device.index or 0)
+
+
+def contents() -> str:
+    """What was built, for which devices, and why not for others."""
+    if library is None:
+        return f"not built ({_why_missing})"
+    cpu = f"for CPUs (here {library.instruction_set()})"
+    return f"{cpu} and CUDA" if library.CUDA else f"{cpu}, not CUDA ({library.WHY_NO_CUDA})"
 
 
 def device_and_queue(x: Tensor) -> tuple[int, int]:
