@@ -20,6 +20,7 @@ from fastlangevin.kernels import native, reference, triton
 
 BACKENDS = ("auto", "native", "triton", "reference")
 _OP = "langevin_step_"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def langevin_step_(
@@ -99,7 +100,8 @@ def _langevin_step_(
     backend: str,
 ) -> None:
     """The op behind :func:`langevin_step_`: what torch.compile sees as one call."""
-    for name, operand in (("grad", grad), ("noise", noise)):
+    read = {"grad": grad, "noise": noise, "step_size": step_sizes, "noise_std": noise_stds}
+    for name, operand in read.items():
         if operand is not None:
             _check_overlap(name, operand, x)
     apply_step_(
@@ -236,8 +238,7 @@ def _split(coefficient: Coefficient) -> tuple[float, Tensor | None]:
 def _check_state(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{_OP}: x must be of floating dtype, got {x.dtype}")
+    _check_kind("x", x)
     if x.ndim == 0:
         raise ValueError(f"{_OP}: x must have a leading chain dimension, got shape []")
     if x.numel() > 2**34 and x.numel() // x.shape[0] > 2**34:
@@ -246,8 +247,43 @@ def _check_state(x: Tensor) -> None:
         )
     if x.requires_grad:
         raise ValueError(f"{_OP}: x requires grad and cannot be changed in place; use x.detach()")
-    if any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
+    # The usual memory formats need no look at the strides, which takes some 4 us.
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not last and not x.is_contiguous():
+        _check_places(x)
+
+
+def _check_kind(name: str, value: Tensor) -> None:
+    if value.dtype not in _DTYPES:
+        raise TypeError(
+            f"{_OP}: {name} must be of dtype float32, float64, bfloat16 or float16, "
+            f"got {value.dtype}"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{_OP}: {name} must be a strided tensor, got layout {value.layout}")
+
+
+def _check_places(x: Tensor) -> None:
+    """ValueError if several elements of x have one place in memory."""
+    dims = [(s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1]
+    if any(s == 0 for s, _ in dims):
         raise ValueError(f"{_OP}: x is an expanded view (stride 0); use x.clone()")
+    if torch.compiler.is_compiling():
+        return  # to sort symbolic strides would make constants of them
+    reach = 0  # of the dimensions before: nearly always the next one steps over all of it
+    for s, n in sorted(dims):
+        if s <= reach and not _is_injective(x):
+            raise ValueError(f"{_OP}: elements of x share memory; use x.clone()")
+        reach += (n - 1) * s
+
+
+def _is_injective(x: Tensor) -> bool:
+    if x.numel() == 0:
+        return True
+    reach = (_extent(x)[1] - _extent(x)[0]) // x.element_size()
+    taken = torch.zeros(reach, dtype=torch.bool)
+    taken.as_strided(x.shape, x.stride()).fill_(True)
+    return int(taken.sum()) == x.numel()
 
 
 def _check_overlap(name: str, value: Tensor, x: Tensor) -> None:
@@ -290,5 +326,4 @@ def _check_like(name: str, value: Tensor, x: Tensor) -> None:
         )
     if value.device != x.device:
         raise ValueError(f"{_OP}: {name} must be on x's device {x.device}, got {value.device}")
-    if not value.is_floating_point():
-        raise TypeError(f"{_OP}: {name} must be of floating dtype, got {value.dtype}")
+    _check_kind(name, value)

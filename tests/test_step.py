@@ -451,8 +451,8 @@ def test_autograd_is_told_of_the_change(step_: Callable[..., Tensor]) -> None:
 ONES = torch.ones(4, 3)
 CASES = [
     ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
-    ({"x": torch.ones(4, 3, dtype=torch.int64)}, TypeError, "x must be of floating dtype"),
-    ({"x": torch.ones(4, 3, dtype=torch.complex64)}, TypeError, "x must be of floating dtype"),
+    ({"x": torch.ones(4, 3, dtype=torch.int64)}, TypeError, "x must be of dtype float32"),
+    ({"x": torch.ones(4, 3, dtype=torch.complex64)}, TypeError, "x must be of dtype float32"),
     (
         {"x": torch.tensor(1.0)},
         ValueError,
@@ -460,17 +460,30 @@ CASES = [
     ),
     ({"x": torch.ones(4, 3, requires_grad=True)}, ValueError, "x requires grad"),
     ({"x": torch.ones(4, 3, requires_grad=True) * 1}, ValueError, "x requires grad"),
+    ({"x": ONES.to(torch.float8_e5m2)}, TypeError, "x must be of dtype .*got torch.float8_e5m2"),
+    (
+        {"x": torch.ones(6).as_strided((4, 3), (1, 1))},
+        ValueError,
+        "elements of x share memory; use x.clone()",
+    ),
+    (
+        {"x": torch.ones(9).as_strided((4, 3), (2, 1))},
+        ValueError,
+        "elements of x share memory; use x.clone()",
+    ),
     ({"x": torch.ones(4, 1).expand(4, 3)}, ValueError, "x is an expanded view"),
     ({"x": torch.ones(3).expand(4, 3)}, ValueError, "x is an expanded view"),
     ({"grad": 1.0}, TypeError, "grad must be a tensor, got float"),
     ({"grad": torch.ones(4, 2)}, ValueError, r"grad must have x's shape \[4, 3\], got \[4, 2\]"),
     ({"grad": torch.ones(4, 1)}, ValueError, r"grad must have x's shape \[4, 3\], got \[4, 1\]"),
-    ({"grad": ONES.long()}, TypeError, "grad must be of floating dtype, got torch.int64"),
-    ({"grad": ONES.to(torch.complex64)}, TypeError, "grad must be of floating dtype"),
+    ({"grad": ONES.long()}, TypeError, "grad must be of dtype float32.*, got torch.int64"),
+    ({"grad": ONES.to(torch.complex64)}, TypeError, "grad must be of dtype float32"),
     ({"grad": ONES.to("meta")}, ValueError, "grad must be on x's device cpu, got meta"),
+    ({"grad": ONES.to(torch.float8_e5m2)}, TypeError, "grad must be of dtype float32"),
+    ({"grad": ONES.to_sparse()}, TypeError, "grad must be a strided tensor, got layout torch.sp"),
     ({"noise": [0.0]}, TypeError, "noise must be a tensor, got list"),
     ({"noise": torch.ones(4)}, ValueError, r"noise must have x's shape \[4, 3\], got \[4\]"),
-    ({"noise": ONES.int()}, TypeError, "noise must be of floating dtype, got torch.int32"),
+    ({"noise": ONES.int()}, TypeError, "noise must be of dtype float32.*, got torch.int32"),
     ({"noise": ONES.to("meta")}, ValueError, "noise must be on x's device cpu, got meta"),
     ({"clamp": (1.0, -1.0)}, ValueError, r"clamp must have lo < hi, got \(1.0, -1.0\)"),
     ({"clamp": (0.5, 0.5)}, ValueError, "clamp must have lo < hi"),
@@ -549,6 +562,13 @@ def test_outputs_of_the_backends_own_steps(
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_sparse_states(layout: torch.layout) -> None:
+    x = ONES.to_sparse(layout=layout)
+    with pytest.raises(TypeError, match=f"x must be a strided tensor, got layout {layout}"):
+        fl.langevin_step_(x, None, step_size=A, noise_std=B, seed=0, step=0)
+
+
 def test_negative_step_sizes_are_pointed_to_maximize() -> None:
     with pytest.raises(ValueError, match=r"to ascend, use maximize=True"):
         fl.langevin_step_(ONES.clone(), ONES, step_size=-1.0, noise_std=0.0, seed=0, step=0)
@@ -595,6 +615,26 @@ def test_memory_shared_with_x(step_: Callable[..., Tensor], name: str) -> None:
     assert torch.equal(memory[4:], before[4:])
     alone = step_(before[:4].clone(), before[:4].clone(), noise_std=0.0)
     assert torch.equal(step_(y := before[:4].clone(), y, noise_std=0.0), alone)
+
+
+@pytest.mark.parametrize("name", ["step_size", "noise_std"])
+def test_coefficients_that_share_memory_with_x(step_: Callable[..., Tensor], name: str) -> None:
+    """Read row by row while x is written: a row's value could be a state."""
+    memory = numbers((4, 4)).abs()
+    x, before = memory[:, :3], memory.clone()
+    for shared in (memory[:, 0], memory[1, :], memory[2, 2]):
+        with pytest.raises(ValueError, match=f"langevin_step_: {name} shares memory with x"):
+            step_(x, None, **{name: shared})
+    assert torch.equal(memory, before)
+    want = step_(before[:, :3].clone(), None, **{name: before[:, 3].clone()})
+    assert torch.equal(step_(x, None, **{name: memory[:, 3]}), want)
+
+
+def test_strides_that_interleave_without_sharing(step_: Callable[..., Tensor]) -> None:
+    """Offsets 0, 2, 4 and 3, 5, 7: neither dimension steps over the other."""
+    x = numbers((8,)).as_strided((3, 2), (2, 3))
+    want = step_(x.clone(), None)
+    assert torch.equal(step_(x, None), want)
 
 
 def test_views_that_share_a_storage_but_no_element(step_: Callable[..., Tensor]) -> None:
