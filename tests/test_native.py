@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlangevin import langevin_step_, noise
 from fastlangevin.kernels import extension, native, reference
-from fastlangevin.step import choose_backend
+from fastlangevin.step import apply_step_, choose_backend
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -110,18 +110,36 @@ def test_a_step_is_as_exact_as_eager(instruction_set, elements, clamp):
     assert torch.all(error <= 2 * bound.max() + 1e-7) if elements else True
 
 
-def test_sizes_beyond_32_bits():
-    elements = 2**31 + 5
+def _zeros_beyond_32_bits(*shape: int) -> Tensor:
+    needed = 1.25 * 2 * torch.Size(shape).numel()
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if free < 2.5 * elements * 2:
-        pytest.skip(f"needs {2.5 * elements * 2 / 2**30:.0f} GiB of free memory")
-    x = torch.zeros(1, elements, dtype=torch.bfloat16)
-    native.step_(x, None, None, **OPTIONS)
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.1f} GiB of free memory")
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def test_a_chain_longer_than_32_bits_count():
+    elements = 2**31 + 5
+    x = native.step_(_zeros_beyond_32_bits(1, elements), None, None, **OPTIONS)
+    alone = native.step_(torch.zeros(1, 4099, dtype=torch.bfloat16), None, None, **OPTIONS)
+    assert torch.equal(x[:, :4099], alone)
     for first in (0, 2**31 - 8, elements - 5):
         count = min(16, elements - first)
         alone = _normals_at(first, count)
         exact = (alone * 0.05).clamp(-1, 1).to(torch.bfloat16)
         assert torch.equal(x[0, first : first + count], exact)
+
+
+def test_more_elements_than_32_bits_count_in_many_chains():
+    rows = 2**20 + 3
+    grad = randn(1, 2048, dtype=torch.bfloat16)
+    x = _zeros_beyond_32_bits(rows, 2048)
+    native.step_(x, grad.expand_as(x), None, **OPTIONS)
+    for first in (0, 2**20 - 2, rows - 2):
+        alone = torch.zeros(2, 2048, dtype=torch.bfloat16)
+        options = OPTIONS | {"first_chain": ADDRESS["first_chain"] + first}
+        native.step_(alone, grad.expand_as(alone), None, **options)
+        assert torch.equal(x[first : first + 2], alone)
 
 
 def _normals_at(first: int, count: int) -> Tensor:
@@ -281,12 +299,12 @@ def test_a_missing_extension_says_so(monkeypatch):
 
 
 @st.composite
-def tensors(draw, shape, seed):
+def tensors(draw, shape, seed, dtypes=DTYPES):
     """A tensor of some dtype in some layout: dimensions permuted, padded or at an offset."""
     order = draw(st.permutations(range(len(shape))))
     pads = [draw(st.integers(0, 1)) for _ in shape]
     offset = draw(st.integers(0, 3))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(dtypes))
     sizes = [shape[d] + pads[d] for d in order]
     storage = torch.empty(offset + torch.Size(sizes).numel(), dtype=dtype)
     view = storage[offset:].view(sizes).permute([order.index(d) for d in range(len(shape))])
@@ -314,11 +332,16 @@ def steps(draw):
         "step": draw(st.integers(0, 2**32 - 1)),
         "first_chain": draw(st.integers(0, 2**32 - shape[0])),
         "clamp": draw(st.sampled_from([None, (-0.5, 1.0)])),
-        "grad_clip": draw(st.sampled_from([None, 0.6])),
+        "grad_clip": draw(st.sampled_from([None, 0.6, ("chain_norm", 2.0), ("batch_norm", 5.0)])),
         "maximize": draw(st.booleans()),
         "noise_last": draw(st.booleans()),
+        "joined": draw(st.booleans()),
     }
-    return x, grad, z, options
+    outputs = {
+        "out": draw(st.none() | tensors(shape, 5, [x.dtype])),
+        "cast": draw(st.none() | tensors(shape, 6)),
+    }
+    return x, grad, z, options, outputs
 
 
 @settings(
@@ -330,20 +353,25 @@ def steps(draw):
 )
 @given(steps(), st.sampled_from(instruction_sets() or ["none"]))
 def test_any_step_is_the_reference(case, name):
-    x, grad, z, options = case
+    x, grad, z, options, outputs = case
     drawn = z is None and not reference.is_zero(options["noise_std"])
-    expected = reference.step(x, grad, z, **options)
+    before, expected, independent = x.clone(), x.clone(), x.clone()
+    apply_step_(reference.step_, expected, grad, z, **options)
     address = (x.shape, options["seed"], options["step"])
     by_torch = noise.normal_ref(*address, first_chain=options["first_chain"]) if drawn else z
-    independent = reference.step(x, grad, by_torch, **options)
+    apply_step_(reference.step_, independent, grad, by_torch, **options)
     best = extension.library.instruction_set()
     _choose(name)
-    native.step_(x, grad, z, **options)
+    got = apply_step_(native.step_, x, grad, z, **options, **outputs)
     _choose(best)
-    assert torch.equal(x, expected)
+    out, cast = outputs["out"], outputs["cast"]
+    assert got is (x if out is None else out)
+    assert out is None or torch.equal(x, before)
+    assert cast is None or torch.equal(cast, expected.to(cast.dtype))
+    assert torch.equal(got, expected)
     # Normals may differ by 4e-6, times b; then one rounding to x's dtype.
     b = float(torch.as_tensor(options["noise_std"]).max())
     spacing = torch.finfo(x.dtype).eps * float(independent.abs().max())
     torch.testing.assert_close(
-        x.float(), independent.float(), rtol=0, atol=4e-6 * max(b, 1) + spacing
+        got.float(), independent.float(), rtol=0, atol=4e-6 * max(b, 1) + spacing
     )

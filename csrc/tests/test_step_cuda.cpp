@@ -1,4 +1,7 @@
 // The CUDA kernels, run on the host (cuda_shim), give the CPU's bits.
+#include <stdexcept>
+#include <string>
+
 #include "cases.h"
 #include "check.h"
 #include "step_cpu.h"
@@ -6,7 +9,38 @@
 
 using namespace fastlangevin;
 
+// What a launch that fails says. More blocks than a grid can have are refused before any runs.
+template <class Launch>
+std::string failure(Launch&& launch) {
+  try {
+    launch();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void errors_name_the_kernel_and_the_sizes() {
+  constexpr int64_t kMany = int64_t{1} << 40;
+  const std::string sizes =
+      " on 1099511627776 chains of 1 elements (4294967296 blocks of 256 threads): "
+      "invalid configuration argument";
+  float number = 0;
+  const Noise noise{77, 3, 5, 11, Fill::kNormal, kMany, 1};
+  CHECK(failure([&] { cuda::fill_noise(noise, &number, 0, nullptr); }) ==
+        "fastlangevin: CUDA kernel fill" + sizes);
+  Step step;
+  step.dims = 2, step.shape[0] = kMany, step.shape[1] = 1;
+  step.x.data = &number;
+  step.out = step.x;
+  step.noise_std = 1, step.draw = true;
+  CHECK(failure([&] { cuda::langevin_step(step, 0, nullptr); }) ==
+        "fastlangevin: CUDA kernel linear_step" + sizes);
+  CHECK(number == 0);
+}
+
 int main() {
+  errors_name_the_kernel_and_the_sizes();
   CHECK(cuda::reason(0)[0] == '\0');
   each_case([](const Case& c) {
     const auto expected = outcome(c, [](const Step& step) { cpu::langevin_step(step, 1); });
