@@ -1,4 +1,4 @@
-"""What several test files share: the backends that can run here."""
+"""What several test files share: the backends that can run here, and where."""
 
 import os
 from typing import Any
@@ -16,22 +16,38 @@ from fastlangevin.step import backend_status
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-SERVING = [name for name, reason in backend_status(torch.device("cpu")).items() if reason is None]
+SERVING = [
+    (name, device)
+    for device in (torch.device("cpu"), torch.device("cuda", 0))
+    if device.type == "cpu" or torch.cuda.is_available()
+    for name, reason in backend_status(device).items()
+    if reason is None
+]
 
 
-@pytest.fixture(params=SERVING)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of the step that serves the CPU.
+@pytest.fixture(params=SERVING, ids=lambda place: f"{place[0]} on {place[1].type}")
+def place(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
+    """Every backend of the step on every kind of device that it serves here.
 
-    Those that do not are skipped, with their reason, once: test_step.py::test_backends_by_name.
+    Those that serve none are skipped, with the reason, once: test_step.py::test_backends_by_name.
     """
     return request.param
+
+
+@pytest.fixture
+def backend(place: tuple[str, torch.device]) -> str:
+    return place[0]
+
+
+@pytest.fixture
+def device(place: tuple[str, torch.device]) -> torch.device:
+    return place[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _bfloat16_of_tritons_interpreter() -> None:
     """Round float32 to bfloat16 as GPUs do: the interpreter cuts, and loses subnormals and NaN."""
-    if "triton" not in SERVING:
+    if ("triton", torch.device("cpu")) not in SERVING:
         return
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -23,6 +23,11 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def moved(device: torch.device, *values: Any) -> list[Any]:
+    """The values, those of them that are tensors on the device."""
+    return [value.to(device) if isinstance(value, Tensor) else value for value in values]
+
+
 # The choice --------------------------------------------------------------------------------------
 
 
@@ -80,14 +85,15 @@ SAMPLES = {
 
 @pytest.mark.parametrize("arguments", SAMPLES.values(), ids=SAMPLES)
 @pytest.mark.parametrize("grad", [None, numbers(4, 3, 5, 7, seed=1)], ids=["noise", "grad"])
-def test_opcheck(grad: Tensor | None, arguments: tuple) -> None:
+def test_opcheck(place: tuple[str, torch.device], grad: Tensor | None, arguments: tuple) -> None:
     """Schema, mutation, fake tensors and dynamic shapes, by torch's own check."""
-    torch.library.opcheck(OP, (numbers(4, 3, 5, 7), grad, *arguments, "auto"))
+    backend, device = place
+    torch.library.opcheck(OP, (*moved(device, numbers(4, 3, 5, 7), grad, *arguments), backend))
 
 
-def test_the_op_takes_the_seeds_bits(backend: str) -> None:
+def test_the_op_takes_the_seeds_bits(backend: str, device: torch.device) -> None:
     """Schemas know no unsigned integers: -1 stands for 2**64 - 1."""
-    x, grad = numbers(4, 5), numbers(4, 5, seed=1)
+    x, grad = moved(device, numbers(4, 5), numbers(4, 5, seed=1))
     want = x.clone()
     OP(x, grad, None, *POSITIONAL, backend)
     address = {"seed": 2**64 - 1, "step": 5, "first_chain": 2**32 - 4}
@@ -123,20 +129,22 @@ def compiled() -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_compiled_functions_match(
-    compiled: Callable[..., Tensor], backend: str, options: dict
+    compiled: Callable[..., Tensor], place: tuple[str, torch.device], options: dict
 ) -> None:
-    for step_size in (0.3, torch.rand(4)):
-        x, y = numbers(4, 3, 5, 7), numbers(4, 3, 5, 7)
+    backend, device = place
+    options = dict(zip(options, moved(device, *options.values()), strict=True))
+    for step_size in (0.3, torch.rand(4, device=device)):
+        x, y = moved(device, numbers(4, 3, 5, 7), numbers(4, 3, 5, 7))
         got = compiled(x, 3, 5, step_size, backend=backend, **options)
         assert torch.equal(got, walk(y, 3, 5, step_size, backend=backend, **options))
         assert torch.equal(x, y)
 
 
-def test_inductor(backend: str) -> None:
+def test_inductor(backend: str, device: torch.device) -> None:
     """Above all that ``before`` is not computed again from the moved x."""
     torch._dynamo.reset()
     compiled = torch.compile(walk, fullgraph=True)
-    x, y = numbers(4, 3, 5, 7), numbers(4, 3, 5, 7)
+    x, y = moved(device, numbers(4, 3, 5, 7), numbers(4, 3, 5, 7))
     # Cached code would hide what a change of the op's registration does.
     uncached = torch._inductor.config.patch(fx_graph_cache=False)
     with uncached, torch._functorch.config.patch(enable_autograd_cache=False):

@@ -1,7 +1,7 @@
 """The step contract: every backend that runs here against the reference in float64."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,10 @@ OPTIONS = {
 
 
 def numbers(shape: tuple, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """The same on all devices, on the one that torch creates tensors on."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def eager_step(
@@ -72,23 +74,28 @@ def check(got: Tensor, exact: Tensor, eager: Tensor, slack: float = 0.0) -> None
 
 
 @pytest.fixture
-def step_(backend: str) -> Callable[..., Tensor]:
-    """langevin_step_ by one backend, at an address and with coefficients that tests override."""
+def step_(backend: str, device: torch.device) -> Iterator[Callable[..., Tensor]]:
+    """langevin_step_ by one backend, at an address and with coefficients that tests override.
+
+    Tensors that tests create meanwhile are on the backend's device.
+    """
 
     def run(x: Tensor, grad: Tensor | None, **options: Any) -> Tensor:
         defaults = {"step_size": A, "noise_std": B, "seed": 3, "step": 5, "backend": backend}
         return fl.langevin_step_(x, grad, **defaults | options)
 
-    return run
+    with device:
+        yield run
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"][: 1 + torch.cuda.is_available()])
 @pytest.mark.parametrize("name", BACKENDS[1:])
-def test_backends_by_name(name: str) -> None:
-    """The tests below run every backend that serves the CPU; the others are skipped here."""
-    reason = backend_status(torch.device("cpu"))[name]
+def test_backends_by_name(name: str, device: str) -> None:
+    """The tests below run every backend where it serves; where it does not is skipped here."""
+    reason = backend_status(torch.device(device))[name]
     if reason is not None:
-        pytest.skip(f"backend {name}: {reason}")
-    x, grad, z = (numbers((3, 5), seed=seed) for seed in range(3))
+        pytest.skip(f"backend {name} on {device}: {reason}")
+    x, grad, z = (numbers((3, 5), seed=seed).to(device) for seed in range(3))
     exact = langevin_step(x.double(), grad.double(), z.double(), step_size=A, noise_std=B)
     got = fl.langevin_step_(
         x, grad, step_size=A, noise_std=B, seed=0, step=0, noise=z, backend=name
@@ -306,9 +313,12 @@ def test_batch_split(
 
 
 @pytest.mark.parametrize("shape", [(8, 20_001), (1, 100_003)])
-def test_thread_count(step_: Callable[..., Tensor], backend: str, shape: tuple) -> None:
-    if backend == "triton":
-        pytest.skip("backend triton: its interpreter has one thread")
+def test_thread_count(
+    step_: Callable[..., Tensor], place: tuple[str, torch.device], shape: tuple
+) -> None:
+    backend, device = place
+    if backend == "triton" or device.type != "cpu":
+        pytest.skip(f"backend {backend} on {device.type}: does not use torch's threads")
     x, grad = numbers(shape), numbers(shape, seed=1)
     threads, results = torch.get_num_threads(), []
     try:
@@ -552,13 +562,19 @@ def test_errors(wrong: dict, error: type[Exception], match: str) -> None:
     ],
 )
 def test_outputs_of_the_backends_own_steps(
-    backend: str, name: str, make: Callable[[Tensor], Any], error: type[Exception], match: str
+    place: tuple[str, torch.device],
+    name: str,
+    make: Callable[[Tensor], Any],
+    error: type[Exception],
+    match: str,
 ) -> None:
-    x, before = ONES.clone(), ONES.clone()
+    backend, device = place
+    ones = ONES.to(device)
+    x, before = ones.clone(), ones.clone()
     options = {"seed": 0, "step": 0, "first_chain": 0, "step_size": A, "noise_std": B}
-    step_ = resolve_backend(backend, x.device)
+    step_ = resolve_backend(backend, device)
     with pytest.raises(error, match=f"langevin_step_: {name} {match}"):
-        step_(x, ONES, None, **options, **{name: make(ONES.clone())})
+        step_(x, ones, None, **options, **{name: make(ones.clone())})
     assert torch.equal(x, before)
 
 
