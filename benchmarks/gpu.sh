@@ -4,7 +4,9 @@
 #     benchmarks/gpu.sh OUT
 #
 # Installs this checkout (editable) into the environment of $PYTHON, by default python3, which must
-# hold a CUDA build of torch, pytest, pytest-benchmark, setuptools, cmake, ninja and pybind11. Writes
+# hold a CUDA build of torch with triton; numpy, safetensors, pillow, pyyaml, rich, scikit-learn and
+# typer; pytest, pytest-benchmark and, for the fuzz, hypothesis; pip, setuptools >= 77, cmake, ninja
+# and pybind11. nvcc and a C++ compiler do the rest; compute-sanitizer takes part if it can. Writes
 # gpu.log, tests.xml, step-cuda.json, pytest-benchmark.json and summary.md to OUT. A stage that fails
 # does not stop the others; the exit status then is 1, and 2 where nothing could be run.
 set -uo pipefail
@@ -18,7 +20,11 @@ fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: no ${PYTHON:-python3}" >&2 && exit 2; }
+# Its cmake and ninja lie beside it, also where its environment has not been activated.
+python_folder=$(cd "$(dirname "$python")" && pwd)
+python=$python_folder/$(basename "$python")
+export PATH=$python_folder:$PATH
 log=$out/gpu.log
 : >"$log"
 failed=()
@@ -64,30 +70,59 @@ find_sanitizer() {
     done
 }
 
+# Why compute-sanitizer cannot watch this device: it is refused in some virtual machines.
+why_no_sanitizer() { # SANITIZER
+    local nvcc folder
+    [ -n "$1" ] || { echo "compute-sanitizer not found" && return; }
+    nvcc=$(PATH=${CUDA_HOME:-/usr/local/cuda}/bin:$PATH command -v nvcc) || return
+    folder=$(mktemp -d)
+    cat >"$folder/probe.cu" <<'END'
+__global__ void write(int* to) { *to = 1; }
+int main() {
+  int* number = nullptr;
+  if (cudaMalloc(&number, sizeof(int)) != cudaSuccess) return 1;
+  write<<<1, 1>>>(number);
+  return cudaDeviceSynchronize() == cudaSuccess ? 0 : 1;
+}
+END
+    if ! { "$nvcc" -arch="sm_$architecture" -o "$folder/probe" "$folder/probe.cu" &&
+        timeout 30 "$1" --error-exitcode 9 "$folder/probe"; } >"$folder/said" 2>&1; then
+        echo "it fails on a trivial program: $(grep -m 1 -i 'error\|not supported' "$folder/said")"
+    fi
+    cat "$folder/said" >>"$log"
+    rm -r "$folder"
+}
+
 # Triton must compile here, not interpret.
 unset TRITON_INTERPRET
 
 FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
-    stage build 120 "$python" -m pip install -e . --no-build-isolation --no-deps
+    stage build 150 "$python" -m pip install -e . --no-build-isolation --no-deps
 # What runs on the device, and what it is held to; the rest of the suite needs none.
-stage tests 180 "$python" -m pytest --junitxml="$out/tests.xml" tests/test_cuda.py \
+stage tests 240 "$python" -m pytest --junitxml="$out/tests.xml" tests/test_cuda.py \
     tests/test_triton.py tests/test_dispatch.py tests/test_noise.py tests/test_step.py \
-    tests/test_native.py
+    tests/test_native.py tests/test_fuzz.py
 
+stage benchmarks 170 "$python" -m benchmarks.step --device cuda --out "$out" --seconds 0.5
+# The same variants, timed above, at the one size that most people have.
+stage pytest-benchmark 75 "$python" -m pytest benchmarks -k "64x3x32x32-fp32-contiguous" \
+    --benchmark-json="$out/pytest-benchmark.json" --benchmark-max-time=0.2
+
+# After the figures, which need the time more.
 sanitizer=$(find_sanitizer)
+reason=$(why_no_sanitizer "$sanitizer")
+if [ -z "$reason" ]; then
+    # Once without, so that Triton's compiler, slower by far under the sanitizer, has done its work.
+    stage kernels 90 "$python" -m benchmarks.sanitize
+fi
 for tool in memcheck racecheck initcheck; do
-    if [ -n "$sanitizer" ]; then
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 60 \
+    if [ -z "$reason" ]; then
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 90 \
             "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.sanitize
     else
-        echo "$tool: not run, compute-sanitizer not found"
+        echo "$tool: not run, $reason"
     fi
 done
-
-stage benchmarks 130 "$python" -m benchmarks.step --device cuda --out "$out" --seconds 0.5
-# The same variants, timed above, at the one size that most people have.
-stage pytest-benchmark 60 "$python" -m pytest benchmarks -k "64x3x32x32-fp32-contiguous" \
-    --benchmark-json="$out/pytest-benchmark.json" --benchmark-max-time=0.2
 
 if [ -f "$out/step-cuda.json" ]; then
     "$python" -m benchmarks.report "$out/step-cuda.json" >"$out/summary.md"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastlangevin as fl
+from fastlangevin.kernels import extension, triton
 from fastlangevin.step import backend_status, resolve_backend
 
 # Tails of every length, chains that share a block of four, and layouts with odd planes.
@@ -107,10 +107,12 @@ def main() -> None:
             print(f"{name}: cannot run: {reason}")
     if all(kernels.values()):
         raise SystemExit(f"sanitize: no kernels serve {device}")
-    for shape in SHAPES:
-        for fill in (fl.noise.normal, fl.noise.uniform):
-            if not bool(torch.isfinite(fill(shape, seed=1, step=2, device=device)).all()):
-                raise AssertionError(f"not finite: {fill.__name__} of {list(shape)}")
+    makers = {"native": extension, "triton": triton}
+    address = {"seed": 1, "step": 2, "stream": 0, "first_chain": 3, "device": device}
+    for name in (name for name, reason in kernels.items() if reason is None):
+        for shape, kind in itertools.product(SHAPES, ("normal", "uniform")):
+            if not bool(torch.isfinite(getattr(makers[name], kind)(shape, **address)).all()):
+                raise AssertionError(f"not finite: {name}'s {kind} of {list(shape)}")
 
 
 if __name__ == "__main__":

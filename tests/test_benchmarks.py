@@ -254,36 +254,47 @@ class TestGpuScript:
         assert done.returncode == 2
         assert "gpu.sh: no CUDA device: torch sees no CUDA device" in done.stderr
 
-    def test_a_failed_stage_stops_no_other(self, tmp_path):
-        """With stand-ins for Python and the sanitizer that only say what they were asked."""
-        for name, body in {
-            "python": 'case "$*" in -c*) echo 91;; *junitxml*) exit 3;; esac\n'
-            'echo "asked: $* for $CMAKE_CUDA_ARCHITECTURES"',
-            "compute-sanitizer": 'echo "asked: $*"; [ "$2" != racecheck ]',
-        }.items():
-            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-            (tmp_path / name).chmod(0o755)
+    def stand_in(self, folder: Path, python: str, sanitizer: str) -> subprocess.CompletedProcess:
+        """Run with programs in place of Python, nvcc and the sanitizer, all in one folder."""
+        programs = {"python": python, "nvcc": "", "compute-sanitizer": sanitizer}
+        for name, body in programs.items():
+            (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+            (folder / name).chmod(0o755)
         environment = {key: v for key, v in os.environ.items() if not key.startswith("CMAKE")}
-        done = subprocess.run(
-            ["bash", str(GPU_SH), str(tmp_path / "out")],
+        return subprocess.run(
+            ["bash", str(GPU_SH), str(folder / "out")],
             capture_output=True,
             text=True,
-            env={
-                **environment,
-                "PATH": f"{tmp_path}:{os.environ['PATH']}",
-                "PYTHON": str(tmp_path / "python"),
-            },
+            env={**environment, "CUDA_HOME": str(folder), "PYTHON": str(folder / "python")},
+        )
+
+    def test_a_sanitizer_that_is_refused_the_device(self, tmp_path):
+        refused = 'echo "========= Error: Device not supported"; exit 1'
+        done = self.stand_in(tmp_path, "echo 91", refused)
+        for tool in ("memcheck", "racecheck", "initcheck"):
+            assert f"{tool}: not run, it fails on a trivial program: =========" in done.stdout
+        assert "Device not supported" in done.stdout
+        assert done.returncode == 0
+
+    def test_a_failed_stage_stops_no_other(self, tmp_path):
+        """With stand-ins that only say what they were asked."""
+        done = self.stand_in(
+            tmp_path,
+            'case "$*" in -c*) echo 91;; *junitxml*) exit 3;; esac\n'
+            'echo "asked: $* for $CMAKE_CUDA_ARCHITECTURES"',
+            'echo "asked: $*"; [ "$2" != racecheck ]',
         )
         assert done.returncode == 1
         told = re.findall(r"^([\w-]+): (passed|FAILED \(\d+\))", done.stdout, re.MULTILINE)
         assert told == [
             ("build", "passed"),
             ("tests", "FAILED (3)"),
+            ("benchmarks", "passed"),
+            ("pytest-benchmark", "passed"),
+            ("kernels", "passed"),
             ("memcheck", "passed"),
             ("racecheck", "FAILED (1)"),
             ("initcheck", "passed"),
-            ("benchmarks", "passed"),
-            ("pytest-benchmark", "passed"),
         ]
         assert re.search(r"gpu.sh: FAILED after \d+ s: tests racecheck; see", done.stdout)
         log = (tmp_path / "out" / "gpu.log").read_text()
