@@ -157,6 +157,47 @@ def apply_step_(
     return run(x, grad, z, step_size=step_size, noise_std=noise_std, grad_clip=grad_clip, **options)
 
 
+def bind_step(
+    run: Callable[..., Tensor],
+    x: Tensor,
+    *,
+    seed: int,
+    first_chain: int,
+    clamp: tuple[float, float] | None,
+    grad_clip: GradClip | None,
+    maximize: bool,
+    noise_last: bool,
+) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
+    """:func:`apply_step_` for a loop: one x, always changed in place, and constant options.
+
+    Returns a function of (grad, step_size, noise_std, step). With the native kernels, numbers as
+    coefficients and no norm clip, a call on 64 elements takes 2.6 us where :func:`apply_step_`
+    takes 7.0, 0.9 of it in the extension (AVX2, one core); else it is that function.
+    """
+    options: dict[str, Any] = {
+        "seed": seed,
+        "first_chain": first_chain,
+        "clamp": clamp,
+        "grad_clip": grad_clip,
+        "maximize": maximize,
+        "noise_last": noise_last,
+    }
+    direct = None
+    if run is native.step_ and not isinstance(grad_clip, tuple):
+        direct = native.bind(x, **options)
+
+    def bound(
+        grad: Tensor | None, step_size: Coefficient, noise_std: Coefficient, step: int
+    ) -> Tensor:
+        if direct is None or isinstance(step_size, Tensor) or isinstance(noise_std, Tensor):
+            return apply_step_(
+                run, x, grad, None, step_size=step_size, noise_std=noise_std, step=step, **options
+            )
+        return direct(grad, step_size, noise_std, step)
+
+    return bound
+
+
 def fold_norm_clip(
     grad: Tensor | None, step_size: Coefficient, grad_clip: GradClip | None
 ) -> tuple[Coefficient, float | None]:

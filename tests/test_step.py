@@ -11,7 +11,13 @@ from torch import Tensor
 
 import fastlangevin as fl
 from fastlangevin.kernels.reference import langevin_step
-from fastlangevin.step import BACKENDS, backend_status, choose_backend, resolve_backend
+from fastlangevin.step import (
+    BACKENDS,
+    backend_status,
+    bind_step,
+    choose_backend,
+    resolve_backend,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Around a block of four normals, a prime-like odd number, a vector length + 1, several rows, and
@@ -454,6 +460,45 @@ def test_autograd_is_told_of_the_change(step_: Callable[..., Tensor]) -> None:
     step_(x, None)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("clip", [None, 0.4, ("chain_norm", 5.0)], ids=str)
+def test_a_bound_step_is_the_step(
+    place: tuple[str, torch.device], clip: Any, dtype: torch.dtype
+) -> None:
+    """What a loop calls, step after step on one x: with every form of gradient and coefficient."""
+    backend, device = place
+    options = {"seed": 2**64 - 3, "first_chain": 4, "clamp": (-0.9, 0.8), "grad_clip": clip}
+    forms = {"maximize": True, "noise_last": True}
+    grads = [numbers((4, 3, 5, 7), grad_dtype, 1).to(device) for grad_dtype in DTYPES]
+    grads += [None, grads[0].to(memory_format=torch.channels_last)]
+    grads += [torch.complex(grads[0], grads[0]).conj().imag]
+    per_chain = torch.tensor([0.1, 0.0, 0.3, 0.7], device=device)
+    x, want = (numbers((4, 3, 5, 7), dtype).to(device) for _ in range(2))
+    bound = bind_step(resolve_backend(backend, device), x, **options, **forms)
+    version = x._version
+    for step, grad in enumerate(grads):
+        for a, b in ((A, B), (A, 0.0), (per_chain, B), (A, per_chain)):
+            fl.langevin_step_(
+                want, grad, step_size=a, noise_std=b, step=step, backend=backend, **options, **forms
+            )
+            assert bound(grad, a, b, step) is x
+            assert torch.equal(x, want)
+    assert x._version > version
+
+
+def test_a_bound_step_of_an_inference_tensor(place: tuple[str, torch.device]) -> None:
+    backend, device = place
+    options = {"clamp": None, "grad_clip": None, "maximize": False, "noise_last": False}
+    with torch.inference_mode():
+        x = numbers((3, 5)).to(device)
+        bound = bind_step(resolve_backend(backend, device), x, seed=3, first_chain=0, **options)
+        bound(None, A, B, 5)
+    want = fl.langevin_step_(
+        numbers((3, 5)).to(device), None, step_size=A, noise_std=B, seed=3, step=5, backend=backend
+    )
+    assert torch.equal(x, want)
 
 
 # Errors ------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ a step with given noise is equal to the reference's bit for bit. Its own normals
 reference's by less than the contract's 2e-6, and are equal on all instruction sets and GPUs.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,49 @@ def step_(
         if not changed.is_inference():
             torch.autograd.graph.increment_version(changed)
     return written
+
+
+def bind(
+    x: Tensor,
+    *,
+    seed: int,
+    first_chain: int,
+    clamp: tuple[float, float] | None,
+    grad_clip: float | None,
+    maximize: bool,
+    noise_last: bool,
+) -> Callable[[Tensor | None, float, float, int], Tensor] | None:
+    """:func:`step_` on one x, in place, as a function of (grad, step_size, noise_std, step).
+
+    What stays the same from step to step is read here, once: x must keep its memory meanwhile. The
+    function draws its own noise; its coefficients are numbers, its step a checked integer. None
+    where an x takes a detour.
+    """
+    if x.dtype not in _DTYPES or x.dim() > extension.library.MAX_DIMS:
+        return None
+    run, shape, bits = extension.library.langevin_step, x.shape, _DTYPES
+    state = x.data_ptr(), bits[x.dtype], x.stride()
+    lo, hi = clamp or (-_INF, _INF)
+    clip = _INF if grad_clip is None else grad_clip
+    device_and_queue = extension.device_and_queue
+    counted, count = not x.is_inference(), torch.autograd.graph.increment_version
+
+    def bound(grad: Tensor | None, step_size: float, noise_std: float, step: int) -> Tensor:
+        operand = None
+        if grad is not None:
+            g = grad.resolve_neg() if grad.is_neg() else grad
+            g = g if g.dtype in bits else g.float()
+            operand = g.data_ptr(), bits[g.dtype], g.stride()
+        device, queue = device_and_queue(x)
+        run(
+            shape, state, None, operand, None, None, step_size, noise_std, maximize, clip, lo, hi,
+            noise_last, False, noise_std != 0, seed, step, first_chain, 0, device, queue,
+        )  # fmt: skip
+        if counted:
+            count(x)
+        return x
+
+    return bound
 
 
 def _why_unread(x: Tensor, detour: bool) -> str | None:
