@@ -1,0 +1,185 @@
+"""What an energy computes, as a graph of the operations that lean scores know."""
+
+import dis
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A parameter or buffer of the energy, or a plain view of one, read where it lies."""
+
+    base: Tensor
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> Tensor:
+        base = self.base.detach()
+        if base.shape == self.size and base.stride() == self.stride:
+            return base
+        return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return id(self.base), self.size, self.stride, self.offset
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation on whole batches that treats every chain alike and by itself.
+
+    kind: conv (stride, padding, dilation, groups), linear, add (factor of the second), view, mean
+    and sum (dims, keepdim), avg_pool (kernel, stride, padding, ceil, count padding, divisor), scale
+    (factor), or an activation by name. conv and linear have their weight [out, in, ...] and bias.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]  # 0 is the state, k + 1 the output of node k
+    shape: tuple[int, ...]  # of its output, of one chain
+    settings: tuple[Any, ...] = ()
+    constants: tuple[Constant | None, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        constants = tuple(None if c is None else c.key for c in self.constants)
+        return self.kind, self.inputs, self.shape, self.settings, constants
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An energy as nodes in topological order; the last one's output is the energy, one number."""
+
+    shape: tuple[int, ...]  # of one chain's state
+    dtype: torch.dtype  # the state enters the network in
+    device: torch.device
+    nodes: tuple[Node, ...]
+    fingerprint: tuple[Any, ...] | None = None
+    held: tuple[Any, ...] = field(default=(), repr=False)  # whose ids are in the fingerprint
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal keys: the same operations on the same parameters."""
+        return self.shape, self.dtype, self.device, tuple(node.key for node in self.nodes)
+
+    @property
+    def bases(self) -> list[Tensor]:
+        """The parameters and buffers that are read, each once."""
+        found = {id(c.base): c.base for node in self.nodes for c in node.constants if c is not None}
+        return list(found.values())
+
+    def input_shape(self, node: Node, which: int = 0) -> tuple[int, ...]:
+        value = node.inputs[which]
+        return self.nodes[value - 1].shape if value else self.shape
+
+    def is_current(self, energy: Callable[..., Tensor], x: Tensor) -> bool:
+        """Whether a recording of this energy on such an x would be the same."""
+        return (
+            self.fingerprint is not None
+            and isinstance(energy, nn.Module)
+            and self.fingerprint == fingerprint(energy, x)
+        )
+
+
+def global_hooks() -> bool:
+    return any(getattr(_module, name) for name in _GLOBAL_HOOKS)
+
+
+def fingerprint(energy: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
+    """All that a recording depends on, cheap to compare; None where that cannot be known.
+
+    Parameters count by identity and place: their values are read at every run.
+    """
+    found: list[Any] = [x.shape[1:], x.dtype, x.device]
+    if global_hooks():
+        return None
+    for module in energy.modules():
+        seen = _seen_names(type(module))  # type: ignore[arg-type]
+        if seen is None:
+            return None
+        found += (type(module), id(module))
+        found += [names[name] for names, name in seen if type(names.get(name)) in _SIMPLE]
+        for name, value in module.__dict__.items():
+            kind = type(value)
+            if kind in _SIMPLE:
+                found += (name, value)
+            elif name == "_parameters" or name == "_buffers":
+                for tensor in value.values():
+                    if tensor is not None:
+                        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+                        found += (id(tensor), *place)
+            elif name == "_modules":
+                found += [(key, id(child)) for key, child in value.items()]
+            elif kind is tuple or kind is list:
+                if any(type(item) not in _SIMPLE for item in value):
+                    return None
+                found += (name, tuple(value))
+            elif name in HOOKS:
+                if value:
+                    return None
+            elif name not in _OWN:
+                return None
+    return tuple(found)
+
+
+_SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype))
+_OWN = frozenset(nn.Module().__dict__)  # every module's own tables, which hold no settings
+
+
+@functools.lru_cache(256)
+def _seen_names(kind: type) -> tuple[tuple[dict[str, Any], str], ...] | None:
+    """The globals, as (names, name), that a class's methods read; None if they may be anything.
+
+    Modules of torch and of this package read their attributes. Of others the plain numbers among
+    the globals are compared; functions and objects of the user's own could hold any state.
+    """
+    found: list[tuple[dict[str, Any], str]] = []
+    for base in kind.__mro__:
+        if base.__module__.startswith(("torch.", "fastlangevin.")) or base is object:
+            continue
+        for method, value in vars(base).items():
+            function = getattr(value, "fget", value)
+            if not isinstance(function, types.FunctionType) or method == "__init__":
+                continue
+            if set(function.__code__.co_freevars) - {"__class__"}:
+                return None
+            names = function.__globals__
+            for instruction in _instructions(function.__code__):
+                name = instruction.argval
+                if instruction.opname == "LOAD_GLOBAL" and name in names:
+                    if not _is_constant(names[name]):
+                        return None
+                    found.append((names, name))
+    return tuple(found)
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    yield from dis.get_instructions(code)
+    for inner in code.co_consts:  # comprehensions and lambdas
+        if isinstance(inner, types.CodeType):
+            yield from _instructions(inner)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a global is a number, which can be compared, or a thing that stays what it is."""
+    if type(value) in _SIMPLE:
+        return True
+    if isinstance(value, types.ModuleType):
+        home = value.__name__
+    elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        home = value.__module__ or "builtins"
+    else:
+        return False
+    home = home.split(".")[0]
+    return home in ("torch", "fastlangevin") or home in sys.stdlib_module_names
