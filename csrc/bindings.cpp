@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "signs_cpu.h"
 #include "step_cpu.h"
 #ifdef FASTLANGEVIN_CUDA
 #include "step_cuda.h"
@@ -96,6 +97,20 @@ void fill_noise(uintptr_t out, bool uniform, int64_t chains, int64_t elements, u
   }
 }
 
+void pack_signs(uintptr_t values, int dtype, int64_t count, bool unordered, uintptr_t bits,
+                int threads) {
+  py::gil_scoped_release unlocked;
+  cpu::pack_signs(reinterpret_cast<const void*>(values), static_cast<Dtype>(dtype), count,
+                  unordered, reinterpret_cast<uint8_t*>(bits), threads);
+}
+
+void apply_signs(uintptr_t grad, int dtype, int64_t count, uintptr_t bits, float slope,
+                 int threads) {
+  py::gil_scoped_release unlocked;
+  cpu::apply_signs(reinterpret_cast<void*>(grad), static_cast<Dtype>(dtype), count,
+                   reinterpret_cast<const uint8_t*>(bits), slope, threads);
+}
+
 }  // namespace
 }  // namespace fastlangevin
 
@@ -104,6 +119,8 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "fastlangevin's kernels; fastlangevin.kernels.native says what the arguments are";
   module.def("langevin_step", &fl::langevin_step);
   module.def("fill_noise", &fl::fill_noise);
+  module.def("pack_signs", &fl::pack_signs);
+  module.def("apply_signs", &fl::apply_signs);
   module.def("instruction_set", &fl::cpu::instruction_set);
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
   module.attr("MAX_DIMS") = fl::kMaxDims;

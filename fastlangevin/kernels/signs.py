@@ -1,0 +1,70 @@
+"""Signs of activations, one bit each, and their use in the gradient: reference and native.
+
+The bits follow the order of memory, which must be dense: a tensor and the gradient that its bits
+are applied to must be laid out alike.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlangevin.kernels import extension
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def pack_signs(values: Tensor, unordered: bool = False) -> Tensor:
+    """uint8 [ceil(numel / 8)]: bit k % 8 of byte k // 8 is value k > 0, in the order of memory.
+
+    ``unordered``: !(value <= 0) instead, which is true of NaN as well.
+    """
+    if not _is_native(values):
+        return pack_signs_ref(values, unordered)
+    bits = torch.empty((values.numel() + 7) // 8, dtype=torch.uint8)
+    extension.library.pack_signs(
+        values.data_ptr(), _DTYPES[values.dtype], values.numel(), unordered, bits.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return bits
+
+
+def apply_signs_(grad: Tensor, bits: Tensor, slope: float) -> Tensor:
+    """In place: grad where a bit is set, else slope grad (0 for slope 0, whatever grad is)."""
+    if not _is_native(grad):
+        return apply_signs_ref_(grad, bits, slope)
+    extension.library.apply_signs(
+        grad.data_ptr(), _DTYPES[grad.dtype], grad.numel(), bits.data_ptr(), slope,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad
+
+
+def pack_signs_ref(values: Tensor, unordered: bool = False) -> Tensor:
+    """:func:`pack_signs` in plain torch."""
+    flat = _in_memory_order(values)
+    signs = ~(flat <= 0) if unordered else flat > 0
+    signs = torch.nn.functional.pad(signs, (0, -flat.numel() % 8)).view(-1, 8)
+    powers = 2 ** torch.arange(8, device=flat.device)
+    return (signs * powers).sum(1).to(torch.uint8)
+
+
+def apply_signs_ref_(grad: Tensor, bits: Tensor, slope: float) -> Tensor:
+    """:func:`apply_signs_` in plain torch."""
+    flat = _in_memory_order(grad)
+    powers = 2 ** torch.arange(8, device=flat.device)
+    negative = ((bits[:, None] & powers) == 0).view(-1)[: flat.numel()]
+    other = torch.zeros_like(flat) if slope == 0 else flat * slope
+    flat.copy_(torch.where(negative, other, flat))
+    return grad
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _is_native(tensor: Tensor) -> bool:
+    return (
+        extension.library is not None
+        and tensor.dtype in _DTYPES
+        and tensor.device.type == "cpu"
+        and hasattr(extension.library, "pack_signs")
+    )
