@@ -44,7 +44,8 @@ def unroll(chain: Chain, x: Tensor, checkpoint: str, grad_steps: int | None) -> 
 
 def _transition(chain: Chain, x: Tensor, k: int, create_graph: bool) -> tuple[Tensor, Tensor]:
     with left_as_found(chain.sampler.energy, x.device, freeze=not create_graph):
-        step = chain.transition(reference.step, x, k, create_graph)
+        step = chain.transition(reference.step, x, k, create_graph=create_graph)
+        assert step.energies is not None
         return step.x, step.energies
 
 

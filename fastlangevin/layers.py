@@ -113,7 +113,7 @@ def packs(node: Node, device: torch.device, dtype: torch.dtype) -> bool:
         node.kind == "conv"
         and device.type == "cpu"
         and torch.backends.mkldnn.is_available()
-        and torch._C._get_mkldnn_enabled()
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(mkldnn, "_convolution_transpose_pointwise")
         and (
             dtype == torch.float32

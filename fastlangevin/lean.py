@@ -61,6 +61,10 @@ class LeanScore:
 
     def begin(self) -> None:
         """Read the weights: for every chain, as a write through .data leaves no other trace."""
+        with torch.no_grad(), network_precision(self.precision, self.graph.device):
+            self._read()
+
+    def _read(self) -> None:
         self._seen = [_state(base) for base in self._bases]
         for layer in self._weighted.values():
             layer.pack()
@@ -73,7 +77,7 @@ class LeanScore:
             return (x.new_zeros(0) if want_energies else None), torch.zeros_like(x)
         with network_precision(self.precision, x.device):
             if self._seen != [_state(base) for base in self._bases]:
-                self.begin()
+                self._read()
             passes = self._passes.get(want_energies)
             if passes is None:
                 passes = _Passes(self._plan, self._weighted, self.chains, want_energies)

@@ -75,8 +75,12 @@ def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
     start = torch.zeros((rows, *x.shape[1:]), dtype=dtype, device=x.device, requires_grad=True)
     recorder = Recorder(start, (*energy.parameters(), *energy.buffers()))
     try:
-        # Gradients on: the graph that autograd makes shows what operators do not.
-        with left_as_found(energy, x.device, freeze=False), torch.enable_grad(), recorder:
+        with (
+            left_as_found(energy, x.device, freeze=False),
+            torch.autocast(x.device.type, enabled=False),
+            torch.enable_grad(),  # the graph that autograd makes shows what operators do not
+            recorder,
+        ):
             out = energy(start)
         return recorder.graph(out, x, *(fingerprint(energy, x), tuple(energy.modules())))
     except Exception as error:

@@ -20,6 +20,7 @@ from fastlangevin.arguments import (
 )
 from fastlangevin.chain import Chain
 from fastlangevin.score import check_precision, device_of
+from fastlangevin.scores import Choice, Recognised, check_score, choose_score, warn_of_modes
 from fastlangevin.step import backend_status, check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
@@ -38,7 +39,12 @@ SETTINGS = (
     "noise_order",
     "precision",
     "backend",
+    "score",
 )
+_SCORE_TEXT = {
+    "general": "forward and input gradient by autograd",
+    "lean": "an explicit forward and input gradient, no gradient of weights, no graph",
+}
 _OP = "LangevinSampler"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -87,6 +93,10 @@ class LangevinSampler:
     precision: of the network alone: None (as torch is set), "fp32", "tf32", "fp16" or "bf16". The
         state stays float32, or float64 for a float64 x0.
     backend: of the update: "auto", "native", "triton" or "reference".
+    score: how d energy / d x is computed: "general", autograd on the energy as it is; "lean", an
+        explicit forward pass and input gradient, for modules made of 2-D convolutions, linear
+        layers, common activations, average pools and sums; "auto", the fastest that serves, which
+        explain() tells. ("fused" and "compiled" are not available yet.)
 
     The defaults are the paper's (arXiv 1904.09770, app. 7.3), up to its sign: there f = -energy.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run.
@@ -104,6 +114,7 @@ class LangevinSampler:
         noise_order: str = "after",
         precision: str | None = None,
         backend: str = "auto",
+        score: str = "auto",
     ) -> None:
         if not callable(energy):
             raise TypeError(f"{_OP}: energy must be callable, got {type(energy).__name__}")
@@ -121,9 +132,12 @@ class LangevinSampler:
         self.noise_order = noise_order
         self.precision = precision
         self.backend = backend
+        self.score = score
+        self._recognised = Recognised()
         # Energies move, so only the names are checked here; the device is at each call.
         check_precision(precision)
         check_backend(backend)
+        check_score(score)
 
     @_out_of_inference_mode
     def __call__(
@@ -172,7 +186,7 @@ class LangevinSampler:
             return unroll(chain, start, checkpoint, grad_steps)
         if checkpoint != "auto" or grad_steps is not None:
             raise ValueError(f"{_OP}: checkpoint and grad_steps need differentiable=True")
-        energies = x.new_zeros(0)
+        energies: Tensor | None = None
         for step in chain.walk(x):
             energies = step.energies
         chain.check_finite(x, energies)
@@ -188,7 +202,7 @@ class LangevinSampler:
         x, chain = self._prepare(x0, **options)
         kept = x.new_empty((1 + self.steps // every, *x.shape))
         kept[0] = x
-        energies = x.new_zeros(0)
+        energies: Tensor | None = None
         for step in chain.walk(x):
             energies = step.energies
             if (step.k + 1) % every == 0:
@@ -207,13 +221,22 @@ class LangevinSampler:
         records = [x.new_zeros((self.steps, x.shape[0])) for _ in range(4)]
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
-        for step in chain.walk(x):
+        for step in chain.walk(x, want_energies=True):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype)
+            assert step.energies is not None
             values = step.energies, _norms(step.grad), _norms(x - before), _rows(outside).mean(1)
             for record, value in zip(records, values, strict=True):
                 record[step.k] = value
             before.copy_(x)
         return Diagnostics(x, *records)
+
+    def choose_score(self, x: Tensor, model_kwargs: dict[str, Any]) -> Choice:
+        """The score of a chain from x; RuntimeError where one asked for by name cannot run."""
+        if not self._recognised.warned:
+            self._recognised.warned = warn_of_modes(self.energy)
+        return choose_score(
+            self.score, self.energy, x, self.precision, model_kwargs, self._recognised
+        )
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, less the energy."""
@@ -231,8 +254,7 @@ class LangevinSampler:
         lines = [
             f"chain      {self.steps} steps, {'ascending f' if self.maximize else 'descending E'}, "
             f"{_ORDER_TEXT[self.noise_order]}",
-            f"score      general: forward and input gradient by autograd, precision "
-            f"{self.precision or 'as torch is set'}",
+            *self._explain_score(x0, device),
             f"update     backend {backend} on {device}; reference with differentiable=True",
         ]
         lines += [
@@ -244,6 +266,17 @@ class LangevinSampler:
             state = x0.numel() * (8 if x0.dtype == torch.float64 else 4)
             lines.append(f"state      {list(x0.shape)}, {state / 2**20:.1f} MiB")
         return "\n".join(lines)
+
+    def _explain_score(self, x0: Tensor | None, device: torch.device) -> list[str]:
+        precision = f"precision {self.precision or 'as torch is set'}"
+        shape = getattr(self.energy, "shape", None)
+        if x0 is None and isinstance(shape, tuple):
+            x0 = torch.zeros((1, *shape), device=device)
+        if x0 is None and self.score != "general":
+            return [f"score      {self.score}: depends on the state's shape; give x0; {precision}"]
+        choice = Choice("general", None, {}) if x0 is None else self.choose_score(x0, {})
+        lines = [f"score      {choice.name}: {_SCORE_TEXT[choice.name]}, {precision}"]
+        return lines + [f"           not {name}: {why}" for name, why in choice.why_not.items()]
 
     def _prepare(
         self,

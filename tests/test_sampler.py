@@ -1,8 +1,11 @@
 """LangevinSampler against a loop in plain torch, and the promises of a call."""
 
+import copy
 import functools
 import itertools
 import math
+import pickle
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -270,12 +273,12 @@ def test_the_state_is_float32_or_wider(state: torch.dtype, network: torch.dtype)
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1), (-1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("n", [1, 2, N])
 def test_energy_output_shapes(net: nn.Module, x0: Tensor, n: int, shape: tuple) -> None:
-    want = sampler(net)(x0[:n], seed=0)
+    want = sampler(net, score="general")(x0[:n], seed=0)
     assert torch.equal(sampler(lambda x: net(x).view(shape))(x0[:n], seed=0), want)
 
 
 def test_one_chain_may_have_a_scalar_energy(net: nn.Module, x0: Tensor) -> None:
-    want = sampler(net)(x0[:1], seed=0)
+    want = sampler(net, score="general")(x0[:1], seed=0)
     assert torch.equal(sampler(lambda x: net(x).sum())(x0[:1], seed=0), want)
 
 
@@ -508,6 +511,102 @@ def test_explain_says_what_runs() -> None:
     for name, reason in backend_status(torch.device("cpu")).items():
         assert reason is None or f"{name}: {reason}" in text
     assert "descending" in sampler(fl.GaussianEnergy()).explain()
+
+
+# The score ---------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_lean_score_and_says_so(net: nn.Module, x0: Tensor) -> None:
+    run = sampler(net)
+    assert "score      lean" in run.explain(x0)
+    assert "general" in sampler(net, score="general").explain(x0)
+    text = sampler(everything()).explain(x0)
+    assert "score      general" in text
+    assert "not lean: BatchNorm2d '1' is in train mode" in text
+    assert "not fused: " in text
+    assert "score      lean" in sampler(fl.ConvEnergy(size=8, width=1)).explain()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert 'precision="bf16" needs no autocast' in run.explain(x0)
+
+
+@pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
+def test_lean_and_general_are_the_same_chain(method: str, net: nn.Module, x0: Tensor) -> None:
+    ends = []
+    for score in ("general", "lean"):
+        got = getattr(sampler(net, score=score, maximize=True), method)(x0, seed=0)
+        ends.append(got if isinstance(got, tuple) else (got,))
+    for one, two in zip(*ends, strict=True):
+        assert torch.allclose(one, two, rtol=1e-12, atol=1e-13)
+
+
+def test_a_recording_is_kept_until_the_energy_changes(x0: Tensor) -> None:
+    net = make_net(nn.Tanh())
+    run, general = sampler(net), sampler(net, score="general")
+    for change in (
+        lambda: net[0].weight.data.mul_(-2.0),
+        lambda: net.__setitem__(1, nn.SiLU()),
+        lambda: setattr(net[0], "weight", nn.Parameter(net[0].weight.data.flip(0))),
+        lambda: net[0].register_forward_hook(lambda module, inputs, out: 2 * out),
+        lambda: net[0]._forward_hooks.clear(),
+    ):
+        before = run(x0, seed=0)
+        change()
+        after = run(x0, seed=0)
+        assert torch.allclose(after, general(x0, seed=0), rtol=1e-12, atol=1e-13)
+        assert not torch.allclose(after, before, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("score", "energy", "match"),
+    [
+        ("lean", double_well, 'score "lean" cannot run: the energy is a function'),
+        ("lean", fl.GaussianEnergy(), 'score "lean" cannot run: '),
+        ("fused", double_well, 'score "fused" cannot run on cpu: '),
+        ("compiled", double_well, 'score "compiled" cannot run on cpu: '),
+    ],
+)
+@pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose", "explain"])
+def test_a_score_that_cannot_run_says_why(
+    method: str, score: str, energy: Callable, match: str
+) -> None:
+    run = getattr(sampler(energy, score=score), method)
+    with pytest.raises(RuntimeError, match=match):
+        run(X0) if method == "explain" else run(X0, seed=0)
+
+
+def test_model_kwargs_need_the_general_score(x0: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="the energy is given y"):
+        sampler(Conditional(), score="lean")(x0, seed=0, y=LABELS)
+
+
+def test_train_mode_is_warned_of_once(x0: Tensor) -> None:
+    run = sampler(everything(), step_size=0.01)
+    with pytest.warns(UserWarning, match=r"BatchNorm2d '1' makes every chain.*and 1 more") as seen:
+        run(x0, seed=0)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(x0, seed=0)
+        sampler(everything().eval(), step_size=0.01)(x0, seed=0)
+
+
+@pytest.mark.parametrize("score", ["general", "lean"])
+def test_an_overflow_of_fp16_is_reported(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clamp would turn the infinite gradient into a state like any other."""
+    monkeypatch.setattr("fastlangevin.sampler.check_precision", lambda *_: None)
+    net, x0 = make_net(nn.ReLU(), torch.float32), numbers(SHAPE, torch.float32)
+    run = sampler(net, precision="fp16", clamp=(-1.0, 1.0), score=score)
+    assert run(x0, seed=0).isfinite().all()
+    net[3].weight.data.mul_(1e7)
+    with pytest.raises(FloatingPointError, match='with precision="fp16" the gradient at step 0'):
+        run(x0, seed=0)
+
+
+def test_a_sampler_can_be_copied(net: nn.Module, x0: Tensor) -> None:
+    run = sampler(net)
+    want = run(x0, seed=0)
+    for again in (copy.deepcopy(run), pickle.loads(pickle.dumps(run))):
+        assert torch.equal(again(x0, seed=0), want)
 
 
 # A call leaves no trace --------------------------------------------------------------------------
@@ -1039,6 +1138,7 @@ SETTINGS = [
     ({"grad_clip": ("l2", 1.0)}, ValueError, "grad_clip must be a number"),
     ({"noise_order": "first"}, ValueError, "noise_order must be one of after, before, last, got"),
     ({"precision": "half"}, ValueError, 'precision must be None, "fp32"'),
+    ({"score": "fast"}, ValueError, "score must be one of auto, general, lean, fused, compiled"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, native, triton, reference"),
 ]
 SETTINGS += [
