@@ -98,6 +98,32 @@ def _clamp(x, lo, hi):
 
 
 @triton.jit
+def _update(value, move, kick, lo, hi, NOISE_LAST: tl.constexpr, JOINED: tl.constexpr):
+    """clamp(value + (move + kick)) or, with NOISE_LAST, clamp(value + move) + kick.
+
+    Terms are None where absent. JOINED, with NOISE_LAST, clamps once more.
+    """
+    if NOISE_LAST:
+        if move is not None:
+            value += move
+        value = _clamp(value, lo, hi)
+        if kick is not None:
+            value += kick
+        if JOINED:
+            value = _clamp(value, lo, hi)
+    else:
+        if move is None:
+            if kick is not None:
+                value += kick
+        elif kick is not None:
+            value += move + kick
+        else:
+            value += move
+        value = _clamp(value, lo, hi)
+    return value
+
+
+@triton.jit
 def _tile(channels, LINES: tl.constexpr, PIXELS: tl.constexpr, BY_CHANNEL: tl.constexpr):
     """A program's chains and channels [LINES, 1] and its first pixel, in 64 bits.
 
@@ -175,6 +201,7 @@ def step_kernel(
     place = chain * x_chain + channel * x_channel + pixel * x_pixel
     value = tl.load(x + place, mask=mask).to(tl.float32)
 
+    move = None
     if grad is not None:
         a = step_size
         if step_sizes is not None:
@@ -185,6 +212,7 @@ def step_kernel(
             g = _clamp(g, -clip, clip)
         move = a * g
 
+    kick = None
     if DRAW or noise is not None:
         b = noise_std
         if noise_stds is not None:
@@ -202,24 +230,7 @@ def step_kernel(
             z = tl.load(noise + place, mask=mask).to(tl.float32)
         kick = b * z
 
-    if NOISE_LAST:
-        if grad is not None:
-            value += move
-        value = _clamp(value, lo, hi)
-        if DRAW or noise is not None:
-            value += kick
-        if JOINED:
-            value = _clamp(value, lo, hi)
-    else:
-        if grad is None:
-            if DRAW or noise is not None:
-                value += kick
-        elif DRAW or noise is not None:
-            value += move + kick
-        else:
-            value += move
-        value = _clamp(value, lo, hi)
-
+    value = _update(value, move, kick, lo, hi, NOISE_LAST, JOINED)
     stored = value.to(out.dtype.element_ty)
     tl.store(out + place, stored, mask=mask)
     if cast is not None:
