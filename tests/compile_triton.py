@@ -23,7 +23,13 @@ from triton.compiler import ASTSource
 
 from fastlangevin.kernels import triton, triton_kernels
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 ADDRESS = {"seed": 2**64 - 1, "step": 5, "first_chain": 0}
 OPTIONS = {"step_size": 0.5, "noise_std": 0.1, "clamp": (-1.0, 1.0), **ADDRESS}
 CUOBJDUMP = Path(compiler.__path__[0]) / "backends/nvidia/bin/cuobjdump"
@@ -93,14 +99,14 @@ class Recorder:
 
 
 def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
-    """Registers, bytes of local memory (spills) and widths of global accesses."""
+    """Registers, bytes of local memory (spills), widths of global accesses, matrix instructions."""
     options = {k: v for k, v in recorder.options.items() if k not in recorder.kernel.arg_names}
     target = GPUTarget("cuda", arch, 32)
     kernel = compiler.compile(recorder.source(), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        dump = [CUOBJDUMP, "-res-usage", file.name]
+        dump = [CUOBJDUMP, "-res-usage", "-sass", file.name]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
@@ -110,6 +116,7 @@ def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
         "loads": sorted(set(re.findall(r"ld\.global\.(\S+)", ptx))),
         "stores": sorted(set(re.findall(r"st\.global\.(\S+)", ptx))),
         "shared": kernel.metadata.shared,
+        "matrix": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b[.\w]*", usage))),
         "fused": len(re.findall(r"fma\.rn\.f32", ptx)),
     }
 

@@ -46,13 +46,14 @@ def device(place: tuple[str, torch.device]) -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def _bfloat16_of_tritons_interpreter() -> None:
-    """Round float32 to bfloat16 as GPUs do: the interpreter cuts, and loses subnormals and NaN."""
+    """Bfloat16 as on GPUs. The interpreter cuts where they round, loses subnormals and NaN, and
+    multiplies matrices of the bits as if those were integers."""
     if ("triton", torch.device("cpu")) not in SERVING:
         return
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast = InterpreterBuilder.cast_impl
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self: Any, source: Any, to: Any) -> Any:
         kinds = source.dtype.scalar, to.scalar
@@ -63,4 +64,11 @@ def _bfloat16_of_tritons_interpreter() -> None:
             return TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
         return cast(self, source, to)
 
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, *(_widened(self, v) for v in (a, b)), *rest)
+
+    def _widened(self: Any, v: Any) -> Any:
+        return cast_impl(self, v, tl.float32) if v.dtype.scalar == tl.bfloat16 else v
+
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot

@@ -1,0 +1,140 @@
+"""Convolutions in Triton, forward: the kernel, and what it shares with those of the way back.
+
+Every convolution here is an implicit matrix product. A row is a pixel of the result, a column one
+of its channels, and the sum runs over taps and channels of the source: [BM, BK] values gathered
+from the source times [BK, BN] weights, accumulated in float32. Images lie as [chain, y, x, channel]
+and weights as [column, tap, channel], so that both tiles are read along their contiguous axis.
+
+Where BK does not divide the source's channels, the sum runs over (tap, channel) pairs (FLAT): an
+image's 27 are padded to 32, where the 16 channels of a matrix instruction would make them 144.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _operand(value, dtype: tl.constexpr, TF32: tl.constexpr):
+    """Float32 as the matrix instructions are to read it: rounded to TF32, where they would cut."""
+    if TF32:  # ties away from zero; NaN is left alone, for adding to its bits could end it
+        bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
+def _products(
+    acc, source, weight, y, x, live, filled, taps_y, taps_x,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    Y_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr,
+    TAP_Y: tl.constexpr, TAP_X: tl.constexpr, STATE: tl.constexpr,
+    PRECISION: tl.constexpr, FLAT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """acc [BM, BN] + source [BM, K] weight [K, BN], K = taps_y taps_x C padded to a multiple of BK.
+
+    source [BM, 1] points to each row's chain and weight [1, BN] to each column's first tap. Tap
+    (i, j) reads the pixel (y + i TAP_Y, x + j TAP_X), zero outside of H x W. A STATE is float32.
+    """
+    inner = tl.arange(0, BK)
+    for k in range(0, tl.cdiv(taps_y * taps_x * C, BK)):
+        if FLAT:
+            tap, c = ((k * BK + inner) // C)[None, :], (k * BK + inner) % C
+            inside = live & (tap < taps_y * taps_x)
+        else:  # BK divides C: one tap at a time
+            tap, c = k // (C // BK), k % (C // BK) * BK + inner
+            inside = live
+        from_y, from_x = y + tap // taps_x * TAP_Y, x + tap % taps_x * TAP_X
+        inside &= (from_y >= 0) & (from_y < H) & (from_x >= 0) & (from_x < W)
+        place = from_y * Y_STRIDE + from_x * X_STRIDE + (c * C_STRIDE)[None, :]
+        a = tl.load(source + place, mask=inside, other=0.0)
+        if STATE:
+            a = _operand(a.to(tl.float32), weight.dtype.element_ty, PRECISION == "tf32")
+        b = tl.load(weight + (k * BK + inner)[:, None], mask=filled, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _activate(value, ACTIVATION: tl.constexpr, p, q):
+    """An activation of settings p and q: its value and its derivative."""
+    if ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-value))
+        return value * s, s * (1.0 + value * (1.0 - s))
+    elif ACTIVATION == "softplus":  # beta, and the threshold above which it is the identity
+        scaled = value * p
+        linear = scaled > q
+        soft = tl.log(1.0 + tl.exp(scaled)) / p
+        slope = 1.0 / (1.0 + tl.exp(-scaled))
+        return tl.where(linear, value, soft), tl.where(linear, 1.0, slope)
+    elif ACTIVATION == "elu":
+        e = p * tl.exp(value)
+        return tl.where(value > 0, value, e - p), tl.where(value > 0, 1.0, e)
+    elif ACTIVATION == "relu":
+        kept = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return kept, tl.where(value > 0, 1.0, 0.0)
+    else:  # leaky_relu; as torch's, of slope p at zero and at NaN
+        slope = tl.where(value > 0, 1.0, p)
+        return value * slope, slope
+
+
+@triton.jit
+def _packed(positive, BM: tl.constexpr, BN: tl.constexpr):
+    """Signs [BM, BN] as words [BM, BN / 32], the first channel in the lowest bit."""
+    bits = tl.reshape(positive.to(tl.int32), [BM, BN // 32, 32])
+    return tl.sum(bits << tl.arange(0, 32)[None, None, :], axis=2)
+
+
+@triton.jit
+def forward_kernel(
+    source, weight, bias, out, saved, head, energies, overflow, rows, source_chain, p, q,
+    Y_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, STATE: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, COLUMNS: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """h = activation(conv(source) + bias) [rows, COLUMNS], and what its derivative needs.
+
+    saved: int32 sign words [rows, COLUMNS / 32] where the activation is piecewise linear, else its
+    derivative in out's dtype. With head (v [pixels, COLUMNS], the gradient of the energy <h, v>) h
+    is the last: out becomes v times the derivative, the first gradient of the way back, nothing is
+    saved, and energies [rows, tiles of columns] takes <h, v> of the tile's columns where it is not
+    None. overflow [1] is set where a value is too large for float16, or NaN.
+    """
+    tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
+    row = tl.program_id(0) // tiles * BM + tl.arange(0, BM)[:, None]
+    column = tl.program_id(0) % tiles * BN + tl.arange(0, BN)[None, :]
+    live, filled = row < rows, column < COLUMNS
+    chain, pixel = row // (OUT_H * OUT_W), row % (OUT_H * OUT_W)
+    value = _products(
+        tl.zeros([BM, BN], tl.float32),
+        source + chain.to(tl.int64) * source_chain, weight + column * K,
+        pixel // OUT_W * STRIDE_Y - PAD_Y, pixel % OUT_W * STRIDE_X - PAD_X, live, filled,
+        TAPS_Y, TAPS_X, H, W, C, Y_STRIDE, X_STRIDE, C_STRIDE, DILATION_Y, DILATION_X,
+        STATE, PRECISION, FLAT, BK,
+    )  # fmt: skip
+    value += tl.load(bias + column, mask=filled, other=0.0)
+    if overflow is not None:  # 65520 rounds to infinity
+        lost = tl.max((~(tl.abs(value) < 65520.0)).to(tl.int32), axis=1, keep_dims=True)
+        tl.store(overflow + row * 0, lost, mask=live & (lost != 0))
+    h, slope = _activate(value, ACTIVATION, p, q)
+    place, mask = row.to(tl.int64) * COLUMNS + column, live & filled
+    if head is None:
+        tl.store(out + place, _operand(h, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
+        if ACTIVATION == "leaky_relu" or ACTIVATION == "relu":
+            words: tl.constexpr = (COLUMNS + 31) // 32
+            word = tl.program_id(0) % tiles * (BN // 32) + tl.arange(0, BN // 32)[None, :]
+            there = row.to(tl.int64) * words + word
+            tl.store(saved + there, _packed(value > 0, BM, BN), mask=live & (word < words))
+        else:
+            tl.store(saved + place, slope.to(saved.dtype.element_ty), mask=mask)
+    else:
+        v = tl.load(head + pixel * COLUMNS + column, mask=mask, other=0.0)
+        g = _operand(v * slope, out.dtype.element_ty, PRECISION == "tf32")
+        tl.store(out + place, g, mask=mask)
+        if energies is not None:
+            there = energies + row.to(tl.int64) * tiles + tl.program_id(0) % tiles
+            tl.store(there, tl.sum(tl.where(mask, h * v, 0.0), axis=1, keep_dims=True), mask=live)

@@ -1,0 +1,158 @@
+"""Input gradients of convolutions in Triton, and the Langevin step at the end of the last one.
+
+Gathers, as forward in triton_conv. Pixels of x whose coordinates leave the same remainders by the
+stride meet the same taps, so each such class is a dense convolution with its own share of the taps:
+four of 2x2 in place of one of 4x4 at stride 2, with no product with an inserted zero.
+"""
+
+import triton
+import triton.language as tl
+
+from fastlangevin.kernels.triton_conv import _operand, _products
+from fastlangevin.kernels.triton_kernels import _clamp, _draw, _update, _word
+
+
+@triton.jit
+def _input_gradient(
+    source, weight, row, column, rows, source_chain,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, COLUMNS: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The gradient [BM, BN] of one class's rows, with their chains, pixels and whether they live.
+
+    The class is program_id(1), its rows are numbered by themselves. source is the gradient of the
+    convolution's result, H x W x C, and OUT_H x OUT_W the convolution's own input.
+    """
+    class_h: tl.constexpr = (OUT_H + STRIDE_Y - 1) // STRIDE_Y
+    class_w: tl.constexpr = (OUT_W + STRIDE_X - 1) // STRIDE_X
+    rest_y, rest_x = tl.program_id(1) // STRIDE_X, tl.program_id(1) % STRIDE_X
+    chain, place = row // (class_h * class_w), row % (class_h * class_w)
+    y, x = place // class_w, place % class_w
+    to_y, to_x = y * STRIDE_Y + rest_y, x * STRIDE_X + rest_x
+    live = (row < rows) & (to_y < OUT_H) & (to_x < OUT_W)
+    # to_y = (source's y) STRIDE_Y - PAD_Y + tap DILATION_Y, and a stride has no dilation beside it.
+    tap_y, tap_x = (rest_y + PAD_Y) % STRIDE_Y, (rest_x + PAD_X) % STRIDE_X
+    acc = _products(
+        tl.zeros([BM, BN], tl.float32),
+        source + chain.to(tl.int64) * source_chain,
+        weight + (tl.program_id(1) * COLUMNS + column) * K,
+        y + (rest_y + PAD_Y) // STRIDE_Y, x + (rest_x + PAD_X) // STRIDE_X,
+        live, column < COLUMNS,
+        (TAPS_Y - tap_y + STRIDE_Y - 1) // STRIDE_Y, (TAPS_X - tap_x + STRIDE_X - 1) // STRIDE_X,
+        H, W, C, W * C, C, 1, -DILATION_Y, -DILATION_X, False, PRECISION, FLAT, BK,
+    )  # fmt: skip
+    return acc, chain, to_y * OUT_W + to_x, live
+
+
+@triton.jit
+def _unpacked(words, BM: tl.constexpr, BN: tl.constexpr):
+    """Words [BM, BN / 32] as signs [BM, BN]."""
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, [BM, BN]) != 0
+
+
+@triton.jit
+def backward_kernel(
+    source, weight, saved, out, rows, source_chain, p, SIGNS: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, COLUMNS: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [chain, pixel, COLUMNS] = input gradient times the derivative of the activation below.
+
+    saved is what that activation's forward_kernel saved: SIGNS of slope 1 or p, or derivatives.
+    rows are those of one class of the grid's second axis.
+    """
+    tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
+    row = tl.program_id(0) // tiles * BM + tl.arange(0, BM)[:, None]
+    column = tl.program_id(0) % tiles * BN + tl.arange(0, BN)[None, :]
+    g, chain, pixel, live = _input_gradient(
+        source, weight, row, column, rows, source_chain,
+        H, W, C, OUT_H, OUT_W, COLUMNS, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X,
+        DILATION_Y, DILATION_X, K, PRECISION, FLAT, BM, BN, BK,
+    )  # fmt: skip
+    line = chain.to(tl.int64) * (OUT_H * OUT_W) + pixel
+    place, mask = line * COLUMNS + column, live & (column < COLUMNS)
+    if SIGNS:
+        words: tl.constexpr = (COLUMNS + 31) // 32
+        word = tl.program_id(0) % tiles * (BN // 32) + tl.arange(0, BN // 32)[None, :]
+        signs = tl.load(saved + line * words + word, mask=live & (word < words), other=0)
+        g = tl.where(_unpacked(signs, BM, BN), g, g * p)
+    else:
+        g *= tl.load(saved + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, _operand(g, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "first_chain"])
+def image_kernel(
+    source, weight, unscale, overflow, x, grad, noise, rows, source_chain, x_chain,
+    step_size, noise_std, step_sizes, noise_stds, clip, lo, hi,
+    seed_low, seed_high, step, first_chain, state,
+    PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr,
+    DRAW: tl.constexpr, NOISE_LAST: tl.constexpr, JOINED: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, COLUMNS: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the energy with respect to x, times unscale [1]; stored, or stepped along.
+
+    With grad (x's layout, chains x_chain apart, float32) it goes there and x may be None; without,
+    x takes the step of step_kernel, whose arguments these are, and the gradient stays in registers.
+    Noise is drawn for four neighbouring pixels at once: DRAW needs strides of 1 and 4 to divide a
+    channel's pixels. overflow [1] is set where the gradient is not finite.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    g, chain, pixel, live = _input_gradient(
+        source, weight, row, tl.arange(0, BN)[None, :], rows, source_chain,
+        H, W, C, OUT_H, OUT_W, COLUMNS, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X,
+        DILATION_Y, DILATION_X, K, PRECISION, FLAT, BM, BN, BK,
+    )  # fmt: skip
+    # As the step's tiles: lines are channels, and four neighbours along one share a Philox block.
+    g = tl.trans(g) * tl.load(unscale)
+    chain, pixel, live = tl.trans(chain), tl.trans(pixel), tl.trans(live)
+    channel = tl.arange(0, BN)[:, None]
+    mask = live & (channel < COLUMNS)
+    if overflow is not None:
+        lost = mask & ~(tl.abs(g) < float("inf"))
+        tl.store(overflow + tl.zeros([BN, BM], tl.int32), 1, mask=lost)
+    place = chain.to(tl.int64) * x_chain + channel * CHANNEL_STRIDE + pixel * PIXEL_STRIDE
+    if grad is not None:
+        tl.store(grad + place, g, mask=mask)
+    else:
+        a = step_size
+        if step_sizes is not None:
+            a *= tl.load(step_sizes + chain, mask=live)
+        if clip is not None:
+            g = _clamp(g, -clip, clip)
+        kick = None
+        if DRAW or noise is not None:
+            b = noise_std
+            if noise_stds is not None:
+                b *= tl.load(noise_stds + chain, mask=live)
+            if DRAW:
+                low, high, number = _word(seed_low), _word(seed_high), _word(step)
+                if state is not None:
+                    seed = tl.load(state)
+                    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+                    number += tl.load(state + 1).to(tl.uint32)
+                quads: tl.constexpr = OUT_H * OUT_W // 4
+                quad = tl.program_id(0) * (BM // 4) + tl.arange(0, BM // 4)[None, :]
+                block = (channel * quads + quad % quads).to(tl.uint32)
+                of_chain = (quad // quads).to(tl.uint32) + _word(first_chain)
+                z = _draw(block, of_chain, number, _word(0), low, high, False)
+            else:
+                z = tl.load(noise + place, mask=mask).to(tl.float32)
+            kick = b * z
+        value = tl.load(x + place, mask=mask).to(tl.float32)
+        value = _update(value, a * g, kick, lo, hi, NOISE_LAST, JOINED)
+        tl.store(x + place, value.to(x.dtype.element_ty), mask=mask)
