@@ -1,10 +1,15 @@
 // The module fastlangevin._native: addresses, sizes and strides in, nothing out. No torch header is
 // included, so that one binary serves every version of torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
+#include "convnet_cpu.h"
 #include "signs_cpu.h"
 #include "step_cpu.h"
 #ifdef FASTLANGEVIN_CUDA
@@ -111,6 +116,40 @@ void apply_signs(uintptr_t grad, int dtype, int64_t count, uintptr_t bits, float
                    reinterpret_cast<const uint8_t*>(bits), slope, threads);
 }
 
+using Pair = std::array<int32_t, 2>;
+// in, out, kernel, stride, padding, dilation, activation, its settings
+using LayerTuple =
+    std::tuple<int32_t, int32_t, Pair, Pair, Pair, Pair, int32_t, std::array<float, 2>>;
+
+ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int height, int width, bool bfloat16) {
+  std::vector<ConvLayer> layers;
+  for (const auto& [in, out, kernel, stride, padding, dilation, activation, settings] : tuples) {
+    layers.push_back({in, out, {kernel[0], kernel[1]}, {stride[0], stride[1]},
+                      {padding[0], padding[1]}, {dilation[0], dilation[1]},
+                      static_cast<Activation>(activation), {settings[0], settings[1]}});
+  }
+  return cpu::plan_convnet(std::move(layers), height, width, bfloat16);
+}
+
+std::vector<const float*> addresses(const std::vector<uintptr_t>& numbers) {
+  std::vector<const float*> found;
+  for (const uintptr_t number : numbers) found.push_back(reinterpret_cast<const float*>(number));
+  return found;
+}
+
+void convnet_score(const ConvNet& net, int64_t chains, int64_t chunk, uintptr_t x,
+                   const std::array<int64_t, 4>& x_strides, uintptr_t grad,
+                   const std::array<int64_t, 4>& grad_strides, uintptr_t head, float offset,
+                   uintptr_t energies, uintptr_t packed, uintptr_t workspace, int threads) {
+  ConvBatch batch{chains, chunk, reinterpret_cast<const float*>(x), {},
+                  reinterpret_cast<float*>(grad), {}, reinterpret_cast<const float*>(head), offset,
+                  reinterpret_cast<float*>(energies), reinterpret_cast<const float*>(packed)};
+  std::copy(x_strides.begin(), x_strides.end(), batch.x_strides);
+  std::copy(grad_strides.begin(), grad_strides.end(), batch.grad_strides);
+  py::gil_scoped_release unlocked;
+  cpu::convnet_score(net, batch, reinterpret_cast<void*>(workspace), threads);
+}
+
 }  // namespace
 }  // namespace fastlangevin
 
@@ -121,6 +160,21 @@ PYBIND11_MODULE(_native, module) {
   module.def("fill_noise", &fl::fill_noise);
   module.def("pack_signs", &fl::pack_signs);
   module.def("apply_signs", &fl::apply_signs);
+  py::class_<fl::ConvNet>(module, "ConvNet")
+      .def(py::init(&fl::plan_convnet), py::arg("layers"), py::arg("height"), py::arg("width"),
+           py::arg("bfloat16"))
+      .def_readonly("packed", &fl::ConvNet::packed)
+      .def_readonly("workspace", &fl::ConvNet::workspace)
+      .def_property_readonly("head", [](const fl::ConvNet& net) {
+        const fl::ConvBuffer& top = net.buffers.back();
+        return py::make_tuple(top.height, top.width, top.pixel);
+      })
+      .def("pack", [](const fl::ConvNet& net, const std::vector<uintptr_t>& weights,
+                      const std::vector<uintptr_t>& biases, uintptr_t packed) {
+        fl::cpu::pack_weights(net, fl::addresses(weights), fl::addresses(biases),
+                              reinterpret_cast<float*>(packed));
+      })
+      .def("score", &fl::convnet_score);
   module.def("instruction_set", &fl::cpu::instruction_set);
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
   module.attr("MAX_DIMS") = fl::kMaxDims;

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "convnet_cpu.h"
 #include "layout.h"
 #include "parallel.h"
 
@@ -20,22 +21,31 @@ constexpr int64_t kElementsPerThread = 16384;
 struct InstructionSet {
   const char* name;
   const Kernels* kernels;
+  const ConvKernels* conv_kernels;
   bool (*runs_here)();
 };
+
+#ifdef FASTLANGEVIN_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") != 0;
+}
+#endif
 
 // Best first.
 const InstructionSet kInstructionSets[] = {
 #ifdef FASTLANGEVIN_X86
-    {"avx512", &kAvx512,
+    {"avx512_bf16", &kAvx512, &kConvAvx512Bf16,
+     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }},
+    {"avx512", &kAvx512, &kConvAvx512, has_avx512},
+    {"avx2", &kAvx2, &kConvAvx2,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c") != 0;
      }},
-    {"avx2", &kAvx2,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") != 0; }},
 #endif
-    {"baseline", &kBaseline, [] { return true; }},
+    {"baseline", &kBaseline, &kConvBaseline, [] { return true; }},
 };
 
 const InstructionSet* best() {
@@ -94,6 +104,8 @@ int useful_threads(int64_t elements, int threads) {
 }
 
 }  // namespace
+
+const ConvKernels& conv_kernels() { return *chosen().load()->conv_kernels; }
 
 const char* instruction_set() { return chosen().load()->name; }
 

@@ -28,7 +28,7 @@ def instruction_sets() -> list[str]:
     if extension.library is None:
         return []
     best = extension.library.instruction_set()
-    names = [n for n in ("baseline", "avx2", "avx512") if _choose(n)]
+    names = [n for n in ("baseline", "avx2", "avx512", "avx512_bf16") if _choose(n)]
     _choose(best)
     return names
 

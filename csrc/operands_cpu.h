@@ -1,0 +1,75 @@
+// The numbers that a conv net's products are made of, float32 or bfloat16; sums are float32.
+#pragma once
+
+#include "simd.h"
+
+namespace fastlangevin {
+namespace FASTLANGEVIN_ISA {
+namespace {
+
+// kStep input channels are multiplied at a time. Weights come in words of 32 bits, one for each
+// output channel: kStep weights of it.
+struct Float32 {
+  using Type = float;
+  using Column = Vector::Float;
+  static constexpr int kStep = 1;
+
+  static FASTLANGEVIN_INLINE Column column(const float* w) { return Vector::load(w); }
+  static FASTLANGEVIN_INLINE Column broadcast(const float* from) {
+    return Vector::broadcast(*from);
+  }
+  static FASTLANGEVIN_INLINE void multiply_add(Column a, Column b, Vector::Float& sum) {
+    sum += a * b;
+  }
+  static FASTLANGEVIN_INLINE Vector::Float load(const float* from) { return Vector::load(from); }
+  static FASTLANGEVIN_INLINE void store(float* to, Vector::Float value) {
+    Vector::store(to, value);
+  }
+  static FASTLANGEVIN_INLINE float narrow(float value) { return value; }
+  static FASTLANGEVIN_INLINE float widen(float value) { return value; }
+};
+
+// In pairs: by the processor's own dot product where it has one, which also rounds the sums of a
+// pair, else as two products of their values.
+struct BFloat16 {
+  using Type = uint16_t;
+  using Column = Vector::Word;
+  using Halves __attribute__((vector_size(2 * kLanes))) = uint16_t;
+  static constexpr int kStep = 2;
+
+  static FASTLANGEVIN_INLINE Column column(const float* w) {
+    return Vector::bits(Vector::load(w));
+  }
+  static FASTLANGEVIN_INLINE Column broadcast(const uint16_t* from) {
+    uint32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return pair - Column{};
+  }
+  static FASTLANGEVIN_INLINE void multiply_add(Column a, Column b, Vector::Float& sum) {
+#if defined(__AVX512BF16__)
+    sum = (Vector::Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += Vector::from_bits(a << 16) * Vector::from_bits(b << 16);
+    sum += Vector::from_bits(a & 0xffff0000u) * Vector::from_bits(b & 0xffff0000u);
+#endif
+  }
+  static FASTLANGEVIN_INLINE Vector::Float load(const uint16_t* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return Vector::from_bits(__builtin_convertvector(halves, Vector::Word) << 16);
+  }
+  static FASTLANGEVIN_INLINE void store(uint16_t* to, Vector::Float value) {
+    // To nearest, ties to even; a NaN stays one.
+    const Vector::Word bits = Vector::bits(value);
+    const Vector::Word rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const Vector::Word kept = value == value ? rounded : bits >> 16 | 0x40u;
+    const Halves halves = __builtin_convertvector(kept, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+  }
+  static FASTLANGEVIN_INLINE uint16_t narrow(float value) { return to_bfloat16(value); }
+  static FASTLANGEVIN_INLINE float widen(uint16_t value) { return from_bfloat16(value); }
+};
+
+}  // namespace
+}  // namespace FASTLANGEVIN_ISA
+}  // namespace fastlangevin
