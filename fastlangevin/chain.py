@@ -1,16 +1,16 @@
 """One call's chain: the settings of a sampler, bound to a seed and stepped through."""
 
-import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlangevin.arguments import at_step
+from fastlangevin.arguments import Coefficient, at_step
+from fastlangevin.fused_gpu import FusedScore
 from fastlangevin.score import energy_and_grad, left_as_found, seed_generators
-from fastlangevin.step import apply_step_, resolve_backend
+from fastlangevin.scores import Score
+from fastlangevin.step import apply_step_, bind_step, resolve_backend
 
 if TYPE_CHECKING:
     from fastlangevin.sampler import LangevinSampler
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class Step(NamedTuple):
     """One step's results: its index, the state after it, energies [n] and gradient before it.
 
-    Energies are None where nobody asked for them and the score does not pass by them.
+    Energies are None where nobody asked for them and the score does not pass by them, the gradient
+    where it never reached memory.
     """
 
     k: int
     x: Tensor
     energies: Tensor | None
-    grad: Tensor
+    grad: Tensor | None
 
 
 class Chain(NamedTuple):
@@ -45,66 +46,114 @@ class Chain(NamedTuple):
         """
         if x.shape[0] == 0:
             return
-        sampler, steps = self.sampler, self.sampler.steps
+        sampler = self.sampler
         run = resolve_backend(sampler.backend, x.device)
         score = sampler.choose_score(x, self.model_kwargs).run
         half = _Overflow(x.device) if sampler.precision == "fp16" else None
-        with contextlib.ExitStack() as stack:
-            buffers = None
-            if score is None:
-                buffers = stack.enter_context(left_as_found(sampler.energy, x.device))
-            else:
-                score.begin()
-            for k in range(steps):
-                with torch.no_grad():
-                    wanted = want_energies or k == steps - 1
-                    lean = None if score is None else functools.partial(score, want_energies=wanted)
-                    step = self.transition(run, x, k, lean)
-                if buffers is not None:
-                    buffers.put_back()
-                if half is not None:
-                    half.look_at(step)
-                yield step
+        if score is None:
+            strides = self._general_strides(run, x)
+        elif isinstance(score, FusedScore) and not want_energies and self._fuses():
+            strides, half = self._fused_strides(score, x), None
+        else:
+            strides = self._strides(run, score, x, want_energies)
+        for step in strides:
+            if half is not None:
+                half.look_at(step)
+            yield step
         if half is not None:
             half.check()
 
-    def transition(
-        self,
-        run: Callable[..., Tensor],
-        x: Tensor,
-        k: int,
-        score: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None = None,
-        create_graph: bool = False,
-    ) -> Step:
-        """Step k by ``run``: in place on x for a backend, pure for ``reference.step``.
+    def _general_strides(self, run: Callable[..., Tensor], x: Tensor) -> Iterator[Step]:
+        with left_as_found(self.sampler.energy, x.device) as buffers:
+            for k in range(self.sampler.steps):
+                with torch.no_grad():
+                    step = self.transition(run, x, k)
+                buffers.put_back()
+                yield step
 
-        score: x -> (energies or None, gradient); by default the general one.
-        """
-        sampler = self.sampler
-        update = functools.partial(
-            apply_step_,
-            run,
-            z=None if self.noise is None else self.noise[k],
-            seed=self.seed,
-            step=self.first_step + k,
-            first_chain=self.first_chain,
-            clamp=sampler.clamp,
-            grad_clip=sampler.grad_clip,
-            maximize=sampler.maximize,
-            noise_last=sampler.noise_order == "last",
+    def _strides(
+        self, run: Callable[..., Tensor], score: Score, x: Tensor, want_energies: bool
+    ) -> Iterator[Step]:
+        """Steps along a score that leaves no trace by itself."""
+        sampler, last = self.sampler, self.sampler.steps - 1
+        update = self._bound(run, x)
+        score.begin()
+        for k in range(sampler.steps):
+            with torch.no_grad():
+                step_size, noise_std = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
+                if sampler.noise_order == "before":
+                    update(None, 0.0, noise_std, k)
+                    noise_std = 0.0
+                energies, grad = score(x, want_energies or k == last)
+                update(grad, step_size, noise_std, k)
+            yield Step(k, x, energies, grad)
+
+    def _bound(
+        self, run: Callable[..., Tensor], x: Tensor
+    ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
+        """The update of x, in place, as a function of (grad, step_size, noise_std, k)."""
+        options = self._options()
+        if self.noise is None:
+            bound = bind_step(run, x, **options)
+            return lambda grad, a, b, k: bound(grad, a, b, self.first_step + k)
+        noise = self.noise
+        return lambda grad, a, b, k: apply_step_(
+            run, x, grad, noise[k], step_size=a, noise_std=b, step=self.first_step + k, **options
         )
+
+    def _fuses(self) -> bool:
+        """Whether the Triton step may be the update, and comes after the gradient."""
+        return self.sampler.noise_order != "before" and self.sampler.backend in ("auto", "triton")
+
+    def _fused_strides(self, score: FusedScore, x: Tensor) -> Iterator[Step]:
+        """Steps whose gradient never reaches memory."""
+        sampler, options = self.sampler, self._options()
+        score.begin()
+        for k in range(sampler.steps):
+            energies = score.step_(
+                x,
+                None if self.noise is None else self.noise[k],
+                step_size=at_step(sampler.step_size, k),
+                noise_std=at_step(sampler.noise_std, k),
+                step=self.first_step + k,
+                want_energies=k == sampler.steps - 1,
+                **options,
+            )
+            yield Step(k, x, energies, None)
+        if score.overflow is not None and bool(score.overflow):
+            raise FloatingPointError(
+                f'LangevinSampler: with precision="fp16" {_OVERFLOW}; diagnose() shows where'
+            )
+
+    def _options(self) -> dict[str, Any]:
+        """What is the same at every step."""
+        sampler = self.sampler
+        return {
+            "seed": self.seed,
+            "first_chain": self.first_chain,
+            "clamp": sampler.clamp,
+            "grad_clip": sampler.grad_clip,
+            "maximize": sampler.maximize,
+            "noise_last": sampler.noise_order == "last",
+        }
+
+    def transition(
+        self, run: Callable[..., Tensor], x: Tensor, k: int, create_graph: bool = False
+    ) -> Step:
+        """Step k by autograd and ``run``: in place on x for a backend, pure for
+        ``reference.step``."""
+        sampler = self.sampler
+        z = None if self.noise is None else self.noise[k]
         step_size, noise_std = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
+        options = {"step": self.first_step + k} | self._options()
         if sampler.noise_order == "before":
-            x = update(x, None, step_size=0.0, noise_std=noise_std)
+            x = apply_step_(run, x, None, z, step_size=0.0, noise_std=noise_std, **options)
             noise_std = 0.0
-        if score is None:
-            seed_generators(x.device, self.seed, self.first_step + k)
-            score = functools.partial(
-                energy_and_grad, sampler.energy, model_kwargs=self.model_kwargs,
-                precision=sampler.precision, create_graph=create_graph,
-            )  # fmt: skip
-        energies, grad = score(x)
-        x = update(x, grad, step_size=step_size, noise_std=noise_std)
+        seed_generators(x.device, self.seed, self.first_step + k)
+        energies, grad = energy_and_grad(
+            sampler.energy, x, self.model_kwargs, sampler.precision, create_graph
+        )
+        x = apply_step_(run, x, grad, z, step_size=step_size, noise_std=noise_std, **options)
         return Step(k, x, energies, grad)
 
     def check_finite(self, x: Tensor, energies: Tensor | None) -> None:
@@ -121,6 +170,11 @@ class Chain(NamedTuple):
             )
 
 
+_OVERFLOW = (
+    "the gradient is not finite: float16 ends at 65504. bf16 and tf32 reach as far as float32"
+)
+
+
 class _Overflow:
     """The first step whose gradient is not finite: a clamp would hide that from the end state."""
 
@@ -128,6 +182,7 @@ class _Overflow:
         self.first = torch.full((), 2**32, device=device, dtype=torch.int64)
 
     def look_at(self, step: Step) -> None:
+        assert step.grad is not None
         lost = ~torch.isfinite(step.grad).all()
         self.first = torch.where(lost, self.first.clamp(max=step.k), self.first)
 
@@ -135,6 +190,5 @@ class _Overflow:
         first = int(self.first)
         if first < 2**32:
             raise FloatingPointError(
-                f'LangevinSampler: with precision="fp16" the gradient at step {first} is not '
-                "finite: float16 ends at 65504. bf16 and tf32 reach as far as float32"
+                f'LangevinSampler: with precision="fp16" at step {first} {_OVERFLOW}'
             )

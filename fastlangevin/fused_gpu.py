@@ -127,6 +127,17 @@ class FusedScore:
         self._packed: list[tuple[int, int]] | None = None
         self.pack()
 
+    def begin(self) -> None:
+        """Read the weights: for every chain, as a write through .data leaves no other trace."""
+        if self.overflow is not None:
+            self.overflow.zero_()
+        self.pack(force=True)
+
+    def held_bytes(self) -> int:
+        plans = (*self._forward, *self._backward, self._image)
+        held = (*self._arenas, *self._saved, self._partial, *(plan.weight for plan in plans))
+        return sum(buffer.numel() * buffer.element_size() for buffer in held)
+
     def pack(self, force: bool = False) -> None:
         """Copy the weights as they are now, if they changed: noticed by their version counters.
 

@@ -86,6 +86,9 @@ class LeanScore:
             grad = passes.backward(self._offsets)
         return energies, grad.to(x.dtype)
 
+    def held_bytes(self) -> None:
+        return None
+
     def _layer(self, node: Node, read: tuple[int, ...], constant: bool) -> Conv | Linear:
         # What is linear after the activations is small: it runs in the weights' own dtype.
         dtype = self.graph.dtype if constant else self.dtype

@@ -19,6 +19,7 @@ from fastlangevin.arguments import (
     check_schedule,
 )
 from fastlangevin.chain import Chain
+from fastlangevin.cost import explain_cost
 from fastlangevin.score import check_precision, device_of
 from fastlangevin.scores import Choice, Recognised, check_score, choose_score, warn_of_modes
 from fastlangevin.step import backend_status, check_backend, choose_backend
@@ -44,6 +45,8 @@ SETTINGS = (
 _SCORE_TEXT = {
     "general": "forward and input gradient by autograd",
     "lean": "an explicit forward and input gradient, no gradient of weights, no graph",
+    "fused": "the same in kernels of our own, a few chains through the whole network at a time",
+    "compiled": "forward and input gradient as one graph, by torch.compile",
 }
 _OP = "LangevinSampler"
 _P = ParamSpec("_P")
@@ -95,8 +98,10 @@ class LangevinSampler:
     backend: of the update: "auto", "native", "triton" or "reference".
     score: how d energy / d x is computed: "general", autograd on the energy as it is; "lean", an
         explicit forward pass and input gradient, for modules made of 2-D convolutions, linear
-        layers, common activations, average pools and sums; "auto", the fastest that serves, which
-        explain() tells. ("fused" and "compiled" are not available yet.)
+        layers, common activations, average pools and sums; "fused", that in kernels of our own, for
+        plain stacks of convolutions (native on the CPU; in Triton on GPUs, by name alone until it
+        has been measured there); "compiled", torch.compile, by name alone; "auto", the fastest that
+        serves, which explain() tells.
 
     The defaults are the paper's (arXiv 1904.09770, app. 7.3), up to its sign: there f = -energy.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run.
@@ -224,6 +229,7 @@ class LangevinSampler:
         for step in chain.walk(x, want_energies=True):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype)
             assert step.energies is not None
+            assert step.grad is not None
             values = step.energies, _norms(step.grad), _norms(x - before), _rows(outside).mean(1)
             for record, value in zip(records, values, strict=True):
                 record[step.k] = value
@@ -270,13 +276,19 @@ class LangevinSampler:
     def _explain_score(self, x0: Tensor | None, device: torch.device) -> list[str]:
         precision = f"precision {self.precision or 'as torch is set'}"
         shape = getattr(self.energy, "shape", None)
-        if x0 is None and isinstance(shape, tuple):
-            x0 = torch.zeros((1, *shape), device=device)
-        if x0 is None and self.score != "general":
-            return [f"score      {self.score}: depends on the state's shape; give x0; {precision}"]
-        choice = Choice("general", None, {}) if x0 is None else self.choose_score(x0, {})
+        x = torch.zeros((1, *shape), device=device) if x0 is None and shape is not None else x0
+        if x is None:
+            known = self.score in ("general", "compiled")
+            text = _SCORE_TEXT[self.score] if known else "depends on the state's shape; give x0"
+            return [f"score      {self.score}: {text}, {precision}"]
+        if x0 is None:
+            x = x.expand(max(64, torch.get_num_threads()), *x.shape[1:])
+        choice = self.choose_score(x, {})
         lines = [f"score      {choice.name}: {_SCORE_TEXT[choice.name]}, {precision}"]
-        return lines + [f"           not {name}: {why}" for name, why in choice.why_not.items()]
+        lines += [f"           not {name}: {why}" for name, why in choice.why_not.items()]
+        if x0 is not None and x0.shape[0]:
+            lines += explain_cost(choice, x0, self.precision)
+        return lines
 
     def _prepare(
         self,

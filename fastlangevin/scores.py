@@ -2,27 +2,46 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastlangevin import fused_gpu
+from fastlangevin.compiled import CompiledScore
+from fastlangevin.compiled import refusal as compiled_refusal
+from fastlangevin.kernels import convnet, extension
 from fastlangevin.lean import LeanScore
 from fastlangevin.network import Graph
 from fastlangevin.recorder import recognise
 from fastlangevin.score import modules_of
+from fastlangevin.stack import conv_stack
 
 SCORES = ("auto", "general", "lean", "fused", "compiled")
 # Batches of this many shapes are planned for at a time; each holds a copy of the weights.
 _PLANS = 4
 
 
+class Score(Protocol):
+    """Energies and input gradients of batches of one shape."""
+
+    def begin(self) -> None:
+        """Read the weights, before a chain."""
+
+    def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
+        """(energies [n] or None, d energy / d x) of x [n, ...]."""
+
+    def held_bytes(self) -> int | None:
+        """What is held between calls and during them at most, beside the gradient, if known."""
+
+
 class Choice(NamedTuple):
     """The score of a call: ``run`` (None for the general one), and why none faster."""
 
     name: str
-    run: LeanScore | None
+    run: Score | None
     why_not: dict[str, str]
+    graph: Graph | None = None
 
 
 class Recognised:
@@ -30,7 +49,7 @@ class Recognised:
 
     def __init__(self) -> None:
         self._graph: Graph | None = None
-        self._plans: dict[tuple[Any, ...], LeanScore] = {}
+        self._plans: dict[tuple[Any, ...], Score] = {}
         self.warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,27 +67,19 @@ class Recognised:
             self._plans.clear()
         return graph
 
-    def lean(self, graph: Graph, x: Tensor, precision: str | None) -> LeanScore:
-        key = x.shape, precision, torch.backends.mkldnn.enabled
-        plan = self._plans.pop(key, None) or LeanScore(graph, x, precision)
+    def plan(self, make: Callable[[], Score], *key: Any) -> Score:
+        """The plan of this key, made where there is none."""
+        plan = self._plans.pop(key, None) or make()
         self._plans[key] = plan
         if len(self._plans) > _PLANS:
             self._plans.pop(next(iter(self._plans)))
         return plan
 
 
-def check_score(score: str, device: torch.device | None = None) -> None:
-    """ValueError unless the name is a score's; RuntimeError where none such serves the device."""
+def check_score(score: str) -> None:
+    """ValueError unless the name is a score's."""
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-    if device is not None and score in _MISSING:
-        raise RuntimeError(f'score "{score}" cannot run on {device}: {_MISSING[score]}')
-
-
-_MISSING = {
-    "fused": "this version has no fused kernels for convolutional stacks",
-    "compiled": "this version does not compile energies",
-}
 
 
 def choose_score(
@@ -80,16 +91,67 @@ def choose_score(
     known: Recognised,
 ) -> Choice:
     """The score for chains like x [n, ...]. One asked for by name that cannot run: RuntimeError."""
-    check_score(score, x.device)
-    why_not = dict(_MISSING)
     if score == "general":
         return Choice("general", None, {})
+    why_not: dict[str, str] = {}
+    if score == "compiled":
+        reason = compiled_refusal(energy, model_kwargs)
+        if reason is None:
+            run = known.plan(lambda: CompiledScore(energy, precision), "compiled", precision)
+            return Choice("compiled", run, why_not)
+        raise RuntimeError(f'LangevinSampler: score "compiled" cannot run: {reason}')
     graph = _recognised(energy, x, precision, model_kwargs, known)
-    if not isinstance(graph, str):
-        return Choice("lean", known.lean(graph, x, precision), why_not)
-    if score != "auto":
-        raise RuntimeError(f'LangevinSampler: score "{score}" cannot run: {graph}')
-    return Choice("general", None, why_not | {"lean": graph})
+    if isinstance(graph, str):
+        if score != "auto":
+            raise RuntimeError(f'LangevinSampler: score "{score}" cannot run: {graph}')
+        return Choice("general", None, {"fused, lean": graph})
+    if score != "lean":
+        fused = _fused(graph, x, precision, known, by_name=score == "fused")
+        if not isinstance(fused, str):
+            return Choice("fused", fused, why_not, graph)
+        if score == "fused":
+            raise RuntimeError(f'LangevinSampler: score "fused" cannot run: {fused}')
+        why_not["fused"] = fused
+    lean = known.plan(
+        lambda: LeanScore(graph, x, precision),
+        "lean", x.shape, precision, torch.backends.mkldnn.enabled,
+    )  # fmt: skip
+    return Choice("lean", lean, why_not, graph)
+
+
+def _fused(
+    graph: Graph, x: Tensor, precision: str | None, known: Recognised, by_name: bool
+) -> Score | str:
+    """The score by kernels of our own, or why there is none."""
+    stack = conv_stack(graph)
+    if isinstance(stack, str):
+        return stack
+    chains, device = x.shape[0], x.device
+    if device.type == "cpu":
+        reason = convnet.refusal(stack, x, precision)
+        if reason is not None:
+            return reason
+        return known.plan(
+            lambda: convnet.ConvNetScore(graph, chains, precision),
+            "native", chains, precision, torch.get_num_threads(),
+            extension.library.instruction_set(),
+        )  # fmt: skip
+    if precision is None and graph.dtype == torch.float32:
+        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"
+    precision = precision or {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(graph.dtype)
+    reason = fused_gpu.refusal(stack, device, precision)
+    if reason is None and not by_name:
+        reason = fused_gpu.OFF
+    if reason is not None:
+        return reason
+    assert precision is not None
+    score = known.plan(
+        lambda: fused_gpu.FusedScore(stack, chains, device, precision),
+        "triton", chains, precision,
+    )  # fmt: skip
+    assert isinstance(score, fused_gpu.FusedScore)
+    score.stack = stack  # the weights may have moved
+    return score
 
 
 def _recognised(

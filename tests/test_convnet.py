@@ -9,6 +9,7 @@ from fastlangevin.stack import conv_stack, recognise
 from tests.test_native import instruction_set, threads  # noqa: F401
 
 CPU = torch.device("cpu")
+WIDE = torch.empty(2**20, 0)  # enough chains for any number of threads
 pytestmark = pytest.mark.skipif(
     extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
 )
@@ -32,14 +33,12 @@ def states(*shape: int, seed: int = 1) -> Tensor:
     return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1
 
 
-def score_of(
-    energy: nn.Module, x: Tensor, precision: str | None = None
-) -> convnet.ConvNetScore:
+def score_of(energy: nn.Module, x: Tensor, precision: str | None = None) -> convnet.ConvNetScore:
     graph = recognise(energy, x)
     assert not isinstance(graph, str), graph
     stack = conv_stack(graph)
     assert not isinstance(stack, str), stack
-    assert convnet.refusal(stack, 2**20, CPU, precision) is None
+    assert convnet.refusal(stack, WIDE, precision) is None
     return convnet.ConvNetScore(graph, x.shape[0], precision)
 
 
@@ -67,7 +66,8 @@ def check(energy: nn.Module, x: Tensor, smooth: bool) -> None:
     energies, grad = score_of(energy, x)(x, want_energies=True)
     exact_energies, exact = by_autograd(energy, x, torch.float64)
     plain_energies, plain = by_autograd(energy, x, torch.float32)
-    assert energies is not None and energies.shape == (x.shape[0],)
+    assert energies is not None
+    assert energies.shape == (x.shape[0],)
     error = relative(grad, exact)
     # Where there are kinks, a rounding may fall on the other side of one, for autograd as for us.
     assert error <= 1e-6 or (not smooth and error <= 2 * relative(plain, exact))
@@ -153,7 +153,8 @@ def test_bfloat16_is_exact_where_its_numbers_are(channels, instruction_set):  # 
     x = torch.randint(-1, 2, (4, channels, 8, 8)).float()
     energies, grad = score_of(energy, x, "bf16")(x, want_energies=True)
     exact_energies, exact = by_autograd(energy, x, torch.float64)
-    assert torch.equal(energies.double(), exact_energies) and torch.equal(grad.double(), exact)
+    assert torch.equal(energies.double(), exact_energies)
+    assert torch.equal(grad.double(), exact)
 
 
 def test_a_padded_channel_does_not_carry_a_nan_into_the_next_call():
@@ -174,7 +175,8 @@ def test_chains_do_not_know_of_each_other(chains, threads):  # noqa: F811
     for count in (1, 2, 7):
         threads(count)
         energies, grad = score_of(energy, x[:chains])(x[:chains], want_energies=True)
-        assert grad.shape == (chains, 3, 8, 8) and energies.shape == (chains,)
+        assert grad.shape == (chains, 3, 8, 8)
+        assert energies.shape == (chains,)
         for k in range(chains):
             assert torch.equal(grad[k : k + 1], expected[k][1])
             assert torch.equal(energies[k : k + 1], expected[k][0])
@@ -190,7 +192,9 @@ def test_layouts_are_read_and_written_as_they_are():
     for other in (images, wide):
         grad = score_of(energy, other)(other, False)[1]
         assert torch.equal(grad, expected)
-    assert score_of(energy, images)(images, False)[1].is_contiguous(memory_format=torch.channels_last)
+    assert score_of(energy, images)(images, False)[1].is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def test_calls_do_not_leak_into_each_other():
@@ -234,9 +238,11 @@ def test_what_is_not_finite_stays_with_its_chain_and_is_seen():
         energies, grad = score(y, True)
         assert not torch.isfinite(energies[1]) or bad == float("inf")
         for k in (0, 2):
-            assert torch.equal(grad[k], clean[1][k]) and torch.equal(energies[k], clean[0][k])
+            assert torch.equal(grad[k], clean[1][k])
+            assert torch.equal(energies[k], clean[0][k])
         after = score(x, True)
-        assert torch.equal(after[1], clean[1]) and torch.equal(after[0], clean[0])
+        assert torch.equal(after[1], clean[1])
+        assert torch.equal(after[0], clean[0])
     y = x.clone()
     y[1] = float("nan")
     assert score_of(energy, x)(y, False)[1][1].isnan().all()
@@ -256,20 +262,26 @@ def test_refusals_say_why(body, reason):
     features = body(torch.zeros(1, 2, 8, 8, dtype=dtype)).numel()
     energy = nn.Sequential(*body, nn.Flatten(), nn.Linear(features, 1, dtype=dtype))
     stack = conv_stack(recognise(energy, torch.zeros(1, 2, 8, 8, dtype=dtype)))
-    assert reason in convnet.refusal(stack, 2**20, CPU, None)
+    assert reason in convnet.refusal(stack, WIDE, None)
 
 
 def test_precisions_that_it_has_not():
     energy = with_head(net(nn.Conv2d(1, 4, 3), nn.SiLU()), (1, 8, 8))
     stack = conv_stack(recognise(energy, torch.zeros(1, 1, 8, 8)))
     for precision in (None, "fp32", "bf16"):
-        assert convnet.refusal(stack, 2**20, CPU, precision) is None
-    assert "tf32" in convnet.refusal(stack, 2**20, CPU, "tf32")
+        assert convnet.refusal(stack, WIDE, precision) is None
+    assert "tf32" in convnet.refusal(stack, WIDE, "tf32")
 
 
 def test_few_chains_for_many_threads_are_left_to_others(threads):  # noqa: F811
     energy = with_head(net(nn.Conv2d(1, 4, 3), nn.SiLU()), (1, 8, 8))
     stack = conv_stack(recognise(energy, torch.zeros(1, 1, 8, 8)))
     threads(4)
-    assert "4 threads" in convnet.refusal(stack, 3, CPU, None)
-    assert convnet.refusal(stack, 4, CPU, None) is None
+    assert "3 cannot occupy 4" in convnet.refusal(stack, torch.empty(3, 1, 8, 8), None)
+    assert convnet.refusal(stack, torch.empty(4, 1, 8, 8), None) is None
+
+
+def test_states_in_float64_are_left_to_others():
+    energy = with_head(net(nn.Conv2d(1, 4, 3), nn.SiLU()), (1, 8, 8))
+    stack = conv_stack(recognise(energy, torch.zeros(1, 1, 8, 8)))
+    assert "float64" in convnet.refusal(stack, WIDE.double(), None)

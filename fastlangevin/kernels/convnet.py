@@ -23,15 +23,13 @@ _CHUNK, _CHUNK_BYTES = 8, 2**22
 _ACTIVATIONS = {"leaky_relu": 0, "relu": 0, "silu": 1, "softplus": 2, "elu": 3, "tanh": 4}
 
 
-def refusal(
-    stack: ConvStack, chains: int, device: torch.device, precision: str | None
-) -> str | None:
-    """None where this score serves a stack, else why not."""
-    reason = extension.available(device)
+def refusal(stack: ConvStack, x: Tensor, precision: str | None) -> str | None:
+    """None where this score serves a stack on states like x on the CPU, else why not."""
+    reason = extension.available(x.device)
     if reason is not None:
         return reason
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
+    if x.dtype != torch.float32:
+        return f"the state is in {x.dtype}, not float32"
     if precision not in (None, "fp32", "bf16"):
         return f"it computes in float32 or bfloat16, not in {precision}"
     for conv in stack.convs:
@@ -41,8 +39,9 @@ def refusal(
             return f"a convolution has {conv.groups} groups"
         if conv.activation.kind not in _ACTIVATIONS:
             return f"no kernel has the activation {conv.activation.kind}"
-    if 0 < chains < torch.get_num_threads():
-        return f"{chains} chains cannot occupy {torch.get_num_threads()} threads: each takes its own"
+    threads = torch.get_num_threads()
+    if 0 < x.shape[0] < threads:
+        return f"each thread takes chains of its own, and {x.shape[0]} cannot occupy {threads}"
     return None
 
 
@@ -127,6 +126,9 @@ class ConvNetScore:
                 self.threads,
             )
         return energies, grad
+
+    def held_bytes(self) -> int:
+        return self.workspace.numel() + 4 * (self.packed.numel() + self.head.numel())
 
 
 def _layer(conv: StackedConv) -> tuple[Any, ...]:

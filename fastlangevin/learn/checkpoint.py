@@ -15,7 +15,6 @@ from fastlangevin.energies import ConvEnergy
 from fastlangevin.learn.files import replacing
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.score import check_precision
-from fastlangevin.scores import check_score
 from fastlangevin.step import choose_backend
 
 FORMAT = "fastlangevin checkpoint"
@@ -137,11 +136,10 @@ def load(
 
 
 def _serve(sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]) -> None:
-    """Replace a precision, backend or score of the run that does not serve here, and warn."""
+    """Replace a precision or backend of the run that does not serve here, and warn."""
     for name, check, instead in (
         ("precision", check_precision, None),
         ("backend", choose_backend, "auto"),
-        ("score", check_score, "auto"),
     ):
         try:
             check(getattr(sampler, name), device)
