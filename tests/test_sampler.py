@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
+from fastlangevin.kernels import extension
 from fastlangevin.step import backend_status, choose_backend
 
 N, K = 4, 5
@@ -30,6 +31,9 @@ GRID = [
     {"noise_order": order, "clamp": clamp, "grad_clip": clip}
     for order, clamp, clip in itertools.product(ORDERS, CLAMPS, CLIPS)
 ]
+
+
+needs_extension = pytest.mark.skipif(extension.library is None, reason="the extension is not built")
 
 
 def numbers(shape: tuple, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -516,17 +520,58 @@ def test_explain_says_what_runs() -> None:
 # The score ---------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_lean_score_and_says_so(net: nn.Module, x0: Tensor) -> None:
+def test_auto_takes_the_fastest_score_and_says_why_not_another(net: nn.Module, x0: Tensor) -> None:
     run = sampler(net)
-    assert "score      lean" in run.explain(x0)
+    text = run.explain(x0)
+    assert "score      lean" in text
+    assert "not fused: " in text
     assert "general" in sampler(net, score="general").explain(x0)
     text = sampler(everything()).explain(x0)
     assert "score      general" in text
-    assert "not lean: BatchNorm2d '1' is in train mode" in text
-    assert "not fused: " in text
-    assert "score      lean" in sampler(fl.ConvEnergy(size=8, width=1)).explain()
+    assert "not fused, lean: BatchNorm2d '1' is in train mode" in text
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert 'precision="bf16" needs no autocast' in run.explain(x0)
+
+
+@needs_extension
+def test_auto_takes_the_native_kernels_for_a_stack_of_convolutions() -> None:
+    assert "score      fused" in sampler(fl.ConvEnergy(size=8, width=1)).explain()
+    x0 = numbers((5, 3, 8, 8), torch.float32)
+    text = sampler(fl.ConvEnergy(size=8, width=4)).explain(x0)
+    # 3x3 on 64 pixels, 3 to 4 channels; 4x4 on 16, 4 to 8: a multiply-add is two, both ways.
+    assert f"work       {5 * 4 * (64 * 27 * 4 + 16 * 64 * 8) / 1e9:.3g} GFLOP a step" in text
+    assert "MiB held by the score" in text
+
+
+@needs_extension
+@pytest.mark.parametrize("noise_order", ["after", "before", "last"])
+@pytest.mark.parametrize("given", [True, False])
+def test_fused_steps_are_steps_along_the_gradient(noise_order: str, given: bool) -> None:
+    net = make_net(nn.SiLU(), torch.float32)
+    x0 = numbers(SHAPE, torch.float32)
+    ends = []
+    for score in ("general", "fused"):
+        run = sampler(
+            net, score=score, noise_order=noise_order, steps=4, clamp=(-0.9, 0.9),
+            grad_clip=("chain_norm", 1.0), step_size=[0.1, 0.2, 0.3, 0.4], noise_std=0.1,
+        )  # fmt: skip
+        noise = numbers((4, *SHAPE), torch.float32) if given else None
+        ends.append(run.diagnose(x0, seed=3, first_step=7, first_chain=2, noise=noise))
+        end = run(x0, seed=3, first_step=7, first_chain=2, noise=noise)
+        assert torch.equal(end, ends[-1].x)
+    for one, two in zip(*ends, strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_the_compiled_score_is_the_general_one(x0: Tensor) -> None:
+    net = make_net(nn.SiLU())
+    general, compiled = (sampler(net, score=score) for score in ("general", "compiled"))
+    for _ in range(2):
+        want = general.diagnose(x0, seed=0)
+        for one, two in zip(want, compiled.diagnose(x0, seed=0), strict=True):
+            assert torch.allclose(one, two, rtol=1e-12, atol=1e-13)
+        assert all(p.requires_grad and p.grad is None for p in net.parameters())
+        net[0].weight.data.mul_(1.5)  # read where it lies, without compiling again
 
 
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
@@ -561,10 +606,12 @@ def test_a_recording_is_kept_until_the_energy_changes(x0: Tensor) -> None:
     [
         ("lean", double_well, 'score "lean" cannot run: the energy is a function'),
         ("lean", fl.GaussianEnergy(), 'score "lean" cannot run: '),
-        ("fused", double_well, 'score "fused" cannot run on cpu: '),
-        ("compiled", double_well, 'score "compiled" cannot run on cpu: '),
+        ("fused", double_well, 'score "fused" cannot run: the energy is a function'),
+        ("fused", nn.Sequential(nn.Flatten(), nn.Linear(30, 1)), "it has no activation"),
+        ("compiled", nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(30, 1)), "train mode"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*in train mode Dropout:UserWarning")
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose", "explain"])
 def test_a_score_that_cannot_run_says_why(
     method: str, score: str, energy: Callable, match: str
@@ -598,7 +645,7 @@ def test_an_overflow_of_fp16_is_reported(score: str, monkeypatch: pytest.MonkeyP
     run = sampler(net, precision="fp16", clamp=(-1.0, 1.0), score=score)
     assert run(x0, seed=0).isfinite().all()
     net[3].weight.data.mul_(1e7)
-    with pytest.raises(FloatingPointError, match='with precision="fp16" the gradient at step 0'):
+    with pytest.raises(FloatingPointError, match='with precision="fp16" at step 0 the gradient'):
         run(x0, seed=0)
 
 
