@@ -55,7 +55,7 @@ class ConvStack:
         """v, in the shape of features, and c [], from the weights as they are now."""
         weight = self.convs[0].weight
         h = torch.zeros((1, *self.tail_shape), dtype=weight.dtype, device=weight.device)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
             h.requires_grad_()
             values = [h]
             for node in self.tail:

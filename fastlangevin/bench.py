@@ -1,0 +1,114 @@
+"""How long a step of a chain takes here, score by score, beside the loop that people write."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlangevin.cost import cost, matrix_rate
+from fastlangevin.network import Graph
+from fastlangevin.recorder import recognise
+from fastlangevin.sampler import LangevinSampler
+
+NAIVE = "plain loop"
+_SCORES = ("general", "lean", "fused")
+
+
+class Row(NamedTuple):
+    """One way to run a step."""
+
+    name: str
+    precision: str | None
+    seconds: float  # a step, the median
+    speedup: float  # over the plain loop, the median of ratios taken round by round
+    of_limit: float | None  # time at the rate of torch's matrix product / this time
+    why_not: str | None = None
+
+
+def plain_loop(
+    energy: Callable[..., Tensor], x: Tensor, steps: int, step_size: float, noise_std: float
+) -> Tensor:
+    """The paper's loop: x <- x - a dE/dx + b z, by autograd and torch's random numbers."""
+    x = x.clone().requires_grad_()
+    for _ in range(steps):
+        (grad,) = torch.autograd.grad(energy(x).sum(), x)
+        x.data += -step_size * grad + noise_std * torch.randn_like(x)
+    return x.detach()
+
+
+def bench(
+    energy: Callable[..., Tensor],
+    x: Tensor,
+    precisions: Sequence[str | None] = (None,),
+    steps: int = 4,
+    seconds: float = 10.0,
+    **settings: Any,
+) -> list[Row]:
+    """Chains of ``steps`` from x [n, ...] by the plain loop and by every score that serves.
+
+    All are run in turns, round after round for about ``seconds``, so that a machine's slow phases
+    fall on all alike. ``settings``: of :class:`LangevinSampler`. A score that cannot run has a row
+    that says why.
+    """
+    step_size, noise_std = settings.get("step_size", 1.0), settings.get("noise_std", 0.01)
+    runs: dict[tuple[str, str | None], Callable[[], Any]] = {
+        (NAIVE, None): lambda: plain_loop(energy, x, steps, step_size, noise_std)
+    }
+    refused = []
+    for precision in precisions:
+        for score in _SCORES:
+            options = settings | {"steps": steps, "score": score, "precision": precision}
+            try:
+                sampler = LangevinSampler(energy, **options)
+                sampler(x, seed=0)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).split("cannot run: ")[-1]
+                refused.append(Row(score, precision, float("nan"), float("nan"), None, reason))
+                continue
+            runs[score, precision] = lambda sampler=sampler: sampler(x, seed=0)  # type: ignore[misc]
+    times = _interleaved(runs, x.device, seconds)
+    graph = recognise(energy, x)
+    rows = []
+    for (name, precision), found in times.items():
+        median = statistics.median(found) / steps
+        ratios = [base / own for base, own in zip(times[NAIVE, None], found, strict=True)]
+        limit = None if isinstance(graph, str) else _limit(graph, x, precision) / median
+        rows.append(Row(name, precision, median, statistics.median(ratios), limit))
+    return rows + refused
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text."""
+    lines = [f"{'score':<12}{'precision':<12}{'ms a step':>10}{'speed':>9}{'of the limit':>14}"]
+    for row in rows:
+        name = f"{row.name:<12}{row.precision or 'as set':<12}"
+        if row.why_not is not None:
+            lines.append(f"{name}no: {row.why_not}")
+            continue
+        limit = "" if row.of_limit is None else f"{row.of_limit:.0%}"
+        lines.append(f"{name}{1e3 * row.seconds:>10.3g}{row.speedup:>8.2f}x{limit:>14}")
+    return "\n".join(lines)
+
+
+def _limit(graph: Graph, x: Tensor, precision: str | None) -> float:
+    """Seconds that a step's products would take at the rate of torch's matrix product."""
+    threads = torch.get_num_threads() if x.device.type == "cpu" else 0
+    return cost(graph).flops * x.shape[0] / matrix_rate(x.device, precision, threads)
+
+
+def _interleaved(
+    runs: dict[tuple[str, str | None], Callable[[], Any]], device: torch.device, budget: float
+) -> dict[tuple[str, str | None], list[float]]:
+    times: dict[tuple[str, str | None], list[float]] = {key: [] for key in runs}
+    start = time.perf_counter()
+    while not times[NAIVE, None] or time.perf_counter() - start < budget:
+        for key, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[key].append(time.perf_counter() - begin)
+    return times
