@@ -4,19 +4,18 @@
 
 prints every table, or the short ones (fp32, contiguous). ``--readme`` puts the short ones between
 the lines ``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` of a file. ``--plots`` draws
-step-cpu.svg and step-cuda.svg (needs matplotlib). Figures that no file holds read "not measured".
+BENCHMARK-DEVICE.svg (needs matplotlib). Figures that no file holds read "not measured".
 """
 
 import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from benchmarks import report_chain
+from benchmarks.tables import MISSING, TITLES, Row, about, number, pyplot, table
 
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-MISSING = "not measured"
 BASELINES = {
     "cpu": ("eager", "eager in place", "torch.compile"),
     "cuda": ("eager", "eager in place", "torch.compile", "torchebm"),
@@ -24,7 +23,7 @@ BASELINES = {
 OURS = {"cpu": ("reference", "native"), "cuda": ("reference", "native", "triton")}
 FAST = {"cpu": ("native",), "cuda": ("native", "triton")}
 RATIOS = "eager in place", "torch.compile"
-_TITLES = {"cpu": "CPU", "cuda": "CUDA"}
+_BENCHMARKS = {"chain": "A step of a chain, network and all", "step": "The update alone"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
         for content in files:
-            plot(content, options.plots / f"step-{content['device']}.svg")
+            draw = plot if content["benchmark"] == "step" else report_chain.plot
+            draw(content, options.plots / f"{content['benchmark']}-{content['device']}.svg")
 
 
 def insert(text: str, tables: str) -> str:
@@ -57,11 +57,18 @@ def insert(text: str, tables: str) -> str:
 def report(files: Sequence[Row], short: bool = False) -> str:
     """A section for each file, and one that says so for a device that no file is about."""
     sections = []
-    for device in _TITLES:
-        chosen = [content for content in files if content["device"] == device]
-        sections += [section(content, short) for content in chosen]
-        if not chosen:
-            sections.append(f"**{_TITLES[device]}**: {MISSING}.")
+    for benchmark, title in _BENCHMARKS.items():
+        about_it = [content for content in files if content["benchmark"] == benchmark]
+        if not about_it:
+            continue
+        sections.append(f"### {title}")
+        for device in TITLES:
+            chosen = [content for content in about_it if content["device"] == device]
+            for content in chosen:
+                step = benchmark == "step"
+                sections.append(section(content, short) if step else report_chain.section(content))
+            if not chosen:
+                sections.append(f"**{TITLES[device]}**: {MISSING}.")
     return "\n\n".join(sections)
 
 
@@ -101,22 +108,6 @@ def section(content: Row, short: bool) -> str:
         "(medians of ratios taken round by round).",
         limits,
     ))  # fmt: skip
-
-
-def about(content: Row) -> str:
-    """What was measured, on what, when."""
-    machine = content["machine"]
-    on_cpu = content["device"] == "cpu"
-    parts = [f"{machine['cpu']}, {machine['cores']} cores" if on_cpu else machine["gpu"]]
-    for name in ("driver", "torch", "triton", "python"):
-        if machine.get(name):
-            parts.append(f"{name} {machine[name]}")
-    commit = (machine["commit"] or "unknown")[:10]
-    parts.append(f"commit {commit}{' (changed)' if machine['changed'] else ''}")
-    parts.append(machine["date"][:10])
-    if on_cpu and machine["load"] is not None:
-        parts.append(f"load before the run {machine['load']:.1f}")
-    return f"**{_TITLES[content['device']]}**: {', '.join(parts)}."
 
 
 def group(results: Iterable[Row], short: bool) -> dict[tuple, dict[str, Row]]:
@@ -160,31 +151,12 @@ def beside(row: Row | None) -> list[str]:
     ]
 
 
-def number(value: float) -> str:
-    """Three significant digits, without exponents."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def plot(content: Row, path: Path) -> None:
     """Time per element of every variant beside that of the copy, fp32 and contiguous, by size."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit('report: --plots needs matplotlib: pip install -e ".[bench]"') from None
-    matplotlib.use("svg")
-    # The same file from the same results.
-    matplotlib.rcParams["svg.hashsalt"] = "fastlangevin"
-    from matplotlib import pyplot
-
     cases = group(content["results"], short=True)
     most = max((key[4] or 0 for key in cases), default=0)
     cases = {key: rows for key, rows in cases.items() if key[3] and (key[4] or 0) == most}
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         1, max(1, len(cases)), figsize=(4 * max(1, len(cases)), 2.8), sharex=True, sharey=True,
         squeeze=False,
     )  # fmt: skip
@@ -206,7 +178,7 @@ def plot(content: Row, path: Path) -> None:
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,231 @@
+"""How long does a step of a chain take, network and all? Ours and the peers, interleaved.
+
+    python -m benchmarks.chain --out DIR [--device cpu|cuda] [--threads 2] [--only width-32]
+        [--seconds 60] [--quick]
+
+writes DIR/chain-DEVICE.json: milliseconds a step, ratios to the paper's loop taken round by round,
+part of the rate of torch's matrix product, and the memory of one step by counting allocations.
+"""
+
+import argparse
+import functools
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+import fastlangevin as fl
+from benchmarks import timing
+from fastlangevin.bench import plain_loop
+from fastlangevin.cost import cost, matrix_rate
+from fastlangevin.recorder import recognise
+
+PAPER = "paper's loop"
+STEP_SIZE, NOISE_STD = 1.0, 0.01
+_CPU_CASES = ((64, 64), (32, 64), (16, 64), (8, 16))
+_CUDA_CASES = tuple((width, batch) for width in (32, 64, 128) for batch in (64, 256, 1024))
+
+
+class Case(NamedTuple):
+    """One of the paper's networks, on 3 x size x size."""
+
+    width: int
+    batch: int
+    size: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"width-{self.width}-batch-{self.batch}"
+
+    def energy(self) -> fl.ConvEnergy:
+        torch.manual_seed(0)
+        return fl.ConvEnergy(3, self.size, self.width).to(self.device)
+
+    def states(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand((self.batch, 3, self.size, self.size), generator=generator)
+        return (2 * x - 1).to(self.device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    path = options.out / f"chain-{options.device}.json"
+    content: dict[str, Any] = {
+        "benchmark": "chain",
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "quick": options.quick,
+        "machine": timing.machine(),
+        "results": [],
+    }
+    for case in cases(device, options.quick):
+        if options.only not in str(case):
+            continue
+        content["results"] += measure(case, options.steps, options.seconds)
+        content["machine"]["load_at_end"] = timing.machine()["load"]
+        timing.write_json(path, content)
+        print(case, flush=True)
+    print(f"wrote {path}")
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    if quick:
+        return [Case(2, 4, 8, device)]
+    shapes = _CUDA_CASES if device.type == "cuda" else _CPU_CASES
+    return [Case(width, batch, 32, device) for width, batch in shapes]
+
+
+def variants(case: Case, steps: int) -> dict[str, Callable[[], Any]]:
+    """Chains of ``steps``, by name; those whose package is missing are left out."""
+    energy, x = case.energy(), case.states()
+    found: dict[str, Callable[[], Any]] = {
+        PAPER: functools.partial(plain_loop, energy, x, steps, STEP_SIZE, NOISE_STD)
+    }
+    if importlib.util.find_spec("torchebm"):
+        found["torchebm"] = _torchebm(energy, x, steps)
+    if importlib.util.find_spec("ebm"):
+        import ebm
+
+        dynamics = ebm.LangevinDynamics(step_size=STEP_SIZE, steps=steps, noise_scale=NOISE_STD)
+        found["ebmkit"] = functools.partial(dynamics.sample, energy, x)
+    precisions = (None, "bf16", "fp16") if case.device.type == "cuda" else (None, "bf16")
+    for precision in precisions:
+        for score in ("general", "lean", "fused"):
+            sampler = fl.LangevinSampler(energy, steps, precision=precision, score=score)
+            name = f"{score} {precision or 'fp32'}"
+            found[name] = functools.partial(sampler, x, seed=0)
+    return found
+
+
+def _torchebm(energy: fl.ConvEnergy, x: Tensor, steps: int) -> Callable[[], Any]:
+    from torchebm.core import BaseModel
+    from torchebm.samplers import LangevinDynamics
+
+    class Model(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = energy
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.energy(x)
+
+    # Its noise is multiplied by sqrt(2 step_size).
+    scale = NOISE_STD / (2 * STEP_SIZE) ** 0.5
+    dynamics = LangevinDynamics(
+        Model().to(x.device), step_size=STEP_SIZE, noise_scale=scale, device=x.device
+    )
+    return functools.partial(dynamics.sample, x=x, n_steps=steps)
+
+
+def measure(case: Case, steps: int, budget: float) -> list[dict[str, Any]]:
+    """One row per variant."""
+    check(case)
+    runs = variants(case, steps)
+    errors = {}
+    for name in list(runs):
+        try:
+            runs[name]()
+        except (RuntimeError, ValueError) as error:
+            errors[name] = str(error)
+            del runs[name]
+    samplers = {name: _timed(run, case.device) for name, run in runs.items()}
+    seconds = timing.interleave(samplers, timing.rounds_within(samplers, budget, 5, 100))
+    graph = recognise(case.energy(), case.states())
+    assert not isinstance(graph, str), graph
+    flops = cost(graph).flops * case.batch
+    threads = torch.get_num_threads() if case.device.type == "cpu" else 0
+    about = {"width": case.width, "batch": case.batch, "size": case.size, "steps": steps}
+    rows = []
+    for name, found in seconds.items():
+        each = [value / steps for value in found]
+        spread = timing.summary(each)
+        ratios = [base / own for base, own in zip(seconds[PAPER], found, strict=True)]
+        precision = name.split()[-1] if name.endswith(("bf16", "fp16")) else None
+        rate = matrix_rate(case.device, precision, threads)
+        rows.append({
+            **about,
+            "variant": name,
+            "seconds": spread,
+            "speedup": timing.summary(ratios),
+            "gflop_per_s": flops / spread["median"] / 1e9,
+            "percent_of_matrix_rate": 100 * flops / spread["median"] / rate,
+            "peak_bytes": peak_bytes(variants(case, 1)[name]),
+        })  # fmt: skip
+    return rows + [{**about, "variant": name, "error": text} for name, text in errors.items()]
+
+
+def check(case: Case) -> None:
+    """That all compute the same chain, without noise: float32 is far enough from its kinks."""
+    energy, x = case.energy(), case.states()
+    want = plain_loop(energy, x, 1, STEP_SIZE, 0.0)
+    for score in ("general", "lean", "fused"):
+        got = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, score=score)(x, seed=0)
+        error = float((got - want).norm() / (want - x).norm())
+        if error > 1e-3:
+            raise SystemExit(f"chain: {score} is off the loop's gradient by {error:.1e}")
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most memory that a first run holds at a time: what it keeps for the next ones counts."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        if torch.cuda.max_memory_allocated() > before:
+            return torch.cuda.max_memory_allocated() - before
+    with profile(profile_memory=True) as events:
+        run()
+    held = peak = 0
+    for event in events.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> timing.Sampler:
+    """Seconds of a whole chain as people call it: captured in no graph but its own."""
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def sample() -> float:
+        begin = wait()
+        run()
+        return wait() - begin
+
+    return sample
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chain")
+    parser.add_argument("--out", type=Path, required=True, help="folder for chain-DEVICE.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=None, help="of the CPU; default: torch's")
+    parser.add_argument("--only", default="", help="cases like width-32-batch-64")
+    parser.add_argument("--steps", type=int, default=None, help="of a chain; default 4, CUDA 20")
+    parser.add_argument("--seconds", type=float, default=None, help="per case; default 60")
+    parser.add_argument("--quick", action="store_true", help="one tiny network, seconds in all")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    options.steps = options.steps or (20 if options.device == "cuda" else 4)
+    if options.seconds is None:
+        options.seconds = 0.2 if options.quick else 60.0
+    return options
+
+
+if __name__ == "__main__":
+    main()

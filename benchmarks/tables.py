@@ -1,0 +1,50 @@
+"""What the tables and plots of all benchmarks share."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+MISSING = "not measured"
+TITLES = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def about(content: Row) -> str:
+    """What was measured, on what, when."""
+    machine = content["machine"]
+    on_cpu = content["device"] == "cpu"
+    parts = [f"{machine['cpu']}, {machine['cores']} cores" if on_cpu else machine["gpu"]]
+    for name in ("driver", "torch", "triton", "python"):
+        if machine.get(name):
+            parts.append(f"{name} {machine[name]}")
+    if on_cpu and machine.get("cpu_capability"):
+        parts.append(machine["cpu_capability"])
+    commit = (machine["commit"] or "unknown")[:10]
+    parts.append(f"commit {commit}{' (changed)' if machine['changed'] else ''}")
+    parts.append(machine["date"][:10])
+    if on_cpu and machine["load"] is not None:
+        parts.append(f"load before the run {machine['load']:.1f}")
+    return f"**{TITLES[content['device']]}**: {', '.join(parts)}."
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponents."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def pyplot() -> Any:
+    """matplotlib's, set to draw the same file from the same results."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit('report: --plots needs matplotlib: pip install -e ".[bench]"') from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "fastlangevin"
+    from matplotlib import pyplot as found
+
+    return found
