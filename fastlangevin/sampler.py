@@ -281,8 +281,6 @@ class LangevinSampler:
             known = self.score in ("general", "compiled")
             text = _SCORE_TEXT[self.score] if known else "depends on the state's shape; give x0"
             return [f"score      {self.score}: {text}, {precision}"]
-        if x0 is None:
-            x = x.expand(max(64, torch.get_num_threads()), *x.shape[1:])
         choice = self.choose_score(x, {})
         lines = [f"score      {choice.name}: {_SCORE_TEXT[choice.name]}, {precision}"]
         lines += [f"           not {name}: {why}" for name, why in choice.why_not.items()]

@@ -563,6 +563,15 @@ def test_fused_steps_are_steps_along_the_gradient(noise_order: str, given: bool)
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
+@needs_extension
+def test_fused_chains_are_the_same_bits_in_every_batch() -> None:
+    run = sampler(fl.ConvEnergy(size=8, width=4), steps=20, step_size=1.0, noise_std=0.01)
+    x0 = numbers((9, 3, 8, 8), torch.float32)
+    whole = run(x0, seed=3)
+    for first, last in ((0, 1), (1, 4), (4, 9)):
+        assert torch.equal(run(x0[first:last], seed=3, first_chain=first), whole[first:last])
+
+
 def test_the_compiled_score_is_the_general_one(x0: Tensor) -> None:
     net = make_net(nn.SiLU())
     general, compiled = (sampler(net, score=score) for score in ("general", "compiled"))

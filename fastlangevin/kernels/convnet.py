@@ -2,7 +2,8 @@
 
 Each thread takes some chains through the whole network and back before it takes the next: what a
 layer writes is still in the cache when the next one reads it, no thread waits for another, and the
-memory needed does not grow with the batch. csrc/convnet.h says how.
+memory needed does not grow with the batch. A chain's numbers are the same bit for bit in every
+batch and on any number of threads. csrc/convnet.h says how.
 """
 
 import functools
@@ -39,9 +40,6 @@ def refusal(stack: ConvStack, x: Tensor, precision: str | None) -> str | None:
             return f"a convolution has {conv.groups} groups"
         if conv.activation.kind not in _ACTIVATIONS:
             return f"no kernel has the activation {conv.activation.kind}"
-    threads = torch.get_num_threads()
-    if 0 < x.shape[0] < threads:
-        return f"each thread takes chains of its own, and {x.shape[0]} cannot occupy {threads}"
     return None
 
 
