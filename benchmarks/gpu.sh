@@ -7,8 +7,9 @@
 # hold a CUDA build of torch with triton; numpy, safetensors, pillow, pyyaml, rich, scikit-learn and
 # typer; pytest, pytest-benchmark and, for the fuzz, hypothesis; pip, setuptools >= 77, cmake, ninja
 # and pybind11. nvcc and a C++ compiler do the rest; compute-sanitizer takes part if it can. Writes
-# gpu.log, tests.xml, step-cuda.json, pytest-benchmark.json and summary.md to OUT. A stage that fails
-# does not stop the others; the exit status then is 1, and 2 where nothing could be run.
+# gpu.log, tests.xml, chain-cuda.json, step-cuda.json, pytest-benchmark.json and summary.md to OUT.
+# A stage that fails does not stop the others; the exit status then is 1, and 2 where nothing could
+# be run.
 set -uo pipefail
 
 BUDGET=570 # seconds in all
@@ -100,10 +101,11 @@ FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$archit
     stage build 150 "$python" -m pip install -e . --no-build-isolation --no-deps
 # What runs on the device, and what it is held to; the rest of the suite needs none.
 stage tests 240 "$python" -m pytest --junitxml="$out/tests.xml" tests/test_cuda.py \
-    tests/test_triton.py tests/test_dispatch.py tests/test_noise.py tests/test_step.py \
-    tests/test_native.py tests/test_fuzz.py
+    tests/test_triton_conv.py tests/test_triton.py tests/test_dispatch.py tests/test_noise.py \
+    tests/test_step.py tests/test_native.py tests/test_fuzz.py
 
-stage benchmarks 170 "$python" -m benchmarks.step --device cuda --out "$out" --seconds 0.5
+stage chains 150 "$python" -m benchmarks.chain --device cuda --out "$out" --seconds 3
+stage steps 120 "$python" -m benchmarks.step --device cuda --out "$out" --seconds 0.3
 # The same variants, timed above, at the one size that most people have.
 stage pytest-benchmark 75 "$python" -m pytest benchmarks -k "64x3x32x32-fp32-contiguous" \
     --benchmark-json="$out/pytest-benchmark.json" --benchmark-max-time=0.2
@@ -124,9 +126,13 @@ for tool in memcheck racecheck initcheck; do
     fi
 done
 
-if [ -f "$out/step-cuda.json" ]; then
-    "$python" -m benchmarks.report "$out/step-cuda.json" >"$out/summary.md"
-    "$python" -m benchmarks.report --short "$out/step-cuda.json"
+results=()
+for file in "$out"/{chain,step}-cuda.json; do
+    [ ! -f "$file" ] || results+=("$file")
+done
+if [ ${#results[@]} -ne 0 ]; then
+    "$python" -m benchmarks.report "${results[@]}" >"$out/summary.md"
+    "$python" -m benchmarks.report --short "${results[@]}"
 fi
 if [ ${#failed[@]} -ne 0 ]; then
     echo "gpu.sh: FAILED after $SECONDS s: ${failed[*]}; see $log"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -128,7 +129,9 @@ def results(tmp_path):
         measured("native", 1.0, dtype="bf16") | {"error": "off by 1"},
     ]
     path = tmp_path / "step-cpu.json"
-    path.write_text(json.dumps({"device": "cpu", "machine": machine, "results": rows}))
+    path.write_text(
+        json.dumps({"benchmark": "step", "device": "cpu", "machine": machine, "results": rows})
+    )
     return path
 
 
@@ -136,7 +139,7 @@ def test_report_makes_the_tables(results):
     done = python("-m", "benchmarks.report", str(results))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == (
+    assert lines[2] == (
         "**CPU**: A CPU, 2 cores, torch 2.9, python 3.11.7, commit 0123456789, 2026-01-02, "
         "load before the run 0.0."
     )
@@ -159,7 +162,7 @@ def test_report_fills_a_readme(results, tmp_path):
         done = python("-m", "benchmarks.report", str(results), "--readme", str(readme))
         assert done.returncode == 0, done.stderr
     text = readme.read_text()
-    assert text.startswith("above\n<!-- benchmarks -->\n\n**CPU**")
+    assert text.startswith("above\n<!-- benchmarks -->\n\n### The update alone")
     assert text.endswith("**CUDA**: not measured.\n\n<!-- /benchmarks -->\nbelow\n")
     assert "old" not in text
     assert text.count("8.76x") == 1
@@ -213,6 +216,36 @@ def test_step_runs_and_writes_what_it_promises(tmp_path):
                 assert row["percent_of_copy"] > 0
                 assert set(row["speedup_over"]) == {"eager", "eager in place"}
             assert found["eager"]["speedup_over"]["eager"]["median"] == 1.0
+
+
+def test_chains_are_timed_beside_the_papers_loop_and_reported(load, tmp_path):
+    done = python("-m", "benchmarks.chain", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "chain-cpu.json").read_text())
+    rows = {row["variant"]: row for row in content["results"]}
+    scores = {f"{s} {p}" for s in ("general", "lean", "fused") for p in ("fp32", "bf16")}
+    assert {"paper's loop"} | scores <= set(rows)
+    served = {name: row for name, row in rows.items() if "error" not in row}
+    assert served["paper's loop"]["speedup"]["median"] == 1.0
+    # Two convolutions forward and back on 4 chains of 3x8x8: 4 x (64 x 27 x 2 + 16 x 32 x 4).
+    flops = 4 * 4 * (64 * 27 * 2 + 16 * 32 * 4)
+    for row in served.values():
+        assert math.isclose(row["gflop_per_s"] * row["seconds"]["median"], flops * 1e-9)
+        assert row["peak_bytes"] > 4 * 3 * 8 * 8 * 4  # at least the gradient
+    text = load("report").report([content])
+    assert "| paper's loop |" in text
+    assert '| `score="lean"`, fp32 |' in text
+    assert "**CUDA**: not measured." in text
+
+
+def test_a_score_off_the_loops_gradient_is_not_timed(load, monkeypatch):
+    chain = load("chain")
+    case = chain.Case(2, 4, 8, CPU)
+    chain.check(case)
+    right = chain.plain_loop
+    monkeypatch.setattr(chain, "plain_loop", lambda *args: right(*args) + 1.0)
+    with pytest.raises(SystemExit, match="general is off the loop's gradient"):
+        chain.check(case)
 
 
 def test_pytest_collects_the_benchmarks_only_when_asked():
@@ -289,7 +322,8 @@ class TestGpuScript:
         assert told == [
             ("build", "passed"),
             ("tests", "FAILED (3)"),
-            ("benchmarks", "passed"),
+            ("chains", "passed"),
+            ("steps", "passed"),
             ("pytest-benchmark", "passed"),
             ("kernels", "passed"),
             ("memcheck", "passed"),
