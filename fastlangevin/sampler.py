@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
+from fastlangevin.adjoint import explain as explain_gradients
 from fastlangevin.adjoint import unroll
 from fastlangevin.arguments import (
     GradClip,
@@ -156,8 +157,10 @@ class LangevinSampler:
         first_step: int = 0,
         noise: Tensor | None = None,
         differentiable: bool = False,
-        checkpoint: str = "auto",
+        checkpoint: str | int = "auto",
         grad_steps: int | None = None,
+        grad_through: str = "exact",
+        offload: bool = False,
         **model_kwargs: Any,
     ) -> Tensor:
         """The state after K steps, [n, ...].
@@ -169,12 +172,26 @@ class LangevinSampler:
 
         The result is detached, in float32 (float64 for a float64 x0) and in x0's memory format.
         With ``differentiable`` it carries gradients to x0, the energy's parameters, step_size,
-        noise_std and whatever else a step reads, through the last ``grad_steps`` steps or all;
-        ``checkpoint`` is "none" (a plain unroll), "step" or "auto" (each step is computed again in
-        the backward pass). The update is then the reference's, whatever the backend.
+        noise_std and whatever else a step reads, through the last ``grad_steps`` steps or all. The
+        update is then the reference's, whatever the backend. Beside one step's graph its memory
+        is what ``checkpoint`` keeps for the backward pass, which computes the rest again:
 
-        Raises TypeError or ValueError for arguments and energies that do not fit, and
-        FloatingPointError if at the end a chain is not finite or its energy is NaN.
+            "none"    every step's graph: a plain unroll
+            "step"    every state; each step is evaluated once more
+            s >= 1    s states at a time, x0 among them: the fewest evaluations there can be
+            "2GiB"    as many as fit in so many bytes, and a step's graph; or every graph
+            "auto"    "step", unless the states took over a quarter of free memory: then that many
+
+        ``offload`` keeps the states in host memory (on a CPU that is where they are anyway).
+        ``grad_through`` "straight" takes each gradient of the energy as if at a constant x:
+        d x_K / d x_0 is the identity where no clamp held, and parameters get each step's mixed
+        derivative alone. Exact, but for kinks, where the energy is piecewise linear in x.
+
+        Raises TypeError or ValueError for arguments and energies that do not fit, among them
+        differentiable chains in which nothing requires grad, and FloatingPointError if at the end
+        a chain is not finite or its energy is NaN. RuntimeError, in the backward pass too, for an
+        energy that cannot be differentiated twice, gives other values when computed again, or has
+        been changed in place since.
         """
         x, chain = self._prepare(
             x0,
@@ -188,9 +205,12 @@ class LangevinSampler:
         )
         if differentiable:
             start = x if x0 is None else x0.to(x.dtype)
-            return unroll(chain, start, checkpoint, grad_steps)
-        if checkpoint != "auto" or grad_steps is not None:
-            raise ValueError(f"{_OP}: checkpoint and grad_steps need differentiable=True")
+            return unroll(chain, start, checkpoint, grad_steps, grad_through, offload)
+        if (checkpoint, grad_steps, grad_through, offload) != ("auto", None, "exact", False):
+            raise ValueError(
+                f"{_OP}: checkpoint and grad_steps need differentiable=True, as do grad_through "
+                "and offload"
+            )
         energies: Tensor | None = None
         for step in chain.walk(x):
             energies = step.energies
@@ -253,7 +273,11 @@ class LangevinSampler:
         return f"{_OP}({type(self.energy).__name__}, {shown})"
 
     def explain(self, x0: Tensor | None = None) -> str:
-        """What a call will run, and on what, as readable text."""
+        """What a call will run, and on what, as readable text.
+
+        With x0 also what gradients through the chain take by each ``checkpoint``, in evaluations of
+        the energy and its gradient and in bytes, found by differentiating one step from there.
+        """
         device = device_of(self.energy) or torch.device("cpu") if x0 is None else x0.device
         check_precision(self.precision, device)
         backend = choose_backend(self.backend, device)
@@ -271,6 +295,9 @@ class LangevinSampler:
         if x0 is not None:
             state = x0.numel() * (8 if x0.dtype == torch.float64 else 4)
             lines.append(f"state      {list(x0.shape)}, {state / 2**20:.1f} MiB")
+            if x0.shape[0]:
+                start, chain = self._prepare(x0, seed=0)
+                lines += explain_gradients(chain, start)
         return "\n".join(lines)
 
     def _explain_score(self, x0: Tensor | None, device: torch.device) -> list[str]:
@@ -301,7 +328,7 @@ class LangevinSampler:
         **model_kwargs: Any,
     ) -> tuple[Tensor, Chain]:
         """Check a call before any work; return the state to walk on (a copy) and the rest."""
-        for name in ("differentiable", "checkpoint", "grad_steps"):
+        for name in ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload"):
             if name in model_kwargs:
                 raise TypeError(f"{_OP}: {name} is an option of a call, not of this method")
         for name, value in model_kwargs.items():

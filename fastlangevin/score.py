@@ -142,7 +142,9 @@ def left_as_found(
     :class:`Buffers` that it yields are put back.
     """
     modules = modules_of(energy)
-    frozen = [p for m in modules for p in m.parameters() if p.requires_grad] if freeze else []
+    # torch.func.functional_call may have put tensors in their place that are no leaves: those stay.
+    found = [p for m in modules for p in m.parameters() if p.requires_grad and p.is_leaf]
+    frozen = found if freeze else []
     buffers = Buffers(energy)
     with kept_generators(device):
         try:
