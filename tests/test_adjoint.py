@@ -82,7 +82,7 @@ def plain_unroll(
 
 
 def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    weight = numbers(out.shape, 2).to(out.dtype)
+    weight = numbers(out.shape, 2).to(out)
     found = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
     return [torch.zeros_like(v) if g is None else g for g, v in zip(found, leaves, strict=True)]
 
@@ -301,6 +301,27 @@ def test_offload_on_a_cpu_changes_nothing() -> None:
         gradients(run(offload=True), leaves), gradients(run(), leaves), strict=True
     ):
         assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("checkpoint", ["step", 5])
+def test_offload_from_cuda(checkpoint: Any) -> None:
+    """The same bits from host memory, and room on the device for what is not kept there."""
+    net, steps = fl.ConvEnergy(size=8, width=2, activation="silu").cuda(), 60
+    x0 = torch.zeros(64, *net.shape, device="cuda", requires_grad=True)
+    run = functools.partial(
+        fl.LangevinSampler(net, steps), x0, seed=0, differentiable=True, checkpoint=checkpoint
+    )
+    held, grads = [], []
+    for offload in (False, True):
+        before = torch.cuda.memory_allocated()
+        out = run(offload=offload)
+        held.append(torch.cuda.memory_allocated() - before)
+        grads.append(gradients(out, [x0, *net.parameters()]))
+        del out
+    assert_close(*grads, 1e-5)
+    kept = (60 if checkpoint == "step" else 5) - 3
+    assert held[0] - held[1] >= kept * x0.numel() * 4
 
 
 # Piecewise linear energies -----------------------------------------------------------------------

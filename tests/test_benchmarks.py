@@ -339,3 +339,22 @@ class TestGpuScript:
         done = self.run(str(GPU_SH))
         assert done.returncode == 2
         assert "usage: benchmarks/gpu.sh OUT" in done.stderr
+
+
+def test_chain_memory_runs_and_draws(tmp_path):
+    done = python("-m", "benchmarks.chain_memory", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = tmp_path / "chain-cpu.json"
+    content = json.loads(result.read_text())
+    rows = {row["variant"]: row for row in content["results"]}
+    assert set(rows) == {"plain loop", "torch checkpoint", "none", "step", "4 states", "64MiB"}
+    evaluations = {name: row["evaluations"] for name, row in rows.items()}
+    # torch.utils.checkpoint evaluates twice forward; a budget measures a step; 4 states lack one.
+    assert evaluations["plain loop"] == evaluations["none"] == 6
+    assert (evaluations["step"], evaluations["4 states"]) == (12, 13)
+    assert rows["4 states"]["peak_bytes"] < rows["step"]["peak_bytes"] < rows["none"]["peak_bytes"]
+    assert content["figures"]["times"]["step_over_plain_loop"]["median"] > 0
+    pytest.importorskip("matplotlib")
+    done = python("-m", "benchmarks.chain_plot", str(result), "--plots", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert b"<svg" in (tmp_path / "chain-cpu.svg").read_bytes()
