@@ -458,24 +458,26 @@ def test_explain_says_what_each_schedule_takes() -> None:
 # Beside other parts of torch ---------------------------------------------------------------------
 
 
+class Generator(nn.Module):
+    """A chain as a module."""
+
+    def __init__(self, net: nn.Module, **call: Any) -> None:
+        super().__init__()
+        self.net, self.call = net, {"seed": 0, "differentiable": True} | call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sampler(self.net)(x, **self.call)
+
+
 @pytest.mark.parametrize("checkpoint", ["none", "step", 2, "20MiB"])
 @pytest.mark.parametrize("computed", [False, True], ids=["leaf", "computed"])
 def test_functional_call(checkpoint: Any, computed: bool) -> None:
     """Parameters that are put in for the call alone are there again in the backward pass."""
-
-    class Generator(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = make_net()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return sampler(self.net)(x, seed=0, differentiable=True, checkpoint=checkpoint)
-
-    model, x0 = Generator(), starts()
+    model, x0 = Generator(make_net(), checkpoint=checkpoint), starts()
     bases = {n: (1.1 * p.detach()).requires_grad_() for n, p in model.named_parameters()}
     values = {n: (1.2 * p if computed else p) for n, p in bases.items()}
     found = gradients(torch.func.functional_call(model, values, x0), [x0, *bases.values()])
-    other = Generator()
+    other = Generator(make_net(), checkpoint=checkpoint)
     other.load_state_dict({n: p.detach() for n, p in values.items()})
     want = gradients(other(x0), [x0, *other.parameters()])
     want[1:] = [1.2 * grad if computed else grad for grad in want[1:]]
@@ -520,30 +522,24 @@ def test_around_the_users_own_checkpoint(checkpoint: Any) -> None:
 
 
 def chain_of_a_rank(rank: int, address: str, out: Path) -> None:
-    class Generator(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = make_net()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return sampler(self.net)(
-                x, seed=0, first_chain=2 * rank, differentiable=True, checkpoint=2
-            )
-
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    # The head's bias shifts an energy and so no chain.
-    model = Generator()
-    model.net.layers[-1].bias.requires_grad_(False)
-    ddp = nn.parallel.DistributedDataParallel(model)
     x0 = 0.7 * numbers((4, *SHAPE[1:]))[2 * rank : 2 * rank + 2]
-    ddp(x0).square().sum().backward()
-    torch.save([p.grad for p in model.parameters() if p.requires_grad], out / str(rank))
+    grads, ddp = [], nn.parallel.DistributedDataParallel
+    for around in ("chain", "energy"):
+        # The head's bias shifts an energy and so no chain.
+        net = make_net()
+        net.layers[-1].bias.requires_grad_(False)
+        call = {"first_chain": 2 * rank, "checkpoint": 2}
+        chain = ddp(Generator(net, **call)) if around == "chain" else Generator(ddp(net), **call)
+        chain(x0).square().sum().backward()
+        grads += [p.grad for p in net.parameters() if p.requires_grad]
+    torch.save(grads, out / str(rank))
     torch.distributed.destroy_process_group()
 
 
 def test_ddp(tmp_path: Path) -> None:
-    """Wrapped around a module that runs the chain, DDP sees one call and averages over ranks."""
+    """Gradients are averaged over ranks with DDP around the chain and around the energy."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -558,7 +554,7 @@ def test_ddp(tmp_path: Path) -> None:
     out = sampler(net)(0.7 * numbers((4, *SHAPE[1:])), seed=0, differentiable=True)
     want = torch.autograd.grad(out.square().sum() / 2, list(net.parameters())[:-1])
     for rank in range(2):
-        assert_close(torch.load(tmp_path / str(rank)), list(want), 1e-10)
+        assert_close(torch.load(tmp_path / str(rank)), 2 * list(want), 1e-10)
 
 
 # Errors ------------------------------------------------------------------------------------------
