@@ -101,8 +101,8 @@ def only_masks(chain: Chain, x: Tensor) -> bool:
     if not x.requires_grad or any(tensor.requires_grad for tensor in others):
         return False
     # None for energies that may read other tensors than their parameters.
-    score = sampler.choose_score(x, chain.model_kwargs).run
-    return score is not None and all(node.kind in _PIECEWISE_LINEAR for node in score.graph.nodes)
+    graph = sampler.choose_score(x, chain.model_kwargs).graph
+    return graph is not None and all(node.kind in _PIECEWISE_LINEAR for node in graph.nodes)
 
 
 def explain(chain: Chain, x: Tensor) -> list[str]:

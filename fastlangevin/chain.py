@@ -1,5 +1,6 @@
 """One call's chain: the settings of a sampler, bound to a seed and stepped through."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -138,10 +139,17 @@ class Chain(NamedTuple):
         }
 
     def transition(
-        self, run: Callable[..., Tensor], x: Tensor, k: int, create_graph: bool = False
+        self,
+        run: Callable[..., Tensor],
+        x: Tensor,
+        k: int,
+        score: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None = None,
+        create_graph: bool = False,
     ) -> Step:
-        """Step k by autograd and ``run``: in place on x for a backend, pure for
-        ``reference.step``."""
+        """Step k by ``run``: in place on x for a backend, pure for ``reference.step``.
+
+        score: x -> (energies or None, gradient); by default the general one.
+        """
         sampler = self.sampler
         z = None if self.noise is None else self.noise[k]
         step_size, noise_std = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
@@ -149,10 +157,13 @@ class Chain(NamedTuple):
         if sampler.noise_order == "before":
             x = apply_step_(run, x, None, z, step_size=0.0, noise_std=noise_std, **options)
             noise_std = 0.0
-        seed_generators(x.device, self.seed, self.first_step + k)
-        energies, grad = energy_and_grad(
-            sampler.energy, x, self.model_kwargs, sampler.precision, create_graph
-        )
+        if score is None:
+            seed_generators(x.device, self.seed, self.first_step + k)
+            score = functools.partial(
+                energy_and_grad, sampler.energy, model_kwargs=self.model_kwargs,
+                precision=sampler.precision, create_graph=create_graph,
+            )  # fmt: skip
+        energies, grad = score(x)
         x = apply_step_(run, x, grad, z, step_size=step_size, noise_std=noise_std, **options)
         return Step(k, x, energies, grad)
 
