@@ -39,6 +39,8 @@ class Chain(NamedTuple):
     first_step: int
     noise: Tensor | None
     model_kwargs: dict[str, Any]
+    # int64 [2] on the device, read there in place of the seed and added to every step's number.
+    state: Tensor | None = None
 
     def walk(self, x: Tensor, want_energies: bool = False) -> Iterator[Step]:
         """The chain, in place on x: yields after every step. An empty batch takes none.
@@ -48,9 +50,19 @@ class Chain(NamedTuple):
         if x.shape[0] == 0:
             return
         sampler = self.sampler
-        run = resolve_backend(sampler.backend, x.device)
         score = sampler.choose_score(x, self.model_kwargs).run
-        half = _Overflow(x.device) if sampler.precision == "fp16" else None
+        half = Overflow(x.device) if sampler.precision == "fp16" else None
+        if score is not None:
+            score.begin()
+        yield from self.stride(score, x, half, want_energies)
+        check_overflow(score, half)
+
+    def stride(
+        self, score: Score | None, x: Tensor, half: "Overflow | None", want_energies: bool = False
+    ) -> Iterator[Step]:
+        """The steps of :meth:`walk` alone, along a score that has begun: launches, and no reading
+        of what they find."""
+        run = resolve_backend(self.sampler.backend, x.device)
         if score is None:
             strides = self._general_strides(run, x)
         elif isinstance(score, FusedScore) and not want_energies and self._fuses():
@@ -61,8 +73,6 @@ class Chain(NamedTuple):
             if half is not None:
                 half.look_at(step)
             yield step
-        if half is not None:
-            half.check()
 
     def _general_strides(self, run: Callable[..., Tensor], x: Tensor) -> Iterator[Step]:
         with left_as_found(self.sampler.energy, x.device) as buffers:
@@ -78,7 +88,6 @@ class Chain(NamedTuple):
         """Steps along a score that leaves no trace by itself."""
         sampler, last = self.sampler, self.sampler.steps - 1
         update = self._bound(run, x)
-        score.begin()
         for k in range(sampler.steps):
             with torch.no_grad():
                 step_size, noise_std = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
@@ -94,13 +103,14 @@ class Chain(NamedTuple):
     ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
         """The update of x, in place, as a function of (grad, step_size, noise_std, k)."""
         options = self._options()
-        if self.noise is None:
+        noise, first = self.noise, self.first_step
+        if noise is None and self.state is None:
             bound = bind_step(run, x, **options)
-            return lambda grad, a, b, k: bound(grad, a, b, self.first_step + k)
-        noise = self.noise
+            return lambda grad, a, b, k: bound(grad, a, b, first + k)
         return lambda grad, a, b, k: apply_step_(
-            run, x, grad, noise[k], step_size=a, noise_std=b, step=self.first_step + k, **options
-        )
+            run, x, grad, None if noise is None else noise[k], step_size=a, noise_std=b,
+            step=first + k, **options,
+        )  # fmt: skip
 
     def _fuses(self) -> bool:
         """Whether the Triton step may be the update, and comes after the gradient."""
@@ -109,7 +119,6 @@ class Chain(NamedTuple):
     def _fused_strides(self, score: FusedScore, x: Tensor) -> Iterator[Step]:
         """Steps whose gradient never reaches memory."""
         sampler, options = self.sampler, self._options()
-        score.begin()
         for k in range(sampler.steps):
             energies = score.step_(
                 x,
@@ -121,15 +130,12 @@ class Chain(NamedTuple):
                 **options,
             )
             yield Step(k, x, energies, None)
-        if score.overflow is not None and bool(score.overflow):
-            raise FloatingPointError(
-                f'LangevinSampler: with precision="fp16" {_OVERFLOW}; diagnose() shows where'
-            )
 
     def _options(self) -> dict[str, Any]:
         """What is the same at every step."""
         sampler = self.sampler
-        return {
+        in_memory = {} if self.state is None else {"state": self.state}
+        return in_memory | {
             "seed": self.seed,
             "first_chain": self.first_chain,
             "clamp": sampler.clamp,
@@ -186,16 +192,19 @@ _OVERFLOW = (
 )
 
 
-class _Overflow:
+class Overflow:
     """The first step whose gradient is not finite: a clamp would hide that from the end state."""
 
     def __init__(self, device: torch.device) -> None:
         self.first = torch.full((), 2**32, device=device, dtype=torch.int64)
 
+    def begin(self) -> None:
+        self.first.fill_(2**32)
+
     def look_at(self, step: Step) -> None:
         assert step.grad is not None
         lost = ~torch.isfinite(step.grad).all()
-        self.first = torch.where(lost, self.first.clamp(max=step.k), self.first)
+        torch.where(lost, self.first.clamp(max=step.k), self.first, out=self.first)
 
     def check(self) -> None:
         first = int(self.first)
@@ -203,3 +212,13 @@ class _Overflow:
             raise FloatingPointError(
                 f'LangevinSampler: with precision="fp16" at step {first} {_OVERFLOW}'
             )
+
+
+def check_overflow(score: Score | None, half: Overflow | None) -> None:
+    """FloatingPointError if float16 has been left in a chain that has ended."""
+    if half is not None:
+        half.check()
+    if isinstance(score, FusedScore) and score.overflow is not None and bool(score.overflow):
+        raise FloatingPointError(
+            f'LangevinSampler: with precision="fp16" {_OVERFLOW}; diagnose() shows where'
+        )

@@ -134,9 +134,14 @@ class FusedScore:
         self.pack(force=True)
 
     def held_bytes(self) -> int:
-        plans = (*self._forward, *self._backward, self._image)
-        held = (*self._arenas, *self._saved, self._partial, *(plan.weight for plan in plans))
-        return sum(buffer.numel() * buffer.element_size() for buffer in held)
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def buffers(self) -> list[Tensor]:
+        """What a chain's launches read and write that is held between them."""
+        weights = [plan.weight for plan in (*self._forward, *self._backward, self._image)]
+        small = [*self._biases, self._head, self._unscale, self._offset]
+        flag = [] if self.overflow is None else [self.overflow]
+        return [*self._arenas, *self._saved, self._partial, *weights, *small, *flag]
 
     def pack(self, force: bool = False) -> None:
         """Copy the weights as they are now, if they changed: noticed by their version counters.

@@ -22,6 +22,20 @@ def laid_out(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def read_weight(value: Tensor, dtype: torch.dtype, held: Tensor | None, inplace: bool) -> Tensor:
+    """A weight in a dtype, which may be the weight itself.
+
+    In place: laid out in memory of its own, that of ``held`` where something was read before, so
+    that a captured graph, which knows addresses alone, sees new values there.
+    """
+    if not inplace:
+        return value.to(dtype)
+    if held is None:
+        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        held = torch.empty(value.shape, dtype=dtype, device=value.device, memory_format=layout)
+    return held.copy_(value)
+
+
 def spread(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A new tensor of a shape, laid out, of the values of x, which are broadcast."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
@@ -32,10 +46,15 @@ def spread(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 class Conv:
     """A convolution by torch's operators; ``dtype`` is what its weights are cast to."""
 
-    def __init__(self, node: Node, read: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __init__(
+        self, node: Node, read: tuple[int, ...], dtype: torch.dtype, inplace: bool = False
+    ) -> None:
         self.weight_read, self.bias_read = node.constants
         self.stride, self.padding, self.dilation, self.groups = node.settings
-        self.dtype = dtype
+        self.dtype, self.inplace = dtype, inplace
         assert self.weight_read is not None
         kernel, out = self.weight_read.size[2:], node.shape[1:]
         # What a transposed convolution cannot tell from its own input: rows that no window reached.
@@ -47,8 +66,11 @@ class Conv:
 
     def pack(self) -> None:
         assert self.weight_read is not None
-        self.weight = laid_out(self.weight_read.tensor().to(self.dtype))
-        self.bias = None if self.bias_read is None else self.bias_read.tensor().to(self.dtype)
+        how = self.dtype, self.weight, self.inplace
+        self.weight = laid_out(read_weight(self.weight_read.tensor(), *how))
+        if self.bias_read is not None:
+            how = self.dtype, self.bias, self.inplace
+            self.bias = read_weight(self.bias_read.tensor(), *how)
 
     def forward(self, x: Tensor) -> Tensor:
         return laid_out(
@@ -82,6 +104,7 @@ class PackedConv(Conv):
         super().pack()
         mkldnn, (read, out) = torch.ops.mkldnn, self.sizes
         settings = self.stride, self.dilation, self.groups
+        assert self.weight is not None
         weight = self.weight.contiguous()
         self.weight = mkldnn._reorder_convolution_weight(weight, self.padding, *settings, read)
         self.transposed = mkldnn._reorder_convolution_transpose_weight(
@@ -123,21 +146,29 @@ def packs(node: Node, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Linear:
-    def __init__(self, node: Node, dtype: torch.dtype) -> None:
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __init__(self, node: Node, dtype: torch.dtype, inplace: bool = False) -> None:
         self.weight_read, self.bias_read = node.constants
-        self.dtype = dtype
+        self.dtype, self.inplace = dtype, inplace
 
     def pack(self) -> None:
         assert self.weight_read is not None
-        self.weight = self.weight_read.tensor().to(self.dtype)
-        self.bias = None if self.bias_read is None else self.bias_read.tensor().to(self.dtype)
+        how = self.dtype, self.weight, self.inplace
+        self.weight = read_weight(self.weight_read.tensor(), *how)
+        if self.bias_read is not None:
+            how = self.dtype, self.bias, self.inplace
+            self.bias = read_weight(self.bias_read.tensor(), *how)
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
         if self.bias is None:
             return x.mm(self.weight.t())
         return torch.addmm(self.bias, x, self.weight.t())
 
     def backward(self, grad: Tensor) -> Tensor:
+        assert self.weight is not None
         return grad.mm(self.weight)
 
 

@@ -39,11 +39,15 @@ class LeanScore:
 
     precision: as of the sampler; half precisions are those of the weights and of all values, where
     a graph's own dtype is theirs otherwise. Weights are read at :meth:`begin`, and again at a call
-    before which their version counters or addresses show that one has changed.
+    before which their version counters or addresses show that one has changed; ``inplace``, the
+    default on CUDA, into memory of their own that stays theirs, where captured graphs find them.
     """
 
-    def __init__(self, graph: Graph, x: Tensor, precision: str | None = None) -> None:
+    def __init__(
+        self, graph: Graph, x: Tensor, precision: str | None = None, inplace: bool | None = None
+    ) -> None:
         self.graph, self.precision = graph, precision
+        self.inplace = graph.device.type == "cuda" if inplace is None else inplace
         self.chains = x.shape[0]
         self.dtype = _COMPUTE.get(precision or "", graph.dtype)
         self._plan = _Plan(graph)
@@ -68,7 +72,13 @@ class LeanScore:
         self._seen = [_state(base) for base in self._bases]
         for layer in self._weighted.values():
             layer.pack()
-        self._offsets = self._constant_gradients()
+        offsets = self._constant_gradients()
+        if not self.inplace or not self._offsets:
+            self._offsets = offsets
+            return
+        for held, offset in zip(self._offsets, offsets, strict=True):
+            if held is not None and offset is not None:
+                held.copy_(offset)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
@@ -89,11 +99,18 @@ class LeanScore:
     def held_bytes(self) -> None:
         return None
 
+    def buffers(self) -> list[Tensor]:
+        """What a chain's launches read and write that is held between them, once begun."""
+        packed = [v for layer in self._weighted.values() for v in (layer.weight, layer.bias)]
+        return [v for v in (self._start, *packed, *self._offsets) if v is not None]
+
     def _layer(self, node: Node, read: tuple[int, ...], constant: bool) -> Conv | Linear:
         # What is linear after the activations is small: it runs in the weights' own dtype.
         dtype = self.graph.dtype if constant else self.dtype
         if node.kind == "linear":
-            return Linear(node, dtype)
+            return Linear(node, dtype, self.inplace)
+        if self.inplace:
+            return Conv(node, read, dtype, inplace=True)
         if not constant and packs(node, self.graph.device, dtype) and self.chains:
             return PackedConv(node, read, dtype, self.chains)
         return Conv(node, read, dtype)
