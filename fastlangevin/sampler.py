@@ -21,6 +21,7 @@ from fastlangevin.arguments import (
 )
 from fastlangevin.chain import Chain
 from fastlangevin.cost import explain_cost
+from fastlangevin.graphs import Graphs
 from fastlangevin.score import check_precision, device_of
 from fastlangevin.scores import Choice, Recognised, check_score, choose_score, warn_of_modes
 from fastlangevin.step import backend_status, check_backend, choose_backend
@@ -140,6 +141,7 @@ class LangevinSampler:
         self.backend = backend
         self.score = score
         self._recognised = Recognised()
+        self._graphs = Graphs()
         # Energies move, so only the names are checked here; the device is at each call.
         check_precision(precision)
         check_backend(backend)
@@ -211,9 +213,10 @@ class LangevinSampler:
                 f"{_OP}: checkpoint and grad_steps need differentiable=True, as do grad_through "
                 "and offload"
             )
-        energies: Tensor | None = None
-        for step in chain.walk(x):
-            energies = step.energies
+        energies = self._graphs.run(chain, x)
+        if energies is None:
+            for step in chain.walk(x):
+                energies = step.energies
         chain.check_finite(x, energies)
         return x
 
@@ -268,6 +271,9 @@ class LangevinSampler:
         """The constructor's arguments, less the energy."""
         return {name: getattr(self, name) for name in SETTINGS}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_graphs": Graphs()}  # a copy, also a shallow one, has its own
+
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
         return f"{_OP}({type(self.energy).__name__}, {shown})"
@@ -313,6 +319,9 @@ class LangevinSampler:
         lines += [f"           not {name}: {why}" for name, why in choice.why_not.items()]
         if x0 is not None and x0.shape[0]:
             lines += explain_cost(choice, x0, self.precision)
+        state = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        chain = Chain(self, 0, 0, 0, None, {})
+        lines.append(f"graph      {self._graphs.explain(chain, state, choice)}")
         return lines
 
     def _prepare(
