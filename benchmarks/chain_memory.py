@@ -2,13 +2,13 @@
 
     python -m benchmarks.chain_memory --out DIR [--device cpu|cuda] [--quick] [--long]
 
-writes DIR/chain-DEVICE.json: of the plain loop, of torch.utils.checkpoint around each of its steps
-and of our schedules, the peak of the bytes of tensors allocated in a forward and backward pass,
-seconds (rounds interleaved) and evaluations of the energy, against K. Gradients go to x0 and all
-parameters of the paper's net with SiLU, at batch 8 and width 32. Beside them the issue's figures:
-what "step" costs over the plain loop at K = 16, and s states against what their count of
-evaluations predicts from the two passes of "step". ``--long``: K = 1000 with 20 states as well, and
-at batch 64 and width 16 with the memory of the process.
+writes DIR/chain_memory-DEVICE.json: of the plain loop, of torch.utils.checkpoint around each of its
+steps and of our schedules, the peak of the bytes of tensors allocated in a forward and backward
+pass, seconds (rounds interleaved) and evaluations of the energy, against K. Gradients go to x0 and
+all parameters of the paper's net with SiLU, at batch 8 and width 32. Beside them: what "step" costs
+over the plain loop at K = 16, and s states against what their count of evaluations predicts from
+the two passes of "step". ``--long``: K = 1000 with 20 states as well, and at batch 64 and width 16
+with the memory of the process.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     shape = (2, 4, 8) if options.quick else (8, 32, 32)
     case = functools.partial(Case, batch=shape[0], width=shape[1], size=shape[2], device=device)
-    path = options.out / f"chain-{device.type}.json"
+    path = options.out / f"chain_memory-{device.type}.json"
     content: dict[str, Any] = {
         "benchmark": "chain_memory",
         "device": device.type,

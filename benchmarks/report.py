@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import report_chain
+from benchmarks import report_chain, report_memory
 from benchmarks.tables import MISSING, TITLES, Row, about, number, pyplot, table
 
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -23,7 +23,12 @@ BASELINES = {
 OURS = {"cpu": ("reference", "native"), "cuda": ("reference", "native", "triton")}
 FAST = {"cpu": ("native",), "cuda": ("native", "triton")}
 RATIOS = "eager in place", "torch.compile"
-_BENCHMARKS = {"chain": "A step of a chain, network and all", "step": "The update alone"}
+_BENCHMARKS = {
+    "chain": "A step of a chain, network and all",
+    "chain_memory": "Gradients through a chain",
+    "step": "The update alone",
+}
+_OTHERS = {"chain": report_chain, "chain_memory": report_memory}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
         for content in files:
-            draw = plot if content["benchmark"] == "step" else report_chain.plot
+            draw = plot if content["benchmark"] == "step" else _OTHERS[content["benchmark"]].plot
             draw(content, options.plots / f"{content['benchmark']}-{content['device']}.svg")
 
 
@@ -65,8 +70,10 @@ def report(files: Sequence[Row], short: bool = False) -> str:
         for device in TITLES:
             chosen = [content for content in about_it if content["device"] == device]
             for content in chosen:
-                step = benchmark == "step"
-                sections.append(section(content, short) if step else report_chain.section(content))
+                if benchmark == "step":
+                    sections.append(section(content, short))
+                else:
+                    sections.append(_OTHERS[benchmark].section(content))
             if not chosen:
                 sections.append(f"**{TITLES[device]}**: {MISSING}.")
     return "\n\n".join(sections)

@@ -344,7 +344,7 @@ class TestGpuScript:
 def test_chain_memory_runs_and_draws(tmp_path):
     done = python("-m", "benchmarks.chain_memory", "--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    result = tmp_path / "chain-cpu.json"
+    result = tmp_path / "chain_memory-cpu.json"
     content = json.loads(result.read_text())
     rows = {row["variant"]: row for row in content["results"]}
     assert set(rows) == {"plain loop", "torch checkpoint", "none", "step", "4 states", "64MiB"}
@@ -355,6 +355,7 @@ def test_chain_memory_runs_and_draws(tmp_path):
     assert rows["4 states"]["peak_bytes"] < rows["step"]["peak_bytes"] < rows["none"]["peak_bytes"]
     assert content["figures"]["times"]["step_over_plain_loop"]["median"] > 0
     pytest.importorskip("matplotlib")
-    done = python("-m", "benchmarks.chain_plot", str(result), "--plots", str(tmp_path))
+    done = python("-m", "benchmarks.report", str(result), "--plots", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert b"<svg" in (tmp_path / "chain-cpu.svg").read_bytes()
+    assert "| plain loop |" in done.stdout
+    assert b"<svg" in (tmp_path / "chain_memory-cpu.svg").read_bytes()
