@@ -51,6 +51,14 @@ struct LeakyReLU {
   }
 };
 
+// A product with a leak of 0 would make NaN of an infinity.
+struct ReLU {
+  static constexpr bool kSmooth = false;
+  FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float&) const {
+    return z <= 0.0f ? Vector::Float{} : z;
+  }
+};
+
 struct SiLU {
   static constexpr bool kSmooth = true;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
@@ -65,9 +73,10 @@ struct Softplus {
   float beta, threshold;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     const Vector::Float t = z * beta, e = exponential(t > 0.0f ? -t : t);
-    const Vector::Float y = ((t > 0.0f ? t : 0.0f * t) + log1p(e)) / beta;
-    slope = (t > 0.0f ? 1.0f + 0.0f * t : e) / (1.0f + e);
-    slope = t > threshold ? 1.0f + 0.0f * t : slope;
+    const Vector::Float one = Vector::broadcast(1.0f);
+    const Vector::Float y = ((t < 0.0f ? Vector::Float{} : t) + log1p(e)) / beta;
+    slope = (t > 0.0f ? one : e) / (1.0f + e);
+    slope = t > threshold ? one : slope;
     return t > threshold ? z : y;
   }
 };
@@ -77,7 +86,7 @@ struct ELU {
   float alpha;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     const Vector::Float e = exponential(z) * alpha;
-    slope = z > 0.0f ? 1.0f + 0.0f * z : e;
+    slope = z > 0.0f ? Vector::broadcast(1.0f) : e;
     return z > 0.0f ? z : e - alpha;
   }
 };
@@ -95,7 +104,8 @@ template <class F>
 void with_activation(const ConvLayer& layer, const F& f) {
   const float* settings = layer.settings;
   switch (layer.activation) {
-    case Activation::kLeakyReLU: return f(LeakyReLU{settings[0]});
+    case Activation::kLeakyReLU:
+      return settings[0] == 0.0f ? f(ReLU{}) : f(LeakyReLU{settings[0]});
     case Activation::kSiLU: return f(SiLU{});
     case Activation::kSoftplus: return f(Softplus{settings[0], settings[1]});
     case Activation::kELU: return f(ELU{settings[0]});
@@ -103,16 +113,20 @@ void with_activation(const ConvLayer& layer, const F& f) {
   }
 }
 
-// f(slope): slope(value) -> the derivative where the activation's value is; the smooth ones' stands
-// `slopes` elements further on.
+// f(times): times(grad, value) -> grad times the derivative where the activation's value is; the
+// smooth ones' derivatives stand `slopes` elements further on. NaN goes where autograd's goes.
 template <class N, class F>
 void with_slope(const ConvLayer& layer, int64_t slopes, const F& f) {
+  using Float = Vector::Float;
   using Type = typename N::Type;
   if (layer.activation != Activation::kLeakyReLU) {
-    return f([=](const Type* value) { return N::load(value + slopes); });
+    return f([=](Float grad, const Type* value) { return grad * N::load(value + slopes); });
   }
-  const Vector::Float one = Vector::broadcast(1.0f), leak = Vector::broadcast(layer.settings[0]);
-  return f([=](const Type* value) { return N::load(value) > 0.0f ? one : leak; });
+  if (layer.settings[0] == 0.0f) {
+    return f([](Float grad, const Type* value) { return N::load(value) <= 0.0f ? Float{} : grad; });
+  }
+  const float leak = layer.settings[0];
+  f([=](Float grad, const Type* value) { return N::load(value) > 0.0f ? grad : grad * leak; });
 }
 
 }  // namespace

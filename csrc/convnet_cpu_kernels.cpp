@@ -210,11 +210,11 @@ struct Chunk {
     const size_t top = net.layers.size();
     const ConvBuffer& buffer = net.buffers[top];
     Type* to = values(top);
-    with_slope<N>(net.layers[top - 1], slopes(top), [&](const auto& slope) {
+    with_slope<N>(net.layers[top - 1], slopes(top), [&](const auto& times_slope) {
       each_pixel(buffer, [&](int64_t, int64_t y, int64_t x, int64_t at) {
         const float* head = batch.head + (y * buffer.width + x) * buffer.pixel;
         for (int c = 0; c < buffer.pixel; c += kLanes) {
-          N::store(to + at + c, Vector::load(head + c) * slope(to + at + c));
+          N::store(to + at + c, times_slope(Vector::load(head + c), to + at + c));
         }
       });
     });
@@ -223,10 +223,10 @@ struct Chunk {
   // The gradient after layer k's convolution becomes that before it and, in place of the values
   // that its slopes come from, before the activation below.
   void backward(size_t k) const {
-    with_slope<N>(net.layers[k - 1], slopes(k), [&](const auto& slope) {
+    with_slope<N>(net.layers[k - 1], slopes(k), [&](const auto& times_slope) {
       for (const ConvPass& pass : net.backward[k]) {
         run_pass<N>(pass, ends(k + 1, k), chains, batch.packed,
-                    [&](Type* to, int, Float sum) { N::store(to, sum * slope(to)); });
+                    [&](Type* to, int, Float sum) { N::store(to, times_slope(sum, to)); });
       }
     });
   }

@@ -12,6 +12,7 @@ from fastlangevin.cost import cost, matrix_rate
 from fastlangevin.network import Graph
 from fastlangevin.recorder import recognise
 from fastlangevin.sampler import LangevinSampler
+from fastlangevin.score import check_precision
 
 NAIVE = "plain loop"
 _SCORES = ("general", "lean", "fused")
@@ -59,12 +60,14 @@ def bench(
     }
     refused = []
     for precision in precisions:
+        check_precision(precision, x.device)
+    for precision in precisions:
         for score in _SCORES:
             options = settings | {"steps": steps, "score": score, "precision": precision}
             try:
                 sampler = LangevinSampler(energy, **options)
                 sampler(x, seed=0)
-            except (RuntimeError, ValueError) as error:
+            except (ArithmeticError, RuntimeError, ValueError) as error:
                 reason = str(error).split("cannot run: ")[-1]
                 refused.append(Row(score, precision, float("nan"), float("nan"), None, reason))
                 continue

@@ -7,6 +7,8 @@ is the same in every chain, and is found when the weights are packed.
 """
 
 import functools
+import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -60,12 +62,14 @@ class LeanScore:
         self._passes: dict[bool, _Passes] = {}
         self._bases = graph.bases
         self._seen: list[tuple[int, int]] = []
+        # A sampler may be called from several threads; the values kept for the way back are one.
+        self._lock = threading.Lock()
         shape = (self.chains, *graph.shape)
         self._start = spread(torch.zeros((), dtype=self.dtype, device=graph.device), shape)
 
     def begin(self) -> None:
         """Read the weights: for every chain, as a write through .data leaves no other trace."""
-        with torch.no_grad(), network_precision(self.precision, self.graph.device):
+        with self._lock, torch.no_grad(), network_precision(self.precision, self.graph.device):
             self._read()
 
     def _read(self) -> None:
@@ -85,7 +89,7 @@ class LeanScore:
         """(energies [n] or None, d energy / d x in x's shape and dtype)."""
         if not self.chains:
             return (x.new_zeros(0) if want_energies else None), torch.zeros_like(x)
-        with network_precision(self.precision, x.device):
+        with self._lock, network_precision(self.precision, x.device):
             if self._seen != [_state(base) for base in self._bases]:
                 self._read()
             passes = self._passes.get(want_energies)
@@ -96,8 +100,17 @@ class LeanScore:
             grad = passes.backward(self._offsets)
         return energies, grad.to(x.dtype)
 
-    def held_bytes(self) -> None:
-        return None
+    def held_bytes(self) -> int:
+        """About: packed weights both ways, what activations keep, and the two largest values."""
+        item, nodes = self.dtype.itemsize, self.graph.nodes
+        sizes = [math.prod(node.shape) * self.chains for node in nodes]
+        kept = sum(
+            size / 8 if node.kind in ("leaky_relu", "relu") else size * item
+            for node, size in zip(nodes, sizes, strict=True)
+            if node.kind in ACTIVATIONS
+        )
+        weights = 2 * item * sum(base.numel() for base in self._bases)
+        return int(weights + kept + item * sum(sorted(sizes)[-2:]))
 
     def buffers(self) -> list[Tensor]:
         """What a chain's launches read and write that is held between them, once begun."""

@@ -4,11 +4,14 @@ The recorder sees the operators themselves, so that any way of writing a network
 another (modules, functions, operators), and nothing is guessed from the names of modules.
 """
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlangevin.network import HOOKS, Constant, Graph, Node, fingerprint, global_hooks
@@ -72,6 +75,7 @@ class _Unrecognised(Exception):
 
 def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
     dtype = network_dtype(energy, x.dtype)
+    drawn = _foreign_generators()
     start = torch.zeros((rows, *x.shape[1:]), dtype=dtype, device=x.device, requires_grad=True)
     recorder = Recorder(start, (*energy.parameters(), *energy.buffers()))
     try:
@@ -80,13 +84,38 @@ def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
             torch.autocast(x.device.type, enabled=False),
             torch.enable_grad(),  # the graph that autograd makes shows what operators do not
             recorder,
+            _Numbers(recorder),
         ):
             out = energy(start)
+        if drawn != _foreign_generators():
+            return "it draws random numbers outside torch"
         return recorder.graph(out, x, *(fingerprint(energy, x), tuple(energy.modules())))
     except Exception as error:
         if recorder.reason is not None:
             return recorder.reason
         return f"it raises {type(error).__name__}: {error}"
+
+
+def _foreign_generators() -> tuple[Any, ...]:
+    """The states of Python's and NumPy's global generators."""
+    name, keys, position, *_ = np.random.get_state()  # noqa: NPY002 - what an energy may draw from
+    return random.getstate(), name, np.asarray(keys).tobytes(), position
+
+
+class _Numbers(TorchFunctionMode):
+    """Refuses what turns tensors into numbers of Python's, which no operator shows."""
+
+    _READ = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.item)
+
+    def __init__(self, recorder: "Recorder") -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._READ:
+            self.recorder.reason = f"it reads values through {func.__name__}()"
+            raise _Unrecognised(self.recorder.reason)
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):

@@ -22,6 +22,7 @@ from fastlangevin.arguments import (
 from fastlangevin.chain import Chain
 from fastlangevin.cost import explain_cost
 from fastlangevin.graphs import Graphs
+from fastlangevin.recorder import recognise
 from fastlangevin.score import check_precision, device_of
 from fastlangevin.scores import Choice, Recognised, check_score, choose_score, warn_of_modes
 from fastlangevin.step import backend_status, check_backend, choose_backend
@@ -103,7 +104,7 @@ class LangevinSampler:
         layers, common activations, average pools and sums; "fused", that in kernels of our own, for
         plain stacks of convolutions (native on the CPU; in Triton on GPUs, by name alone until it
         has been measured there); "compiled", torch.compile, by name alone; "auto", the fastest that
-        serves, which explain() tells.
+        serves, which explain() tells. Differentiable chains take the general one.
 
     The defaults are the paper's (arXiv 1904.09770, app. 7.3), up to its sign: there f = -energy.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run.
@@ -318,7 +319,9 @@ class LangevinSampler:
         lines = [f"score      {choice.name}: {_SCORE_TEXT[choice.name]}, {precision}"]
         lines += [f"           not {name}: {why}" for name, why in choice.why_not.items()]
         if x0 is not None and x0.shape[0]:
-            lines += explain_cost(choice, x0, self.precision)
+            found = choice.graph or recognise(self.energy, x0)
+            graph = None if isinstance(found, str) else found
+            lines += explain_cost(choice._replace(graph=graph), x0, self.precision)
         state = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         chain = Chain(self, 0, 0, 0, None, {})
         lines.append(f"graph      {self._graphs.explain(chain, state, choice)}")

@@ -143,7 +143,7 @@ def left_as_found(
     """
     modules = modules_of(energy)
     # torch.func.functional_call may have put tensors in their place that are no leaves: those stay.
-    found = [p for m in modules for p in m.parameters() if p.requires_grad and p.is_leaf]
+    found = [p for m in modules for p in m.parameters() if _freezes(p)]
     frozen = found if freeze else []
     buffers = Buffers(energy)
     with kept_generators(device):
@@ -155,6 +155,10 @@ def left_as_found(
             for parameter in frozen:
                 parameter.requires_grad_(True)
             buffers.put_back()
+
+
+def _freezes(p: Tensor) -> bool:
+    return p.requires_grad and p.is_leaf and not p.is_inference()
 
 
 @contextlib.contextmanager

@@ -97,7 +97,9 @@ def choose_score(
     if score == "compiled":
         reason = compiled_refusal(energy, model_kwargs)
         if reason is None:
-            run = known.plan(lambda: CompiledScore(energy, precision), "compiled", precision)
+            run = known.plan(
+                lambda: CompiledScore(energy, precision), "compiled", precision, id(energy)
+            )
             return Choice("compiled", run, why_not)
         raise RuntimeError(f'LangevinSampler: score "compiled" cannot run: {reason}')
     graph = _recognised(energy, x, precision, model_kwargs, known)
@@ -105,6 +107,8 @@ def choose_score(
         if score != "auto":
             raise RuntimeError(f'LangevinSampler: score "{score}" cannot run: {graph}')
         return Choice("general", None, {"fused, lean": graph})
+    if any(base.grad_fn is not None for base in graph.bases):
+        known = Recognised()  # functional_call's weights: nothing of them outlives the call
     if score != "lean":
         fused = _fused(graph, x, precision, known, by_name=score == "fused")
         if not isinstance(fused, str):

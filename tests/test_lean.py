@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -306,8 +308,7 @@ def test_bf16_is_as_good_as_autocast(activation: str) -> None:
     assert error(grad, exact) > 1e-4
 
 
-@pytest.mark.parametrize("precision", [None, "fp32"])
-def test_fp32_is_strict_inside_autocast(precision: str | None) -> None:
+def test_fp32_is_strict_inside_autocast() -> None:
     energy, x = seeded(lambda: fl.ConvEnergy(size=8, width=4)), numbers((3, 3, 8, 8))
     score = lean(energy, x, "fp32")
     want = score(x, False)[1]
@@ -343,3 +344,33 @@ def test_signs_by_hand() -> None:
     image = numbers((2, 3, 5, 4)).to(memory_format=torch.channels_last)
     got = apply_signs_(torch.ones_like(image), pack_signs(image), 0.5)
     assert torch.equal(got, torch.where(image > 0, 1.0, 0.5))
+
+
+def test_threads_share_a_score() -> None:
+    energy = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3),
+            nn.GELU(), nn.Flatten(), nn.Linear(32, 1),
+        )
+    )  # fmt: skip
+    run = fl.LangevinSampler(energy, steps=3, score="lean")
+    starts = [numbers((2, 3, 8, 8), seed) for seed in range(4)]
+    want = [run(x, seed=0) for x in starts]
+    found: list[list[Tensor]] = [[] for _ in starts]
+
+    def work(k: int) -> None:
+        found[k] += [run(starts[k], seed=0) for _ in range(20)]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(len(starts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    for ends, end in zip(found, want, strict=True):
+        assert len(ends) == 20
+        assert all(torch.equal(x, end) for x in ends)

@@ -1,5 +1,6 @@
 """What the recorder recognises, what it refuses and why, and graphs as stacks of convolutions."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -269,56 +270,91 @@ def test_a_recording_leaves_no_graph_and_no_flags() -> None:
 
 
 class Scaled(nn.Module):
+    """Code that is not torch's may read anything."""
+
+    scale = 2.0
+
     def __init__(self) -> None:
         super().__init__()
         self.net, self.factor = net(), 2.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.factor * SCALE * self.net(x)
+    def forward(self, x: Tensor, more: list[float] = [1.0]) -> Tensor:  # noqa: B006
+        return self.factor * self.scale * SCALE * TABLE["scale"] * more[0] * self.net(x)
 
 
-class Tabled(Scaled):
-    def forward(self, x: Tensor) -> Tensor:
-        return TABLE["scale"] * self.net(x)
-
-
-CHANGES: dict[str, Callable[[Scaled], Any]] = {
-    "attribute": lambda m: setattr(m, "factor", 3.0),
-    "stride": lambda m: setattr(m.net[0], "padding", (1, 1)),
+CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "stride": lambda m: setattr(m[0], "padding", (1, 1)),
     "mode": lambda m: m.eval(),
-    "hook": lambda m: m.net[1].register_forward_hook(lambda *_: None),
-    "module": lambda m: m.net.__setitem__(1, nn.Tanh()),
-    "parameter": lambda m: setattr(m.net[0], "weight", nn.Parameter(torch.ones(2, 3, 3, 3))),
-    "data": lambda m: setattr(m.net[0].weight, "data", torch.ones(2, 3, 3, 3)),
+    "hook": lambda m: m[1].register_forward_hook(lambda *_: None),
+    "module": lambda m: m.__setitem__(1, nn.Tanh()),
+    "parameter": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(2, 3, 3, 3))),
+    "data": lambda m: setattr(m[0].weight, "data", torch.ones(2, 3, 3, 3)),
     "dtype": lambda m: m.double(),
-    "forward": lambda m: setattr(m.net[1], "forward", torch.tanh),
+    "forward": lambda m: setattr(m[1], "forward", torch.tanh),
     "extra": lambda m: setattr(m, "table", {}),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_is_noticed(change: Callable[[Scaled], Any]) -> None:
-    module = Scaled()
+def test_a_change_is_noticed(change: Callable[[nn.Sequential], Any]) -> None:
+    module = net()
     found = graph(module)
     assert found.is_current(module, X)
     with torch.no_grad():
-        module.net[0].weight.mul_(2)
+        module[0].weight.mul_(2)
     assert found.is_current(module, X[:1])
     change(module)
     assert not found.is_current(module, X)
 
 
-def test_other_states_and_globals_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Scaled()
+def test_other_states_are_noticed() -> None:
+    module = net()
     found = graph(module)
     assert not found.is_current(module, X[:, :, :7])
     assert not found.is_current(module, X.double())
-    monkeypatch.setitem(globals(), "SCALE", 3.0)
-    assert not found.is_current(module, X)
+
+
+@pytest.mark.parametrize("change", ["attribute", "class", "global", "table", "default", "forward"])
+def test_what_other_code_reads_is_never_stale(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Scaled()
+    run, general = (
+        fl.LangevinSampler(module, 1, noise_std=0.0, score=score) for score in ("lean", "general")
+    )
+    before = run(X, seed=0)
+    if change == "attribute":
+        module.factor = 3.0
+    elif change == "class":
+        monkeypatch.setattr(Scaled, "scale", 3.0)
+    elif change == "global":
+        monkeypatch.setitem(globals(), "SCALE", 3.0)
+    elif change == "table":
+        monkeypatch.setitem(TABLE, "scale", 3.0)
+    elif change == "default":
+        monkeypatch.setattr(Scaled.forward, "__defaults__", ([3.0],))
+    else:
+        monkeypatch.setattr(Scaled, "forward", lambda m, x: 3.0 * m.net(x))
+    after = run(X, seed=0)
+    want = general(X, seed=0)
+    assert (after - want).norm() < 1e-4 * want.norm()
+    assert (after - before).norm() > 0.1 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: rows(m.one(x)) * m.one.bias.tolist()[0], "tolist()"),
+        (lambda m, x: rows(m.one(x)) * float(m.one.bias.detach().numpy()[0]), "numpy()"),
+        (lambda m, x: rows(m.one(x)) * (1 + (random.random() < 2)), "random numbers outside torch"),
+    ],
+)
+def test_numbers_that_no_operator_shows_are_refused(forward: Callable, reason: str) -> None:
+    found = recognise(Custom(forward), X)
+    assert isinstance(found, str)
+    assert reason in found
 
 
 def test_what_may_change_unseen_is_recorded_anew() -> None:
-    for module in (Tabled(), Custom(lambda m, x: rows(m.one(x)))):
+    for module in (Scaled(), Custom(lambda m, x: rows(m.one(x)))):
         found = graph(module)
         assert not found.is_current(module, X)
         assert found.key == graph(module).key

@@ -7,6 +7,7 @@ batch and on any number of threads. csrc/convnet.h says how.
 """
 
 import functools
+import math
 import threading
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastlangevin.stack import ConvStack, StackedConv, conv_stack
 # Chains that a thread takes at a time: enough that a read of the weights serves several, and
 # weights of deep layers are the larger part of what is read; not more than a cache holds.
 _CHUNK, _CHUNK_BYTES = 8, 2**22
+_MAX_ELEMENTS = 2**31 - 2**16
 
 _ACTIVATIONS = {"leaky_relu": 0, "relu": 0, "silu": 1, "softplus": 2, "elu": 3, "tanh": 4}
 
@@ -40,6 +42,30 @@ def refusal(stack: ConvStack, x: Tensor, precision: str | None) -> str | None:
             return f"a convolution has {conv.groups} groups"
         if conv.activation.kind not in _ACTIVATIONS:
             return f"no kernel has the activation {conv.activation.kind}"
+    return _why_wasteful(stack)
+
+
+def _why_wasteful(stack: ConvStack) -> str | None:
+    """Every pixel that a convolution reads meets every weight of its residue on the way back."""
+    useful = planned = 0
+    height, width = stack.shape[1:]
+    for conv in stack.convs:
+        out, channels, *kernel = conv.weight.shape
+        after = [
+            (size + 2 * conv.padding[i] - conv.dilation[i] * (kernel[i] - 1) - 1) // conv.stride[i]
+            + 1
+            for i, size in enumerate((height, width))
+        ]
+        weights = out * channels * math.prod(kernel)
+        useful += 2 * math.prod(after) * weights
+        planned += math.prod(after) * weights
+        planned += height * width * weights // math.prod(conv.stride)
+        if max(out, channels) * (height + 2 * kernel[0]) * (width + 2 * kernel[1]) > _MAX_ELEMENTS:
+            return "a chain is too large: its values are numbered in 31 bits"
+        height, width = after
+    if planned > 2 * useful:
+        ratio = planned / useful
+        return f"its way back would take {ratio:.1f} times the products there are (wide kernels)"
     return None
 
 
