@@ -320,7 +320,8 @@ def test_what_other_code_reads_is_never_stale(change: str, monkeypatch: pytest.M
     run, general = (
         fl.LangevinSampler(module, 1, noise_std=0.0, score=score) for score in ("lean", "general")
     )
-    before = run(X, seed=0)
+    x = torch.linspace(-1, 1, X.numel()).view_as(X)  # where some relu is alive
+    before = run(x, seed=0)
     if change == "attribute":
         module.factor = 3.0
     elif change == "class":
@@ -333,10 +334,9 @@ def test_what_other_code_reads_is_never_stale(change: str, monkeypatch: pytest.M
         monkeypatch.setattr(Scaled.forward, "__defaults__", ([3.0],))
     else:
         monkeypatch.setattr(Scaled, "forward", lambda m, x: 3.0 * m.net(x))
-    after = run(X, seed=0)
-    want = general(X, seed=0)
-    assert (after - want).norm() < 1e-4 * want.norm()
-    assert (after - before).norm() > 0.1 * want.norm()
+    moved, want, was = (end - x for end in (run(x, seed=0), general(x, seed=0), before))
+    assert (moved - want).norm() < 1e-3 * want.norm()
+    assert (moved - was).norm() > 0.1 * want.norm()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fastlangevin.stack import ConvStack, StackedConv, conv_stack
 
 # Chains that a thread takes at a time: enough that a read of the weights serves several, and
 # weights of deep layers are the larger part of what is read; not more than a cache holds.
-_CHUNK, _CHUNK_BYTES = 8, 2**22
+_CHUNK, _CHUNK_BYTES = 8, 2**21
 _MAX_ELEMENTS = 2**31 - 2**16
 
 _ACTIVATIONS = {"leaky_relu": 0, "relu": 0, "silu": 1, "softplus": 2, "elu": 3, "tanh": 4}
