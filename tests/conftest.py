@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlangevin.kernels import extension
 from fastlangevin.step import backend_status
 
 # Without a GPU Triton's kernels run interpreted: asked for here, before anything imports Triton.
@@ -72,3 +73,33 @@ def _bfloat16_of_tritons_interpreter() -> None:
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+
+
+def instruction_sets() -> list[str]:
+    """Those of the extension that this processor runs."""
+    if extension.library is None:
+        return []
+    best = extension.library.instruction_set()
+    names = [n for n in ("baseline", "avx2", "avx512", "avx512_bf16") if choose(n)]
+    choose(best)
+    return names
+
+
+def choose(name: str) -> bool:
+    return extension.library.choose_instruction_set(name)
+
+
+@pytest.fixture(params=instruction_sets())
+def instruction_set(request):
+    best = extension.library.instruction_set()
+    choose(request.param)
+    yield request.param
+    choose(best)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from fastlangevin.kernels import convnet, extension
 from fastlangevin.stack import conv_stack, recognise
-from tests.test_native import instruction_set, threads  # noqa: F401
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -90,7 +89,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name, instruction_set):  # noqa: F811
+def test_activations(name, instruction_set):
     activation, smooth = ACTIVATIONS[name]
     body = net(nn.Conv2d(3, 9, 3, 1, 1), activation(), nn.Conv2d(9, 20, 4, 2, 1), activation())
     check(with_head(body, (3, 8, 8)), states(5, 3, 8, 8), smooth)
@@ -111,7 +110,7 @@ def test_activations(name, instruction_set):  # noqa: F811
     ],
     ids=str,
 )
-def test_geometries(geometry, size, channels, instruction_set):  # noqa: F811
+def test_geometries(geometry, size, channels, instruction_set):
     first, second, third = channels
     body = net(
         nn.Conv2d(first, second, **geometry), nn.SiLU(), nn.Conv2d(second, third, 1), nn.SiLU()
@@ -119,7 +118,7 @@ def test_geometries(geometry, size, channels, instruction_set):  # noqa: F811
     check(with_head(body, (first, *size)), states(3, first, *size), smooth=True)
 
 
-def test_linear_layers_and_layers_without_activation(instruction_set):  # noqa: F811
+def test_linear_layers_and_layers_without_activation(instruction_set):
     energy = net(
         nn.Conv2d(2, 6, 3, 1, 1, bias=False),
         nn.Conv2d(6, 16, 4, 4),
@@ -133,14 +132,14 @@ def test_linear_layers_and_layers_without_activation(instruction_set):  # noqa: 
     check(energy, states(4, 2, 8, 8), smooth=False)
 
 
-def test_weights_that_fill_several_blocks(instruction_set):  # noqa: F811
+def test_weights_that_fill_several_blocks(instruction_set):
     # More products to a pixel than are summed at a time: 16 x 300 channels.
     body = net(nn.Conv2d(3, 300, 1), nn.SiLU(), nn.Conv2d(300, 24, 4, 2, 1), nn.SiLU())
     check(with_head(body, (3, 8, 8)), states(2, 3, 8, 8), smooth=True)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 17])
-def test_bfloat16_is_exact_where_its_numbers_are(channels, instruction_set):  # noqa: F811
+def test_bfloat16_is_exact_where_its_numbers_are(channels, instruction_set):
     # Sums of few small integers and halves: nothing to round anywhere.
     torch.manual_seed(channels)
     energy = nn.Sequential(
@@ -167,7 +166,7 @@ def test_a_padded_channel_does_not_carry_a_nan_into_the_next_call():
 
 
 @pytest.mark.parametrize("chains", [0, 1, 2, 7, 33])
-def test_chains_do_not_know_of_each_other(chains, threads):  # noqa: F811
+def test_chains_do_not_know_of_each_other(chains, threads):
     body = net(nn.Conv2d(3, 8, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 16, 4, 2, 1), nn.SiLU())
     energy = with_head(body, (3, 8, 8))
     x = states(33, 3, 8, 8)
@@ -250,7 +249,7 @@ def test_what_is_not_finite_goes_where_autograds_goes(name, bad):
         assert torch.equal(one, two)
 
 
-def test_a_relu_turns_minus_infinity_to_nothing(instruction_set):  # noqa: F811
+def test_a_relu_turns_minus_infinity_to_nothing(instruction_set):
     energy = with_head(net(nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU()), (1, 8, 8))
     energy[0].bias.data[3] = -float("inf")
     check(energy, states(3, 1, 8, 8), smooth=False)

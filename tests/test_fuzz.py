@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import choose, instruction_sets
 from torch import Tensor
 
 from fastlangevin import noise
@@ -17,19 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def instruction_sets() -> list[str]:
-    if extension.library is None:
-        return []
-    best = extension.library.instruction_set()
-    names = [n for n in ("baseline", "avx2", "avx512") if _choose(n)]
-    _choose(best)
-    return names
-
-
-def _choose(name: str) -> bool:
-    return extension.library.choose_instruction_set(name)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -99,9 +87,9 @@ def test_any_step_is_the_reference(case, name):
     by_torch = noise.normal_ref(*address, first_chain=options["first_chain"]) if drawn else z
     apply_step_(reference.step_, independent, grad, by_torch, **options)
     best = extension.library.instruction_set()
-    _choose(name)
+    choose(name)
     got = apply_step_(native.step_, x, grad, z, **options, **outputs)
-    _choose(best)
+    choose(best)
     out, cast = outputs["out"], outputs["cast"]
     assert got is (x if out is None else out)
     assert out is None or torch.equal(x, before)

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from conftest import choose, instruction_sets
 from torch import Tensor
 
 from fastlangevin import langevin_step_, noise
@@ -22,35 +23,6 @@ SIZES = [0, 1, 3, 4, 5, 1023, 4095, 4096, 4097, 1_000_000]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ADDRESS = {"seed": 2**64 - 3, "step": 7, "first_chain": 5}
 OPTIONS = {**ADDRESS, "step_size": 0.3, "noise_std": 0.05, "clamp": (-1.0, 1.0)}
-
-
-def instruction_sets() -> list[str]:
-    if extension.library is None:
-        return []
-    best = extension.library.instruction_set()
-    names = [n for n in ("baseline", "avx2", "avx512", "avx512_bf16") if _choose(n)]
-    _choose(best)
-    return names
-
-
-def _choose(name: str) -> bool:
-    return extension.library.choose_instruction_set(name)
-
-
-@pytest.fixture(params=instruction_sets())
-def instruction_set(request):
-    best = extension.library.instruction_set()
-    _choose(request.param)
-    yield request.param
-    _choose(best)
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,11 +55,11 @@ def test_instruction_sets_give_the_same_bits(shape):
     best = extension.library.instruction_set()
     results = []
     for name in instruction_sets():
-        assert _choose(name)
+        assert choose(name)
         z = noise.normal(shape, **ADDRESS)
         x = native.step_(randn(*shape), randn(*shape, seed=1), None, grad_clip=0.7, **OPTIONS)
         results.append((z, x))
-    _choose(best)
+    choose(best)
     for z, x in results:
         assert torch.equal(z, results[0][0])
         assert torch.equal(x, results[0][1])
@@ -283,7 +255,7 @@ def test_numbers_out_of_range_are_refused():
 
 
 def test_an_unknown_instruction_set_is_refused():
-    assert not _choose("avx1024")
+    assert not choose("avx1024")
     assert extension.library.instruction_set() in instruction_sets()
 
 
