@@ -55,7 +55,9 @@ def explain_cost(choice: Choice, x: Tensor, precision: str | None) -> list[str]:
     if graph is not None:
         each = cost(graph)
         item = 2 if precision in _DTYPES else graph.dtype.itemsize
-        flops, least = each.flops * chains, 4 * each.weights // 2 * item + 3 * 4 * x.numel()
+        flops = each.flops * chains
+        # Weights once each way; the state and its gradient read, the state written.
+        least = 2 * item * each.weights + 3 * 4 * x.numel()
         rate = matrix_rate(x.device, precision, threads if x.device.type == "cpu" else 0)
         limit = max(flops / rate, least / copy_bandwidth(x.device, threads))
         text = (

@@ -284,7 +284,10 @@ class LangevinSampler:
 
         With x0 also what gradients through the chain take by each ``checkpoint``, in evaluations of
         the energy and its gradient and in bytes, found by differentiating one step from there.
+        Raises as a call does for an x0 that does not fit.
         """
+        if x0 is not None:
+            self._copy(x0)
         device = device_of(self.energy) or torch.device("cpu") if x0 is None else x0.device
         check_precision(self.precision, device)
         backend = choose_backend(self.backend, device)

@@ -563,6 +563,13 @@ def test_fused_steps_are_steps_along_the_gradient(noise_order: str, given: bool)
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
+def test_explain_checks_its_states(net: nn.Module) -> None:
+    with pytest.raises(TypeError, match="x0 must be a tensor, got ndarray"):
+        sampler(net).explain(np.zeros(SHAPE))
+    with pytest.raises(TypeError, match="x0 must be of floating dtype"):
+        sampler(net).explain(torch.zeros(SHAPE, dtype=torch.int64))
+
+
 @needs_extension
 def test_fused_chains_are_the_same_bits_in_every_batch() -> None:
     run = sampler(fl.ConvEnergy(size=8, width=4), steps=20, step_size=1.0, noise_std=0.01)
