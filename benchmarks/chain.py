@@ -23,7 +23,7 @@ import fastlangevin as fl
 from benchmarks import timing
 from fastlangevin.bench import plain_loop
 from fastlangevin.cost import cost, matrix_rate
-from fastlangevin.recorder import recognise
+from fastlangevin.scores.recorder import recognise
 
 PAPER = "paper's loop"
 STEP_SIZE, NOISE_STD = 1.0, 0.01

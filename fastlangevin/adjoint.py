@@ -28,7 +28,7 @@ from fastlangevin.schedules import (
     cost_text,
     states_for,
 )
-from fastlangevin.score import left_as_found
+from fastlangevin.scores.general import left_as_found
 from fastlangevin.states import free_memory
 from fastlangevin.trace import (
     Adjoint,

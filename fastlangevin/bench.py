@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastlangevin.cost import cost, matrix_rate
-from fastlangevin.network import Graph
-from fastlangevin.recorder import recognise
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.score import check_precision
+from fastlangevin.scores.general import check_precision
+from fastlangevin.scores.network import Graph
+from fastlangevin.scores.recorder import recognise
 
 NAIVE = "plain loop"
 _SCORES = ("general", "lean", "fused")

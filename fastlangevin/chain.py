@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import Coefficient, at_step
-from fastlangevin.fused_gpu import FusedScore
-from fastlangevin.score import energy_and_grad, left_as_found, seed_generators
-from fastlangevin.scores import Score
+from fastlangevin.scores.choice import Score
+from fastlangevin.scores.fused_gpu import FusedScore
+from fastlangevin.scores.general import energy_and_grad, left_as_found, seed_generators
 from fastlangevin.step import apply_step_, bind_step, resolve_backend
 
 if TYPE_CHECKING:

@@ -9,16 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.network import Graph
-from fastlangevin.operators import ACTIVATIONS
-from fastlangevin.scores import Choice
+from fastlangevin.scores.network import Graph
+from fastlangevin.scores.operators import ACTIVATIONS
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-# Part of the rate of torch's matrix products that a chain reaches, in float32 and on the CPU, as
-# benchmarks/results has it for the paper's networks of width 16 to 64 at batch 64.
-_EXPECTED = {"general": (0.3, 0.55), "lean": (0.4, 0.7), "fused": (0.55, 0.8)}
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Cost(NamedTuple):
@@ -48,44 +42,6 @@ def cost(graph: Graph) -> Cost:
     return Cost(flops, activations, weights)
 
 
-def explain_cost(choice: Choice, x: Tensor, precision: str | None) -> list[str]:
-    """Lines of a plan: work and memory of a step of these states, and the machine's limit."""
-    lines = []
-    graph, chains, threads = choice.graph, x.shape[0], torch.get_num_threads()
-    if graph is not None:
-        each = cost(graph)
-        item = 2 if precision in _DTYPES else graph.dtype.itemsize
-        flops = each.flops * chains
-        # Weights once each way; the state and its gradient read, the state written.
-        least = 2 * item * each.weights + 3 * 4 * x.numel()
-        rate = matrix_rate(x.device, precision, threads if x.device.type == "cpu" else 0)
-        limit = max(flops / rate, least / copy_bandwidth(x.device, threads))
-        text = (
-            f"work       {flops / 1e9:.3g} GFLOP a step, at least {least / 2**20:.3g} MiB to move; "
-            f"at this machine's {rate / 1e9:.3g} GFLOP/s (torch's matrix product) "
-            f"{limit * 1e3:.3g} ms"
-        )
-        lines.append(text)
-        expected = _EXPECTED.get(choice.name) if x.device.type == "cpu" else None
-        if expected is None or precision in _DTYPES:
-            lines.append(
-                "           distance from that limit: not measured; fastlangevin bench does"
-            )
-        else:
-            low, high = expected
-            lines.append(
-                f"           expected {limit / high * 1e3:.3g} to {limit / low * 1e3:.3g} ms, "
-                "as seen elsewhere; fastlangevin bench measures it here"
-            )
-    held = None if choice.run is None else choice.run.held_bytes()
-    if held is None and graph is not None and choice.run is None:
-        # Autograd keeps what every activation reads and what it puts out.
-        held = 2 * each.activations * chains * graph.dtype.itemsize
-    if held is not None:
-        lines.append(f"memory     about {held / 2**20:.3g} MiB held by the score")
-    return lines
-
-
 @functools.lru_cache
 def matrix_rate(device: torch.device, precision: str | None, threads: int) -> float:
     """FLOP/s of torch's product of two square matrices, the best of some; measured once.
@@ -95,7 +51,7 @@ def matrix_rate(device: torch.device, precision: str | None, threads: int) -> fl
     """
     size = 1024 if device.type == "cpu" else 8192
     rates = []
-    for dtype in {torch.float32, _DTYPES.get(precision or "", torch.float32)}:
+    for dtype in {torch.float32, HALVES.get(precision or "", torch.float32)}:
         a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
         rates.append(2 * size**3 / _best(functools.partial(torch.mm, a, b), device))
     return max(rates)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastlangevin.arguments import Coefficient
 from fastlangevin.chain import Chain, Overflow, check_overflow
-from fastlangevin.fused_gpu import FusedScore
-from fastlangevin.lean import LeanScore
-from fastlangevin.scores import Choice
+from fastlangevin.scores.choice import Choice
+from fastlangevin.scores.fused_gpu import FusedScore
+from fastlangevin.scores.lean import LeanScore
 from fastlangevin.step import choose_backend
 
 # A recording holds its chain's state, and the network's values for the time of a step.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.adjoint import explain as explain_gradients
 from fastlangevin.adjoint import unroll
 from fastlangevin.arguments import (
     GradClip,
@@ -20,19 +19,13 @@ from fastlangevin.arguments import (
     check_schedule,
 )
 from fastlangevin.chain import Chain
-from fastlangevin.cost import explain_cost
+from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
-from fastlangevin.recorder import recognise
-from fastlangevin.score import check_precision, device_of
-from fastlangevin.scores import Choice, Recognised, check_score, choose_score, warn_of_modes
-from fastlangevin.step import backend_status, check_backend, choose_backend
+from fastlangevin.scores.choice import Choice, Recognised, check_score, choose_score, warn_of_modes
+from fastlangevin.scores.general import check_precision, device_of
+from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
-_ORDER_TEXT = {
-    "after": "noise together with the gradient step",
-    "before": "noise before the gradient is taken",
-    "last": "noise after the clamp",
-}
 SETTINGS = (
     "steps",
     "step_size",
@@ -45,12 +38,6 @@ SETTINGS = (
     "backend",
     "score",
 )
-_SCORE_TEXT = {
-    "general": "forward and input gradient by autograd",
-    "lean": "an explicit forward and input gradient, no gradient of weights, no graph",
-    "fused": "the same in kernels of our own, a few chains through the whole network at a time",
-    "compiled": "forward and input gradient as one graph, by torch.compile",
-}
 _OP = "LangevinSampler"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -286,49 +273,7 @@ class LangevinSampler:
         the energy and its gradient and in bytes, found by differentiating one step from there.
         Raises as a call does for an x0 that does not fit.
         """
-        if x0 is not None:
-            self._copy(x0)
-        device = device_of(self.energy) or torch.device("cpu") if x0 is None else x0.device
-        check_precision(self.precision, device)
-        backend = choose_backend(self.backend, device)
-        lines = [
-            f"chain      {self.steps} steps, {'ascending f' if self.maximize else 'descending E'}, "
-            f"{_ORDER_TEXT[self.noise_order]}",
-            *self._explain_score(x0, device),
-            f"update     backend {backend} on {device}; reference with differentiable=True",
-        ]
-        lines += [
-            f"           not {name}: {reason}"
-            for name, reason in backend_status(device).items()
-            if reason is not None
-        ]
-        if x0 is not None:
-            state = x0.numel() * (8 if x0.dtype == torch.float64 else 4)
-            lines.append(f"state      {list(x0.shape)}, {state / 2**20:.1f} MiB")
-            if x0.shape[0]:
-                start, chain = self._prepare(x0, seed=0)
-                lines += explain_gradients(chain, start)
-        return "\n".join(lines)
-
-    def _explain_score(self, x0: Tensor | None, device: torch.device) -> list[str]:
-        precision = f"precision {self.precision or 'as torch is set'}"
-        shape = getattr(self.energy, "shape", None)
-        x = torch.zeros((1, *shape), device=device) if x0 is None and shape is not None else x0
-        if x is None:
-            known = self.score in ("general", "compiled")
-            text = _SCORE_TEXT[self.score] if known else "depends on the state's shape; give x0"
-            return [f"score      {self.score}: {text}, {precision}"]
-        choice = self.choose_score(x, {})
-        lines = [f"score      {choice.name}: {_SCORE_TEXT[choice.name]}, {precision}"]
-        lines += [f"           not {name}: {why}" for name, why in choice.why_not.items()]
-        if x0 is not None and x0.shape[0]:
-            found = choice.graph or recognise(self.energy, x0)
-            graph = None if isinstance(found, str) else found
-            lines += explain_cost(choice._replace(graph=graph), x0, self.precision)
-        state = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        chain = Chain(self, 0, 0, 0, None, {})
-        lines.append(f"graph      {self._graphs.explain(chain, state, choice)}")
-        return lines
+        return explain(self, x0)
 
     def _prepare(
         self,
@@ -376,6 +321,7 @@ class LangevinSampler:
         return x, Chain(self, seed, first_chain, first_step, noise, model_kwargs)
 
     def _copy(self, x0: Tensor) -> Tensor:
+        """x0 as a state to walk on, in float32 or float64; TypeError or ValueError if unfit."""
         if not isinstance(x0, Tensor):
             raise TypeError(f"{_OP}: x0 must be a tensor, got {type(x0).__name__}")
         if not x0.is_floating_point():

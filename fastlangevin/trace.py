@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlangevin.chain import Chain
 from fastlangevin.kernels import reference
 from fastlangevin.schedules import Sizes, reverse, sweep
-from fastlangevin.score import energy_and_grad, left_as_found, modules_of, seed_generators
+from fastlangevin.scores.general import energy_and_grad, left_as_found, modules_of, seed_generators
 from fastlangevin.states import Allocations, States
 
 _OP = "LangevinSampler"

@@ -15,9 +15,9 @@ import torch
 from compile_triton import OPTIONS, Recorder, compiled
 
 import fastlangevin as fl
-from fastlangevin import fused_gpu
 from fastlangevin.kernels import triton, triton_conv, triton_conv_grad
-from fastlangevin.stack import conv_stack, recognise
+from fastlangevin.scores import fused_gpu
+from fastlangevin.scores.stack import conv_stack, recognise
 
 ENDS = "forward 0", "backward 0"
 

@@ -12,7 +12,7 @@ from fastlangevin import bench
 from fastlangevin.cli import app
 from fastlangevin.cost import cost
 from fastlangevin.kernels import extension
-from fastlangevin.recorder import recognise
+from fastlangevin.scores.recorder import recognise
 
 
 def images(n: int = 3) -> torch.Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.kernels import convnet, extension
-from fastlangevin.stack import conv_stack, recognise
+from fastlangevin.kernels import extension
+from fastlangevin.scores import fused_cpu
+from fastlangevin.scores.stack import conv_stack, recognise
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -31,13 +32,13 @@ def states(*shape: int, seed: int = 1) -> Tensor:
     return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1
 
 
-def score_of(energy: nn.Module, x: Tensor, precision: str | None = None) -> convnet.ConvNetScore:
+def score_of(energy: nn.Module, x: Tensor, precision: str | None = None) -> fused_cpu.ConvNetScore:
     graph = recognise(energy, x)
     assert not isinstance(graph, str), graph
     stack = conv_stack(graph)
     assert not isinstance(stack, str), stack
-    assert convnet.refusal(stack, torch.zeros(1), precision) is None
-    return convnet.ConvNetScore(graph, x.shape[0], precision)
+    assert fused_cpu.refusal(stack, torch.zeros(1), precision) is None
+    return fused_cpu.ConvNetScore(graph, x.shape[0], precision)
 
 
 def by_autograd(energy: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -270,18 +271,18 @@ def test_refusals_say_why(body, reason):
     features = body(torch.zeros(1, 2, 8, 8, dtype=dtype)).numel()
     energy = nn.Sequential(*body, nn.Flatten(), nn.Linear(features, 1, dtype=dtype))
     stack = conv_stack(recognise(energy, torch.zeros(1, 2, 8, 8, dtype=dtype)))
-    assert reason in convnet.refusal(stack, torch.zeros(1), None)
+    assert reason in fused_cpu.refusal(stack, torch.zeros(1), None)
 
 
 def test_precisions_that_it_has_not():
     energy = with_head(net(nn.Conv2d(1, 4, 3), nn.SiLU()), (1, 8, 8))
     stack = conv_stack(recognise(energy, torch.zeros(1, 1, 8, 8)))
     for precision in (None, "fp32", "bf16"):
-        assert convnet.refusal(stack, torch.zeros(1), precision) is None
-    assert "tf32" in convnet.refusal(stack, torch.zeros(1), "tf32")
+        assert fused_cpu.refusal(stack, torch.zeros(1), precision) is None
+    assert "tf32" in fused_cpu.refusal(stack, torch.zeros(1), "tf32")
 
 
 def test_states_in_float64_are_left_to_others():
     energy = with_head(net(nn.Conv2d(1, 4, 3), nn.SiLU()), (1, 8, 8))
     stack = conv_stack(recognise(energy, torch.zeros(1, 1, 8, 8)))
-    assert "float64" in convnet.refusal(stack, torch.zeros(1, 1, 8, 8).double(), None)
+    assert "float64" in fused_cpu.refusal(stack, torch.zeros(1, 1, 8, 8).double(), None)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastlangevin as fl
-from fastlangevin import graphs, lean, scores, step
+from fastlangevin import graphs, step
 from fastlangevin.chain import Chain
-from fastlangevin.fused_gpu import FusedScore
 from fastlangevin.graphs import Graphs, kind_of, refusal
 from fastlangevin.kernels import conv_plan, reference, triton
-from fastlangevin.layers import Activation
-from fastlangevin.lean import LeanScore
-from fastlangevin.stack import Graph, conv_stack, recognise
+from fastlangevin.scores import choice, lean
+from fastlangevin.scores.fused_gpu import FusedScore
+from fastlangevin.scores.layers import Activation
+from fastlangevin.scores.lean import LeanScore
+from fastlangevin.scores.stack import Graph, conv_stack, recognise
 
 CPU = torch.device("cpu")
 K = 3
@@ -125,7 +126,7 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = triton.available(CPU)
     if reason is not None:
         pytest.skip(f"triton: {reason}")
-    monkeypatch.setattr(scores, "LeanScore", functools.partial(LeanScore, inplace=True))
+    monkeypatch.setattr(choice, "LeanScore", functools.partial(LeanScore, inplace=True))
     monkeypatch.setattr(lean, "Activation", OnCuda)
     monkeypatch.setitem(step._STEPS, "triton", taped_step_)
 
@@ -407,7 +408,7 @@ def test_the_fused_score(monkeypatch: pytest.MonkeyPatch) -> None:
         make = lambda: FusedScore(stack, x.shape[0], x.device, precision)  # noqa: E731
         return known.plan(make, "triton", x.shape[0], precision)
 
-    monkeypatch.setattr(scores, "_fused", fused)
+    monkeypatch.setattr(choice, "_fused", fused)
     energy = net()
     options = {"score": "fused", "precision": "fp16", "clamp": (-1.0, 1.0), "steps": 2}
     run, x = recorded(energy, Rerun(), **options), numbers()

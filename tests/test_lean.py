@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import fastlangevin as fl
 from fastlangevin.kernels.signs import apply_signs_, apply_signs_ref_, pack_signs, pack_signs_ref
-from fastlangevin.lean import LeanScore
-from fastlangevin.score import energy_and_grad
-from fastlangevin.stack import Graph, recognise
+from fastlangevin.scores.general import energy_and_grad
+from fastlangevin.scores.lean import LeanScore
+from fastlangevin.scores.stack import Graph, recognise
 
 SHAPE = (3, 4, 9, 7)  # odd and unequal, so that strides leave rows over
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.score import energy_and_grad, network_dtype
+from fastlangevin.scores.general import energy_and_grad, network_dtype
 
 
 def quartic(x: Tensor, scale: float = 1.0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlangevin as fl
-from fastlangevin.stack import ConvStack, Graph, conv_stack, recognise
+from fastlangevin.scores.stack import ConvStack, Graph, conv_stack, recognise
 
 X = torch.zeros(4, 3, 8, 8)
 SCALE = 2.0

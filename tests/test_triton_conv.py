@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from fastlangevin import fused_gpu
-from fastlangevin.fused_gpu import FusedScore
 from fastlangevin.kernels import conv_plan, triton
-from fastlangevin.stack import ConvStack, conv_stack, recognise
+from fastlangevin.scores import fused_gpu
+from fastlangevin.scores.fused_gpu import FusedScore
+from fastlangevin.scores.general import energy_and_grad
+from fastlangevin.scores.stack import ConvStack, conv_stack, recognise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [
@@ -174,7 +175,7 @@ def test_tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [plan.tiles for plan in score._forward] == [1, 2]
     assert score._forward[0].grid[0] > 1
     _, grad = score(x)
-    want = fl.score.energy_and_grad(energy.double(), x.double(), {})[1]
+    want = energy_and_grad(energy.double(), x.double(), {})[1]
     assert float((grad - want).norm() / want.norm()) <= TOLERANCES["fp32"]
 
 

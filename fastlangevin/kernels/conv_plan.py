@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastlangevin.stack import StackedConv
+    from fastlangevin.scores.stack import StackedConv
 
 DTYPES = {
     "fp32": torch.float32,

@@ -13,7 +13,7 @@ from fastlangevin.learn.data import ImageData, load_images
 from fastlangevin.learn.learner import Images, ShortRunLearner
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.score import check_precision
+from fastlangevin.scores.general import check_precision
 from fastlangevin.step import choose_backend
 
 # Numbers folded into the run's seed; those below 2**32 are iterations.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.learn.files import replacing
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.score import check_precision
+from fastlangevin.scores.general import check_precision
 from fastlangevin.step import choose_backend
 
 FORMAT = "fastlangevin checkpoint"

@@ -19,7 +19,7 @@ from fastlangevin.learn.checkpoint import (
 )
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.score import kept_generators, network_dtype, seed_generators
+from fastlangevin.scores.general import kept_generators, network_dtype, seed_generators
 
 _OP = "ShortRunLearner"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

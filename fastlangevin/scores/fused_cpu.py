@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels import extension
-from fastlangevin.network import Graph
-from fastlangevin.stack import ConvStack, StackedConv, conv_stack
+from fastlangevin.scores.network import Graph
+from fastlangevin.scores.stack import ConvStack, StackedConv, conv_stack
 
 # Chains that a thread takes at a time: enough that a read of the weights serves several, and
 # weights of deep layers are the larger part of what is read; not more than a cache holds.

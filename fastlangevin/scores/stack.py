@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlangevin.network import Constant, Graph, Node
-from fastlangevin.operators import ACTIVATIONS
-from fastlangevin.recorder import recognise
+from fastlangevin.scores.network import Constant, Graph, Node
+from fastlangevin.scores.operators import ACTIVATIONS
+from fastlangevin.scores.recorder import recognise
 
 __all__ = ["Activation", "ConvStack", "Graph", "StackedConv", "conv_stack", "recognise"]
 

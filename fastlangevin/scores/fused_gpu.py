@@ -31,7 +31,7 @@ from fastlangevin.kernels import conv_plan, reference, triton
 from fastlangevin.step import apply_step_
 
 if TYPE_CHECKING:
-    from fastlangevin.stack import ConvStack, StackedConv
+    from fastlangevin.scores.stack import ConvStack, StackedConv
 
 OFF = 'not measured on a GPU yet, so never chosen by itself; score="fused" runs it'
 

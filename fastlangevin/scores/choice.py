@@ -7,15 +7,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastlangevin import fused_gpu
-from fastlangevin.compiled import CompiledScore
-from fastlangevin.compiled import refusal as compiled_refusal
-from fastlangevin.kernels import convnet, extension
-from fastlangevin.lean import LeanScore
-from fastlangevin.network import Graph
-from fastlangevin.recorder import recognise
-from fastlangevin.score import modules_of
-from fastlangevin.stack import conv_stack
+from fastlangevin.kernels import extension
+from fastlangevin.scores import fused_cpu, fused_gpu
+from fastlangevin.scores.compiled import CompiledScore
+from fastlangevin.scores.compiled import refusal as compiled_refusal
+from fastlangevin.scores.general import modules_of
+from fastlangevin.scores.lean import LeanScore
+from fastlangevin.scores.network import Graph
+from fastlangevin.scores.recorder import recognise
+from fastlangevin.scores.stack import conv_stack
 
 SCORES = ("auto", "general", "lean", "fused", "compiled")
 # Batches of this many shapes are planned for at a time; each holds a copy of the weights.
@@ -132,11 +132,11 @@ def _fused(
         return stack
     chains, device = x.shape[0], x.device
     if device.type == "cpu":
-        reason = convnet.refusal(stack, x, precision)
+        reason = fused_cpu.refusal(stack, x, precision)
         if reason is not None:
             return reason
         return known.plan(
-            lambda: convnet.ConvNetScore(graph, chains, precision),
+            lambda: fused_cpu.ConvNetScore(graph, chains, precision),
             "native", chains, precision, torch.get_num_threads(),
             extension.library.instruction_set(),
         )  # fmt: skip

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.layers import (
+from fastlangevin.scores.general import network_precision
+from fastlangevin.scores.layers import (
     Activation,
     Add,
     AvgPool,
@@ -28,9 +29,8 @@ from fastlangevin.layers import (
     packs,
     spread,
 )
-from fastlangevin.network import Graph, Node
-from fastlangevin.operators import ACTIVATIONS
-from fastlangevin.score import network_precision
+from fastlangevin.scores.network import Graph, Node
+from fastlangevin.scores.operators import ACTIVATIONS
 
 Layer = Activation | Add | AvgPool | Conv | Linear | Reduction | Scale | View
 _COMPUTE = {"fp16": torch.float16, "bf16": torch.bfloat16}

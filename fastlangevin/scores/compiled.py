@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.score import (
+from fastlangevin.scores.general import (
     check_energies,
     left_as_found,
     modules_of,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastlangevin.network import Constant, Node
+from fastlangevin.scores.network import Constant, Node
 
 if TYPE_CHECKING:
-    from fastlangevin.recorder import Recorder
+    from fastlangevin.scores.recorder import Recorder
 
 
 def _conv(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels.signs import apply_signs_, pack_signs
-from fastlangevin.network import Node
+from fastlangevin.scores.network import Node
 
 aten = torch.ops.aten
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlangevin.network import HOOKS, Constant, Graph, Node, fingerprint, global_hooks
-from fastlangevin.operators import OPERATORS
-from fastlangevin.score import left_as_found, network_dtype
+from fastlangevin.scores.general import left_as_found, network_dtype
+from fastlangevin.scores.network import HOOKS, Constant, Graph, Node, fingerprint, global_hooks
+from fastlangevin.scores.operators import OPERATORS
 
 
 def recognise(energy: Callable[..., Tensor], x: Tensor) -> Graph | str:
