@@ -132,7 +132,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "xterm")
-    with cli._progress(3) as report:
+    with cli.learning._progress(3) as report:
         for iteration, norm in ((1, None), (2, 0.25), (3, None)):
             report(iteration, {"gap": 1.5 - iteration, "grad_norm": norm})
             time.sleep(0.01)
