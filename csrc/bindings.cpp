@@ -165,6 +165,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("bfloat16"))
       .def_readonly("packed", &fl::ConvNet::packed)
       .def_readonly("workspace", &fl::ConvNet::workspace)
+      .def_readonly("scratch", &fl::ConvNet::scratch)
       .def_property_readonly("head", [](const fl::ConvNet& net) {
         const fl::ConvBuffer& top = net.buffers.back();
         return py::make_tuple(top.height, top.width, top.pixel);

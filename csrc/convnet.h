@@ -43,8 +43,19 @@ struct ConvPass {
   int64_t in, out;               // channels
   std::vector<int32_t> from, to;  // for every pixel of a chain, where it reads and where it writes
   std::vector<int32_t> taps;
-  std::vector<int32_t> rows;     // for every tap, the kernel's position, ky * kw + kx
-  int64_t weights;               // where its packed weights begin, in words
+  std::vector<int32_t> rows;      // the kernel's positions in their order, ky * kw + kx
+  int64_t steps = 0;              // words multiplied from every tap on: of channels, and of several
+                                  // positions where those lie next to each other
+  int64_t weights = 0;            // where its packed weights begin, in words
+};
+
+// An input gradient of so few channels that vectors of them would be mostly padding. The products
+// of a pixel of the output with all kernel positions are computed side by side as if they were
+// channels, in float32; from there every pixel of the input collects its own.
+struct ConvSpread {
+  ConvPass products;
+  int64_t pixel = 0;   // from one pixel's products to the next one's; 0 where nothing is spread
+  int64_t values = 0;  // of one chain, in a frame as the output has
 };
 
 struct ConvNet {
@@ -54,9 +65,11 @@ struct ConvNet {
   std::vector<ConvBuffer> buffers;  // layers + 1
   std::vector<ConvPass> forward;
   std::vector<std::vector<ConvPass>> backward;
+  ConvSpread spread;                // the first layer's; its passes then only collect
   std::vector<int64_t> biases;      // where each layer's bias begins among the packed weights
   int64_t packed = 0;               // 32-bit words of all weights and biases as the kernels read them
   int64_t workspace = 0;            // bytes that one chain needs of a thread's workspace
+  int64_t scratch = 0;              // and that a thread needs behind those of its chains
 };
 
 // One call's operands. The gradient, and the energies where asked for, are written.

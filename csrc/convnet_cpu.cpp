@@ -35,6 +35,7 @@ std::vector<Reach> reaches(const ConvLayer& layer, int axis, int residue) {
     const int distance = residue + layer.padding[axis] - k * layer.dilation[axis];
     if (distance % layer.stride[axis] == 0) found.push_back({k, distance / layer.stride[axis]});
   }
+  std::reverse(found.begin(), found.end());  // in the order of memory
   return found;
 }
 
@@ -62,7 +63,7 @@ void frame(const ConvLayer& layer, ConvBuffer& in, ConvBuffer& out) {
 }
 
 ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBuffer& out) {
-  ConvPass pass{layer.in, layer.out, {}, {}, {}, {}, 0};
+  ConvPass pass{layer.in, layer.out};
   for (int y = 0; y < out.height; ++y) {
     for (int x = 0; x < out.width; ++x) {
       pass.from.push_back(in.at(first_read(layer, 0, y), first_read(layer, 1, x)));
@@ -83,7 +84,7 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
   std::vector<ConvPass> passes;
   for (int ry = 0; ry < std::min(layer.stride[0], in.height); ++ry) {
     for (int rx = 0; rx < std::min(layer.stride[1], in.width); ++rx) {
-      ConvPass pass{layer.out, layer.in, {}, {}, {}, {}, 0};
+      ConvPass pass{layer.out, layer.in};
       for (int y = ry; y < in.height; y += layer.stride[0]) {
         for (int x = rx; x < in.width; x += layer.stride[1]) {
           pass.from.push_back(out.at(y / layer.stride[0], x / layer.stride[1]));
@@ -102,15 +103,60 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
   return passes;
 }
 
-// [block of output channels][tap][input channels, by one or two][output channel of the block][which]
-void pack_pass(const ConvNet& net, const ConvPass& pass, const ConvLayer& layer, bool transposed,
-               const float* weights, float* packed) {
-  const int positions = layer.kernel[0] * layer.kernel[1], step = net.bfloat16 ? 2 : 1;
-  const int lanes = net.kernels->lanes, whole = lanes * net.kernels->vectors;
-  const auto weight = [&](int64_t i, int64_t o, int row) {
-    const int64_t pair = transposed ? i * layer.in + o : o * layer.in + i;
-    return o < pass.out && i < pass.in ? weights[pair * positions + row] : 0.0f;
+// Runs of taps next to each other in memory become one, where all runs are of one length.
+void join_taps(ConvPass& pass, int step) {
+  const int channels = round_up(static_cast<int>(pass.in), step);
+  const std::vector<int32_t> taps = std::move(pass.taps);
+  const auto runs_of = [&](size_t run) {
+    for (size_t k = 0; k < taps.size(); ++k) {
+      if (k % run != 0 && taps[k] != taps[k - 1] + channels) return false;
+    }
+    return taps.size() % run == 0;
   };
+  size_t run = std::max<size_t>(1, taps.size());
+  while (!runs_of(run)) --run;
+  pass.taps.clear();
+  for (size_t k = 0; k < taps.size(); k += run) pass.taps.push_back(taps[k]);
+  pass.steps = static_cast<int64_t>(run) * channels / step;
+}
+
+// The products of a layer's spread gradient, where that takes fewer than its passes; these then
+// read them.
+void plan_spread(const ConvLayer& layer, const ConvBuffer& out, int lanes,
+                 std::vector<ConvPass>& passes, ConvSpread& spread) {
+  const int positions = layer.kernel[0] * layer.kernel[1];
+  const int64_t pixel = round_up(positions * layer.in + 3, lanes);  // read by fours
+  int64_t multiplied = 0;
+  for (const ConvPass& pass : passes) {
+    multiplied += static_cast<int64_t>(pass.to.size() * pass.rows.size()) *
+                  round_up(layer.in, lanes);
+  }
+  if (out.height * out.width * pixel >= multiplied) return;
+  spread.pixel = pixel;
+  spread.values = out.chain / out.pixel * pixel;
+  spread.products = {layer.out, positions * layer.in};
+  spread.products.taps = spread.products.rows = {0};
+  for (int y = 0; y < out.height; ++y) {
+    for (int x = 0; x < out.width; ++x) {
+      spread.products.from.push_back(out.at(y, x));
+      spread.products.to.push_back(out.at(y, x) / out.pixel * pixel);
+    }
+  }
+  for (ConvPass& pass : passes) {
+    for (int32_t& from : pass.from) from = from / out.pixel * pixel;
+    for (size_t t = 0; t < pass.taps.size(); ++t) {
+      pass.taps[t] = pass.taps[t] / out.pixel * pixel + pass.rows[t] * layer.in;
+    }
+  }
+}
+
+// [block of output channels][tap][input channels, by one or two][output channel of the block][which]
+// weight(input channel, output channel, row) is 0 beyond those that there are.
+template <class Weight>
+void pack_pass(const ConvNet& net, const ConvPass& pass, const Weight& weight, float* packed) {
+  const int step = net.bfloat16 ? 2 : 1;
+  const int lanes = net.kernels->lanes, whole = lanes * net.kernels->vectors;
+  packed += pass.weights;
   for (int first = 0; first < pass.out;) {
     const int block = pass.out - first > lanes ? whole : lanes;
     for (int row : pass.rows) {
@@ -136,6 +182,7 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool 
   const ConvKernels& kernels = conv_kernels();
   ConvNet net;
   net.kernels = &kernels, net.bfloat16 = bfloat16;
+  const int step = bfloat16 ? 2 : 1;
   net.buffers.push_back({height, width, layers.front().in});
   for (const ConvLayer& layer : layers) {
     const ConvBuffer& in = net.buffers.back();
@@ -145,9 +192,13 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool 
   }
   for (size_t k = 0; k < net.buffers.size(); ++k) {
     ConvBuffer& buffer = net.buffers[k];
-    buffer.pixel = round_up(buffer.channels, kernels.lanes);
+    // No vector is written to the first buffer, and all are read one number or pair at a time.
+    buffer.pixel = round_up(buffer.channels, k == 0 ? step : kernels.lanes);
+    // Pixels a power of two apart would share a few sets of the first-level cache.
+    if (buffer.pixel % 256 == 0) buffer.pixel += kernels.lanes;
     buffer.row = buffer.pixel * (buffer.left + buffer.width + buffer.right);
-    buffer.chain = buffer.row * (buffer.top + buffer.height + buffer.bottom);
+    buffer.chain =
+        round_up(buffer.row * (buffer.top + buffer.height + buffer.bottom), kernels.lanes * step);
     buffer.values = net.workspace;
     net.workspace += buffer.chain;
     if (k > 0 && layers[k - 1].activation != Activation::kLeakyReLU) {
@@ -155,21 +206,28 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool 
       net.workspace += buffer.chain;
     }
   }
-  net.workspace *= bfloat16 ? sizeof(uint16_t) : sizeof(float);
+  net.workspace *= sizeof(float) / step;
+  const auto place = [&](ConvPass& pass) {
+    join_taps(pass, step);
+    pass.weights = net.packed;
+    net.packed += static_cast<int64_t>(pass.taps.size()) * pass.steps *
+                  round_up(static_cast<int>(pass.out), kernels.lanes);
+  };
   for (size_t k = 0; k < layers.size(); ++k) {
-    net.forward.push_back(plan_forward(layers[k], net.buffers[k], net.buffers[k + 1]));
-    net.backward.push_back(plan_backward(layers[k], net.buffers[k], net.buffers[k + 1]));
-    const auto place = [&](ConvPass& pass) {
-      pass.weights = net.packed;
-      const int64_t steps = bfloat16 ? (pass.in + 1) / 2 : pass.in;
-      net.packed += static_cast<int64_t>(pass.rows.size()) * steps *
-                    round_up(static_cast<int>(pass.out), kernels.lanes);
-    };
+    const ConvBuffer &in = net.buffers[k], &out = net.buffers[k + 1];
+    net.forward.push_back(plan_forward(layers[k], in, out));
+    net.backward.push_back(plan_backward(layers[k], in, out));
+    if (k == 0) plan_spread(layers[k], out, kernels.lanes, net.backward[k], net.spread);
     place(net.forward.back());
-    for (ConvPass& pass : net.backward.back()) place(pass);
+    if (k == 0 && net.spread.pixel > 0) {
+      place(net.spread.products);
+    } else {
+      for (ConvPass& pass : net.backward.back()) place(pass);
+    }
     net.biases.push_back(net.packed);
     net.packed += round_up(layers[k].out, kernels.lanes);
   }
+  net.scratch = net.spread.values * sizeof(float);
   net.layers = std::move(layers);
   return net;
 }
@@ -178,9 +236,21 @@ void pack_weights(const ConvNet& net, const std::vector<const float*>& weights,
                   const std::vector<const float*>& biases, float* packed) {
   for (size_t k = 0; k < net.layers.size(); ++k) {
     const ConvLayer& layer = net.layers[k];
-    pack_pass(net, net.forward[k], layer, false, weights[k], packed + net.forward[k].weights);
-    for (const ConvPass& pass : net.backward[k]) {
-      pack_pass(net, pass, layer, true, weights[k], packed + pass.weights);
+    const int positions = layer.kernel[0] * layer.kernel[1];
+    const auto at = [&](int64_t o, int64_t i, int row) {
+      return o < layer.out && i < layer.in ? weights[k][(o * layer.in + i) * positions + row]
+                                           : 0.0f;
+    };
+    pack_pass(net, net.forward[k], [&](int64_t i, int64_t o, int row) { return at(o, i, row); },
+              packed);
+    if (k == 0 && net.spread.pixel > 0) {
+      const auto side_by_side = [&](int64_t o, int64_t i, int) {
+        const int row = static_cast<int>(i / layer.in);
+        return row < positions ? at(o, i % layer.in, row) : 0.0f;
+      };
+      pack_pass(net, net.spread.products, side_by_side, packed);
+    } else {
+      for (const ConvPass& pass : net.backward[k]) pack_pass(net, pass, at, packed);
     }
     float* bias = packed + net.biases[k];
     std::fill_n(bias, round_up(layer.out, net.kernels->lanes), 0.0f);
@@ -195,7 +265,7 @@ void convnet_score(const ConvNet& net, const ConvBatch& batch, void* workspace, 
   parallel_for(team, team, [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
       score(net, batch, batch.chains * k / team, batch.chains * (k + 1) / team,
-            static_cast<char*>(workspace) + k * net.workspace * batch.chunk);
+            static_cast<char*>(workspace) + k * (net.workspace * batch.chunk + net.scratch));
     }
   });
 }

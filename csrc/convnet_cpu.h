@@ -33,7 +33,8 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool 
 void pack_weights(const ConvNet& net, const std::vector<const float*>& weights,
                   const std::vector<const float*>& biases, float* packed);
 
-// workspace: net.workspace * batch.chunk bytes for each thread, zero before its first use.
+// workspace: net.workspace * batch.chunk + net.scratch bytes for each thread, zero before its
+// first use.
 void convnet_score(const ConvNet& net, const ConvBatch& batch, void* workspace, int threads);
 
 }  // namespace cpu

@@ -3,6 +3,7 @@
 // A thread takes its chains a chunk at a time through the whole net and back, so that what a layer
 // writes is still in its cache when the next one reads it, and no thread waits for another.
 #include <algorithm>
+#include <type_traits>
 
 #include "activations_cpu.h"
 #include "convnet_cpu.h"
@@ -19,91 +20,100 @@ using Float = Vector::Float;
 constexpr int kVectors = 2;
 #if defined(__AVX512F__)
 constexpr int kSums = 24;
-#elif defined(__AVX2__)
-constexpr int kSums = 12;
 #else
-constexpr int kSums = 8;
+constexpr int kSums = 12;
 #endif
 
-// Weights are used kBlock words at a time by kTiles tiles, so that they are read from the
-// first-level cache by all but the first, and so are the sums in between.
-constexpr int kTiles = 16, kBlock = 2048;
+// Of one vector of 512 bits alone, two halves: every multiply-add needs a number broadcast from
+// memory then, which comes twice as fast to registers of half the width.
+template <int kV>
+using Sum = Register<kLanes == 16 && kV == 1 ? 8 : kLanes>;
+template <int kV>
+constexpr int kSumsOfPixel = kV * kLanes * 4 / sizeof(typename Sum<kV>::Float);
+template <int kV>
+constexpr int kTilePixels = kSums / kSumsOfPixel<kV>;
+
+// Weights are used kBlock words at a time by kTiles tiles.
+constexpr int kTiles = 8, kBlock = 16384;
 
 // sums (+)= a tile's products over some taps and some steps of N::kStep input channels each; w as
 // packed by pack_weights.
-template <class N, int kV>
+template <class N, int kV, int kPixels>
 __attribute__((noinline)) void multiply(const typename N::Type* const* from, const int32_t* taps,
-                                        int64_t tap_count, int64_t steps, const float* w, bool add,
-                                        float* sums) {
-  constexpr int kPixels = kSums / kV;
-  Float acc[kPixels][kV];
+                                        int64_t tap_count, int64_t first_step, int64_t steps,
+                                        const float* w, bool add, float* sums) {
+  using R = Sum<kV>;
+  constexpr int kR = kSumsOfPixel<kV>, kWide = kV * kLanes / kR;
+  typename R::Float acc[kPixels][kR];
   for (int p = 0; p < kPixels; ++p) {
-    for (int v = 0; v < kV; ++v) acc[p][v] = Float{};
+    for (int r = 0; r < kR; ++r) acc[p][r] = typename R::Float{};
   }
   for (int64_t t = 0; t < tap_count; ++t) {
     const typename N::Type* at[kPixels];
-    for (int p = 0; p < kPixels; ++p) at[p] = from[p] + taps[t];
+    for (int p = 0; p < kPixels; ++p) at[p] = from[p] + taps[t] + first_step * N::kStep;
 #pragma GCC unroll 2
     for (int64_t c = 0; c < steps; ++c, w += kV * kLanes) {
-      typename N::Column column[kV];
-      for (int v = 0; v < kV; ++v) column[v] = N::column(w + v * kLanes);
+      decltype(N::template column<R>(w)) column[kR];
+      for (int r = 0; r < kR; ++r) column[r] = N::template column<R>(w + r * kWide);
       for (int p = 0; p < kPixels; ++p) {
-        const auto value = N::broadcast(at[p] + c * N::kStep);
-        for (int v = 0; v < kV; ++v) N::multiply_add(value, column[v], acc[p][v]);
+        const auto value = N::template broadcast<R>(at[p] + c * N::kStep);
+        for (int r = 0; r < kR; ++r) N::template multiply_add<R>(value, column[r], acc[p][r]);
       }
     }
   }
   // Blocks are summed by themselves and then together, which keeps the rounding of long sums small.
   for (int p = 0; p < kPixels; ++p) {
-    for (int v = 0; v < kV; ++v, sums += kLanes) {
-      Vector::store(sums, add ? Vector::load(sums) + acc[p][v] : acc[p][v]);
+    for (int r = 0; r < kR; ++r, sums += kWide) {
+      R::store(sums, add ? R::load(sums) + acc[p][r] : acc[p][r]);
     }
   }
 }
 
-// Where a pass reads and writes: the values of one buffer and another, for the chains of a chunk.
+// What a pass reads, and how far apart the chains of a chunk are there and where it writes.
 template <class N>
 struct Ends {
   const typename N::Type* in;
-  int64_t in_chain;
-  typename N::Type* out;
-  int64_t out_chain;
+  int64_t in_chain, out_chain;
 };
 
 // All pixels of one block of kV vectors of output channels, from channel `first` on.
-// finish(to, channel, sum) takes one vector.
+// finish(to, channel, sum) takes one vector, and where it belongs.
 template <class N, int kV, class Finish>
 void run_block(const ConvPass& pass, const Ends<N>& ends, int64_t chains, const float* weights,
                int first, const Finish& finish) {
-  constexpr int kWidth = kV * kLanes, kPixels = kSums / kV, kGroup = kTiles * kPixels;
+  constexpr int kWidth = kV * kLanes, kPixels = kTilePixels<kV>, kThird = kPixels / 3;
+  constexpr int kGroup = kTiles * kPixels;
   const int64_t pixels = pass.from.size(), total = chains * pixels, taps = pass.taps.size();
-  const int64_t steps = (pass.in + N::kStep - 1) / N::kStep;
-  const int64_t tap_block = std::max<int64_t>(1, kBlock / (kWidth * steps));
-  const int64_t step_block = tap_block > 1 ? steps : std::max(1, kBlock / kWidth);
+  const int64_t tap_block = std::max<int64_t>(1, kBlock / (kWidth * pass.steps));
+  const int64_t step_block = tap_block > 1 ? pass.steps : kBlock / kWidth;
   const typename N::Type* from[kGroup];
-  typename N::Type* to[kGroup];
+  int64_t to[kGroup];
   alignas(64) float sums[kGroup * kWidth];
   int64_t chain = 0, pixel = 0;
   for (int64_t done = 0; done < total; done += kGroup) {
     const int count = static_cast<int>(std::min<int64_t>(kGroup, total - done));
     for (int k = 0; k < count; ++k) {
       from[k] = ends.in + chain * ends.in_chain + pass.from[pixel];
-      to[k] = ends.out + chain * ends.out_chain + pass.to[pixel] + first;
+      to[k] = chain * ends.out_chain + pass.to[pixel] + first;
       if (++pixel == pixels) pixel = 0, ++chain;
     }
-    const int whole = (count + kPixels - 1) / kPixels * kPixels;
+    const int whole = (count + kThird - 1) / kThird * kThird;
     for (int k = count; k < whole; ++k) from[k] = from[count - 1];
     if (taps == 0) std::fill_n(sums, whole * kWidth, 0.0f);
     for (int64_t tap = 0; tap < taps; tap += tap_block) {
-      for (int64_t step = 0; step < steps; step += step_block) {
-        const typename N::Type* shifted[kPixels];
-        for (int k = 0; k < whole; k += kPixels) {
-          for (int p = 0; p < kPixels; ++p) shifted[p] = from[k + p] + step * N::kStep;
-          multiply<N, kV>(shifted, pass.taps.data() + tap, std::min(tap_block, taps - tap),
-                          std::min(step_block, steps - step),
-                          weights + (tap * steps + step) * kWidth, tap + step > 0,
-                          sums + k * kWidth);
+      for (int64_t step = 0; step < pass.steps; step += step_block) {
+        const auto tile = [&](auto kSize, int k) {
+          multiply<N, kV, kSize>(from + k, pass.taps.data() + tap, std::min(tap_block, taps - tap),
+                                 step, std::min(step_block, pass.steps - step),
+                                 weights + (tap * pass.steps + step) * kWidth, tap + step > 0,
+                                 sums + k * kWidth);
+        };
+        int k = 0;
+        for (; k + kPixels <= whole; k += kPixels) {
+          tile(std::integral_constant<int, kPixels>{}, k);
         }
+        if (whole - k == 2 * kThird) tile(std::integral_constant<int, 2 * kThird>{}, k);
+        if (whole - k == kThird) tile(std::integral_constant<int, kThird>{}, k);
       }
     }
     for (int k = 0; k < count; ++k) {
@@ -117,7 +127,7 @@ void run_block(const ConvPass& pass, const Ends<N>& ends, int64_t chains, const 
 template <class N, class Finish>
 void run_pass(const ConvPass& pass, const Ends<N>& ends, int64_t chains, const float* packed,
               const Finish& finish) {
-  const int64_t row = pass.taps.size() * ((pass.in + N::kStep - 1) / N::kStep);
+  const int64_t row = pass.taps.size() * pass.steps;
   const float* weights = packed + pass.weights;
   for (int first = 0; first < pass.out;) {
     const bool wide = pass.out - first > kLanes;
@@ -147,7 +157,7 @@ struct Chunk {
     return (net.buffers[k].slopes - net.buffers[k].values) * batch.chunk;
   }
   Ends<N> ends(size_t in, size_t out) const {
-    return {values(in), net.buffers[in].chain, values(out), net.buffers[out].chain};
+    return {values(in), net.buffers[in].chain, net.buffers[out].chain};
   }
 
   template <class Each>
@@ -178,12 +188,13 @@ struct Chunk {
     const float* bias = batch.packed + net.biases[k];
     with_activation(layer, [&](const auto& activation) {
       const int64_t slopes = activation.kSmooth ? this->slopes(k + 1) : 0;
+      Type* values = this->values(k + 1);
       run_pass<N>(net.forward[k], ends(k, k + 1), chains, batch.packed,
-                  [&](Type* to, int channel, Float sum) {
+                  [&](int64_t to, int channel, Float sum) {
                     Float slope;
                     const Float z = sum + Vector::load(bias + channel);
-                    N::store(to, activation(z, slope));
-                    if constexpr (activation.kSmooth) N::store(to + slopes, slope);
+                    N::store(values + to, activation(z, slope));
+                    if constexpr (activation.kSmooth) N::store(values + to + slopes, slope);
                   });
     });
   }
@@ -224,28 +235,62 @@ struct Chunk {
   // that its slopes come from, before the activation below.
   void backward(size_t k) const {
     with_slope<N>(net.layers[k - 1], slopes(k), [&](const auto& times_slope) {
+      Type* values = this->values(k);
       for (const ConvPass& pass : net.backward[k]) {
-        run_pass<N>(pass, ends(k + 1, k), chains, batch.packed,
-                    [&](Type* to, int, Float sum) { N::store(to, times_slope(sum, to)); });
+        run_pass<N>(pass, ends(k + 1, k), chains, batch.packed, [&](int64_t to, int, Float sum) {
+          N::store(values + to, times_slope(sum, values + to));
+        });
       }
     });
   }
 
   // The first layer's: in float32, to where the caller wants it.
   void write(int64_t first) const {
-    const int64_t* s = batch.grad_strides;
-    const ConvBuffer& buffer = net.buffers[0];
-    const Type* base = values(0);
+    if (net.spread.pixel > 0) {
+      for (int64_t n = 0; n < chains; ++n) collect(first, n);
+      return;
+    }
     for (const ConvPass& pass : net.backward[0]) {
       run_pass<N>(pass, ends(1, 0), chains, batch.packed,
-                  [&](Type* to, int channel, Float sum) {
-                    const int64_t at = to - channel - base, chain = at / buffer.chain;
-                    const int64_t y = at % buffer.chain / buffer.row - buffer.top;
-                    const int64_t x = at % buffer.row / buffer.pixel - buffer.left;
-                    float* grad = batch.grad + (first + chain) * s[0] + y * s[2] + x * s[3];
-                    const int count = std::min(kLanes, buffer.channels - channel);
-                    for (int c = 0; c < count; ++c) grad[(channel + c) * s[1]] = sum[c];
+                  [&](int64_t to, int channel, Float sum) {
+                    float* grad = grad_at(first, to - channel);
+                    const int count = std::min<int>(kLanes, net.buffers[0].channels - channel);
+                    for (int c = 0; c < count; ++c) {
+                      grad[(channel + c) * batch.grad_strides[1]] = sum[c];
+                    }
                   });
+    }
+  }
+
+  float* grad_at(int64_t first, int64_t at) const {
+    const int64_t* s = batch.grad_strides;
+    const ConvBuffer& buffer = net.buffers[0];
+    const int64_t chain = at / buffer.chain, in_chain = at % buffer.chain;
+    const int64_t y = in_chain / buffer.row - buffer.top;
+    const int64_t x = in_chain % buffer.row / buffer.pixel - buffer.left;
+    return batch.grad + (first + chain) * s[0] + y * s[2] + x * s[3];
+  }
+
+  // One chain's, where it is spread.
+  void collect(int64_t first, int64_t n) const {
+    using Four = Register<4>;
+    const ConvBuffer& buffer = net.buffers[0];
+    float* products = reinterpret_cast<float*>(reinterpret_cast<char*>(workspace) +
+                                                net.workspace * batch.chunk);
+    const Ends<N> ends{values(1) + n * net.buffers[1].chain, 0, 0};
+    run_pass<N>(net.spread.products, ends, 1, batch.packed,
+                [&](int64_t to, int, Float sum) { Vector::store(products + to, sum); });
+    for (const ConvPass& pass : net.backward[0]) {
+      for (size_t k = 0; k < pass.to.size(); ++k) {
+        const float* from = products + pass.from[k];
+        float* grad = grad_at(first, n * buffer.chain + pass.to[k]);
+        for (int c = 0; c < buffer.channels; c += 4) {
+          Four::Float sum = Four::Float{};
+          for (const int32_t tap : pass.taps) sum += Four::load(from + tap + c);
+          const int count = std::min(4, buffer.channels - c);
+          for (int i = 0; i < count; ++i) grad[(c + i) * batch.grad_strides[1]] = sum[i];
+        }
+      }
     }
   }
 };

@@ -11,14 +11,19 @@ namespace {
 // output channel: kStep weights of it.
 struct Float32 {
   using Type = float;
-  using Column = Vector::Float;
   static constexpr int kStep = 1;
 
-  static FASTLANGEVIN_INLINE Column column(const float* w) { return Vector::load(w); }
-  static FASTLANGEVIN_INLINE Column broadcast(const float* from) {
-    return Vector::broadcast(*from);
+  template <class R>
+  static FASTLANGEVIN_INLINE typename R::Float column(const float* w) {
+    return R::load(w);
   }
-  static FASTLANGEVIN_INLINE void multiply_add(Column a, Column b, Vector::Float& sum) {
+  template <class R>
+  static FASTLANGEVIN_INLINE typename R::Float broadcast(const float* from) {
+    return R::broadcast(*from);
+  }
+  template <class R>
+  static FASTLANGEVIN_INLINE void multiply_add(typename R::Float a, typename R::Float b,
+                                               typename R::Float& sum) {
     sum += a * b;
   }
   static FASTLANGEVIN_INLINE Vector::Float load(const float* from) { return Vector::load(from); }
@@ -33,24 +38,31 @@ struct Float32 {
 // pair, else as two products of their values.
 struct BFloat16 {
   using Type = uint16_t;
-  using Column = Vector::Word;
   using Halves __attribute__((vector_size(2 * kLanes))) = uint16_t;
   static constexpr int kStep = 2;
 
-  static FASTLANGEVIN_INLINE Column column(const float* w) {
-    return Vector::bits(Vector::load(w));
+  template <class R>
+  static FASTLANGEVIN_INLINE typename R::Word column(const float* w) {
+    return R::bits(R::load(w));
   }
-  static FASTLANGEVIN_INLINE Column broadcast(const uint16_t* from) {
+  template <class R>
+  static FASTLANGEVIN_INLINE typename R::Word broadcast(const uint16_t* from) {
     uint32_t pair;
     std::memcpy(&pair, from, sizeof pair);
-    return pair - Column{};
+    return pair - typename R::Word{};
   }
-  static FASTLANGEVIN_INLINE void multiply_add(Column a, Column b, Vector::Float& sum) {
+  template <class R>
+  static FASTLANGEVIN_INLINE void multiply_add(typename R::Word a, typename R::Word b,
+                                               typename R::Float& sum) {
 #if defined(__AVX512BF16__)
-    sum = (Vector::Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    if constexpr (sizeof sum == 64) {
+      sum = (typename R::Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    } else {
+      sum = (typename R::Float)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
+    }
 #else
-    sum += Vector::from_bits(a << 16) * Vector::from_bits(b << 16);
-    sum += Vector::from_bits(a & 0xffff0000u) * Vector::from_bits(b & 0xffff0000u);
+    sum += R::from_bits(a << 16) * R::from_bits(b << 16);
+    sum += R::from_bits(a & 0xffff0000u) * R::from_bits(b & 0xffff0000u);
 #endif
   }
   static FASTLANGEVIN_INLINE Vector::Float load(const uint16_t* from) {

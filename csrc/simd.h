@@ -21,10 +21,27 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-struct Vector {
-  using Float __attribute__((vector_size(4 * kLanes))) = float;
+// A register of some lanes.
+template <int kWide>
+struct Register {
+  using Float __attribute__((vector_size(4 * kWide))) = float;
+  using Word __attribute__((vector_size(4 * kWide))) = uint32_t;
+
+  static FASTLANGEVIN_INLINE Float broadcast(float value) { return value - Float{}; }
+  static FASTLANGEVIN_INLINE Word bits(Float value) { return (Word)value; }
+  static FASTLANGEVIN_INLINE Float from_bits(Word word) { return (Float)word; }
+  static FASTLANGEVIN_INLINE Float load(const float* p) {
+    Float value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+  }
+  static FASTLANGEVIN_INLINE void store(float* p, Float value) {
+    std::memcpy(p, &value, sizeof value);
+  }
+};
+
+struct Vector : Register<kLanes> {
   using Int __attribute__((vector_size(4 * kLanes))) = int32_t;
-  using Word __attribute__((vector_size(4 * kLanes))) = uint32_t;
   // A word in the low half of each 64-bit lane: the form that multiplies without any shuffle. What
   // is in the high half does not matter.
   using Counter __attribute__((vector_size(4 * kLanes))) = uint64_t;
@@ -41,12 +58,9 @@ struct Vector {
 #endif
     high = low >> 32;
   }
-  static FASTLANGEVIN_INLINE Float broadcast(float value) { return value - Float{}; }
   static FASTLANGEVIN_INLINE Float to_float(Int value) {
     return __builtin_convertvector(value, Float);
   }
-  static FASTLANGEVIN_INLINE Word bits(Float value) { return (Word)value; }
-  static FASTLANGEVIN_INLINE Float from_bits(Word word) { return (Float)word; }
   static FASTLANGEVIN_INLINE Float clamp(Float x, Float lo, Float hi) {
     x = x < lo ? lo : x;
     return x > hi ? hi : x;
@@ -62,14 +76,6 @@ struct Vector {
     for (int k = 0; k < kLanes; ++k) value[k] = __builtin_sqrtf(value[k]);
     return value;
 #endif
-  }
-  static FASTLANGEVIN_INLINE Float load(const float* p) {
-    Float value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-  }
-  static FASTLANGEVIN_INLINE void store(float* p, Float value) {
-    std::memcpy(p, &value, sizeof value);
   }
 };
 

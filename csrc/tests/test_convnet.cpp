@@ -91,7 +91,7 @@ void check(Case test, int threads, int64_t chunk, bool bfloat16) {
       padded[p * pixel + c] = head[c * top.height * top.width + p];
   const std::vector<float> x = numbers.take(chains * in.size());
   std::vector<float> grad(chains * in.size()), energies(chains);
-  std::vector<char> workspace(threads * chunk * net.workspace, 0);
+  std::vector<char> workspace(threads * (chunk * net.workspace + net.scratch), 0);
   const int64_t plane = int64_t{in.height} * in.width;
   const ConvBatch batch{chains, chunk, x.data(), {in.size(), plane, in.width, 1},
                         grad.data(), {in.size(), plane, in.width, 1}, padded.data(), 0.25f,

@@ -92,7 +92,7 @@ class ConvNetScore:
         self.chunk = max(1, min(_CHUNK, _CHUNK_BYTES // self.net.workspace, share))
         # Zeros: the frames around the values are read, and never written.
         self.workspace = torch.zeros(
-            self.threads * self.chunk * self.net.workspace, dtype=torch.uint8
+            self.threads * (self.chunk * self.net.workspace + self.net.scratch), dtype=torch.uint8
         )
         self.packed = torch.empty(self.net.packed)
         self.head = torch.zeros(self.net.head)
