@@ -171,9 +171,10 @@ PYBIND11_MODULE(_native, module) {
         return py::make_tuple(top.height, top.width, top.pixel);
       })
       .def("pack", [](const fl::ConvNet& net, const std::vector<uintptr_t>& weights,
-                      const std::vector<uintptr_t>& biases, uintptr_t packed) {
+                      const std::vector<uintptr_t>& biases, uintptr_t packed, int threads) {
+        py::gil_scoped_release unlocked;
         fl::cpu::pack_weights(net, fl::addresses(weights), fl::addresses(biases),
-                              reinterpret_cast<float*>(packed));
+                              reinterpret_cast<float*>(packed), threads);
       })
       .def("score", &fl::convnet_score);
   module.def("instruction_set", &fl::cpu::instruction_set);

@@ -150,30 +150,47 @@ void plan_spread(const ConvLayer& layer, const ConvBuffer& out, int lanes,
   }
 }
 
-// [block of output channels][tap][input channels, by one or two][output channel of the block][which]
-// weight(input channel, output channel, row) is 0 beyond those that there are.
-template <class Weight>
-void pack_pass(const ConvNet& net, const ConvPass& pass, const Weight& weight, float* packed) {
-  const int step = net.bfloat16 ? 2 : 1;
+// [block of output channels][kernel position][input channels, by one or two][output channel of the
+// block][which], from weights at(input channel, output channel)[position]; null beyond the last.
+template <class At>
+void pack_pass(const ConvNet& net, const ConvPass& pass, int threads, const At& at,
+               float* packed) {
   const int lanes = net.kernels->lanes, whole = lanes * net.kernels->vectors;
+  const int64_t step = net.bfloat16 ? 2 : 1, steps = (pass.in + step - 1) / step;
+  const int64_t rows = pass.rows.size(), blocks = (pass.out + whole - 1) / whole;
+  constexpr int64_t kFew = 4;
   packed += pass.weights;
-  for (int first = 0; first < pass.out;) {
-    const int block = pass.out - first > lanes ? whole : lanes;
-    for (int row : pass.rows) {
-      for (int64_t i = 0; i < pass.in; i += step) {
-        for (int o = first; o < first + block; ++o, ++packed) {
-          if (step == 1) {
-            *packed = weight(i, o, row);
-          } else {
-            const uint16_t two[2] = {to_bfloat16(weight(i, o, row)),
-                                     to_bfloat16(weight(i + 1, o, row))};
-            std::memcpy(packed, two, sizeof two);
+  parallel_for(blocks, threads, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b * whole, block = pass.out - begin > lanes ? whole : lanes;
+      float* to = packed + begin * rows * steps;
+      // A few steps at a time, through memory that stays in the cache: a kernel position's words
+      // are a power of two from the next one's as a rule, and would drive each other out.
+      std::vector<float> few(rows * kFew * block);
+      for (int64_t s = 0; s < steps; s += kFew) {
+        const int64_t count = std::min(kFew, steps - s);
+        for (int64_t o = 0; o < block; ++o) {
+          for (int64_t k = 0; k < count; ++k) {
+            const int64_t i = (s + k) * step;
+            const float* one = at(i, begin + o);
+            const float* two = step == 2 ? at(i + 1, begin + o) : nullptr;
+            for (int64_t r = 0; r < rows; ++r) {
+              float word = one ? one[pass.rows[r]] : 0.0f;
+              if (step == 2) {
+                const uint16_t pair[2] = {to_bfloat16(word),
+                                          to_bfloat16(two ? two[pass.rows[r]] : 0.0f)};
+                std::memcpy(&word, pair, sizeof pair);
+              }
+              few[(r * kFew + k) * block + o] = word;
+            }
           }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          std::copy_n(few.data() + r * kFew * block, count * block, to + (r * steps + s) * block);
         }
       }
     }
-    first += block;
-  }
+  });
 }
 
 }  // namespace
@@ -233,24 +250,24 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool 
 }
 
 void pack_weights(const ConvNet& net, const std::vector<const float*>& weights,
-                  const std::vector<const float*>& biases, float* packed) {
+                  const std::vector<const float*>& biases, float* packed, int threads) {
   for (size_t k = 0; k < net.layers.size(); ++k) {
     const ConvLayer& layer = net.layers[k];
     const int positions = layer.kernel[0] * layer.kernel[1];
-    const auto at = [&](int64_t o, int64_t i, int row) {
-      return o < layer.out && i < layer.in ? weights[k][(o * layer.in + i) * positions + row]
-                                           : 0.0f;
+    const auto at = [&](int64_t o, int64_t i) -> const float* {
+      if (o >= layer.out || i >= layer.in) return nullptr;
+      return weights[k] + (o * layer.in + i) * positions;
     };
-    pack_pass(net, net.forward[k], [&](int64_t i, int64_t o, int row) { return at(o, i, row); },
-              packed);
+    const auto forward = [&](int64_t i, int64_t o) { return at(o, i); };
+    const auto spread = [&](int64_t o, int64_t i) -> const float* {
+      const float* all = i < positions * layer.in ? at(o, i % layer.in) : nullptr;
+      return all ? all + i / layer.in : nullptr;
+    };
+    pack_pass(net, net.forward[k], threads, forward, packed);
     if (k == 0 && net.spread.pixel > 0) {
-      const auto side_by_side = [&](int64_t o, int64_t i, int) {
-        const int row = static_cast<int>(i / layer.in);
-        return row < positions ? at(o, i % layer.in, row) : 0.0f;
-      };
-      pack_pass(net, net.spread.products, side_by_side, packed);
+      pack_pass(net, net.spread.products, threads, spread, packed);
     } else {
-      for (const ConvPass& pass : net.backward[k]) pack_pass(net, pass, at, packed);
+      for (const ConvPass& pass : net.backward[k]) pack_pass(net, pass, threads, at, packed);
     }
     float* bias = packed + net.biases[k];
     std::fill_n(bias, round_up(layer.out, net.kernels->lanes), 0.0f);

@@ -31,7 +31,7 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool 
 
 // Weights [out, in, kh, kw] and biases [out] (or null), contiguous, into net.packed words.
 void pack_weights(const ConvNet& net, const std::vector<const float*>& weights,
-                  const std::vector<const float*>& biases, float* packed);
+                  const std::vector<const float*>& biases, float* packed, int threads);
 
 // workspace: net.workspace * batch.chunk + net.scratch bytes for each thread, zero before its
 // first use.

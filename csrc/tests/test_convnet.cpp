@@ -80,7 +80,7 @@ void check(Case test, int threads, int64_t chunk, bool bfloat16) {
   }
   const ConvNet net = cpu::plan_convnet(test.layers, test.height, test.width, bfloat16);
   std::vector<float> packed(net.packed);
-  cpu::pack_weights(net, weight_at, bias_at, packed.data());
+  cpu::pack_weights(net, weight_at, bias_at, packed.data(), threads);
   const Image& in = images.front();
   const Image& top = images.back();
   const int64_t pixel = net.buffers.back().pixel;

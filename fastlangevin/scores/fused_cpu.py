@@ -115,6 +115,7 @@ class ConvNetScore:
             [weight.data_ptr() for weight in weights],
             [0 if bias is None else bias.data_ptr() for bias in biases],
             self.packed.data_ptr(),
+            self.threads,
         )
         v, offset = stack.head()
         self.head[..., : v.shape[0]] = v.permute(1, 2, 0)
