@@ -23,6 +23,7 @@ from fastlangevin.arguments import (
 from fastlangevin.chain import Chain
 from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
+from fastlangevin.metropolis import AdjustedChain, check_adjustable
 from fastlangevin.scores.choice import Choice, Recognised, check_score, choose_score, warn_of_modes
 from fastlangevin.scores.general import check_precision, device_of
 from fastlangevin.step import check_backend, choose_backend
@@ -39,6 +40,7 @@ SETTINGS = (
     "precision",
     "backend",
     "score",
+    "metropolis",
 )
 _OP = "LangevinSampler"
 _P = ParamSpec("_P")
@@ -53,6 +55,7 @@ class Diagnostics(NamedTuple):
     grad_norm: Tensor  # |d energy / d x|, L2 over a chain's elements, before any clip
     displacement: Tensor  # |x after the step - x before it|
     saturation: Tensor  # fraction of elements at or beyond clamp, or (-1, 1) without one
+    accepted: Tensor  # 1 where the step was taken, 0 where metropolis rejected it
 
 
 def _out_of_inference_mode(method: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -95,6 +98,12 @@ class LangevinSampler:
         has been measured there); "compiled", torch.compile, by name alone; "auto", the fastest that
         serves, which explain() tells. Differentiable chains take the general one. "network": the
         callable's own output is the gradient; see :meth:`from_score`.
+    metropolis: accept or reject each step (MALA), so that chains sample exp(-E / T) exactly,
+        T = b^2 / (2 a), within clamp if there is one: proposals outside are rejected, as are those
+        of NaN energy. Needs a > 0 and b > 0 (not looked at on CUDA tensors), noise_order "after",
+        no "batch_norm" clip, and an energy that is the same function at every step.
+
+    A chain of temperature T has noise_std = sqrt(2 a T); a tensor [n] gives each chain its own.
 
     The defaults are the paper's (arXiv 1904.09770, app. 7.3), up to its sign: there f = -energy.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run.
@@ -113,6 +122,7 @@ class LangevinSampler:
         precision: str | None = None,
         backend: str = "auto",
         score: str = "auto",
+        metropolis: bool = False,
     ) -> None:
         if not callable(energy):
             raise TypeError(f"{_OP}: energy must be callable, got {type(energy).__name__}")
@@ -131,12 +141,15 @@ class LangevinSampler:
         self.precision = precision
         self.backend = backend
         self.score = score
+        self.metropolis = bool(metropolis)
         self._recognised = Recognised()
         self._graphs = Graphs()
         # Energies move, so only the names are checked here; the device is at each call.
         check_precision(precision)
         check_backend(backend)
         check_score(score)
+        if self.metropolis:
+            check_adjustable(_OP, self)
 
     @classmethod
     def from_score(
@@ -219,6 +232,11 @@ class LangevinSampler:
             step_kwargs=step_kwargs,
             **model_kwargs,
         )
+        if differentiable and self.metropolis:
+            raise ValueError(
+                f"{_OP}: differentiable=True cannot be had with metropolis=True, as accepting has "
+                "no derivative"
+            )
         if differentiable:
             start = x if x0 is None else x0.to(x.dtype)
             return unroll(chain, start, checkpoint, grad_steps, grad_through, offload)
@@ -260,13 +278,19 @@ class LangevinSampler:
         nothing here: the record shows where that began.
         """
         x, chain = self._prepare(x0, **options)
-        records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(4)]
+        records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(5)]
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
         for step in chain.walk(x, want_energies=True):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype)
             assert step.grad is not None
-            values = step.energies, _norms(step.grad), _norms(x - before), _rows(outside).mean(1)
+            values = (
+                step.energies,
+                _norms(step.grad),
+                _norms(x - before),
+                _rows(outside).mean(1),
+                1.0 if step.accepted is None else step.accepted,
+            )
             for record, value in zip(records, values, strict=True):
                 if value is not None:
                     record[step.k] = value
@@ -319,6 +343,11 @@ class LangevinSampler:
             if name in model_kwargs:
                 raise TypeError(f"{_OP}: {name} is an option of a call, not of this method")
         by_step = check_step_kwargs(_OP, step_kwargs, self.steps, model_kwargs)
+        if by_step and self.metropolis:
+            raise ValueError(
+                f"{_OP}: metropolis=True compares energies of two steps, which step_kwargs would "
+                "make different functions"
+            )
         for kwargs in (model_kwargs, by_step):
             for name, value in kwargs.items():
                 if isinstance(value, Tensor) and value.is_inference():
@@ -347,7 +376,8 @@ class LangevinSampler:
         first_chain, first_step = _noise.check_address(
             first_chain, x.shape[0], first_step, self.steps
         )
-        return x, Chain(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
+        kind = AdjustedChain if self.metropolis else Chain
+        return x, kind(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
 
     def _copy(self, x0: Tensor) -> Tensor:
         """x0 as a state to walk on, in float32 or float64; TypeError or ValueError if unfit."""
