@@ -1,9 +1,10 @@
 """LangevinSampler: the K-step loop."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from fastlangevin.chain import Chain
 from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
 from fastlangevin.metropolis import AdjustedChain, check_adjustable
+from fastlangevin.packing import PackedEnergy, packing_of
 from fastlangevin.scores.choice import Choice, Recognised, check_score, choose_score, warn_of_modes
 from fastlangevin.scores.general import check_precision, device_of
 from fastlangevin.step import check_backend, choose_backend
@@ -58,17 +60,38 @@ class Diagnostics(NamedTuple):
     accepted: Tensor  # 1 where the step was taken, 0 where metropolis rejected it
 
 
-def _out_of_inference_mode(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make a method work under torch.inference_mode, which would deny it the gradient."""
+def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a method work under torch.inference_mode, which would deny it the gradient, and for
+    states of several tensors, as one of one."""
 
     @functools.wraps(method)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def entry(sampler: "LangevinSampler", x0: Any = None, **options: Any) -> Any:
         if not torch.is_inference_mode_enabled():
-            return method(*args, **kwargs)
+            return _packed(method, sampler, x0, options)
         with torch.inference_mode(False):
-            return method(*args, **kwargs)
+            return _packed(method, sampler, x0, options)
 
-    return wrapped
+    return cast("Callable[_P, _R]", entry)
+
+
+def _packed(
+    method: Callable[..., Any], sampler: "LangevinSampler", x0: Any, options: dict[str, Any]
+) -> Any:
+    packing = packing_of(x0, sampler.energy)
+    if packing is None:
+        return method(sampler, x0, **options)
+    flat = copy.copy(sampler)
+    flat.energy = PackedEnergy(sampler.energy, packing, is_score=sampler.score == "network")
+    n: Any = options.get("n")
+    if x0 is not None:
+        n = len(x0[packing.keys[0]])
+        x0 = packing.pack("x0", x0, (n,))
+    if options.get("noise") is not None:
+        options["noise"] = packing.pack("noise", options["noise"], (sampler.steps, n))
+    found = method(flat, x0, **options)
+    if isinstance(found, Diagnostics):
+        return found._replace(x=packing.unpack(found.x))
+    return packing.unpack(found) if isinstance(found, Tensor) else found
 
 
 class LangevinSampler:
@@ -102,6 +125,11 @@ class LangevinSampler:
         T = b^2 / (2 a), within clamp if there is one: proposals outside are rejected, as are those
         of NaN energy. Needs a > 0 and b > 0 (not looked at on CUDA tensors), noise_order "after",
         no "batch_norm" clip, and an energy that is the same function at every step.
+
+    A state may be a list, a tuple or a dict of tensors [n, ...], of one device: the energy receives
+    such a one, and calls return one. It is one flat state [n, D] to the chain, of which the parts
+    are elements in their order: one noise, one clamp, one chain's norm. Such energies may have a
+    list or dict of shapes as ``shape``. All parts float64, or none: then the state is float32.
 
     A chain of temperature T has noise_std = sqrt(2 a T); a tensor [n] gives each chain its own.
 
@@ -170,10 +198,10 @@ class LangevinSampler:
                 raise TypeError(f"{_OP}.from_score: takes no {name}; chains go along the score")
         return cls(net, steps, maximize=True, score="network", **settings)
 
-    @_out_of_inference_mode
+    @_entry
     def __call__(
         self,
-        x0: Tensor | None = None,
+        x0: Any = None,
         *,
         n: int | None = None,
         seed: int | None = None,
@@ -252,8 +280,8 @@ class LangevinSampler:
         chain.check_finite(x, energies)
         return x
 
-    @_out_of_inference_mode
-    def trajectory(self, x0: Tensor | None = None, *, every: int = 1, **options: Any) -> Tensor:
+    @_entry
+    def trajectory(self, x0: Any = None, *, every: int = 1, **options: Any) -> Tensor:
         """The states after steps 0, every, 2 every, ...: [1 + K // every, n, ...], x0 first.
 
         Options as for a call, less the differentiable ones. Raises as a call does.
@@ -270,8 +298,8 @@ class LangevinSampler:
         chain.check_finite(x, energies)
         return kept
 
-    @_out_of_inference_mode
-    def diagnose(self, x0: Tensor | None = None, **options: Any) -> Diagnostics:
+    @_entry
+    def diagnose(self, x0: Any = None, **options: Any) -> Diagnostics:
         """Run the chain and measure every step of it: :class:`Diagnostics`.
 
         Options as for a call, less the differentiable ones. Chains that are not finite raise
@@ -316,7 +344,8 @@ class LangevinSampler:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
         return f"{_OP}({type(self.energy).__name__}, {shown})"
 
-    def explain(self, x0: Tensor | None = None) -> str:
+    @_entry
+    def explain(self, x0: Any = None) -> str:
         """What a call will run, and on what, as readable text.
 
         With x0 also what gradients through the chain take by each ``checkpoint``, in evaluations of

@@ -1255,7 +1255,7 @@ CALLS = [
     ({"x0": X0.long()}, TypeError, "x0 must be of floating dtype, got torch.int64"),
     ({"x0": X0.to(torch.complex64)}, TypeError, "x0 must be of floating dtype"),
     ({"x0": torch.tensor(1.0)}, ValueError, "x0 must have a leading chain dimension"),
-    ({"x0": [[1.0]]}, TypeError, "x0 must be a tensor, got list"),
+    ({"x0": [[1.0]]}, TypeError, r"x0\[0\] must be a tensor, got list"),
     ({"x0": np.zeros(SHAPE)}, TypeError, "x0 must be a tensor, got ndarray"),
     ({"x0": X0.to("meta")}, ValueError, "x0 is on meta, the energy on cpu"),
     ({"x0": None}, ValueError, "give either x0 or n"),
