@@ -10,8 +10,9 @@ exp(-E / T), restricted to the clamp's box: proposals outside it are rejected. W
 
     log q(x | y) / q(y | x) = -(G(x) + G(y)) . (2 d - G(x) + G(y)) / (2 b^2)
 
-which unlike the difference of two squares loses no digits where b is small. The uniforms are
-those of the noise contract's stream 3 at (seed, chain, step). Source: Roberts & Tweedie 1996,
+which unlike the difference of two squares loses no digits where b is small. E(y) - E(x) has the
+digits of the network's output: bfloat16 rounds energies about 256 to whole numbers. The uniforms
+are those of the noise contract's stream 3 at (seed, chain, step). Source: Roberts & Tweedie 1996,
 "Exponential convergence of Langevin distributions and their discrete approximations".
 """
 
@@ -91,13 +92,13 @@ class AdjustedChain(Chain):
     def _evaluate(
         self, score: Score | None, buffers: Buffers | None, x: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """(energies [n], gradient) at x, in memory that no later evaluation writes to."""
+        """(energies [n], gradient) at x."""
         with torch.no_grad():
             energies, grad = self.evaluate(x, k) if score is None else score(x, True)
         if buffers is not None:
             buffers.put_back()
         assert energies is not None
-        return energies.clone(), grad.clone()
+        return energies, grad
 
     def _propose(self, run: Callable[..., Tensor], x: Tensor, grad: Tensor, k: int) -> Tensor:
         sampler = self.sampler

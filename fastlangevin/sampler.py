@@ -52,7 +52,7 @@ _R = TypeVar("_R")
 class Diagnostics(NamedTuple):
     """What a chain did, per step and chain [K, n], and where it ended."""
 
-    x: Tensor  # [n, ...] the last state, as the sampler itself returns it
+    x: Any  # [n, ...] the last state, as the sampler itself returns it
     energy: Tensor  # the energy's output where the gradient was taken; NaN of a score network
     grad_norm: Tensor  # |d energy / d x|, L2 over a chain's elements, before any clip
     displacement: Tensor  # |x after the step - x before it|

@@ -289,8 +289,8 @@ def test_lean_and_general_are_the_same_chain(layout: torch.memory_format) -> Non
     assert lean.x.is_contiguous(memory_format=layout)
 
 
-def test_the_scores_own_memory_is_not_what_is_kept() -> None:
-    """The fused score writes every gradient to one place; in float32, hence by the acceptance."""
+def test_the_score_chosen_for_convolutions_is_the_same_chain() -> None:
+    """The fused score where there is a compiler, in float32."""
     net = fl.ConvEnergy(channels=1, size=8, width=4)
     x0 = torch.zeros(3, 1, 8, 8)
     names = [mala(net).choose_score(x0, {}).name, "general"]

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -237,6 +238,18 @@ def test_callers_modes_empty_batches_and_one_part(mode: Any) -> None:
     single = fl.LangevinSampler(lambda x: (x**4).sum(1), steps=3, step_size=0.05)
     assert torch.equal(x, single(x0[0], seed=0))
     assert empty.shape == (0, 3)
+
+
+def test_train_mode_is_warned_of_where_the_sampler_was_called() -> None:
+    dropout = nn.Dropout()
+    dropout.forward = lambda state: (state[0] ** 2).sum(1)  # type: ignore[method-assign,assignment]
+    run = fl.LangevinSampler(dropout, steps=1)
+    with pytest.warns(UserWarning, match="Dropout") as seen:
+        run([A], seed=0)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run([A], seed=0)
 
 
 def test_latent_chains() -> None:

@@ -77,6 +77,14 @@ def test_the_score_of_an_energy_gives_the_energys_chain(x0: Tensor, noise_order:
     torch.testing.assert_close(*trajectories, atol=1e-12, rtol=0)
 
 
+def test_per_chain_step_sizes_and_no_noise(net: Net, x0: Tensor) -> None:
+    rates = torch.linspace(0.01, 0.2, N, dtype=torch.float64)
+    run = fl.LangevinSampler.from_score(net, steps=K, step_size=rates, noise_std=0)
+    want = plain(net, x0, torch.zeros(K, N, D), rates[:, None], 0.0)
+    torch.testing.assert_close(run(x0, seed=0), want, atol=1e-12, rtol=0)
+    assert torch.equal(run(x0, seed=0), run(x0, seed=1))
+
+
 def test_diagnose_has_no_energies(net: Net, x0: Tensor) -> None:
     run = fl.LangevinSampler.from_score(net, steps=3, step_size=0.1)
     found = run.diagnose(x0, seed=0)

@@ -182,7 +182,7 @@ def _recognised(
 
 def _levels_to_the_caller() -> int:
     """How far up the stack, from the function that calls this one, the sampler was called."""
-    package, frame, levels = __name__.partition(".")[0], sys._getframe(1), 1
+    package, frame, levels = __name__.partition(".")[0] + ".", sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals["__name__"].startswith(package):
         frame, levels = frame.f_back, levels + 1
     return levels
