@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
+from fastlangevin.packing import PackedEnergy
 
 PRECISIONS = (None, "fp32", "tf32", "fp16", "bf16")
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,7 +32,7 @@ def energy_and_grad(
     with torch.enable_grad(), network_precision(precision, x.device):
         with network_autocast(precision, x.device):
             out = energy(leaf.to(network_dtype(energy, x.dtype)), **model_kwargs)
-        energies = check_energies(out, x.shape[0])
+        energies = check_energies(out, x.shape)
         (grad,) = torch.autograd.grad(
             energies.sum(), leaf, create_graph=create_graph, allow_unused=True
         )
@@ -40,8 +41,12 @@ def energy_and_grad(
     return energies if create_graph else energies.detach(), grad
 
 
-def check_energies(out: Any, chains: int) -> Tensor:
-    """An energy's output as [n], or TypeError / ValueError saying what it should have been."""
+def check_energies(out: Any, shape: Sequence[int]) -> Tensor:
+    """An energy's output as [n], or TypeError / ValueError saying what it should have been.
+
+    shape [n, ...]: of the batch that it was given.
+    """
+    chains = shape[0]
     if not isinstance(out, Tensor):
         raise TypeError(f"energy: must return a tensor, got {type(out).__name__}")
     if not out.is_floating_point():
@@ -50,6 +55,10 @@ def check_energies(out: Any, chains: int) -> Tensor:
         raise ValueError(
             f"energy: must return one value per chain, [{chains}] or [{chains}, 1] or "
             f"[{chains}, 1, 1, 1], got shape {list(out.shape)}"
+            + (
+                "; a network of x's shape is a score: LangevinSampler.from_score"
+                * (out.shape == shape)
+            )
         )
     if not out.requires_grad:
         raise ValueError(
@@ -186,8 +195,8 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:
-    """The module behind an energy: a module, its bound method, or a partial of either."""
-    while isinstance(energy, functools.partial):
+    """The module behind an energy: a module, its bound method, a partial or packing of either."""
+    while isinstance(energy, functools.partial | PackedEnergy):
         energy = energy.func
     owner = getattr(energy, "__self__", energy)
     return (owner,) if isinstance(owner, nn.Module) else ()
