@@ -222,12 +222,13 @@ class ReplayBuffer:
         count = self.added + rows
         if self.kind == "fifo":
             return count % capacity, rows
+        # Addressed by the state's own number: how many are put at a time changes nothing. Chain 0
+        # is the draws'. A word's 31 upper bits times up to 2**32 states stay below 2**63.
         words = _noise.words(
-            (1, n), seed=_noise.fold_in(self._seed, self.added), step=0, stream=_noise.ORDER,
+            (n, 1), seed=self._seed, step=0, stream=_noise.ORDER, first_chain=1 + self.added,
             device="cpu",
-        )[0]  # fmt: skip
-        # In float64: the product passes 2**63 after 2**31 states.
-        drawn = (words * (count + 1.0).double() / 2**32).long()
+        )[:, 0]  # fmt: skip
+        drawn = (words >> 1) * (count + 1) >> 31
         slots = torch.where(count < capacity, count, drawn)
         return slots[slots < capacity], rows[slots < capacity]
 
