@@ -1,15 +1,16 @@
 """Is a training run the same with its loop swapped for ours, and how much faster? On digits.
 
-    python -m benchmarks.train_peers --out DIR [--iterations 250] [--seeds 3] [--quick]
+    python -m benchmarks.train_peers --out DIR [--iterations 200] [--seeds 3] [--quick]
 
 Three published ways to learn an energy: the short-run paper's (chains from noise), JEM's (a
 classifier, class-conditional chains in a replay buffer) and that of the UvA tutorial (a fifo of
 chains, noise before the gradient, clamp, elementwise clip). Each is one training loop, run with the
-original's sampling loop, with ours, and, to see what the comparison can tell apart, with ours at
-half of the steps. The three start from equal weights and see equal batches; they take their
-iterations in turn, so that a busy phase of the machine falls on all of them.
+original's sampling loop, with that again on other noise, with ours, and with ours at half of the
+steps: the second says how far noise alone moves a run, the last what the comparison can tell apart.
+The four start from equal weights and see equal batches; they take their iterations in turn, so that
+a busy phase of the machine falls on all of them.
 
-writes DIR/train_peers-cpu.json: every iteration's gap, seconds, and what :func:`same` says.
+writes DIR/train_peers-cpu.json: every iteration's gap, seconds, and how far the curves lie apart.
 """
 
 import argparse
@@ -34,7 +35,8 @@ from fastlangevin.learn import load_images
 BATCH, STEPS, WIDTH, CLASSES, SHAPE = 64, 20, 8, 10, (1, 8, 8)
 CAPACITY = 1000  # of the buffers: the originals' 10,000 and 8192 would not fill in these few steps
 REINIT = 0.05
-LOOP, OURS, CONTROL = "original loop", "fastlangevin", "half of the steps"
+LOOP, AGAIN = "original loop", "original loop again"
+OURS, CONTROL = "fastlangevin", "half of the steps"
 WARM_UP = 10  # iterations that are not timed
 
 Sample = Callable[[Tensor], Tensor]
@@ -230,7 +232,11 @@ def train(style: Style, variant: str, seed: int) -> Iterator[tuple[float, float,
     """The training loop: (gap, seconds of the sampling, seconds in all) of every iteration."""
     torch.manual_seed(seed)
     f = style.network()
-    sample = style.loop(f, seed) if variant == LOOP else style.ours(f, seed, steps_of(variant))
+    chains = seed + (2000 if variant == AGAIN else 1000)
+    if variant in (LOOP, AGAIN):
+        sample = style.loop(f, chains)
+    else:
+        sample = style.ours(f, chains, STEPS if variant == OURS else STEPS // 2)
     optimizer = torch.optim.Adam(f.parameters(), lr=1e-3, betas=(style.beta1, 0.999))
     (images, labels), generator = digits(), torch.Generator().manual_seed(seed)
     while True:
@@ -257,10 +263,6 @@ def digits() -> tuple[Tensor, Tensor]:
     return data.batch(range(len(data))), torch.from_numpy(data.labels)
 
 
-def steps_of(variant: str) -> int:
-    return STEPS // 2 if variant == CONTROL else STEPS
-
-
 def check() -> None:
     """That each loop and our sampler compute the same chain, without noise in float64."""
     torch.manual_seed(0)
@@ -284,7 +286,7 @@ def check() -> None:
 
 
 def same(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Whether the runs a and b have one mean: the difference over the spread between seeds.
+    """Whether runs a and b have one level: the difference over the spread between seeds.
 
     t = (mean b - mean a) / (s sqrt(1 / n_a + 1 / n_b)), s the pooled standard deviation, and p, the
     probability of a larger |t| were the means equal (Student's test). A run's number is its mean
@@ -303,9 +305,17 @@ def same(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     }
 
 
+def distance(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
+    """Root mean square, over a run's iterations, of the curves' difference; mean over the seeds."""
+    return statistics.fmean(
+        math.sqrt(statistics.fmean((u - v) ** 2 for u, v in zip(*pair, strict=True)))
+        for pair in zip(a, b, strict=True)
+    )
+
+
 def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
     """One row per variant of a style."""
-    variants = (LOOP, OURS, CONTROL)
+    variants = (LOOP, AGAIN, OURS, CONTROL)
     gaps: dict[str, list[list[float]]] = {variant: [] for variant in variants}
     seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     shuffle = random.Random(0)
@@ -331,6 +341,7 @@ def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
             "variant": variant,
             "gap": [[float(f"{value:.5g}") for value in run] for run in gaps[variant]],
             "late_gap": late[variant],
+            "distance": distance(gaps[LOOP], gaps[variant]),
             "same_as_loop": None if variant == LOOP else same(late[LOOP], late[variant]),
             "sampling": timing.summary(own[0]),
             "iteration": timing.summary(own[1]),
@@ -347,7 +358,7 @@ def last_third(gaps: Sequence[float]) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_peers")
     parser.add_argument("--out", type=Path, required=True, help="folder for train_peers-cpu.json")
-    parser.add_argument("--iterations", type=int, default=250)
+    parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="three iterations of two seeds")

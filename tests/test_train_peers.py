@@ -32,6 +32,12 @@ def test_same_is_students_test(benchmark_module: Any, b: list[float]) -> None:
     assert found["difference"] == pytest.approx(sum(b) / len(b) - 2)
 
 
+def test_the_distance_of_curves(benchmark_module: Any) -> None:
+    """Runs that differ by 3, 4 in two iterations, and by 0: (sqrt(12.5) + 0) / 2."""
+    curves = [[1.0, 2.0], [5.0, 5.0]], [[4.0, -2.0], [5.0, 5.0]]
+    assert benchmark_module("train_peers").distance(*curves) == pytest.approx(12.5**0.5 / 2)
+
+
 def test_a_loop_that_is_not_the_samplers_is_refused(
     benchmark_module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,13 +58,14 @@ def test_the_command_and_its_report(benchmark_module: Any, tmp_path: Path) -> No
     benchmark_module("train_peers").main(["--out", str(tmp_path), "--quick"])
     content = json.loads((tmp_path / "train_peers-cpu.json").read_text())
     rows = {(row["style"], row["variant"]): row for row in content["results"]}
-    assert len(rows) == 9
-    for row in rows.values():
+    assert len(rows) == 12
+    for (style, variant), row in rows.items():
+        assert (row["distance"] == 0) == (variant == "original loop"), style
         assert [len(run) for run in row["gap"]] == [3, 3]
         assert row["late_gap"] == pytest.approx([run[-1] for run in row["gap"]], rel=1e-4)
     report = benchmark_module("report").report([content])
     for style in ("short-run", "JEM", "UvA"):
-        assert report.count(f"| {style} |") == 2
+        assert report.count(f"| {style} |") == 3
     pytest.importorskip("matplotlib")
     benchmark_module("report_train").plot(content, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 0
