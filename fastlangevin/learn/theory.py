@@ -103,24 +103,29 @@ def gibbs(sampler: LangevinSampler, grid: Grid, k: int = 0) -> Tensor:
 
 
 def transition(
-    sampler: LangevinSampler, grid: Grid, k: int = 0, metropolis: bool = False
+    sampler: LangevinSampler, grid: Grid, k: int = 0, metropolis: bool | None = None
 ) -> Tensor:
     """The kernel of the sampler's step k on the grid: [m, m], row i the law after a step from i.
 
         N(y; x + s a clip(g(x)), b^2),        g = dE/dx, s = -1, or +1 with maximize
 
     where the mean is the sampler's own step without its noise, so that every setting of its counts.
-    With the sampler's ``clamp``, mass beyond a bound is an atom there. With ``metropolis`` a move
-    is accepted with probability min(1, p(y) q(x | y) / p(x) q(y | x)) and refused otherwise, which
-    leaves :func:`gibbs` invariant. Rows sum to 1 less what leaves the grid.
+    With the sampler's ``clamp``, mass beyond a bound is an atom there, and the grid needs atoms.
+    With ``metropolis``, by default the sampler's own, a move is a proposal, accepted with
+    probability min(1, p(y) q(x | y) / p(x) q(y | x)) and never beyond the grid or a clamp, which
+    leaves :func:`gibbs` invariant. Otherwise rows sum to 1 less what leaves the grid.
 
     Raises ValueError for a grid too coarse for the noise or not made for the clamp, and for what
     has no kernel on one chain: clips by the batch's norm, noise_order other than "after".
     """
     step_size, noise_std = _coefficients(sampler, k)
+    if metropolis is None:
+        metropolis = getattr(sampler, "metropolis", False)
     _check_kernel(sampler, grid, noise_std, metropolis)
-    settings = sampler.settings() | {"steps": 1, "step_size": step_size, "noise_std": 0.0}
-    settings["clamp"] = None
+    settings = sampler.settings() | {
+        "steps": 1, "step_size": step_size, "noise_std": 0.0, "clamp": None,
+    }  # fmt: skip
+    settings |= {"metropolis": False} if "metropolis" in settings else {}
     mean = LangevinSampler(sampler.energy, **settings)(grid.points, seed=0)
     moves = [_axis_law(mean[:, d], noise_std, grid) for d in range(grid.dim)]
     kernel = moves[0] if grid.dim == 1 else (moves[0][:, :, None] * moves[1][:, None]).flatten(1)
@@ -138,7 +143,7 @@ def short_run(
     sampler: LangevinSampler,
     grid: Grid,
     start: Tensor | None = None,
-    metropolis: bool = False,
+    metropolis: bool | None = None,
 ) -> Tensor:
     """The laws p_0, p_1, ..., p_K of the sampler's chain: [K + 1, m].
 
@@ -157,7 +162,8 @@ def stationary(kernel: Tensor) -> Tensor:
     """The law [m] that a kernel [m, m] leaves as it is."""
     m = kernel.shape[0]
     system = torch.eye(m, dtype=kernel.dtype) - kernel.T + 1 / m
-    law = torch.linalg.solve(system, torch.full((m,), 1 / m, dtype=kernel.dtype))
+    # Where the law is all but 0 rounding may leave less than that.
+    law = torch.linalg.solve(system, torch.full((m,), 1 / m, dtype=kernel.dtype)).clamp(min=0)
     return law / law.sum()
 
 
@@ -317,9 +323,7 @@ def _coefficients(sampler: LangevinSampler, k: int) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-def _check_kernel(
-    sampler: LangevinSampler, grid: Grid, noise_std: float, metropolis: bool
-) -> None:
+def _check_kernel(sampler: LangevinSampler, grid: Grid, noise_std: float, metropolis: bool) -> None:
     if sampler.noise_order != "after":
         raise ValueError(f'theory: noise_order must be "after", got {sampler.noise_order!r}')
     if isinstance(sampler.grad_clip, Sequence) and sampler.grad_clip[0] == "batch_norm":
@@ -329,15 +333,13 @@ def _check_kernel(
             f"theory: noise_std {noise_std:g} needs a grid of n >= "
             f"{_cells(grid, noise_std)}, got n = {grid.n}"
         )
-    if grid.atoms != (sampler.clamp is not None) or (
+    if grid.atoms != (sampler.clamp is not None and not metropolis) or (
         sampler.clamp is not None and tuple(sampler.clamp) != (grid.lo, grid.hi)
     ):
         raise ValueError(
-            "theory: a clamp needs a grid with atoms at its bounds, and no other grid has them; "
-            f"got clamp={sampler.clamp} and {grid}"
+            "theory: a clamp needs a grid with atoms at its bounds, with metropolis=True one that "
+            f"ends there without atoms, and no clamp one without; got clamp={sampler.clamp}, {grid}"
         )
-    if metropolis and grid.atoms:
-        raise ValueError("theory: a clamped proposal has atoms, metropolis needs clamp=None")
 
 
 def _cells(grid: Grid, noise_std: float) -> int | str:
