@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -29,7 +29,7 @@ def check_count(op: str, name: str, value: int) -> int:
 def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Coefficient:
     """A float >= 0, or a tensor (0-d or [chains]); its values are left to check_values."""
     if not isinstance(value, Tensor):
-        return _check_number(op, name, value)
+        return check_number(op, name, value)
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != chains):
         raise ValueError(
             f"{op}: {name} must be a number or have one value per chain [{chains}], "
@@ -48,14 +48,14 @@ def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficie
             )
         return check_values(op, name, _check_floating(op, name, value))
     if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
-        numbers = [_check_number(op, name, number) for number in value]
+        numbers = [check_number(op, name, number) for number in value]
         if len(numbers) != steps:
             raise ValueError(
                 f"{op}: {name} as a sequence must have steps={steps} numbers, got {len(numbers)} "
                 "(one value per chain is given as a tensor [n])"
             )
         return numbers
-    return _check_number(op, name, value)
+    return check_number(op, name, value)
 
 
 def check_values(op: str, name: str, value: Tensor) -> Tensor:
@@ -86,6 +86,32 @@ def check_chains(op: str, name: str, schedule: Coefficient | list[float], chains
         width = schedule.shape[-1]
         if width != chains and not (schedule.ndim == 2 and width == 1):
             raise ValueError(f"{op}: {name} has values for {width} chains, x0 has {chains}")
+
+
+def check_step_kwargs(
+    op: str, step_kwargs: Mapping[str, Any] | None, steps: int, taken: Iterable[str]
+) -> dict[str, Any]:
+    """Names to tensors [steps, ...] or sequences of ``steps`` entries; no name is ``taken``."""
+    if step_kwargs is None:
+        return {}
+    if not isinstance(step_kwargs, Mapping):
+        raise TypeError(f"{op}: step_kwargs must be a dict, got {type(step_kwargs).__name__}")
+    found = dict(step_kwargs)
+    for name, entries in found.items():
+        called = f"step_kwargs[{name!r}]"
+        if not isinstance(entries, Tensor | np.ndarray | list | tuple | range):
+            raise TypeError(
+                f"{op}: {called} must be a tensor [{steps}, ...] or a sequence of {steps}, got "
+                f"{type(entries).__name__}"
+            )
+        length = len(entries) if not isinstance(entries, Tensor) or entries.ndim else 0
+        if length != steps:
+            raise ValueError(
+                f"{op}: {called} must have an entry for each of steps={steps}, got {length}"
+            )
+        if name in taken:
+            raise ValueError(f"{op}: {name} is given twice, in step_kwargs and as a keyword")
+    return found
 
 
 def check_clamp(op: str, clamp: Sequence[float] | None) -> tuple[float, float] | None:
@@ -121,7 +147,7 @@ def _check_bound(op: str, bound: Any) -> float:
     return float(bound)
 
 
-def _check_number(op: str, name: str, value: Any) -> float:
+def check_number(op: str, name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
             f"{op}: {name} holds a tensor that requires grad, which a list would lose; give one "

@@ -26,6 +26,7 @@ _SCORE_TEXT = {
     "lean": "an explicit forward and input gradient, no gradient of weights, no graph",
     "fused": "the same in kernels of our own, a few chains through the whole network at a time",
     "compiled": "forward and input gradient as one graph, by torch.compile",
+    "network": "the output of the network itself; no energies",
 }
 # Part of the rate of torch's matrix products that a chain reaches, in float32 and on the CPU, as
 # benchmarks/results has it for the paper's networks of width 16 to 64 at batch 64.
@@ -41,8 +42,9 @@ def explain(sampler: "LangevinSampler", x0: Tensor | None) -> str:
     backend = choose_backend(sampler.backend, device)
     lines = [
         f"chain      {sampler.steps} steps, "
-        f"{'ascending f' if sampler.maximize else 'descending E'}, "
-        f"{_ORDER_TEXT[sampler.noise_order]}",
+        f"{_direction(sampler)}, "
+        f"{_ORDER_TEXT[sampler.noise_order]}"
+        + (", accepted or rejected (MALA)" if sampler.metropolis else ""),
         *_explain_score(sampler, x0, device),
         f"update     backend {backend} on {device}; reference with differentiable=True",
     ]
@@ -54,10 +56,18 @@ def explain(sampler: "LangevinSampler", x0: Tensor | None) -> str:
     if x0 is not None:
         state = x0.numel() * (8 if x0.dtype == torch.float64 else 4)
         lines.append(f"state      {list(x0.shape)}, {state / 2**20:.1f} MiB")
-        if x0.shape[0]:
+        if sampler.metropolis:
+            lines.append("gradients  not through steps that are accepted or rejected")
+        elif x0.shape[0]:
             start, chain = sampler._prepare(x0, seed=0)
             lines += explain_gradients(chain, start)
     return "\n".join(lines)
+
+
+def _direction(sampler: "LangevinSampler") -> str:
+    if sampler.score == "network":
+        return "along the score" if sampler.maximize else "against the network's output"
+    return "ascending f" if sampler.maximize else "descending E"
 
 
 def _explain_score(
@@ -67,13 +77,13 @@ def _explain_score(
     shape = getattr(sampler.energy, "shape", None)
     x = torch.zeros((1, *shape), device=device) if x0 is None and shape is not None else x0
     if x is None:
-        known = sampler.score in ("general", "compiled")
+        known = sampler.score in ("general", "compiled", "network")
         text = _SCORE_TEXT[sampler.score] if known else "depends on the state's shape; give x0"
         return [f"score      {sampler.score}: {text}, {precision}"]
     choice = sampler.choose_score(x, {})
     lines = [f"score      {choice.name}: {_SCORE_TEXT[choice.name]}, {precision}"]
     lines += [f"           not {name}: {why}" for name, why in choice.why_not.items()]
-    if x0 is not None and x0.shape[0]:
+    if x0 is not None and x0.shape[0] and choice.name != "network":
         found = choice.graph or recognise(sampler.energy, x0)
         graph = None if isinstance(found, str) else found
         lines += _explain_cost(choice._replace(graph=graph), x0, sampler.precision)

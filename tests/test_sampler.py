@@ -488,6 +488,7 @@ def test_diagnose(net: nn.Module, x0: Tensor, options: dict) -> None:
         grad_norm=torch.stack([step["grad"].flatten(1).norm(dim=1) for step in steps]),
         displacement=(states[1:] - states[:-1]).flatten(2).norm(dim=2),
         saturation=((states[1:] <= lo) | (states[1:] >= hi)).double().flatten(2).mean(2),
+        accepted=torch.ones(K, N, dtype=torch.float64),
     )
     got = sampler(net, **options).diagnose(x0, noise=z)
     for name, value in want._asdict().items():
