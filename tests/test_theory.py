@@ -29,6 +29,8 @@ from fastlangevin.learn.theory import (
 )
 
 A, B = 0.02, 0.2  # T = 1
+# A tenth to a third of the moves is refused.
+MALA = {"metropolis": True, "step_size": 0.1, "noise_std": 0.2**0.5}
 LINE = Grid(-4, 4, 320)
 PLANE = Grid(-3, 3, 36, dim=2)
 
@@ -161,8 +163,21 @@ def p_value(law: Tensor, x: Tensor, grid: Grid, group: int) -> float:
         (LINE, {"grad_clip": 2.0, "step_size": [0.05] * 5 + [0.02] * 7}),
         (Grid(-1, 1, 160, atoms=True), {"clamp": (-1.0, 1.0)}),
         (Grid(-3, 3, 48, dim=2), {}),
+        (LINE, MALA),
+        (LINE, MALA | {"grad_clip": 2.0}),
+        (Grid(-1, 1, 160), MALA | {"clamp": (-1.0, 1.0)}),
+        (Grid(-3, 3, 48, dim=2), MALA),
     ],
-    ids=["plain", "clip and schedule", "clamp", "plane"],
+    ids=[
+        "plain",
+        "clip and schedule",
+        "clamp",
+        "plane",
+        "adjusted",
+        "adjusted, clip",
+        "adjusted, clamp",
+        "adjusted, plane",
+    ],
 )
 def test_sampled_chains_follow_the_law(grid: Grid, changes: dict) -> None:
     """N = 200,000 chains of 12 steps."""
@@ -303,16 +318,17 @@ def test_the_learner_gets_there() -> None:
 @pytest.mark.parametrize("grid", [Grid(-3, 3, 150), PLANE], ids=["line", "plane"])
 @pytest.mark.parametrize("step_size", [0.02, 0.1])
 def test_adjusted_chains_never_move_away(grid: Grid, step_size: float) -> None:
-    """Balance in detail, so p_theta stays; KL(p_K | p_theta) falls at every step, from any start."""
+    """Detailed balance; KL(p_K | p_theta) falls at every step, from any start."""
     noise_std = math.sqrt(2 * step_size)
-    sampler = sampler_of(double_well, 150, step_size=step_size, noise_std=noise_std, maximize=False)
-    kernel, p = transition(sampler, grid, metropolis=True), gibbs(sampler, grid)
+    changes = {"step_size": step_size, "noise_std": noise_std, "metropolis": True}
+    sampler = sampler_of(double_well, 150, maximize=False, **changes)
+    kernel, p = transition(sampler, grid), gibbs(sampler, grid)
     flow = p[:, None] * kernel
     torch.testing.assert_close(flow, flow.T, rtol=1e-9, atol=1e-18)
     assert (kernel.diagonal() >= 0).all()
     torch.testing.assert_close(kernel.sum(1), torch.ones_like(p))
     for start in (None, grid.law(-(grid.points - 1).square().sum(1) / 0.1)):
-        laws = short_run(sampler, grid, start, metropolis=True)
+        laws = short_run(sampler, grid, start)
         falls = torch.tensor([kl(law, p) for law in laws]).diff()
         assert (falls <= 1e-13).all()
         assert falls[0] < -1e-3
@@ -390,5 +406,5 @@ def test_no_such_moments() -> None:
     with pytest.raises(ValueError, match="no fixed point found in 3 iterations"):
         solve(sampler_of(energy, 2), LINE, x[:, None] + 30, TWO, iterations=3, tolerance=0)
     assert energy.theta.tolist() == [0.25]
-    with pytest.raises(TypeError, match="must be an nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
         solve(sampler_of(double_well), LINE, LINE.points, TWO)

@@ -120,12 +120,10 @@ def transition(
     """
     step_size, noise_std = _coefficients(sampler, k)
     if metropolis is None:
-        metropolis = getattr(sampler, "metropolis", False)
+        metropolis = sampler.metropolis
     _check_kernel(sampler, grid, noise_std, metropolis)
-    settings = sampler.settings() | {
-        "steps": 1, "step_size": step_size, "noise_std": 0.0, "clamp": None,
-    }  # fmt: skip
-    settings |= {"metropolis": False} if "metropolis" in settings else {}
+    settings = sampler.settings() | {"steps": 1, "step_size": step_size, "noise_std": 0.0}
+    settings |= {"clamp": None, "metropolis": False}
     mean = LangevinSampler(sampler.energy, **settings)(grid.points, seed=0)
     moves = [_axis_law(mean[:, d], noise_std, grid) for d in range(grid.dim)]
     kernel = moves[0] if grid.dim == 1 else (moves[0][:, :, None] * moves[1][:, None]).flatten(1)
