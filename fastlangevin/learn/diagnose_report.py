@@ -105,22 +105,21 @@ def _plot(found: Diagnosis, path: Path, title: str) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     (of_d, cross), (layers, long) = figure.subplots(2, 2)
     figure.suptitle(title)
-    for name, series in (("every iteration", found.every), ("logged", found.measured)):
-        if series is None:
-            continue
+    series = found.every or found.measured
+    if series is not None:
+        what = "|x_K - x_0|" if found.every else "r"
         lags = [series.spacing * lag for lag in range(len(series.d))]
-        of_d.plot(lags[1:], series.d[1:], ".-", label=f"d, {name}")
-        of_d.plot(lags[1:], series.r[1:], ".--", label=f"size of moves, {name}")
-        half = len(series.cross) // 2
-        lags = [series.spacing * lag for lag in range(-half, half + 1)]
-        cross.plot(lags, series.cross, ".-", label=name)
+        of_d.plot(lags[1:], series.d[1:], ".-", label="d")
+        of_d.plot(lags[1:], series.r[1:], ".--", label=what)
         of_d.axhspan(-series.bound, series.bound, color="0.9", zorder=0)
-    of_d.set(title="autocorrelations", xlabel="lag in iterations", xscale="symlog")
-    cross.set(title="d now with size of moves at lag", xlabel="lag in iterations", xscale="symlog")
+        of_d.legend(fontsize="small")
+        lags = [-lag for lag in lags[:0:-1]] + lags
+        cross.plot(lags, series.cross, ".-")
+        cross.set(title=f"d with {what} a lag later")
+    of_d.set(title="autocorrelations", xlabel="lag in iterations")
+    cross.set(xlabel="lag in iterations")
     for axes in (of_d, cross):
         axes.axhline(0, color="0.6", lw=0.8)
-        if axes.lines[1:]:
-            axes.legend(fontsize="small")
     places = range(len(found.layers))
     layers.bar(places, [row.residual for row in found.layers], label="residual")
     layers.plot(places, [row.floor for row in found.layers], "k_", ms=14, label="chance")
