@@ -4,8 +4,10 @@ Laws are exact to the rounding of float64 unless a test says otherwise; tests of
 how many and reject below p = 1e-5.
 """
 
+import importlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +312,20 @@ def test_the_learner_gets_there() -> None:
     assert gap.abs().max() < 0.03
     assert kl(q, law) < 1e-3
     assert kl(q, LINE.law(torch.zeros(320))) > 0.3
+
+
+def test_the_docs_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/theory.md says what its command prints; here for K = 5."""
+    root = Path(__file__).resolve().parents[1]
+    monkeypatch.syspath_prepend(str(root))
+    script = importlib.import_module("benchmarks.theory")
+    data = script.mixture(script.LINE, [(0.65, (1.0,), 0.4), (0.35, (-1.2,), 0.3)])
+    ((steps, found),) = script.learned(script.LINE, data, [5]).items()
+    now = script.row(steps, script.LINE, data, *found)
+    (line,) = [row for row in (root / "docs" / "theory.md").read_text().splitlines()
+               if row.startswith("| 5 |")]  # fmt: skip
+    written = [cell.strip() for cell in line.strip("|").split("|")]
+    assert [float(v) for v in now[2:]] == pytest.approx([float(v) for v in written[2:]], abs=2e-6)
 
 
 # What K steps bring ---------------------------------------------------------------------------
