@@ -34,7 +34,7 @@ A, B = 0.02, 0.2  # T = 1
 # A tenth to a third of the moves is refused.
 MALA = {"metropolis": True, "step_size": 0.1, "noise_std": 0.2**0.5}
 LINE = Grid(-4, 4, 320)
-PLANE = Grid(-3, 3, 30, dim=2)
+PLANE = Grid(-3, 3, 36, dim=2)
 
 
 class Polynomial(nn.Module):
@@ -108,7 +108,7 @@ def test_a_clamp_leaves_atoms() -> None:
 
 def test_the_plane_is_two_lines() -> None:
     """An energy that is a sum has a kernel that is a product."""
-    line = Grid(-3, 3, 30)
+    line = Grid(-3, 3, 36)
     one = transition(sampler_of(double_well), line)
     both = transition(sampler_of(double_well), PLANE)
     torch.testing.assert_close(both, torch.kron(one, one))

@@ -16,7 +16,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fastlangevin.arguments import at_step, check_count
 from fastlangevin.sampler import LangevinSampler
 
-# The midpoint rule's error on a Gaussian of this many spacings is exp(-2 pi^2 0.75^2) = 1.5e-5.
+# A Gaussian this many spacings wide loses 2 exp(-2 pi^2 0.75^2) = 3e-5 of its mass to the midpoint
+# rule at each step, one of one spacing 5e-9, one of 1.2 spacings 1e-12.
 _FINEST = 0.75
 
 
