@@ -37,6 +37,7 @@ def diagnose(
     from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint
     from fastlangevin.learn.config import resolve
     from fastlangevin.learn.log import read_records, read_series
+    from fastlangevin.learn.run import annealed
 
     with errors():
         checkpoint = find_checkpoint(run)
@@ -46,9 +47,8 @@ def diagnose(
             raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
         config = resolve(overrides=info["config"] | ({} if data is None else {"data": data}))
         sampler = load(checkpoint, device=choose_device(device), averaged=averaged)
-        images = measures.noisy_batch(
-            load_data(config), n, config.data_noise_final, seed, choose_device(device)
-        )
+        _, data_noise = annealed(config, info["iteration"] - 1)
+        images = measures.noisy_batch(load_data(config), n, data_noise, seed, choose_device(device))
         found = measures.diagnose(
             sampler, images, read_records(folder), read_series(folder),
             seed=seed, long=long, starts=starts, lags=lags,
