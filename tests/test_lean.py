@@ -91,6 +91,21 @@ def test_activations(name: str) -> None:
     check(energy, 2 * numbers(SHAPE), smooth=name not in KINKED)
 
 
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("logits", [lambda h: h.flatten(1), lambda h: h[:, :, 0, 0], lambda h: h])
+def test_logsumexp(logits: Callable[[Tensor], Tensor], keepdim: bool) -> None:
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, (7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = logits(4 * self.second(torch.nn.functional.silu(self.first(x))))
+            return -found.logsumexp(tuple(range(1, found.ndim)), keepdim)
+
+    check(seeded(Energy), 2 * numbers(SHAPE), smooth=True)
+
+
 CONVOLUTIONS = [
     {"kernel_size": k, "stride": s, "padding": p, "dilation": d, "groups": g}
     for k, s, p, d, g in [

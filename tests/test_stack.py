@@ -117,6 +117,7 @@ NO_STACKS = {
         X,
         "avg_pool stands between",
     ),
+    "logits": (Custom(lambda m, x: -F.relu(m.one(x)).flatten(1).logsumexp(1)), X, "is not linear"),
     "first": (nn.Sequential(nn.Tanh(), nn.Conv2d(3, 1, 8)), X, "tanh does not follow"),
 }
 

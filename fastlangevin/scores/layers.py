@@ -203,6 +203,25 @@ class Reduction:
         return spread(grad.reshape(chains, *self.kept) * self.factor, (chains, *self.read))
 
 
+class LogSumExp:
+    """Of a classifier's logits, say: what an energy by JEM ends in. It keeps their softmax."""
+
+    def __init__(self, node: Node, read: tuple[int, ...]) -> None:
+        self.dims, self.keepdim = node.settings
+        self.reduced = tuple(1 if d + 1 in self.dims else size for d, size in enumerate(read))
+        self.softmax: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.logsumexp(self.dims, True)
+        self.softmax = (x - out).exp_()
+        return out if self.keepdim else laid_out(out.squeeze(self.dims))
+
+    def backward(self, grad: Tensor) -> Tensor:
+        softmax, self.softmax = self.softmax, None
+        assert softmax is not None
+        return softmax.mul_(grad.reshape(grad.shape[0], *self.reduced))
+
+
 class AvgPool:
     def __init__(self, node: Node, read: tuple[int, ...]) -> None:
         self.settings, self.read = node.settings, read

@@ -22,6 +22,7 @@ from fastlangevin.scores.layers import (
     AvgPool,
     Conv,
     Linear,
+    LogSumExp,
     PackedConv,
     Reduction,
     Scale,
@@ -30,9 +31,10 @@ from fastlangevin.scores.layers import (
     spread,
 )
 from fastlangevin.scores.network import Graph, Node
-from fastlangevin.scores.operators import ACTIVATIONS
+from fastlangevin.scores.operators import ACTIVATIONS, NONLINEAR
 
-Layer = Activation | Add | AvgPool | Conv | Linear | Reduction | Scale | View
+Plain = Add | AvgPool | LogSumExp | Reduction | Scale | View
+Layer = Activation | Conv | Linear | Plain
 _COMPUTE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -147,7 +149,7 @@ def _state(base: Tensor) -> tuple[int, int]:
     return (0 if base.is_inference() else base._version), base.data_ptr()
 
 
-def _plain_layer(graph: Graph, node: Node) -> Add | AvgPool | Reduction | Scale | View:
+def _plain_layer(graph: Graph, node: Node) -> Plain:
     """The layer of a node without weights."""
     read = graph.input_shape(node)
     if node.kind == "view":
@@ -156,6 +158,8 @@ def _plain_layer(graph: Graph, node: Node) -> Add | AvgPool | Reduction | Scale 
         return AvgPool(node, read)
     if node.kind in ("mean", "sum"):
         return Reduction(node, read)
+    if node.kind == "logsumexp":
+        return LogSumExp(node, read)
     return Scale(node) if node.kind == "scale" else Add(node)
 
 
@@ -180,7 +184,7 @@ class _Plan:
         # node takes no part in the backward pass, nor in a forward pass without energies.
         self.constant = [False] * count
         for k in range(count - 1, 0, -1):
-            linear = graph.nodes[k - 1].kind not in ACTIVATIONS
+            linear = graph.nodes[k - 1].kind not in NONLINEAR
             self.constant[k] = linear and all(self.constant[r] for r in self.readers[k])
         # Views may share the memory of what they view.
         self.memory = list(range(count))

@@ -143,6 +143,8 @@ ACTIVATIONS: dict[str, Callable[[dict[str, Any]], tuple[float, ...] | None]] = {
     "gelu": lambda a: (float(a["approximate"] == "tanh"),),
     "tanh": lambda a: (),
 }
+# What keeps a gradient from being the same in every chain.
+NONLINEAR = {*ACTIVATIONS, "logsumexp"}
 _VIEWS = (
     "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "select", "slice",
     "alias", "expand", "clone", "contiguous", "_to_copy", "_reshape_alias",
@@ -150,6 +152,7 @@ _VIEWS = (
 OPERATORS: dict[str, Callable[..., Node | None]] = (
     {"convolution": _conv, "addmm": _addmm, "mm": _mm, "avg_pool2d": _avg_pool}
     | {"_adaptive_avg_pool2d": _adaptive_pool, "mean": _reduce, "sum": _reduce}
+    | {"logsumexp": _reduce}
     | dict.fromkeys(_VIEWS, _view)
     | dict.fromkeys(("mul", "mul_", "div", "div_", "neg", "neg_"), _scale)
     | dict.fromkeys(("add", "add_", "sub", "sub_"), _add)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlangevin.scores.network import Constant, Graph, Node
-from fastlangevin.scores.operators import ACTIVATIONS
+from fastlangevin.scores.operators import ACTIVATIONS, NONLINEAR
 from fastlangevin.scores.recorder import recognise
 
 __all__ = ["Activation", "ConvStack", "Graph", "StackedConv", "conv_stack", "recognise"]
@@ -95,6 +95,8 @@ def conv_stack(graph: Graph) -> ConvStack | str:
     if not last:
         return "it has no activation"
     tail = graph.nodes[last:]
+    if any(node.kind in NONLINEAR for node in tail):
+        return "what follows the last activation is not linear"
     if any(i < last for node in tail for i in node.inputs):
         return "a value before the last activation is read again after it"
     image: tuple[int, ...] = graph.shape  # the layout of the values, however they are viewed
