@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
-from fastlangevin.learn.latent import check_measurements, image_shape, reconstruct
+from fastlangevin.learn.latent import check_measurements, image_shape, reconstruct, starts
 from fastlangevin.learn.operators import Mask, Operator, norm
 from fastlangevin.learn.terms import DataTerm, clamped, with_term
 from fastlangevin.sampler import LangevinSampler
@@ -73,8 +73,7 @@ def restore(
         else:
             assert isinstance(operator, Mask)
             guided = clamped(sampler, target, operator)
-        start = _noise.uniform((len(target), *shape), seed=seed, step=0, device=y.device)
-        x = guided(2 * start - 1, seed=seed)
+        x = guided(starts(len(target), shape, seed, y), seed=seed)
     if method != "posterior" and isinstance(operator, Mask):
         x = operator.fill(x, target)
     residual = (target - operator(x)).square().flatten(1).mean(1)

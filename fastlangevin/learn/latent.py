@@ -78,13 +78,10 @@ def reconstruct(
     seed = _noise.check_seed(seed)
 
     target = images.repeat_interleave(restarts, 0)
-    start = _noise.uniform((len(target), *shape), seed=seed, step=0, device=images.device)
-    z = (2 * start - 1).requires_grad_()
+    z = starts(len(target), shape, seed, images).requires_grad_()
     kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
     descent = kind([z], lr=lr)
-    best = Fit(
-        torch.zeros_like(start), torch.zeros_like(start), start.new_full((len(z),), math.inf)
-    )
+    best = Fit(z.detach(), z.detach(), z.new_full((len(z),), math.inf, requires_grad=False))
     with frozen(sampler):
         for i in range(iterations + 1):
             x = quiet(
@@ -143,6 +140,12 @@ def with_noise(op: str, sampler: LangevinSampler, noise: str) -> LangevinSampler
     if noise == "frozen":
         return sampler
     return LangevinSampler(sampler.energy, **sampler.settings() | {"noise_std": 0.0})
+
+
+def starts(n: int, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
+    """p0 = U(-1, 1) as the sampler draws it, where ``like`` is, in float64 if that is."""
+    x0 = 2 * _noise.uniform((n, *shape), seed=seed, step=0, device=like.device) - 1
+    return x0.double() if like.dtype == torch.float64 else x0
 
 
 def image_shape(op: str, sampler: LangevinSampler, images: Tensor) -> tuple[int, ...]:

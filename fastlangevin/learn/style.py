@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from fastlangevin.learn.inverse import with_data
 from fastlangevin.learn.latent import check_measurements, image_shape
-from fastlangevin.learn.operators import Operator, identity
+from fastlangevin.learn.operators import Operator, check_operator, identity
 from fastlangevin.learn.terms import StyleTerm, with_term
 from fastlangevin.sampler import LangevinSampler
 
@@ -61,6 +61,7 @@ def guide(
     guided = sampler
     if content is not None or zeta is not None:
         operator = content or identity
+        check_operator(op, operator, shape, images.device)
         guided = with_data(guided, operator(images), operator, zeta)
     if style is not None:
         check_measurements(op, style, identity, shape, bounded=True)

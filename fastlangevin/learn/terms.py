@@ -106,7 +106,7 @@ class StyleTerm(nn.Module):
         if self.statistics == "gram":
             return features @ features.mT / features.shape[-1]
         spread = features.var(-1, correction=0) + 1e-8  # a root has no slope at 0
-        return torch.stack([features.mean(-1), spread.sqrt()])
+        return torch.stack([features.mean(-1), spread.sqrt()], 1)
 
 
 class _Wrapped(nn.Module):
