@@ -541,7 +541,8 @@ def test_style_term_against_features_by_hand(statistics: str) -> None:
 
     want = torch.zeros(2, dtype=torch.float64)
     for ours, theirs in zip(summaries(x), summaries(style), strict=True):
-        want += 0.7 * (ours - theirs.mean(0)).square().flatten(1).mean(1)
+        target = theirs.mean(0)
+        want += 0.7 * (ours - target).square().flatten(1).sum(1) / target.square().sum()
     term = StyleTerm(energy, style, 0.7, statistics)
     torch.testing.assert_close(term(x), want, rtol=1e-6, atol=1e-9)
     same = StyleTerm(energy, style[:1], 0.7, statistics)

@@ -52,7 +52,7 @@ class DataTerm(nn.Module):
 
 
 class StyleTerm(nn.Module):
-    """weight * sum over layers of the mean squared distance of feature statistics to a style's.
+    """weight * sum over layers of |S(x) - S|^2 / |S|^2, S being feature statistics of a style.
 
     network: with an attribute ``layers``, an nn.Sequential, as ConvEnergy has; its features are
     the outputs of all its convolutions but the last. style: images [m, C, H, W], whose statistics
@@ -90,7 +90,10 @@ class StyleTerm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = zip(self._statistics(x), self.targets, strict=True)
-        distances = [(found - target).square().flatten(1).mean(1) for found, target in pairs]
+        distances = [
+            (found - target).square().flatten(1).sum(1) / target.square().sum()
+            for found, target in pairs
+        ]
         return self.weight * torch.stack(distances).sum(0)
 
     def _statistics(self, x: Tensor) -> list[Tensor]:
