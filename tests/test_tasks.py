@@ -542,7 +542,8 @@ def test_style_term_against_features_by_hand(statistics: str) -> None:
     want = torch.zeros(2, dtype=torch.float64)
     for ours, theirs in zip(summaries(x), summaries(style), strict=True):
         target = theirs.mean(0)
-        want += 0.7 * (ours - target).square().flatten(1).sum(1) / target.square().sum()
+        size = ours.square().flatten(1).sum(1) + target.square().sum()
+        want += 0.7 * (ours - target).square().flatten(1).sum(1) / size
     term = StyleTerm(energy, style, 0.7, statistics)
     torch.testing.assert_close(term(x), want, rtol=1e-6, atol=1e-9)
     same = StyleTerm(energy, style[:1], 0.7, statistics)
@@ -555,7 +556,7 @@ def test_style_guides_chains_towards_its_statistics(maximize: bool) -> None:
     sampler = fl.LangevinSampler(energy, steps=20, step_size=0.05, maximize=maximize, noise_std=0.0)
     term = StyleTerm(energy, style, 1.0, "gram")
     free = transfer(sampler, x0)
-    guided = transfer(sampler, x0, style=style, weight=2000.0)
+    guided = transfer(sampler, x0, style=style, weight=20.0)
     assert float(term(guided).mean()) < 0.5 * float(term(free).mean())
 
 
@@ -579,7 +580,7 @@ def test_what_transfer_refuses(options: Any, error: type[Exception], match: str)
 
 def test_style_needs_layers() -> None:
     for energy, match in (
-        (GaussianEnergy(), "nn.Sequential called layers, got GaussianEnergy"),
+        (GaussianEnergy(), "nn.Sequential called layers, .* got GaussianEnergy"),
         (lambda x: x.square().sum((1, 2, 3)), "an nn.Module, got function"),
     ):
         with pytest.raises(TypeError, match=match):

@@ -52,7 +52,11 @@ class DataTerm(nn.Module):
 
 
 class StyleTerm(nn.Module):
-    """weight * sum over layers of |S(x) - S|^2 / |S|^2, S being feature statistics of a style.
+    """weight * sum over layers of |S(x) - S|^2 / (|S(x)|^2 + |S|^2), S(x) being statistics of
+    features of x, and S those of a style.
+
+    Between 0 and 2 a layer, so that no chain runs away along it: plain squares of Gram matrices
+    grow with the fourth power of x, and a chain's steps are large.
 
     network: with an attribute ``layers``, an nn.Sequential, as ConvEnergy has; its features are
     the outputs of all its convolutions but the last. style: images [m, C, H, W], whose statistics
@@ -67,10 +71,11 @@ class StyleTerm(nn.Module):
     ) -> None:
         super().__init__()
         layers = getattr(network, "layers", None)
-        if not isinstance(layers, nn.Sequential):
+        known = list(layers) if isinstance(layers, nn.Sequential) else []
+        if sum(isinstance(layer, nn.Conv2d) for layer in known) < 2:
             raise TypeError(
-                "StyleTerm: network must have its layers in an nn.Sequential called layers, got "
-                f"{type(network).__name__}"
+                "StyleTerm: network must have an nn.Sequential called layers, with two Conv2d or "
+                f"more, got {type(network).__name__}"
             )
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"StyleTerm: weight must be finite and > 0, got {weight}")
@@ -84,16 +89,13 @@ class StyleTerm(nn.Module):
                 f"StyleTerm: style must have shape [m >= 1, {', '.join(map(str, shape))}], "
                 f"got {list(style.shape)}"
             )
-        self.layers, self.weight, self.statistics = layers, weight, statistics
+        self.layers, self.weight, self.statistics = nn.Sequential(*known), weight, statistics
         with torch.no_grad():
             self.targets = [found.mean(0) for found in self._statistics(style)]
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = zip(self._statistics(x), self.targets, strict=True)
-        distances = [
-            (found - target).square().flatten(1).sum(1) / target.square().sum()
-            for found, target in pairs
-        ]
+        distances = [_distance(found, target) for found, target in pairs]
         return self.weight * torch.stack(distances).sum(0)
 
     def _statistics(self, x: Tensor) -> list[Tensor]:
@@ -110,6 +112,11 @@ class StyleTerm(nn.Module):
             return features @ features.mT / features.shape[-1]
         spread = features.var(-1, correction=0) + 1e-8  # a root has no slope at 0
         return torch.stack([features.mean(-1), spread.sqrt()], 1)
+
+
+def _distance(found: Tensor, target: Tensor) -> Tensor:
+    size = found.square().flatten(1).sum(1) + target.square().sum()
+    return (found - target).square().flatten(1).sum(1) / size
 
 
 class _Wrapped(nn.Module):
