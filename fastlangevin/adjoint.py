@@ -101,7 +101,7 @@ def only_masks(chain: Chain, x: Tensor) -> bool:
     if not x.requires_grad or any(tensor.requires_grad for tensor in others):
         return False
     # None for energies that may read other tensors than their parameters.
-    graph = sampler.choose_score(x, chain.model_kwargs).graph
+    graph = sampler.choose_score(x, chain.all_kwargs()).graph
     return graph is not None and all(node.kind in _PIECEWISE_LINEAR for node in graph.nodes)
 
 
@@ -110,7 +110,7 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
     x, steps = x.detach().requires_grad_(), chain.sampler.steps
     try:
         trace = Trace(chain, 0, False, x)
-        check_graph(trace.begin(x)[-1])
+        check_graph(chain, trace.begin(x)[-1])
         sizes = trace.measure(x)
     except Exception as error:  # whatever an energy raises: a call without gradients may serve
         return [f"gradients  not with this energy: {error}"]
@@ -127,7 +127,7 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
 
 def _traced(
     chain: Chain, x: Tensor, first: int, schedule: Checkpoint, straight: bool, offload: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Steps first, first + 1, ... by a schedule: the last state, with its graph, and energies."""
     steps = chain.sampler.steps - first
     if schedule == "none":
@@ -137,7 +137,7 @@ def _traced(
     if straight and not tensors and x.requires_grad:
         del after, nodes
         return _masked(chain, x, first)
-    check_graph(nodes)
+    check_graph(chain, nodes)
     del nodes
     if not (x.requires_grad or tensors):
         raise _nothing_requires_grad()
@@ -161,15 +161,15 @@ def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor,
             nodes = nodes_of(state)
             if not x.requires_grad and leaves_of(nodes) == [start]:
                 raise _nothing_requires_grad()
-            check_graph(nodes + nodes_of(energies))
+            check_graph(chain, nodes + nodes_of(energies))
             del nodes
     return state, energies
 
 
-def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
     """Gradients to x alone where a step's Jacobian is what its clamps let through."""
     state, passed = x.detach(), torch.ones_like(x)
-    score = chain.sampler.choose_score(x, chain.model_kwargs).run
+    score = chain.sampler.choose_score(x, chain.all_kwargs()).run
     last = chain.sampler.steps - 1
     if score is not None:
         score.begin()
@@ -180,7 +180,6 @@ def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
             step = chain.transition(reference.step, state, k, lean)
         (passed,) = torch.autograd.grad(step.x, state, passed)
         state = step.x.detach()
-    assert step.energies is not None
     return _Masked.apply(x, state, passed.bool()), step.energies
 
 

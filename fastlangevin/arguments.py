@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -86,6 +86,32 @@ def check_chains(op: str, name: str, schedule: Coefficient | list[float], chains
         width = schedule.shape[-1]
         if width != chains and not (schedule.ndim == 2 and width == 1):
             raise ValueError(f"{op}: {name} has values for {width} chains, x0 has {chains}")
+
+
+def check_step_kwargs(
+    op: str, step_kwargs: Mapping[str, Any] | None, steps: int, taken: Iterable[str]
+) -> dict[str, Any]:
+    """Names to tensors [steps, ...] or sequences of ``steps`` entries; no name is ``taken``."""
+    if step_kwargs is None:
+        return {}
+    if not isinstance(step_kwargs, Mapping):
+        raise TypeError(f"{op}: step_kwargs must be a dict, got {type(step_kwargs).__name__}")
+    found = dict(step_kwargs)
+    for name, entries in found.items():
+        called = f"step_kwargs[{name!r}]"
+        if not isinstance(entries, Tensor | np.ndarray | list | tuple | range):
+            raise TypeError(
+                f"{op}: {called} must be a tensor [{steps}, ...] or a sequence of {steps}, got "
+                f"{type(entries).__name__}"
+            )
+        length = len(entries) if not isinstance(entries, Tensor) or entries.ndim else 0
+        if length != steps:
+            raise ValueError(
+                f"{op}: {called} must have an entry for each of steps={steps}, got {length}"
+            )
+        if name in taken:
+            raise ValueError(f"{op}: {name} is given twice, in step_kwargs and as a keyword")
+    return found
 
 
 def check_clamp(op: str, clamp: Sequence[float] | None) -> tuple[float, float] | None:

@@ -1,7 +1,7 @@
 """One call's chain: the settings of a sampler, bound to a seed and stepped through."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.scores.choice import Score
 from fastlangevin.scores.fused_gpu import FusedScore
 from fastlangevin.scores.general import energy_and_grad, left_as_found, seed_generators
+from fastlangevin.scores.score_network import network_score
 from fastlangevin.step import apply_step_, bind_step, resolve_backend
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class Step(NamedTuple):
     """One step's results: its index, the state after it, energies [n] and gradient before it.
 
-    Energies are None where nobody asked for them and the score does not pass by them, the gradient
-    where it never reached memory.
+    Energies are None where nobody asked for them and the score does not pass by them, and along a
+    score network; the gradient where it never reached memory.
     """
 
     k: int
@@ -39,6 +40,7 @@ class Chain(NamedTuple):
     first_step: int
     noise: Tensor | None
     model_kwargs: dict[str, Any]
+    step_kwargs: Mapping[str, Any] = {}  # by name, what has an entry for every step
     # int64 [2] on the device, read there in place of the seed and added to every step's number.
     state: Tensor | None = None
 
@@ -50,7 +52,7 @@ class Chain(NamedTuple):
         if x.shape[0] == 0:
             return
         sampler = self.sampler
-        score = sampler.choose_score(x, self.model_kwargs).run
+        score = sampler.choose_score(x, self.all_kwargs()).run
         half = Overflow(x.device) if sampler.precision == "fp16" else None
         if score is not None:
             score.begin()
@@ -164,14 +166,26 @@ class Chain(NamedTuple):
             x = apply_step_(run, x, None, z, step_size=0.0, noise_std=noise_std, **options)
             noise_std = 0.0
         if score is None:
-            seed_generators(x.device, self.seed, self.first_step + k)
-            score = functools.partial(
-                energy_and_grad, sampler.energy, model_kwargs=self.model_kwargs,
-                precision=sampler.precision, create_graph=create_graph,
-            )  # fmt: skip
+            score = functools.partial(self.evaluate, k=k, create_graph=create_graph)
         energies, grad = score(x)
         x = apply_step_(run, x, grad, z, step_size=step_size, noise_std=noise_std, **options)
         return Step(k, x, energies, grad)
+
+    def evaluate(
+        self, x: Tensor, k: int, create_graph: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        """(energies or None, gradient) at step k by the energy's, or score network's, own code."""
+        sampler = self.sampler
+        seed_generators(x.device, self.seed, self.first_step + k)
+        run = network_score if sampler.score == "network" else energy_and_grad
+        kwargs = self.model_kwargs
+        if self.step_kwargs:
+            kwargs = kwargs | {name: entries[k] for name, entries in self.step_kwargs.items()}
+        return run(sampler.energy, x, kwargs, sampler.precision, create_graph)
+
+    def all_kwargs(self) -> dict[str, Any]:
+        """What the energy is given beside x, that of all steps at once."""
+        return {**self.model_kwargs, **self.step_kwargs}
 
     def check_finite(self, x: Tensor, energies: Tensor | None) -> None:
         """FloatingPointError if a chain is not finite at its end, or its last energy NaN."""

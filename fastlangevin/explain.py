@@ -26,6 +26,7 @@ _SCORE_TEXT = {
     "lean": "an explicit forward and input gradient, no gradient of weights, no graph",
     "fused": "the same in kernels of our own, a few chains through the whole network at a time",
     "compiled": "forward and input gradient as one graph, by torch.compile",
+    "network": "the output of the network itself; no energies",
 }
 # Part of the rate of torch's matrix products that a chain reaches, in float32 and on the CPU, as
 # benchmarks/results has it for the paper's networks of width 16 to 64 at batch 64.
@@ -41,7 +42,7 @@ def explain(sampler: "LangevinSampler", x0: Tensor | None) -> str:
     backend = choose_backend(sampler.backend, device)
     lines = [
         f"chain      {sampler.steps} steps, "
-        f"{'ascending f' if sampler.maximize else 'descending E'}, "
+        f"{_direction(sampler)}, "
         f"{_ORDER_TEXT[sampler.noise_order]}",
         *_explain_score(sampler, x0, device),
         f"update     backend {backend} on {device}; reference with differentiable=True",
@@ -60,6 +61,12 @@ def explain(sampler: "LangevinSampler", x0: Tensor | None) -> str:
     return "\n".join(lines)
 
 
+def _direction(sampler: "LangevinSampler") -> str:
+    if sampler.score == "network":
+        return "along the score" if sampler.maximize else "against the network's output"
+    return "ascending f" if sampler.maximize else "descending E"
+
+
 def _explain_score(
     sampler: "LangevinSampler", x0: Tensor | None, device: torch.device
 ) -> list[str]:
@@ -67,13 +74,13 @@ def _explain_score(
     shape = getattr(sampler.energy, "shape", None)
     x = torch.zeros((1, *shape), device=device) if x0 is None and shape is not None else x0
     if x is None:
-        known = sampler.score in ("general", "compiled")
+        known = sampler.score in ("general", "compiled", "network")
         text = _SCORE_TEXT[sampler.score] if known else "depends on the state's shape; give x0"
         return [f"score      {sampler.score}: {text}, {precision}"]
     choice = sampler.choose_score(x, {})
     lines = [f"score      {choice.name}: {_SCORE_TEXT[choice.name]}, {precision}"]
     lines += [f"           not {name}: {why}" for name, why in choice.why_not.items()]
-    if x0 is not None and x0.shape[0]:
+    if x0 is not None and x0.shape[0] and choice.name != "network":
         found = choice.graph or recognise(sampler.energy, x0)
         graph = None if isinstance(found, str) else found
         lines += _explain_cost(choice._replace(graph=graph), x0, sampler.precision)

@@ -242,7 +242,7 @@ class Graphs:
         if x.device.type != self._record.device_type or not x.shape[0]:
             return None
         with self._lock:
-            choice = chain.sampler.choose_score(x, chain.model_kwargs)
+            choice = chain.sampler.choose_score(x, chain.all_kwargs())
             score = choice.run
             if self._refusal(chain, x, choice) is not None:
                 return None

@@ -1,7 +1,8 @@
 """LangevinSampler: the K-step loop."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from fastlangevin.arguments import (
     check_count,
     check_grad_clip,
     check_schedule,
+    check_step_kwargs,
 )
 from fastlangevin.chain import Chain
 from fastlangevin.explain import explain
@@ -47,7 +49,7 @@ class Diagnostics(NamedTuple):
     """What a chain did, per step and chain [K, n], and where it ended."""
 
     x: Tensor  # [n, ...] the last state, as the sampler itself returns it
-    energy: Tensor  # the energy's output where the gradient was taken
+    energy: Tensor  # the energy's output where the gradient was taken; NaN of a score network
     grad_norm: Tensor  # |d energy / d x|, L2 over a chain's elements, before any clip
     displacement: Tensor  # |x after the step - x before it|
     saturation: Tensor  # fraction of elements at or beyond clamp, or (-1, 1) without one
@@ -91,7 +93,8 @@ class LangevinSampler:
         layers, common activations, average pools and sums; "fused", that in kernels of our own, for
         plain stacks of convolutions (native on the CPU; in Triton on GPUs, by name alone until it
         has been measured there); "compiled", torch.compile, by name alone; "auto", the fastest that
-        serves, which explain() tells. Differentiable chains take the general one.
+        serves, which explain() tells. Differentiable chains take the general one. "network": the
+        callable's own output is the gradient; see :meth:`from_score`.
 
     The defaults are the paper's (arXiv 1904.09770, app. 7.3), up to its sign: there f = -energy.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run.
@@ -135,6 +138,25 @@ class LangevinSampler:
         check_backend(backend)
         check_score(score)
 
+    @classmethod
+    def from_score(
+        cls, net: Callable[..., Tensor], steps: int = 100, **settings: Any
+    ) -> "LangevinSampler":
+        """A sampler along a score network: net(x, **model_kwargs) -> d log p / d x, in x's shape.
+
+            x <- clamp(x + (a clip(net(x)) + b z))
+
+        ``settings`` are the constructor's, less maximize and score, in which the sampler differs
+        from that of an energy: they are True and "network". There is no energy: that of
+        :meth:`diagnose` is NaN, and checks are of x alone. The net runs under torch.no_grad, or,
+        with ``differentiable``, in the graph of the chain. Raises TypeError for those two settings;
+        calls raise ValueError for a net that returns energies.
+        """
+        for name in ("maximize", "score"):
+            if name in settings:
+                raise TypeError(f"{_OP}.from_score: takes no {name}; chains go along the score")
+        return cls(net, steps, maximize=True, score="network", **settings)
+
     @_out_of_inference_mode
     def __call__(
         self,
@@ -151,6 +173,7 @@ class LangevinSampler:
         grad_steps: int | None = None,
         grad_through: str = "exact",
         offload: bool = False,
+        step_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
         """The state after K steps, [n, ...].
@@ -158,7 +181,9 @@ class LangevinSampler:
         x0 [n, ...] is read, never changed; or ``n`` chains start from U(-1, 1) in the energy's
         ``shape``. Noise is a function of (seed, chain = first_chain + row, step = first_step + k);
         without ``seed`` one is drawn from ``generator``, by default torch's. ``noise`` [K, n, ...]
-        replaces it with given standard normals. ``model_kwargs`` go to the energy.
+        replaces it with given standard normals. ``model_kwargs`` go to the energy, as do those that
+        differ from step to step: ``step_kwargs`` {name: tensor [K, ...] or sequence of K}, of
+        which the k-th step of the call gets entry k.
 
         The result is detached, in float32 (float64 for a float64 x0) and in x0's memory format.
         With ``differentiable`` it carries gradients to x0, the energy's parameters, step_size,
@@ -191,6 +216,7 @@ class LangevinSampler:
             first_chain=first_chain,
             first_step=first_step,
             noise=noise,
+            step_kwargs=step_kwargs,
             **model_kwargs,
         )
         if differentiable:
@@ -234,16 +260,16 @@ class LangevinSampler:
         nothing here: the record shows where that began.
         """
         x, chain = self._prepare(x0, **options)
-        records = [x.new_zeros((self.steps, x.shape[0])) for _ in range(4)]
+        records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(4)]
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
         for step in chain.walk(x, want_energies=True):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype)
-            assert step.energies is not None
             assert step.grad is not None
             values = step.energies, _norms(step.grad), _norms(x - before), _rows(outside).mean(1)
             for record, value in zip(records, values, strict=True):
-                record[step.k] = value
+                if value is not None:
+                    record[step.k] = value
             before.copy_(x)
         return Diagnostics(x, *records)
 
@@ -285,15 +311,18 @@ class LangevinSampler:
         first_chain: int = 0,
         first_step: int = 0,
         noise: Tensor | None = None,
+        step_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor, Chain]:
         """Check a call before any work; return the state to walk on (a copy) and the rest."""
         for name in ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload"):
             if name in model_kwargs:
                 raise TypeError(f"{_OP}: {name} is an option of a call, not of this method")
-        for name, value in model_kwargs.items():
-            if isinstance(value, Tensor) and value.is_inference():
-                model_kwargs[name] = value.clone()  # autograd saves no inference tensors
+        by_step = check_step_kwargs(_OP, step_kwargs, self.steps, model_kwargs)
+        for kwargs in (model_kwargs, by_step):
+            for name, value in kwargs.items():
+                if isinstance(value, Tensor) and value.is_inference():
+                    kwargs[name] = value.clone()  # autograd saves no inference tensors
         if seed is not None and generator is not None:
             raise ValueError(f"{_OP}: give seed or generator, not both")
         if (x0 is None) == (n is None):
@@ -318,7 +347,7 @@ class LangevinSampler:
         first_chain, first_step = _noise.check_address(
             first_chain, x.shape[0], first_step, self.steps
         )
-        return x, Chain(self, seed, first_chain, first_step, noise, model_kwargs)
+        return x, Chain(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
 
     def _copy(self, x0: Tensor) -> Tensor:
         """x0 as a state to walk on, in float32 or float64; TypeError or ValueError if unfit."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlangevin.chain import Chain
 from fastlangevin.kernels import reference
 from fastlangevin.schedules import Sizes, reverse, sweep
-from fastlangevin.scores.general import energy_and_grad, left_as_found, modules_of, seed_generators
+from fastlangevin.scores.general import left_as_found, modules_of
 from fastlangevin.states import Allocations, States
 
 _OP = "LangevinSampler"
@@ -20,20 +20,22 @@ _OP = "LangevinSampler"
 def transition(
     chain: Chain, x: Tensor, k: int, create_graph: bool, straight: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(state after step k, energies before it) as a function of x and all that a step reads."""
+    """(state after step k, energies before it) as a function of x and all that a step reads.
 
-    def score(at: Tensor) -> tuple[Tensor, Tensor]:
-        seed_generators(x.device, chain.seed, chain.first_step + k)
-        return energy_and_grad(
-            sampler.energy, _Constant.apply(at), chain.model_kwargs, sampler.precision, True
-        )
+    In place of energies, along a score network, the norms of its scores.
+    """
 
-    sampler = chain.sampler
-    with left_as_found(sampler.energy, x.device, freeze=not create_graph):
+    def score(at: Tensor) -> tuple[Tensor | None, Tensor]:
+        return chain.evaluate(_Constant.apply(at), k, create_graph=True)
+
+    with left_as_found(chain.sampler.energy, x.device, freeze=not create_graph):
         cut = score if straight and create_graph else None
         step = chain.transition(reference.step, x, k, cut, create_graph)
-        assert step.energies is not None
+    if step.energies is not None:
         return step.x, step.energies
+    assert step.grad is not None
+    rows = step.grad.detach().reshape(x.shape[0], -1)
+    return step.x, torch.linalg.vector_norm(rows, dim=1)
 
 
 class _Constant(torch.autograd.Function):
@@ -233,8 +235,9 @@ class Trace:
         wrong = torch.stack(gaps) > eps**0.5 * before.abs().max()
         if bool(wrong.any()):
             k = int(wrong.nonzero()[0])
+            found = "scores' norms" if self.chain.sampler.score == "network" else "energies"
             raise RuntimeError(
-                f"{_OP}: computed again for the backward pass, the energies of step "
+                f"{_OP}: computed again for the backward pass, the {found} of step "
                 f"{self.first + k} differ by up to {float(gaps[k]):.3g} from those of the forward "
                 "pass. Does the energy draw random numbers other than torch's, which are seeded "
                 "at every step, keep a state between calls, or run in another mode (train, eval) "
@@ -283,7 +286,9 @@ class _Once(torch.autograd.Function):
 def given(chain: Chain) -> list[Tensor]:
     """The tensors among a chain's arguments."""
     sampler = chain.sampler
-    values = (sampler.step_size, sampler.noise_std, chain.noise, *chain.model_kwargs.values())
+    listed = [v for v in chain.step_kwargs.values() if not isinstance(v, Tensor)]
+    values = [sampler.step_size, sampler.noise_std, chain.noise, *chain.all_kwargs().values()]
+    values += [entry for entries in listed for entry in entries]
     return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -292,8 +297,10 @@ def parameters_of(energy: Callable[..., Tensor]) -> list[Tensor]:
     return [parameter for module in modules_of(energy) for parameter in module.parameters()]
 
 
-def check_graph(nodes: Iterable[Any]) -> None:
+def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:
     """RuntimeError if a step's graph has no derivative, which autograd may pass over in silence."""
+    if chain.sampler.score == "network":
+        return  # differentiated but once
     for node in nodes:
         # once_differentiable's wrapper leaves a node only where the incoming gradient has a graph.
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)

@@ -17,7 +17,7 @@ from fastlangevin.scores.network import Graph
 from fastlangevin.scores.recorder import recognise
 from fastlangevin.scores.stack import conv_stack
 
-SCORES = ("auto", "general", "lean", "fused", "compiled")
+SCORES = ("auto", "general", "lean", "fused", "compiled", "network")
 # Batches of this many shapes are planned for at a time; each holds a copy of the weights.
 _PLANS = 4
 
@@ -36,7 +36,7 @@ class Score(Protocol):
 
 
 class Choice(NamedTuple):
-    """The score of a call: ``run`` (None for the general one), and why none faster."""
+    """The score of a call: ``run`` (None for autograd and score networks), and why none faster."""
 
     name: str
     run: Score | None
@@ -91,8 +91,8 @@ def choose_score(
     known: Recognised,
 ) -> Choice:
     """The score for chains like x [n, ...]. One asked for by name that cannot run: RuntimeError."""
-    if score == "general":
-        return Choice("general", None, {})
+    if score in ("general", "network"):
+        return Choice(score, None, {})
     why_not: dict[str, str] = {}
     if score == "compiled":
         reason = compiled_refusal(energy, model_kwargs)

@@ -57,7 +57,7 @@ class CompiledScore:
                 leaf = x.detach().requires_grad_()
                 with torch.enable_grad(), network_autocast(self.precision, x.device):
                     out = self.energy(leaf.to(network_dtype(self.energy, x.dtype)))
-                check_energies(out, x.shape[0])
+                check_energies(out, x.shape)
                 self._checked = x.shape, x.dtype
             grad, out = self._run(x)
         return (out.detach().reshape(x.shape[0]) if want_energies else None), grad

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def energy_and_grad(
     with torch.enable_grad(), network_precision(precision, x.device):
         with network_autocast(precision, x.device):
             out = energy(leaf.to(network_dtype(energy, x.dtype)), **model_kwargs)
-        energies = check_energies(out, x.shape[0])
+        energies = check_energies(out, x.shape)
         (grad,) = torch.autograd.grad(
             energies.sum(), leaf, create_graph=create_graph, allow_unused=True
         )
@@ -40,8 +40,12 @@ def energy_and_grad(
     return energies if create_graph else energies.detach(), grad
 
 
-def check_energies(out: Any, chains: int) -> Tensor:
-    """An energy's output as [n], or TypeError / ValueError saying what it should have been."""
+def check_energies(out: Any, shape: Sequence[int]) -> Tensor:
+    """An energy's output as [n], or TypeError / ValueError saying what it should have been.
+
+    shape [n, ...]: of the batch that it was given.
+    """
+    chains = shape[0]
     if not isinstance(out, Tensor):
         raise TypeError(f"energy: must return a tensor, got {type(out).__name__}")
     if not out.is_floating_point():
@@ -50,6 +54,10 @@ def check_energies(out: Any, chains: int) -> Tensor:
         raise ValueError(
             f"energy: must return one value per chain, [{chains}] or [{chains}, 1] or "
             f"[{chains}, 1, 1, 1], got shape {list(out.shape)}"
+            + (
+                "; a network of x's shape is a score: LangevinSampler.from_score"
+                * (out.shape == shape)
+            )
         )
     if not out.requires_grad:
         raise ValueError(
