@@ -39,6 +39,7 @@ PAPER = {
     "iterations": 100_000,
     "ema": None,
     "buffer_size": 0,
+    "buffer_kind": "index",
     "seed": 1,
 }
 ANATOMY = PAPER | {"steps": 150, "width": 32, "leak": 0.05, "batch_size": 100}

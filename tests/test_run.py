@@ -248,6 +248,7 @@ OTHER = {
     "data_noise_final": 0.5,
     "ema": None,
     "buffer_size": 0,
+    "buffer_kind": "fifo",
     "reinit": 0.9,
     "seed": 5,
 }

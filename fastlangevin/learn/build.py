@@ -51,6 +51,7 @@ def build_learner(config: TrainConfig) -> ShortRunLearner:
             config.buffer_size,
             data.shape,
             seed=_noise.fold_in(config.seed, _BUFFER),
+            kind=config.buffer_kind,
             reinit=config.reinit,
             device=device,
         )

@@ -73,6 +73,9 @@ class TrainConfig:
     data_noise_final: float = _option("data noise at the end")
     ema: float | None = _option("decay of a moving average of the weights")
     buffer_size: int = _option("persistent chains kept; 0 starts every chain from noise")
+    buffer_kind: str = _option(
+        "index: chains go back where they were drawn; fifo: the newest are kept; reservoir: any"
+    )
     reinit: float = _option("fraction of persistent chains started anew")
     max_energy: float = _option("stop as diverged when |energy| passes this")
     max_saturation: float = _option(

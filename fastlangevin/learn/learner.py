@@ -192,6 +192,8 @@ class ShortRunLearner:
                 found[f"adam.{key}.{name}"] = value
         if self.buffer is not None:
             found["buffer"] = self.buffer.states
+            if self.buffer.kind != "index":
+                found["buffer_added"] = torch.tensor(self.buffer.added)
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor], iteration: int) -> None:
@@ -202,11 +204,13 @@ class ShortRunLearner:
             self.averaged.n_averaged.copy_(_take(tensors, "ema_updates"))
         if self.buffer is not None:
             states = _take(tensors, "buffer")
-            if states.shape != self.buffer.states.shape:
+            if (states.shape, states.dtype) != (self.buffer.states.shape, self.buffer.dtype):
                 raise CheckpointError(
-                    f"the checkpoint's buffer has shape {list(states.shape)}, "
-                    f"this one {list(self.buffer.states.shape)}"
+                    f"the checkpoint's buffer has shape {list(states.shape)} of {states.dtype}, "
+                    f"this one {list(self.buffer.states.shape)} of {self.buffer.dtype}"
                 )
+            if self.buffer.kind != "index":
+                self.buffer.added = int(_take(tensors, "buffer_added"))
             self.buffer.states.copy_(states)
         self.optimizer.state.clear()
         for name, parameter in self.energy.named_parameters():
