@@ -27,7 +27,7 @@ class Labelled(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Any) -> Tensor:
         return self.model(x, label)
 
 
@@ -41,12 +41,13 @@ class Samplers:
         self._last: tuple[Any, dict[str, Any], LangevinSampler] | None = None
 
     def __call__(
-        self, energy: Callable[..., Tensor], labelled: bool = False, **settings: Any
+        self, energy: Callable[..., Tensor], wrap: tuple[Any, ...] | None = None, **settings: Any
     ) -> LangevinSampler:
-        key = settings | {"labelled": labelled}
+        """wrap: (make, *arguments), where the sampler's energy is make(energy, *arguments)."""
+        key = settings | {"wrap": wrap}
         if self._last is None or self._last[0] is not energy or self._last[1] != key:
-            made = LangevinSampler(Labelled(energy) if labelled else energy, **settings)
-            self._last = energy, key, made
+            own = energy if wrap is None else wrap[0](energy, *wrap[1:])
+            self._last = energy, key, LangevinSampler(own, **settings)
         return self._last[2]
 
 
@@ -57,7 +58,7 @@ def run(sampler: LangevinSampler, x: Tensor, **options: Any) -> Tensor:
 
 
 def measure(sampler: LangevinSampler, x: Tensor, **options: Any) -> Diagnostics:
-    """sampler.diagnose(x, **options); FloatingPointError, as of a call, for chains that are lost."""
+    """sampler.diagnose(x, **options); FloatingPointError, as of a call, for lost chains."""
     _note(sampler, x, options)
     found = sampler.diagnose(x, **options)
     if not bool(torch.isfinite(found.x).all()):
@@ -112,6 +113,14 @@ def noise_first_settings(
         "grad_clip": grad_clip,
         "noise_order": "last",
     }
+
+
+def labelled(label: Any) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
+    """(wrap, model_kwargs) for an energy called model(x, label), or model(x) without a label.
+
+    Without, it may be recognised, and then has a faster gradient.
+    """
+    return (None, {}) if label is None else ((Labelled,), {"label": label})
 
 
 def uniform(shape: Sequence[int], seed: int, device: Any = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Du and Mordatch's samplers: OpenAI's release, its PyTorch port, improved contrastive divergence.
 
-All three add noise, take the gradient there, and clamp only after the move. UvA's also clamps before
-the gradient, which is noise_order="before".
+All three add noise, take the gradient there, and clamp only after the move. UvA's clamps before
+the gradient too, which is noise_order="before".
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from fastlangevin.presets.common import (
     Samplers,
     in_eval_mode,
     kick,
+    labelled,
     noise_first_settings,
     run,
     run_noise_first,
@@ -50,10 +51,11 @@ def igebm(
         noise: Tensor | None = None,
     ) -> Tensor:
         settings = noise_first_settings(sample_step, step_size, stds, (0.0, 1.0), 0.01)
-        sampler = samplers(model, labelled=neg_id is not None, **settings)
+        wrap, given = labelled(neg_id)
+        sampler = samplers(model, wrap, **settings)
         with in_eval_mode(model):
             return run_noise_first(
-                sampler, neg_img, stds[0], take_seed(seed, generator), noise, **_given(neg_id)
+                sampler, neg_img, stds[0], take_seed(seed, generator), noise, **given
             )
 
     return sample
@@ -85,7 +87,9 @@ def openai_igebm(
     Source: openai/ebm_code_release, train.py; Du and Mordatch, NeurIPS 2019.
     """
     if proj_norm_type not in ("li", "l2"):
-        raise ValueError(f'openai_igebm: proj_norm_type must be "li" or "l2", got {proj_norm_type!r}')
+        raise ValueError(
+            f'openai_igebm: proj_norm_type must be "li" or "l2", got {proj_norm_type!r}'
+        )
     samplers, stds = Samplers(), [0.005 * rescale * noise_scale] * num_steps
     clip: GradClip | None = None
     if proj_norm != 0:
@@ -106,9 +110,10 @@ def openai_igebm(
         checkpoint: str | int = "auto",
         grad_steps: int | None = None,
     ) -> Tensor:
-        sampler = samplers(model, labelled=label is not None, **settings)
+        wrap, given = labelled(label)
+        sampler = samplers(model, wrap, **settings)
         through = {"differentiable": True, "checkpoint": checkpoint, "grad_steps": grad_steps}
-        options = _given(label) | (through if differentiable else {})
+        options = given | (through if differentiable else {})
         return run_noise_first(
             sampler, x_mod, stds[0], take_seed(seed, generator), noise, **options
         )
@@ -138,7 +143,7 @@ def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
     def gen_image(
         label: Tensor | None,
-        FLAGS: Any,  # noqa: N803 the original's name
+        FLAGS: Any,
         model: Callable[..., Tensor],
         im_neg: Tensor,
         num_steps: int,
@@ -150,18 +155,16 @@ def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if sample:
             raise ValueError("improved_cd: sample=True, every step's states, is not offered")
-        K = num_steps  # noqa: N806
-        seed, given = take_seed(seed, generator), _given(label)
+        K = num_steps
+        seed, (wrap, given) = take_seed(seed, generator), labelled(label)
         stds = [0.001 * ((K - k - 1) / K if FLAGS.anneal else 1) for k in range(K)]
         move = {"step_size": FLAGS.step_lr, "clamp": (0.0, 1.0), "noise_order": "last"}
         x = kick(im_neg, stds[0], seed, noise)
         if K > 1:
-            sampler = until_last(
-                model, label is not None, steps=K - 1, noise_std=stds[1:], **move
-            )
+            sampler = until_last(model, wrap, steps=K - 1, noise_std=stds[1:], **move)
             later = None if noise is None else noise[1:]
             x = run(sampler, x, seed=seed, first_step=1, noise=later, **given)
-        last_step = last(model, label is not None, steps=1, noise_std=0.0, **move)
+        last_step = last(model, wrap, steps=1, noise_std=0.0, **move)
         n = 128 if FLAGS.dataset in ("cifar10", "celeba") else 32
         few = {name: value[:n] for name, value in given.items()}
         with left_as_found(last_step.energy, x.device):
@@ -170,7 +173,3 @@ def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         return run(last_step, x, seed=seed, **given), im_neg_kl, im_grad
 
     return gen_image
-
-
-def _given(label: Tensor | None) -> dict[str, Tensor]:
-    return {} if label is None else {"label": label}

@@ -18,8 +18,10 @@ from fastlangevin.presets.common import (
 from fastlangevin.scores.general import device_of
 
 
-def jem(args: Any, device: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[..., Tensor]:
-    """JEM's ``get_sample_q(args, device)``: returns ``sample_q(f, replay_buffer, y=None, n_steps)``.
+def jem(
+    args: Any, device: Any = None, *, shape: Sequence[int] = (3, 32, 32)
+) -> Callable[..., Tensor]:
+    """JEM's ``get_sample_q(args, device)``: ``sample_q(f, replay_buffer, y=None, n_steps)``.
 
         x <- x + (sgld_lr df/dx + sgld_std z)
 
@@ -64,7 +66,7 @@ def jem(args: Any, device: Any = None, *, shape: Sequence[int] = (3, 32, 32)) ->
 
 
 def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[..., Tensor]:
-    """JEM++'s ``sample_q(f, replay_buffer, y=None, n_steps=10, in_steps=10, args=None, save=True)``.
+    """JEM++'s ``sample_q(f, replay_buffer, y=None, n_steps=10, in_steps=10, args, save=True)``.
 
         x <- clamp(x + clip(df/dx) (sgld_lr + in_steps pyld_lr)) + sgld_std z
 
@@ -140,9 +142,7 @@ def _start(
             f"{op}: replay_buffer must be a tensor or [], got {type(replay_buffer).__name__}"
         )
     if not replay_buffer.is_floating_point():
-        raise TypeError(
-            f"{op}: replay_buffer must be of floating dtype, got {replay_buffer.dtype}"
-        )
+        raise TypeError(f"{op}: replay_buffer must be of floating dtype, got {replay_buffer.dtype}")
     size, block = len(replay_buffer), len(replay_buffer)
     if size < n:
         raise ValueError(f"{op}: replay_buffer holds {size} states for a batch of {n}")

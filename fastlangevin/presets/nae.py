@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlangevin.presets.common import Samplers, run, take_seed
+from fastlangevin.scores.general import energy_and_grad
 
 
 def nae() -> Callable[..., Tensor]:
@@ -17,16 +18,15 @@ def nae() -> Callable[..., Tensor]:
 
     s_k = noise_scale, by default sqrt(2 stepsize); stepsize None is noise_scale^2 / 2. With
     noise_anneal (whatever its value) s_k = noise_scale / k from k = 1 on. clip_x: (lo, hi) or None.
-    clip_grad: bounds the L2 norm of the gradient of each chain [n, d]. Returns a function of the
+    clip_grad bounds the L2 norm over the last dimension, as in the original: of each chain [n, d],
+    of each row of pixels [n, c, h, w]; the gradient is then autograd's. Returns a function of the
     original's arguments with ``seed``, ``generator`` and ``noise`` [n_steps, n, ...] besides,
     which returns x [n, ...], detached.
 
-    Differs: the caller's x keeps its requires_grad; nothing is copied to the CPU on the way; the
-    clip is without the 1e-6 that the original adds to its factor, which moves a chain by that part
-    of its gradient. Not offered, with a ValueError: clip_grad for states of more than two
-    dimensions (it clips every row of pixels), ``intermediate_samples`` (see
-    :meth:`LangevinSampler.trajectory`), ``reject_boundary`` and ``spherical``; and ``mh``, which
-    the original takes and does not read.
+    Differs: the caller's x keeps its requires_grad; nothing is copied to the CPU on the way. Not
+    offered, with a ValueError: ``intermediate_samples`` (see :meth:`LangevinSampler.trajectory`),
+    ``reject_boundary``, ``spherical``, which act on a chain between its steps; and ``mh``, which
+    the original takes and does not read: MALA is ``LangevinSampler(metropolis=True)``.
     Source: swyoon/normalized-autoencoders, models/langevin.py; Yoon, Noh and Park, ICML 2021.
     """
     samplers = Samplers()
@@ -55,8 +55,6 @@ def nae() -> Callable[..., Tensor]:
             "reject_boundary": reject_boundary and clip_x is not None,
             "spherical": spherical,
             "mh": mh,
-            "clip_grad for states of more than two dimensions": clip_grad is not None
-            and x.ndim != 2,
         }
         for name, asked in refused.items():
             if asked:
@@ -71,14 +69,25 @@ def nae() -> Callable[..., Tensor]:
         std: Any = float(noise_scale)
         if noise_anneal is not None:
             std = [std / max(k, 1) for k in range(n_steps)]
-        sampler = samplers(
-            model,
-            steps=n_steps,
-            step_size=stepsize,
-            noise_std=std,
-            clamp=clip_x,
-            grad_clip=None if clip_grad is None else ("chain_norm", clip_grad),
-        )
+        settings = {"steps": n_steps, "step_size": stepsize, "noise_std": std, "clamp": clip_x}
+        if clip_grad is None:
+            sampler = samplers(model, **settings)
+        else:
+            along = {"maximize": True, "score": "network"}
+            sampler = samplers(model, (_Clipped, clip_grad), **settings, **along)
         return run(sampler, x, seed=take_seed(seed, generator), noise=noise)
 
     return sample_langevin
+
+
+class _Clipped(nn.Module):
+    """The score -clip(dE/dx): norms over the last dimension, the factor as in the original."""
+
+    def __init__(self, model: Callable[..., Tensor], bound: float) -> None:
+        super().__init__()
+        self.model, self.bound = model, bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, grad = energy_and_grad(self.model, x, {})
+        norm = grad.norm(dim=-1, keepdim=True)
+        return -grad * (torch.where(norm < self.bound, 1.0, self.bound / norm) + 1e-6)

@@ -33,7 +33,7 @@ def short_run(
     samplers = Samplers()
 
     def sample_q(
-        K: int = 100,  # noqa: N803 the original's name
+        K: int = 100,
         s: float = 1e-2,
         *,
         x0: Tensor | None = None,
@@ -99,7 +99,7 @@ def anatomy(
         return x + config["data_epsilon"] * z.to(x.dtype), None
 
     def sample_s_t(
-        L: int,  # noqa: N803 the original's name
+        L: int,
         init_type: str,
         update_s_t_0: bool = True,
         *,
@@ -138,9 +138,7 @@ def anatomy_eval(
     train_epsilon, epsilon = config["train_epsilon"], float(config["epsilon"])
     temperature = config["temp_factor"] * (train_epsilon**2 / 2 if train_epsilon > 0 else 1)
     scale = (epsilon**2 / 2 if epsilon > 0 else 1.0) / temperature
-    sampler = LangevinSampler(
-        f, steps=config["num_mcmc_steps"], step_size=scale, noise_std=epsilon
-    )
+    sampler = LangevinSampler(f, steps=config["num_mcmc_steps"], step_size=scale, noise_std=epsilon)
 
     def langevin_grad(
         *,
