@@ -39,20 +39,18 @@ class Comparison(NamedTuple):
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        shown = sorted({0, 1, self.steps // 2, self.steps} & set(range(len(self.differences))))
-        states = ", ".join(
-            f"{'start' if k == 0 else f'step {k}'} {self.differences[k]:.1e}" for k in shown
-        )
-        (loop, ours), (loop_bytes, our_bytes) = self.seconds, self.peak_bytes
+        shown = sorted({0, 1, self.steps // 2} & set(range(len(self.differences) - 1)))
+        marks = [f"{f'step {k}' if k else 'start'} {self.differences[k]:.1e}" for k in shown]
+        states = ", ".join([*marks, f"end {self.differences[-1]:.1e}"])
+        times = [f"{1e3 * seconds:.4g} ms" for seconds in self.seconds]
+        memory = [f"{size / 2**20:.4g} MiB" for size in self.peak_bytes]
+        share = self.peak_bytes[1] / max(self.peak_bytes[0], 1)
         lines = [
             self.verdict,
             f"chains      {self.steps} steps of {list(self.shape)}, {self.dtype}",
-            f"difference  {states}"
-            if len(shown) > 1
-            else f"difference  {self.differences[-1]:.1e}",
-            f"time        loop {1e3 * loop:.4g} ms, sampler {1e3 * ours:.4g} ms: {self.speedup:.2f}x",
-            f"memory      loop {loop_bytes / 2**20:.4g} MiB, sampler {our_bytes / 2**20:.4g} MiB: "
-            f"{our_bytes / max(loop_bytes, 1):.2f}x",
+            f"difference  {states}",
+            f"time        loop {times[0]}, sampler {times[1]}: {self.speedup:.2f}x as fast",
+            f"memory      loop {memory[0]}, sampler {memory[1]}: {share:.2f}x as much",
             *(f"note        {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -236,8 +234,8 @@ def _ours(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """(x_K, the states at which gradients were taken)."""
     if isinstance(sampler, LangevinSampler):
-        points = gradient_points(sampler, x0, noise=z, **kwargs)
-        return sampler(x0, noise=z, **kwargs), list(points)
+        taken = gradient_points(sampler, x0, noise=z, **kwargs)
+        return sampler(x0, noise=z, **kwargs), list(taken)
     with watching() as chains:
         out = sampler(x0, noise=z, **kwargs)
     points = [x for chain in chains if chain.shape[1:] == x0.shape for x in chain]

@@ -15,7 +15,7 @@ from fastlangevin.presets.common import (
     take_seed,
     uniform,
 )
-from fastlangevin.scores.general import device_of
+from fastlangevin.scores.general import device_of, energy_and_grad
 
 
 def jem(
@@ -68,15 +68,18 @@ def jem(
 def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[..., Tensor]:
     """JEM++'s ``sample_q(f, replay_buffer, y=None, n_steps=10, in_steps=10, args, save=True)``.
 
-        x <- clamp(x + clip(df/dx) (sgld_lr + in_steps pyld_lr)) + sgld_std z
+        x <- clamp(x + sgld_lr clip(df/dx)),    in_steps times x <- clamp(x + pyld_lr clip(dH/dx)),
+        x <- x + sgld_std z
 
-    with clip to +-eps and clamp to (-1, 1), the noise after it. args: as for :func:`jem`, with
-    ``eps`` and ``pyld_lr`` and without ``n_steps``; given here or at the call.
+    with clip to +-eps and clamp to (-1, 1); H = p . layer_one(x), p = df / d layer_one at the first
+    x. args: as for :func:`jem`, with ``eps`` and ``pyld_lr`` (in_steps count where it is above 0)
+    and without ``n_steps``; given here or at the call.
 
-    The original's ``in_steps`` proximal steps follow the gradient of p . layer_one(x), p being
-    df / d layer_one at the outer step. Its first layer is a convolution, affine in x, so that this
-    gradient is df/dx itself, the same in all of them; steps of one sign between bounds add up. For
-    in_steps > 0 f must have that layer, ``f.f.layer_one``, a Conv2d or Linear: else ValueError.
+    The original's first layer is a convolution, affine in x, and all of x goes through it: dH/dx is
+    df/dx, the same in all in_steps. Steps of one sign from within the bounds are one step of their
+    sum, which is what runs; with noise, which may leave the bounds, the first of them clamps apart,
+    and the gradient is autograd's. For in_steps f must have that layer, ``f.f.layer_one``, a Conv2d
+    or Linear (else ValueError), and without noise the buffer lies in [-1, 1], as the original's.
 
     Differs: BatchNorm stays in train mode, as there, but its statistics are left alone; the extra
     backward pass that adds to layer_one's ``.grad`` is left out; fresh chains start from U(-1, 1),
@@ -101,27 +104,41 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
         args = defaults if args is None else args
         if args is None:
             raise TypeError("jempp: give args, to the preset or to the call")
-        inner = in_steps * args.pyld_lr if args.pyld_lr > 0 else 0.0
-        if inner > 0:
+        inner = [args.pyld_lr] * in_steps if args.pyld_lr > 0 else []
+        if inner:
             _check_layer_one(f)
+        first, *rest = [args.sgld_lr] * (args.sgld_lr > 0) + inner or [0.0]
         seed = take_seed(seed, generator)
         x, slots = _start("jempp", args, replay_buffer, y, seed, device_of(f), shape)
-        sampler = samplers(
-            f,
-            steps=n_steps,
-            step_size=max(args.sgld_lr, 0.0) + inner,
-            noise_std=max(args.sgld_std, 0.0),
-            maximize=True,
-            clamp=(-1.0, 1.0),
-            grad_clip=args.eps,
-            noise_order="last",
-        )
+        std = max(args.sgld_std, 0.0)
+        settings = {"steps": n_steps, "noise_std": std, "maximize": True, "clamp": (-1.0, 1.0)}
+        settings["noise_order"] = "last"
+        if rest and std > 0:
+            wrap = (_Proximal, first, sum(rest), args.eps)
+            sampler = samplers(f, wrap, step_size=1.0, score="network", **settings)
+        else:
+            step_size = first + sum(rest)
+            sampler = samplers(f, step_size=step_size, grad_clip=args.eps, **settings)
         x = run(sampler, x, seed=seed, noise=noise, **_given(y))
         if slots is not None and save:
             replay_buffer[slots] = x.to(replay_buffer)
         return x
 
     return sample_q
+
+
+class _Proximal(nn.Module):
+    """Where clamped steps ``first`` and ``rest`` along one clipped gradient lead, as a move."""
+
+    def __init__(self, f: Callable[..., Tensor], first: float, rest: float, eps: float) -> None:
+        super().__init__()
+        self.f, self.first, self.rest, self.eps = f, first, rest, eps
+
+    def forward(self, x: Tensor, **given: Tensor) -> Tensor:
+        _, grad = energy_and_grad(self.f, x, given)
+        move = grad.clamp(-self.eps, self.eps)
+        there = (x + self.first * move).clamp(-1, 1)
+        return (there + self.rest * move).clamp(-1, 1) - x
 
 
 def _start(
