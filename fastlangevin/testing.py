@@ -73,7 +73,8 @@ def compare(
     original: original(x0) -> x_K, the loop as it is, its energy, labels and options inside it. The
         normal numbers of x0's shape that it draws from torch (randn, randn_like, normal, normal_)
         are replaced by given ones; its states are read where it takes gradients through autograd.
-        Of a tuple that it returns the first tensor of x0's shape counts, of a list the last.
+        Of a tuple that it returns the first tensor of x0's shape counts, of a list the last; where
+        it returns None, x0 itself.
     sampler: a :class:`LangevinSampler`; or, with ``steps`` (K) given, a function of
         (x0, noise=z [K, n, ...] or None, **model_kwargs), such as a preset's.
     x0 [n, ...]: float32 or float64; each run gets a copy.
@@ -103,19 +104,27 @@ def compare(
             for k in range(steps)
         ]
     )
-    with kept_generators(x0.device), _left_alone(modules, dtype), torch.enable_grad():
+    with (
+        kept_generators(x0.device),
+        _left_alone(modules, dtype) as put_back,
+        torch.enable_grad(),
+    ):
+
+        def loop() -> Any:
+            put_back()  # no run finds what another has left behind
+            x = x0.clone()
+            out = original(x)
+            return x if out is None else out
+
+        def own(run: Callable[..., Any], noise: Tensor | None = None) -> Any:
+            put_back()
+            return run(x0, noise=noise, **model_kwargs)
+
         fresh = _fresh(sampler)  # what it keeps for its next calls counts too
-        peak = (
-            _peak_bytes(lambda: original(x0.clone()), x0.device),
-            _peak_bytes(lambda: fresh(x0, noise=None, **model_kwargs), x0.device),
-        )
-        ours, our_points = _ours(sampler, x0, z, model_kwargs)
-        theirs, record = _theirs(original, x0, z, ours)
-        seconds = _times(
-            (lambda: original(x0.clone()), lambda: sampler(x0, noise=None, **model_kwargs)),
-            x0.device,
-            rounds,
-        )
+        peak = _peak_bytes(loop, x0.device), _peak_bytes(lambda: own(fresh), x0.device)
+        ours, our_points = _ours(sampler, own, x0, z, model_kwargs)
+        theirs, record = _theirs(loop, z, ours)
+        seconds = _times((loop, lambda: own(sampler)), x0.device, rounds)
     pairs = [*zip(record.points, our_points, strict=False), (theirs, ours)]
     differences = [_distance(a, b) for a, b in pairs]
     numbers = [*range(len(pairs) - 1), steps]
@@ -209,9 +218,7 @@ class _Record(TorchFunctionMode):
             self.first_grad = grad.detach().clone()
 
 
-def _theirs(
-    original: Callable[[Tensor], Any], x0: Tensor, z: Tensor, ours: Tensor
-) -> tuple[Tensor, _Record]:
+def _theirs(loop: Callable[[], Any], z: Tensor, ours: Tensor) -> tuple[Tensor, _Record]:
     """(x_K, the record) of a loop.
 
     One that draws more often than it steps may do so before them, for a start or for memory to draw
@@ -221,29 +228,32 @@ def _theirs(
     skip: int | None = 0
     while skip is not None:
         with _Record(z, skip) as record:
-            x = x0.clone()
-            out = original(x)
-        found.append((_state(out, x0.shape, x), record))
+            out = loop()
+        found.append((_state(out, z.shape[1:]), record))
         extra = record.draws - len(z)
         skip = extra if skip == 0 and extra > 0 else None
     return min(found, key=lambda run: _distance(run[0], ours))
 
 
 def _ours(
-    sampler: Callable[..., Any], x0: Tensor, z: Tensor, kwargs: dict[str, Any]
+    sampler: Callable[..., Any],
+    own: Callable[..., Any],
+    x0: Tensor,
+    z: Tensor,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """(x_K, the states at which gradients were taken)."""
     if isinstance(sampler, LangevinSampler):
         taken = gradient_points(sampler, x0, noise=z, **kwargs)
-        return sampler(x0, noise=z, **kwargs), list(taken)
+        return own(sampler, z), list(taken)
     with watching() as chains:
-        out = sampler(x0, noise=z, **kwargs)
+        out = own(sampler, z)
     points = [x for chain in chains if chain.shape[1:] == x0.shape for x in chain]
-    return _state(out, x0.shape, None), points[: len(z)]
+    return _state(out, x0.shape), points[: len(z)]
 
 
-def _state(out: Any, shape: Sequence[int], changed: Tensor | None) -> Tensor:
-    """The last state in what a loop returned; nothing means that it changed its x0."""
+def _state(out: Any, shape: Sequence[int]) -> Tensor:
+    """The last state in what a run returned."""
     if isinstance(out, list):
         out = out[::-1]
     for value in out if isinstance(out, list | tuple) else (out,):
@@ -251,8 +261,6 @@ def _state(out: Any, shape: Sequence[int], changed: Tensor | None) -> Tensor:
             return value.detach()
         if isinstance(value, Tensor) and value.shape[1:] == shape and len(value):
             return value[-1].detach()
-    if out is None and changed is not None:
-        return changed.detach()
     raise ValueError(f"{_OP}: a run must return states of shape {list(shape)}, got {_kind(out)}")
 
 
@@ -365,33 +373,41 @@ def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _left_alone(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
-    """Put modules back as they were; meanwhile in a dtype, if one is given."""
+def _left_alone(
+    modules: Sequence[nn.Module], dtype: torch.dtype | None
+) -> Iterator[Callable[[], None]]:
+    """Put modules back as they were; meanwhile in a dtype, if one is given.
+
+    Yields what puts flags, modes, .grads and buffers back in between.
+    """
     parameters = [p for m in modules for p in m.parameters()]
     buffers = [b for m in modules for b in m.buffers()]
     found = [(p, p.data, p.requires_grad, p.grad) for p in parameters if p.is_leaf]
     values = [(b, b.data, b.detach().clone()) for b in buffers]
     modes = [(m, m.training) for root in modules for m in root.modules()]
-    for parameter, data, _, _ in found:
-        parameter.grad = None
-        if dtype is not None and data.is_floating_point():
-            parameter.data = data.to(dtype)
-    for buffer, data, _ in values:
-        if dtype is not None and data.is_floating_point():
-            buffer.data = data.to(dtype)
-    try:
-        yield
-    finally:
-        for parameter, data, requires_grad, grad in found:
-            # None first: torch holds a .grad to its tensor's dtype.
+
+    def put_back() -> None:
+        for parameter, _, requires_grad, _ in found:
             parameter.grad = None
-            parameter.data = data
             parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        for buffer, data, value in values:
-            buffer.data = data.copy_(value)
+        for buffer, _, value in values:
+            buffer.data.copy_(value)
         for module, training in modes:
             module.training = training
+
+    for tensor, data in [(p, data) for p, data, _, _ in found] + [(b, d) for b, d, _ in values]:
+        tensor.grad = None  # torch holds a .grad to its tensor's dtype
+        if dtype is not None and data.is_floating_point():
+            tensor.data = data.to(dtype)
+    try:
+        yield put_back
+    finally:
+        put_back()
+        for buffer, data, value in values:
+            buffer.data = data.copy_(value)
+        for parameter, data, _, grad in found:
+            parameter.data = data
+            parameter.grad = grad
 
 
 def _fresh(sampler: Callable[..., Any]) -> Callable[..., Any]:
