@@ -124,7 +124,7 @@ def test_another_number_of_steps(energy: nn.Module, x0: Tensor, steps: int) -> N
     assert f"drew normals of x0's shape {steps} times" in str(report) or "left to itself" in str(
         report
     )
-    assert f"the loop took {steps} gradients in {K} steps" in report.notes
+    assert f"the loop took {steps} gradients by autograd in {K} steps" in report.notes
 
 
 def test_draws_before_the_loop_are_its_own(energy: nn.Module, x0: Tensor) -> None:
@@ -167,6 +167,23 @@ def test_labels_go_to_the_sampler(x0: Tensor) -> None:
     original = functools.partial(loop, lambda x: well(x, y))
     assert compare(original, sampler(well), x0, y=y).same
     assert not compare(original, sampler(well), x0, y=y + 0.1).same
+
+
+def test_a_loop_with_an_inner_loop(energy: nn.Module, x0: Tensor) -> None:
+    """More gradients than steps: the k-th are not the same step's, and the ends tell."""
+
+    def original(x: Tensor, scale: float = 1.0) -> Tensor:
+        for _ in range(K):
+            x.requires_grad_()
+            torch.autograd.grad(energy(x + 1).sum(), [x])
+            x = loop(energy, x.detach(), steps=1) * scale
+        return x
+
+    report = compare(original, sampler(energy), x0)
+    assert report.same
+    assert len(report.differences) == 1
+    assert "only the ends" in str(report)
+    assert not compare(functools.partial(original, scale=0.99), sampler(energy), x0).same
 
 
 def test_a_loop_that_changes_its_x0_in_place(energy: nn.Module, x0: Tensor) -> None:
