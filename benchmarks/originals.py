@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 
-
 _DTYPES = torch.float32, torch.float64
 
 
@@ -120,7 +119,7 @@ def anatomy(
 
 def anatomy_eval(f: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     config = {
-        "num_mcmc_steps": steps, "epsilon": 0.015, "temp_factor": 1e-2, "train_epsilon": 0.015,
+        "num_mcmc_steps": steps, "epsilon": 0.015, "temp_factor": 1.0, "train_epsilon": 0.015,
     }  # fmt: skip
     temperature = config["temp_factor"] * config["train_epsilon"] ** 2 / 2
     scale = config["epsilon"] ** 2 / 2
