@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastlangevin import noise
+from fastlangevin import anneal, noise
 from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy, GaussianEnergy
 from fastlangevin.replay import ReplayBuffer
@@ -20,6 +20,7 @@ __all__ = [
     "LangevinSampler",
     "ReplayBuffer",
     "__version__",
+    "anneal",
     "langevin_step_",
     "load",
     "noise",

@@ -29,7 +29,7 @@ def check_count(op: str, name: str, value: int) -> int:
 def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Coefficient:
     """A float >= 0, or a tensor (0-d or [chains]); its values are left to check_values."""
     if not isinstance(value, Tensor):
-        return _check_number(op, name, value)
+        return check_number(op, name, value)
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != chains):
         raise ValueError(
             f"{op}: {name} must be a number or have one value per chain [{chains}], "
@@ -48,14 +48,14 @@ def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficie
             )
         return check_values(op, name, _check_floating(op, name, value))
     if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
-        numbers = [_check_number(op, name, number) for number in value]
+        numbers = [check_number(op, name, number) for number in value]
         if len(numbers) != steps:
             raise ValueError(
                 f"{op}: {name} as a sequence must have steps={steps} numbers, got {len(numbers)} "
                 "(one value per chain is given as a tensor [n])"
             )
         return numbers
-    return _check_number(op, name, value)
+    return check_number(op, name, value)
 
 
 def check_values(op: str, name: str, value: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _check_bound(op: str, bound: Any) -> float:
     return float(bound)
 
 
-def _check_number(op: str, name: str, value: Any) -> float:
+def check_number(op: str, name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
             f"{op}: {name} holds a tensor that requires grad, which a list would lose; give one "

@@ -29,6 +29,7 @@ class Step(NamedTuple):
     x: Tensor
     energies: Tensor | None
     grad: Tensor | None
+    accepted: Tensor | None = None  # bool [n], of chains that may reject a step
 
 
 class Chain(NamedTuple):

@@ -43,7 +43,8 @@ def explain(sampler: "LangevinSampler", x0: Tensor | None) -> str:
     lines = [
         f"chain      {sampler.steps} steps, "
         f"{_direction(sampler)}, "
-        f"{_ORDER_TEXT[sampler.noise_order]}",
+        f"{_ORDER_TEXT[sampler.noise_order]}"
+        + (", accepted or rejected (MALA)" if sampler.metropolis else ""),
         *_explain_score(sampler, x0, device),
         f"update     backend {backend} on {device}; reference with differentiable=True",
     ]
@@ -55,7 +56,9 @@ def explain(sampler: "LangevinSampler", x0: Tensor | None) -> str:
     if x0 is not None:
         state = x0.numel() * (8 if x0.dtype == torch.float64 else 4)
         lines.append(f"state      {list(x0.shape)}, {state / 2**20:.1f} MiB")
-        if x0.shape[0]:
+        if sampler.metropolis:
+            lines.append("gradients  not through steps that are accepted or rejected")
+        elif x0.shape[0]:
             start, chain = sampler._prepare(x0, seed=0)
             lines += explain_gradients(chain, start)
     return "\n".join(lines)

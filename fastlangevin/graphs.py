@@ -95,6 +95,7 @@ def refusal(
     step_size: Coefficient | list[float],
     noise_std: Coefficient | list[float],
     noise: Tensor | None = None,
+    metropolis: bool = False,
     device_type: str = "cuda",
 ) -> str | None:
     """None where a chain may be recorded, else why not.
@@ -107,6 +108,8 @@ def refusal(
         return "the batch is empty"
     if dtype == torch.float64:
         return "float64 states are updated by the reference, which reads no seed from memory"
+    if metropolis:
+        return "steps are accepted by uniforms whose seed is not read from memory"
     if score == "general":
         return "the general score runs the energy's own code, which may decide by what it finds"
     if score not in ("lean", "fused"):
@@ -315,6 +318,7 @@ class Graphs:
             step_size=sampler.step_size,
             noise_std=sampler.noise_std,
             noise=chain.noise,
+            metropolis=sampler.metropolis,
             device_type=self._record.device_type,
         )
 

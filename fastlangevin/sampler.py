@@ -1,9 +1,10 @@
 """LangevinSampler: the K-step loop."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from fastlangevin.arguments import (
 from fastlangevin.chain import Chain
 from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
+from fastlangevin.metropolis import AdjustedChain, check_adjustable
+from fastlangevin.packing import PackedEnergy, packing_of
 from fastlangevin.scores.choice import Choice, Recognised, check_score, choose_score, warn_of_modes
 from fastlangevin.scores.general import check_precision, device_of
 from fastlangevin.step import check_backend, choose_backend
@@ -39,6 +42,7 @@ SETTINGS = (
     "precision",
     "backend",
     "score",
+    "metropolis",
 )
 _OP = "LangevinSampler"
 _P = ParamSpec("_P")
@@ -53,19 +57,41 @@ class Diagnostics(NamedTuple):
     grad_norm: Tensor  # |d energy / d x|, L2 over a chain's elements, before any clip
     displacement: Tensor  # |x after the step - x before it|
     saturation: Tensor  # fraction of elements at or beyond clamp, or (-1, 1) without one
+    accepted: Tensor  # 1 where the step was taken, 0 where metropolis rejected it
 
 
-def _out_of_inference_mode(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make a method work under torch.inference_mode, which would deny it the gradient."""
+def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a method work under torch.inference_mode, which would deny it the gradient, and for
+    states of several tensors, as one of one."""
 
     @functools.wraps(method)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def entry(sampler: "LangevinSampler", x0: Any = None, **options: Any) -> Any:
         if not torch.is_inference_mode_enabled():
-            return method(*args, **kwargs)
+            return _packed(method, sampler, x0, options)
         with torch.inference_mode(False):
-            return method(*args, **kwargs)
+            return _packed(method, sampler, x0, options)
 
-    return wrapped
+    return cast("Callable[_P, _R]", entry)
+
+
+def _packed(
+    method: Callable[..., Any], sampler: "LangevinSampler", x0: Any, options: dict[str, Any]
+) -> Any:
+    packing = packing_of(x0, sampler.energy)
+    if packing is None:
+        return method(sampler, x0, **options)
+    flat = copy.copy(sampler)
+    flat.energy = PackedEnergy(sampler.energy, packing, is_score=sampler.score == "network")
+    n: Any = options.get("n")
+    if x0 is not None:
+        n = len(x0[packing.keys[0]])
+        x0 = packing.pack("x0", x0, (n,))
+    if options.get("noise") is not None:
+        options["noise"] = packing.pack("noise", options["noise"], (sampler.steps, n))
+    found = method(flat, x0, **options)
+    if isinstance(found, Diagnostics):
+        return found._replace(x=packing.unpack(found.x))
+    return packing.unpack(found) if isinstance(found, Tensor) else found
 
 
 class LangevinSampler:
@@ -95,6 +121,17 @@ class LangevinSampler:
         has been measured there); "compiled", torch.compile, by name alone; "auto", the fastest that
         serves, which explain() tells. Differentiable chains take the general one. "network": the
         callable's own output is the gradient; see :meth:`from_score`.
+    metropolis: accept or reject each step (MALA), so that chains sample exp(-E / T) exactly,
+        T = b^2 / (2 a), within clamp if there is one: proposals outside are rejected, as are those
+        of NaN energy. Needs a > 0 and b > 0 (not looked at on CUDA tensors), noise_order "after",
+        no "batch_norm" clip, and an energy that is the same function at every step.
+
+    A state may be a list, a tuple or a dict of tensors [n, ...], of one device: the energy receives
+    such a one, and calls return one. It is one flat state [n, D] to the chain, of which the parts
+    are elements in their order: one noise, one clamp, one chain's norm. Such energies may have a
+    list or dict of shapes as ``shape``. All parts float64, or none: then the state is float32.
+
+    A chain of temperature T has noise_std = sqrt(2 a T); a tensor [n] gives each chain its own.
 
     The defaults are the paper's (arXiv 1904.09770, app. 7.3), up to its sign: there f = -energy.
     Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run.
@@ -113,6 +150,7 @@ class LangevinSampler:
         precision: str | None = None,
         backend: str = "auto",
         score: str = "auto",
+        metropolis: bool = False,
     ) -> None:
         if not callable(energy):
             raise TypeError(f"{_OP}: energy must be callable, got {type(energy).__name__}")
@@ -131,12 +169,15 @@ class LangevinSampler:
         self.precision = precision
         self.backend = backend
         self.score = score
+        self.metropolis = bool(metropolis)
         self._recognised = Recognised()
         self._graphs = Graphs()
         # Energies move, so only the names are checked here; the device is at each call.
         check_precision(precision)
         check_backend(backend)
         check_score(score)
+        if self.metropolis:
+            check_adjustable(_OP, self)
 
     @classmethod
     def from_score(
@@ -157,10 +198,10 @@ class LangevinSampler:
                 raise TypeError(f"{_OP}.from_score: takes no {name}; chains go along the score")
         return cls(net, steps, maximize=True, score="network", **settings)
 
-    @_out_of_inference_mode
+    @_entry
     def __call__(
         self,
-        x0: Tensor | None = None,
+        x0: Any = None,
         *,
         n: int | None = None,
         seed: int | None = None,
@@ -219,6 +260,11 @@ class LangevinSampler:
             step_kwargs=step_kwargs,
             **model_kwargs,
         )
+        if differentiable and self.metropolis:
+            raise ValueError(
+                f"{_OP}: differentiable=True cannot be had with metropolis=True, as accepting has "
+                "no derivative"
+            )
         if differentiable:
             start = x if x0 is None else x0.to(x.dtype)
             return unroll(chain, start, checkpoint, grad_steps, grad_through, offload)
@@ -234,8 +280,8 @@ class LangevinSampler:
         chain.check_finite(x, energies)
         return x
 
-    @_out_of_inference_mode
-    def trajectory(self, x0: Tensor | None = None, *, every: int = 1, **options: Any) -> Tensor:
+    @_entry
+    def trajectory(self, x0: Any = None, *, every: int = 1, **options: Any) -> Tensor:
         """The states after steps 0, every, 2 every, ...: [1 + K // every, n, ...], x0 first.
 
         Options as for a call, less the differentiable ones. Raises as a call does.
@@ -252,21 +298,27 @@ class LangevinSampler:
         chain.check_finite(x, energies)
         return kept
 
-    @_out_of_inference_mode
-    def diagnose(self, x0: Tensor | None = None, **options: Any) -> Diagnostics:
+    @_entry
+    def diagnose(self, x0: Any = None, **options: Any) -> Diagnostics:
         """Run the chain and measure every step of it: :class:`Diagnostics`.
 
         Options as for a call, less the differentiable ones. Chains that are not finite raise
         nothing here: the record shows where that began.
         """
         x, chain = self._prepare(x0, **options)
-        records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(4)]
+        records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(5)]
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
         for step in chain.walk(x, want_energies=True):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype)
             assert step.grad is not None
-            values = step.energies, _norms(step.grad), _norms(x - before), _rows(outside).mean(1)
+            values = (
+                step.energies,
+                _norms(step.grad),
+                _norms(x - before),
+                _rows(outside).mean(1),
+                1.0 if step.accepted is None else step.accepted,
+            )
             for record, value in zip(records, values, strict=True):
                 if value is not None:
                     record[step.k] = value
@@ -292,7 +344,8 @@ class LangevinSampler:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
         return f"{_OP}({type(self.energy).__name__}, {shown})"
 
-    def explain(self, x0: Tensor | None = None) -> str:
+    @_entry
+    def explain(self, x0: Any = None) -> str:
         """What a call will run, and on what, as readable text.
 
         With x0 also what gradients through the chain take by each ``checkpoint``, in evaluations of
@@ -319,6 +372,11 @@ class LangevinSampler:
             if name in model_kwargs:
                 raise TypeError(f"{_OP}: {name} is an option of a call, not of this method")
         by_step = check_step_kwargs(_OP, step_kwargs, self.steps, model_kwargs)
+        if by_step and self.metropolis:
+            raise ValueError(
+                f"{_OP}: metropolis=True compares energies of two steps, which step_kwargs would "
+                "make different functions"
+            )
         for kwargs in (model_kwargs, by_step):
             for name, value in kwargs.items():
                 if isinstance(value, Tensor) and value.is_inference():
@@ -347,7 +405,8 @@ class LangevinSampler:
         first_chain, first_step = _noise.check_address(
             first_chain, x.shape[0], first_step, self.steps
         )
-        return x, Chain(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
+        kind = AdjustedChain if self.metropolis else Chain
+        return x, kind(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
 
     def _copy(self, x0: Tensor) -> Tensor:
         """x0 as a state to walk on, in float32 or float64; TypeError or ValueError if unfit."""

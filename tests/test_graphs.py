@@ -169,6 +169,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": torch.float64}, "float64 states are updated by the reference"),
     ({"score": "general"}, "runs the energy's own code"),
     ({"score": "compiled"}, "the compiled score is not recorded"),
+    ({"score": "network"}, "the network score is not recorded"),
+    ({"metropolis": True}, "accepted by uniforms whose seed is not read from memory"),
     ({"backend": "reference"}, "backend reference reads no seed"),
     ({"noise": torch.zeros(1)}, "noise is given"),
     ({"step_size": torch.ones(64)}, "step_size is a tensor"),

@@ -488,6 +488,7 @@ def test_diagnose(net: nn.Module, x0: Tensor, options: dict) -> None:
         grad_norm=torch.stack([step["grad"].flatten(1).norm(dim=1) for step in steps]),
         displacement=(states[1:] - states[:-1]).flatten(2).norm(dim=2),
         saturation=((states[1:] <= lo) | (states[1:] >= hi)).double().flatten(2).mean(2),
+        accepted=torch.ones(K, N, dtype=torch.float64),
     )
     got = sampler(net, **options).diagnose(x0, noise=z)
     for name, value in want._asdict().items():
@@ -1254,7 +1255,7 @@ CALLS = [
     ({"x0": X0.long()}, TypeError, "x0 must be of floating dtype, got torch.int64"),
     ({"x0": X0.to(torch.complex64)}, TypeError, "x0 must be of floating dtype"),
     ({"x0": torch.tensor(1.0)}, ValueError, "x0 must have a leading chain dimension"),
-    ({"x0": [[1.0]]}, TypeError, "x0 must be a tensor, got list"),
+    ({"x0": [[1.0]]}, TypeError, r"x0\[0\] must be a tensor, got list"),
     ({"x0": np.zeros(SHAPE)}, TypeError, "x0 must be a tensor, got ndarray"),
     ({"x0": X0.to("meta")}, ValueError, "x0 is on meta, the energy on cpu"),
     ({"x0": None}, ValueError, "give either x0 or n"),

@@ -1,5 +1,6 @@
 """Which score a call runs with: the fastest that computes what the energy's own code would."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin.kernels import extension
+from fastlangevin.packing import PackedEnergy
 from fastlangevin.scores import fused_cpu, fused_gpu
 from fastlangevin.scores.compiled import CompiledScore
 from fastlangevin.scores.compiled import refusal as compiled_refusal
@@ -20,6 +22,7 @@ from fastlangevin.scores.stack import conv_stack
 SCORES = ("auto", "general", "lean", "fused", "compiled", "network")
 # Batches of this many shapes are planned for at a time; each holds a copy of the weights.
 _PLANS = 4
+_PARTS = "the state has several parts"
 
 
 class Score(Protocol):
@@ -95,7 +98,8 @@ def choose_score(
         return Choice(score, None, {})
     why_not: dict[str, str] = {}
     if score == "compiled":
-        reason = compiled_refusal(energy, model_kwargs)
+        reason = _PARTS if isinstance(energy, PackedEnergy) else None
+        reason = reason or compiled_refusal(energy, model_kwargs)
         if reason is None:
             run = known.plan(
                 lambda: CompiledScore(energy, precision), "compiled", precision, id(energy)
@@ -167,11 +171,21 @@ def _recognised(
 ) -> Graph | str:
     if model_kwargs:
         return f"the energy is given {', '.join(model_kwargs)}"
+    if isinstance(energy, PackedEnergy):
+        return _PARTS
     if precision is None and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
         return "autocast is on" + (f'; precision="{name}" needs no autocast' if name else "")
     return known.graph(energy, x)
+
+
+def _levels_to_the_caller() -> int:
+    """How far up the stack, from the function that calls this one, the sampler was called."""
+    package, frame, levels = __name__.partition(".")[0], sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(package):
+        frame, levels = frame.f_back, levels + 1
+    return levels
 
 
 def warn_of_modes(energy: Callable[..., Tensor]) -> bool:
@@ -191,6 +205,6 @@ def warn_of_modes(energy: Callable[..., Tensor]) -> bool:
             f"LangevinSampler: in train mode {found[0]}"
             + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
             + "; energy.eval() samples from the energy itself",
-            stacklevel=6,  # the sampler's caller
+            stacklevel=_levels_to_the_caller(),
         )
     return bool(found)

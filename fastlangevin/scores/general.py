@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
+from fastlangevin.packing import PackedEnergy
 
 PRECISIONS = (None, "fp32", "tf32", "fp16", "bf16")
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -194,8 +195,8 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:
-    """The module behind an energy: a module, its bound method, or a partial of either."""
-    while isinstance(energy, functools.partial):
+    """The module behind an energy: a module, its bound method, a partial or packing of either."""
+    while isinstance(energy, functools.partial | PackedEnergy):
         energy = energy.func
     owner = getattr(energy, "__self__", energy)
     return (owner,) if isinstance(owner, nn.Module) else ()

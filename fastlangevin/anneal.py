@@ -1,0 +1,74 @@
+"""Step sizes and noise that change along a chain, as sequences that LangevinSampler takes."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastlangevin.arguments import check_count, check_number
+
+
+class Annealed(NamedTuple):
+    """A chain through noise levels: the sampler's schedules, and the level of every step."""
+
+    steps: int  # K = L steps_each
+    step_size: list[float]  # [K]
+    noise_std: list[float]  # [K]
+    sigma: list[float]  # [K] the noise level of the step
+    level: list[int]  # [K] its index, 0 to L - 1: what networks conditioned on labels are given
+
+
+def levels(sigmas: Sequence[float] | Tensor, steps_each: int, step_lr: float) -> Annealed:
+    """Annealed Langevin dynamics of noise-conditional score networks: steps_each steps per sigma.
+
+        a_i = step_lr (sigma_i / sigma_L)^2,      b_i = sqrt(2 a_i)
+
+    sigmas: L noise levels > 0 in the order of sampling, the largest first. Every level samples at
+    temperature 1. For a network net(x, sigma) on states x0:
+
+        plan = fl.anneal.levels(sigmas, steps_each=100, step_lr=2e-5)
+        sampler = fl.LangevinSampler.from_score(
+            net, steps=plan.steps, step_size=plan.step_size, noise_std=plan.noise_std
+        )
+        x = sampler(x0, step_kwargs={"sigma": plan.sigma})
+
+    Raises TypeError or ValueError naming the argument. Source: Song & Ermon, arXiv 1907.05600,
+    algorithm 1, with step_lr half of its epsilon, as in its authors' code.
+    """
+    values = [check_number("levels", "sigmas", float(sigma)) for sigma in sigmas]
+    if not values or min(values) == 0:
+        raise ValueError(f"levels: sigmas must be one or more values > 0, got {values}")
+    each = check_count("levels", "steps_each", steps_each)
+    rate = check_number("levels", "step_lr", step_lr)
+    sizes = [rate * (sigma / values[-1]) ** 2 for sigma in values]
+    level = [i for i in range(len(values)) for _ in range(each)]
+    return Annealed(
+        steps=len(level),
+        step_size=[sizes[i] for i in level],
+        noise_std=[math.sqrt(2 * sizes[i]) for i in level],
+        sigma=[values[i] for i in level],
+        level=level,
+    )
+
+
+def geometric(first: float, last: float, steps: int) -> list[float]:
+    """[K] values from ``first`` to ``last``, both > 0, each the same multiple of the one before."""
+    first, last = check_number("geometric", "first", first), check_number("geometric", "last", last)
+    count = check_count("geometric", "steps", steps)
+    if not first * last > 0:
+        raise ValueError(f"geometric: first and last must be > 0, got {first} and {last}")
+    ratio = last / first
+    return [first * ratio ** (k / max(count - 1, 1)) for k in range(count)]
+
+
+def linear(value: float, steps: int) -> list[float]:
+    """[K] values ``value`` (K - 1 - k) / K: the last is 0, a step without noise."""
+    value, count = check_number("linear", "value", value), check_count("linear", "steps", steps)
+    return [value * (count - 1 - k) / count for k in range(count)]
+
+
+def harmonic(value: float, steps: int) -> list[float]:
+    """[K] values ``value`` / (1 + k)."""
+    value, count = check_number("harmonic", "value", value), check_count("harmonic", "steps", steps)
+    return [value / (1 + k) for k in range(count)]

@@ -1,0 +1,134 @@
+"""States of several tensors: one flat state [n, D] for the chain, its parts for the energy."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_OP = "LangevinSampler"
+
+
+class Packing(NamedTuple):
+    """How the parts of a list, tuple or dict follow one another in a chain's D elements."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of one chain's parts
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The shape (D,) of one chain's flat state."""
+        return (sum(math.prod(shape) for shape in self.shapes),)
+
+    def pack(self, name: str, parts: Any, lead: tuple[int, ...]) -> Tensor:
+        """Parts [*lead, ...] as one tensor [*lead, D], differentiably; else TypeError, ValueError.
+
+        float64 if all parts are, float32 if none is; a mix is an error.
+        """
+        found = self._checked(name, parts, lead)
+        doubles = [part.dtype == torch.float64 for part in found]
+        if any(doubles) and not all(doubles):
+            kinds = ", ".join(f"{key!r} {parts[key].dtype}" for key in self.keys)
+            raise TypeError(f"{_OP}: {name} must be float64 in all parts or in none, got {kinds}")
+        dtype = torch.float64 if doubles[0] else torch.float32
+        sizes = [math.prod(shape) for shape in self.shapes]
+        rows = [
+            part.reshape(*lead, size).to(dtype) for part, size in zip(found, sizes, strict=True)
+        ]
+        return torch.cat(rows, dim=-1)
+
+    def unpack(self, flat: Tensor) -> Any:
+        """The parts of a tensor [..., D], in the kind and under the keys that they came in."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        # Contiguous, as code expects of its inputs that takes views of them.
+        parts = [
+            part.reshape(*flat.shape[:-1], *shape).contiguous()
+            for part, shape in zip(flat.split(sizes, dim=-1), self.shapes, strict=True)
+        ]
+        return dict(zip(self.keys, parts, strict=True)) if self.kind is dict else self.kind(parts)
+
+    def _checked(self, name: str, parts: Any, lead: tuple[int, ...]) -> list[Tensor]:
+        keys = _keys(parts)
+        same = set(keys) == set(self.keys) and isinstance(parts, Mapping) == (self.kind is dict)
+        if not same:
+            got = f"keys {list(keys)}" if isinstance(parts, Mapping) else type(parts).__name__
+            if isinstance(parts, list | tuple):
+                got += f" of {len(parts)}"
+            want = f"dict with keys {list(self.keys)}"
+            if self.kind is not dict:
+                want = f"list or tuple of {len(self.keys)} tensors"
+            raise ValueError(f"{_OP}: {name} must be a {want}, got {got}")
+        found = [parts[key] for key in self.keys]
+        for key, part, shape in zip(self.keys, found, self.shapes, strict=True):
+            called = _part(name, key)
+            _check_part(called, part)
+            if part.shape != (*lead, *shape):
+                raise ValueError(
+                    f"{_OP}: {called} must have shape {[*lead, *shape]}, got {list(part.shape)}"
+                )
+            if part.device != found[0].device:
+                raise ValueError(
+                    f"{_OP}: {called} is on {part.device}, {_part(name, self.keys[0])} on "
+                    f"{found[0].device}; move one of them"
+                )
+        return found
+
+
+class PackedEnergy:
+    """An energy, or a score network, of parts as one of flat states [n, D]."""
+
+    def __init__(self, func: Callable[..., Any], packing: Packing, is_score: bool) -> None:
+        self.func, self.packing, self.is_score = func, packing, is_score
+        self.shape = packing.shape
+
+    def __call__(self, x: Tensor, **model_kwargs: Any) -> Any:
+        out = self.func(self.packing.unpack(x), **model_kwargs)
+        if not self.is_score or isinstance(out, Tensor):
+            return out
+        return self.packing.pack("the score", out, (x.shape[0],))
+
+
+def packing_of(x0: Any, energy: Callable[..., Any]) -> Packing | None:
+    """The packing of x0, or without one of what the energy's ``shape`` tells; None for a tensor."""
+    if x0 is None:
+        shapes: Any = getattr(energy, "shape", None)
+        keys = _keys(shapes)
+        if not keys or not all(isinstance(shapes[key], Sequence) for key in keys):
+            return None
+        kind = dict if isinstance(shapes, Mapping) else type(shapes)
+        return Packing(kind, keys, tuple(tuple(shapes[key]) for key in keys))
+    if isinstance(x0, Tensor) or not isinstance(x0, list | tuple | Mapping):
+        return None
+    keys = _keys(x0)
+    if not keys:
+        raise ValueError(f"{_OP}: x0 is an empty {type(x0).__name__}; give one or more tensors")
+    for key in keys:
+        _check_part(_part("x0", key), x0[key])
+        if len(x0[key]) != len(x0[keys[0]]):
+            raise ValueError(
+                f"{_OP}: {_part('x0', key)} has {len(x0[key])} chains, "
+                f"{_part('x0', keys[0])} has {len(x0[keys[0]])}"
+            )
+    kind = dict if isinstance(x0, Mapping) else list if isinstance(x0, list) else tuple
+    return Packing(kind, keys, tuple(tuple(x0[key].shape[1:]) for key in keys))
+
+
+def _keys(parts: Any) -> tuple[Any, ...]:
+    if isinstance(parts, Mapping):
+        return tuple(parts)
+    return tuple(range(len(parts))) if isinstance(parts, list | tuple) else ()
+
+
+def _part(name: str, key: Any) -> str:
+    return f"{name}[{key!r}]"
+
+
+def _check_part(called: str, part: Any) -> None:
+    if not isinstance(part, Tensor):
+        raise TypeError(f"{_OP}: {called} must be a tensor, got {type(part).__name__}")
+    if not part.is_floating_point():
+        raise TypeError(f"{_OP}: {called} must be of floating dtype, got {part.dtype}")
+    if part.ndim == 0:
+        raise ValueError(f"{_OP}: {called} must have a leading chain dimension, got shape []")
