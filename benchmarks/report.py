@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import report_chain, report_memory
+from benchmarks import report_chain, report_memory, report_train
 from benchmarks.tables import MISSING, TITLES, Row, about, number, pyplot, table
 
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -27,8 +27,9 @@ _BENCHMARKS = {
     "chain": "A step of a chain, network and all",
     "chain_memory": "Gradients through a chain",
     "step": "The update alone",
+    "train_peers": "Training runs with their loop swapped",
 }
-_OTHERS = {"chain": report_chain, "chain_memory": report_memory}
+_OTHERS = {"chain": report_chain, "chain_memory": report_memory, "train_peers": report_train}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

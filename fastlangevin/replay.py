@@ -28,11 +28,11 @@ class ReplayBuffer:
         then each is drawn on its own, so that a state may come more than once. Of an "index"
         buffer, all slots of which start as noise, a draw has no slot twice.
     reinit: probability with which each drawn chain starts anew, from U(lo, hi).
-    dtype: torch.float32, or torch.uint8 for a quarter of the memory: x is kept as the number of
-        its 1/256 of value_range, clipped to that, and drawn as a uniform point of it.
+    dtype: torch.float32, or torch.uint8 for a quarter of the memory: of x is kept in which 256th of
+        value_range it lies (the nearest, if outside), and a uniform point of that is drawn.
     value_range: (lo, hi) of new chains and of uint8 storage; float32 states are not clipped.
-    n_classes: of an "index" buffer: class c owns the slots from c to c + 1 times slots / n_classes,
-        and ``draw(y=)`` takes each chain from its label's (JEM's class-conditional samples).
+    n_classes: of an "index" buffer: slots / n_classes slots for each class, those of class 0 first;
+        ``draw(y=)`` takes each chain from its label's (JEM's class-conditional samples).
     rank, world_size: this process keeps capacity / world_size slots, numbered from 0, and takes its
         numbers from fold_in(seed, rank) in place of seed, so that no two ranks share a chain (the
         sampler's noise needs ``first_chain=rank * n``). With another world size all draws are
@@ -66,6 +66,8 @@ class ReplayBuffer:
             raise TypeError(f"{_OP}: dtype must be torch.float32 or torch.uint8, got {dtype}")
         if n_classes is not None and kind != "index":
             raise ValueError(f"{_OP}: n_classes needs kind='index', got kind={kind!r}")
+        if not isinstance(shape, tuple | list):
+            raise TypeError(f"{_OP}: shape must be a tuple of integers, got {shape!r}")
         self.capacity = check_count(_OP, "capacity", capacity)
         self.kind = kind
         self.dtype = dtype
@@ -84,7 +86,10 @@ class ReplayBuffer:
             )
         self.added = 0  # states put so far, by a fifo or a reservoir
         self._seed = self.seed if self.world_size == 1 else _noise.fold_in(self.seed, rank)
-        slots = (self.capacity // self.world_size, *shape)
+        slots = (
+            self.capacity // self.world_size,
+            *(check_count(_OP, "shape", size) for size in shape),
+        )
         if kind == "index":
             u = _noise.uniform(slots, seed=self._seed, step=0, device=device)
             self.states = self._stored(self._scaled(u))
@@ -222,12 +227,13 @@ class ReplayBuffer:
         count = self.added + rows
         if self.kind == "fifo":
             return count % capacity, rows
+        # Addressed by the state's own number: how many are put at a time changes nothing. Chain 0
+        # is the draws'. A word's 31 upper bits times up to 2**32 states stay below 2**63.
         words = _noise.words(
-            (1, n), seed=_noise.fold_in(self._seed, self.added), step=0, stream=_noise.ORDER,
+            (n, 1), seed=self._seed, step=0, stream=_noise.ORDER, first_chain=1 + self.added,
             device="cpu",
-        )[0]  # fmt: skip
-        # In float64: the product passes 2**63 after 2**31 states.
-        drawn = (words * (count + 1.0).double() / 2**32).long()
+        )[:, 0]  # fmt: skip
+        drawn = (words >> 1) * (count + 1) >> 31
         slots = torch.where(count < capacity, count, drawn)
         return slots[slots < capacity], rows[slots < capacity]
 
@@ -275,7 +281,10 @@ def _check_numbers(name: str, value: Any, n: int | None, bound: int) -> Tensor:
 
 
 def _check_range(value: tuple[float, float]) -> tuple[float, float]:
-    lo, hi = (float(bound) for bound in value)
+    try:
+        lo, hi = (float(bound) for bound in value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{_OP}: value_range must be a pair (lo, hi), got {value!r}") from None
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
         raise ValueError(f"{_OP}: value_range must be finite with lo < hi, got ({lo}, {hi})")
     return lo, hi

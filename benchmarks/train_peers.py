@@ -1,0 +1,393 @@
+"""Is a training run the same with its loop swapped for ours, and how much faster? On digits.
+
+    python -m benchmarks.train_peers --out DIR [--iterations 200] [--seeds 3] [--quick]
+
+Three published ways to learn an energy: the short-run paper's (chains from noise), JEM's (a
+classifier, class-conditional chains in a replay buffer) and that of the UvA tutorial (a fifo of
+chains, noise before the gradient, clamp, elementwise clip). Each is one training loop, run with the
+original's sampling loop, with that again on other noise, with ours, and with ours at half of the
+steps: the second says how far noise alone moves a run, the last what the comparison can tell apart.
+The four start from equal weights and see equal batches; they take their iterations in turn, so that
+a busy phase of the machine falls on all of them.
+
+writes DIR/train_peers-cpu.json: every iteration's gap, seconds, and how far the curves lie apart.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import fastlangevin as fl
+from benchmarks import timing
+from fastlangevin.learn import load_images
+
+BATCH, STEPS, WIDTH, CLASSES, SHAPE = 64, 20, 8, 10, (1, 8, 8)
+CAPACITY = 1000  # of the buffers: the originals' 10,000 and 8192 would not fill in these few steps
+REINIT = 0.05
+LOOP, AGAIN = "original loop", "original loop again"
+OURS, CONTROL = "fastlangevin", "half of the steps"
+WARM_UP = 10  # iterations that are not timed
+
+Sample = Callable[[Tensor], Tensor]
+
+
+# Networks: each returns f = -energy, as the three codebases have it ------------------------------
+
+
+class Classifier(nn.Module):
+    """JEM's: logits, read as f(x, y) = logits[y] and f(x) = logsumexp(logits)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Sequential(
+            nn.Conv2d(1, WIDTH, 3, 1, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(WIDTH, 2 * WIDTH, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * WIDTH, CLASSES, 4), nn.Flatten(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = self.logits(x)
+        return logits.logsumexp(1) if y is None else logits.gather(1, y[:, None]).squeeze(1)
+
+
+# The originals' chains, from their equations ------------------------------------------------------
+
+
+def langevin(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    noise_std: float = 0.01,
+) -> Tensor:
+    """The short-run paper's and JEM's: x <- x + (df/dx + noise_std z)."""
+    x = x.clone().requires_grad_()
+    for _ in range(steps):
+        (grad,) = torch.autograd.grad(f(x).sum(), x, retain_graph=True)
+        x.data += grad + noise_std * torch.randn(x.shape, generator=generator)
+    return x.detach()
+
+
+def uva_chain(
+    f: nn.Module, x: Tensor, steps: int, generator: torch.Generator, noise_std: float = 0.005
+) -> Tensor:
+    """x <- clamp(x + noise_std z), then x <- clamp(x + 10 clip(df/dx, 0.03)), in [-1, 1]."""
+    for parameter in f.parameters():
+        parameter.requires_grad_(False)
+    x = x.clone().requires_grad_()
+    for _ in range(steps):
+        x.data.add_(noise_std * torch.randn(x.shape, generator=generator)).clamp_(-1, 1)
+        (grad,) = torch.autograd.grad(-f(x).sum(), x)
+        x.data.add_(grad.clamp_(-0.03, 0.03), alpha=-10).clamp_(-1, 1)
+    for parameter in f.parameters():
+        parameter.requires_grad_(True)
+    return x.detach()
+
+
+# Where negative samples come from: (labels of the batch) -> samples -------------------------------
+
+
+def paper_loop(f: nn.Module, seed: int) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda y: langevin(f, noise(BATCH, generator), STEPS, generator)
+
+
+def paper_ours(f: nn.Module, seed: int, steps: int = STEPS) -> Sample:
+    sampler = fl.LangevinSampler(f, steps, maximize=True)
+    iterations = itertools.count()
+    return lambda y: sampler(n=BATCH, seed=fl.noise.fold_in(seed, next(iterations)))
+
+
+def jem_loop(f: nn.Module, seed: int) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    buffer = noise(CAPACITY, generator)
+    block = CAPACITY // CLASSES
+
+    def sample(y: Tensor) -> Tensor:
+        slots = y * block + torch.randint(block, (BATCH,), generator=generator)
+        fresh = torch.rand(BATCH, 1, 1, 1, generator=generator) < REINIT
+        x = torch.where(fresh, noise(BATCH, generator), buffer[slots])
+        f.eval()
+        x = langevin(functools.partial(f, y=y), x, STEPS, generator)
+        f.train()
+        buffer[slots] = x
+        return x
+
+    return sample
+
+
+def jem_ours(f: nn.Module, seed: int, steps: int = STEPS) -> Sample:
+    sampler = fl.LangevinSampler(f, steps, maximize=True)
+    buffer = fl.ReplayBuffer(CAPACITY, SHAPE, seed=seed, reinit=REINIT, n_classes=CLASSES)
+    iterations = itertools.count()
+
+    def sample(y: Tensor) -> Tensor:
+        iteration = next(iterations)
+        slots, x = buffer.draw(BATCH, iteration, y=y)
+        x = sampler(x, seed=fl.noise.fold_in(seed, iteration), y=y)
+        buffer.put(slots, x)
+        return x
+
+    return sample
+
+
+def uva_loop(f: nn.Module, seed: int) -> Sample:
+    generator, choices = torch.Generator().manual_seed(seed), random.Random(seed)
+    examples = list(noise(BATCH, generator).split(1))
+
+    def sample(y: Tensor) -> Tensor:
+        nonlocal examples
+        fresh = int((torch.rand(BATCH, generator=generator) < REINIT).sum())
+        old = torch.cat(choices.choices(examples, k=BATCH - fresh))
+        x = torch.cat([noise(fresh, generator), old])
+        x = uva_chain(f, x, STEPS, generator)
+        examples = (list(x.split(1)) + examples)[:CAPACITY]
+        return x
+
+    return sample
+
+
+def uva_ours(f: nn.Module, seed: int, steps: int = STEPS) -> Sample:
+    sampler = uva_sampler(f, steps)
+    buffer = fl.ReplayBuffer(CAPACITY, SHAPE, seed=seed, reinit=REINIT, kind="fifo")
+    buffer.put(None, noise(BATCH, torch.Generator().manual_seed(seed)))
+    iterations = itertools.count()
+
+    def sample(y: Tensor) -> Tensor:
+        iteration = next(iterations)
+        slots, x = buffer.draw(BATCH, iteration)
+        x = sampler(x, seed=fl.noise.fold_in(seed, iteration))
+        buffer.put(slots, x)
+        return x
+
+    return sample
+
+
+def uva_sampler(f: nn.Module, steps: int, noise_std: float = 0.005) -> fl.LangevinSampler:
+    return fl.LangevinSampler(
+        f, steps, 10.0, noise_std, maximize=True, clamp=(-1, 1), grad_clip=0.03,
+        noise_order="before",
+    )  # fmt: skip
+
+
+def noise(n: int, generator: torch.Generator) -> Tensor:
+    return 2 * torch.rand((n, *SHAPE), generator=generator) - 1
+
+
+# Losses on data x with labels y, and samples ------------------------------------------------------
+
+
+def paper_loss(f: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    gap = f(x).mean() - f(samples).mean()
+    return -gap, gap
+
+
+def jem_loss(f: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    gap = f(x).mean() - f(samples).mean()
+    return nn.functional.cross_entropy(f.logits(x), y) - gap, gap
+
+
+def uva_loss(f: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    real, fake = f(x), f(samples)
+    gap = real.mean() - fake.mean()
+    return 0.1 * (real.square() + fake.square()).mean() - gap, gap
+
+
+class Style(NamedTuple):
+    """One way to train."""
+
+    network: Callable[[], nn.Module]
+    loop: Callable[..., Sample]
+    ours: Callable[..., Sample]
+    loss: Callable[..., tuple[Tensor, Tensor]]
+    data_noise: float
+    beta1: float = 0.9
+    max_norm: float = math.inf
+
+
+STYLES = {
+    "short-run": Style(
+        functools.partial(fl.ConvEnergy, 1, 8, WIDTH), paper_loop, paper_ours, paper_loss, 0.03
+    ),
+    "JEM": Style(Classifier, jem_loop, jem_ours, jem_loss, 0.03),
+    "UvA": Style(
+        functools.partial(fl.ConvEnergy, 1, 8, WIDTH, activation="silu"),
+        uva_loop, uva_ours, uva_loss, 0.005, beta1=0.0, max_norm=0.1,
+    ),
+}  # fmt: skip
+
+
+def train(style: Style, variant: str, seed: int) -> Iterator[tuple[float, float, float]]:
+    """The training loop: (gap, seconds of the sampling, seconds in all) of every iteration."""
+    torch.manual_seed(seed)
+    f = style.network()
+    chains = seed + (2000 if variant == AGAIN else 1000)
+    if variant in (LOOP, AGAIN):
+        sample = style.loop(f, chains)
+    else:
+        sample = style.ours(f, chains, STEPS if variant == OURS else STEPS // 2)
+    optimizer = torch.optim.Adam(f.parameters(), lr=1e-3, betas=(style.beta1, 0.999))
+    (images, labels), generator = digits(), torch.Generator().manual_seed(seed)
+    while True:
+        begin = time.perf_counter()
+        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+        x = images[chosen]
+        x = x + style.data_noise * torch.randn(x.shape, generator=generator)
+        asked = torch.randint(CLASSES, (BATCH,), generator=generator)
+        sampling = time.perf_counter()
+        samples = sample(asked)
+        sampled = time.perf_counter()
+        loss, gap = style.loss(f, x, labels[chosen], samples)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(f.parameters(), style.max_norm)
+        optimizer.step()
+        end = time.perf_counter()
+        yield gap.item(), sampled - sampling, end - begin
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    data = load_images("digits")
+    return data.batch(range(len(data))), torch.from_numpy(data.labels)
+
+
+def check() -> None:
+    """That each loop and our sampler compute the same chain, without noise in float64."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    x, y = noise(BATCH, generator), torch.arange(BATCH) % CLASSES
+    for name, style in STYLES.items():
+        f = style.network().double()
+        for parameter in f.parameters():
+            parameter.data *= 3  # as they are at first, no gradient would reach the clip
+        start = x.double()
+        if name == "UvA":
+            want = uva_chain(f, start, 5, generator, noise_std=0.0)
+            got = uva_sampler(f, 5, noise_std=0.0)(start)
+        else:
+            labels = {"y": y} if name == "JEM" else {}
+            want = langevin(functools.partial(f, **labels), start, 5, generator, noise_std=0.0)
+            got = fl.LangevinSampler(f, 5, 1.0, 0.0, maximize=True)(start, **labels)
+        error = float((got - want).abs().max())
+        if not error <= 1e-9:
+            raise SystemExit(f"train_peers: {name} is off the loop's chain by {error:.1e}")
+
+
+def same(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Whether runs a and b have one level: the difference over the spread between seeds.
+
+    t = (mean b - mean a) / (s sqrt(1 / n_a + 1 / n_b)), s the pooled standard deviation, and p, the
+    probability of a larger |t| were the means equal (Student's test). A run's number is its mean
+    gap over the last third of the iterations.
+    """
+    freedom = len(a) + len(b) - 2
+    difference = statistics.fmean(b) - statistics.fmean(a)
+    squares = sum((value - statistics.fmean(run)) ** 2 for run in (a, b) for value in run)
+    spread = math.sqrt(squares / freedom)
+    t = difference / (spread * math.sqrt(1 / len(a) + 1 / len(b)))
+    return {
+        "difference": difference,
+        "spread": spread,
+        "t": t,
+        "p": float(2 * stats.t.sf(abs(t), freedom)),
+    }
+
+
+def distance(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
+    """Root mean square, over a run's iterations, of the curves' difference; mean over the seeds."""
+    return statistics.fmean(
+        math.sqrt(statistics.fmean((u - v) ** 2 for u, v in zip(*pair, strict=True)))
+        for pair in zip(a, b, strict=True)
+    )
+
+
+def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
+    """One row per variant of a style."""
+    variants = (LOOP, AGAIN, OURS, CONTROL)
+    gaps: dict[str, list[list[float]]] = {variant: [] for variant in variants}
+    seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
+    shuffle = random.Random(0)
+    for seed in range(seeds):
+        runs = {variant: train(STYLES[name], variant, seed) for variant in variants}
+        for gap in gaps.values():
+            gap.append([])
+        for iteration in range(iterations):
+            for variant in shuffle.sample(variants, len(variants)):
+                gap, *taken = next(runs[variant])
+                gaps[variant][-1].append(gap)
+                if iteration >= min(WARM_UP, iterations - 1):
+                    seconds[variant].append((taken[0], taken[1]))
+    late = {variant: [last_third(run) for run in gaps[variant]] for variant in variants}
+    rows = []
+    for variant in variants:
+        own, base = (list(zip(*seconds[each], strict=True)) for each in (variant, LOOP))
+        ratios = [
+            [b / o for b, o in zip(*pair, strict=True)] for pair in zip(base, own, strict=True)
+        ]
+        rows.append({
+            "style": name,
+            "variant": variant,
+            "gap": [[float(f"{value:.5g}") for value in run] for run in gaps[variant]],
+            "late_gap": late[variant],
+            "distance": distance(gaps[LOOP], gaps[variant]),
+            "same_as_loop": None if variant == LOOP else same(late[LOOP], late[variant]),
+            "sampling": timing.summary(own[0]),
+            "iteration": timing.summary(own[1]),
+            "sampling_speedup": timing.summary(ratios[0]),
+            "iteration_speedup": timing.summary(ratios[1]),
+        })  # fmt: skip
+    return rows
+
+
+def last_third(gaps: Sequence[float]) -> float:
+    return statistics.fmean(gaps[-max(1, len(gaps) // 3) :])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_peers")
+    parser.add_argument("--out", type=Path, required=True, help="folder for train_peers-cpu.json")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="three iterations of two seeds")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.iterations, options.seeds = 3, 2
+    torch.set_num_threads(options.threads)
+    check()
+    content: dict[str, Any] = {
+        "benchmark": "train_peers",
+        "device": "cpu",
+        "threads": options.threads,
+        "quick": options.quick,
+        "iterations": options.iterations,
+        "seeds": options.seeds,
+        "batch": BATCH,
+        "steps": STEPS,
+        "width": WIDTH,
+        "machine": timing.machine(),
+        "results": [],
+    }
+    path = options.out / "train_peers-cpu.json"
+    for name in STYLES:
+        content["results"] += measure(name, options.iterations, options.seeds)
+        content["machine"]["load_at_end"] = timing.machine()["load"]
+        timing.write_json(path, content)
+        print(name, flush=True)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
