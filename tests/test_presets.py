@@ -604,6 +604,32 @@ def test_anatomy_eval_records_every_step(net: Net) -> None:
     assert (x - state).abs().max() < 1e-12
 
 
+def test_anatomy_eval_adjusted(net: Net) -> None:
+    """The original's joint energies decide, with the contract's uniforms."""
+    z, temperature, epsilon = numbers(8, N, *SHAPE), 0.4 * 0.3**2 / 2, 0.15
+    config = EVAL | {"epsilon": epsilon, "train_epsilon": 0.3, "num_mcmc_steps": 8}
+    sample = fl.presets.anatomy_eval(net, config | {"use_mh_langevin": True}, X0)
+    x, ens, _, accepts = sample(seed=4, noise=z)
+
+    def energy(x: Tensor) -> Tensor:
+        return net(x).flatten() / temperature
+
+    state = X0
+    for k in range(8):
+        g = grad(energy, state)
+        proposal = state - epsilon**2 / 2 * g + epsilon * z[k]
+        p = z[k] - epsilon / 2 * (g + grad(energy, proposal))
+        before = energy(state) + 0.5 * z[k].square().flatten(1).sum(1)
+        after = energy(proposal) + 0.5 * p.square().flatten(1).sum(1)
+        u = fl.noise.uniform((N, 1), seed=4, step=k, stream=3, dtype=torch.float64)[:, 0]
+        taken = u < (before - after).exp()
+        assert (ens[k] - energy(state)).abs().max() < 1e-9
+        assert accepts[k] == taken.double().mean()
+        state = torch.where(taken.view(-1, 1, 1, 1), proposal, state)
+    assert (x - state).abs().max() < 1e-9
+    assert 0 < accepts.mean() < 1
+
+
 def test_jem_writes_its_slots_back_block_by_block(net: Net) -> None:
     """12 states of 4 classes: labels 2 and 0 change one state each, of blocks 6..8 and 0..2."""
     buffer = numbers(12, *SHAPE)

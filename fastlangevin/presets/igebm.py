@@ -164,7 +164,7 @@ def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
             sampler = until_last(model, wrap, steps=K - 1, noise_std=stds[1:], **move)
             later = None if noise is None else noise[1:]
             x = run(sampler, x, seed=seed, first_step=1, noise=later, **given)
-        last_step = last(model, wrap, steps=1, noise_std=0.0, **move)
+        last_step = last(model, wrap, steps=1, noise_std=0.0, score="general", **move)
         n = 128 if FLAGS.dataset in ("cifar10", "celeba") else 32
         few = {name: value[:n] for name, value in given.items()}
         with left_as_found(last_step.energy, x.device):

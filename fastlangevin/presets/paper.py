@@ -122,31 +122,39 @@ def anatomy(
 def anatomy_eval(
     f: Callable[..., Tensor], config: Mapping[str, Any], x_s_t_0: Tensor
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """``langevin_grad()`` of the anatomy's evaluation: long chains at a temperature, recorded.
+    """``langevin_grad()`` of the anatomy's evaluation, or ``langevin_mh()``: recorded long chains.
 
         x <- x - (epsilon^2 / 2) d(E / T)/dx + epsilon z,    or x <- x - d(E / T)/dx at epsilon = 0
 
-    with T = temp_factor train_epsilon^2 / 2, or temp_factor where train_epsilon is 0. f: the
-    energy E. config: ``num_mcmc_steps`` L, ``epsilon``, ``temp_factor``, ``train_epsilon``; other
-    keys are not read. x_s_t_0 [B, ...]: the initial states. Returns a function that takes ``seed``,
-    ``generator`` and ``noise`` [L, B, ...] and returns (x, ens, grads): x detached, ens [L, B] the
-    energy E / T at every step, grads [L, B] the norm of every move, both on the CPU.
+    with T = temp_factor train_epsilon^2 / 2, or temp_factor where train_epsilon is 0; each step
+    accepted or rejected under ``use_mh_langevin``. f: the energy E. config: ``num_mcmc_steps`` L,
+    ``epsilon``, ``temp_factor``, ``train_epsilon``, ``use_mh_langevin``; other keys are not read.
+    x_s_t_0 [B, ...]: the initial states. Returns a function that takes ``seed``, ``generator`` and
+    ``noise`` [L, B, ...] and returns (x, ens, grads): x detached, ens [L, B] the energy E / T at
+    every step, grads [L, B] the norm of every move, both on the CPU; under ``use_mh_langevin`` also
+    accepts [L], the share of the chains that moved.
 
     Differs: prints nothing; random numbers come from the noise contract.
     Source: point0bar1/ebm-anatomy, eval.py.
     """
     train_epsilon, epsilon = config["train_epsilon"], float(config["epsilon"])
     temperature = config["temp_factor"] * (train_epsilon**2 / 2 if train_epsilon > 0 else 1)
+    adjusted = bool(config.get("use_mh_langevin", False))
     scale = (epsilon**2 / 2 if epsilon > 0 else 1.0) / temperature
-    sampler = LangevinSampler(f, steps=config["num_mcmc_steps"], step_size=scale, noise_std=epsilon)
+    sampler = LangevinSampler(
+        f, steps=config["num_mcmc_steps"], step_size=scale, noise_std=epsilon, metropolis=adjusted
+    )
 
     def langevin_grad(
         *,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         found = measure(sampler, x_s_t_0, seed=take_seed(seed, generator), noise=noise)
-        return found.x, (found.energy / temperature).cpu(), (found.grad_norm * scale).cpu()
+        records = (found.energy / temperature).cpu(), (found.grad_norm * scale).cpu()
+        return (
+            (found.x, *records, found.accepted.mean(1).cpu()) if adjusted else (found.x, *records)
+        )
 
     return langevin_grad
