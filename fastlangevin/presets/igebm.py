@@ -169,7 +169,8 @@ def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         few = {name: value[:n] for name, value in given.items()}
         with left_as_found(last_step.energy, x.device):
             _, im_grad = energy_and_grad(last_step.energy, x[:n], few)
+        moved = run(last_step, x, seed=seed, **given)  # before the graph below takes memory
         im_neg_kl = last_step(x[:n], seed=seed, differentiable=True, checkpoint="none", **few)
-        return run(last_step, x, seed=seed, **given), im_neg_kl, im_grad
+        return moved, im_neg_kl, im_grad
 
     return gen_image
