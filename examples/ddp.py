@@ -36,6 +36,7 @@ def main(iterations: int = 3, n: int = 8) -> None:
     if rank == 0:
         print("weights", [float(pair[0]) for pair in found])
         print("chains ", [float(pair[1]) for pair in found])
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 
