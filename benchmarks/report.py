@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import report_chain, report_memory, report_train
+from benchmarks import report_chain, report_memory, report_migrate, report_train
 from benchmarks.tables import MISSING, TITLES, Row, about, number, pyplot, table
 
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -27,9 +27,15 @@ _BENCHMARKS = {
     "chain": "A step of a chain, network and all",
     "chain_memory": "Gradients through a chain",
     "step": "The update alone",
+    "migrate": "Loops and their presets",
     "train_peers": "Training runs with their loop swapped",
 }
-_OTHERS = {"chain": report_chain, "chain_memory": report_memory, "train_peers": report_train}
+_OTHERS = {
+    "chain": report_chain,
+    "chain_memory": report_memory,
+    "migrate": report_migrate,
+    "train_peers": report_train,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
         for content in files:
+            if content["benchmark"] == "migrate":
+                continue  # a table alone
             draw = plot if content["benchmark"] == "step" else _OTHERS[content["benchmark"]].plot
             draw(content, options.plots / f"{content['benchmark']}-{content['device']}.svg")
 

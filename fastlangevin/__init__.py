@@ -26,6 +26,8 @@ __all__ = [
     "noise",
 ]
 
+_MODULES = ("learn", "presets", "testing")
+
 
 def __getattr__(name: str) -> Any:
     # The sampler does not need what is built on it: learning is imported when it is asked for.
@@ -33,10 +35,10 @@ def __getattr__(name: str) -> Any:
         from fastlangevin.learn.checkpoint import load
 
         return load
-    if name == "learn":
-        return importlib.import_module("fastlangevin.learn")
+    if name in _MODULES:
+        return importlib.import_module(f"fastlangevin.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "learn"]
+    return [*__all__, *_MODULES]

@@ -1,0 +1,203 @@
+"""What the presets share: their numbers, their samplers, and noise that comes before a chain."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlangevin import noise as _noise
+from fastlangevin.arguments import GradClip, at_step
+from fastlangevin.kernels.reference import per_chain
+from fastlangevin.sampler import Diagnostics, LangevinSampler
+from fastlangevin.scores.general import modules_of
+from fastlangevin.step import langevin_step_
+
+# Where someone watches (fl.testing.compare): the states at which gradients were taken, [K, n, ...].
+_watched: ContextVar[list[Tensor] | None] = ContextVar("watched", default=None)
+
+
+class Labelled(nn.Module):
+    """An energy that takes its label as second argument, whatever that argument's name."""
+
+    def __init__(self, model: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, label: Any) -> Tensor:
+        return self.model(x, label)
+
+
+class Samplers:
+    """The sampler of a function that is handed its energy and settings anew at every call.
+
+    The last one is kept: it remembers what it found out about its energy.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, dict[str, Any], LangevinSampler] | None = None
+
+    def __call__(
+        self, energy: Callable[..., Tensor], wrap: tuple[Any, ...] | None = None, **settings: Any
+    ) -> LangevinSampler:
+        """wrap: (make, *arguments), where the sampler's energy is make(energy, *arguments)."""
+        key = settings | {"wrap": wrap}
+        if self._last is None or self._last[0] is not energy or self._last[1] != key:
+            own = energy if wrap is None else wrap[0](energy, *wrap[1:])
+            self._last = energy, key, LangevinSampler(own, **settings)
+        return self._last[2]
+
+
+def run(sampler: LangevinSampler, x: Tensor, **options: Any) -> Tensor:
+    """sampler(x, **options)."""
+    _note(sampler, x, options)
+    return sampler(x, **options)
+
+
+def measure(sampler: LangevinSampler, x: Tensor, **options: Any) -> Diagnostics:
+    """sampler.diagnose(x, **options); FloatingPointError, as of a call, for lost chains."""
+    _note(sampler, x, options)
+    found = sampler.diagnose(x, **options)
+    if not bool(torch.isfinite(found.x).all()):
+        raise FloatingPointError(
+            f"LangevinSampler: chains are not finite after {sampler.steps} steps; a smaller "
+            "step_size, clamp or grad_clip may help"
+        )
+    return found
+
+
+def kick(x0: Tensor, noise_std: float, seed: int, noise: Tensor | None) -> Tensor:
+    """x0 + noise_std z_0 in float32 or wider, a copy; z_0 = noise[0] where noise is given."""
+    x = x0.detach().to(torch.promote_types(x0.dtype, torch.float32), copy=True)
+    first = None if noise is None else noise[0]
+    langevin_step_(x, None, step_size=0.0, noise_std=noise_std, seed=seed, step=0, noise=first)
+    return x
+
+
+def run_noise_first(
+    sampler: LangevinSampler,
+    x0: Tensor,
+    noise_std: float,
+    seed: int,
+    noise: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """The chain whose noise comes before the gradient, and whose clamp comes only after the move.
+
+        x <- x + b_k z_k,    x <- clamp(x - a clip(g(x)))
+
+    is b_0 z_0 added to x0 and then, step by step, the move, its clamp and the next step's noise:
+    ``sampler`` has noise_order="last" and the schedule (b_1, ..., b_{K-1}, 0).
+    """
+    x = kick(x0, noise_std, seed, noise)
+    later = None if noise is None else noise.roll(-1, 0)
+    return run(sampler, x, seed=seed, first_step=1, noise=later, **options)
+
+
+def noise_first_settings(
+    steps: int,
+    step_size: float,
+    noise_std: Sequence[float],
+    clamp: tuple[float, float],
+    grad_clip: GradClip | None = None,
+) -> dict[str, Any]:
+    """Settings of the sampler for :func:`run_noise_first`; noise_std: b_0, ..., b_{K-1}."""
+    return {
+        "steps": steps,
+        "step_size": step_size,
+        "noise_std": [*noise_std[1:], 0.0],
+        "clamp": clamp,
+        "grad_clip": grad_clip,
+        "noise_order": "last",
+    }
+
+
+def labelled(label: Any) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
+    """(wrap, model_kwargs) for an energy called model(x, label), or model(x) without a label.
+
+    Without, it may be recognised, and then has a faster gradient.
+    """
+    return (None, {}) if label is None else ((Labelled,), {"label": label})
+
+
+def uniform(shape: Sequence[int], seed: int, device: Any = None) -> Tensor:
+    """U(-1, 1), the initial states of a seed."""
+    return 2 * _noise.uniform(shape, seed=seed, step=0, device=device) - 1
+
+
+def draw_slots(n: int, size: int, seed: int) -> Tensor:
+    """n slots of 0..size-1, drawn with repetition."""
+    words = _noise.words((n, 1), seed=seed, step=0, stream=_noise.ORDER)
+    return words[:, 0] * size >> 32
+
+
+def draw_distinct(n: int, size: int, seed: int) -> Tensor:
+    """n slots of 0..size-1, no two alike."""
+    words = _noise.words((1, size), seed=seed, step=0, stream=_noise.ORDER)
+    return words[0].argsort(stable=True)[:n]
+
+
+def draw_coins(n: int, rate: float, seed: int, device: Any = None) -> Tensor:
+    """n coins [n], True with probability ``rate``."""
+    return _noise.uniform((n, 1), seed=seed, step=0, stream=_noise.USER, device=device)[:, 0] < rate
+
+
+def take_seed(seed: int | None, generator: torch.Generator | None) -> int:
+    """The seed of a call: given, or drawn from the generator, by default torch's."""
+    if seed is not None and generator is not None:
+        raise ValueError("presets: give seed or generator, not both")
+    return _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
+
+
+@contextlib.contextmanager
+def in_eval_mode(energy: Callable[..., Tensor]) -> Iterator[None]:
+    """Put an energy's modules in eval mode, and each back as it was, also on an error."""
+    training = [
+        module
+        for module in itertools.chain(*(root.modules() for root in modules_of(energy)))
+        if module.training
+    ]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Tensor]]:
+    """Yield a list to which every chain that a preset runs here adds :func:`gradient_points`."""
+    points: list[Tensor] = []
+    token = _watched.set(points)
+    try:
+        yield points
+    finally:
+        _watched.reset(token)
+
+
+def gradient_points(sampler: LangevinSampler, x0: Tensor, **options: Any) -> Tensor:
+    """The states [K, n, ...] at which a chain takes its gradients.
+
+    Noise before them is read from ``noise``, which must then be given.
+    """
+    points = sampler.trajectory(x0, **options)[:-1]
+    if sampler.noise_order == "before":
+        for k, x in enumerate(points):
+            std = per_chain(at_step(sampler.noise_std, k), x, x.dtype)
+            x += std * options["noise"][k].to(x.dtype)
+            if sampler.clamp is not None:
+                x.clamp_(*sampler.clamp)
+    return points
+
+
+def _note(sampler: LangevinSampler, x: Tensor, options: dict[str, Any]) -> None:
+    points = _watched.get()
+    if points is not None:
+        own = ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload")
+        kept = {name: value for name, value in options.items() if name not in own}
+        points.append(gradient_points(sampler, x, **kept))

@@ -1,0 +1,78 @@
+"""Annealed Langevin dynamics along a noise-conditional score network."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.presets.common import Labelled, Samplers, run, take_seed
+
+
+def ncsn() -> Callable[..., list[Tensor]]:
+    """``anneal_Langevin_dynamics(x_mod, scorenet, sigmas, n_steps_each=200, ...)`` of NCSNv2.
+
+        x <- x + a_c s(x, c) + sqrt(2 a_c) z,    a_c = step_lr (sigma_c / sigma_L)^2
+
+    n_steps_each steps at each level c = 0 .. L - 1, as one chain of L n_steps_each steps; with
+    denoise then once x <- x + sigma_L^2 s(x, L - 1). scorenet: the score d log p / d x, called
+    scorenet(x, labels [n] int64). sigmas: L numbers or a tensor [L], the last the least. Returns a
+    function of the original's arguments with ``seed``, ``generator`` and ``noise``
+    [L n_steps_each, n, ...] besides. It returns a list of tensors on the CPU: the states after
+    every step and the denoised one, or with final_only the last alone.
+
+    Differs: step sizes are computed in float64. ``verbose=True``, which prints, raises ValueError.
+    Source: ermongroup/ncsnv2, models/__init__.py; Song and Ermon, NeurIPS 2020.
+    """
+    walkers, denoisers = Samplers(), Samplers()
+
+    def anneal_Langevin_dynamics(
+        x_mod: Tensor,
+        scorenet: Callable[..., Tensor],
+        sigmas: Tensor | Sequence[float],
+        n_steps_each: int = 200,
+        step_lr: float = 0.000008,
+        final_only: bool = False,
+        verbose: bool = False,
+        denoise: bool = True,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> list[Tensor]:
+        if verbose:
+            raise ValueError("ncsn: verbose is not offered; LangevinSampler.diagnose measures")
+        levels = [float(sigma) for sigma in sigmas]
+        sizes = [
+            step_lr * (sigma / levels[-1]) ** 2 for sigma in levels for _ in range(n_steps_each)
+        ]
+        labels = [
+            torch.full((x_mod.shape[0],), c, dtype=torch.int64, device=x_mod.device)
+            for c in range(len(levels))
+        ]
+        along: dict[str, Any] = {"wrap": (Labelled,), "maximize": True, "score": "network"}
+        sampler = walkers(
+            scorenet,
+            steps=len(sizes),
+            step_size=sizes,
+            noise_std=[math.sqrt(2 * size) for size in sizes],
+            **along,
+        )
+        options: dict[str, Any] = {
+            "seed": take_seed(seed, generator),
+            "noise": noise,
+            "step_kwargs": {"label": [label for label in labels for _ in range(n_steps_each)]},
+        }
+        if final_only:
+            x, images = run(sampler, x_mod, **options), []
+        else:
+            states = sampler.trajectory(x_mod, **options)
+            x, images = states[-1], list(states[1:].cpu())
+        if denoise:
+            last = denoisers(scorenet, steps=1, step_size=levels[-1] ** 2, noise_std=0.0, **along)
+            x = last(x, seed=options["seed"], label=labels[-1])
+            images.append(x.cpu())
+        return [x.cpu()] if final_only else images
+
+    return anneal_Langevin_dynamics

@@ -1,0 +1,293 @@
+"""fl.testing.compare: finds equal chains equal, other ones other, and leaves all as it was."""
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlangevin as fl
+
+N, K, SHAPE = 3, 6, (1, 8, 8)
+
+
+@pytest.fixture
+def energy() -> nn.Module:
+    torch.manual_seed(0)
+    net = fl.ConvEnergy(1, 8, 4)
+    for p in net.parameters():
+        p.data *= 2  # gradients of the noise's size
+    return net
+
+
+@pytest.fixture
+def x0() -> Tensor:
+    return torch.rand(N, *SHAPE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def loop(
+    energy: Callable[..., Tensor],
+    x0: Tensor,
+    draw: Callable[[Tensor], Tensor] = torch.randn_like,
+    sign: float = -1.0,
+    std: float = 0.01,
+    steps: int = K,
+) -> Tensor:
+    x = x0.clone().requires_grad_()
+    for _ in range(steps):
+        (g,) = torch.autograd.grad(energy(x).sum(), [x])
+        x.data += sign * g + std * draw(x)
+    return x.detach()
+
+
+def sampler(energy: Callable[..., Tensor], **settings: Any) -> fl.LangevinSampler:
+    return fl.LangevinSampler(
+        energy, **{"steps": K, "step_size": 1.0, "noise_std": 0.01} | settings
+    )
+
+
+compare = functools.partial(fl.testing.compare, rounds=1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_the_same_chain(energy: nn.Module, x0: Tensor, dtype: torch.dtype | None) -> None:
+    report = compare(functools.partial(loop, energy), sampler(energy), x0, dtype=dtype)
+    assert report.same
+    assert report.dtype == (dtype or torch.float32)
+    assert (report.draws, report.gradients, report.steps) == (K, K, K)
+    assert len(report.differences) == K + 1
+    assert report.differences[0] == 0
+    assert max(report.differences) < (1e-4 if dtype is None else 1e-12)
+    assert report.notes == ()
+    assert min(report.seconds) > 0
+    assert report.peak_bytes[0] > x0.numel() * 4
+    for part in ("the same chain", "start 0.0e+00", "step 1", "time", "memory", "x as fast"):
+        assert part in str(report)
+
+
+DRAWS = {
+    "randn": lambda x: torch.randn(x.shape, dtype=x.dtype),
+    "randn, unpacked": lambda x: torch.randn(*x.shape, dtype=x.dtype),
+    "normal, keywords": lambda x: torch.normal(mean=0.0, std=1.0, size=x.shape),
+    "normal, tensors": lambda x: torch.normal(torch.zeros_like(x), 1.0),
+    "normal_": lambda x: torch.empty_like(x).normal_(),
+    "normal_, shifted": lambda x: (torch.empty_like(x).normal_(3.0, std=2.0) - 3) / 2,
+    "init": lambda x: nn.init.normal_(torch.empty_like(x)),
+    "distributions": lambda x: torch.distributions.Normal(torch.zeros_like(x), 1.0).sample(),
+    "beside others": lambda x: 0 * torch.randn(5)[0] + torch.randn_like(x) + 0 * torch.rand(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_every_way_to_draw_a_normal(energy: nn.Module, x0: Tensor, draw: str) -> None:
+    report = compare(functools.partial(loop, energy, draw=DRAWS[draw]), sampler(energy), x0)
+    assert report.same, report
+    assert report.draws == K
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"maximize": True}, "of the loop is -1 gradient +0.01 noise[0], of the sampler +1 grad"),
+        ({"step_size": 1.01}, "of the sampler -1.01 gradient"),
+        ({"noise_std": 0.0101}, "of the sampler -1 gradient +0.0101 noise[0]"),
+        ({"noise_order": "before"}, "noise_order"),
+        ({"clamp": (-0.5, 0.5)}, "clipped or clamped"),
+    ],
+)
+def test_another_chain_is_found_at_its_first_step(
+    energy: nn.Module, x0: Tensor, settings: dict[str, Any], says: str
+) -> None:
+    report = compare(functools.partial(loop, energy), sampler(energy, **settings), x0)
+    assert not report.same
+    assert says in report.verdict, report
+    beyond = [d > t for d, t in zip(report.differences, report.tolerances, strict=True)]
+    assert beyond.index(True) == (0 if "noise_order" in settings else 1)
+
+
+def test_a_schedule_that_parts_later(energy: nn.Module, x0: Tensor) -> None:
+    stds = [0.01, 0.01, 0.01, 0.02, 0.01, 0.01]
+    report = compare(functools.partial(loop, energy), sampler(energy, noise_std=stds), x0)
+    assert not report.same
+    assert "after step 4" in report.verdict
+    assert "float64" in report.verdict
+
+
+@pytest.mark.parametrize("steps", [K - 1, K + 1])
+def test_another_number_of_steps(energy: nn.Module, x0: Tensor, steps: int) -> None:
+    report = compare(functools.partial(loop, energy, steps=steps), sampler(energy), x0)
+    assert not report.same
+    assert report.draws == steps
+    assert f"drew normals of x0's shape {steps} times" in str(report) or "left to itself" in str(
+        report
+    )
+    assert f"the loop took {steps} gradients by autograd in {K} steps" in report.notes
+
+
+def test_draws_before_the_loop_are_its_own(energy: nn.Module, x0: Tensor) -> None:
+    """A tensor made with randn, then filled anew at every step; the loop's backward; a tuple."""
+
+    def original(x: Tensor) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(x.shape)
+        x.requires_grad_()
+        for _ in range(K):
+            noise.normal_(0, 0.005)
+            x.data.add_(noise)
+            energy(x).sum().backward()
+            x.data.add_(x.grad.clamp_(-0.01, 0.01), alpha=-10)
+            x.grad.zero_()
+            x.data.clamp_(0, 1)
+        return torch.zeros(3), x
+
+    sample = fl.presets.igebm(energy, sample_step=K)
+    report = compare(original, lambda x, noise: sample(x, noise=noise), x0, steps=K)
+    assert report.same, report
+    assert report.draws == K + 1
+    assert report.gradients == K
+    assert len(report.differences) == K + 1
+    assert "left to itself" in str(report)
+    assert all(p.grad is not None for p in energy.parameters())  # its own doing: not told of
+
+
+def test_a_loop_without_noise(energy: nn.Module, x0: Tensor) -> None:
+    descend = functools.partial(loop, energy, draw=torch.zeros_like)
+    report = compare(descend, sampler(energy, noise_std=0.0), x0)
+    assert report.same
+    assert report.draws == 0
+
+
+def test_labels_go_to_the_sampler(x0: Tensor) -> None:
+    def well(x: Tensor, y: Tensor) -> Tensor:
+        return (y.view(-1, 1, 1, 1) * x.square()).flatten(1).sum(1)
+
+    y = torch.tensor([0.1, 0.2, 0.3])
+    original = functools.partial(loop, lambda x: well(x, y))
+    assert compare(original, sampler(well), x0, y=y).same
+    assert not compare(original, sampler(well), x0, y=y + 0.1).same
+
+
+def test_a_loop_with_an_inner_loop(energy: nn.Module, x0: Tensor) -> None:
+    """More gradients than steps: the k-th are not the same step's, and the ends tell."""
+
+    def original(x: Tensor, scale: float = 1.0) -> Tensor:
+        for _ in range(K):
+            x.requires_grad_()
+            torch.autograd.grad(energy(x + 1).sum(), [x])
+            x = loop(energy, x.detach(), steps=1) * scale
+        return x
+
+    report = compare(original, sampler(energy), x0)
+    assert report.same
+    assert len(report.differences) == 1
+    assert "only the ends" in str(report)
+    assert not compare(functools.partial(original, scale=0.99), sampler(energy), x0).same
+
+
+def test_a_loop_that_changes_its_x0_in_place(energy: nn.Module, x0: Tensor) -> None:
+    def original(x: Tensor) -> None:
+        x.copy_(loop(energy, x))
+
+    assert compare(original, sampler(energy), x0).same
+
+
+def test_a_lost_chain_is_no_equal_chain(x0: Tensor) -> None:
+    def lost(x: Tensor) -> Tensor:
+        return loop(lambda x: x.square().flatten(1).sum(1), x) + torch.nan
+
+    assert not compare(lost, sampler(lambda x: x.square().flatten(1).sum(1)), x0).same
+
+
+def test_all_is_left_as_it_was(energy: nn.Module, x0: Tensor) -> None:
+    """Also by a loop that thaws, leaves train mode, fills .grads and draws."""
+    net = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 1))
+    net[2].weight.requires_grad_(False)
+    net[2].bias.grad = torch.ones(1)
+    net.eval()
+    parameters = [(p, p.data_ptr(), p.clone(), p.requires_grad, p.grad) for p in net.parameters()]
+    buffers = [b.clone() for b in net.buffers()]
+    start, rng = x0.clone(), torch.get_rng_state()
+
+    def original(x: Tensor) -> Tensor:
+        out = loop(net, x)
+        for p in net.parameters():
+            p.requires_grad_()
+        net.train()
+        net(torch.randn(9, 1, 8, 8, dtype=x.dtype)).sum().backward()
+        return out
+
+    report = compare(original, sampler(net), x0, dtype=torch.float64)
+    assert report.differences[-1] < 1e-12
+    for p, place, value, requires_grad, grad in parameters:
+        assert (p.data_ptr(), p.requires_grad, p.dtype) == (place, requires_grad, torch.float32)
+        assert torch.equal(p, value)
+        assert p.grad is grad
+    assert torch.equal(net[2].bias.grad, torch.ones(1))
+    assert all(torch.equal(a, b) for a, b in zip(buffers, net.buffers(), strict=True))
+    assert not any(m.training for m in net.modules())
+    assert torch.equal(x0, start)
+    assert not x0.requires_grad
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert report.gradients == K
+
+
+def test_a_preset_of_several_chains(x0: Tensor) -> None:
+    """improved_cd is a chain of K - 1 steps, one of 1, and a differentiable one."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.scale * x.sin()).flatten(1).sum(1)
+
+    net = Net()
+
+    def original(x: Tensor) -> Tensor:
+        for _ in range(K):
+            x = (x + 0.001 * torch.randn_like(x)).detach().requires_grad_()
+            (g,) = torch.autograd.grad(net(x).sum(), x)
+            x = (x - 0.1 * g).detach().clamp(0, 1)
+        return x
+
+    flags = SimpleNamespace(step_lr=0.1, anneal=False, dataset="mnist")
+    gen_image = fl.presets.improved_cd()
+    report = compare(
+        original,
+        lambda x, noise: gen_image(None, flags, net, x, K, noise=noise),
+        x0,
+        steps=K,
+        energy=net,
+        dtype=torch.float64,
+    )
+    assert report.same, report
+    assert len(report.differences) == K + 1
+    assert max(report.differences) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "options"),
+    [
+        (TypeError, "x0 must be", {"x0": torch.zeros(3, dtype=torch.int64)}),
+        (ValueError, "steps must be the sampler's 6, got 5", {"steps": 5}),
+        (TypeError, "give steps", {"sampler": lambda x, noise: x}),
+        (TypeError, "must be callable", {"sampler": 3}),
+        (
+            ValueError,
+            "energy=",
+            {"sampler": lambda x, noise: x, "steps": 2, "dtype": torch.float64},
+        ),
+        (ValueError, r"must return states of shape \[3, 1, 8, 8\]", {"original": lambda x: 1}),
+        (ValueError, "rounds", {"rounds": 0}),
+    ],
+)
+def test_bad_input(
+    energy: nn.Module, x0: Tensor, error: type, match: str, options: dict[str, Any]
+) -> None:
+    given: dict[str, Any] = {"original": functools.partial(loop, energy), "x0": x0}
+    given = given | {"sampler": sampler(energy)} | options
+    with pytest.raises(error, match=match):
+        fl.testing.compare(**given)
