@@ -225,14 +225,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU; default: torch's")
     parser.add_argument("--only", default="", help="cases like width-32-batch-64")
-    parser.add_argument("--steps", type=int, default=None, help="of a chain; default 4, CUDA 20")
+    parser.add_argument("--steps", type=int, default=None, help="of a chain; default 10, CUDA 20")
     parser.add_argument("--seconds", type=float, default=None, help="per case; default 60")
     parser.add_argument("--quick", action="store_true", help="one tiny network, seconds in all")
     parser.add_argument("--compile", action="store_true", help="time torch.compile as a score too")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    options.steps = options.steps or (20 if options.device == "cuda" else 4)
+    options.steps = options.steps or (20 if options.device == "cuda" else 10)
     if options.seconds is None:
         options.seconds = 0.2 if options.quick else 60.0
     return options
