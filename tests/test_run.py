@@ -132,6 +132,7 @@ def assert_same_end(run: Path, whole: Path) -> None:
         assert got[name].dtype == value.dtype
         assert torch.equal(got[name], value), name
     assert records(run) == records(whole)
+    assert (run / "series.jsonl").read_bytes() == (whole / "series.jsonl").read_bytes()
     grids = [path for path in snapshot(whole) if path.endswith(".png")]
     for name in ("config.yaml", *grids):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
@@ -151,6 +152,7 @@ def test_what_a_run_leaves(whole: Path, config: TrainConfig) -> None:
         "samples.png",
         "samples/00000005.png",
         "samples/00000010.png",
+        "series.jsonl",
     ]
     assert resolve(file=whole / "config.yaml") == config
     names = {name.split(".")[0] for name in read_checkpoint(whole)[0]}
@@ -446,7 +448,7 @@ def test_resume_on_other_data(config: TrainConfig, copied: Path, tmp_path: Path)
         train(moved, copied, resume=True)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.png", "config.yaml"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "series.jsonl", "samples.png", "config.yaml"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_of_the_users_are_in_nobodys_way(
     name: str, overwrite: bool, config: TrainConfig, tmp_path: Path
@@ -713,7 +715,7 @@ def test_chains_that_are_not_finite(config: TrainConfig, tmp_path: Path) -> None
 
 
 def metrics(data: float = 0.0, samples: float = 0.0, saturation: float = 0.0) -> Metrics:
-    return Metrics(7, data, samples, data - samples, saturation)
+    return Metrics(7, data, samples, data - samples, saturation, reach=1.0)
 
 
 @pytest.mark.parametrize("where", ["data", "samples"])

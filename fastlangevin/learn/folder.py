@@ -12,6 +12,7 @@ WRITTEN = (
     f"checkpoints/{_NUMBER}.safetensors",
     f"samples/{_NUMBER}.png",
     "metrics.jsonl",
+    "series.jsonl",
     "samples.png",
     CONFIG,
 )

@@ -46,6 +46,7 @@ class Metrics(NamedTuple):
     energy_samples: float  # batch mean on the chains' last states
     gap: float  # energy of data minus energy of samples, the loss; its sign flips with maximize
     saturation: float  # fraction of the samples' elements at or beyond clamp, or (-1, 1)
+    reach: float  # mean over chains of |x_K - x_0|
     grad_norm: float | None = None  # mean over steps and chains of |d energy / d x|
     displacement: float | None = None  # mean over steps and chains of |x after - x before|
 
@@ -162,7 +163,8 @@ class ShortRunLearner:
         gap = energy_data - energy_samples
         lo, hi = self.sampler.clamp or (-1.0, 1.0)
         saturation = ((samples <= lo) | (samples >= hi)).float().mean()
-        values = torch.stack([energy_data, energy_samples, gap, saturation]).tolist()
+        reach = torch.linalg.vector_norm((samples - x0).flatten(1), dim=1).mean()
+        values = torch.stack([energy_data, energy_samples, gap, saturation, reach]).tolist()
         metrics = Metrics(self.iteration + 1, *values)._replace(
             grad_norm=grad_norm, displacement=displacement
         )

@@ -1,11 +1,11 @@
-"""A run's records: metrics.jsonl always, TensorBoard where it is installed."""
+"""A run's records: metrics.jsonl and series.jsonl always, TensorBoard where it is installed."""
 
 import contextlib
 import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -17,17 +17,17 @@ from fastlangevin.learn.images import save_grid, to_grid
 class RunLog:
     """Writes one record per logged iteration to a run's folder, and sample grids.
 
+    series.jsonl gets a short line every iteration, for what must not be missed between records:
+    oscillations from one iteration to the next.
+
     On a resumed run, records after ``iteration`` (written, but lost with the weights they
     describe) are taken out again.
     """
 
     def __init__(self, run: Path, iteration: int) -> None:
         self.run = run
-        path = run / "metrics.jsonl"
-        kept = [line for line, record in _records(path) if record["iteration"] <= iteration]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _reopen(run / "metrics.jsonl", iteration)
+        self._series = _reopen(run / "series.jsonl", iteration)
         self._board = _summary_writer(run / "tensorboard", iteration)
 
     def record(self, values: dict[str, Any]) -> None:
@@ -38,6 +38,13 @@ class RunLog:
             for name, value in values.items():
                 if name != "iteration" and value is not None:
                     self._board.add_scalar(name, value, values["iteration"])
+
+    def follow(self, iteration: int, gap: float, reach: float) -> None:
+        """Append an iteration's line to the series."""
+        # Nine digits hold a float32 exactly.
+        line = {"iteration": iteration, "gap": float(f"{gap:.9g}"), "reach": float(f"{reach:.9g}")}
+        self._series.write(json.dumps(line) + "\n")
+        self._series.flush()
 
     def grid(self, images: Tensor, iteration: int) -> Path:
         """Write samples/ITERATION.png; returns its path."""
@@ -50,6 +57,7 @@ class RunLog:
 
     def close(self) -> None:
         self._file.close()
+        self._series.close()
         if self._board is not None:
             self._board.close()
 
@@ -57,6 +65,19 @@ class RunLog:
 def read_records(run: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first."""
     return [record for _, record in _records(run / "metrics.jsonl")]
+
+
+def read_series(run: Path) -> list[dict[str, Any]]:
+    """Iteration, gap and reach of every iteration, oldest first."""
+    return [record for _, record in _records(run / "series.jsonl")]
+
+
+def _reopen(path: Path, iteration: int) -> TextIO:
+    """A file of records to append to, without those after ``iteration``."""
+    kept = [line for line, record in _records(path) if record["iteration"] <= iteration]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

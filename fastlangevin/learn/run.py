@@ -39,11 +39,11 @@ def train(
 ) -> Path:
     """Learn by algorithm 1 as ``config`` says, in the folder ``out``; returns the last checkpoint.
 
-    The folder gets config.yaml, metrics.jsonl, checkpoints/, samples/, samples.png and, where
-    TensorBoard is installed, tensorboard/. With ``resume`` the run in it goes on from its newest
-    checkpoint and ends with the numbers of a run that was never cut. ``report(iteration, record)``
-    is called after every iteration. SIGINT and SIGTERM end the run after the current iteration,
-    with a checkpoint.
+    The folder gets config.yaml, metrics.jsonl, series.jsonl, checkpoints/, samples/, samples.png
+    and, where TensorBoard is installed, tensorboard/. With ``resume`` the run in it goes on from
+    its newest checkpoint and ends with the numbers of a run that was never cut. ``report(iteration,
+    record)`` is called after every iteration. SIGINT and SIGTERM end the run after the current
+    iteration, with a checkpoint.
 
     Raises, before anything is written, FileExistsError if ``out`` holds a run and neither
     ``resume`` nor ``overwrite`` is given, and ValueError for settings that do not fit. Later
@@ -100,6 +100,7 @@ def iterate(
         "data_noise": learner.data_noise,
         "seconds": time.perf_counter() - started,
     }
+    log.follow(due, metrics.gap, metrics.reach)
     if measured:
         log.record(record)
     if due % config.sample_every == 0:

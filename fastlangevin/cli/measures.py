@@ -1,0 +1,58 @@
+"""diagnose: what a finished run's learning and chains do."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlangevin.cli.app import app, errors
+
+
+@app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    n: Annotated[int, typer.Option(min=16, help="Data, and chains, to compare.")] = 256,
+    long: Annotated[int, typer.Option(min=1, help="Length of the long run, times K.")] = 10,
+    starts: Annotated[int, typer.Option(min=2, help="Starts, and noises, for mixing.")] = 16,
+    lags: Annotated[int, typer.Option(min=1, help="Of the correlations.")] = 15,
+    seed: Annotated[int, typer.Option(help="Of data, chains and noise.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the files.", show_default="that of the run")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The images.", show_default="those of the run")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    averaged: Annotated[
+        bool, typer.Option(help="Look at the weights' moving average, not at what was learned.")
+    ] = False,
+) -> None:
+    """Say how learning went, whether samples have the data's moments, and what the chains do.
+
+    Prints a table and writes diagnose.json and, where matplotlib is installed, diagnose.png.
+    """
+    from fastlangevin.learn import diagnose as measures
+    from fastlangevin.learn import diagnose_report as reports
+    from fastlangevin.learn.build import choose_device, load_data
+    from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint
+    from fastlangevin.learn.config import resolve
+    from fastlangevin.learn.log import read_records, read_series
+    from fastlangevin.learn.run import annealed
+
+    with errors():
+        checkpoint = find_checkpoint(run)
+        folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else run.parent
+        info = read_checkpoint(checkpoint)[1]
+        if info.get("config") is None:
+            raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
+        config = resolve(overrides=info["config"] | ({} if data is None else {"data": data}))
+        sampler = load(checkpoint, device=choose_device(device), averaged=averaged)
+        _, data_noise = annealed(config, info["iteration"] - 1)
+        images = measures.noisy_batch(load_data(config), n, data_noise, seed, choose_device(device))
+        found = measures.diagnose(
+            sampler, images, read_records(folder), read_series(folder),
+            seed=seed, long=long, starts=starts, lags=lags,
+        )  # fmt: skip
+        typer.echo(reports.to_text(found))
+        for path in reports.save(found, out or folder, f"{checkpoint.stem}, {n} chains"):
+            typer.echo(str(path))
