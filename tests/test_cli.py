@@ -320,8 +320,8 @@ def test_a_missing_package_is_said_with_its_extra(
     [
         (["absent"], "absent does not exist"),
         (["[/bold]"], r"\[/bold\] does not exist"),
-        (["RUN", "--out", "grid.jpg"], r"--out must end in \.png or \.npy, got grid\.jpg"),
-        (["RUN", "--out", "grid"], r"--out must end in \.png or \.npy, got grid"),
+        (["RUN", "--out", "grid.jpg"], r"--out must end in \.png, \.gif or \.npy, got grid\.jpg"),
+        (["RUN", "--out", "grid"], r"--out must end in \.png, \.gif or \.npy, got grid"),
         (["RUN", "--seed", "-1"], r"seed must be in \[0, 2\*\*64\), got -1"),
         (["RUN", "--seed", str(2**64)], r"seed must be in \[0, 2\*\*64\)"),
         (["RUN", "--device", "gpu"], "device"),

@@ -1,6 +1,6 @@
 """The `fastlangevin` command."""
 
-from fastlangevin.cli import learning, machine, measures
+from fastlangevin.cli import learning, machine, measures, tasks
 from fastlangevin.cli.app import app
 
-__all__ = ["app", "learning", "machine", "measures"]
+__all__ = ["app", "learning", "machine", "measures", "tasks"]

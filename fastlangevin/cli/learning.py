@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastlangevin.cli.app import app, console, errors
 
 Report = Callable[[int, Any], None]
+_FRAMES = 50  # of a GIF, at most; and one more, the start
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -111,7 +112,8 @@ def sample(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
     n: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
     out: Annotated[
-        Path, typer.Option(help="A .png for a grid, a .npy for the array [n, C, H, W].")
+        Path,
+        typer.Option(help="A .png for a grid, a .gif of the chains, or a .npy [n, C, H, W]."),
     ] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="Of starting points and noise.")] = 0,
     steps: Annotated[
@@ -132,19 +134,21 @@ def sample(
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
     from fastlangevin.learn.files import replacing
-    from fastlangevin.learn.images import save_grid
+    from fastlangevin.learn.images import save_gif, save_grid
 
     with errors():
-        if out.suffix not in (".png", ".npy"):
-            raise ValueError(f"--out must end in .png or .npy, got {out}")
+        if out.suffix not in (".png", ".gif", ".npy"):
+            raise ValueError(f"--out must end in .png, .gif or .npy, got {out}")
         changes: dict[str, Any] = {} if steps is None else {"steps": steps}
         sampler = load(run, device=choose_device(device), averaged=averaged, **changes)
-        images = sampler(n=n, seed=seed)
-        if out.suffix == ".png":
-            save_grid(images, out, columns, tile)
+        if out.suffix == ".gif":
+            states = sampler.trajectory(n=n, seed=seed, every=-(-sampler.steps // _FRAMES))
+            save_gif(states, out, columns, tile)
+        elif out.suffix == ".png":
+            save_grid(sampler(n=n, seed=seed), out, columns, tile)
         else:
             with replacing(out) as temporary, temporary.open("wb") as file:
-                np.save(file, images.cpu().numpy())
+                np.save(file, sampler(n=n, seed=seed).cpu().numpy())
     typer.echo(str(out))
 
 

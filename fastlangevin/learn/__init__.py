@@ -3,9 +3,12 @@
 from fastlangevin.learn.config import TrainConfig, resolve
 from fastlangevin.learn.data import ImageData, load_images
 from fastlangevin.learn.guard import DivergedError, DivergenceGuard
-from fastlangevin.learn.images import save_grid
+from fastlangevin.learn.images import save_gif, save_grid
+from fastlangevin.learn.inverse import restore
+from fastlangevin.learn.latent import interpolate, reconstruct
 from fastlangevin.learn.learner import Metrics, ShortRunLearner
 from fastlangevin.learn.run import train
+from fastlangevin.learn.style import transfer
 
 __all__ = [
     "DivergedError",
@@ -14,8 +17,13 @@ __all__ = [
     "Metrics",
     "ShortRunLearner",
     "TrainConfig",
+    "interpolate",
     "load_images",
+    "reconstruct",
     "resolve",
+    "restore",
+    "save_gif",
     "save_grid",
     "train",
+    "transfer",
 ]

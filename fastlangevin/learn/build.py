@@ -1,5 +1,6 @@
 """From a config to the things it describes: energy, sampler, learner, samples."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -30,6 +31,42 @@ def load_data(config: TrainConfig) -> ImageData:
         channels=config.channels,
         limit=config.limit,
         on_corrupt=config.on_corrupt,
+    )
+
+
+def load_held_out(
+    config: TrainConfig, shape: tuple[int, ...], source: str | None = None
+) -> ImageData:
+    """Images that a run of ``config`` did not train on, as (C, H, W) = ``shape``.
+
+    Those of ``source`` if it is given, else those past the run's ``limit``, else the test split of
+    its data. ValueError where there are none.
+    """
+    channels, size = shape[0], shape[-1]
+    options: dict[str, Any] = {"size": size, "channels": channels, "on_corrupt": config.on_corrupt}
+    if source is not None:
+        return load_images(source, **options)
+    if config.data is None:
+        raise ValueError("the run names no data: give images")
+    if config.limit is None:
+        try:
+            return load_images(config.data, split="test", **options)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"the run trained on every image of {config.data}: train with limit=N to hold "
+                f"the others out, or give images ({error})"
+            ) from error
+    found = load_images(config.data, **options)
+    if len(found) <= config.limit:
+        raise ValueError(
+            f"the run's limit={config.limit} holds out none of the {len(found)} images of "
+            f"{config.data}: give images"
+        )
+    return dataclasses.replace(
+        found,
+        pixels=found.pixels[config.limit :],
+        labels=None if found.labels is None else found.labels[config.limit :],
+        name=f"{config.data}, those past the run's limit of {config.limit}",
     )
 
 

@@ -34,12 +34,16 @@ class ClassifierCheck:
 
     def __call__(self, images: Tensor) -> Confidence:
         """:class:`Confidence` in images [n, C, H, W]."""
-        probabilities = self._model.predict_proba(_features(images))
+        probabilities = self.probabilities(images)
         best = self._model.classes_[probabilities.argmax(1)]
         return Confidence(
             float((probabilities.max(1) > self.threshold).mean()),
             np.bincount(best, minlength=self.classes).tolist(),
         )
+
+    def probabilities(self, images: Tensor) -> np.ndarray:
+        """Of every class that the data have, for images [n, C, H, W]: [n, classes]."""
+        return self._model.predict_proba(_features(images))
 
     def of_data(self) -> Confidence:
         """The upper mark: the real images themselves."""

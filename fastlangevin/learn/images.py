@@ -35,3 +35,19 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, tile
     """Write :func:`to_grid` as PNG, atomically."""
     with replacing(Path(path)) as temporary:
         Image.fromarray(to_grid(images, columns, tile)).save(temporary, format="PNG")
+
+
+def save_gif(frames: Tensor, path: str | Path, columns: int | None = None, tile: int = 32) -> None:
+    """Write frames [F, n, C, H, W] as an endless GIF of :func:`to_grid`s, atomically.
+
+    Twelve a second; the first and the last stay for a second.
+    """
+    if frames.ndim != 5 or len(frames) == 0:
+        raise ValueError(f"save_gif: frames must be [F >= 1, n, C, H, W], got {list(frames.shape)}")
+    first, *rest = [Image.fromarray(to_grid(frame, columns, tile)) for frame in frames]
+    times = [80] * len(frames)
+    times[0] = times[-1] = 1000
+    with replacing(Path(path)) as temporary:
+        first.save(
+            temporary, format="GIF", save_all=True, append_images=rest, duration=times, loop=0
+        )
