@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,7 @@ def report(
     ] = None,
     compute: Annotated[
         bool,
-        typer.Option(
-            "--compute", help="First make what RUN lacks: tasks, evaluation, diagnosis."
-        ),
+        typer.Option("--compute", help="First make what RUN lacks: tasks, evaluation, diagnosis."),
     ] = False,
     device: Annotated[str, typer.Option(help="For --compute: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
@@ -46,7 +45,7 @@ def report(
 
 
 def _compute(run: Path, device: str) -> None:
-    commands = {
+    commands: dict[str, Callable[..., None]] = {
         "reconstructed.png": reconstruct,
         "interpolated.png": interpolate,
         "restored.png": restore,

@@ -3,7 +3,6 @@
 The names of modules are those of the weights.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 

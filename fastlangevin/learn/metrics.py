@@ -16,7 +16,7 @@ class Neighbours(NamedTuple):
     """Distances to the nearest of a set, and which one that is: [n] each."""
 
     distance: Tensor
-    index: Tensor
+    which: Tensor
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -91,15 +91,15 @@ def inception_score(probabilities: Tensor) -> float:
 def nearest(x: Tensor, blocks: Iterable[Tensor]) -> Neighbours:
     """The nearest to each of x, by Euclidean distance, in a set that comes in blocks [m, d]."""
     distance = x.new_full((len(x),), math.inf, dtype=torch.float64)
-    index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    which = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     first = 0
     for block in blocks:
         ours, theirs = _checked("nearest", x, block, least=1)
         found = _distances(ours, theirs).min(1)
-        index = torch.where(found.values < distance, found.indices + first, index)
+        which = torch.where(found.values < distance, found.indices + first, which)
         distance = torch.minimum(distance, found.values)
         first += len(block)
-    return Neighbours(distance, index)
+    return Neighbours(distance, which)
 
 
 def _checked(op: str, x: Tensor, y: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:

@@ -83,13 +83,15 @@ def _curves(run: Path) -> str:
     for name, title in _CURVES.items():
         found = next((rows for rows in (series, records) if rows and name in rows[0]), [])
         points = [(r["iteration"], r[name]) for r in found if _is_number(r.get(name))]
-        if len(points) > 1 and not (name in ("lr", "data_noise") and len({y for _, y in points}) == 1):
-            parts.append(f"<figure>{curve(points)}<figcaption>{escape(title)}</figcaption></figure>")
+        constant = name in ("lr", "data_noise") and len({y for _, y in points}) == 1
+        if len(points) > 1 and not constant:
+            caption = f"<figcaption>{escape(title)}</figcaption>"
+            parts.append(f"<figure>{curve(points)}{caption}</figure>")
     return "".join(parts)
 
 
 def curve(points: Sequence[tuple[float, float]]) -> str:
-    """Points (x, y), x ascending, as an inline SVG; of many, the extremes of every short stretch."""
+    """Points (x, y), x ascending, as inline SVG; of many, the extremes of each short stretch."""
     points = _thinned(points)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
