@@ -47,6 +47,7 @@ class Evaluation(NamedTuple):
     reference_images: int
     reference_rank: int  # of the covariance of their features; at most the dimension
     training_images: int  # all searched for the nearest
+    neighbours: int  # images of a set, at most, for which it is searched
     levels: int | None  # that images are rounded to, after clamping to [-1, 1]
     k: int  # of precision and recall
     figures: dict[str, Figures]
@@ -61,12 +62,14 @@ def evaluate(
     reference: int = 2048,
     quantised: bool = True,
     k: int = 3,
+    neighbours: int = 256,
     seed: int = 0,
 ) -> Evaluation:
     """Every set of images [n, C, H, W] against ``reference`` of the training images.
 
     sets: by name; all are clamped to [-1, 1] and, if ``quantised``, rounded to 256 levels.
     held_out: which of them is data that were not trained on, the yardstick of ``close``.
+    neighbours: so many of each set, the first, have their nearest training image looked for.
 
     Frechet and kernel distance, precision, recall and inception score as in
     :mod:`fastlangevin.learn.metrics`; nearest neighbours by pixels, among all training images.
@@ -75,6 +78,7 @@ def evaluate(
     """
     check_count("evaluate", "reference", reference)
     check_count("evaluate", "k", k)
+    check_count("evaluate", "neighbours", neighbours)
     if held_out is not None and held_out not in sets:
         raise ValueError(f"evaluate: held_out must be one of {', '.join(sets)}, got {held_out!r}")
     for name, images in sets.items():
@@ -91,7 +95,9 @@ def evaluate(
     of_real, _ = features(real)
     real_rank = _warned_rank("the reference", of_real)
 
-    distances = {name: _nearest(images, train, quantised) for name, images in prepared.items()}
+    few = [images[:neighbours] for images in prepared.values()]
+    parts = _nearest(torch.cat(few), train, quantised).split([len(images) for images in few])
+    distances = dict(zip(prepared, parts, strict=True))
     near = None if held_out is None else distances[held_out].quantile(0.05)
     figures = {}
     for name, images in prepared.items():
@@ -115,6 +121,7 @@ def evaluate(
         len(of_real),
         real_rank,
         len(train),
+        neighbours,
         256 if quantised else None,
         k,
         figures,
@@ -159,7 +166,7 @@ def to_text(found: Evaluation) -> str:
         f"precision and recall with k = {found.k}; IS, the inception score's formula, is of these "
         "features' classifier",
         f"nearest: median distance to the nearest of all {found.training_images} training images, "
-        "root mean square per element",
+        f"root mean square per element, of {found.neighbours} images at most",
         "close: share of images nearer to one than 95 % of the held-out images are (5 %: not "
         "memorised)",
     ]

@@ -156,7 +156,8 @@ def _evaluation(run: Path) -> str:
         f"{found['dimension']}. Reference: {found['reference_images']} of the training images "
         f"({found['reference']}), of rank {found['reference_rank']}. Images are clamped to "
         f"[-1, 1]{levels}; precision and recall have k = {found['k']}; nearest is the median "
-        f"distance to the nearest of {found['training_images']} training images, close the share "
+        f"distance of at most {found['neighbours']} images to the nearest of "
+        f"{found['training_images']} training images, close the share "
         "nearer to one than 95 % of held-out images are."
     )
     named = {"frechet_distance": "FID"} if found["inception"] else {}
