@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -311,10 +312,10 @@ def test_missing_weights(
     place = tmp_path / "checkpoints" / "efficientnet-lite0-57934424.pth"
     with pytest.raises(FileNotFoundError, match=f"put it at {place}; without it, .* pixels"):
         features.make_features("efficientnet-lite0", digits)
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match=r"fastlangevin\[fid\].*; without it, features pixels"):
         features.make_features("inception", digits)
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     with pytest.raises(FileNotFoundError, match=f"put it at {place}"):
         features.make_features("inception", digits)
@@ -339,7 +340,7 @@ def test_only_inceptions_figure_is_a_fid(
     file.parent.mkdir()
     file.touch()
     stand = SimpleNamespace(FeatureExtractorInceptionV3=Stand)
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", stand)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", stand)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     train, held = parts(digits)
     texts = {}
