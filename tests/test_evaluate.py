@@ -269,7 +269,8 @@ def test_wrong_images(
 
 
 def test_a_classifiers_features(digits: ImageData) -> None:
-    extract = features.make_features("auto", digits)
+    assert features.make_features("auto", digits).name == "pixels"
+    extract = features.make_features("classifier", digits)
     assert "logistic regression fitted to digits" in extract.name
     found, probabilities = extract(digits.batch(range(100)))
     assert probabilities is not None
