@@ -344,7 +344,7 @@ def test_sample_refuses(
         ["train", "--no-such-option"],
         ["train", "--iterations", "many"],
         ["train", "--clamp", "1"],
-        ["sample"],
+        ["check"],
         ["sample", "run", "--n", "0"],
         ["sample", "run", "--steps", "0"],
         ["check", "run", "--n", "0"],

@@ -1,6 +1,6 @@
 """The `fastlangevin` command."""
 
-from fastlangevin.cli import learning, machine, measures, tasks
+from fastlangevin.cli import evaluate, learning, machine, measures, report, tasks
 from fastlangevin.cli.app import app
 
-__all__ = ["app", "learning", "machine", "measures", "tasks"]
+__all__ = ["app", "evaluate", "learning", "machine", "measures", "report", "tasks"]

@@ -1,4 +1,4 @@
-"""train, sample, check."""
+"""train, sample, check, export."""
 
 import contextlib
 import inspect
@@ -109,7 +109,10 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Folder of a run, a checkpoint, or a model that comes with it."),
+    ] = Path("digits"),
     n: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
     out: Annotated[
         Path,
@@ -188,6 +191,21 @@ def check(
     passed = found.sure >= sure and min(found.classes) > 0
     typer.echo("pass" if passed else "fail")
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option(help="A .safetensors file.")] = Path("model.safetensors"),
+) -> None:
+    """Write a run's averaged weights and settings alone, as a small checkpoint to sample from."""
+    from fastlangevin.learn import checkpoint
+
+    with errors():
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out must end in .safetensors, got {out}")
+        checkpoint.export(run, out)
+    typer.echo(str(out))
 
 
 @contextlib.contextmanager

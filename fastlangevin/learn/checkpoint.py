@@ -20,6 +20,7 @@ from fastlangevin.step import choose_backend
 FORMAT = "fastlangevin checkpoint"
 VERSION = 1
 _SUFFIX = ".safetensors"
+_MODELS = Path(__file__).parents[1] / "models"
 
 
 class CheckpointError(ValueError):
@@ -77,15 +78,51 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file itself, or the newest checkpoint of a run's folder; FileNotFoundError if none."""
+    """The file itself, the newest checkpoint of a run's folder, or the model of that name.
+
+    Files and runs stand before the names of models that come with the package. FileNotFoundError
+    if there is none of these.
+    """
     path = Path(path)
     if path.is_file():
         return path
-    found = list_checkpoints(path)
-    if not found:
-        what = "holds no checkpoint yet" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what} (looked for {path / 'checkpoints'}/*{_SUFFIX})")
-    return found[-1]
+    if found := list_checkpoints(path):
+        return found[-1]
+    models = shipped()
+    if str(path) in models:
+        return models[str(path)]
+    what = "holds no checkpoint yet" if path.is_dir() else "does not exist"
+    raise FileNotFoundError(
+        f"{path} {what} (looked for {path / 'checkpoints'}/*{_SUFFIX}); models that come with the "
+        f"package: {', '.join(models)}"
+    )
+
+
+def shipped() -> dict[str, Path]:
+    """The models that come with the package, by name; how each was made lies beside it in YAML."""
+    return {path.stem: path for path in sorted(_MODELS.glob(f"*{_SUFFIX}"))}
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """Where to write about a checkpoint: its run's folder, or here for one that lies elsewhere."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path()
+
+
+def export(run: str | Path, out: str | Path) -> None:
+    """Write what sampling needs of a run, to be kept or passed on, as a checkpoint.
+
+    The weights, averaged where the run kept an average, the sampler's settings and the run's; not
+    what resuming needs. CheckpointError as :func:`read_checkpoint`.
+    """
+    tensors, info = read_checkpoint(run)
+    prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
+    kept = {
+        f"model.{name.removeprefix(prefix)}": tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    kept |= {name: tensor for name, tensor in tensors.items() if name.startswith("sampler.")}
+    save_checkpoint(out, kept, {k: v for k, v in info.items() if k not in ("format", "version")})
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -106,6 +143,8 @@ def load(
     **changes: Any,
 ) -> LangevinSampler:
     """The sampler of a training run, ready to call, from its folder or one of its checkpoints.
+
+    A name stands for a model that comes with the package: ``load("digits")``.
 
     The energy is a ConvEnergy in eval mode with the run's weights, their moving average where the
     run kept one (``averaged=False``: the weights themselves). A run on an energy of your own needs

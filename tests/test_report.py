@@ -1,0 +1,239 @@
+"""report: a page that needs nothing else, says what the run's files say, and shows in a browser."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastlangevin import cli
+from fastlangevin.learn import evaluate as measures
+from fastlangevin.learn import features, load_images, report, resolve, save_grid, train
+
+TINY = {
+    "width": 2, "steps": 2, "batch_size": 4, "iterations": 20, "save_every": 10, "log_every": 2,
+    "sample_every": 5, "samples": 4, "device": "cpu", "limit": 1500,
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags, references to anything outside the tag, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.images: list[str] = []
+        self.references: list[str] = []
+        self.lines: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        given = dict(attributes)
+        names = {"src", "href", "srcset", "data", "action", "poster", "xlink:href"} & set(given)
+        self.references += [str(given[name]) for name in names]
+        if tag == "img":
+            self.images.append(str(given["src"]))
+        if tag == "polyline":
+            self.lines.append(str(given["points"]))
+        if tag not in ("img", "meta", "link", "br", "hr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "a <b> & c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastlangevin.learn.log._summary_writer", lambda *arguments: None)
+        train(resolve(overrides=TINY), out)
+    return out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """With a picture, its text, and an evaluation in it."""
+    out = Path(shutil.copytree(trained, tmp_path / trained.name))
+    digits = load_images("digits")
+    save_grid(digits.batch(range(4)), out / "my_results.png")
+    (out / "my_results.txt").write_text("ratio 0.5 <script>alert(1)</script>\n")
+    found = measures.evaluate(
+        {"samples": digits.batch(range(100, 200))}, digits, features.make_features("pixels", digits)
+    )
+    measures.save(found, out / "evaluate.json", iteration=20)
+    return out
+
+
+def decoded(uri: str) -> Image.Image:
+    kind, data = re.fullmatch(r"data:image/(png|gif);base64,(.+)", uri).groups()  # type: ignore
+    picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    picture.load()
+    assert picture.format == kind.upper()
+    return picture
+
+
+def test_the_page_stands_alone(run: Path) -> None:
+    text = report.to_html(run)
+    page = Page(text)
+    assert page.open == []
+    assert page.references
+    assert all(reference.startswith("data:image/") for reference in page.references)
+    assert not {"script", "link", "iframe", "object", "b"} & set(page.tags)
+    assert not re.search(r"https?:|url\(|@import|//[a-z]", re.sub(r"base64,[^\"]+", "", text))
+    assert "$" not in re.sub(r"base64,[^\"]+", "", text)  # the template is filled in
+
+
+def test_every_picture_of_the_run_is_in_it(run: Path) -> None:
+    found = [decoded(uri) for uri in Page(report.to_html(run)).images]
+    files = [run / "samples.png", *sorted((run / "samples").iterdir()), run / "my_results.png"]
+    assert len(found) == len(files) == 6
+    for picture, file in zip(found, files, strict=True):
+        with Image.open(file) as original:
+            assert picture.tobytes() == original.tobytes()
+
+
+def test_its_text_is_what_the_files_say(run: Path) -> None:
+    page = Page(report.to_html(run))
+    record = json.loads((run / "evaluate.json").read_text())
+    for words in (
+        "Run a <b> & c",
+        "iteration 20 of 20",
+        "ratio 0.5 <script>alert(1)</script>",
+        "Features: pixels, 64",
+        f"{record['figures']['samples']['frechet_distance']:.5g}",
+        "rounded to 256 levels",
+        "noise_std",
+    ):
+        assert words in page.text
+    assert "FID" not in page.text
+    assert "older" not in page.text
+    os.utime(run / "evaluate.json", (0, 0))
+    assert "iteration 20 (older than the last checkpoint)" in Page(report.to_html(run)).text
+
+
+def test_curves_lie_in_their_frames_and_keep_extremes(run: Path) -> None:
+    lines = Page(report.to_html(run)).lines
+    assert len(lines) >= 5
+    points = [(float(i), math.sin(i / 300)) for i in range(5000)]
+    points[1234] = (1234.0, 7.0)
+    text = report.curve(points)
+    assert ">7<" in text
+    lines += Page(text).lines
+    for line in lines:
+        xy = [tuple(map(float, p.split(","))) for p in line.split()]
+        assert 2 <= len(xy) <= 1000
+        assert [x for x, _ in xy] == sorted(x for x, _ in xy)
+        assert all(0 <= x <= 460 and 0 <= y <= 180 for x, y in xy)
+    heights = [float(p.split(",")[1]) for p in lines[-1].split()]
+    assert sorted(heights)[1] - min(heights) > 50  # one high point, and it is still there
+    assert Page(report.curve([(1, 2.0), (2, 2.0)])).lines
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path, trained: Path) -> None:
+    """Settings alone, and a log cut in its only line."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(trained / "config.yaml", bare)
+    (bare / "metrics.jsonl").write_text('{"iteration": 1, "gap": NaN, "grad')
+    page = Page(report.to_html(bare))
+    assert "no checkpoint yet" in page.text
+    assert (page.images, page.lines) == ([], [])
+
+
+@pytest.fixture
+def command() -> Any:
+    runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
+    return lambda *arguments: runner.invoke(cli.app, ["report", *map(str, arguments)])
+
+
+def test_refusals(command: Any, run: Path, tmp_path: Path) -> None:
+    found = command(tmp_path / "absent")
+    assert found.exit_code == 1
+    assert "absent holds no run" in found.stderr
+    for damaged in ("{", "[]", '{"format": "fastlangevin evaluation", "version": 2}'):
+        (run / "evaluate.json").write_text(damaged)
+        found = command(run)
+        assert found.exit_code == 1
+        assert "evaluate.json is damaged, or no 'fastlangevin evaluation' of version 1" in (
+            found.stderr
+        )
+    assert not (run / "report.html").exists()
+
+
+def test_compute_makes_what_is_missing(
+    command: Any, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command in its turn; what is there stays, and one that fails stops no other."""
+    from fastlangevin.cli import report as commands
+
+    def fails(run: Path, **options: Any) -> None:
+        raise typer.Exit(1)
+
+    def fast(run: Path, out: Path, device: str) -> None:
+        save_grid(torch.zeros(1, 1, 8, 8), out)
+        print("ratio 0.123")
+        print(out)
+
+    monkeypatch.setattr(commands, "reconstruct", fails)
+    monkeypatch.setattr(commands, "restore", fast)
+    before = (run / "evaluate.json").read_bytes()
+    found = command(run, "--compute", "--device", "cpu")
+    assert found.exit_code == 0, found.output
+    assert (run / "evaluate.json").read_bytes() == before
+    assert not (run / "reconstructed.png").exists()
+    page = Page((run / "report.html").read_text("utf-8"))
+    for words in ("restored", "ratio 0.123", "interpolated", "confidence", "long run", "mixing"):
+        assert words in page.text
+    assert str(run / "restored.png") not in page.text
+
+
+def test_it_shows_in_a_browser(run: Path, tmp_path: Path) -> None:
+    """Chromium, without a network: all pictures and curves have a size, nothing was refused."""
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip(f"needs one of {', '.join(names)}")
+    text = report.to_html(run)
+    # The page allows no scripts: here, and here only, one counts what the browser shows.
+    text = re.sub("<meta http-equiv[^>]+>", "", text)
+    count = """<script>addEventListener("load", () => { document.title = [
+        [...document.images].filter(i => i.complete && i.naturalWidth > 0).length,
+        [...document.querySelectorAll("polyline")].filter(p => p.getTotalLength() > 0).length,
+        performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length
+    ].join(" ") })</script></body>"""
+    path = tmp_path / "page.html"
+    path.write_text(text.replace("</body>", count), "utf-8")
+    shown = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
+         path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    page = Page(text)
+    title = re.search("<title>(.*?)</title>", shown.stdout)
+    assert title is not None, shown.stderr
+    assert title[1] == f"{len(page.images)} {len(page.lines)} 0"
