@@ -1,6 +1,6 @@
 """The `fastlangevin` command."""
 
-from fastlangevin.cli import learning, machine
+from fastlangevin.cli import learning, machine, sweep
 from fastlangevin.cli.app import app
 
-__all__ = ["app", "learning", "machine"]
+__all__ = ["app", "learning", "machine", "sweep"]

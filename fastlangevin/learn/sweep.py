@@ -136,8 +136,9 @@ def read_sweep(
     axes = given.pop("axes", None) or {}
     if not isinstance(axes, dict):
         raise ValueError(f"{file}: axes must hold lists of values by setting, got {axes!r}")
-    seeds = given.pop("seeds", 3) if seeds is None else seeds
-    grid = given.pop("grid", False) if grid is None else grid
+    of_file = given.pop("seeds", 3), given.pop("grid", False)
+    seeds = of_file[0] if seeds is None else seeds
+    grid = of_file[1] if grid is None else grid
     named = given.pop("preset", None)
     for name in given:
         if name not in FIELDS:

@@ -45,7 +45,7 @@ Report = Callable[[Run, Mapping[str, Any]], None]
 Judge = Callable[[TrainConfig], QualityCheck]
 
 
-def sweep(
+def run_sweep(
     plan: Sweep,
     out: str | Path,
     *,
@@ -111,7 +111,7 @@ def _check_folder(plan: Sweep, out: Path) -> None:
             f"sweep: {out} is a sweep of version {saved.get('version')}; "
             f"this fastlangevin reads version {VERSION}"
         )
-    saved, asked = ({**p.pop("centre"), **p} for p in (saved, asked))
+    saved, asked = ({**p.pop("centre", {}), **p} for p in (saved, asked))
     for name in asked:
         if name != "device" and saved.get(name) != asked[name]:
             raise FileExistsError(
