@@ -108,7 +108,10 @@ def to_markdown(content: Mapping[str, Any]) -> str:
 
 
 def plot(content: Mapping[str, Any], path: Path) -> None:
-    """Every measure against every axis, as SVG: the mean over seeds, its standard error as bar."""
+    """Every measure against every axis, as SVG: the mean over seeds, its standard error as bar.
+
+    The dotted lines are real images, half against half.
+    """
     import matplotlib
 
     # The same file from the same results; letters as text, a tenth of the size of their outlines.
@@ -134,7 +137,11 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                         capsize=3,
                         label=describe({k: v for k, v in line[0].items() if k != axis}),
                     )
-                place.set_xticks(range(len(values)), [str(value) for value in values])
+                mark = content["marks"]["real images"].get(measure)
+                if mark is not None:
+                    place.axhline(mark, color="black", linestyle=":", linewidth=1)
+                labels = [str(value) + _lost_at(content, axis, value) for value in values]
+                place.set_xticks(range(len(values)), labels, fontsize="small")
                 place.set_xlim(-0.3, len(values) - 0.7)
                 place.grid(alpha=0.3)
                 if row == len(measured) - 1:
@@ -162,8 +169,22 @@ def _cells(point: Mapping[str, Any]) -> dict[str, str]:
         cells[name] = "-" if found is None else _text(found["mean"])
         if found is not None and found["error"] is not None:
             cells[name] += f" ± {found['error']:.1g}"
-    lost = sum(run["diverged"] is not None for run in point["runs"])
-    return cells | {"diverged": f"{lost} of {len(point['runs'])}"}
+    return cells | {"diverged": f"{_lost(point)} of {len(point['runs'])}"}
+
+
+def _lost(point: Mapping[str, Any]) -> int:
+    return sum(run["diverged"] is not None for run in point["runs"])
+
+
+def _lost_at(content: Mapping[str, Any], axis: str, value: Any) -> str:
+    """What a tick of the axis says of runs that are not in the means."""
+    lost = sum(
+        _lost(point)
+        for line in content["lines"][axis]
+        for point in _along(content, line)
+        if point["settings"][axis] == value
+    )
+    return f"\n{lost} diverged" if lost else ""
 
 
 def _is_measured(content: Mapping[str, Any], measure: str) -> bool:
