@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fastlangevin.cli import app
+from fastlangevin.cli import sweep as sweep_command
 from fastlangevin.learn import load_images, resolve, sweep_runs, train
 from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.quality import QualityCheck, frechet_distance, moments
@@ -267,6 +268,9 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     text = to_markdown(content)
     assert "| diverged | 1 of 1 | 0 of 1 |" in text
     assert "max_energy=1e-09, seed 5: iteration 1: energies run away" in text
+    pytest.importorskip("matplotlib")
+    write_report(plan, results, tmp_path)
+    assert "1 diverged" in (tmp_path / "sweep.svg").read_text()
 
 
 # What is made of it -------------------------------------------------------------------------------
@@ -472,6 +476,22 @@ def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert stopped.exit_code == 130
     assert "go on with the same command" in stopped.output
     assert not (out / "sweep.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "want"),
+    [("auto", "5", "cuda:1"), ("auto", None, None), ("cuda:3", "1", None), ("cpu", "1", None)],
+)
+def test_a_process_of_torchruns_takes_its_own_gpu(
+    device: str, local: str | None, want: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are four, the sixth shares the second's; a device by name is the user's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert sweep_command._own_device(device) == want
 
 
 @pytest.mark.parametrize(
