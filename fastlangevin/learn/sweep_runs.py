@@ -32,7 +32,7 @@ SAMPLES = 1024
 _SAMPLES_SEED = 2**32 + 3  # folded into a run's seed, beside those of build.py
 # What is measured of a run, in the order of tables and plots.
 MEASURES = {
-    "sure": "samples a classifier is sure of",
+    "sure": "fraction of sure samples",
     "frechet": "Frechet distance of pixels",
     "gap": "energy gap, data - samples",
     "gap_rms": "its root mean square",
