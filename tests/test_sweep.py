@@ -271,6 +271,9 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_report(plan, results, tmp_path)
     assert "1 diverged" in (tmp_path / "sweep.svg").read_text()
+    lost = Sweep(centre, {"max_energy": [1e-9]}, seeds=1)
+    write_report(lost, results[:1], tmp_path)
+    assert "1 diverged" in (tmp_path / "sweep.svg").read_text()
 
 
 # What is made of it -------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
 
         axes = content["plan"]["axes"]
-        measured = [name for name in MEASURES if _is_measured(content, name)]
+        # Where every run diverged there is nothing but the ticks that say so.
+        measured = [name for name in MEASURES if _is_measured(content, name)] or ["frechet"]
         figure = Figure(figsize=(3.2 * len(axes), 1.9 * len(measured)), layout="constrained")
         grid = figure.subplots(len(measured), len(axes), squeeze=False, sharey="row")
         for column, (axis, values) in enumerate(axes.items()):
