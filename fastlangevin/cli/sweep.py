@@ -1,0 +1,144 @@
+"""sweep."""
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastlangevin.cli.app import app, errors
+
+
+def _with_lists(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of TrainConfig that takes a list of values as text."""
+    from fastlangevin.learn.config import FIELDS
+
+    signature = inspect.signature(command)
+    parameters = [p for p in signature.parameters.values() if p.name != "lists"]
+    for name, field in FIELDS.items():
+        option = typer.Option(
+            help=field.metadata["help"],
+            metavar="<v,...>",
+            show_default=False,
+            rich_help_panel="Settings: one value, or several to sweep over",
+        )
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[str | None, option],
+            )
+        )
+
+    def wrapped(**values: Any) -> None:
+        lists = {name: values.pop(name) for name in FIELDS}
+        command(**values, lists={k: v for k, v in lists.items() if v is not None})
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__name__ = command.__name__
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+@app.command()
+@_with_lists
+def sweep(
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the sweep.")] = Path("runs/sweep"),
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Settings to start from; see `presets`.", show_default="digits"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="File of settings, and axes (lists by setting), seeds and grid."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each point.", show_default="3")
+    ] = None,
+    grid: Annotated[
+        bool | None,
+        typer.Option(
+            "--grid/--axes", help="All combinations, or one axis at a time.", show_default="axes"
+        ),
+    ] = None,
+    lists: dict[str, str],
+) -> None:
+    """Train over lists of settings and seeds; tables and a plot of what comes of it.
+
+    For example `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run is a
+    folder in OUT, as of `train`. The same command goes on where it was stopped. Several processes
+    share the runs by RANK and WORLD_SIZE in their environment, as torchrun sets them.
+    """
+    from fastlangevin.learn.sweep import describe, read_sweep
+    from fastlangevin.learn.sweep_report import write_report
+    from fastlangevin.learn.sweep_runs import Run, run_sweep
+
+    with errors():
+        parsed = {name: _values(name, text) for name, text in lists.items()}
+        plan = read_sweep(preset, config, parsed, seeds, grid)
+        rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        total, count = len(plan.runs()[rank::world_size]), 0
+
+        def report(run: Run, result: Mapping[str, Any]) -> None:
+            nonlocal count
+            count += 1
+            where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
+            typer.echo(f"{where}  {_outcome(result)}", err=True)
+
+        results = run_sweep(
+            plan,
+            out,
+            rank=rank,
+            world_size=world_size,
+            device=_own_device(plan.centre.device),
+            report=report,
+        )
+        written = [] if results is None else write_report(plan, results, out)
+    for path in written:
+        typer.echo(str(path))
+    if written and out / "sweep.svg" not in written:
+        typer.echo('no plot: it needs matplotlib, pip install "fastlangevin[plot]"', err=True)
+    if count < total:
+        typer.echo("stopped; go on with the same command", err=True)
+        raise typer.Exit(130)
+    if not written:
+        typer.echo("done; the runs of other processes are not yet", err=True)
+
+
+def _values(name: str, text: str) -> list[Any]:
+    """A list without its brackets, as YAML: 5,10,25 or [-1, 1],none."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{name.replace('_', '-')} is no list of values: {text!r}") from error
+    return [None if value == "none" else value for value in values]
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{variable} must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _own_device(device: str) -> str | None:
+    """A process of torchrun's takes its own GPU."""
+    import torch
+
+    if "LOCAL_RANK" not in os.environ or device != "auto" or not torch.cuda.is_available():
+        return None
+    return f"cuda:{_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+
+
+def _outcome(result: Mapping[str, Any]) -> str:
+    if result["diverged"]:
+        return f"diverged at iteration {result['diverged']['iteration']}"
+    sure = "" if result["sure"] is None else f"sure of {result['sure']:.0%}, "
+    return f"{sure}Frechet distance {result['frechet']:.3g}"

@@ -1,0 +1,165 @@
+"""The plan of a sweep: which runs, at which settings, with which seeds."""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlangevin.arguments import check_count
+from fastlangevin.learn.config import FIELDS, TrainConfig, read_settings, resolve
+
+VERSION = 1
+# A run's rate and data noise change linearly from one setting to another; swept, both change.
+_FINAL = {"lr": "lr_final", "data_noise": "data_noise_final"}
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep."""
+
+    name: str  # of its folder
+    settings: Settings  # of the swept fields
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which runs a sweep makes.
+
+    Along each axis (a field of TrainConfig and its values) the other fields are the centre's; with
+    ``grid`` all combinations are run. Each is run with the seeds centre.seed, centre.seed + 1, ...
+    (``seeds`` of them). A swept lr or data_noise takes its final value along in proportion, unless
+    that is swept too. Raises ValueError naming the field and the value that does not serve.
+    """
+
+    centre: TrainConfig
+    axes: dict[str, list[Any]]
+    seeds: int = 3
+    grid: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("sweep", "seeds", self.seeds)
+        if not isinstance(self.grid, bool):
+            raise ValueError(f"sweep: grid must be true or false, got {self.grid!r}")
+        if not isinstance(self.axes, Mapping) or not self.axes:
+            raise ValueError("sweep: no field is swept; give some field two or more values")
+        cast: dict[str, list[Any]] = {}
+        for name, values in self.axes.items():
+            if name not in FIELDS:
+                raise ValueError(f"sweep: no setting is called {name}; there are {_listed(FIELDS)}")
+            if name == "seed":
+                raise ValueError("sweep: seed is no axis; give seeds, how many to run of each")
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise ValueError(f"sweep: {name} must have a list of values, got {values!r}")
+            if not values:
+                raise ValueError(f"sweep: {name} must have one value or more, got none")
+            cast[name] = [getattr(self._config({name: value}), name) for value in values]
+            for value in cast[name]:
+                if cast[name].count(value) > 1:
+                    raise ValueError(f"sweep: {name} must have distinct values, got {value} twice")
+        object.__setattr__(self, "axes", cast)
+
+    def lines(self, name: str) -> list[list[Settings]]:
+        """The points along an axis: one line through the centre, or all lines of the grid."""
+        others = {other: [getattr(self.centre, other)] for other in self.axes}
+        if self.grid:
+            others = self.axes
+        rest = [[(other, v) for v in others[other]] for other in self.axes if other != name]
+        return [
+            [{other: (dict(fixed) | {name: value})[other] for other in self.axes}
+             for value in self.axes[name]]
+            for fixed in itertools.product(*rest)
+        ]  # fmt: skip
+
+    def points(self) -> list[Settings]:
+        """The settings of the swept fields, each combination once."""
+        found: list[Settings] = []
+        for name in self.axes:
+            for point in itertools.chain(*self.lines(name)):
+                if point not in found:
+                    found.append(point)
+        return found
+
+    def runs(self) -> list[Run]:
+        """Every run, in a fixed order, the seeds of a point side by side."""
+        found: list[Run] = []
+        for point in self.points():
+            for seed in range(self.centre.seed, self.centre.seed + self.seeds):
+                words = [f"{name}={value}" for name, value in point.items()]
+                label = re.sub(r"[^\w.+=-]+", "_", "-".join([*words, f"seed={seed}"]))
+                config = dataclasses.replace(self._config(point), seed=seed)
+                found.append(Run(f"{len(found):03d}-{label[:120]}", point, config))
+        return found
+
+    def plan(self) -> dict[str, Any]:
+        """The sweep, JSON-ready."""
+        plan = {"version": VERSION, **dataclasses.asdict(self)}
+        return dict(json.loads(json.dumps(plan)))
+
+    def _config(self, point: Settings) -> TrainConfig:
+        try:
+            config = resolve(overrides=dataclasses.asdict(self.centre) | point)
+        except ValueError as error:
+            raise ValueError(f"sweep: at {describe(point)}: {error}") from error
+        for name, final in _FINAL.items():
+            start, end, value = (
+                getattr(self.centre, name),
+                getattr(self.centre, final),
+                getattr(config, name),
+            )
+            if value != start and final not in self.axes:
+                follows = value if start == end else value * end / start if start else end
+                config = dataclasses.replace(config, **{final: follows})
+        return config
+
+
+def read_sweep(
+    preset: str | None = None,
+    file: str | Path | None = None,
+    lists: Mapping[str, Sequence[Any]] | None = None,
+    seeds: int | None = None,
+    grid: bool | None = None,
+) -> Sweep:
+    """A sweep from a preset, a file and lists of values by field.
+
+    The file holds settings of the centre, as `train` takes them, and ``axes`` (lists by field),
+    ``seeds`` and ``grid``. In ``lists``, a list of one sets the centre; others are axes, in place
+    of the file's. Raises ValueError naming what does not serve and where it came from.
+    """
+    given = {} if file is None else read_settings(file)
+    axes = given.pop("axes", None) or {}
+    if not isinstance(axes, dict):
+        raise ValueError(f"{file}: axes must hold lists of values by setting, got {axes!r}")
+    of_file = given.pop("seeds", 3), given.pop("grid", False)
+    seeds = of_file[0] if seeds is None else seeds
+    grid = of_file[1] if grid is None else grid
+    named = given.pop("preset", None)
+    for name in given:
+        if name not in FIELDS:
+            known = _listed([*FIELDS, "axes", "seeds", "grid", "preset"])
+            raise ValueError(f"{file}: no setting is called {name}; there are {known}")
+    for name, values in (lists or {}).items():
+        if not values:
+            raise ValueError(f"sweep: {name} must have one value or more, got none")
+        if len(values) == 1:
+            given[name] = values[0]
+            axes.pop(name, None)
+        else:
+            axes[name] = values
+    centre = resolve(preset or named, overrides=given)
+    return Sweep(centre, axes, seeds, grid)
+
+
+def describe(point: Settings) -> str:
+    """A point in words: steps=5, width=16."""
+    return ", ".join(f"{name}={value}" for name, value in point.items())
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
