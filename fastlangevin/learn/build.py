@@ -34,7 +34,6 @@ def load_data(config: TrainConfig) -> ImageData:
     )
 
 
-<<<<<<< HEAD
 def load_held_out(
     config: TrainConfig, shape: tuple[int, ...], source: str | None = None
 ) -> ImageData:
@@ -71,17 +70,12 @@ def load_held_out(
     )
 
 
-def build_learner(config: TrainConfig) -> ShortRunLearner:
-    """The learner of a config at iteration 0, its data loaded; ValueError where they do not fit."""
-    data = load_data(config)
-=======
 def build_learner(config: TrainConfig, data: ImageData | None = None) -> ShortRunLearner:
     """The learner of a config at iteration 0; ValueError where its settings do not fit.
 
     ``data`` are the config's images where they are loaded already.
     """
     data = load_data(config) if data is None else data
->>>>>>> sweep
     energy = build_energy(config, data)
     device = choose_device(config.device)
     check_precision(config.precision, device)
