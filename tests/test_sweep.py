@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import yaml
 from typer.testing import CliRunner
@@ -21,7 +19,7 @@ from fastlangevin.cli import app
 from fastlangevin.cli import sweep as sweep_command
 from fastlangevin.learn import load_images, resolve, sweep_runs, train
 from fastlangevin.learn.checkpoint import read_checkpoint
-from fastlangevin.learn.quality import QualityCheck, frechet_distance, moments
+from fastlangevin.learn.quality import QualityCheck, coarse
 from fastlangevin.learn.sweep import Sweep, read_sweep
 from fastlangevin.learn.sweep_report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep_runs import run_sweep
@@ -326,28 +324,10 @@ def test_the_table_of_a_grid_has_a_line_for_each_point(whole: tuple[Path, Result
 # The figures of quality ---------------------------------------------------------------------------
 
 
-def test_frechet_distance_of_gaussians() -> None:
-    """Against scipy's matrix root, and exactly for a shift and for a scale."""
-    generator = np.random.default_rng(0)
-    a, b = (generator.standard_normal((3, 5, 20)) for _ in range(2))
-    for x, y in zip(a, b, strict=True):
-        own, other = x @ x.T / 20, y @ y.T / 20
-        want = np.trace(own + other - 2 * scipy.linalg.sqrtm(own @ other).real) + 5.0
-        got = frechet_distance(
-            *map(torch.from_numpy, (np.zeros(5), own, np.ones(5), other))  # type: ignore[arg-type]
-        )
-        assert got == pytest.approx(want, rel=1e-6)
-    mean, cov = torch.zeros(4).double(), torch.eye(4).double()
-    assert frechet_distance(mean, cov, mean + 2, cov) == pytest.approx(16)
-    assert frechet_distance(mean, cov, mean, 9 * cov) == pytest.approx(4 * (3 - 1) ** 2)
-
-
-def test_moments_are_of_coarse_clamped_pixels() -> None:
+def test_figures_are_of_coarse_clamped_pixels() -> None:
     fine = torch.rand(50, 2, 8, 8).repeat_interleave(2, -1).repeat_interleave(2, -2)
-    mean, cov = moments(2 * fine)
-    x = (2 * fine[:, :, ::2, ::2]).clamp(max=1).flatten(1).double().numpy()
-    np.testing.assert_allclose(mean, x.mean(0), atol=1e-6)
-    np.testing.assert_allclose(cov, np.cov(x.T), atol=1e-6)
+    x = (2 * fine[:, :, ::2, ::2]).clamp(max=1).flatten(1).double()
+    torch.testing.assert_close(coarse(2 * fine), x, atol=1e-6, rtol=0)
 
 
 def test_quality_orders_data_and_noise() -> None:

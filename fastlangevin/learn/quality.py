@@ -4,13 +4,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from fastlangevin import noise as _noise
 from fastlangevin.learn.check import ClassifierCheck
 from fastlangevin.learn.data import ImageData
+from fastlangevin.learn.metrics import frechet_distance
 
 # Enough for either figure; a classifier of many large images takes longer than a small run.
 MOST_IMAGES = 5000
@@ -42,36 +42,24 @@ class QualityCheck:
             data = replace(data, pixels=data.pixels[rows], labels=labels)
         self.images = data.batch(np.arange(len(data)))
         self._judge = None if data.labels is None else ClassifierCheck(data)
-        self._moments = moments(self.images)
+        self._pixels = coarse(self.images)
 
     def __call__(self, images: Tensor) -> Quality:
         sure = None if self._judge is None else self._judge(images).sure
-        return Quality(sure, frechet_distance(*moments(images), *self._moments))
+        return Quality(sure, frechet_distance(coarse(images), self._pixels))
 
     def marks(self) -> dict[str, Quality]:
         """What is at best and at worst to be had: the data, half against half, and noise."""
-        halves = moments(self.images[::2]), moments(self.images[1::2])
         sure = None if self._judge is None else self._judge.of_data().sure
         noise = 2 * _noise.uniform((1024, *self.images.shape[1:]), seed=0, step=0) - 1
         return {
-            "real images": Quality(sure, frechet_distance(*halves[0], *halves[1])),
+            "real images": Quality(sure, frechet_distance(self._pixels[::2], self._pixels[1::2])),
             "uniform noise": self(noise),
         }
 
 
-def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and covariance [d, d], float64, of the coarse pixels of images [n, C, H, W]."""
+def coarse(images: Tensor) -> Tensor:
+    """The coarse pixels [n, d], float64, of images [n, C, H, W]."""
     x = images.detach().cpu().double().clamp(-1, 1)
     size = min(8, x.shape[-2]), min(8, x.shape[-1])
-    x = adaptive_avg_pool2d(x, size).flatten(1)
-    return x.mean(0), x.T.cov().reshape(x.shape[1], x.shape[1])
-
-
-def frechet_distance(mean: Tensor, cov: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """The squared Frechet (2-Wasserstein) distance of two Gaussians, means [d], covariances."""
-    values, vectors = torch.linalg.eigh(cov)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # The trace of (S S')^(1/2) is that of (S^(1/2) S' S^(1/2))^(1/2), which is symmetric.
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    squared = (mean - mean_b).square().sum() + cov.trace() + cov_b.trace() - 2 * cross
-    return max(0.0, squared.item())
+    return adaptive_avg_pool2d(x, size).flatten(1)
