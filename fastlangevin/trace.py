@@ -11,23 +11,39 @@ from torch import Tensor
 from fastlangevin.chain import Chain
 from fastlangevin.kernels import reference
 from fastlangevin.schedules import Sizes, reverse, sweep
+from fastlangevin.scores.choice import recognised
 from fastlangevin.scores.general import left_as_found, modules_of
+from fastlangevin.scores.network import Graph
+from fastlangevin.scores.second_order import SecondOrderScore, refusal
 from fastlangevin.states import Allocations, States
 
 _OP = "LangevinSampler"
 
 
 def transition(
-    chain: Chain, x: Tensor, k: int, create_graph: bool, straight: bool = False
+    chain: Chain,
+    x: Tensor,
+    k: int,
+    create_graph: bool,
+    straight: bool = False,
+    explicit: SecondOrderScore | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(state after step k, energies before it) as a function of x and all that a step reads.
 
-    In place of energies, along a score network, the norms of its scores.
+    In place of energies, along a score network, the norms of its scores. explicit: what to take
+    the gradient and its derivatives by; else they are autograd's.
     """
 
     def score(at: Tensor) -> tuple[Tensor | None, Tensor]:
         return chain.evaluate(_Constant.apply(at), k, create_graph=True)
 
+    if explicit is not None:
+        run = functools.partial(explicit, want_energies=True)
+        if create_graph:
+            run = functools.partial(explicit.differentiable, straight=straight)
+        step = chain.transition(reference.step, x, k, run)
+        assert step.energies is not None
+        return step.x, step.energies
     with left_as_found(chain.sampler.energy, x.device, freeze=not create_graph):
         cut = score if straight and create_graph else None
         step = chain.transition(reference.step, x, k, cut, create_graph)
@@ -50,17 +66,38 @@ class _Constant(torch.autograd.Function):
         return None
 
 
-def advance(chain: Chain, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def advance(
+    chain: Chain, x: Tensor, k: int, explicit: SecondOrderScore | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`transition` without a graph."""
     with torch.no_grad():
-        return transition(chain, x.detach(), k, create_graph=False)
+        return transition(chain, x.detach(), k, create_graph=False, explicit=explicit)
+
+
+def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
+    """The graph that has an explicit second-order pass, or why autograd is to differentiate."""
+    sampler = chain.sampler
+    if sampler.score not in ("auto", "lean", "fused"):
+        return f'the score is "{sampler.score}"'
+    known = sampler._recognised
+    graph = recognised(sampler.energy, x, sampler.precision, chain.all_kwargs(), known)
+    if isinstance(graph, str):
+        return graph
+    return refusal(graph, sampler.precision) or graph
 
 
 class Trace:
-    """Some steps of a chain, of which states are kept for a backward pass by a schedule."""
+    """Some steps of a chain, of which states are kept for a backward pass by a schedule.
 
-    def __init__(self, chain: Chain, first: int, straight: bool, x: Tensor) -> None:
+    explicit: whether a second-order pass of our own may serve, rather than autograd's.
+    """
+
+    def __init__(
+        self, chain: Chain, first: int, straight: bool, x: Tensor, explicit: bool = True
+    ) -> None:
         self.chain, self.first, self.straight = chain, first, straight
+        self.graph = explicit_graph(chain, x) if explicit else "it is not wanted"
+        self.explicit: SecondOrderScore | None = None  # while steps are taken
         self.autocast = _autocast_state(x.device)
         self.mark = object()  # left on the nodes of the first step
         # torch.func.functional_call has put its tensors here, and they are gone by the backward.
@@ -85,6 +122,7 @@ class Trace:
         (torch.utils.checkpoint needs no such list, but evaluates each step twice in the forward
         pass: the gradient taken inside needs what it has just thrown away.)
         """
+        self.pack(x)
         start = x.detach().requires_grad_()
         with torch.enable_grad():
             after, energies = self._step(start, 0)
@@ -101,11 +139,24 @@ class Trace:
             graph = first.live
             del nodes
         with Allocations() as both, torch.no_grad():
+            self.pack(x)
             wanted = (True,) * (1 + len(tensors))
             self._step_back(x, tensors, 0, torch.ones_like(x), wanted)
         # Beside the gradients of a step there are their sums over the steps.
         sums = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return Sizes(x.numel() * x.element_size(), graph, both.peak + sums)
+        found = Sizes(x.numel() * x.element_size(), graph, both.peak + sums)
+        if self.explicit is None:
+            return found
+        # A graph that is kept is autograd's.
+        general = Trace(self.chain, self.first, self.straight, x, explicit=False).measure(x)
+        return general._replace(again=found.step)
+
+    def pack(self, x: Tensor) -> None:
+        """Read the weights, where the second-order pass is explicit."""
+        if not isinstance(self.graph, str):
+            self.explicit = None
+            self.explicit = SecondOrderScore(self.graph, x, self.chain.sampler.precision)
+            self.explicit.begin()
 
     def forward(
         self,
@@ -132,7 +183,9 @@ class Trace:
             else:
                 state = after if k == 0 else self._advance(state, k)
         self.last: Tensor | None = state
-        return (after if steps == 1 else self._advance(state, steps - 1)), self.energies[-1]
+        out = after if steps == 1 else self._advance(state, steps - 1)
+        self.explicit = None
+        return out, self.energies[-1]
 
     def backward(self, x: Tensor, grad: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
         """The gradients of x and the tensors, those ``wanted``, from that of the last state."""
@@ -144,6 +197,7 @@ class Trace:
             self.kept.clear()
         found: list[Tensor | None] = [None] * len(self.tensors)
         gaps = []
+        self.pack(x)
         for kind, k in reverse(self.steps, self.states, stored, state is not None):
             if kind == "restore":
                 state = x.detach() if k == 0 else self.kept.get(k)
@@ -157,7 +211,7 @@ class Trace:
                 self.kept.put(k, state)
             elif kind == "advance":
                 with self.autocast():
-                    state = advance(self.chain, state, self.first + k)[0]
+                    state = advance(self.chain, state, self.first + k, self.explicit)[0]
             else:
                 need = (k > 0 or wanted[0], *wanted[1:])
                 back, parts, energies = self._step_back(state, self.tensors, k, grad, need)
@@ -169,6 +223,7 @@ class Trace:
                         found[i] = part.clone() if known is None else known.add_(part)
                 del parts
                 gaps.append((energies - self.energies[k]).abs().max())
+        self.explicit = None
         self._check_again(gaps[::-1])
         return [grad if wanted[0] else None, *found]
 
@@ -198,10 +253,10 @@ class Trace:
         return back, rest, energies.detach()
 
     def _step(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return transition(self.chain, x, self.first + k, True, self.straight)
+        return transition(self.chain, x, self.first + k, True, self.straight, self.explicit)
 
     def _advance(self, x: Tensor, k: int) -> Tensor:
-        after, energies = advance(self.chain, x, self.first + k)
+        after, energies = advance(self.chain, x, self.first + k, self.explicit)
         self.energies.append(energies)
         return after
 

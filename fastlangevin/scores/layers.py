@@ -80,6 +80,14 @@ class Conv:
             )
         )  # fmt: skip
 
+    def tangent(self, x: Tensor) -> Tensor:
+        return laid_out(
+            aten.convolution(
+                x, self.weight, None, self.stride, self.padding, self.dilation, False, (0, 0),
+                self.groups,
+            )
+        )  # fmt: skip
+
     def backward(self, grad: Tensor) -> Tensor:
         return laid_out(
             aten.convolution(
@@ -87,6 +95,15 @@ class Conv:
                 self.left_over, self.groups,
             )
         )  # fmt: skip
+
+    def weight_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of the weight alone, from what was read and the gradient of the output."""
+        assert self.weight_read is not None
+        found: Tensor = aten.convolution_backward(
+            grad, x, self.weight_read.tensor().to(self.dtype), None, self.stride, self.padding,
+            self.dilation, False, (0, 0), self.groups, (False, True, False),
+        )[1]  # fmt: skip
+        return found
 
 
 class PackedConv(Conv):
@@ -113,12 +130,17 @@ class PackedConv(Conv):
 
     def forward(self, x: Tensor, slope: float | None = None) -> Tensor:
         after = ("none", [], "") if slope is None else ("leaky_relu", [slope], "")
+        return self._run(x, self.bias, after)
+
+    def tangent(self, x: Tensor) -> Tensor:
+        return self._run(x, None, ("none", [], ""))
+
+    def _run(self, x: Tensor, bias: Tensor | None, after: tuple[str, list[float], str]) -> Tensor:
         return laid_out(
             torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups,
-                *after,
+                x, self.weight, bias, self.padding, self.stride, self.dilation, self.groups, *after
             )
-        )  # fmt: skip
+        )
 
     def backward(self, grad: Tensor) -> Tensor:
         return laid_out(
@@ -167,9 +189,16 @@ class Linear:
             return x.mm(self.weight.t())
         return torch.addmm(self.bias, x, self.weight.t())
 
+    def tangent(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return x.mm(self.weight.t())
+
     def backward(self, grad: Tensor) -> Tensor:
         assert self.weight is not None
         return grad.mm(self.weight)
+
+    def weight_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+        return grad.t().mm(x)
 
 
 class View:
@@ -301,6 +330,10 @@ class Activation:
     def backward(self, grad: Tensor) -> Tensor:
         kept, self.kept = self.kept, None
         assert kept is not None
+        return self.scale_(grad, kept)
+
+    def scale_(self, grad: Tensor, kept: Tensor) -> Tensor:
+        """In place: times the derivative, by what :meth:`forward` has kept."""
         s = self.settings
         if self.bits:
             return apply_signs_(grad, kept, s[0] if s else 0.0)
