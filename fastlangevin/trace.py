@@ -38,10 +38,11 @@ def transition(
         return chain.evaluate(_Constant.apply(at), k, create_graph=True)
 
     if explicit is not None:
-        run = functools.partial(explicit, want_energies=True)
-        if create_graph:
-            run = functools.partial(explicit.differentiable, straight=straight)
-        step = chain.transition(reference.step, x, k, run)
+
+        def explicit_score(at: Tensor) -> tuple[Tensor | None, Tensor]:
+            return explicit.differentiable(at, straight) if create_graph else explicit(at, True)
+
+        step = chain.transition(reference.step, x, k, explicit_score)
         assert step.energies is not None
         return step.x, step.energies
     with left_as_found(chain.sampler.energy, x.device, freeze=not create_graph):

@@ -169,7 +169,7 @@ def recognised(
     model_kwargs: dict[str, Any],
     known: Recognised,
 ) -> Graph | str:
-    """The graph that fused and lean scores, and their second-order pass, run; or why there is none."""
+    """The graph that lean and fused scores run, or why there is none."""
     if model_kwargs:
         return f"the energy is given {', '.join(model_kwargs)}"
     if isinstance(energy, PackedEnergy):

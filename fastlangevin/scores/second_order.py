@@ -162,15 +162,16 @@ class _Second(Passes):
                 slope, layer.softmax = layer.softmax, None
                 assert slope is not None
                 grad = grad.reshape(grad.shape[0], *layer.reduced)
-                kept.slopes[k], kept.turns[k], part = slope, grad, slope * grad
+                kept.slopes[k], kept.turns[k] = slope, grad
+                deliver(grads, inputs, slope * grad)
             elif self.curved[k]:
                 slope, turn = derivatives(layer)
-                kept.slopes[k], kept.turns[k], part = slope, turn.mul_(grad), grad.mul_(slope)
+                kept.slopes[k], kept.turns[k] = slope, turn.mul_(grad)
+                deliver(grads, inputs, grad.mul_(slope))
             else:
                 if isinstance(layer, Activation) and layer.kept is not None:
                     kept.slopes[k] = layer.kept
-                part = layer.backward(grad)
-            deliver(grads, inputs, part)
+                deliver(grads, inputs, layer.backward(grad))
         return whole(grads[0], offsets[0], self._shape)
 
     def tangents(self, v: Tensor, kept: _Kept) -> None:
