@@ -99,11 +99,33 @@ class Conv:
     def weight_grad(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient of the weight alone, from what was read and the gradient of the output."""
         assert self.weight_read is not None
+        few = grad.numel() < grad.shape[1] ** 2  # places, against channels
+        if few and self.groups == 1 and grad.device.type == "cpu":
+            return self._weight_grad_by_windows(x, grad)
         found: Tensor = aten.convolution_backward(
             grad, x, self.weight_read.tensor().to(self.dtype), None, self.stride, self.padding,
             self.dilation, False, (0, 0), self.groups, (False, True, False),
         )[1]  # fmt: skip
         return found
+
+    def _weight_grad_by_windows(self, x: Tensor, grad: Tensor) -> Tensor:
+        """As one matrix product: oneDNN puts weights in order and back, 3/4 of its time where few
+        places make a large weight (128 and [256, 128, 4, 4]: 7 ms, and 1.9 here; one core)."""
+        assert self.weight_read is not None
+        (n, out, *places), kernel = grad.shape, self.weight_read.size[2:]
+        vertical, horizontal = self.padding
+        padded = torch.nn.functional.pad(
+            x.permute(0, 2, 3, 1), (0, 0, horizontal, horizontal, vertical, vertical)
+        ).contiguous()
+        chain, row, column, _ = padded.stride()
+        (up, along), (down, right) = self.stride, self.dilation
+        windows = padded.as_strided(
+            (n, *places, *kernel, x.shape[1]),
+            (chain, row * up, column * along, row * down, column * right, 1),
+        )
+        rows = grad.permute(0, 2, 3, 1).reshape(-1, out)
+        product = rows.t().mm(windows.reshape(rows.shape[0], -1))
+        return product.view(out, *kernel, -1).permute(0, 3, 1, 2)
 
 
 class PackedConv(Conv):
