@@ -70,7 +70,8 @@ class Conv:
         self.weight = laid_out(read_weight(self.weight_read.tensor(), *how))
         if self.bias_read is not None:
             how = self.dtype, self.bias, self.inplace
-            self.bias = read_weight(self.bias_read.tensor(), *how)
+            # oneDNN reads a bias as if it were contiguous.
+            self.bias = laid_out(read_weight(self.bias_read.tensor(), *how))
 
     def forward(self, x: Tensor) -> Tensor:
         return laid_out(

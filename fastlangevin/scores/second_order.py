@@ -259,8 +259,8 @@ def _softplus(x: Tensor, beta: float, threshold: float) -> tuple[Tensor, Tensor]
 
 
 def _elu(y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    slope, positive = y + alpha, y > 0
-    return slope.masked_fill(positive, 1), slope.masked_fill_(positive, 0)
+    slope = y + alpha
+    return slope.masked_fill(y > 0, 1), slope.masked_fill_(y >= 0, 0)
 
 
 def _tanh(y: Tensor) -> tuple[Tensor, Tensor]:
