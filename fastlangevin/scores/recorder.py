@@ -100,10 +100,10 @@ def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
 
 def _no_hooks() -> contextlib.AbstractContextManager[None]:
     """No saved-tensor hooks of the caller's: a checkpoint around a chain counts what they see, and
-    a graph that is known is not recorded again."""
+    a graph that is known is not recorded again. Nothing is saved: no backward pass follows."""
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
 
 
 def _foreign_generators() -> tuple[Any, ...]:
