@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlangevin.arguments import at_step
 from fastlangevin.chain import Chain
 from fastlangevin.kernels import reference
 from fastlangevin.schedules import Sizes, reverse, sweep
@@ -99,6 +100,11 @@ class Trace:
         self.chain, self.first, self.straight = chain, first, straight
         self.graph = explicit_graph(chain, x) if explicit else "it is not wanted"
         self.explicit: SecondOrderScore | None = None  # while steps are taken
+        # Of given noise that gets a gradient a step reads its own entry, as a leaf: the gradient of
+        # all of it, once a step, would take K^2 in all.
+        stds = (at_step(chain.sampler.noise_std, k) for k in range(first, chain.sampler.steps))
+        asked = chain.noise is not None and chain.noise.requires_grad
+        self.noise = chain.noise if asked and not all(map(reference.is_zero, stds)) else None
         self.autocast = _autocast_state(x.device)
         self.mark = object()  # left on the nodes of the first step
         # torch.func.functional_call has put its tensors here, and they are gone by the backward.
@@ -124,13 +130,15 @@ class Trace:
         pass: the gradient taken inside needs what it has just thrown away.)
         """
         self.pack(x)
-        start = x.detach().requires_grad_()
+        start, z = x.detach().requires_grad_(), self._noise(0)
         with torch.enable_grad():
-            after, energies = self._step(start, 0)
+            after, energies = self._step(start, 0, z)
         nodes = nodes_of(after)
         for node in nodes:
             node.metadata[self.mark] = True
-        tensors = [leaf for leaf in leaves_of(nodes) if leaf is not start]
+        tensors = [leaf for leaf in leaves_of(nodes) if leaf is not start and leaf is not z]
+        if self.noise is not None:
+            tensors.append(self.noise)  # the last one, wherever there is any
         return after.detach(), energies.detach(), tensors, nodes + nodes_of(energies)
 
     def measure(self, x: Tensor) -> Sizes:
@@ -219,7 +227,10 @@ class Trace:
                 grad = torch.zeros_like(grad) if back is None else back
                 for i, part in enumerate(parts):
                     known = found[i]
-                    if part is not None:
+                    if self.noise is not None and i == len(found) - 1 and part is not None:
+                        found[i] = known = torch.zeros_like(self.noise) if known is None else known
+                        known[self.first + k] = part
+                    elif part is not None:
                         # A copy first: autograd may have given one tensor to several.
                         found[i] = part.clone() if known is None else known.add_(part)
                 del parts
@@ -231,9 +242,11 @@ class Trace:
     def _step_back(
         self, x: Tensor, tensors: list[Tensor], k: int, grad: Tensor, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, list[Tensor | None], Tensor]:
-        inputs = [x.detach().requires_grad_(), *tensors]
+        inputs, z = [x.detach().requires_grad_(), *tensors], self._noise(k)
+        if z is not None:
+            inputs[-1] = z
         with torch.enable_grad(), self.autocast():
-            after, energies = self._step(inputs[0], k)
+            after, energies = self._step(inputs[0], k, z)
         nodes = nodes_of(after)
         if {id(leaf) for leaf in leaves_of(nodes)} - {id(tensor) for tensor in inputs}:
             raise RuntimeError(
@@ -253,8 +266,16 @@ class Trace:
         back, *rest = [next(parts) if needed else None for needed in wanted]
         return back, rest, energies.detach()
 
-    def _step(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return transition(self.chain, x, self.first + k, True, self.straight, self.explicit)
+    def _noise(self, k: int) -> Tensor | None:
+        """Step k's noise as a leaf, if it gets a gradient."""
+        return None if self.noise is None else self.noise[self.first + k].detach().requires_grad_()
+
+    def _step(self, x: Tensor, k: int, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        k += self.first
+        chain = self.chain
+        if z is not None:
+            chain = chain._replace(noise={k: z})  # type: ignore[arg-type]  # read as noise[k]
+        return transition(chain, x, k, True, self.straight, self.explicit)
 
     def _advance(self, x: Tensor, k: int) -> Tensor:
         after, energies = advance(self.chain, x, self.first + k, self.explicit)

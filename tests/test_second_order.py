@@ -240,6 +240,40 @@ def test_what_a_step_keeps() -> None:
     assert memory.live == 0
 
 
+@pytest.mark.parametrize("score", ["auto", "general"])
+@pytest.mark.parametrize("checkpoint", ["step", 2, "1MiB"])
+def test_gradients_to_given_noise(checkpoint: Any, score: str) -> None:
+    """To its own entry from each step; zero where b is, or before grad_steps."""
+    energy, x0 = stack(nn.SiLU()).double(), numbers(SHAPE).requires_grad_()
+    base = numbers((K, *SHAPE), 1).requires_grad_()
+    for options in ({}, {"noise_std": [0.0, 0.1, 0.0, 0.3]}, {"grad_steps": 2}):
+        call = {key: options[key] for key in options if key == "grad_steps"}
+        std = options.get("noise_std", 0.2)
+        run = fl.LangevinSampler(energy, K, 0.3, std, score=score)
+        grads = []
+        for schedule in (checkpoint, "none"):
+            out = run(x0, noise=2 * base, differentiable=True, checkpoint=schedule, **call)
+            out = (out * numbers(SHAPE, 2)).sum()
+            grads.append(torch.autograd.grad(out, [base, *energy.parameters()][:-1]))
+        for ours, want in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, want, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_to_given_noise_take_no_room_of_their_own() -> None:
+    """Beside the noise's one gradient a step has no other that grows with the chain."""
+    peaks = []
+    for steps in (40, 80):
+        energy, x0 = fl.GaussianEnergy(), torch.zeros(2, 500)
+        noise = torch.zeros(steps, 2, 500, requires_grad=True)
+        out = fl.LangevinSampler(energy, steps, 0.1)(
+            x0, noise=noise, differentiable=True, checkpoint=1
+        ).sum()
+        with Allocations() as memory:
+            torch.autograd.grad(out, noise)
+        peaks.append(memory.peak)
+    assert peaks[1] - peaks[0] <= 1.2 * 40 * 1000 * 4
+
+
 # Where autograd differentiates -------------------------------------------------------------------
 
 
