@@ -274,6 +274,20 @@ def test_gradients_to_given_noise_take_no_room_of_their_own() -> None:
     assert peaks[1] - peaks[0] <= 1.2 * 40 * 1000 * 4
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_energies_when_computed_again_are_the_same(activation: str) -> None:
+    """Bit for bit: what the backward pass compares may be small beside what it sums."""
+    energy, x = stack(ACTIVATIONS[activation]()).float(), numbers(SHAPE).float()
+    graph = recognise(energy, x)
+    assert not isinstance(graph, str)
+    score = SecondOrderScore(graph, x)
+    score.begin()
+    (one, grad), (again, differentiable) = score(x, want_energies=True), score.differentiable(x)
+    assert one is not None
+    assert torch.equal(one, again)
+    torch.testing.assert_close(grad, differentiable)
+
+
 # Where autograd differentiates -------------------------------------------------------------------
 
 
