@@ -120,6 +120,11 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
         states = choose_states(_OP, checkpoint, steps, sizes, free, offload=False)
         rows.append(f"checkpoint {checkpoint!r}: {cost_text(steps, states, sizes)}")
     rows = list(dict.fromkeys(rows))
+    rows.append(
+        f"computed again, a step is differentiated by autograd, twice: {trace.graph}"
+        if isinstance(trace.graph, str)
+        else "computed again, a step is differentiated by an explicit second-order pass"
+    )
     if only_masks(chain, x):
         rows.append("d x_K / d x_0 is the identity where no clamp held: no step is run for it")
     return [f"{'' if i else 'gradients':11}{row}" for i, row in enumerate(rows)]
@@ -146,7 +151,7 @@ def _traced(
         sizes = trace.measure(x)
     states = choose_states(_OP, schedule, steps, sizes, free_memory(x.device), offload)
     if states is None:
-        del after
+        del after, trace
         return _plain(chain, x, first, straight)
     out, energies = trace.forward(x, after, energies, tensors, steps, states, offload)
     return Adjoint.apply(trace, out, x, *tensors), energies

@@ -119,8 +119,10 @@ class LangevinSampler:
         layers, common activations, average pools and sums; "fused", that in kernels of our own, for
         plain stacks of convolutions (native on the CPU; in Triton on GPUs, by name alone until it
         has been measured there); "compiled", torch.compile, by name alone; "auto", the fastest that
-        serves, which explain() tells. Differentiable chains take the general one. "network": the
-        callable's own output is the gradient; see :meth:`from_score`.
+        serves, which explain() tells. Differentiable chains take the lean one, with an explicit
+        second-order pass, in place of a fused one, and the general one for checkpoint="none", half
+        precisions and "compiled". "network": the callable's own output is the gradient; see
+        :meth:`from_score`.
     metropolis: accept or reject each step (MALA), so that chains sample exp(-E / T) exactly,
         T = b^2 / (2 a), within clamp if there is one: proposals outside are rejected, as are those
         of NaN energy. Needs a > 0 and b > 0 (not looked at on CUDA tensors), noise_order "after",

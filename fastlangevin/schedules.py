@@ -45,11 +45,19 @@ class Budget(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Bytes: of a chain's state, of one step's graph, and of all its backward pass needs beside."""
+    """Bytes: of a chain's state, of one step's graph, and of all its backward pass needs beside.
+
+    again: that of a step that is computed again, where it is another than ``step``.
+    """
 
     state: int
     graph: int = 0
     step: int = 0
+    again: int | None = None
+
+    @property
+    def recomputed(self) -> int:
+        return self.step if self.again is None else self.again
 
 
 Checkpoint = str | int | Budget
@@ -162,7 +170,7 @@ def choose_states(
             least = text_of(kept_bytes(1, sizes, offload))
             raise ValueError(
                 f'{op}: checkpoint="{checkpoint.text}" is not enough for these chains: '
-                f"differentiating one step takes {text_of(sizes.step)} and a state "
+                f"differentiating one step takes {text_of(sizes.recomputed)} and a state "
                 f"{text_of(sizes.state)}; the least that would do is {least}"
             )
         left = checkpoint.bytes - kept_bytes(1, sizes, offload)
@@ -179,7 +187,7 @@ def unrolled_bytes(steps: int, sizes: Sizes) -> int:
 
 def kept_bytes(states: int, sizes: Sizes, offload: bool = False) -> int:
     """What a chain takes with so many states kept, at most; two are in the hands of a step."""
-    return sizes.step + (2 + (0 if offload else states)) * sizes.state
+    return sizes.recomputed + (2 + (0 if offload else states)) * sizes.state
 
 
 def cost_text(steps: int, states: int | None, sizes: Sizes) -> str:

@@ -87,15 +87,15 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
+        given = {_memory(t)[0] for t in _tensors((*args, *(kwargs or {}).values()))}
         for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._storages and storage._cdata not in given:
-                self._add(storage)
+            key, owner = _memory(tensor)
+            if key not in self._storages and key not in given:
+                self._add(key, owner)
         return out
 
-    def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _add(self, key: int, storage: Any) -> None:
+        size = storage.nbytes() if isinstance(storage, torch.UntypedStorage) else storage.nbytes
 
         def gone(_: Any) -> None:
             self.live -= size
@@ -104,6 +104,14 @@ class Allocations(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def _memory(tensor: Tensor) -> tuple[int, Any]:
+    """What owns a tensor's memory, with a key: itself, where oneDNN has packed it."""
+    if tensor.is_mkldnn:
+        return id(tensor), tensor
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

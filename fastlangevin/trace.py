@@ -8,26 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlangevin.arguments import at_step
 from fastlangevin.chain import Chain
 from fastlangevin.kernels import reference
 from fastlangevin.schedules import Sizes, reverse, sweep
+from fastlangevin.scores.choice import recognised
 from fastlangevin.scores.general import left_as_found, modules_of
+from fastlangevin.scores.network import Graph
+from fastlangevin.scores.second_order import SecondOrderScore, refusal
 from fastlangevin.states import Allocations, States
 
 _OP = "LangevinSampler"
 
 
 def transition(
-    chain: Chain, x: Tensor, k: int, create_graph: bool, straight: bool = False
+    chain: Chain,
+    x: Tensor,
+    k: int,
+    create_graph: bool,
+    straight: bool = False,
+    explicit: SecondOrderScore | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(state after step k, energies before it) as a function of x and all that a step reads.
 
-    In place of energies, along a score network, the norms of its scores.
+    In place of energies, along a score network, the norms of its scores. explicit: what to take
+    the gradient and its derivatives by; else they are autograd's.
     """
 
     def score(at: Tensor) -> tuple[Tensor | None, Tensor]:
         return chain.evaluate(_Constant.apply(at), k, create_graph=True)
 
+    if explicit is not None:
+
+        def explicit_score(at: Tensor) -> tuple[Tensor | None, Tensor]:
+            return explicit.differentiable(at, straight) if create_graph else explicit(at, True)
+
+        step = chain.transition(reference.step, x, k, explicit_score)
+        assert step.energies is not None
+        return step.x, step.energies
     with left_as_found(chain.sampler.energy, x.device, freeze=not create_graph):
         cut = score if straight and create_graph else None
         step = chain.transition(reference.step, x, k, cut, create_graph)
@@ -50,17 +68,43 @@ class _Constant(torch.autograd.Function):
         return None
 
 
-def advance(chain: Chain, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def advance(
+    chain: Chain, x: Tensor, k: int, explicit: SecondOrderScore | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`transition` without a graph."""
     with torch.no_grad():
-        return transition(chain, x.detach(), k, create_graph=False)
+        return transition(chain, x.detach(), k, create_graph=False, explicit=explicit)
+
+
+def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
+    """The graph that has an explicit second-order pass, or why autograd is to differentiate."""
+    sampler = chain.sampler
+    if sampler.score not in ("auto", "lean", "fused"):
+        return f'the score is "{sampler.score}"'
+    known = sampler._recognised
+    graph = recognised(sampler.energy, x, sampler.precision, chain.all_kwargs(), known)
+    if isinstance(graph, str):
+        return graph
+    return refusal(graph, sampler.precision) or graph
 
 
 class Trace:
-    """Some steps of a chain, of which states are kept for a backward pass by a schedule."""
+    """Some steps of a chain, of which states are kept for a backward pass by a schedule.
 
-    def __init__(self, chain: Chain, first: int, straight: bool, x: Tensor) -> None:
+    explicit: whether a second-order pass of our own may serve, rather than autograd's.
+    """
+
+    def __init__(
+        self, chain: Chain, first: int, straight: bool, x: Tensor, explicit: bool = True
+    ) -> None:
         self.chain, self.first, self.straight = chain, first, straight
+        self.graph = explicit_graph(chain, x) if explicit else "it is not wanted"
+        self.explicit: SecondOrderScore | None = None  # while steps are taken
+        # Of given noise that gets a gradient a step reads its own entry, as a leaf: the gradient of
+        # all of it, once a step, would take K^2 in all.
+        stds = (at_step(chain.sampler.noise_std, k) for k in range(first, chain.sampler.steps))
+        asked = chain.noise is not None and chain.noise.requires_grad
+        self.noise = chain.noise if asked and not all(map(reference.is_zero, stds)) else None
         self.autocast = _autocast_state(x.device)
         self.mark = object()  # left on the nodes of the first step
         # torch.func.functional_call has put its tensors here, and they are gone by the backward.
@@ -85,13 +129,16 @@ class Trace:
         (torch.utils.checkpoint needs no such list, but evaluates each step twice in the forward
         pass: the gradient taken inside needs what it has just thrown away.)
         """
-        start = x.detach().requires_grad_()
+        self.pack(x)
+        start, z = x.detach().requires_grad_(), self._noise(0)
         with torch.enable_grad():
-            after, energies = self._step(start, 0)
+            after, energies = self._step(start, 0, z)
         nodes = nodes_of(after)
         for node in nodes:
             node.metadata[self.mark] = True
-        tensors = [leaf for leaf in leaves_of(nodes) if leaf is not start]
+        tensors = [leaf for leaf in leaves_of(nodes) if leaf is not start and leaf is not z]
+        if self.noise is not None:
+            tensors.append(self.noise)  # the last one, wherever there is any
         return after.detach(), energies.detach(), tensors, nodes + nodes_of(energies)
 
     def measure(self, x: Tensor) -> Sizes:
@@ -101,11 +148,24 @@ class Trace:
             graph = first.live
             del nodes
         with Allocations() as both, torch.no_grad():
+            self.pack(x)
             wanted = (True,) * (1 + len(tensors))
             self._step_back(x, tensors, 0, torch.ones_like(x), wanted)
         # Beside the gradients of a step there are their sums over the steps.
         sums = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return Sizes(x.numel() * x.element_size(), graph, both.peak + sums)
+        found = Sizes(x.numel() * x.element_size(), graph, both.peak + sums)
+        if self.explicit is None:
+            return found
+        # A graph that is kept is autograd's.
+        general = Trace(self.chain, self.first, self.straight, x, explicit=False).measure(x)
+        return general._replace(again=found.step)
+
+    def pack(self, x: Tensor) -> None:
+        """Read the weights, where the second-order pass is explicit."""
+        if not isinstance(self.graph, str):
+            self.explicit = None
+            self.explicit = SecondOrderScore(self.graph, x, self.chain.sampler.precision)
+            self.explicit.begin()
 
     def forward(
         self,
@@ -132,7 +192,9 @@ class Trace:
             else:
                 state = after if k == 0 else self._advance(state, k)
         self.last: Tensor | None = state
-        return (after if steps == 1 else self._advance(state, steps - 1)), self.energies[-1]
+        out = after if steps == 1 else self._advance(state, steps - 1)
+        self.explicit = None
+        return out, self.energies[-1]
 
     def backward(self, x: Tensor, grad: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
         """The gradients of x and the tensors, those ``wanted``, from that of the last state."""
@@ -144,6 +206,7 @@ class Trace:
             self.kept.clear()
         found: list[Tensor | None] = [None] * len(self.tensors)
         gaps = []
+        self.pack(x)
         for kind, k in reverse(self.steps, self.states, stored, state is not None):
             if kind == "restore":
                 state = x.detach() if k == 0 else self.kept.get(k)
@@ -157,27 +220,33 @@ class Trace:
                 self.kept.put(k, state)
             elif kind == "advance":
                 with self.autocast():
-                    state = advance(self.chain, state, self.first + k)[0]
+                    state = advance(self.chain, state, self.first + k, self.explicit)[0]
             else:
                 need = (k > 0 or wanted[0], *wanted[1:])
                 back, parts, energies = self._step_back(state, self.tensors, k, grad, need)
                 grad = torch.zeros_like(grad) if back is None else back
                 for i, part in enumerate(parts):
                     known = found[i]
-                    if part is not None:
+                    if self.noise is not None and i == len(found) - 1 and part is not None:
+                        found[i] = known = torch.zeros_like(self.noise) if known is None else known
+                        known[self.first + k] = part
+                    elif part is not None:
                         # A copy first: autograd may have given one tensor to several.
                         found[i] = part.clone() if known is None else known.add_(part)
                 del parts
                 gaps.append((energies - self.energies[k]).abs().max())
+        self.explicit = None
         self._check_again(gaps[::-1])
         return [grad if wanted[0] else None, *found]
 
     def _step_back(
         self, x: Tensor, tensors: list[Tensor], k: int, grad: Tensor, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, list[Tensor | None], Tensor]:
-        inputs = [x.detach().requires_grad_(), *tensors]
+        inputs, z = [x.detach().requires_grad_(), *tensors], self._noise(k)
+        if z is not None:
+            inputs[-1] = z
         with torch.enable_grad(), self.autocast():
-            after, energies = self._step(inputs[0], k)
+            after, energies = self._step(inputs[0], k, z)
         nodes = nodes_of(after)
         if {id(leaf) for leaf in leaves_of(nodes)} - {id(tensor) for tensor in inputs}:
             raise RuntimeError(
@@ -197,11 +266,19 @@ class Trace:
         back, *rest = [next(parts) if needed else None for needed in wanted]
         return back, rest, energies.detach()
 
-    def _step(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return transition(self.chain, x, self.first + k, True, self.straight)
+    def _noise(self, k: int) -> Tensor | None:
+        """Step k's noise as a leaf, if it gets a gradient."""
+        return None if self.noise is None else self.noise[self.first + k].detach().requires_grad_()
+
+    def _step(self, x: Tensor, k: int, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        k += self.first
+        chain = self.chain
+        if z is not None:
+            chain = chain._replace(noise={k: z})  # type: ignore[arg-type]  # read as noise[k]
+        return transition(chain, x, k, True, self.straight, self.explicit)
 
     def _advance(self, x: Tensor, k: int) -> Tensor:
-        after, energies = advance(self.chain, x, self.first + k)
+        after, energies = advance(self.chain, x, self.first + k, self.explicit)
         self.energies.append(energies)
         return after
 

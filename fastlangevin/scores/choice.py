@@ -106,7 +106,7 @@ def choose_score(
             )
             return Choice("compiled", run, why_not)
         raise RuntimeError(f'LangevinSampler: score "compiled" cannot run: {reason}')
-    graph = _recognised(energy, x, precision, model_kwargs, known)
+    graph = recognised(energy, x, precision, model_kwargs, known)
     if isinstance(graph, str):
         if score != "auto":
             raise RuntimeError(f'LangevinSampler: score "{score}" cannot run: {graph}')
@@ -162,13 +162,14 @@ def _fused(
     return score
 
 
-def _recognised(
+def recognised(
     energy: Callable[..., Tensor],
     x: Tensor,
     precision: str | None,
     model_kwargs: dict[str, Any],
     known: Recognised,
 ) -> Graph | str:
+    """The graph that lean and fused scores run, or why there is none."""
     if model_kwargs:
         return f"the energy is given {', '.join(model_kwargs)}"
     if isinstance(energy, PackedEnergy):

@@ -9,7 +9,7 @@ is the same in every chain, and is found when the weights are packed.
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -54,14 +54,16 @@ class LeanScore:
         self.inplace = graph.device.type == "cuda" if inplace is None else inplace
         self.chains = x.shape[0]
         self.dtype = _COMPUTE.get(precision or "", graph.dtype)
-        self._plan = _Plan(graph)
+        self._plan = Plan(graph)
         self._weighted = {
             k: self._layer(node, graph.input_shape(node), self._plan.constant[k])
             for k, node in enumerate(graph.nodes, 1)
             if node.kind in ("conv", "linear")
         }
         self._offsets: list[Tensor | None] = []
-        self._passes: dict[bool, _Passes] = {}
+        # Of nodes with weights that are linear after the activations: one chain's gradient there.
+        self._heads: dict[int, Tensor] = {}
+        self._passes: dict[bool, Passes] = {}
         self._bases = graph.bases
         self._seen: list[tuple[int, int]] = []
         # A sampler may be called from several threads; the values kept for the way back are one.
@@ -96,7 +98,7 @@ class LeanScore:
                 self._read()
             passes = self._passes.get(want_energies)
             if passes is None:
-                passes = _Passes(self._plan, self._weighted, self.chains, want_energies)
+                passes = Passes(self._plan, self._weighted, self.chains, want_energies)
                 self._passes[want_energies] = passes
             energies = passes.forward(self._start.copy_(x))
             grad = passes.backward(self._offsets)
@@ -140,7 +142,9 @@ class LeanScore:
             grad = grads[k]
             if self._plan.constant[k] and grad is not None:
                 layer = self._weighted.get(k) or _plain_layer(self.graph, nodes[k - 1])
-                _deliver(grads, nodes[k - 1].inputs, layer.backward(grad))
+                if k in self._weighted:
+                    self._heads[k] = grad
+                deliver(grads, nodes[k - 1].inputs, layer.backward(grad))
                 grads[k] = None
         return [None if grad is None else grad.to(self.dtype) for grad in grads]
 
@@ -163,14 +167,14 @@ def _plain_layer(graph: Graph, node: Node) -> Plain:
     return Scale(node) if node.kind == "scale" else Add(node)
 
 
-def _deliver(grads: list[Tensor | None], to: tuple[int, ...], parts: Any) -> None:
+def deliver(grads: list[Tensor | None], to: tuple[int, ...], parts: Any) -> None:
     """Add a layer's gradients to those of the values that it read."""
     for value, part in zip(to, parts if isinstance(parts, tuple) else (parts,), strict=True):
         grad = grads[value]
         grads[value] = part if grad is None else grad.add_(part)
 
 
-class _Plan:
+class Plan:
     """Who reads what in a graph. A value per index: 0 the state, k the output of node k - 1."""
 
     def __init__(self, graph: Graph) -> None:
@@ -192,18 +196,33 @@ class _Plan:
             if node.kind == "view":
                 self.memory[k] = self.memory[node.inputs[0]]
 
+    def ends(self, k: int, readers: list[list[int]]) -> bool:
+        """Whether node k, of one input, is the last to read the memory of what it reads."""
+        (value,) = self.graph.nodes[k - 1].inputs
+        alike = [v for v, m in enumerate(self.memory) if m == self.memory[value]]
+        return all(r < k or (r == k and v == value) for v in alike for r in readers[v])
 
-class _Passes:
-    """The forward and the backward pass as lists of layers, with or without energies."""
+
+class Passes:
+    """The forward and the backward pass as lists of layers, with or without energies.
+
+    held: values that no activation may change in place.
+    """
 
     def __init__(
-        self, plan: _Plan, weighted: dict[int, Conv | Linear], chains: int, energies: bool
+        self,
+        plan: Plan,
+        weighted: dict[int, Conv | Linear],
+        chains: int,
+        energies: bool,
+        held: Iterable[int] = (),
     ) -> None:
         graph, self.chains, self.energies = plan.graph, chains, energies
         nodes = graph.nodes
         runs = [k for k in range(1, len(nodes) + 1) if energies or not plan.constant[k]]
         readers = [[k for k in ks if k in runs] for ks in plan.readers]
-        layers: dict[int, Layer] = {}
+        self.layers: dict[int, Layer] = {}
+        layers = self.layers
         for k in runs:
             node = nodes[k - 1]
             if node.kind in ACTIVATIONS:
@@ -216,15 +235,13 @@ class _Passes:
             for k, layer in layers.items()
             if isinstance(layer, Activation) and layer.keeps is not None
         }
+        kept.update(plan.memory[value] for value in held)
         forward: dict[int, Callable[..., Any]] = {k: layer.forward for k, layer in layers.items()}
         for k, layer in layers.items():
             if not isinstance(layer, Activation) or layer.keeps == "input":
                 continue
             (value,) = nodes[k - 1].inputs
-            memory = plan.memory[value]
-            alike = [v for v in range(len(nodes) + 1) if plan.memory[v] == memory]
-            last = all(r < k or (r == k and v == value) for v in alike for r in readers[v])
-            layer.inplace = last and memory not in kept
+            layer.inplace = plan.ends(k, readers) and plan.memory[value] not in kept
             conv = layers.get(value)
             # oneDNN's own relu makes 0 of NaN: only a slope keeps it.
             leaky = layer.kind == "leaky_relu" and layer.settings[0] > 0
@@ -260,13 +277,13 @@ class _Passes:
     def backward(self, offsets: list[Tensor | None]) -> Tensor:
         grads: list[Tensor | None] = [None] * self._count
         for k, layer, inputs, shape in self._backward:
-            grad = _whole(grads[k], offsets[k], shape)
+            grad = whole(grads[k], offsets[k], shape)
             grads[k] = None
-            _deliver(grads, inputs, layer.backward(grad))
-        return _whole(grads[0], offsets[0], self._shape)
+            deliver(grads, inputs, layer.backward(grad))
+        return whole(grads[0], offsets[0], self._shape)
 
 
-def _whole(grad: Tensor | None, offset: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+def whole(grad: Tensor | None, offset: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     if offset is None:
         assert grad is not None
         return grad

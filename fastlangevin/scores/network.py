@@ -21,8 +21,8 @@ class Constant:
     stride: tuple[int, ...]
     offset: int
 
-    def tensor(self) -> Tensor:
-        base = self.base.detach()
+    def tensor(self, detach: bool = True) -> Tensor:
+        base = self.base.detach() if detach else self.base
         if base.shape == self.size and base.stride() == self.stride:
             return base
         return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)

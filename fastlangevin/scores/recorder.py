@@ -4,6 +4,7 @@ The recorder sees the operators themselves, so that any way of writing a network
 another (modules, functions, operators), and nothing is guessed from the names of modules.
 """
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -83,6 +84,7 @@ def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
             left_as_found(energy, x.device, freeze=False),
             torch.autocast(x.device.type, enabled=False),
             torch.enable_grad(),  # the graph that autograd makes shows what operators do not
+            _no_hooks(),
             recorder,
             _Numbers(recorder),
         ):
@@ -94,6 +96,14 @@ def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
         if recorder.reason is not None:
             return recorder.reason
         return f"it raises {type(error).__name__}: {error}"
+
+
+def _no_hooks() -> contextlib.AbstractContextManager[None]:
+    """No saved-tensor hooks of the caller's: a checkpoint around a chain counts what they see, and
+    a graph that is known is not recorded again. Nothing is saved: no backward pass follows."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
 
 
 def _foreign_generators() -> tuple[Any, ...]:
