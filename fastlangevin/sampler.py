@@ -21,7 +21,7 @@ from fastlangevin.arguments import (
     check_schedule,
     check_step_kwargs,
 )
-from fastlangevin.chain import Chain
+from fastlangevin.chain import Chain, note
 from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
 from fastlangevin.metropolis import AdjustedChain, check_adjustable
@@ -406,7 +406,9 @@ class LangevinSampler:
             first_chain, x.shape[0], first_step, self.steps
         )
         kind = AdjustedChain if self.metropolis else Chain
-        return x, kind(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
+        chain = kind(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
+        note(x, chain)
+        return x, chain
 
     def _copy(self, x0: Tensor) -> Tensor:
         """x0 as a state to walk on, in float32 or float64; TypeError or ValueError if unfit."""

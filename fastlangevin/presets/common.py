@@ -3,21 +3,16 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import GradClip, at_step
-from fastlangevin.kernels.reference import per_chain
+from fastlangevin.arguments import GradClip
 from fastlangevin.sampler import Diagnostics, LangevinSampler
 from fastlangevin.scores.general import modules_of
 from fastlangevin.step import langevin_step_
-
-# Where someone watches (fl.testing.compare): the states at which gradients were taken, [K, n, ...].
-_watched: ContextVar[list[Tensor] | None] = ContextVar("watched", default=None)
 
 
 class Labelled(nn.Module):
@@ -51,15 +46,8 @@ class Samplers:
         return self._last[2]
 
 
-def run(sampler: LangevinSampler, x: Tensor, **options: Any) -> Tensor:
-    """sampler(x, **options)."""
-    _note(sampler, x, options)
-    return sampler(x, **options)
-
-
 def measure(sampler: LangevinSampler, x: Tensor, **options: Any) -> Diagnostics:
     """sampler.diagnose(x, **options); FloatingPointError, as of a call, for lost chains."""
-    _note(sampler, x, options)
     found = sampler.diagnose(x, **options)
     if not bool(torch.isfinite(found.x).all()):
         raise FloatingPointError(
@@ -94,7 +82,7 @@ def run_noise_first(
     """
     x = kick(x0, noise_std, seed, noise)
     later = None if noise is None else noise.roll(-1, 0)
-    return run(sampler, x, seed=seed, first_step=1, noise=later, **options)
+    return sampler(x, seed=seed, first_step=1, noise=later, **options)
 
 
 def noise_first_settings(
@@ -167,37 +155,3 @@ def in_eval_mode(energy: Callable[..., Tensor]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[list[Tensor]]:
-    """Yield a list to which every chain that a preset runs here adds :func:`gradient_points`."""
-    points: list[Tensor] = []
-    token = _watched.set(points)
-    try:
-        yield points
-    finally:
-        _watched.reset(token)
-
-
-def gradient_points(sampler: LangevinSampler, x0: Tensor, **options: Any) -> Tensor:
-    """The states [K, n, ...] at which a chain takes its gradients.
-
-    Noise before them is read from ``noise``, which must then be given.
-    """
-    points = sampler.trajectory(x0, **options)[:-1]
-    if sampler.noise_order == "before":
-        for k, x in enumerate(points):
-            std = per_chain(at_step(sampler.noise_std, k), x, x.dtype)
-            x += std * options["noise"][k].to(x.dtype)
-            if sampler.clamp is not None:
-                x.clamp_(*sampler.clamp)
-    return points
-
-
-def _note(sampler: LangevinSampler, x: Tensor, options: dict[str, Any]) -> None:
-    points = _watched.get()
-    if points is not None:
-        own = ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload")
-        kept = {name: value for name, value in options.items() if name not in own}
-        points.append(gradient_points(sampler, x, **kept))

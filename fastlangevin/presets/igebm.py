@@ -17,7 +17,6 @@ from fastlangevin.presets.common import (
     kick,
     labelled,
     noise_first_settings,
-    run,
     run_noise_first,
     take_seed,
 )
@@ -163,13 +162,13 @@ def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         if K > 1:
             sampler = until_last(model, wrap, steps=K - 1, noise_std=stds[1:], **move)
             later = None if noise is None else noise[1:]
-            x = run(sampler, x, seed=seed, first_step=1, noise=later, **given)
+            x = sampler(x, seed=seed, first_step=1, noise=later, **given)
         last_step = last(model, wrap, steps=1, noise_std=0.0, score="general", **move)
         n = 128 if FLAGS.dataset in ("cifar10", "celeba") else 32
         few = {name: value[:n] for name, value in given.items()}
         with left_as_found(last_step.energy, x.device):
             _, im_grad = energy_and_grad(last_step.energy, x[:n], few)
-        moved = run(last_step, x, seed=seed, **given)  # before the graph below takes memory
+        moved = last_step(x, seed=seed, **given)  # before the graph below takes memory
         im_neg_kl = last_step(x[:n], seed=seed, differentiable=True, checkpoint="none", **few)
         return moved, im_neg_kl, im_grad
 

@@ -11,7 +11,6 @@ from fastlangevin.presets.common import (
     draw_coins,
     draw_slots,
     in_eval_mode,
-    run,
     take_seed,
     uniform,
 )
@@ -57,7 +56,7 @@ def jem(
             f, steps=n_steps, step_size=args.sgld_lr, noise_std=args.sgld_std, maximize=True
         )
         with in_eval_mode(f):
-            x = run(sampler, x, seed=seed, noise=noise, **_given(y))
+            x = sampler(x, seed=seed, noise=noise, **_given(y))
         if slots is not None:
             replay_buffer[slots] = x.to(replay_buffer)
         return x
@@ -119,7 +118,7 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
         else:
             step_size = first + sum(rest)
             sampler = samplers(f, step_size=step_size, grad_clip=args.eps, **settings)
-        x = run(sampler, x, seed=seed, noise=noise, **_given(y))
+        x = sampler(x, seed=seed, noise=noise, **_given(y))
         if slots is not None and save:
             replay_buffer[slots] = x.to(replay_buffer)
         return x
@@ -182,7 +181,7 @@ def _start(
     return torch.where(coins.view(n, *[1] * (x.ndim - 1)), fresh, x), slots
 
 
-def _given(y: Tensor | None) -> dict[str, Tensor]:
+def _given(y: Tensor | None) -> dict[str, Any]:
     """The label as an argument, where there is one: without, f may be recognised."""
     return {} if y is None else {"y": y}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import GradClip, Schedule
-from fastlangevin.presets.common import Samplers, run, take_seed
+from fastlangevin.presets.common import Samplers, take_seed
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of, left_as_found
 
@@ -124,7 +124,7 @@ class torchebm:  # lower case, as all presets are called
         sampler = self._sampler(n_steps, reset_schedulers)
         options: dict[str, Any] = {"seed": seed, "noise": noise, **moved}
         if not (return_trajectory or return_diagnostics):
-            return run(sampler, x, **options).to(self.dtype)
+            return sampler(x, **options).to(self.dtype)
         # [n_steps // thin, n, ...]; the last state is among them where thin divides n_steps.
         kept = sampler.trajectory(x, every=thin, **options)[1:]
         if return_trajectory or n_steps % thin == 0:
@@ -191,7 +191,7 @@ class ebmkit:  # lower case, as all presets are called
         options: dict[str, Any] = {"seed": take_seed(seed, generator), "noise": noise}
         if return_trajectory:
             return sampler.trajectory(x_init, **options)
-        return run(sampler, x_init, **options)
+        return sampler(x_init, **options)
 
     def step(
         self,
@@ -204,7 +204,7 @@ class ebmkit:  # lower case, as all presets are called
     ) -> Tensor:
         """One step; ``noise`` is [1, n, ...]."""
         sampler = self._sampler(self._steppers, energy, 1)
-        return run(sampler, x, seed=take_seed(seed, generator), noise=noise)
+        return sampler(x, seed=take_seed(seed, generator), noise=noise)
 
     def _sampler(
         self, samplers: Samplers, energy: Callable[..., Tensor], steps: int

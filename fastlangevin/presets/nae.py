@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.presets.common import Samplers, run, take_seed
+from fastlangevin.presets.common import Samplers, take_seed
 from fastlangevin.scores.general import energy_and_grad
 
 
@@ -75,7 +75,7 @@ def nae() -> Callable[..., Tensor]:
         else:
             along = {"maximize": True, "score": "network"}
             sampler = samplers(model, (_Clipped, clip_grad), **settings, **along)
-        return run(sampler, x, seed=take_seed(seed, generator), noise=noise)
+        return sampler(x, seed=take_seed(seed, generator), noise=noise)
 
     return sample_langevin
 

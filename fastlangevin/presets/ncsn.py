@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.presets.common import Labelled, Samplers, run, take_seed
+from fastlangevin.presets.common import Labelled, Samplers, take_seed
 
 
 def ncsn() -> Callable[..., list[Tensor]]:
@@ -65,7 +65,7 @@ def ncsn() -> Callable[..., list[Tensor]]:
             "step_kwargs": {"label": [label for label in labels for _ in range(n_steps_each)]},
         }
         if final_only:
-            x, images = run(sampler, x_mod, **options), []
+            x, images = sampler(x_mod, **options), []
         else:
             states = sampler.trajectory(x_mod, **options)
             x, images = states[-1], list(states[1:].cpu())

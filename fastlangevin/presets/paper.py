@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.presets.common import Samplers, draw_distinct, measure, run, take_seed, uniform
+from fastlangevin.presets.common import Samplers, draw_distinct, measure, take_seed, uniform
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of
 
@@ -44,7 +44,7 @@ def short_run(
         seed = take_seed(seed, generator)
         x = uniform((m, *shape), seed, device_of(f)) if x0 is None else x0
         sampler = samplers(f, steps=K, step_size=1.0, noise_std=s, maximize=True)
-        return run(sampler, x, seed=seed, noise=noise)
+        return sampler(x, seed=seed, noise=noise)
 
     return sample_q
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.presets.common import Samplers, in_eval_mode, run, take_seed, uniform
+from fastlangevin.presets.common import Samplers, in_eval_mode, take_seed, uniform
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of
@@ -60,7 +60,7 @@ class uva:  # lower case, as all presets are called
         seed = _noise.fold_in(self.seed, self.drawn)
         sampler = self._samplers(self.model, **_settings(steps, step_size))
         with in_eval_mode(self.model):
-            x = run(sampler, x, seed=seed, noise=noise)
+            x = sampler(x, seed=seed, noise=noise)
         self.buffer.put(None, x)
         self.drawn += 1
         return x
@@ -83,7 +83,7 @@ class uva:  # lower case, as all presets are called
         with in_eval_mode(model):
             if return_img_per_step:
                 return sampler.trajectory(inp_imgs, **options)[1:]
-            return run(sampler, inp_imgs, **options)
+            return sampler(inp_imgs, **options)
 
 
 def _settings(steps: int, step_size: float) -> dict[str, Any]:
