@@ -191,7 +191,8 @@ class LangevinSampler:
         from that of an energy: they are True and "network". There is no energy: that of
         :meth:`diagnose` is NaN, and checks are of x alone. The net runs under torch.no_grad, or,
         with ``differentiable``, in the graph of the chain. Raises TypeError for those two settings;
-        calls raise ValueError for a net that returns energies.
+        calls raise ValueError for a net that returns energies. Of states [n] or [n, 1] a score
+        has an energy's shape: there neither is noticed in the place of the other.
         """
         for name in ("maximize", "score"):
             if name in settings:
