@@ -113,8 +113,9 @@ class ReplayBuffer:
         Raises ValueError if there are fewer slots than chains, in all or of one class.
         """
         capacity, device = self.states.shape[0], self.states.device
-        if isinstance(n, str) or not 1 <= n <= capacity:
-            n = n if isinstance(n, int | float) else check_count(_OP, "n", n)
+        if isinstance(n, str):
+            raise TypeError(f"{_OP}: n must be an integer, got {n!r}")
+        if not 1 <= n <= capacity:
             raise ValueError(f"{_OP}: n must be in 1..capacity={capacity}, got {n}")
         n = check_count(_OP, "n", n)
         if y is not None and self.n_classes is None:

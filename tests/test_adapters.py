@@ -2,11 +2,13 @@
 
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +235,26 @@ def test_the_lightning_module_trains() -> None:
     optimizer = module.configure_optimizers()
     assert len(optimizer.param_groups[0]["params"]) == len(list(module.energy.parameters()))
     assert list(module.state_dict()) == [f"energy.{name}" for name in module.energy.state_dict()]
+
+
+def test_the_lightning_module_takes_other_chains_for_every_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also while gradients accumulate, when global_step stands still; with Lightning's names."""
+
+    class Module(torch.nn.Module):
+        global_step = global_rank = current_epoch = 0
+
+        def log(self, *_: Any, **__: Any) -> None: ...
+
+    stub = types.ModuleType("lightning")
+    stub.LightningModule = Module
+    monkeypatch.setitem(sys.modules, "lightning", stub)
+    module, chains = example("lightning_module")["ShortRun"](width=2, steps=1), []
+    module.energy.register_forward_pre_hook(lambda _, given: chains.append(given[0].detach()))
+    batch = [torch.zeros(3, 1, 8, 8)]
+    for epoch, index in ((0, 0), (0, 1), (1, 0)):
+        module.current_epoch = epoch
+        module.training_step(batch, index)
+    ends = [x for before, x in itertools.pairwise(chains) if not before.any()]
+    assert len({tuple(x.flatten().tolist()) for x in ends}) == 3

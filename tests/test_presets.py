@@ -953,3 +953,15 @@ def test_ranks_draw_other_numbers(preset: str, net: Net) -> None:
         net.float()
     assert torch.equal(run(net, 0), run(net, 0))
     assert not torch.equal(run(net, 0), run(net, 7))
+
+
+def test_jempps_clamped_steps_of_a_half_network_are_taken_in_full(net: Net) -> None:
+    """The gradient alone is the network's, in bfloat16: also where the inner steps clamp."""
+    net.bfloat16()
+    x0, z = SAME.float(), numbers(1, N, *SHAPE).float()
+    sample = fl.presets.jempp(args(pyld_lr=0.05))
+    got = sample(net, x0.clone(), n_steps=1, in_steps=3, noise=z)
+    g = grad(lambda v: net(v.bfloat16()).float(), x0).clamp(-0.3, 0.3)
+    want = (x0 + 0.1 * g).clamp(-1, 1)
+    want = (want + 0.15 * g).clamp(-1, 1) + 0.02 * z[0]
+    assert (got - want).abs().max() < 1e-6

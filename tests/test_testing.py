@@ -131,8 +131,8 @@ def schedule(energy: Callable[..., Tensor], x: Tensor, stds: list[float], a: flo
 # Long chains against loops that are slightly others: (curve, loop's noise, a, sampler's settings).
 OTHERS = {
     "no noise at the last step": (1.0, [0.005] * 99 + [0.0], 0.1, {"noise_std": 0.005}),
-    "noise of half the steps": (1.0, [0.002] * 50 + [0.0] * 50, 0.1, {"noise_std": 0.002}),
-    "no noise where chains run away": (-1.0, [0.0] * 100, 0.1, {"noise_std": 0.01}),
+    "noise of half the steps": (1.0, [0.001] * 50 + [0.0] * 50, 0.1, {"noise_std": 0.001}),
+    "no noise where chains run away": (-1.0, [0.0] * 100, 0.1, {"noise_std": 0.002}),
     "the wrong sign of a small step": (0.03, [0.0] * 100, -1e-4, {"noise_std": 0.0}),
 }
 
