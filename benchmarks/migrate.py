@@ -64,8 +64,8 @@ def measure(
         raise SystemExit(f"migrate: {single.name}: {exact}")
     return {
         "name": single.name,
-        "difference_float64": max(exact.differences),
-        "difference_float32": max(found.differences),
+        "difference_float64": max(exact.apart),
+        "difference_float32": max(found.apart),
         "compared": len(exact.differences),
         "seconds": found.seconds,
         "speedup": found.speedup,

@@ -20,9 +20,10 @@ class ShortRun(lightning.LightningModule):
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         (x,) = batch
-        chains = self.sampler(
-            n=len(x), seed=self.global_step, first_chain=self.global_rank * len(x)
-        )
+        # The seed counts batches: global_step counts the optimizer's steps, and stands still while
+        # gradients accumulate.
+        seed = fl.noise.fold_in(self.current_epoch, index)
+        chains = self.sampler(n=len(x), seed=seed, first_chain=self.global_rank * len(x))
         gap = self.energy(x).mean() - self.energy(chains).mean()
         self.log("energy_gap", gap, prog_bar=True)
         return gap

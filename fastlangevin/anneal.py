@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from fastlangevin.arguments import check_count, check_number
@@ -36,7 +37,9 @@ def levels(sigmas: Sequence[float] | Tensor, steps_each: int, step_lr: float) ->
     Raises TypeError or ValueError naming the argument. Source: Song & Ermon, arXiv 1907.05600,
     algorithm 1, with step_lr half of its epsilon, as in its authors' code.
     """
-    values = [check_number("levels", "sigmas", float(sigma)) for sigma in sigmas]
+    if not isinstance(sigmas, Sequence | Tensor | np.ndarray) or isinstance(sigmas, str):
+        raise TypeError(f"levels: sigmas must be a sequence or a tensor [L], got {sigmas!r}")
+    values = [check_number("levels", "sigmas", sigma) for sigma in sigmas]
     if not values or min(values) == 0:
         raise ValueError(f"levels: sigmas must be one or more values > 0, got {values}")
     each = check_count("levels", "steps_each", steps_each)

@@ -1,7 +1,9 @@
 """One call's chain: the settings of a sampler, bound to a seed and stepped through."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +18,30 @@ from fastlangevin.step import apply_step_, bind_step, resolve_backend
 
 if TYPE_CHECKING:
     from fastlangevin.sampler import LangevinSampler
+
+
+# Where someone watches (fl.testing.compare): of each call here the state that it walks on, as it
+# was at its start, and the chain.
+_watched: ContextVar[list[tuple[Tensor, Tensor, "Chain"]] | None] = ContextVar(
+    "watched", default=None
+)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[tuple[Tensor, Tensor, "Chain"]]]:
+    """Yield a list to which every sampler's call in here adds (x, x at the start, its chain)."""
+    runs: list[tuple[Tensor, Tensor, Chain]] = []
+    token = _watched.set(runs)
+    try:
+        yield runs
+    finally:
+        _watched.reset(token)
+
+
+def note(x: Tensor, chain: "Chain") -> None:
+    runs = _watched.get()
+    if runs is not None:
+        runs.append((x, x.clone(), chain))
 
 
 class Step(NamedTuple):

@@ -47,7 +47,9 @@ class Packing(NamedTuple):
             part.reshape(*flat.shape[:-1], *shape).contiguous()
             for part, shape in zip(flat.split(sizes, dim=-1), self.shapes, strict=True)
         ]
-        return dict(zip(self.keys, parts, strict=True)) if self.kind is dict else self.kind(parts)
+        if self.kind is dict:
+            return dict(zip(self.keys, parts, strict=True))
+        return self.kind(*parts) if hasattr(self.kind, "_fields") else self.kind(parts)
 
     def _checked(self, name: str, parts: Any, lead: tuple[int, ...]) -> list[Tensor]:
         keys = _keys(parts)
@@ -97,8 +99,7 @@ def packing_of(x0: Any, energy: Callable[..., Any]) -> Packing | None:
         keys = _keys(shapes)
         if not keys or not all(isinstance(shapes[key], Sequence) for key in keys):
             return None
-        kind = dict if isinstance(shapes, Mapping) else type(shapes)
-        return Packing(kind, keys, tuple(tuple(shapes[key]) for key in keys))
+        return Packing(_kind(shapes), keys, tuple(tuple(shapes[key]) for key in keys))
     if isinstance(x0, Tensor) or not isinstance(x0, list | tuple | Mapping):
         return None
     keys = _keys(x0)
@@ -111,8 +112,13 @@ def packing_of(x0: Any, energy: Callable[..., Any]) -> Packing | None:
                 f"{_OP}: {_part('x0', key)} has {len(x0[key])} chains, "
                 f"{_part('x0', keys[0])} has {len(x0[keys[0]])}"
             )
-    kind = dict if isinstance(x0, Mapping) else list if isinstance(x0, list) else tuple
-    return Packing(kind, keys, tuple(tuple(x0[key].shape[1:]) for key in keys))
+    return Packing(_kind(x0), keys, tuple(tuple(x0[key].shape[1:]) for key in keys))
+
+
+def _kind(parts: Any) -> type:
+    if hasattr(parts, "_fields"):
+        return type(parts)  # a named tuple's own
+    return dict if isinstance(parts, Mapping) else list if isinstance(parts, list) else tuple
 
 
 def _keys(parts: Any) -> tuple[Any, ...]:

@@ -38,6 +38,9 @@ class ReplayBuffer:
         sampler's noise needs ``first_chain=rank * n``). With another world size all draws are
         others, and what was saved cannot be loaded.
 
+    An "index" buffer's first states are U(lo, hi) at the seed's initial states: in (-1, 1) the same
+    numbers as the starts of ``sampler(n=capacity, seed=seed)``; give the two different seeds.
+
     Every choice is a function of (seed, step) or, in ``put``, of (seed, states put so far) through
     the noise contract: the same on every device, and :meth:`state_dict` is all there is to save.
     Raises TypeError or ValueError naming the argument.
@@ -60,6 +63,8 @@ class ReplayBuffer:
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"{_OP}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if isinstance(reinit, str):
+            raise TypeError(f"{_OP}: reinit must be a number, got {reinit!r}")
         if not 0 <= reinit <= 1:
             raise ValueError(f"{_OP}: reinit must be in [0, 1], got {reinit!r}")
         if dtype not in (torch.float32, torch.uint8):
@@ -108,6 +113,8 @@ class ReplayBuffer:
         Raises ValueError if there are fewer slots than chains, in all or of one class.
         """
         capacity, device = self.states.shape[0], self.states.device
+        if isinstance(n, str):
+            raise TypeError(f"{_OP}: n must be an integer, got {n!r}")
         if not 1 <= n <= capacity:
             raise ValueError(f"{_OP}: n must be in 1..capacity={capacity}, got {n}")
         n = check_count(_OP, "n", n)
@@ -117,7 +124,7 @@ class ReplayBuffer:
             got = "y too" if y is not None else f"kind={self.kind!r}"
             raise ValueError(f"{_OP}: index needs kind='index' and no y, got {got}")
         if index is not None:
-            slots = _check_numbers("index", index, n, capacity).to(device)
+            slots = check_numbers(_OP, "index", index, n, capacity).to(device)
         elif self.kind == "index":
             slots = self._distinct(n, step, y)
         else:
@@ -145,17 +152,14 @@ class ReplayBuffer:
         """
         capacity, device = self.states.shape[0], self.states.device
         if self.kind == "index":
-            where = _check_numbers("slots", slots, None, capacity).to(device)
+            where = check_numbers(_OP, "slots", slots, None, capacity).to(device)
             self._check_states(x, len(where))
             rows = torch.arange(len(where), device=device)
         else:
-            self._check_states(x, x.shape[0] if x.ndim else 0)
+            self._check_states(x, None)
             where, rows = (numbers.to(device) for numbers in self._admit(x.shape[0]))
             self.added += x.shape[0]
-        # Of states for one slot the last is written, on every device.
-        last = torch.zeros(capacity, dtype=torch.int64, device=device)
-        last.scatter_reduce_(0, where, rows, "amax")
-        self.states[where] = self._stored(x.detach()[last[where]])
+        write_last(self.states, where, self._stored(x.detach()[rows]))
 
     def to(self, device: torch.device | str) -> "ReplayBuffer":
         """This buffer, its states moved to ``device``; what it draws stays the same."""
@@ -172,6 +176,8 @@ class ReplayBuffer:
 
         Raises ValueError, before anything is changed, naming what is missing or differs.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"{_OP}: state_dict must be a dict, got {type(state).__name__}")
         expected = {"version": VERSION, **self._settings()}
         if missing := [name for name in (*expected, "added", "states") if name not in state]:
             raise ValueError(f"{_OP}: state_dict has no {', '.join(missing)}")
@@ -204,7 +210,7 @@ class ReplayBuffer:
         )
         if y is None or self.n_classes is None:
             return keys[0].argsort(stable=True)[:n]
-        y, block = _check_numbers("y", y, n, self.n_classes), capacity // self.n_classes
+        y, block = check_numbers(_OP, "y", y, n, self.n_classes), capacity // self.n_classes
         order = y.argsort(stable=True)
         grouped = y[order]
         # turn: how many chains of the same label stand before this one.
@@ -249,7 +255,11 @@ class ReplayBuffer:
         lo, hi = self.value_range
         return ((x - lo) * (256 / (hi - lo))).floor().clamp(0, 255).to(torch.uint8)
 
-    def _check_states(self, x: Tensor, n: int) -> None:
+    def _check_states(self, x: Tensor, n: int | None) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
+        if n is None:
+            n = x.shape[0] if x.ndim else 0
         if x.shape != (n, *self.states.shape[1:]):
             expected = [n, *self.states.shape[1:]]
             raise ValueError(f"{_OP}: x must have shape {expected}, got {list(x.shape)}")
@@ -265,18 +275,25 @@ class ReplayBuffer:
             raise ValueError(f"{_OP}: x must not be NaN, which uint8 cannot hold")
 
 
-def _check_numbers(name: str, value: Any, n: int | None, bound: int) -> Tensor:
+def write_last(states: Tensor, slots: Tensor, x: Tensor) -> None:
+    """states[slots] = x; of rows for one slot the last is written, on every device."""
+    last = torch.zeros(len(states), dtype=torch.int64, device=slots.device)
+    last.scatter_reduce_(0, slots, torch.arange(len(slots), device=slots.device), "amax")
+    states[slots] = x[last[slots]]
+
+
+def check_numbers(op: str, name: str, value: Any, n: int | None, bound: int) -> Tensor:
     """Integers in 0..bound - 1, n of them or any number, as int64."""
     kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
     if kind not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"{_OP}: {name} must be a tensor of integers, got {kind}")
+        raise TypeError(f"{op}: {name} must be a tensor of integers, got {kind}")
     if value.ndim != 1 or (n is not None and len(value) != n):
         expected = "n" if n is None else n
-        raise ValueError(f"{_OP}: {name} must have shape [{expected}], got {list(value.shape)}")
+        raise ValueError(f"{op}: {name} must have shape [{expected}], got {list(value.shape)}")
     wrong = (value < 0) | (value >= bound)
     if bool(wrong.any()):
         got = int(value[wrong][0])
-        raise ValueError(f"{_OP}: {name} must be in 0..{bound - 1}, got {got}")
+        raise ValueError(f"{op}: {name} must be in 0..{bound - 1}, got {got}")
     return value.long()
 
 

@@ -21,7 +21,7 @@ from fastlangevin.arguments import (
     check_schedule,
     check_step_kwargs,
 )
-from fastlangevin.chain import Chain
+from fastlangevin.chain import Chain, note
 from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
 from fastlangevin.metropolis import AdjustedChain, check_adjustable
@@ -193,7 +193,8 @@ class LangevinSampler:
         from that of an energy: they are True and "network". There is no energy: that of
         :meth:`diagnose` is NaN, and checks are of x alone. The net runs under torch.no_grad, or,
         with ``differentiable``, in the graph of the chain. Raises TypeError for those two settings;
-        calls raise ValueError for a net that returns energies.
+        calls raise ValueError for a net that returns energies. Of states [n] or [n, 1] a score
+        has an energy's shape: there neither is noticed in the place of the other.
         """
         for name in ("maximize", "score"):
             if name in settings:
@@ -408,7 +409,9 @@ class LangevinSampler:
             first_chain, x.shape[0], first_step, self.steps
         )
         kind = AdjustedChain if self.metropolis else Chain
-        return x, kind(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
+        chain = kind(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
+        note(x, chain)
+        return x, chain
 
     def _copy(self, x0: Tensor) -> Tensor:
         """x0 as a state to walk on, in float32 or float64; TypeError or ValueError if unfit."""

@@ -1,6 +1,8 @@
 """Is it the same chain? A loop and what replaces it, run with the same noise, step by step."""
 
 import contextlib
+import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import check_count
-from fastlangevin.presets.common import gradient_points, watching
+from fastlangevin.arguments import at_step, check_count
+from fastlangevin.chain import Chain, watching
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import kept_generators, modules_of
+from fastlangevin.scores.general import kept_generators, modules_of, network_dtype
 from fastlangevin.states import Allocations
+from fastlangevin.step import fold_norm_clip, langevin_step_
 from fastlangevin.trace import leaves_of, nodes_of
 
 _OP = "compare"
@@ -26,8 +29,11 @@ class Comparison(NamedTuple):
 
     same: bool
     verdict: str
-    differences: list[float]  # the largest where each gradient is taken, and last at the end
-    tolerances: list[float]  # what rounding may make at each of them
+    differences: list[float]  # at the start, then of each step taken from the loop's own state
+    tolerances: list[float]  # what rounding may make of each of them
+    apart: list[
+        float
+    ]  # at the same places, of the sampler left to itself: rounding, and its growth
     draws: int  # of standard normals of x0's shape by the loop
     gradients: int  # taken by the loop; of x0's shape
     steps: int
@@ -49,6 +55,7 @@ class Comparison(NamedTuple):
             self.verdict,
             f"chains      {self.steps} steps of {list(self.shape)}, {self.dtype}",
             f"difference  {states}",
+            f"on its own  {max(self.apart):.1e} at most, {self.apart[-1]:.1e} at the end",
             f"time        loop {times[0]}, sampler {times[1]}: {self.speedup:.2f}x as fast",
             f"memory      loop {memory[0]}, sampler {memory[1]}: {share:.2f}x as much",
             *(f"note        {note}" for note in self.notes),
@@ -82,10 +89,16 @@ def compare(
         parameters and buffers of ``energy``, by default the sampler's, are converted meanwhile.
     rounds: of timing, in turns, with the loop's and the sampler's own noise.
 
-    States count as the same within 32 eps (1 + k)^2 max(1, |x|) after k steps: eps is the dtype's,
-    the growth allows for networks that part from rounding. On the CPU the bytes are those of
-    tensors that torch makes, on CUDA those that its allocator holds. Modes, flags, .grads, buffers
-    and torch's generators are as before. Raises TypeError or ValueError naming the argument.
+    Every step is judged by itself: the sampler takes it from the state that the loop had reached,
+    with the step's noise, and has to arrive where the loop does, within the rounding of that step's
+    own terms; nothing grows with K. A step that goes further apart is taken again from states
+    4 eps away, and what kinks or large steps make of that is allowed. Where the loop's gradients
+    are not one a step (or not autograd's), the ends alone are compared, and what the sampler makes
+    of an x0 4 eps away is the measure.
+
+    On the CPU the bytes are those of tensors that torch makes, on CUDA those that its allocator
+    holds. Modes, flags, .grads, buffers and torch's generators are as before. Raises TypeError or
+    ValueError naming the argument.
     """
     steps = _check_steps(sampler, steps)
     if not isinstance(x0, Tensor) or x0.dtype not in (torch.float32, torch.float64):
@@ -116,33 +129,34 @@ def compare(
             out = original(x)
             return x if out is None else out
 
-        def own(run: Callable[..., Any], noise: Tensor | None = None) -> Any:
+        def own(run: Callable[..., Any], noise: Tensor | None = None, start: Tensor = x0) -> Any:
             put_back()
-            return run(x0, noise=noise, **model_kwargs)
+            return run(start, noise=noise, **model_kwargs)
 
         fresh = _fresh(sampler)  # what it keeps for its next calls counts too
         peak = _peak_bytes(loop, x0.device), _peak_bytes(lambda: own(fresh), x0.device)
-        ours, our_points = _ours(sampler, own, x0, z, model_kwargs)
+        with watching() as runs:
+            ours = _state(own(sampler, z), x0.shape)
+        walk = _Walk(runs, x0, steps)
         theirs, record = _theirs(loop, z, ours)
+        put_back()
+        by_step = len(record.points) == steps == len(walk.places)
+        if by_step:
+            found = walk.judge([*record.points, theirs], ours)
+        else:
+            found = _Found([], [_distance(theirs, ours)], [0.0], [_distance(theirs, ours)])
+        if not (by_step and walk.ends_in(ours)):
+            found.tolerances[-1] = _spread(lambda x: own(sampler, z, x), x0, ours, steps)
+            found.differences[-1] = found.apart[-1]
         seconds = _times((loop, lambda: own(sampler)), x0.device, rounds)
-    pairs = [*zip(record.points, our_points, strict=False), (theirs, ours)]
-    numbers = [*range(len(pairs) - 1), steps]
-    differences = [_distance(a, b) for a, b in pairs]
-    scale = max(1.0, *(float(b.abs().nan_to_num().max()) for _, b in pairs))
-    tolerances = [32 * torch.finfo(x0.dtype).eps * (1 + k) ** 2 * scale for k in numbers]
-    parted = any(not d <= t for d, t in zip(differences, tolerances, strict=True))
-    ends_alone = not record.points
-    if parted and len(record.points) != steps and differences[-1] <= tolerances[-1]:
-        # Inner loops take gradients too: the k-th need not be step k's.
-        ends_alone, numbers = True, numbers[-1:]
-        differences, tolerances = differences[-1:], tolerances[-1:]
-    same, verdict = _verdict(differences, tolerances, numbers, record, our_points, z)
+    same, verdict = _verdict(found, steps, record, theirs, z)
     ratios = [loop / own for loop, own in zip(*seconds, strict=True)]
     return Comparison(
         same=same,
         verdict=verdict,
-        differences=differences,
-        tolerances=tolerances,
+        differences=found.differences,
+        tolerances=found.tolerances,
+        apart=found.apart,
         draws=record.draws,
         gradients=len(record.points),
         steps=steps,
@@ -151,7 +165,7 @@ def compare(
         peak_bytes=peak,
         shape=tuple(x0.shape),
         dtype=x0.dtype,
-        notes=_notes(record, steps, ends_alone),
+        notes=_notes(record, steps, by_step),
     )
 
 
@@ -163,7 +177,7 @@ class _Record(TorchFunctionMode):
         self.z, self.shape, self.skip = z, z.shape[1:], skip
         self.draws = 0
         self.points: list[Tensor] = []
-        self.first_grad: Tensor | None = None
+        self.grads: list[Tensor | None] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -180,18 +194,26 @@ class _Record(TorchFunctionMode):
         return out
 
     def _supply(self, name: str, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        if not isinstance(out, Tensor) or out.shape != self.shape:
+        if not isinstance(out, Tensor) or out.shape not in (self.shape, self.z.shape):
+            return
+        if out.shape == self.z.shape:  # all steps' at once
+            self.draws += len(self.z)
+            self._fill(name, out, self.z, args, kwargs)
             return
         k, self.draws = self.draws - self.skip, self.draws + 1
-        if not 0 <= k < len(self.z):
-            return
+        if 0 <= k < len(self.z):
+            self._fill(name, out, self.z[k], args, kwargs)
+
+    def _fill(
+        self, name: str, out: Tensor, z: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
         mean, std = 0.0, 1.0
         if name.startswith("normal"):
             given = args[name == "normal_" :]
             mean = kwargs.get("mean", given[0] if given else mean)
             std = kwargs.get("std", given[1] if len(given) > 1 else std)
         with torch.no_grad():
-            out.copy_(self.z[k].to(out.dtype) * std + mean)
+            out.copy_(z.to(out.dtype) * std + mean)
 
     def _grad(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         inputs = args[1] if len(args) > 1 else kwargs["inputs"]
@@ -219,8 +241,7 @@ class _Record(TorchFunctionMode):
         return None
 
     def _keep(self, grad: Tensor | None) -> None:
-        if self.first_grad is None and grad is not None:
-            self.first_grad = grad.detach().clone()
+        self.grads.append(None if grad is None else grad.detach().clone())
 
 
 def _theirs(loop: Callable[[], Any], z: Tensor, ours: Tensor) -> tuple[Tensor, _Record]:
@@ -240,21 +261,145 @@ def _theirs(loop: Callable[[], Any], z: Tensor, ours: Tensor) -> tuple[Tensor, _
     return min(found, key=lambda run: _distance(run[0], ours))
 
 
-def _ours(
-    sampler: Callable[..., Any],
-    own: Callable[..., Any],
-    x0: Tensor,
-    z: Tensor,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """(x_K, the states at which gradients were taken)."""
-    if isinstance(sampler, LangevinSampler):
-        taken = gradient_points(sampler, x0, noise=z, **kwargs)
-        return own(sampler, z), list(taken)
-    with watching() as chains:
-        out = own(sampler, z)
-    points = [x for chain in chains if chain.shape[1:] == x0.shape for x in chain]
-    return _state(out, x0.shape), points[: len(z)]
+class _Found(NamedTuple):
+    states: list[Tensor]  # where the sampler comes from the loop's states
+    differences: list[float]
+    tolerances: list[float]
+    apart: list[float]
+
+
+class _Walk:
+    """The chains of a call, step by step, from where a gradient is taken to where the next is."""
+
+    def __init__(self, runs: list[tuple[Tensor, Tensor, Chain]], x0: Tensor, steps: int) -> None:
+        runs = [run for run in runs if run[1].shape == x0.shape and run[1].dtype == x0.dtype]
+        places = [(run, k) for run in runs for k in range(run[2].sampler.steps)]
+        self.places, self.steps = places[:steps], steps
+
+    def ends_in(self, ours: Tensor) -> bool:
+        """Whether the last step's state is the answer, with nothing done to it after."""
+        end = self.places[-1][0][0]
+        return torch.equal(end.to(ours), ours)
+
+    def judge(self, theirs: list[Tensor], ours: Tensor) -> _Found:
+        """theirs: the loop's states at its gradients and its end, K + 1."""
+        eps = torch.finfo(ours.dtype).eps
+        begin = self._begin()
+        bound = 4 * eps * torch.maximum(_largest(begin), _largest(theirs[0]))
+        difference, tolerance = _worst(begin, theirs[0], bound)
+        apart = _distance(theirs[0], begin)
+        found = _Found([begin], [difference], [tolerance], [apart])
+        free = begin
+        for j, (here, there) in enumerate(itertools.pairwise(theirs)):
+            end, bound = self._step(j, here)
+            difference, tolerance = _worst(end, there, bound)
+            if not difference <= tolerance:
+                difference, tolerance = _worst(end, there, bound + self._response(j, here, end))
+            free = self._step(j, free)[0] if j + 1 < self.steps else ours
+            found.states.append(end)
+            found.differences.append(difference)
+            found.tolerances.append(tolerance)
+            found.apart.append(_distance(there, free))
+        return found
+
+    def _begin(self) -> Tensor:
+        (_, start, chain), _ = self.places[0]
+        return _noise_before(start.clone(), chain, 0)
+
+    def _step(self, j: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(the state at gradient j + 1, what rounding may make of each chain) from one at j."""
+        (run, k) = self.places[j]
+        chain, sampler = run[2], copy.copy(run[2].sampler)
+        sampler.steps = 1
+        a, b = (at_step(value, k) for value in (sampler.step_size, sampler.noise_std))
+        sampler.step_size, sampler.noise_std = a, b
+        if sampler.noise_order == "before":  # x has that noise
+            sampler.noise_order, sampler.noise_std = "after", 0.0
+        one = chain._replace(
+            sampler=sampler,
+            first_step=chain.first_step + k,
+            noise=None if chain.noise is None else chain.noise[k : k + 1],
+            step_kwargs={name: value[k : k + 1] for name, value in chain.step_kwargs.items()},
+        )
+        end, grad = x.clone(), None
+        for step in one.walk(end):
+            grad = step.grad
+        eps = torch.finfo(x.dtype).eps
+        bound = 4 * eps * torch.maximum(_largest(x), _largest(end))
+        if grad is None:
+            bound = bound + 32 * eps * _largest(end - x)
+        else:
+            a, _ = fold_norm_clip(grad, a, sampler.grad_clip)
+            a = a.to(grad.device) if isinstance(a, Tensor) else a
+            bound = bound + 32 * _network_eps(sampler, x) * a * _largest(grad.to(x.dtype))
+        if j + 1 < len(self.places):
+            (_, _, chain), k = self.places[j + 1]
+            end = _noise_before(end, chain, k)
+        return end, bound
+
+    def _response(self, j: int, x: Tensor, end: Tensor) -> Tensor:
+        """Four times what a step makes of an x a few eps away, beyond that distance itself [n]."""
+        sampler = self.places[j][0][2].sampler
+        size = 4 * _network_eps(sampler, x) * _largest(x)
+        found = [
+            _largest(self._step(j, x + _like(size, x) * _signs(x, trial))[0] - end) - size
+            for trial in range(4)
+        ]
+        return 4 * torch.stack(found).amax(0).clamp(min=0)
+
+
+def _noise_before(x: Tensor, chain: Chain, k: int) -> Tensor:
+    """In place, what noise_order "before" does ahead of the gradient."""
+    sampler = chain.sampler
+    if sampler.noise_order != "before":
+        return x
+    return langevin_step_(
+        x, None, step_size=0.0, noise_std=at_step(sampler.noise_std, k), seed=chain.seed,
+        step=chain.first_step + k, first_chain=chain.first_chain, clamp=sampler.clamp,
+        noise=None if chain.noise is None else chain.noise[k],
+    )  # fmt: skip
+
+
+def _network_eps(sampler: LangevinSampler, x: Tensor) -> float:
+    """The coarsest of the state's dtype and the network's."""
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(sampler.precision or "")
+    dtypes = [x.dtype, network_dtype(sampler.energy, x.dtype)] + [half] * (half is not None)
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype is not None)
+
+
+def _spread(run: Callable[[Tensor], Any], x0: Tensor, ours: Tensor, steps: int) -> float:
+    """What rounding may make of the ends: each step's of the state, and what x0's grows to."""
+    eps = torch.finfo(x0.dtype).eps
+    size = 4 * eps * _largest(x0)
+    moved = [
+        _distance(_state(run(x0 + _like(size, x0) * _signs(x0, trial)), x0.shape), ours)
+        for trial in range(2)
+    ]
+    scale = max(float(_largest(x).nan_to_num().max()) for x in (x0, ours))
+    return 4 * (steps * eps * scale + max(moved))
+
+
+def _worst(a: Tensor, b: Tensor, bound: Tensor) -> tuple[float, float]:
+    """(difference, bound) of the chain that goes furthest beyond its bound [n]."""
+    found = (a.to(b.device, torch.float64) - b.to(torch.float64)).abs()
+    found = _largest(found.nan_to_num(nan=torch.inf))
+    bound = bound.to(found).expand_as(found)
+    i = int((found / bound.clamp(min=1e-300)).argmax())
+    return float(found[i]), float(bound[i])
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Of each chain, [n]."""
+    return x.detach().abs().reshape(len(x), -1).amax(1)
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def _signs(x: Tensor, trial: int) -> Tensor:
+    u = _noise.uniform(x.shape, seed=trial, step=0, device=x.device, dtype=x.dtype)
+    return 2 * (u < 0.5) - 1
 
 
 def _state(out: Any, shape: Sequence[int]) -> Tensor:
@@ -270,43 +415,49 @@ def _state(out: Any, shape: Sequence[int]) -> Tensor:
 
 
 def _verdict(
-    differences: list[float],
-    tolerances: list[float],
-    numbers: list[int],
-    record: _Record,
-    points: Sequence[Tensor],
-    z: Tensor,
+    found: _Found, steps: int, record: _Record, theirs: Tensor, z: Tensor
 ) -> tuple[bool, str]:
-    beyond = [i for i, d in enumerate(differences) if not d <= tolerances[i]]
+    pairs = list(zip(found.differences, found.tolerances, strict=True))
+    beyond = [i for i, (d, t) in enumerate(pairs) if not d <= t]
+    each = len(pairs) > 1
     if not beyond:
-        i = max(range(len(differences)), key=lambda i: differences[i])
+        i = max(range(len(pairs)), key=lambda i: pairs[i][0])
+        difference, tolerance = pairs[i]
+        where = f"of step {i}" if each and i else "at the start" if each else "at the end"
         return True, (
-            f"the same chain: the largest difference is {differences[i]:.1e}, after step "
-            f"{numbers[i]}, where rounding may make {tolerances[i]:.1e}"
+            f"the same chain: the largest difference is {difference:.1e}, {where}, where rounding "
+            f"may make {tolerance:.1e}"
         )
     i = beyond[0]
-    text = f"another chain: after step {numbers[i]} the difference is {differences[i]:.1e}, where "
-    text += f"rounding may make {tolerances[i]:.1e}"
-    if record.draws not in (0, len(z)) and record.skip == 0:
+    difference, tolerance = pairs[i]
+    k = i if each else steps
+    text = f"another chain: after step {k} the difference is {difference:.1e}, where rounding may "
+    text += f"make {tolerance:.1e}"
+    if record.draws == 0:
+        text = "no draws of x0's shape were seen, the loop's noise is its own; " + text
+    elif record.draws != len(z) and record.skip == 0:
         text += f"; the loop drew noise {record.draws} times, the sampler {len(z)} times"
-    if numbers[i] == 0:
+    if not each:
+        if z.dtype == torch.float32:
+            text += "; with dtype=torch.float64 it is seen whether that is rounding which grew"
+        return False, text
+    if k == 0:
         return False, text + (
             "; the first gradients are taken at different states: is the noise added before the "
             "gradient in one of them (noise_order), or x0 clamped?"
         )
-    if numbers[i] == 1 and record.first_grad is not None:
-        ends = (record.points[1:2], points[1:2])
-        moves = [_move(points[0], end[0], record.first_grad, z) for end in ends if len(end)]
-        if len(moves) == 2:
-            return False, text + f"; step 1 of the loop is {moves[0]}, of the sampler {moves[1]}"
-    elif z.dtype == torch.float32:
-        text += "; with dtype=torch.float64 it is seen whether that is rounding which grew"
+    grad, start = record.grads[k - 1], record.points[k - 1]
+    if grad is not None:
+        ends = ([*record.points, theirs][k], found.states[k])
+        moves = [_move(start, end, grad, z, k - 1) for end in ends]
+        text += f"; step {k} of the loop is {moves[0]}, of the sampler {moves[1]}"
     return False, text
 
 
-def _move(start: Tensor, end: Tensor, grad: Tensor, z: Tensor) -> str:
+def _move(start: Tensor, end: Tensor, grad: Tensor, z: Tensor, k: int) -> str:
     """A step in terms of the gradient and the noise, by least squares."""
-    parts = {"gradient": grad, **{f"noise[{k}]": z[k] for k in range(min(2, len(z)))}}
+    noises = {f"noise[{i}]": z[i] for i in range(k, min(k + 2, len(z)))}
+    parts = {"gradient": grad, **noises}
     columns = torch.stack([part.double().flatten() for part in parts.values()], dim=1)
     move = (end - start).double().flatten()
     if not bool(torch.isfinite(columns).all() & torch.isfinite(move).all()):
@@ -324,7 +475,7 @@ def _move(start: Tensor, end: Tensor, grad: Tensor, z: Tensor) -> str:
     )
 
 
-def _notes(record: _Record, steps: int, ends_alone: bool) -> tuple[str, ...]:
+def _notes(record: _Record, steps: int, by_step: bool) -> tuple[str, ...]:
     notes = []
     if record.skip:
         notes.append(
@@ -334,10 +485,9 @@ def _notes(record: _Record, steps: int, ends_alone: bool) -> tuple[str, ...]:
     elif record.draws != steps:
         notes.append(f"the loop drew normals of x0's shape {record.draws} times for {steps} steps")
     if len(record.points) != steps:
-        notes.append(
-            f"the loop took {len(record.points)} gradients by autograd in {steps} steps"
-            + (": only the ends were compared" if ends_alone else "")
-        )
+        notes.append(f"the loop took {len(record.points)} gradients by autograd in {steps} steps")
+    if not by_step:
+        notes.append("only the ends were compared")
     return tuple(notes)
 
 

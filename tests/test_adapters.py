@@ -2,11 +2,13 @@
 
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +55,25 @@ def test_torchebms_models_go_in_as_they_are(torchebm: Any) -> None:
 
 
 def test_ebmkits_energies_go_in_as_they_are(ebm: Any) -> None:
-    energies = [ebm.energy.MLPEnergy(2)] if hasattr(ebm.energy, "MLPEnergy") else []
-    energies += [lambda x: x.square().sum(1)]
-    names = ("Gaussian", "GaussianEnergy", "DoubleWell", "DoubleWellEnergy", "ScalarEnergy")
-    for name in names:
-        made = getattr(ebm.energy, name, None) or getattr(ebm, name, None)
-        if made is not None and not inspect.signature(made).parameters:
-            energies.append(made())
-    for energy in energies:
-        assert (sampler(energy)(X0, noise=Z) - descend(energy, X0, Z)).abs().max() < 1e-6
+    torch.manual_seed(0)
+    model = ebm.EnergyModel(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(),
+                                                torch.nn.Linear(8, 1)))  # fmt: skip
+
+    def well(x: Tensor) -> Tensor:
+        return (x.square() - 1).square().sum(1)
+
+    for energy in (model, ebm.TemperedEnergy(well, 0.5), ebm.SumEnergy(model, well)):
+        got = sampler(energy)(X0, noise=Z)
+        assert (got - descend(energy, X0, Z)).abs().max() < 1e-6
+        assert (got - descend(lambda x: 0 * x.sum(), X0, Z)).abs().max() > 1e-3
 
 
 def positional(function: Any) -> list[tuple[str, Any]]:
     return [
         (p.name, p.default)
         for p in inspect.signature(function).parameters.values()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ("seed", "noise")
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in ("seed", "noise", "first_chain")
     ]
 
 
@@ -230,3 +235,26 @@ def test_the_lightning_module_trains() -> None:
     optimizer = module.configure_optimizers()
     assert len(optimizer.param_groups[0]["params"]) == len(list(module.energy.parameters()))
     assert list(module.state_dict()) == [f"energy.{name}" for name in module.energy.state_dict()]
+
+
+def test_the_lightning_module_takes_other_chains_for_every_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also while gradients accumulate, when global_step stands still; with Lightning's names."""
+
+    class Module(torch.nn.Module):
+        global_step = global_rank = current_epoch = 0
+
+        def log(self, *_: Any, **__: Any) -> None: ...
+
+    stub = types.ModuleType("lightning")
+    stub.LightningModule = Module
+    monkeypatch.setitem(sys.modules, "lightning", stub)
+    module, chains = example("lightning_module")["ShortRun"](width=2, steps=1), []
+    module.energy.register_forward_pre_hook(lambda _, given: chains.append(given[0].detach()))
+    batch = [torch.zeros(3, 1, 8, 8)]
+    for epoch, index in ((0, 0), (0, 1), (1, 0)):
+        module.current_epoch = epoch
+        module.training_step(batch, index)
+    ends = [x for before, x in itertools.pairwise(chains) if not before.any()]
+    assert len({tuple(x.flatten().tolist()) for x in ends}) == 3

@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -318,3 +318,24 @@ def test_states_that_do_not_fit(
 
     with pytest.raises(error, match=match):
         getattr(fl.LangevinSampler(energy, steps=2), method)(x0, seed=0, **options)
+
+
+class Pair(NamedTuple):
+    z: Tensor
+    image: Tensor
+
+
+def test_a_named_tuple_stays_one() -> None:
+    def energy(state: Pair) -> Tensor:
+        return state.z.square().sum(1) + state.image.square().flatten(1).sum(1)
+
+    x0 = Pair(numbers(N, 3), numbers(N, 2, 2))
+    got = fl.LangevinSampler(energy, steps=2, step_size=0.1, noise_std=0.0)(x0, seed=0)
+    assert type(got) is Pair
+    assert (got.z - 0.64 * x0.z).abs().max() < 1e-12
+
+
+def test_a_score_of_parts_as_an_energy_is_told_where_to_go() -> None:
+    x0 = {"z": numbers(N, 3)}
+    with pytest.raises(TypeError, match=r"got dict; .*from_score"):
+        fl.LangevinSampler(lambda state: {"z": -state["z"]}, steps=1)(x0, seed=0)

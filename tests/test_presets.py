@@ -674,6 +674,10 @@ def test_jempp_saves_when_asked(net: Net) -> None:
     assert (x.abs() > 1).any()  # the noise comes after the clamp
 
 
+def jem(f: Net, y: Any = None, **options: Any) -> Tensor:
+    return fl.presets.jem(args(**options))(f, X0.clone(), y, 1)
+
+
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
@@ -693,11 +697,22 @@ def test_jempp_saves_when_asked(net: Net) -> None:
             lambda f: fl.presets.jempp(args(pyld_lr=0.1))(well, X0),
         ),
         (ValueError, "proj_norm_type", lambda f: fl.presets.openai_igebm(f, proj_norm_type="l1")),
+        (TypeError, "y must be a tensor of integers", lambda f: jem(f, LABELS.double())),
+        (ValueError, r"y must have shape \[n\], got \[4, 1\]", lambda f: jem(f, LABELS[:, None])),
+        (TypeError, "y must be a tensor of integers, got list", lambda f: jem(f, [0, 1, 2, 3])),
+        (ValueError, r"reinit_freq must be in \[0, 1\], got 2", lambda f: jem(f, reinit_freq=2)),
+        (ValueError, "args.uncond", lambda f: jem(f, LABELS, uncond=True)),
         (
             ValueError,
-            "sample=True",
-            lambda f: fl.presets.improved_cd()(None, flags(), f, X0, 2, sample=True),
+            "num_steps must be at least 1",
+            lambda f: fl.presets.improved_cd()(None, flags(), f, X0, 0),
         ),
+        (ValueError, "temperature must be", lambda f: fl.presets.openai_igebm(f, temperature=0)),
+        (TypeError, "temperature must be a number", lambda f: fl.presets.ula(f, "hot")),
+        (ValueError, "step_size must be", lambda f: fl.presets.ebmkit(-0.1)),
+        (TypeError, "shape must be a sequence", lambda f: fl.presets.short_run(f, shape=8)),
+        (TypeError, "sigmas must be a sequence", lambda f: fl.anneal.levels(1.0, 2, 1e-3)),
+        (TypeError, "sigmas must be a number", lambda f: fl.anneal.levels(["a"], 2, 1e-3)),
         (ValueError, "max_len", lambda f: fl.presets.uva(f, SHAPE, 9, 8)),
         (ValueError, "mh is not", lambda f: fl.presets.nae()(VECTORS, well, 0.1, 2, mh=True)),
         (ValueError, "stepsize or", lambda f: fl.presets.nae()(VECTORS, well, None, 2)),
@@ -815,3 +830,138 @@ def test_ula_ties_noise_to_step_and_temperature(step_size: Any, temperature: Any
         heat = torch.as_tensor(temperature).view(-1, 1)
         x = x - a * grad(well, x) + (2 * a * heat).sqrt() * z[k]
     assert (sampler(VECTORS.float(), noise=z) - x).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_half_network_leaves_the_state_in_full(case: str, net: Net) -> None:
+    _, x0, preset = CASES[case]
+    x0 = x0.float()
+    got = preset(net.bfloat16(), x0, numbers(4, *x0.shape).float())
+    moved = got[(got.abs() < 0.9) & (got != 0)].float()
+    assert got.dtype in (torch.float32, torch.float64)  # torchebm's case asks for float64
+    assert (moved != moved.bfloat16().float()).double().mean() > 0.5
+
+
+def test_torchebms_diagnostics_of_a_half_network(net: Net) -> None:
+    ours = fl.presets.torchebm(net.bfloat16(), step_size=0.1)
+    _, found = ours.sample(X0.float(), n_steps=2, return_diagnostics=True)
+    assert found["energy"].dtype == torch.float32
+    assert found["energy"].shape == (2,)
+
+
+@pytest.mark.parametrize("preset", ["jem", "jempp"])
+def test_slots_drawn_twice_keep_the_later_chain(
+    preset: str, threads: Callable[[int], None]
+) -> None:
+    """300 chains on 512 slots: whatever the threads, the last of a slot's chains is in it."""
+    threads(2)
+    settings = args(batch_size=300, sgld_std=0.1)
+    sample = getattr(fl.presets, preset)(settings)
+    for seed in range(5):
+        buffer = torch.zeros(512, 64, 8, 8)
+        x = sample(lambda v: 0 * v.flatten(1).sum(1), buffer, None, 1, seed=seed)
+        slots = fl.presets.common.draw_slots(300, 512, seed).tolist()
+        last = {slot: row for row, slot in enumerate(slots)}
+        assert len(last) < 300
+        assert torch.equal(buffer[list(last)], x[list(last.values())])
+
+
+def test_uvas_buffer_follows_a_model_and_lists_its_examples(net: Net) -> None:
+    chains = fl.presets.uva(net.float(), SHAPE, sample_size=2, max_len=5, seed=1)
+    moves = []
+    to, chains.buffer.to = chains.buffer.to, lambda device: moves.append(device) or to(device)
+    first, second = (chains.sample_new_exmps(1, 3) for _ in range(2))
+    assert moves == [torch.device("cpu")] * 2
+    assert [image.shape for image in chains.examples] == [(1, *SHAPE)] * 5
+    newest = torch.cat(chains.examples)[:4]
+    assert torch.equal(newest, torch.cat([first, second]).flip(0))
+
+
+def test_improved_cd_returns_its_samples(net: Net) -> None:
+    z, labels = numbers(3, 40, *SHAPE), torch.arange(40) % N
+    x0 = numbers(40, *SHAPE, seed=5).clamp(0, 1)
+    gen_image = fl.presets.improved_cd()
+    im_neg, im_neg_kl, samples, im_grad = gen_image(
+        labels, flags(anneal=True), net, x0, 3, sample=True, noise=z
+    )
+    x = x0
+    for k in range(3):
+        noisy = x + 0.001 * (3 - k - 1) / 3 * z[k]
+        g = grad(net, noisy, labels)
+        assert (samples[k] - (noisy - 0.2 * g)).abs().max() < 1e-12
+        x = (noisy - 0.2 * g).clamp(0, 1)
+    assert (samples[2] != im_neg).any()
+    assert (im_neg - x).abs().max() < 1e-12
+    assert (im_grad - g).abs().max() < 1e-12
+    assert torch.equal(im_neg_kl, im_neg[:32])
+    assert torch.equal(gen_image(labels, flags(anneal=True), net, x0, 3, noise=z)[0], im_neg)
+
+
+def test_settings_that_are_tensors_may_come_again(net: Net) -> None:
+    s = torch.full((N,), 0.1)
+    sample_q = fl.presets.short_run(net.float(), SHAPE, m=N)
+    assert torch.equal(sample_q(2, s, seed=1), sample_q(2, s, seed=1))
+    assert not torch.equal(sample_q(2, s, seed=1), sample_q(2, 2 * s, seed=1))
+    a = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    ours = fl.presets.ebmkit(step_size=a, steps=2)
+    got = ours.sample(well, VECTORS.float(), seed=1)
+    ours.step_size = 0.1
+    other = ours.sample(well, VECTORS.float(), seed=1)
+    assert torch.allclose(got[0], other[0], atol=1e-6)
+    assert (got[1:] - other[1:]).abs().max() > 0.1
+
+
+def test_ncsns_images_are_their_own(net: Net) -> None:
+    images = fl.presets.ncsn()(VECTORS, score_net, SIGMAS, 2, 1e-3, seed=1)
+    assert all(i.untyped_storage().nbytes() == i.numel() * i.element_size() for i in images)
+    sigmas = [sigma for sigma in SIGMAS for _ in range(2)]
+    sampler = fl.LangevinSampler.from_score(
+        score_net, steps=8, step_size=[1e-3 * (s / SIGMAS[-1]) ** 2 for s in sigmas],
+        noise_std=[(2e-3) ** 0.5 * s / SIGMAS[-1] for s in sigmas],
+    )  # fmt: skip
+    labels = [torch.full((N,), k // 2) for k in range(8)]
+    want = sampler(VECTORS, seed=1, step_kwargs={"labels": labels})
+    assert (images[7] - want).abs().max() < 1e-12
+
+
+RANKS: dict[str, Callable[[Net, int], Tensor]] = {
+    "short_run": lambda f, c: fl.presets.short_run(f, SHAPE, m=3)(1, seed=1, first_chain=c),
+    "anatomy": lambda f, c: fl.presets.anatomy(f, ANATOMY)(1, "uniform", seed=1, first_chain=c)[0],
+    "jem": lambda f, c: fl.presets.jem(args(), shape=SHAPE)(f, [], None, 1, seed=1, first_chain=c),
+    "jempp": lambda f, c: fl.presets.jempp(args(), shape=SHAPE)(
+        f, [], None, 1, 0, seed=1, first_chain=c
+    ),
+    "igebm": lambda f, c: fl.presets.igebm(f, 10, 2)(UNIT, seed=1, first_chain=c),
+    "openai_igebm": lambda f, c: fl.presets.openai_igebm(f)(UNIT, seed=1, first_chain=c),
+    "improved_cd": lambda f, c: fl.presets.improved_cd()(
+        None, flags(), f, UNIT, 2, seed=1, first_chain=c
+    )[0],
+    "uva": lambda f, c: fl.presets.uva(f, SHAPE, 3, seed=1, first_chain=c).sample_new_exmps(2),
+    "nae": lambda f, c: fl.presets.nae()(VECTORS, well, 0.05, 2, seed=1, first_chain=c),
+    "ncsn": lambda f, c: fl.presets.ncsn()(
+        VECTORS, score_net, SIGMAS, 1, 1e-3, seed=1, first_chain=c
+    )[-1],
+    "torchebm": lambda f, c: fl.presets.torchebm(well).sample(dim=5, seed=1, first_chain=c),
+    "ebmkit": lambda f, c: fl.presets.ebmkit().sample(well, VECTORS, seed=1, first_chain=c),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", RANKS)
+def test_ranks_draw_other_numbers(preset: str, net: Net) -> None:
+    run = RANKS[preset]
+    if preset in ("short_run", "anatomy", "jem", "jempp", "uva"):
+        net.float()
+    assert torch.equal(run(net, 0), run(net, 0))
+    assert not torch.equal(run(net, 0), run(net, 7))
+
+
+def test_jempps_clamped_steps_of_a_half_network_are_taken_in_full(net: Net) -> None:
+    """The gradient alone is the network's, in bfloat16: also where the inner steps clamp."""
+    net.bfloat16()
+    x0, z = SAME.float(), numbers(1, N, *SHAPE).float()
+    sample = fl.presets.jempp(args(pyld_lr=0.05))
+    got = sample(net, x0.clone(), n_steps=1, in_steps=3, noise=z)
+    g = grad(lambda v: net(v.bfloat16()).float(), x0).clamp(-0.3, 0.3)
+    want = (x0 + 0.1 * g).clamp(-1, 1)
+    want = (want + 0.15 * g).clamp(-1, 1) + 0.02 * z[0]
+    assert (got - want).abs().max() < 1e-6

@@ -531,6 +531,7 @@ ERRORS = [
     ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
     ({"capacity": -4}, ValueError, "capacity must be at least 1, got -4"),
     ({"capacity": 2.5}, TypeError, "capacity must be an integer, got 2.5"),
+    ({"reinit": "a"}, TypeError, "reinit must be a number, got 'a'"),
     ({"reinit": 2}, ValueError, r"reinit must be in \[0, 1\], got 2"),
     ({"reinit": -0.1}, ValueError, r"reinit must be in \[0, 1\], got -0.1"),
     ({"reinit": math.nan}, ValueError, r"reinit must be in \[0, 1\], got nan"),
@@ -622,6 +623,9 @@ CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (write(None, T(0.0), kind="fifo"), ValueError, r"x must have shape \[0, 1, 3, 5\], got \[\]"),
     (write(None, torch.zeros(17, *SHAPE), kind="fifo"), ValueError, "at most capacity=16 .* 17"),
     (write(T([0, 1, 2]), THREE.to("meta")), ValueError, "x must be on cpu, got meta"),
+    (write(None, [1], kind="fifo"), TypeError, "x must be a tensor, got list"),
+    (lambda: buffer().load_state_dict(None), TypeError, "state_dict must be a dict, got NoneType"),
+    (lambda: buffer().draw("a", 0), TypeError, "n must be an integer, got 'a'"),
     (write(T([0, 1, 2]), NAN, dtype=torch.uint8), ValueError, "must not be NaN, which uint8"),
 ]
 

@@ -113,7 +113,106 @@ def test_a_schedule_that_parts_later(energy: nn.Module, x0: Tensor) -> None:
     report = compare(functools.partial(loop, energy), sampler(energy, noise_std=stds), x0)
     assert not report.same
     assert "after step 4" in report.verdict
-    assert "float64" in report.verdict
+    assert "step 4 of the loop is -1 gradient +0.01 noise[3], of the sampler" in report.verdict
+
+
+def quadratic(x: Tensor, curve: float) -> Tensor:
+    return 0.5 * curve * x.square().flatten(1).sum(1)
+
+
+def schedule(energy: Callable[..., Tensor], x: Tensor, stds: list[float], a: float) -> Tensor:
+    for std in stds:
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(energy(x).sum(), x)
+        x = x - a * g + std * torch.randn_like(x)
+    return x.detach()
+
+
+# Long chains against loops that are slightly others: (curve, loop's noise, a, sampler's settings).
+OTHERS = {
+    "no noise at the last step": (1.0, [0.005] * 99 + [0.0], 0.1, {"noise_std": 0.005}),
+    "noise of half the steps": (1.0, [0.001] * 50 + [0.0] * 50, 0.1, {"noise_std": 0.001}),
+    "no noise where chains run away": (-1.0, [0.0] * 100, 0.1, {"noise_std": 0.002}),
+    "the wrong sign of a small step": (0.03, [0.0] * 100, -1e-4, {"noise_std": 0.0}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_long_chain_that_is_slightly_another(x0: Tensor, case: str) -> None:
+    curve, stds, a, settings = OTHERS[case]
+    energy = functools.partial(quadratic, curve=curve)
+    ours = sampler(energy, steps=100, step_size=abs(a), **settings)
+    report = compare(lambda x: schedule(energy, x, stds, a), ours, x0)
+    assert not report.same, report
+    right = [settings["noise_std"]] * 100
+    report = compare(lambda x: schedule(energy, x, right, abs(a)), ours, x0)
+    assert report.same, report
+
+
+@pytest.mark.parametrize("step_size", [1.0, 30.0])
+def test_a_right_chain_in_which_rounding_grows(step_size: float, x0: Tensor) -> None:
+    """With kinks and steps of 30 the runs part altogether; step by step they are the same."""
+    torch.manual_seed(0)
+    energy = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.LeakyReLU(0.2), nn.Conv2d(16, 16, 3), nn.Tanh(), nn.Flatten(),
+        nn.Linear(256, 1),
+    )  # fmt: skip
+    for p in energy.parameters():
+        p.data *= 3
+    original = functools.partial(schedule, energy, stds=[0.01] * 60, a=step_size)
+    report = compare(original, sampler(energy, steps=60, step_size=step_size), x0)
+    assert report.same, report
+    if step_size > 1:
+        assert report.apart[-1] > 0.1
+    stds = [0.01] * 30 + [0.011] + [0.01] * 29
+    ours = sampler(energy, steps=60, step_size=step_size, noise_std=stds)
+    report = compare(original, ours, x0)
+    assert not report.same
+    assert "step 31 of the loop" in report.verdict
+
+
+def test_only_ends_are_held_to_what_rounding_makes_of_them(x0: Tensor) -> None:
+    """A loop whose gradient is written by hand has no states to be read but its last."""
+
+    def original(x: Tensor, last: float = 0.005) -> Tensor:
+        for k in range(100):
+            x = x - 0.1 * x + (0.005 if k < 99 else last) * torch.randn_like(x)
+        return x
+
+    ours = sampler(
+        functools.partial(quadratic, curve=1.0), steps=100, step_size=0.1, noise_std=0.005
+    )
+    report = compare(original, ours, x0)
+    assert report.same
+    assert "only the ends were compared" in report.notes
+    assert not compare(functools.partial(original, last=0.0), ours, x0).same
+
+
+def test_what_a_function_does_after_its_chain_counts(energy: nn.Module, x0: Tensor) -> None:
+    run = sampler(energy)
+
+    def function(x: Tensor, noise: Tensor | None) -> Tensor:
+        return run(x, noise=noise) / 2
+
+    assert compare(lambda x: loop(energy, x) / 2, function, x0, steps=K).same
+    assert not compare(functools.partial(loop, energy), function, x0, steps=K).same
+
+
+def test_noise_drawn_for_all_steps_at_once(energy: nn.Module, x0: Tensor) -> None:
+    def original(x: Tensor) -> Tensor:
+        z = iter(0.5 * torch.randn(K, *x.shape))
+        return loop(energy, x, draw=lambda _: next(z), std=0.02)
+
+    report = compare(original, sampler(energy), x0)
+    assert report.same, report
+    assert report.draws == K
+
+
+def test_noise_that_is_not_seen_is_said_first(energy: nn.Module, x0: Tensor) -> None:
+    original = functools.partial(loop, energy, draw=lambda x: torch.randn(x.numel()).view_as(x))
+    report = compare(original, sampler(energy), x0)
+    assert not report.same
+    assert report.verdict.startswith("no draws of x0's shape were seen")
 
 
 @pytest.mark.parametrize("steps", [K - 1, K + 1])

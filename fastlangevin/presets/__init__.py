@@ -2,8 +2,10 @@
 
 Each is a function or an object with the call signature and the return value of the original, whose
 equation and source its docstring states, along with what differs. What all of them take besides, by
-keyword: ``seed`` or ``generator``, by default drawn from torch's generator, and ``noise``, standard
-normals [K, n, ...] in place of their own, for proofs (:func:`fastlangevin.testing.compare`).
+keyword: ``seed`` or ``generator``, by default drawn from torch's generator; ``first_chain``, rank *
+n where several processes have one seed, who else draw the same starts, slots and noise; and
+``noise``, standard normals [K, n, ...] in place of their own, for proofs
+(:func:`fastlangevin.testing.compare`).
 """
 
 from fastlangevin.presets.igebm import igebm, improved_cd, openai_igebm

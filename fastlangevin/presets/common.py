@@ -3,21 +3,17 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import GradClip, at_step
-from fastlangevin.kernels.reference import per_chain
+from fastlangevin.arguments import GradClip
 from fastlangevin.sampler import Diagnostics, LangevinSampler
 from fastlangevin.scores.general import modules_of
 from fastlangevin.step import langevin_step_
-
-# Where someone watches (fl.testing.compare): the states at which gradients were taken, [K, n, ...].
-_watched: ContextVar[list[Tensor] | None] = ContextVar("watched", default=None)
 
 
 class Labelled(nn.Module):
@@ -45,21 +41,25 @@ class Samplers:
     ) -> LangevinSampler:
         """wrap: (make, *arguments), where the sampler's energy is make(energy, *arguments)."""
         key = settings | {"wrap": wrap}
-        if self._last is None or self._last[0] is not energy or self._last[1] != key:
+        if self._last is None or self._last[0] is not energy or not _alike(self._last[1], key):
             own = energy if wrap is None else wrap[0](energy, *wrap[1:])
             self._last = energy, key, LangevinSampler(own, **settings)
         return self._last[2]
 
 
-def run(sampler: LangevinSampler, x: Tensor, **options: Any) -> Tensor:
-    """sampler(x, **options)."""
-    _note(sampler, x, options)
-    return sampler(x, **options)
+def _alike(a: Any, b: Any) -> bool:
+    """a == b of settings, in which tensors are the same where they are one and unchanged."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_alike(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    return bool(np.array_equal(a, b)) if isinstance(a, np.ndarray) else bool(np.all(a == b))
 
 
 def measure(sampler: LangevinSampler, x: Tensor, **options: Any) -> Diagnostics:
     """sampler.diagnose(x, **options); FloatingPointError, as of a call, for lost chains."""
-    _note(sampler, x, options)
     found = sampler.diagnose(x, **options)
     if not bool(torch.isfinite(found.x).all()):
         raise FloatingPointError(
@@ -69,11 +69,21 @@ def measure(sampler: LangevinSampler, x: Tensor, **options: Any) -> Diagnostics:
     return found
 
 
-def kick(x0: Tensor, noise_std: float, seed: int, noise: Tensor | None) -> Tensor:
-    """x0 + noise_std z_0 in float32 or wider, a copy; z_0 = noise[0] where noise is given."""
+def kick(
+    x0: Tensor,
+    noise_std: float,
+    seed: int,
+    noise: Tensor | None,
+    first_chain: int = 0,
+    k: int = 0,
+) -> Tensor:
+    """x0 + noise_std z_k in float32 or wider, a copy; z_k = noise[k] where noise is given."""
     x = x0.detach().to(torch.promote_types(x0.dtype, torch.float32), copy=True)
-    first = None if noise is None else noise[0]
-    langevin_step_(x, None, step_size=0.0, noise_std=noise_std, seed=seed, step=0, noise=first)
+    z = None if noise is None else noise[k]
+    langevin_step_(
+        x, None, step_size=0.0, noise_std=noise_std, seed=seed, step=k, noise=z,
+        first_chain=first_chain,
+    )  # fmt: skip
     return x
 
 
@@ -92,9 +102,9 @@ def run_noise_first(
     is b_0 z_0 added to x0 and then, step by step, the move, its clamp and the next step's noise:
     ``sampler`` has noise_order="last" and the schedule (b_1, ..., b_{K-1}, 0).
     """
-    x = kick(x0, noise_std, seed, noise)
+    x = kick(x0, noise_std, seed, noise, options.get("first_chain", 0))
     later = None if noise is None else noise.roll(-1, 0)
-    return run(sampler, x, seed=seed, first_step=1, noise=later, **options)
+    return sampler(x, seed=seed, first_step=1, noise=later, **options)
 
 
 def noise_first_settings(
@@ -123,26 +133,30 @@ def labelled(label: Any) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
     return (None, {}) if label is None else ((Labelled,), {"label": label})
 
 
-def uniform(shape: Sequence[int], seed: int, device: Any = None) -> Tensor:
+def uniform(shape: Sequence[int], seed: int, device: Any = None, first_chain: int = 0) -> Tensor:
     """U(-1, 1), the initial states of a seed."""
-    return 2 * _noise.uniform(shape, seed=seed, step=0, device=device) - 1
+    u = _noise.uniform(shape, seed=seed, step=0, device=device, first_chain=first_chain)
+    return 2 * u - 1
 
 
-def draw_slots(n: int, size: int, seed: int) -> Tensor:
+def draw_slots(n: int, size: int, seed: int, first_chain: int = 0) -> Tensor:
     """n slots of 0..size-1, drawn with repetition."""
-    words = _noise.words((n, 1), seed=seed, step=0, stream=_noise.ORDER)
+    words = _noise.words((n, 1), seed=seed, step=0, stream=_noise.ORDER, first_chain=first_chain)
     return words[:, 0] * size >> 32
 
 
-def draw_distinct(n: int, size: int, seed: int) -> Tensor:
+def draw_distinct(n: int, size: int, seed: int, first_chain: int = 0) -> Tensor:
     """n slots of 0..size-1, no two alike."""
-    words = _noise.words((1, size), seed=seed, step=0, stream=_noise.ORDER)
+    words = _noise.words((1, size), seed=seed, step=0, stream=_noise.ORDER, first_chain=first_chain)
     return words[0].argsort(stable=True)[:n]
 
 
-def draw_coins(n: int, rate: float, seed: int, device: Any = None) -> Tensor:
+def draw_coins(n: int, rate: float, seed: int, device: Any = None, first_chain: int = 0) -> Tensor:
     """n coins [n], True with probability ``rate``."""
-    return _noise.uniform((n, 1), seed=seed, step=0, stream=_noise.USER, device=device)[:, 0] < rate
+    u = _noise.uniform(
+        (n, 1), seed=seed, step=0, stream=_noise.USER, device=device, first_chain=first_chain
+    )
+    return u[:, 0] < rate
 
 
 def take_seed(seed: int | None, generator: torch.Generator | None) -> int:
@@ -167,37 +181,3 @@ def in_eval_mode(energy: Callable[..., Tensor]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[list[Tensor]]:
-    """Yield a list to which every chain that a preset runs here adds :func:`gradient_points`."""
-    points: list[Tensor] = []
-    token = _watched.set(points)
-    try:
-        yield points
-    finally:
-        _watched.reset(token)
-
-
-def gradient_points(sampler: LangevinSampler, x0: Tensor, **options: Any) -> Tensor:
-    """The states [K, n, ...] at which a chain takes its gradients.
-
-    Noise before them is read from ``noise``, which must then be given.
-    """
-    points = sampler.trajectory(x0, **options)[:-1]
-    if sampler.noise_order == "before":
-        for k, x in enumerate(points):
-            std = per_chain(at_step(sampler.noise_std, k), x, x.dtype)
-            x += std * options["noise"][k].to(x.dtype)
-            if sampler.clamp is not None:
-                x.clamp_(*sampler.clamp)
-    return points
-
-
-def _note(sampler: LangevinSampler, x: Tensor, options: dict[str, Any]) -> None:
-    points = _watched.get()
-    if points is not None:
-        own = ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload")
-        kept = {name: value for name, value in options.items() if name not in own}
-        points.append(gradient_points(sampler, x, **kept))

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.arguments import GradClip
+from fastlangevin.arguments import GradClip, check_count
 from fastlangevin.presets.common import (
     Samplers,
     in_eval_mode,
     kick,
     labelled,
     noise_first_settings,
-    run,
     run_noise_first,
     take_seed,
 )
@@ -49,13 +48,20 @@ def igebm(
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Tensor:
         settings = noise_first_settings(sample_step, step_size, stds, (0.0, 1.0), 0.01)
         wrap, given = labelled(neg_id)
         sampler = samplers(model, wrap, **settings)
         with in_eval_mode(model):
             return run_noise_first(
-                sampler, neg_img, stds[0], take_seed(seed, generator), noise, **given
+                sampler,
+                neg_img,
+                stds[0],
+                take_seed(seed, generator),
+                noise,
+                first_chain=first_chain,
+                **given,
             )
 
     return sample
@@ -90,6 +96,8 @@ def openai_igebm(
         raise ValueError(
             f'openai_igebm: proj_norm_type must be "li" or "l2", got {proj_norm_type!r}'
         )
+    if not temperature > 0:
+        raise ValueError(f"openai_igebm: temperature must be > 0, got {temperature!r}")
     samplers, stds = Samplers(), [0.005 * rescale * noise_scale] * num_steps
     clip: GradClip | None = None
     if proj_norm != 0:
@@ -106,6 +114,7 @@ def openai_igebm(
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
         differentiable: bool = False,
         checkpoint: str | int = "auto",
         grad_steps: int | None = None,
@@ -113,7 +122,7 @@ def openai_igebm(
         wrap, given = labelled(label)
         sampler = samplers(model, wrap, **settings)
         through = {"differentiable": True, "checkpoint": checkpoint, "grad_steps": grad_steps}
-        options = given | (through if differentiable else {})
+        options = given | (through if differentiable else {}) | {"first_chain": first_chain}
         return run_noise_first(
             sampler, x_mod, stds[0], take_seed(seed, generator), noise, **options
         )
@@ -121,7 +130,7 @@ def openai_igebm(
     return sample
 
 
-def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def improved_cd() -> Callable[..., tuple[Any, ...]]:
     """``gen_image(label, FLAGS, model, im_neg, num_steps, sample=False)`` of improved CD.
 
         x <- x + 0.001 c_k z,    x <- clamp(x - step_lr dE/dx),    clamp (0, 1)
@@ -132,12 +141,17 @@ def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     besides, which returns (im_neg, im_neg_kl, im_grad): im_neg [n, ...] detached; im_neg_kl the
     first 128 chains (datasets "cifar10" and "celeba") or 32, differentiable in the model's
     parameters through the last step alone, which is ``differentiable=True, grad_steps=1``; im_grad
-    the gradient of the energy of those chains there.
+    the gradient of the energy of those chains there. ``sample=True`` returns (im_neg, im_neg_kl,
+    im_samples, im_grad), as the original's train.py asks for at every save_interval: im_samples the
+    num_steps states [n, ...] after each move, before its clamp; im_grad that of all chains, and
+    im_neg_kl without a graph to the model.
 
     Differs: im_grad carries no graph; im_neg is left alone; a model of which nothing requires grad
-    raises ValueError. Not offered: ``sample=True``, the list of every step's unclamped states
-    (ValueError); ``FLAGS.all_step`` is not read: the original's own ``detach`` cuts the graph that
-    it builds. Source: yilundu/improved_contrastive_divergence, train.py; Du et al., ICML 2021.
+    raises ValueError, but for ``sample=True``. The label of those chains in im_neg_kl goes with
+    them (the original hands over the whole batch's); where it is None the model is called model(x),
+    and not model(x, None). ``FLAGS.all_step`` is not read: the original's own ``detach`` cuts the
+    graph that it builds.
+    Source: yilundu/improved_contrastive_divergence, train.py; Du et al., ICML 2021.
     """
     until_last, last = Samplers(), Samplers()
 
@@ -152,24 +166,35 @@ def improved_cd() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if sample:
-            raise ValueError("improved_cd: sample=True, every step's states, is not offered")
-        K = num_steps
+        first_chain: int = 0,
+    ) -> tuple[Any, ...]:
+        K = check_count("improved_cd", "num_steps", num_steps)
         seed, (wrap, given) = take_seed(seed, generator), labelled(label)
         stds = [0.001 * ((K - k - 1) / K if FLAGS.anneal else 1) for k in range(K)]
         move = {"step_size": FLAGS.step_lr, "clamp": (0.0, 1.0), "noise_order": "last"}
-        x = kick(im_neg, stds[0], seed, noise)
+        n = 128 if FLAGS.dataset in ("cifar10", "celeba") else 32
+        options = given | {"seed": seed, "first_chain": first_chain}
+        if sample:
+            free = move | {"steps": 1, "noise_std": 0.0, "clamp": None}
+            sampler = last(model, wrap, score="general", **free)
+            x, samples = im_neg, []
+            for k, std in enumerate(stds):
+                x = kick(x, std, seed, noise, first_chain, k)
+                with left_as_found(sampler.energy, x.device):
+                    _, im_grad = energy_and_grad(sampler.energy, x, given)
+                samples.append(sampler(x, first_step=k, **options))
+                x = samples[-1].clamp(0.0, 1.0)
+            return x, x[:n].clone(), samples, im_grad
+        x = kick(im_neg, stds[0], seed, noise, first_chain)
         if K > 1:
             sampler = until_last(model, wrap, steps=K - 1, noise_std=stds[1:], **move)
             later = None if noise is None else noise[1:]
-            x = run(sampler, x, seed=seed, first_step=1, noise=later, **given)
+            x = sampler(x, first_step=1, noise=later, **options)
         last_step = last(model, wrap, steps=1, noise_std=0.0, score="general", **move)
-        n = 128 if FLAGS.dataset in ("cifar10", "celeba") else 32
         few = {name: value[:n] for name, value in given.items()}
         with left_as_found(last_step.energy, x.device):
             _, im_grad = energy_and_grad(last_step.energy, x[:n], few)
-        moved = run(last_step, x, seed=seed, **given)  # before the graph below takes memory
+        moved = last_step(x, **options)  # before the graph below takes memory
         im_neg_kl = last_step(x[:n], seed=seed, differentiable=True, checkpoint="none", **few)
         return moved, im_neg_kl, im_grad
 

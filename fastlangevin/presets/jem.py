@@ -11,10 +11,10 @@ from fastlangevin.presets.common import (
     draw_coins,
     draw_slots,
     in_eval_mode,
-    run,
     take_seed,
     uniform,
 )
+from fastlangevin.replay import check_numbers, write_last
 from fastlangevin.scores.general import device_of, energy_and_grad
 
 
@@ -29,14 +29,16 @@ def jem(
     ``n_classes``. f: the negative energy, called f(x), or f(x, y=y) where y [n] is given. It
     returns [n] or [n, 1] and is in eval mode meanwhile. replay_buffer [N, ...]: floating, on any
     device; n = len(y) or batch_size slots are drawn with repetition, for a label y among those of
-    its block y N / n_classes ..., and written back in place. Each chain starts from U(-1, 1)
-    instead with probability reinit_freq. ``[]`` is no buffer: chains of ``shape`` from U(-1, 1).
+    its block y N / n_classes ..., and written back in place (of a slot drawn twice, the later
+    chain's). Each chain starts from U(-1, 1) instead with probability reinit_freq. ``[]`` is no
+    buffer: chains of ``shape`` from U(-1, 1).
     ``sample_q`` takes ``seed``, ``generator`` and ``noise`` [n_steps, n, ...] besides, and returns
     x [n, ...], detached.
 
     Differs: modes are put back as they were found, where the original always ends in train mode;
     random numbers come from the noise contract; f's parameters collect no ``.grad``. Raises
-    ValueError for labels outside the classes and buffers smaller than the batch.
+    TypeError or ValueError for labels that are not [n] integers in the classes, for labels under
+    ``args.uncond``, for rates outside [0, 1] and for buffers smaller than the batch.
     Source: wgrathwohl/JEM, train_wrn_ebm.py; Grathwohl et al., ICLR 2020.
     """
     samplers = Samplers()
@@ -50,16 +52,19 @@ def jem(
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Tensor:
         seed = take_seed(seed, generator)
-        x, slots = _start("jem", args, replay_buffer, y, seed, device or device_of(f), shape)
+        x, slots = _start(
+            "jem", args, replay_buffer, y, seed, device or device_of(f), shape, first_chain
+        )
         sampler = samplers(
             f, steps=n_steps, step_size=args.sgld_lr, noise_std=args.sgld_std, maximize=True
         )
         with in_eval_mode(f):
-            x = run(sampler, x, seed=seed, noise=noise, **_given(y))
+            x = sampler(x, seed=seed, noise=noise, first_chain=first_chain, **_given(y))
         if slots is not None:
-            replay_buffer[slots] = x.to(replay_buffer)
+            write_last(replay_buffer, slots, x.to(replay_buffer))
         return x
 
     return sample_q
@@ -100,6 +105,7 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Tensor:
         args = defaults if args is None else args
         if args is None:
@@ -109,7 +115,7 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
             _check_layer_one(f)
         first, *rest = [args.sgld_lr] * (args.sgld_lr > 0) + inner or [0.0]
         seed = take_seed(seed, generator)
-        x, slots = _start("jempp", args, replay_buffer, y, seed, device_of(f), shape)
+        x, slots = _start("jempp", args, replay_buffer, y, seed, device_of(f), shape, first_chain)
         std = max(args.sgld_std, 0.0)
         settings = {"steps": n_steps, "noise_std": std, "maximize": True, "clamp": (-1.0, 1.0)}
         settings["noise_order"] = "last"
@@ -119,9 +125,9 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
         else:
             step_size = first + sum(rest)
             sampler = samplers(f, step_size=step_size, grad_clip=args.eps, **settings)
-        x = run(sampler, x, seed=seed, noise=noise, **_given(y))
+        x = sampler(x, seed=seed, noise=noise, first_chain=first_chain, **_given(y))
         if slots is not None and save:
-            replay_buffer[slots] = x.to(replay_buffer)
+            write_last(replay_buffer, slots, x.to(replay_buffer))
         return x
 
     return sample_q
@@ -129,6 +135,8 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
 
 class _Proximal(nn.Module):
     """Where clamped steps ``first`` and ``rest`` along one clipped gradient lead, as a move."""
+
+    takes_state_dtype = True  # else a half network would round the state that the move starts from
 
     def __init__(self, f: Callable[..., Tensor], first: float, rest: float, eps: float) -> None:
         super().__init__()
@@ -149,11 +157,18 @@ def _start(
     seed: int,
     device: Any,
     shape: Sequence[int],
+    first_chain: int,
 ) -> tuple[Tensor, Tensor | None]:
     """(x0 on the device, the buffer's slots or None)."""
-    n = args.batch_size if y is None else y.shape[0]
+    if y is not None:
+        if getattr(args, "uncond", False):
+            raise ValueError(f"{op}: y must be None where args.uncond is set")
+        y = check_numbers(op, "y", y, None, args.n_classes)
+    if isinstance(args.reinit_freq, str) or not 0 <= args.reinit_freq <= 1:
+        raise ValueError(f"{op}: reinit_freq must be in [0, 1], got {args.reinit_freq!r}")
+    n = args.batch_size if y is None else len(y)
     if len(replay_buffer) == 0:
-        return uniform((n, *shape), seed, device), None
+        return uniform((n, *shape), seed, device, first_chain), None
     if not isinstance(replay_buffer, Tensor):
         raise TypeError(
             f"{op}: replay_buffer must be a tensor or [], got {type(replay_buffer).__name__}"
@@ -170,19 +185,16 @@ def _start(
                 f"{op}: replay_buffer must have as many states for each of the "
                 f"{args.n_classes} classes, got {size}"
             )
-        labels = y.detach().cpu()
-        if bool(((labels < 0) | (labels >= args.n_classes)).any()):
-            raise ValueError(f"{op}: y must be in 0..{args.n_classes - 1}, got {labels.tolist()}")
         block = size // args.n_classes
-        first = labels * block
-    slots = (draw_slots(n, block, seed) + first).to(replay_buffer.device)
+        first = y.cpu() * block
+    slots = (draw_slots(n, block, seed, first_chain) + first).to(replay_buffer.device)
     x = replay_buffer[slots].to(device or replay_buffer.device)
-    fresh = uniform(x.shape, seed, x.device).to(x.dtype)
-    coins = draw_coins(n, args.reinit_freq, seed, x.device)
+    fresh = uniform(x.shape, seed, x.device, first_chain).to(x.dtype)
+    coins = draw_coins(n, args.reinit_freq, seed, x.device, first_chain)
     return torch.where(coins.view(n, *[1] * (x.ndim - 1)), fresh, x), slots
 
 
-def _given(y: Tensor | None) -> dict[str, Tensor]:
+def _given(y: Tensor | None) -> dict[str, Any]:
     """The label as an argument, where there is one: without, f may be recognised."""
     return {} if y is None else {"y": y}
 

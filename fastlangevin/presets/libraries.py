@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import GradClip, Schedule
-from fastlangevin.presets.common import Samplers, run, take_seed
+from fastlangevin.arguments import GradClip, Schedule, check_number, check_schedule
+from fastlangevin.presets.common import Samplers, take_seed
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import device_of, left_as_found
+from fastlangevin.scores.general import device_of, left_as_found, network_dtype
 
 
 def ula(
@@ -36,9 +36,9 @@ def ula(
     a: Any = step_size
     if not isinstance(a, Tensor | int | float):
         a = torch.as_tensor(a, dtype=torch.float64)[:, None]
+    if not isinstance(temperature, Tensor):
+        temperature = check_number("ula", "temperature", temperature)
     product = 2 * a * temperature
-    if not isinstance(product, Tensor) and product < 0:
-        raise ValueError(f"ula: temperature must be >= 0, got {temperature!r}")
     std = product.sqrt() if isinstance(product, Tensor) else math.sqrt(product)
     return LangevinSampler(energy, steps=steps, step_size=step_size, noise_std=std, **settings)
 
@@ -98,6 +98,7 @@ class torchebm:  # lower case, as all presets are called
         generator: torch.Generator | None = None,
         seed: int | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Any:
         """n_steps >= 1 steps from x [n, ...], or from N(0, 1) in [n_samples, *dim].
 
@@ -114,7 +115,10 @@ class torchebm:  # lower case, as all presets are called
         if x is None:
             assert dim is not None
             shape = (n_samples, *((dim,) if isinstance(dim, int) else dim))
-            x = _noise.normal(shape, seed=seed, step=0, stream=_noise.INITIAL, device=self.device)
+            x = _noise.normal(
+                shape, seed=seed, step=0, stream=_noise.INITIAL, device=self.device,
+                first_chain=first_chain,
+            )  # fmt: skip
         x = x.to(self.device, self.dtype)
         given = dict(model_kwargs or {}) | ({} if y is None else {"y": y})
         moved = {
@@ -122,9 +126,10 @@ class torchebm:  # lower case, as all presets are called
             for name, value in given.items()
         }
         sampler = self._sampler(n_steps, reset_schedulers)
-        options: dict[str, Any] = {"seed": seed, "noise": noise, **moved}
+        options: dict[str, Any] = {"seed": seed, "noise": noise, "first_chain": first_chain}
+        options |= moved
         if not (return_trajectory or return_diagnostics):
-            return run(sampler, x, **options).to(self.dtype)
+            return sampler(x, **options).to(self.dtype)
         # [n_steps // thin, n, ...]; the last state is among them where thin divides n_steps.
         kept = sampler.trajectory(x, every=thin, **options)[1:]
         if return_trajectory or n_steps % thin == 0:
@@ -136,7 +141,8 @@ class torchebm:  # lower case, as all presets are called
         if not return_diagnostics:
             return out
         with torch.no_grad(), left_as_found(self.model, x.device):
-            energy = [self.model(state.to(self.dtype), **moved).mean() for state in kept]
+            enters = network_dtype(self.model, self.dtype)
+            energy = [self.model(state.to(enters), **moved).to(self.dtype).mean() for state in kept]
         several = kept.shape[1] > 1
         var = kept.var(1, unbiased=False).clamp(1e-10, 1e10) if several else 0 * kept[:, 0]
         found = {"mean": kept.mean(1), "var": var}
@@ -165,13 +171,14 @@ class ebmkit:  # lower case, as all presets are called
 
     def __init__(
         self,
-        step_size: float = 1e-2,
+        step_size: Schedule = 1e-2,
         steps: int = 100,
         noise_scale: float | None = None,
         grad_clip: GradClip | None = None,
         clamp: tuple[float, float] | None = None,
     ) -> None:
         self.step_size, self.steps, self.noise_scale = step_size, steps, noise_scale
+        check_schedule("ebmkit", "step_size", step_size, steps)
         self.grad_clip, self.clamp = grad_clip, clamp
         self._samplers, self._steppers = Samplers(), Samplers()
 
@@ -185,13 +192,15 @@ class ebmkit:  # lower case, as all presets are called
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Tensor:
         """The states after ``steps`` steps [n, ...], or all [steps + 1, n, ...], x_init first."""
         sampler = self._sampler(self._samplers, energy, self.steps if steps is None else steps)
         options: dict[str, Any] = {"seed": take_seed(seed, generator), "noise": noise}
+        options["first_chain"] = first_chain
         if return_trajectory:
             return sampler.trajectory(x_init, **options)
-        return run(sampler, x_init, **options)
+        return sampler(x_init, **options)
 
     def step(
         self,
@@ -201,15 +210,19 @@ class ebmkit:  # lower case, as all presets are called
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Tensor:
         """One step; ``noise`` is [1, n, ...]."""
         sampler = self._sampler(self._steppers, energy, 1)
-        return run(sampler, x, seed=take_seed(seed, generator), noise=noise)
+        return sampler(x, seed=take_seed(seed, generator), noise=noise, first_chain=first_chain)
 
     def _sampler(
         self, samplers: Samplers, energy: Callable[..., Tensor], steps: int
     ) -> LangevinSampler:
-        std = math.sqrt(2 * self.step_size) if self.noise_scale is None else self.noise_scale
+        std: Any = self.noise_scale
+        if std is None:
+            a = check_schedule("ebmkit", "step_size", self.step_size, steps)
+            std = (2 * a) ** 0.5 if isinstance(a, Tensor | float) else [(2 * v) ** 0.5 for v in a]
         return samplers(
             energy,
             steps=steps,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.presets.common import Samplers, run, take_seed
+from fastlangevin.presets.common import Samplers, take_seed
 from fastlangevin.scores.general import energy_and_grad
 
 
@@ -48,6 +48,7 @@ def nae() -> Callable[..., Tensor]:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Tensor:
         refused = {
             "intermediate_samples": intermediate_samples,
@@ -75,13 +76,15 @@ def nae() -> Callable[..., Tensor]:
         else:
             along = {"maximize": True, "score": "network"}
             sampler = samplers(model, (_Clipped, clip_grad), **settings, **along)
-        return run(sampler, x, seed=take_seed(seed, generator), noise=noise)
+        return sampler(x, seed=take_seed(seed, generator), noise=noise, first_chain=first_chain)
 
     return sample_langevin
 
 
 class _Clipped(nn.Module):
     """The score -clip(dE/dx): norms over the last dimension, the factor as in the original."""
+
+    takes_state_dtype = True
 
     def __init__(self, model: Callable[..., Tensor], bound: float) -> None:
         super().__init__()

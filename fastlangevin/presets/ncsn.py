@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.presets.common import Labelled, Samplers, run, take_seed
+from fastlangevin.arguments import check_count
+from fastlangevin.presets.common import Labelled, Samplers, take_seed
 
 
 def ncsn() -> Callable[..., list[Tensor]]:
@@ -40,38 +41,45 @@ def ncsn() -> Callable[..., list[Tensor]]:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> list[Tensor]:
         if verbose:
             raise ValueError("ncsn: verbose is not offered; LangevinSampler.diagnose measures")
         levels = [float(sigma) for sigma in sigmas]
-        sizes = [
-            step_lr * (sigma / levels[-1]) ** 2 for sigma in levels for _ in range(n_steps_each)
-        ]
+        each = check_count("ncsn", "n_steps_each", n_steps_each)
+        if noise is not None and len(noise) != len(levels) * each:
+            raise ValueError(
+                f"ncsn: noise must have one of [n, ...] for each of {len(levels) * each} steps, "
+                f"got {len(noise)}"
+            )
+        seed, x, images = take_seed(seed, generator), x_mod, []
         labels = [
             torch.full((x_mod.shape[0],), c, dtype=torch.int64, device=x_mod.device)
             for c in range(len(levels))
         ]
         along: dict[str, Any] = {"wrap": (Labelled,), "maximize": True, "score": "network"}
-        sampler = walkers(
-            scorenet,
-            steps=len(sizes),
-            step_size=sizes,
-            noise_std=[math.sqrt(2 * size) for size in sizes],
-            **along,
-        )
-        options: dict[str, Any] = {
-            "seed": take_seed(seed, generator),
-            "noise": noise,
-            "step_kwargs": {"label": [label for label in labels for _ in range(n_steps_each)]},
-        }
-        if final_only:
-            x, images = run(sampler, x_mod, **options), []
-        else:
-            states = sampler.trajectory(x_mod, **options)
-            x, images = states[-1], list(states[1:].cpu())
+        # One chain, a level at a time: so much of it is on the device.
+        for c, sigma in enumerate(levels):
+            size, first = step_lr * (sigma / levels[-1]) ** 2, c * each
+            sampler = walkers(
+                scorenet, steps=each, step_size=size, noise_std=math.sqrt(2 * size), **along
+            )
+            options: dict[str, Any] = {
+                "seed": seed,
+                "first_chain": first_chain,
+                "first_step": first,
+                "noise": None if noise is None else noise[first : first + each],
+                "label": labels[c],
+            }
+            if final_only:
+                x = sampler(x, **options)
+            else:
+                states = sampler.trajectory(x, **options)
+                images += [state.to("cpu", copy=True) for state in states[1:]]
+                x = states[-1].clone()
         if denoise:
             last = denoisers(scorenet, steps=1, step_size=levels[-1] ** 2, noise_std=0.0, **along)
-            x = last(x, seed=options["seed"], label=labels[-1])
+            x = last(x, seed=seed, label=labels[-1])
             images.append(x.cpu())
         return [x.cpu()] if final_only else images
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.presets.common import Samplers, draw_distinct, measure, run, take_seed, uniform
+from fastlangevin.presets.common import Samplers, draw_distinct, measure, take_seed, uniform
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of
 
@@ -31,6 +31,8 @@ def short_run(
     :class:`LangevinSampler` of the same settings.
     """
     samplers = Samplers()
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"short_run: shape must be a sequence of integers, got {shape!r}")
 
     def sample_q(
         K: int = 100,
@@ -40,11 +42,12 @@ def short_run(
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Tensor:
         seed = take_seed(seed, generator)
-        x = uniform((m, *shape), seed, device_of(f)) if x0 is None else x0
+        x = uniform((m, *shape), seed, device_of(f), first_chain) if x0 is None else x0
         sampler = samplers(f, steps=K, step_size=1.0, noise_std=s, maximize=True)
-        return run(sampler, x, seed=seed, noise=noise)
+        return sampler(x, seed=seed, noise=noise, first_chain=first_chain)
 
     return sample_q
 
@@ -74,28 +77,33 @@ def anatomy(
     epsilon, n = float(config["epsilon"]), int(config["batch_size"])
     shape = (n, config["im_ch"], config["im_sz"], config["im_sz"])
 
-    def start(init_type: str, seed: int) -> tuple[Tensor, Tensor | None]:
+    def start(init_type: str, seed: int, first_chain: int) -> tuple[Tensor, Tensor | None]:
         if init_type not in INITS:
             raise ValueError(
                 f"anatomy: init_type must be one of {', '.join(INITS)}, got {init_type!r}"
             )
         device = device_of(f)
         if init_type == "uniform":
-            return uniform(shape, seed, device), None
+            return uniform(shape, seed, device, first_chain), None
         if init_type == "gaussian":
-            return _noise.normal(
-                shape, seed=seed, step=0, stream=_noise.INITIAL, device=device
-            ), None
+            z = _noise.normal(
+                shape, seed=seed, step=0, stream=_noise.INITIAL, device=device,
+                first_chain=first_chain,
+            )  # fmt: skip
+            return z, None
         bank, name = (q, "q") if init_type == "data" else (s_t_0, "s_t_0")
         if bank is None:
             raise ValueError(f"anatomy: init_type {init_type!r} needs {name}")
         if bank.shape[0] < n:
             raise ValueError(f"anatomy: {name} holds {bank.shape[0]} states for a batch of {n}")
-        slots = draw_distinct(n, bank.shape[0], seed).to(bank.device)
+        slots = draw_distinct(n, bank.shape[0], seed, first_chain).to(bank.device)
         x = bank[slots].to(device or bank.device)
         if init_type == "persistent":
             return x, slots
-        z = _noise.normal(x.shape, seed=seed, step=0, stream=_noise.DATA, device=x.device)
+        z = _noise.normal(
+            x.shape, seed=seed, step=0, stream=_noise.DATA, device=x.device,
+            first_chain=first_chain,
+        )  # fmt: skip
         return x + config["data_epsilon"] * z.to(x.dtype), None
 
     def sample_s_t(
@@ -106,11 +114,12 @@ def anatomy(
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> tuple[Tensor, Tensor]:
         seed = take_seed(seed, generator)
-        x, slots = start(init_type, seed)
+        x, slots = start(init_type, seed, first_chain)
         sampler = samplers(f, steps=L, step_size=1.0, noise_std=epsilon)
-        found = measure(sampler, x, seed=seed, noise=noise)
+        found = measure(sampler, x, seed=seed, noise=noise, first_chain=first_chain)
         if slots is not None and update_s_t_0:
             assert s_t_0 is not None
             s_t_0.data[slots] = found.x.to(s_t_0)
@@ -150,8 +159,11 @@ def anatomy_eval(
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> tuple[Tensor, ...]:
-        found = measure(sampler, x_s_t_0, seed=take_seed(seed, generator), noise=noise)
+        found = measure(
+            sampler, x_s_t_0, seed=take_seed(seed, generator), noise=noise, first_chain=first_chain
+        )
         records = (found.energy / temperature).cpu(), (found.grad_norm * scale).cpu()
         return (
             (found.x, *records, found.accepted.mean(1).cpu()) if adjusted else (found.x, *records)

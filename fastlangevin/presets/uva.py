@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.presets.common import Samplers, in_eval_mode, run, take_seed, uniform
+from fastlangevin.presets.common import Samplers, in_eval_mode, take_seed, uniform
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of
@@ -20,10 +20,12 @@ class uva:  # lower case, as all presets are called
 
     with clip +-0.03 and clamp (-1, 1), twice a step. model: the negative energy, [n, *img_shape] ->
     [n] or [n, 1], in eval mode meanwhile. ``buffer`` is a first-in first-out :class:`ReplayBuffer`
-    on the model's device of at most max_len states, which sample_size ones from U(-1, 1) begin;
+    on the model's device (it follows a model that moves) of at most max_len states, which
+    sample_size ones from U(-1, 1) begin;
     each chain starts anew with probability 0.05. ``seed``: of all its numbers, by default drawn
     from torch's generator; with ``buffer.state_dict()`` and ``drawn``, the batches drawn so far, it
-    is all there is to save.
+    is all there is to save. ``examples``: those states, as the tutorial's callbacks read them.
+    ``first_chain``: rank * sample_size, where several processes have one seed.
 
     Differs: results are new tensors without requires_grad, where the original changes its input in
     place and returns that; frozen parameters stay frozen; the buffer does not go through the CPU.
@@ -38,32 +40,46 @@ class uva:  # lower case, as all presets are called
         max_len: int = 8192,
         *,
         seed: int | None = None,
+        first_chain: int = 0,
     ) -> None:
+        self.first_chain = first_chain
         self.model, self.sample_size, self.drawn = model, sample_size, 0
         self.seed, device = take_seed(seed, None), device_of(model)
         if max_len < sample_size:
             raise ValueError(
                 f"uva: max_len must be at least sample_size={sample_size}, got {max_len}"
             )
+        # One rank's slots and fresh chains are not another's.
+        own = _noise.fold_in(self.seed, first_chain) if first_chain else self.seed
         self.buffer = ReplayBuffer(
-            max_len, tuple(img_shape), seed=self.seed, kind="fifo", reinit=0.05, device=device
+            max_len, tuple(img_shape), seed=own, kind="fifo", reinit=0.05, device=device
         )
-        self.buffer.put(None, uniform((sample_size, *img_shape), self.seed, device))
+        self.buffer.put(None, uniform((sample_size, *img_shape), self.seed, device, first_chain))
         self._samplers = Samplers()
 
     def sample_new_exmps(
         self, steps: int = 60, step_size: float = 10, *, noise: Tensor | None = None
     ) -> Tensor:
         """sample_size new samples [n, *img_shape], which the buffer takes in too."""
+        device = device_of(self.model)
+        if device is not None:  # a trainer has moved the model since
+            self.buffer.to(device)
         _, x = self.buffer.draw(self.sample_size, self.drawn)
         # Other numbers than the buffer's, and others at every call.
         seed = _noise.fold_in(self.seed, self.drawn)
         sampler = self._samplers(self.model, **_settings(steps, step_size))
         with in_eval_mode(self.model):
-            x = run(sampler, x, seed=seed, noise=noise)
+            x = sampler(x, seed=seed, noise=noise, first_chain=self.first_chain)
         self.buffer.put(None, x)
         self.drawn += 1
         return x
+
+    @property
+    def examples(self) -> list[Tensor]:
+        """The buffer's states as copies on the CPU, each [1, *img_shape], the newest first."""
+        count, states = self.buffer.added, self.buffer.states
+        numbers = range(count - 1, max(count - len(states), 0) - 1, -1)
+        return list(states[[k % len(states) for k in numbers]].cpu().split(1))
 
     @staticmethod
     def generate_samples(
@@ -76,14 +92,16 @@ class uva:  # lower case, as all presets are called
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        first_chain: int = 0,
     ) -> Tensor:
         """The states after ``steps`` steps from inp_imgs [n, ...], or each [steps, n, ...]."""
         sampler = LangevinSampler(model, **_settings(steps, step_size))
         options: dict[str, Any] = {"seed": take_seed(seed, generator), "noise": noise}
+        options["first_chain"] = first_chain
         with in_eval_mode(model):
             if return_img_per_step:
                 return sampler.trajectory(inp_imgs, **options)[1:]
-            return run(sampler, inp_imgs, **options)
+            return sampler(inp_imgs, **options)
 
 
 def _settings(steps: int, step_size: float) -> dict[str, Any]:

@@ -48,7 +48,11 @@ def check_energies(out: Any, shape: Sequence[int]) -> Tensor:
     """
     chains = shape[0]
     if not isinstance(out, Tensor):
-        raise TypeError(f"energy: must return a tensor, got {type(out).__name__}")
+        hint = "; parts as the state's are a score: LangevinSampler.from_score"
+        raise TypeError(
+            f"energy: must return a tensor, got {type(out).__name__}"
+            + hint * isinstance(out, list | tuple | dict)
+        )
     if not out.is_floating_point():
         raise TypeError(f"energy: must return a floating dtype, got {out.dtype}")
     if out.numel() != chains or (out.ndim > 0 and out.shape[0] != chains):
@@ -69,8 +73,13 @@ def check_energies(out: Any, shape: Sequence[int]) -> Tensor:
 
 
 def network_dtype(energy: Callable[..., Tensor], state: torch.dtype) -> torch.dtype:
-    """The dtype x enters the energy in: that of its parameters, where they have one."""
+    """The dtype x enters the energy in: that of its parameters, where they have one.
+
+    A module that casts by itself, and needs x as it is, says so: ``takes_state_dtype = True``.
+    """
     for module in modules_of(energy):
+        if getattr(module, "takes_state_dtype", False):
+            return state
         for tensor in module.parameters():
             if tensor.is_floating_point():
                 return tensor.dtype
