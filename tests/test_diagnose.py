@@ -395,10 +395,38 @@ def test_a_run_without_a_log(run: Path, tmp_path: Path) -> None:
     assert found["measured"]["values"] == 20
     (lone,) = (copied / "checkpoints").iterdir()
     lone = lone.rename(tmp_path / "lone.safetensors")
-    result = command(lone)
+    result = command(lone, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "diagnose.json").read_text())["measured"] is None
     assert result.stdout.count("fewer than 16 values in the log, nothing to correlate") == 2
+
+
+def test_a_model_alone_takes_nothing_from_the_run_around_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shipped model's name, and an exported one, in a folder that is another run's."""
+    copied = Path(shutil.copytree(run, tmp_path / "copied"))
+    (checkpoint,) = (copied / "checkpoints").iterdir()
+    shutil.copy(checkpoint, copied / "exported.safetensors")
+    before = sorted(copied.rglob("*"))
+    monkeypatch.chdir(copied)
+    for model in ("exported.safetensors", "digits"):
+        result = command(model)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.count("fewer than 16 values in the log, nothing to correlate") == 2
+    assert sorted(copied.rglob("*")) == before
+
+
+def test_an_older_checkpoint_has_the_log_as_far_as_itself(run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "copied"))
+    (checkpoint,) = (copied / "checkpoints").iterdir()
+    tensors, info = read_checkpoint(checkpoint)
+    older = checkpoint.with_name(f"{34:08d}.safetensors")
+    save_checkpoint(older, tensors, info | {"iteration": 34})
+    result = command(older)
+    assert result.exit_code == 0, result.output
+    found = json.loads((copied / "diagnose.json").read_text())
+    assert (found["every"]["values"], found["measured"]["values"]) == (34, 17)
 
 
 def test_command_refuses(run: Path, tmp_path: Path) -> None:

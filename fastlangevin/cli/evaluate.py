@@ -34,7 +34,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of samples, noise and the choice of data.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="The figures as JSON.", show_default="evaluate.json in the run's folder"),
+        typer.Option(
+            help="The figures as JSON.",
+            show_default="evaluate.json in the run's folder, none for a model alone",
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="The training images.", show_default="those of the run")
@@ -97,9 +100,10 @@ def evaluate(
             quantised=quantise, k=k, seed=seed,
         )  # fmt: skip
         typer.echo(measures.to_text(found))
-        path = out or run_folder(checkpoint) / "evaluate.json"
-        measures.save(
-            found, path, run=str(run), iteration=info.get("iteration"), averaged=averaged,
-            steps=sampler.steps, seed=seed, held_out=held.name if held else None,
-        )  # fmt: skip
-    typer.echo(str(path))
+        folder = run_folder(checkpoint)
+        if (path := out or (folder and folder / "evaluate.json")) is not None:
+            measures.save(
+                found, path, run=str(run), iteration=info.get("iteration"), averaged=averaged,
+                steps=sampler.steps, seed=seed, held_out=held.name if held else None,
+            )  # fmt: skip
+            typer.echo(str(path))

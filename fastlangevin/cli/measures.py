@@ -17,7 +17,10 @@ def diagnose(
     lags: Annotated[int, typer.Option(min=1, help="Of the correlations.")] = 15,
     seed: Annotated[int, typer.Option(help="Of data, chains and noise.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the files.", show_default="that of the run")
+        Path | None,
+        typer.Option(
+            help="Folder for the files.", show_default="the run's, none for a model alone"
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="The images.", show_default="those of the run")
@@ -29,19 +32,20 @@ def diagnose(
 ) -> None:
     """Say how learning went, whether samples have the data's moments, and what the chains do.
 
-    Prints a table and writes diagnose.json and, where matplotlib is installed, diagnose.png.
+    Prints a table and writes diagnose.json and, where matplotlib is installed, diagnose.png. A
+    shipped or exported model has no log and no folder: files are written where --out says.
     """
     from fastlangevin.learn import diagnose as measures
     from fastlangevin.learn import diagnose_report as reports
     from fastlangevin.learn.build import choose_device, load_data
-    from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint
+    from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
     from fastlangevin.learn.config import resolve
     from fastlangevin.learn.log import read_records, read_series
     from fastlangevin.learn.run import annealed
 
     with errors():
         checkpoint = find_checkpoint(run)
-        folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else run.parent
+        folder = run_folder(checkpoint)
         info = read_checkpoint(checkpoint)[1]
         if info.get("config") is None:
             raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
@@ -49,10 +53,13 @@ def diagnose(
         sampler = load(checkpoint, device=choose_device(device), averaged=averaged)
         _, data_noise = annealed(config, info["iteration"] - 1)
         images = measures.noisy_batch(load_data(config), n, data_noise, seed, choose_device(device))
+        logs = ([], []) if folder is None else (read_records(folder), read_series(folder))
+        # An older checkpoint's run went on: what its log says later is of other weights.
+        until = [[line for line in log if line["iteration"] <= info["iteration"]] for log in logs]
         found = measures.diagnose(
-            sampler, images, read_records(folder), read_series(folder),
-            seed=seed, long=long, starts=starts, lags=lags,
+            sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags,
         )  # fmt: skip
         typer.echo(reports.to_text(found))
-        for path in reports.save(found, out or folder, f"{checkpoint.stem}, {n} chains"):
-            typer.echo(str(path))
+        if (place := out or folder) is not None:
+            for path in reports.save(found, place, f"{checkpoint.stem}, {n} chains"):
+                typer.echo(str(path))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.learn.files import replacing
+from fastlangevin.learn.folder import is_run
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import check_precision
 from fastlangevin.step import choose_backend
@@ -103,9 +104,10 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_MODELS.glob(f"*{_SUFFIX}"))}
 
 
-def run_folder(checkpoint: Path) -> Path:
-    """Where to write about a checkpoint: its run's folder, or here for one that lies elsewhere."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path()
+def run_folder(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint lies in; None for a shipped or an exported model."""
+    folder = checkpoint.parent.parent
+    return folder if checkpoint.parent.name == "checkpoints" and is_run(folder) else None
 
 
 def export(run: str | Path, out: str | Path) -> None:
