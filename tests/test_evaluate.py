@@ -434,6 +434,7 @@ def test_refusals(command: Any, tmp_path: Path) -> None:
         (("absent",), "models that come with the package: digits"),
         (("digits", "--features", "vgg"), "features must be auto, pixels"),
         (("digits", "--images", "absent.npy"), "absent.npy"),
+        (("digits", "--n", "298"), "--n must be at most 297, the held-out data there are, got 298"),
     ):
         found = command(*arguments)
         assert found.exit_code == 1

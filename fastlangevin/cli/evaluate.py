@@ -72,7 +72,6 @@ def evaluate(
         place = choose_device(device)
         sampler = load(checkpoint, device=place, averaged=averaged)
         train = load_data(config)
-        extract = make_features(features, train, place)
         try:
             held = load_held_out(config, train.shape, images)
         except ValueError as error:
@@ -85,7 +84,10 @@ def evaluate(
             reference = min(reference, len(train) // 2)
             order = order[reference:]
         name, source = ("held-out data", held) if held else ("other training images", train)
+        if n is not None and n > len(order):
+            raise ValueError(f"--n must be at most {len(order)}, the {name} there are, got {n}")
         n = n or min(2048, len(order))
+        extract = make_features(features, train, place)
         real = source.batch(order[:n]).to(place)
         samples = torch.cat(
             [

@@ -57,8 +57,8 @@ def diagnose(
         # An older checkpoint's run went on: what its log says later is of other weights.
         until = [[line for line in log if line["iteration"] <= info["iteration"]] for log in logs]
         found = measures.diagnose(
-            sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags,
-        )  # fmt: skip
+            sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags
+        )
         typer.echo(reports.to_text(found))
         if (place := out or folder) is not None:
             for path in reports.save(found, place, f"{checkpoint.stem}, {n} chains"):
