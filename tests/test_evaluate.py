@@ -84,6 +84,12 @@ def test_rank(n: int, d: int, rank: int) -> None:
     assert metrics.rank(torch.cat([normal(n, d), torch.ones(n, 2).double()], 1)) == rank
 
 
+def test_rank_of_what_was_computed_in_float32() -> None:
+    few = normal(300, 3).float() @ normal(3, 64).float()
+    assert metrics.rank(few) == metrics.rank(few.double()) == 3
+    assert metrics.rank(few + 1e-3 * normal(300, 64).float()) == 64
+
+
 def test_kernel_distance_by_loops() -> None:
     x, y = normal(6, 4), normal(5, 4) + 1
 
@@ -427,6 +433,16 @@ def test_the_shipped_model(command: Any, tmp_path: Path) -> None:
         {"a": again}, train, features.make_features("pixels", digits), seed=1
     )
     assert direct.figures["a"].frechet_distance == pytest.approx(samples["frechet_distance"])
+
+
+def test_few_images_are_said_in_one_line(command: Any) -> None:
+    found = command("digits", "--n", "30", "--features", "pixels", "--reference", "40")
+    assert found.exit_code == 0, found.output
+    said = [line for line in found.stderr.splitlines() if "warning" in line.lower()]
+    assert said == [
+        "warning: evaluate: the reference has 40 images for 64 features: its covariance has rank "
+        "39, and the Frechet distance is biased upwards"
+    ]
 
 
 def test_refusals(command: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command itself, and what its subcommands share."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import typer
@@ -24,3 +25,12 @@ def errors() -> Iterator[None]:
         message = " ".join(str(error).split())
         console.print("error:", message, style="red", markup=False, soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings of the library become one readable line each, without its source."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        typer.echo(f"warning: {' '.join(str(warning.message).split())}", err=True)

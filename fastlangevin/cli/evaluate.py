@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastlangevin.cli.app import app, errors
+from fastlangevin.cli.app import app, errors, plain_warnings
 
 _BATCH = 256
 
@@ -97,10 +97,11 @@ def evaluate(
         )
         sets = {name: real, "samples": samples}
         sets |= measures.yardsticks(real, [0.3] if noise is None else noise, seed)
-        found = measures.evaluate(
-            sets, train, extract, held_out=name if held else None, reference=reference,
-            quantised=quantise, k=k, seed=seed,
-        )  # fmt: skip
+        with plain_warnings():
+            found = measures.evaluate(
+                sets, train, extract, held_out=name if held else None, reference=reference,
+                quantised=quantise, k=k, seed=seed,
+            )  # fmt: skip
         typer.echo(measures.to_text(found))
         folder = run_folder(checkpoint)
         if (path := out or (folder and folder / "evaluate.json")) is not None:

@@ -209,8 +209,7 @@ def _warned_rank(name: str, features: Tensor) -> int:
     if count <= dimension:
         warnings.warn(
             f"evaluate: {name} has {count} images for {dimension} features: its covariance has "
-            f"rank {rank}, and the Frechet distance is biased upwards; more than {dimension} "
-            "images give full rank",
+            f"rank {rank}, and the Frechet distance is biased upwards",
             stacklevel=3,
         )
     return rank

@@ -37,8 +37,12 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def rank(x: Tensor) -> int:
-    """Of the covariance of features [n, d]: at most n - 1, and d where there are enough."""
-    return int(torch.linalg.matrix_rank(_moments(x.double())[1]))
+    """Of the covariance of features [n, d], that come in float32: n - 1 at most, and d at most."""
+    root = _moments(x.double())[1]
+    # In float64 the rounding errors of float32 features would count as directions of their own.
+    return int(
+        torch.linalg.matrix_rank(root, rtol=max(root.shape) * torch.finfo(torch.float32).eps)
+    )
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
