@@ -746,6 +746,17 @@ def test_transfer_command(command: Any, run: Path) -> None:
     assert np.array_equal(np.asarray(Image.open("a.png"))[:36], to_grid(x0, 3))
 
 
+def test_transfer_command_warns_of_chains_that_left_the_images(command: Any, run: Path) -> None:
+    options = ("--images", "digits", "--n", 3, "--style", "digits.npy", "--out", "a.npy")
+    np.save("digits.npy", np.zeros((2, 8, 8), np.uint8))
+    for weight in (1e-3, 1e4):
+        result = command("transfer", run, *options, "--weight", weight)
+        assert result.exit_code == 0, result.output
+        reached = np.abs(np.load("a.npy")).max()
+        warned = f"warning: chains ended at up to {reached:.3g}, images lie in [-1, 1]"
+        assert (warned in result.stderr.splitlines()) == (weight > 1) == (reached > 3)
+
+
 def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
     assert command("sample", run, "--n", 4, "--steps", 120, "--out", "a.gif").exit_code == 0
     with Image.open("a.gif") as gif:

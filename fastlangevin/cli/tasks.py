@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastlangevin.sampler import LangevinSampler
 
 _COLUMNS = 16
+_FAR = 3.0  # times the bounds of images: chains that end beyond it have left them
 _FRAMES = 50  # of a GIF of chains, at most; and one more, the start
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")]
@@ -302,6 +303,8 @@ def transfer(
     typer.echo(f"images   {n} of {sources.name}")
     typer.echo(f"energy   {before:+.4f} at the source, {after:+.4f} after {sampler.steps} steps")
     typer.echo(f"change   {_squares(x0, x).mean():.5f}   mean square per element, in [-1, 1]")
+    if (reached := float(x.abs().max())) > _FAR:
+        typer.echo(f"warning: chains ended at up to {reached:.3g}, images lie in [-1, 1]", err=True)
     typer.echo(str(out))
 
 

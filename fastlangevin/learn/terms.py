@@ -55,8 +55,8 @@ class StyleTerm(nn.Module):
     """weight * sum over layers of |S(x) - S|^2 / (|S(x)|^2 + |S|^2), S(x) being statistics of
     features of x, and S those of a style.
 
-    Between 0 and 2 a layer, so that no chain runs away along it: plain squares of Gram matrices
-    grow with the fourth power of x, and a chain's steps are large.
+    Between 0 and 2 a layer, where plain squares of Gram matrices grow with the fourth power of x.
+    The energy is bounded, the chain is not: a large weight's steps can take it far from [-1, 1].
 
     network: with an attribute ``layers``, an nn.Sequential, as ConvEnergy has; its features are
     the outputs of all its convolutions but the last. style: images [m, C, H, W], whose statistics
