@@ -206,7 +206,11 @@ def test_float_ranges(tmp_path, dtype):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(1.5, r"spans \[0, 1.5\]"), (-2, r"spans \[-2, 0\]"), (np.nan, "NaN in image 2")],
+    [
+        (1.5, r"spans \[0, 1.5\]; samples, .* can be clamped \(np.clip\)"),
+        (-2, r"spans \[-2, 0\]"),
+        (np.nan, "NaN in image 2"),
+    ],
 )
 def test_float_out_of_range(tmp_path, monkeypatch, value, message):
     monkeypatch.setattr(arrays, "_BLOCK_BYTES", 1)  # one image per block

@@ -221,7 +221,7 @@ def float_range(pixels: np.ndarray, name: str) -> tuple[float, float]:
     if low < -1 or high > 1:
         raise ValueError(
             f"load_images: float images must lie in [0, 1] or [-1, 1], {name} spans "
-            f"[{low:g}, {high:g}]"
+            f"[{low:g}, {high:g}]; samples, whose noise may leave [-1, 1], can be clamped (np.clip)"
         )
     return low, high
 
