@@ -1,10 +1,13 @@
 """What several test files share: the backends that can run here, and where."""
 
 import os
+import signal
 from typing import Any
 
 # Everything here is small: several threads would only wait for one another. Also in subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell has SIGINT ignored for what it runs in the background, and so in the runs that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest

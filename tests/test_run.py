@@ -307,8 +307,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
 
 
 def test_a_second_signal_acts_at_once(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
-    # A shell has SIGINT ignored for what it runs in the background, and so in its children.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def report(iteration: int, record: Any) -> None:
         if iteration == 5:
