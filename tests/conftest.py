@@ -6,8 +6,6 @@ from typing import Any
 
 # Everything here is small: several threads would only wait for one another. Also in subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell has SIGINT ignored for what it runs in the background, and so in the runs that tests start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
@@ -19,6 +17,9 @@ from fastlangevin.step import backend_status
 # Without a GPU Triton's kernels run interpreted: asked for here, before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell has SIGINT ignored for what it runs in the background, and so for the runs of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SERVING = [
     (name, device)
