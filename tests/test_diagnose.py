@@ -417,16 +417,21 @@ def test_a_model_alone_takes_nothing_from_the_run_around_it(
     assert sorted(copied.rglob("*")) == before
 
 
-def test_an_older_checkpoint_has_the_log_as_far_as_itself(run: Path, tmp_path: Path) -> None:
+def test_an_older_checkpoint_has_the_log_as_far_as_itself(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "copied"))
     (checkpoint,) = (copied / "checkpoints").iterdir()
     tensors, info = read_checkpoint(checkpoint)
     older = checkpoint.with_name(f"{34:08d}.safetensors")
     save_checkpoint(older, tensors, info | {"iteration": 34})
-    result = command(older)
-    assert result.exit_code == 0, result.output
-    found = json.loads((copied / "diagnose.json").read_text())
-    assert (found["every"]["values"], found["measured"]["values"]) == (34, 17)
+    monkeypatch.chdir(older.parent)
+    for path in (older, older.name):
+        result = command(path)
+        assert result.exit_code == 0, result.output
+        found = json.loads((copied / "diagnose.json").read_text())
+        assert (found["every"]["values"], found["measured"]["values"]) == (34, 17)
+        (copied / "diagnose.json").unlink()
 
 
 def test_command_refuses(run: Path, tmp_path: Path) -> None:

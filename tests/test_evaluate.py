@@ -435,6 +435,7 @@ def test_the_shipped_model(command: Any, tmp_path: Path) -> None:
     assert direct.figures["a"].frechet_distance == pytest.approx(samples["frechet_distance"])
 
 
+@pytest.mark.filterwarnings("always:evaluate:UserWarning")
 def test_few_images_are_said_in_one_line(command: Any) -> None:
     found = command("digits", "--n", "30", "--features", "pixels", "--reference", "40")
     assert found.exit_code == 0, found.output

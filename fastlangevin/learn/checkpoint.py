@@ -106,8 +106,9 @@ def shipped() -> dict[str, Path]:
 
 def run_folder(checkpoint: Path) -> Path | None:
     """The run that a checkpoint lies in; None for a shipped or an exported model."""
-    folder = checkpoint.parent.parent
-    return folder if checkpoint.parent.name == "checkpoints" and is_run(folder) else None
+    # A bare file name has no parents but the working folder's.
+    inside = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
+    return inside.parent if inside.name == "checkpoints" and is_run(inside.parent) else None
 
 
 def export(run: str | Path, out: str | Path) -> None:
