@@ -31,9 +31,7 @@ class Comparison(NamedTuple):
     verdict: str
     differences: list[float]  # at the start, then of each step taken from the loop's own state
     tolerances: list[float]  # what rounding may make of each of them
-    apart: list[
-        float
-    ]  # at the same places, of the sampler left to itself: rounding, and its growth
+    apart: list[float]  # at the same places, of the sampler left to itself: rounding's growth
     draws: int  # of standard normals of x0's shape by the loop
     gradients: int  # taken by the loop; of x0's shape
     steps: int
