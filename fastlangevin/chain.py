@@ -216,7 +216,7 @@ class Chain(NamedTuple):
 
     def check_finite(self, x: Tensor, energies: Tensor | None) -> None:
         """FloatingPointError if a chain is not finite at its end, or its last energy NaN."""
-        chains = torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)
+        chains = torch.isfinite(rows(x)).all(1)
         if energies is not None and energies.numel():
             chains &= ~torch.isnan(energies)
         if not bool(chains.all()):
@@ -263,3 +263,8 @@ def check_overflow(score: Score | None, half: Overflow | None) -> None:
         raise FloatingPointError(
             f'LangevinSampler: with precision="fp16" {_OVERFLOW}; diagnose() shows where'
         )
+
+
+def rows(x: Tensor) -> Tensor:
+    """States [n, ...] as [n, elements]."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
-from fastlangevin.chain import Chain, Overflow, Step
+from fastlangevin.chain import Chain, Overflow, Step, rows
 from fastlangevin.kernels.reference import per_chain
 from fastlangevin.scores.choice import Score
 from fastlangevin.scores.general import Buffers, left_as_found
@@ -122,7 +122,7 @@ class AdjustedChain(Chain):
         sign = 1 if sampler.maximize else -1
         forth, back = (sign * self._move(grad.to(x.dtype), a) for grad in (here[1], there[1]))
         gain = sign * (there[0].double() - here[0].double())
-        product = _rows((forth + back) * (2 * (y - x) - forth + back)).sum(1, dtype=torch.float64)
+        product = rows((forth + back) * (2 * (y - x) - forth + back)).sum(1, dtype=torch.float64)
         a, b = (per_chain(value, gain, torch.float64) for value in (a, b))
         ratio = (2 * a * gain - product / 2) / b**2
         u = _noise.uniform(
@@ -141,11 +141,7 @@ class AdjustedChain(Chain):
 def _inside(x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
     if clamp is None:
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    return _rows((x >= clamp[0]) & (x <= clamp[1])).all(1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(1) if x.ndim > 1 else x[:, None]
+    return rows((x >= clamp[0]) & (x <= clamp[1])).all(1)
 
 
 def _like(accepted: Tensor, x: Tensor) -> Tensor:

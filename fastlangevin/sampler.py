@@ -21,7 +21,7 @@ from fastlangevin.arguments import (
     check_schedule,
     check_step_kwargs,
 )
-from fastlangevin.chain import Chain, note
+from fastlangevin.chain import Chain, note, rows
 from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
 from fastlangevin.metropolis import AdjustedChain, check_adjustable
@@ -319,7 +319,7 @@ class LangevinSampler:
                 step.energies,
                 _norms(step.grad),
                 _norms(x - before),
-                _rows(outside).mean(1),
+                rows(outside).mean(1),
                 1.0 if step.accepted is None else step.accepted,
             )
             for record, value in zip(records, values, strict=True):
@@ -447,9 +447,5 @@ class LangevinSampler:
         return 2 * u - 1
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(1) if x.ndim > 1 else x[:, None]
-
-
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_rows(x), dim=1)
+    return torch.linalg.vector_norm(rows(x), dim=1)
