@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import fastlangevin as fl
+from fastlangevin.testing.loop import Record
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 X0 = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
@@ -116,7 +117,7 @@ def test_the_facade_returns_what_torchebm_returns(
 
     # compare gives its noise to the loop; noise and states are then those of its last such run.
     ours = fl.presets.torchebm(DoubleWellModel(), **options)
-    record = fl.testing._Record(z, 0)
+    record = Record(z, 0)
     with record:
         loop(x0.clone())
     out, diagnostics = ours.sample(x0, return_diagnostics=True, noise=z, **asked)
@@ -170,12 +171,12 @@ def test_the_facade_returns_what_ebmkit_returns(ebm: Any, trajectory: bool) -> N
     def energy(x: Tensor) -> Tensor:
         return (x.square() - 1).square().sum(1)
 
-    with fl.testing._Record(Z, 0):
+    with Record(Z, 0):
         want = ebm.LangevinDynamics(**options).sample(energy, X0, return_trajectory=trajectory)
     got = fl.presets.ebmkit(**options).sample(energy, X0, return_trajectory=trajectory, noise=Z)
     assert got.shape == want.shape
     assert (got - want).abs().max() < 1e-5
-    with fl.testing._Record(Z[:1], 0):
+    with Record(Z[:1], 0):
         want = ebm.LangevinDynamics(**options).step(energy, X0)
     assert (fl.presets.ebmkit(**options).step(energy, X0, noise=Z[:1]) - want).abs().max() < 1e-6
 
@@ -191,7 +192,7 @@ def test_the_recipe_for_inline_loops_is_the_same_chain() -> None:
     energy = fl.ConvEnergy(1, 8, 4)
     x0 = torch.rand(3, 1, 8, 8) * 2 - 1
     z = torch.stack([fl.noise.normal(x0.shape, seed=3, step=k) for k in range(steps)])
-    record = fl.testing._Record(z, 0)
+    record = Record(z, 0)
     with record:
         want = recipe["before"](energy, x0.clone(), steps)
     got = recipe["after"](energy, x0.clone(), steps, 3)

@@ -1,0 +1,255 @@
+"""Is it the same chain? A loop and what replaces it, run with the same noise, step by step."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlangevin import noise as _noise
+from fastlangevin.arguments import check_count
+from fastlangevin.chain import watching
+from fastlangevin.sampler import LangevinSampler
+from fastlangevin.scores.general import kept_generators, modules_of
+from fastlangevin.testing.loop import OP, Record, distance, follow, kind, state
+from fastlangevin.testing.measure import left_alone, peak_bytes, times
+from fastlangevin.testing.walk import Found, Walk, spread
+
+
+class Comparison(NamedTuple):
+    """What :func:`compare` found; ``print`` it."""
+
+    same: bool
+    verdict: str
+    differences: list[float]  # at the start, then of each step taken from the loop's own state
+    tolerances: list[float]  # what rounding may make of each of them
+    apart: list[float]  # at the same places, of the sampler left to itself: rounding's growth
+    draws: int  # of standard normals of x0's shape by the loop
+    gradients: int  # taken by the loop; of x0's shape
+    steps: int
+    seconds: tuple[float, float]  # loop, sampler: medians of the rounds
+    speedup: float  # median of the rounds' ratios
+    peak_bytes: tuple[int, int]  # loop, sampler: tensors made in a call, at most at a time
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = sorted({0, 1, self.steps // 2} & set(range(len(self.differences) - 1)))
+        marks = [f"{f'step {k}' if k else 'start'} {self.differences[k]:.1e}" for k in shown]
+        states = ", ".join([*marks, f"end {self.differences[-1]:.1e}"])
+        times = [f"{1e3 * seconds:.4g} ms" for seconds in self.seconds]
+        memory = [f"{size / 2**20:.4g} MiB" for size in self.peak_bytes]
+        share = self.peak_bytes[1] / max(self.peak_bytes[0], 1)
+        lines = [
+            self.verdict,
+            f"chains      {self.steps} steps of {list(self.shape)}, {self.dtype}",
+            f"difference  {states}",
+            f"on its own  {max(self.apart):.1e} at most, {self.apart[-1]:.1e} at the end",
+            f"time        loop {times[0]}, sampler {times[1]}: {self.speedup:.2f}x as fast",
+            f"memory      loop {memory[0]}, sampler {memory[1]}: {share:.2f}x as much",
+            *(f"note        {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def compare(
+    original: Callable[[Tensor], Any],
+    sampler: Callable[..., Any],
+    x0: Tensor,
+    *,
+    steps: int | None = None,
+    energy: Callable[..., Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    rounds: int = 3,
+    **model_kwargs: Any,
+) -> Comparison:
+    """Run a loop and what is to replace it with the same noise, and say whether they agree.
+
+    original: original(x0) -> x_K, the loop as it is, its energy, labels and options inside it. The
+        normal numbers of x0's shape that it draws from torch (randn, randn_like, normal, normal_)
+        are replaced by given ones; its states are read where it takes gradients through autograd.
+        Of a tuple that it returns the first tensor of x0's shape counts, of a list the last; where
+        it returns None, x0 itself.
+    sampler: a :class:`LangevinSampler`; or, with ``steps`` (K) given, a function of
+        (x0, noise=z [K, n, ...] or None, **model_kwargs), such as a preset's.
+    x0 [n, ...]: float32 or float64; each run gets a copy.
+    dtype: torch.float64 runs both in it, which tells rounding from real differences: x0 and the
+        parameters and buffers of ``energy``, by default the sampler's, are converted meanwhile.
+    rounds: of timing, in turns, with the loop's and the sampler's own noise.
+
+    Every step is judged by itself: the sampler takes it from the state that the loop had reached,
+    with the step's noise, and has to arrive where the loop does, within the rounding of that step's
+    own terms; nothing grows with K. A step that goes further apart is taken again from states
+    4 eps away, and what kinks or large steps make of that is allowed. Where the loop's gradients
+    are not one a step (or not autograd's), the ends alone are compared, and what the sampler makes
+    of an x0 4 eps away is the measure.
+
+    On the CPU the bytes are those of tensors that torch makes, on CUDA those that its allocator
+    holds. Modes, flags, .grads, buffers and torch's generators are as before. Raises TypeError or
+    ValueError naming the argument.
+    """
+    steps = _check_steps(sampler, steps)
+    if not isinstance(x0, Tensor) or x0.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{OP}: x0 must be a float32 or float64 tensor, got {kind(x0)}")
+    rounds = check_count(OP, "rounds", rounds)
+    energy = sampler.energy if energy is None and isinstance(sampler, LangevinSampler) else energy
+    modules = () if energy is None else modules_of(energy)
+    if dtype is not None and not modules:
+        raise ValueError(f"{OP}: dtype converts an energy's module; give it as energy=")
+    x0 = x0.detach().to(dtype or x0.dtype)
+    z = torch.stack(
+        [
+            _noise.normal(
+                x0.shape, seed=seed, step=k, stream=_noise.USER, device=x0.device, dtype=x0.dtype
+            )
+            for k in range(steps)
+        ]
+    )
+    with (
+        kept_generators(x0.device),
+        left_alone(modules, dtype) as put_back,
+        torch.enable_grad(),
+    ):
+
+        def loop() -> Any:
+            put_back()  # no run finds what another has left behind
+            x = x0.clone()
+            out = original(x)
+            return x if out is None else out
+
+        def own(run: Callable[..., Any], noise: Tensor | None = None, start: Tensor = x0) -> Any:
+            put_back()
+            return run(start, noise=noise, **model_kwargs)
+
+        fresh = _fresh(sampler)  # what it keeps for its next calls counts too
+        peak = peak_bytes(loop, x0.device), peak_bytes(lambda: own(fresh), x0.device)
+        with watching() as runs:
+            ours = state(own(sampler, z), x0.shape)
+        walk = Walk(runs, x0, steps)
+        theirs, record = follow(loop, z, ours)
+        put_back()
+        by_step = len(record.points) == steps == len(walk.places)
+        if by_step:
+            found = walk.judge([*record.points, theirs], ours)
+        else:
+            found = Found([], [distance(theirs, ours)], [0.0], [distance(theirs, ours)])
+        if not (by_step and walk.ends_in(ours)):
+            found.tolerances[-1] = spread(lambda x: own(sampler, z, x), x0, ours, steps)
+            found.differences[-1] = found.apart[-1]
+        seconds = times((loop, lambda: own(sampler)), x0.device, rounds)
+    same, verdict = _verdict(found, steps, record, theirs, z)
+    ratios = [loop / own for loop, own in zip(*seconds, strict=True)]
+    return Comparison(
+        same=same,
+        verdict=verdict,
+        differences=found.differences,
+        tolerances=found.tolerances,
+        apart=found.apart,
+        draws=record.draws,
+        gradients=len(record.points),
+        steps=steps,
+        seconds=(statistics.median(seconds[0]), statistics.median(seconds[1])),
+        speedup=statistics.median(ratios),
+        peak_bytes=peak,
+        shape=tuple(x0.shape),
+        dtype=x0.dtype,
+        notes=_notes(record, steps, by_step),
+    )
+
+
+def _verdict(
+    found: Found, steps: int, record: Record, theirs: Tensor, z: Tensor
+) -> tuple[bool, str]:
+    pairs = list(zip(found.differences, found.tolerances, strict=True))
+    beyond = [i for i, (d, t) in enumerate(pairs) if not d <= t]
+    each = len(pairs) > 1
+    if not beyond:
+        i = max(range(len(pairs)), key=lambda i: pairs[i][0])
+        difference, tolerance = pairs[i]
+        where = f"of step {i}" if each and i else "at the start" if each else "at the end"
+        return True, (
+            f"the same chain: the largest difference is {difference:.1e}, {where}, where rounding "
+            f"may make {tolerance:.1e}"
+        )
+    i = beyond[0]
+    difference, tolerance = pairs[i]
+    k = i if each else steps
+    text = f"another chain: after step {k} the difference is {difference:.1e}, where rounding may "
+    text += f"make {tolerance:.1e}"
+    if record.draws == 0:
+        text = "no draws of x0's shape were seen, the loop's noise is its own; " + text
+    elif record.draws != len(z) and record.skip == 0:
+        text += f"; the loop drew noise {record.draws} times, the sampler {len(z)} times"
+    if not each:
+        if z.dtype == torch.float32:
+            text += "; with dtype=torch.float64 it is seen whether that is rounding which grew"
+        return False, text
+    if k == 0:
+        return False, text + (
+            "; the first gradients are taken at different states: is the noise added before the "
+            "gradient in one of them (noise_order), or x0 clamped?"
+        )
+    grad, start = record.grads[k - 1], record.points[k - 1]
+    if grad is not None:
+        ends = ([*record.points, theirs][k], found.states[k])
+        moves = [_move(start, end, grad, z, k - 1) for end in ends]
+        text += f"; step {k} of the loop is {moves[0]}, of the sampler {moves[1]}"
+    return False, text
+
+
+def _move(start: Tensor, end: Tensor, grad: Tensor, z: Tensor, k: int) -> str:
+    """A step in terms of the gradient and the noise, by least squares."""
+    noises = {f"noise[{i}]": z[i] for i in range(k, min(k + 2, len(z)))}
+    parts = {"gradient": grad, **noises}
+    columns = torch.stack([part.double().flatten() for part in parts.values()], dim=1)
+    move = (end - start).double().flatten()
+    if not bool(torch.isfinite(columns).all() & torch.isfinite(move).all()):
+        return "not finite"
+    found = torch.linalg.lstsq(columns.cpu(), move.cpu()[:, None]).solution[:, 0]
+    shares = found.abs() * columns.cpu().norm(dim=0) / move.norm().cpu().clamp(min=1e-300)
+    terms = [
+        f"{c:+.4g} {name}"
+        for c, name, share in zip(found.tolist(), parts, shares, strict=True)
+        if share > 1e-3
+    ]
+    left = (columns.cpu() @ found - move.cpu()).norm() / move.norm().cpu().clamp(min=1e-300)
+    return " ".join(terms or ["nothing"]) + (
+        f" and {left:.0%} else (clipped or clamped)" if left > 0.01 else ""
+    )
+
+
+def _notes(record: Record, steps: int, by_step: bool) -> tuple[str, ...]:
+    notes = []
+    if record.skip:
+        notes.append(
+            f"the loop drew normals {record.draws} times for {steps} steps; the first "
+            f"{record.skip} were left to itself"
+        )
+    elif record.draws != steps:
+        notes.append(f"the loop drew normals of x0's shape {record.draws} times for {steps} steps")
+    if len(record.points) != steps:
+        notes.append(f"the loop took {len(record.points)} gradients by autograd in {steps} steps")
+    if not by_step:
+        notes.append("only the ends were compared")
+    return tuple(notes)
+
+
+def _fresh(sampler: Callable[..., Any]) -> Callable[..., Any]:
+    if isinstance(sampler, LangevinSampler):
+        return LangevinSampler(sampler.energy, **sampler.settings())
+    return sampler
+
+
+def _check_steps(sampler: Callable[..., Any], steps: int | None) -> int:
+    if isinstance(sampler, LangevinSampler):
+        if steps not in (None, sampler.steps):
+            raise ValueError(f"{OP}: steps must be the sampler's {sampler.steps}, got {steps}")
+        return sampler.steps
+    if not callable(sampler):
+        raise TypeError(f"{OP}: sampler must be callable, got {type(sampler).__name__}")
+    if steps is None:
+        raise TypeError(f"{OP}: give steps, the number of them that a function takes")
+    return check_count(OP, "steps", steps)
