@@ -33,7 +33,7 @@ from fastlangevin.learn import (
 )
 from fastlangevin.learn.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from fastlangevin.learn.config import FIELDS
-from fastlangevin.learn.folder import FREE_SETTINGS
+from fastlangevin.learn.folder import FREE_SETTINGS, only_writer
 from fastlangevin.learn.images import to_grid
 from fastlangevin.learn.log import RunLog, read_records
 from fastlangevin.learn.run import annealed
@@ -473,6 +473,37 @@ def test_a_folder_that_holds_a_run(lost: str, config: TrainConfig, copied: Path)
     ):
         train(dataclasses.replace(config, data="nowhere"), copied)
     assert snapshot(copied) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+def test_two_processes_in_one_folder(config: TrainConfig, whole: Path, copied: Path) -> None:
+    script = (
+        "import pathlib, sys; from fastlangevin.learn.folder import only_writer\n"
+        "with only_writer(pathlib.Path(sys.argv[1])): print('ready', flush=True); sys.stdin.read()"
+    )
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(copied)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        for option in ("resume", "overwrite"):
+            with pytest.raises(FileExistsError, match=f"another process is training in {copied}"):
+                train(config, copied, **{option: True})
+        assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+        other.kill()
+        other.wait()
+    train(config, copied, resume=True)  # the lock went with the process
+
+
+def test_a_folder_made_for_nothing_goes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"), only_writer(tmp_path / "new"):
+        raise ValueError("no")
+    (tmp_path / "old").mkdir()
+    with only_writer(tmp_path / "old"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_checkpoints_without_a_config_are_a_run_too(config: TrainConfig, copied: Path) -> None:

@@ -2,9 +2,16 @@
 
 import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastlangevin.learn.config import MARK, TrainConfig, read_settings, resolve
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
 _NUMBER = "[0-9]" * 8
@@ -59,6 +66,32 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
             f"train: {out} already holds {in_the_way[0].relative_to(out)}, which a run would "
             "replace, but is no whole run to overwrite; name another folder"
         )
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes from training in it meanwhile.
+
+    The lock is the folder's own and goes with the process, however that ends. A new folder that is
+    still empty then is removed. FileExistsError if another process has it.
+    """
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"train: another process is training in {out}") from error
+        yield
+    finally:
+        os.close(folder)
+        if new:
+            with contextlib.suppress(OSError):  # it holds something
+                out.rmdir()
 
 
 def check_resumed(config: TrainConfig, out: Path) -> None:

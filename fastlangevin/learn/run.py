@@ -18,7 +18,13 @@ from fastlangevin.learn.build import (
 )
 from fastlangevin.learn.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
 from fastlangevin.learn.config import TrainConfig, save_config
-from fastlangevin.learn.folder import CONFIG, check_folder, remove_leftovers, remove_run
+from fastlangevin.learn.folder import (
+    CONFIG,
+    check_folder,
+    only_writer,
+    remove_leftovers,
+    remove_run,
+)
 from fastlangevin.learn.guard import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_grid
 from fastlangevin.learn.learner import ShortRunLearner
@@ -46,12 +52,19 @@ def train(
     iteration, with a checkpoint.
 
     Raises, before anything is written, FileExistsError if ``out`` holds a run and neither
-    ``resume`` nor ``overwrite`` is given, and ValueError for settings that do not fit. Later
-    DivergedError, naming the last good checkpoint, and OSError when the disk is full: the
-    checkpoints written before stay.
+    ``resume`` nor ``overwrite`` is given or if another process is training in it, and ValueError
+    for settings that do not fit. Later DivergedError, naming the last good checkpoint, and OSError
+    when the disk is full: the checkpoints written before stay.
     """
     out = Path(out)
     check_folder(config, out, resume, overwrite)
+    with only_writer(out):
+        return _train(config, out, resume, overwrite, report)
+
+
+def _train(
+    config: TrainConfig, out: Path, resume: bool, overwrite: bool, report: Report | None
+) -> Path:
     learner = build_learner(config)
     if resume:
         remove_leftovers(out)
