@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import at_step, check_count
-from fastlangevin.learn.correlations import Correlations, correlations, series_of
+from fastlangevin.learn.correlations import FEWEST, Correlations, correlations, series_of
 from fastlangevin.learn.learner import Images
 from fastlangevin.learn.moments import (
     Residual,
@@ -96,7 +96,7 @@ def diagnose(
     energy = check_sets(sampler.energy, data, data)
     check_count("diagnose", "long", long)
     with_log = [
-        correlations(*found, lags=lags) if len(found[0]) >= 16 else None
+        correlations(*found, lags=lags) if len(found[0]) >= FEWEST else None
         for found in (
             series_of(series, "reach", sampler),
             series_of(records, "grad_norm", sampler),
