@@ -50,11 +50,14 @@ def to_json(found: Diagnosis) -> dict[str, Any]:
     return {"format": FORMAT, "version": 1, **_plain(found)}
 
 
-def save(found: Diagnosis, folder: Path, title: str = "") -> list[Path]:
-    """Write diagnose.json and, where matplotlib is installed, diagnose.png; their paths."""
+def save(found: Diagnosis, folder: Path, title: str = "", **facts: Any) -> list[Path]:
+    """Write diagnose.json and, where matplotlib is installed, diagnose.png; their paths.
+
+    The JSON also has ``facts`` about what was diagnosed.
+    """
     paths = [folder / "diagnose.json"]
     with replacing(paths[0]) as temporary:
-        text = json.dumps(to_json(found), indent=1, allow_nan=False)
+        text = json.dumps(to_json(found) | facts, indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:
         paths.append(folder / "diagnose.png")
