@@ -470,6 +470,42 @@ def test_folders_that_do_not_serve(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[1, 2]",
+        lambda text: "\xff",
+        lambda text: text.replace('"gap"', '"gaps"'),
+        lambda text: text.replace('"seed"', '"need"'),
+        lambda text: text.replace('"diverged": null', '"diverged": {"iteration": 3}'),
+        lambda text: text.replace('"frechet": ', '"frechet": "lost", "other": '),
+    ],
+    ids=["cut", "empty", "list", "bytes", "no measure", "no seed", "no reason", "no number"],
+)
+def test_damaged_results(
+    damage: Callable[[str], str],
+    plan: Sweep,
+    whole: tuple[Path, Results],
+    tmp_path: Path,
+) -> None:
+    """The file and what to do are named before any run goes on; done so, the result is the same."""
+    out, runs = tmp_path / "sweep", plan.runs()
+    shutil.copytree(whole[0], out)
+    (out / runs[0].name / "result.json").unlink()
+    path = out / runs[2].name / "result.json"
+    changed = damage(path.read_text())
+    assert changed != path.read_text()
+    path.write_bytes(changed.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"result\.json is damaged, .*; remove it, and") as error:
+        run_sweep(plan, out)
+    assert str(path) in str(error.value)
+    assert not (out / runs[0].name / "result.json").exists()
+    path.unlink()
+    assert_same(out, run_sweep(plan, out), whole)
+
+
 @pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
 def test_ranks_that_do_not_serve(rank: int, world_size: int, plan: Sweep, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rank must be in 0|world_size must be at least 1"):
