@@ -143,7 +143,7 @@ def test_its_text_is_what_the_files_say(run: Path) -> None:
 def test_results_of_other_weights_are_marked(run: Path) -> None:
     """By the iteration that they record, whatever a copy made of the files' times, or by these."""
     text = Page(report.to_html(run)).text
-    assert "older than" not in text
+    assert "file's time" not in text
     assert "the last checkpoint is" not in text
     for path in (run / "evaluate.json", run / "my_results.png", run / "samples.png"):
         os.utime(path, (0, 0))
@@ -151,8 +151,8 @@ def test_results_of_other_weights_are_marked(run: Path) -> None:
     (run / "diagnose.png").write_bytes((run / "samples.png").read_bytes())
     text = Page(report.to_html(run)).text
     assert "Of iteration 20. Features" in text
-    assert "my results (older than the last checkpoint)" in text
-    assert "the last weights (older than the last checkpoint)" in text
+    assert "my results (by its file's time older than the last checkpoint)" in text
+    assert "the last weights (" not in text  # the run has ended, and drawn them then
     (run / "my_results.txt").write_text("iteration 20\nratio 0.5\n")
     assert "my results (" not in Page(report.to_html(run)).text
     (run / "my_results.txt").write_text("iteration 10\nratio 0.5\n")
@@ -162,6 +162,10 @@ def test_results_of_other_weights_are_marked(run: Path) -> None:
     text = Page(report.to_html(run)).text
     assert "Of iteration 10 (of iteration 10, the last checkpoint is of 20)" in text
     assert text.count("(of iteration 10, the last checkpoint is of 20)") == 3
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("iterations: 20", "iterations: 30"))
+    text = Page(report.to_html(run)).text
+    assert "the last weights (by its file's time older than the last checkpoint)" in text
 
 
 def test_curves_lie_in_their_frames_and_keep_extremes(run: Path) -> None:
@@ -251,6 +255,8 @@ def test_a_model_alone(
         assert reconstructed.size[1] == 3 * 34 + 2
         assert page.lines == []
     assert sorted(run.rglob("*")) == before
+    bare = Page(report.to_html(Path("digits")))
+    assert (bare.images, "No curves" in bare.text, "noise_std" in bare.text) == ([], True, True)
 
 
 def test_compute_makes_what_is_missing(

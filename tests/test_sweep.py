@@ -462,6 +462,9 @@ def test_folders_that_do_not_serve(
     (tmp_path / "sweep.yaml").write_text(sweep_runs.MARK + "version: 0\n")
     with pytest.raises(ValueError, match="of version 0; this fastlangevin reads version 1"):
         run_sweep(plan, tmp_path)
+    (tmp_path / "sweep.yaml").write_text(sweep_runs.MARK + "version: 1\ncentre: 3\n")
+    with pytest.raises(ValueError, match=r"sweep\.yaml is damaged, it has no centre"):
+        run_sweep(plan, tmp_path)
     (tmp_path / "sweep.yaml").rename(tmp_path / "thesis.tex")
     with pytest.raises(FileExistsError, match=r"holds thesis\.tex and is no sweep"):
         run_sweep(plan, tmp_path)

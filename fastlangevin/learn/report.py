@@ -68,8 +68,8 @@ def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> 
 
     Of a run it has the samples and how they came to be, the curves, every picture in the run's
     folder with the text file of its name, an evaluation and a diagnosis where ``evaluate`` and
-    ``diagnose`` have left one, and the settings. A model alone has no folder, and no log: the page
-    has what lies in the folder ``made``, and its settings.
+    ``diagnose`` have left one, and the settings. A model alone has no folder, and no log: its page
+    has the settings, and what has just been made of it in the folder ``made``.
 
     Raises as :func:`find_weights` does, and ValueError naming a file in the folder that is damaged
     or of another version.
@@ -82,27 +82,28 @@ def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> 
 def to_html(run: Path, made: Path | None = None) -> str:
     """The page itself; see :func:`write_report`."""
     weights = find_weights(run)
-    folder: Path | None
     if is_run(run):
-        folder, title = run, f"Run {run.resolve().name}"
-        settings, learning = read_settings(run / CONFIG), _curves(run)
+        title, learning = f"Run {run.resolve().name}", _curves(run)
+        settings = read_settings(run / CONFIG)
     else:
-        folder, title = made, f"Model {run.stem}"
+        title, learning = f"Model {run.stem}", f"<p>{_NO_CURVES}</p>"
         sampler = (weights.info.get("energy") or {}) | (weights.info.get("sampler") or {})
-        settings, learning = weights.info.get("config") or sampler, f"<p>{_NO_CURVES}</p>"
+        settings = weights.info.get("config") or sampler
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
-    intro = f"{settings.get('data')}, {last} of {settings.get('iterations')}; "
-    sections = [f"<p>{escape(intro)}fastlangevin {escape(__version__)}</p>"]
-    if folder is not None:
-        sections.append(_section("Samples", _samples(folder, weights)))
-    sections.append(_section("Learning", learning))
-    if folder is not None:
-        sections += [
-            _section("Results", _pictures(folder, weights)),
-            _section("Evaluation", _evaluation(folder, weights)),
-            _section("Diagnosis", _diagnosis(folder, weights)),
-        ]
-    sections.append(_section("Settings", _table(["setting", "value"], settings.items())))
+    iterations = settings.get("iterations")
+    intro = f"{settings.get('data')}, {last} of {iterations}; "
+    folder = made or run
+    if made:
+        weights = weights._replace(checkpoint=None)  # there is no older one to be of
+    sections = [
+        f"<p>{escape(intro)}fastlangevin {escape(__version__)}</p>",
+        _section("Samples", _samples(folder, weights, iterations)),
+        _section("Learning", learning),
+        _section("Results", _pictures(folder, weights)),
+        _section("Evaluation", _evaluation(folder, weights)),
+        _section("Diagnosis", _diagnosis(folder, weights)),
+        _section("Settings", _table(["setting", "value"], settings.items())),
+    ]
     return Template(_TEMPLATE.read_text("utf-8")).substitute(
         title=escape(title), body="\n".join(sections)
     )
@@ -112,7 +113,7 @@ def age(path: Path, weights: Weights) -> str:
     """Words on a result that is of other weights than those; "" of one that is of them.
 
     By the iteration that it records: JSON by that name, a picture in the first line of its text.
-    One that records none is by the files' times older than the checkpoint or not.
+    Of one that records none the files' times are compared, which a copy may have lost.
     """
     if weights.checkpoint is None:
         return ""
@@ -121,7 +122,7 @@ def age(path: Path, weights: Weights) -> str:
         other = f"of iteration {made}, the last checkpoint is of {weights.iteration}"
         return f" ({other})" if made != weights.iteration else ""
     older = path.stat().st_mtime < weights.checkpoint.stat().st_mtime
-    return " (older than the last checkpoint)" if older else ""
+    return " (by its file's time older than the last checkpoint)" if older else ""
 
 
 def _iteration_of(path: Path) -> int | None:
@@ -138,13 +139,15 @@ def _iteration_of(path: Path) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _samples(run: Path, weights: Weights) -> str:
+def _samples(run: Path, weights: Weights, iterations: Any) -> str:
     grids = sorted((run / "samples").glob("[0-9]" * 8 + ".png"))
     chosen = [grids[i * (len(grids) - 1) // (_GRIDS - 1)] for i in range(_GRIDS)] if grids else []
     final = run / "samples.png"
     parts = []
     if final.is_file():
-        parts.append(_image(final, "the last weights" + age(final, weights)))
+        # Drawn when a run ends: another end's only where the run has gone on and not ended yet.
+        old = "" if weights.iteration == iterations else age(final, weights)
+        parts.append(_image(final, "the last weights" + old))
     return "".join(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
 
 
@@ -208,7 +211,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def _pictures(run: Path, weights: Weights) -> str:
     parts = []
-    for path in sorted(run.iterdir()):
+    for path in sorted(run.glob("*")):
         if path.suffix in _TYPES and path.name not in ("samples.png", "diagnose.png"):
             parts.append(_image(path, path.stem.replace("_", " ") + age(path, weights)))
             if (text := path.with_suffix(".txt")).is_file():

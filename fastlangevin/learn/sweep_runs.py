@@ -113,7 +113,9 @@ def _check_folder(plan: Sweep, out: Path) -> None:
             f"sweep: {out} is a sweep of version {saved.get('version')}; "
             f"this fastlangevin reads version {VERSION}"
         )
-    saved, asked = ({**p.pop("centre", {}), **p} for p in (saved, asked))
+    if not isinstance(saved.get("centre"), dict):
+        raise ValueError(f"sweep: {out / PLAN} is damaged, it has no centre; name another folder")
+    saved, asked = ({**p.pop("centre"), **p} for p in (saved, asked))
     for name in asked:
         if name != "device" and saved.get(name) != asked[name]:
             raise FileExistsError(
