@@ -255,6 +255,13 @@ def test_a_model_alone(
         assert reconstructed.size[1] == 3 * 34 + 2
         assert page.lines == []
     assert sorted(run.rglob("*")) == before
+    tensors, info = read_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "own.safetensors", tensors, info | {"config": None})
+    found = command("own.safetensors", "--device", "cpu")
+    assert found.exit_code == 0, found.output
+    assert found.stderr.count("it names no data") == 2
+    page = Page(Path("report.html").read_text("utf-8"))
+    assert ("None" in page.text, "step_size" in page.text, len(page.images)) == (False, True, 1)
     bare = Page(report.to_html(Path("digits")))
     assert (bare.images, "No curves" in bare.text, "noise_std" in bare.text) == ([], True, True)
 

@@ -91,12 +91,12 @@ def to_html(run: Path, made: Path | None = None) -> str:
         settings = weights.info.get("config") or sampler
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
     iterations = settings.get("iterations")
-    intro = f"{settings.get('data')}, {last} of {iterations}; "
+    trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
     folder = made or run
     if made:
         weights = weights._replace(checkpoint=None)  # there is no older one to be of
     sections = [
-        f"<p>{escape(intro)}fastlangevin {escape(__version__)}</p>",
+        f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
         _section("Samples", _samples(folder, weights, iterations)),
         _section("Learning", learning),
         _section("Results", _pictures(folder, weights)),
