@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             draw(content, options.plots / f"{content['benchmark']}-{content['device']}.svg")
 
 
-def insert(text: str, tables: str) -> str:
+def insert(text: str, tables: str, markers: tuple[str, str] = MARKERS) -> str:
     """``text`` with ``tables`` between the markers, in place of what is there."""
-    begin, end = MARKERS
+    begin, end = markers
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise SystemExit(f"report: expected one line {begin} and, below it, one line {end}")
     head, tail = text.split(begin)[0], text.split(end)[1]

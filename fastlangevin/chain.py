@@ -268,3 +268,8 @@ def check_overflow(score: Score | None, half: Overflow | None) -> None:
 def rows(x: Tensor) -> Tensor:
     """States [n, ...] as [n, elements]."""
     return x.flatten(1) if x.ndim > 1 else x[:, None]
+
+
+def norms(x: Tensor) -> Tensor:
+    """The L2 norm of every state: [n, ...] -> [n]."""
+    return torch.linalg.vector_norm(rows(x), dim=1)

@@ -21,7 +21,7 @@ from fastlangevin.arguments import (
     check_schedule,
     check_step_kwargs,
 )
-from fastlangevin.chain import Chain, note, rows
+from fastlangevin.chain import Chain, norms, note, rows
 from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
 from fastlangevin.metropolis import AdjustedChain, check_adjustable
@@ -317,8 +317,8 @@ class LangevinSampler:
             assert step.grad is not None
             values = (
                 step.energies,
-                _norms(step.grad),
-                _norms(x - before),
+                norms(step.grad),
+                norms(x - before),
                 rows(outside).mean(1),
                 1.0 if step.accepted is None else step.accepted,
             )
@@ -445,7 +445,3 @@ class LangevinSampler:
             device=device_of(self.energy),
         )
         return 2 * u - 1
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows(x), dim=1)

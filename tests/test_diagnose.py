@@ -54,23 +54,75 @@ def test_a_delay_is_found_at_its_lag() -> None:
     assert max(found.cross) > 0.95
 
 
+def autoregressive(memory: float, n: int, seed: int = 3) -> Tensor:
+    """x_t = memory x_{t-1} + noise, from 0."""
+    x = [0.0]
+    for z in normal(n, seed=seed).tolist():
+        x.append(memory * x[-1] + z)
+    return torch.tensor(x[1:])
+
+
+T = torch.linspace(0, 1, 2000)
+TRENDS = {
+    "none": 0 * T,
+    "line": 100 * T,
+    "decay": 100 * torch.exp(-10 * T),
+    "slow decay": 100 * torch.exp(-2 * T),
+    "swings at the start": 50 * (-1.0) ** torch.arange(2000) * (T < 0.05),
+}
+
+
 @pytest.mark.parametrize(
     ("memory", "reading"), [(-0.6, "strong"), (0.0, "weak"), (0.9, "weak")], ids=str
 )
-def test_oscillation(memory: float, reading: str) -> None:
-    """x_t = memory x_{t-1} + noise, N = 2,000: the bound is 5 standard errors from -0.6's lag 1."""
-    x = [0.0]
-    for z in normal(2000, seed=3).tolist():
-        x.append(memory * x[-1] + z)
-    found = correlations(x[1:], x[1:])
-    assert found.oscillation == reading
-    assert found.d[1] == pytest.approx(memory, abs=5 / math.sqrt(2000))
+@pytest.mark.parametrize("trend", TRENDS)
+def test_oscillation(memory: float, reading: str, trend: str) -> None:
+    """On any trend, and whatever lags are shown: N = 1,000, 5 standard errors from -0.6's lag 1."""
+    x = (autoregressive(memory, 2000) + TRENDS[trend]).tolist()
+    found = correlations(x, x).oscillation
+    assert (found.values, found.verdict) == (1000, reading)
+    assert found.d[0] == pytest.approx(memory, abs=5 / math.sqrt(1000))
+    assert correlations(x, x, lags=1).oscillation == found
+    assert correlations(x, x, last=1000).oscillation == found
+
+
+def test_oscillation_by_its_formula() -> None:
+    """Of the last half, less numpy's parabola."""
+    x = autoregressive(-0.3, 101, seed=5).cumsum(0).tolist()
+    late = np.array(x[-50:])
+    rest = late - np.polyval(np.polyfit(range(50), late, 2), range(50))
+    found = correlations(x, x).oscillation
+    for lag in range(1, 6):
+        assert found.d[lag - 1] == pytest.approx((rest[:-lag] @ rest[lag:]) / (rest @ rest))
+    assert (found.values, found.bound) == (50, 3 / math.sqrt(50))
+
+
+def test_chance_is_not_read_as_oscillation() -> None:
+    """At 5 lags white noise is below -3 standard errors in 1 % of series: of 200, 12 are 1e-5."""
+    for n in (64, 2000):
+        verdicts = [
+            correlations(x, x).oscillation.verdict for x in normal(200, n, seed=6).double().tolist()
+        ]
+        assert verdicts.count("strong") <= 12
+
+
+def test_no_verdict_on_oscillation() -> None:
+    """Of values apart, between which d may have swung; of a short series; of one without change."""
+    x = autoregressive(-0.9, 2000).tolist()
+    assert correlations(x, x, spacing=10).oscillation.verdict is None
+    assert correlations(x[:63], x[:63]).oscillation.verdict is None
+    assert correlations(x[:64], x[:64]).oscillation.verdict == "strong"
+    assert len(correlations(x[:16], x[:16]).oscillation.d) == 5
+    line = [0.1 * i + 3 for i in range(100)]
+    assert correlations(line, line).oscillation.d == [0.0] * 5
 
 
 def test_only_the_last_values_count() -> None:
     old, new = normal(2, 300, seed=4).tolist()
     want = correlations(new, new)
-    assert correlations(old + new, old + new, last=300) == want
+    found = correlations(old + new, old + new, last=300)
+    assert found._replace(oscillation=want.oscillation) == want
+    assert found.oscillation.values == 300  # all of them, now that they are the later half
     assert len(correlations(new[:20], new[:20]).d) == 6  # lags to a quarter of the values
     flat = correlations([1.0] * 20, [2.0] * 20)
     assert flat.d == [0.0] * 6
@@ -363,6 +415,9 @@ def test_command(run: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in found["layers"]] == [f"layers.{i}" for i in range(5)]
     assert found["top"] == found["layers"][3]
     assert found["long_run"]["steps"] == [3, 6]
+    assert (found["every"]["oscillation"]["values"], len(found["every"]["d"])) == (20, 11)
+    for why in ("too few values", "values are 2 iterations apart"):
+        assert f"no verdict on oscillation, {why}" in result.stdout
     assert f"Long run: {found['long_run']['verdict']}" in result.stdout
     assert f"{found['every']['d_mean']:+.4g} +- {found['every']['d_std']:.4g}" in result.stdout
     assert "layers.3" in result.stdout.split("<- h of the top layer")[0].splitlines()[-1]

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import fastlangevin as fl
@@ -160,6 +162,42 @@ def test_nearest_over_blocks() -> None:
     assert torch.equal(found.which, exact.indices)
     torch.testing.assert_close(found.distance, exact.values, atol=1e-7, rtol=0)
     assert found.which[4] == 13
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        out = function(*arguments, **(options or {}))
+        given = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.elements = max(self.elements, *given, 0)
+        return out
+
+
+def test_pairs_are_held_in_blocks() -> None:
+    """3,000 x 3,000 pairs, never all of them at once, and the figures that all at once give."""
+    x, y = normal(3000, 2), normal(3000, 2) + 0.3
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        pairs = (a @ b.T / 2 + 1) ** 3
+        return (pairs.sum() - pairs.trace()) / (3000 * 2999) if a is b else pairs.mean()
+
+    radii_x, radii_y = (torch.cdist(a, a).kthvalue(4, dim=1).values for a in (x, y))
+    between = torch.cdist(x, y)
+    with Largest() as seen:
+        kernel = metrics.kernel_distance(x, y)
+        precision_recall = metrics.precision_recall(x, y)
+        nearest = metrics.nearest(x, [y])
+    assert seen.elements < 0.6 * 3000**2
+    assert kernel == pytest.approx(float(mean(x, x) + mean(y, y) - 2 * mean(x, y)), abs=1e-12)
+    precision = float((between <= radii_y).any(1).double().mean())
+    recall = float((between <= radii_x[:, None]).any(0).double().mean())
+    assert precision_recall == pytest.approx((precision, recall), abs=1e-12)
+    torch.testing.assert_close(nearest.distance, between.amin(1), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,20 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastlangevin import cli
+from fastlangevin.cli import report as commands
 from fastlangevin.learn import evaluate as measures
 from fastlangevin.learn import features, load_images, report, resolve, save_grid, train
+from fastlangevin.learn.checkpoint import export, read_checkpoint, save_checkpoint
 
 TINY = {
     "width": 2, "steps": 2, "batch_size": 4, "iterations": 20, "save_every": 10, "log_every": 2,
     "sample_every": 5, "samples": 4, "device": "cpu", "limit": 1500,
+}  # fmt: skip
+
+
+DIAGNOSIS: dict[str, Any] = {
+    "format": "fastlangevin diagnosis", "version": 1, "iteration": 20,
+    "long_run": {"verdict": "steady"}, "reach": {}, "mixing": {}, "layers": [],
 }  # fmt: skip
 
 
@@ -130,9 +138,34 @@ def test_its_text_is_what_the_files_say(run: Path) -> None:
     ):
         assert words in page.text
     assert "FID" not in page.text
-    assert "older" not in page.text
-    os.utime(run / "evaluate.json", (0, 0))
-    assert "iteration 20 (older than the last checkpoint)" in Page(report.to_html(run)).text
+
+
+def test_results_of_other_weights_are_marked(run: Path) -> None:
+    """By the iteration that they record, whatever a copy made of the files' times, or by these."""
+    text = Page(report.to_html(run)).text
+    assert "file's time" not in text
+    assert "the last checkpoint is" not in text
+    for path in (run / "evaluate.json", run / "my_results.png", run / "samples.png"):
+        os.utime(path, (0, 0))
+    (run / "diagnose.json").write_text(json.dumps(DIAGNOSIS))
+    (run / "diagnose.png").write_bytes((run / "samples.png").read_bytes())
+    text = Page(report.to_html(run)).text
+    assert "Of iteration 20. Features" in text
+    assert "my results (by its file's time older than the last checkpoint)" in text
+    assert "the last weights (" not in text  # the run has ended, and drawn them then
+    (run / "my_results.txt").write_text("iteration 20\nratio 0.5\n")
+    assert "my results (" not in Page(report.to_html(run)).text
+    (run / "my_results.txt").write_text("iteration 10\nratio 0.5\n")
+    for name in ("evaluate.json", "diagnose.json"):
+        found = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(found | {"iteration": 10}))
+    text = Page(report.to_html(run)).text
+    assert "Of iteration 10 (of iteration 10, the last checkpoint is of 20)" in text
+    assert text.count("(of iteration 10, the last checkpoint is of 20)") == 3
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("iterations: 20", "iterations: 30"))
+    text = Page(report.to_html(run)).text
+    assert "the last weights (by its file's time older than the last checkpoint)" in text
 
 
 def test_curves_lie_in_their_frames_and_keep_extremes(run: Path) -> None:
@@ -173,22 +206,70 @@ def command() -> Any:
 def test_refusals(command: Any, run: Path, tmp_path: Path) -> None:
     found = command(tmp_path / "absent")
     assert found.exit_code == 1
-    assert "absent holds no run" in found.stderr
-    for damaged in ("{", "[]", '{"format": "fastlangevin evaluation", "version": 2}'):
+    assert "absent does not exist" in found.stderr
+    assert "models that come with the package: digits" in found.stderr
+    evaluation = '{"format": "fastlangevin evaluation", "version": '
+    for damaged in ("{", "[]", evaluation + "2}", evaluation + "1}"):
         (run / "evaluate.json").write_text(damaged)
         found = command(run)
         assert found.exit_code == 1
         assert "evaluate.json is damaged, or no 'fastlangevin evaluation' of version 1" in (
             found.stderr
         )
+    (run / "evaluate.json").unlink()
+    (checkpoint,) = (run / "checkpoints").glob("*20.safetensors")
+    tensors, info = read_checkpoint(checkpoint)
+    save_checkpoint(checkpoint, tensors, info | {"version": 99})
+    for path in (run, checkpoint):
+        found = command(path, "--compute")
+        assert found.exit_code == 1
+        assert "of version 99; this fastlangevin reads version 1" in found.stderr
     assert not (run / "report.html").exists()
+    assert not (run / "evaluate.json").exists()
+
+
+def test_a_model_alone(
+    command: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shipped, exported, or one checkpoint: what can be made of it, and why there are no curves."""
+    monkeypatch.setitem(commands._SHORT, "iterations", 2)
+    monkeypatch.chdir(tmp_path)
+    export(run, tmp_path / "small.safetensors")
+    (checkpoint,) = (run / "checkpoints").glob("*10.safetensors")
+    before = sorted(run.rglob("*"))
+    for model, title, end in (
+        ("digits", "Model digits", "iteration 1600 of 1600"),
+        ("small.safetensors", "Model small", "iteration 20 of 20"),
+        (checkpoint, "Model 00000010", "iteration 10 of 20"),
+    ):
+        found = command(model, "--device", "cpu")
+        assert found.exit_code == 0, found.output
+        assert found.stdout.strip() == "report.html"
+        page = Page(Path("report.html").read_text("utf-8"))
+        for words in (title, end, "No curves", "best of 64", "confidence, 16 images", "noise_std"):
+            assert words in page.text
+        assert "Evaluation" not in page.text
+        samples, interpolated, reconstructed = map(decoded, page.images)
+        assert samples.size == (8 * 34 + 2, 8 * 34 + 2)
+        assert interpolated.size == (9 * 34 + 2, 8 * 34 + 2)
+        assert reconstructed.size[1] == 3 * 34 + 2
+        assert page.lines == []
+    assert sorted(run.rglob("*")) == before
+    tensors, info = read_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "own.safetensors", tensors, info | {"config": None})
+    found = command("own.safetensors", "--device", "cpu")
+    assert found.exit_code == 0, found.output
+    assert found.stderr.count("it names no data") == 2
+    page = Page(Path("report.html").read_text("utf-8"))
+    assert ("None" in page.text, "step_size" in page.text, len(page.images)) == (False, True, 1)
+    bare = Page(report.to_html(Path("digits")))
+    assert (bare.images, "No curves" in bare.text, "noise_std" in bare.text) == ([], True, True)
 
 
 def test_compute_makes_what_is_missing(
     command: Any, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each command in its turn; what is there stays, and one that fails stops no other."""
-    from fastlangevin.cli import report as commands
 
     def fails(run: Path, **options: Any) -> None:
         raise typer.Exit(1)
@@ -204,11 +285,42 @@ def test_compute_makes_what_is_missing(
     found = command(run, "--compute", "--device", "cpu")
     assert found.exit_code == 0, found.output
     assert (run / "evaluate.json").read_bytes() == before
+    assert json.loads((run / "diagnose.json").read_text())["iteration"] == 20
     assert not (run / "reconstructed.png").exists()
     page = Page((run / "report.html").read_text("utf-8"))
     for words in ("restored", "ratio 0.123", "interpolated", "confidence", "long run", "mixing"):
         assert words in page.text
     assert str(run / "restored.png") not in page.text
+
+
+def test_compute_makes_again_what_is_of_other_weights(
+    command: Any, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def makes(name: str) -> Any:
+        def command(run: Path, out: Path, device: str) -> None:
+            made.append(name)
+            print("said\npath")
+
+        return command
+
+    names = {"reconstruct": 20, "interpolate": 10, "restore": None}
+    for name, iteration in names.items():
+        monkeypatch.setattr(commands, name, makes(name))
+        path = run / f"{name.removesuffix('e')}ed.png"
+        save_grid(torch.zeros(1, 1, 8, 8), path)
+        if iteration is not None:
+            path.with_suffix(".txt").write_text(f"iteration {iteration}\n")
+        os.utime(path, (0, 0))
+    for name in ("evaluate", "diagnose"):
+        monkeypatch.setattr(commands, name, makes(name))
+    found = json.loads((run / "evaluate.json").read_text())
+    (run / "evaluate.json").write_text(json.dumps(found | {"iteration": 10}))
+    (run / "diagnose.json").write_text(json.dumps(DIAGNOSIS))
+    assert command(run, "--compute", "--device", "cpu").exit_code == 0
+    assert made == ["interpolate", "restore", "evaluate"]
+    assert (run / "interpolated.txt").read_text() == "iteration 20\nsaid\n"
 
 
 def test_it_shows_in_a_browser(run: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Sweeps: which runs are made, cut and resumed, shared by processes, refused, and summed up."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
+import shutil
 import signal
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +22,7 @@ from fastlangevin.cli import app
 from fastlangevin.cli import sweep as sweep_command
 from fastlangevin.learn import load_images, resolve, sweep_runs, train
 from fastlangevin.learn.checkpoint import read_checkpoint
+from fastlangevin.learn.data import ImageData
 from fastlangevin.learn.quality import QualityCheck, coarse
 from fastlangevin.learn.sweep import Sweep, read_sweep
 from fastlangevin.learn.sweep_report import summarise, to_markdown, write_report
@@ -296,7 +300,12 @@ def test_files(plan: Sweep, whole: tuple[Path, Results], tmp_path: Path) -> None
     written = write_report(plan, whole[1], tmp_path)
     content = json.loads((tmp_path / "sweep.json").read_text())
     assert content == summarise(plan, whole[1])
-    assert (tmp_path / "sweep.md").read_text() == to_markdown(content)
+    text = (tmp_path / "sweep.md").read_text()
+    assert text == to_markdown(content)
+    assert content["samples"] == 50
+    for name, mark in content["marks"].items():
+        assert (mark["images"], mark["reference"]) == (50, 100)
+        assert f"Frechet distance {mark['frechet']:.3g} (50 against 100)" in text, name
     pytest.importorskip("matplotlib")
     before = (tmp_path / "sweep.svg").read_bytes()
     texts = {e.text for e in ElementTree.fromstring(before).iter() if e.tag.endswith("}text")}
@@ -304,6 +313,30 @@ def test_files(plan: Sweep, whole: tuple[Path, Results], tmp_path: Path) -> None
     write_report(plan, whole[1], tmp_path)
     assert (tmp_path / "sweep.svg").read_bytes() == before
     assert len(written) == 3
+
+
+def test_the_pages_tables_are_those_of_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/sweep.md holds what the files say, and --marks measures their marks again."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root))
+    report_sweep = importlib.import_module("benchmarks.report_sweep")
+    page = Path(shutil.copy(root / "docs" / "sweep.md", tmp_path))
+    found = sorted((root / "benchmarks" / "results").glob("sweep-*.json"))
+    files = [Path(shutil.copy(path, tmp_path)) for path in found]
+    contents = [json.loads(path.read_text()) for path in files]
+    assert all(to_markdown(content) in page.read_text() for content in contents)
+    stale = contents[0] | {"marks": {}}
+    files[0].write_text(json.dumps(stale))
+    report_sweep.main([*map(str, files), "--marks", "--docs", str(page)])
+    for path, content in zip(files, contents, strict=True):
+        again = json.loads(path.read_text())
+        for name, mark in content["marks"].items():
+            # Another machine's classifier may differ a little.
+            assert again["marks"][name] == pytest.approx(mark, rel=0.01)
+        assert to_markdown(again) in page.read_text()
+    assert capsys.readouterr().out.count("real images: sure") == len(files)
 
 
 def test_the_table_of_a_grid_has_a_line_for_each_point(whole: tuple[Path, Results]) -> None:
@@ -332,12 +365,31 @@ def test_figures_are_of_coarse_clamped_pixels() -> None:
 
 def test_quality_orders_data_and_noise() -> None:
     check = QualityCheck(load_images("digits", limit=400))
-    marks = check.marks()
+    marks = check.marks(300)
     data = check(check.images)
     assert data.frechet == pytest.approx(0, abs=1e-9)
     assert data.sure == marks["real images"].sure
     noisy = check(check.images + 0.5 * torch.randn(check.images.shape)).frechet
     assert 0 < marks["real images"].frechet < noisy < marks["uniform noise"].frechet
+
+
+def test_marks_have_the_samples_counts() -> None:
+    """60 images against 100 of uniform pixels: the marks against independent sets of these counts.
+
+    Means of 20 and of 100, that scatter by 1 % each, and small data make a mark about 5 % low. Sets
+    of other counts are far off: two halves of the 100 at 1.5 times, the data themselves at 0.6.
+    """
+    rng = np.random.default_rng(0)
+
+    def images(n: int) -> ImageData:
+        pixels = rng.integers(0, 256, (n, 1, 4, 4), dtype=np.uint8)
+        return ImageData(pixels, None, "uniform pixels", 127.5, 1.0)
+
+    marks = [QualityCheck(images(100)).marks(60)["real images"] for _ in range(20)]
+    sets = ((QualityCheck(images(100)), QualityCheck(images(60)).images) for _ in range(100))
+    want = statistics.fmean(check(others).frechet for check, others in sets)
+    assert statistics.fmean(mark.frechet for mark in marks) == pytest.approx(want, rel=0.15)
+    assert marks[0][2:] == (60, 100)
 
 
 def test_quality_of_data_without_labels() -> None:
@@ -410,12 +462,51 @@ def test_folders_that_do_not_serve(
     (tmp_path / "sweep.yaml").write_text(sweep_runs.MARK + "version: 0\n")
     with pytest.raises(ValueError, match="of version 0; this fastlangevin reads version 1"):
         run_sweep(plan, tmp_path)
+    (tmp_path / "sweep.yaml").write_text(sweep_runs.MARK + "version: 1\ncentre: 3\n")
+    with pytest.raises(ValueError, match=r"sweep\.yaml is damaged, it has no centre"):
+        run_sweep(plan, tmp_path)
     (tmp_path / "sweep.yaml").rename(tmp_path / "thesis.tex")
     with pytest.raises(FileExistsError, match=r"holds thesis\.tex and is no sweep"):
         run_sweep(plan, tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         run_sweep(plan, tmp_path / "thesis.tex")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[1, 2]",
+        lambda text: "\xff",
+        lambda text: text.replace('"gap"', '"gaps"'),
+        lambda text: text.replace('"seed"', '"need"'),
+        lambda text: text.replace('"diverged": null', '"diverged": {"iteration": 3}'),
+        lambda text: text.replace('"frechet": ', '"frechet": "lost", "other": '),
+    ],
+    ids=["cut", "empty", "list", "bytes", "no measure", "no seed", "no reason", "no number"],
+)
+def test_damaged_results(
+    damage: Callable[[str], str],
+    plan: Sweep,
+    whole: tuple[Path, Results],
+    tmp_path: Path,
+) -> None:
+    """The file and what to do are named before any run goes on; done so, the result is the same."""
+    out, runs = tmp_path / "sweep", plan.runs()
+    shutil.copytree(whole[0], out)
+    (out / runs[0].name / "result.json").unlink()
+    path = out / runs[2].name / "result.json"
+    changed = damage(path.read_text())
+    assert changed != path.read_text()
+    path.write_bytes(changed.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"result\.json is damaged, .*; remove it, and") as error:
+        run_sweep(plan, out)
+    assert str(path) in str(error.value)
+    assert not (out / runs[0].name / "result.json").exists()
+    path.unlink()
+    assert_same(out, run_sweep(plan, out), whole)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])

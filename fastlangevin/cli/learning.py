@@ -1,9 +1,7 @@
 """train, sample, check, export."""
 
 import contextlib
-import inspect
 import sys
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,53 +10,14 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastlangevin.cli.app import app, console, errors
+from fastlangevin.cli.settings import with_settings
 
 Report = Callable[[int, Any], None]
 _FRAMES = 50  # of a GIF, at most; and one more, the start
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of TrainConfig, unset unless the user sets it."""
-    from fastlangevin.learn.config import FIELDS, TYPES
-
-    signature = inspect.signature(command)
-    parameters = [p for p in signature.parameters.values() if p.name != "settings"]
-    for name, field in FIELDS.items():
-        kind, metavar = TYPES[name], None
-        if type(None) in typing.get_args(kind):
-            kind = typing.get_args(kind)[0]
-            if kind in (int, float):  # so that a preset's number can be taken back
-                kind, metavar = str, f"<{kind.__name__}|none>"
-        option = typer.Option(
-            help=field.metadata["help"],
-            metavar=metavar,
-            show_default=False,
-            rich_help_panel="Settings",
-        )
-        parameters.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind | None, option],
-            )
-        )
-    named = {p.name for p in parameters} - set(FIELDS)
-
-    def wrapped(**values: Any) -> None:
-        settings = {k: v for k, v in values.items() if k in FIELDS and v is not None}
-        settings = {k: None if v == "none" else v for k, v in settings.items()}
-        command(**{k: v for k, v in values.items() if k in named}, settings=settings)
-
-    wrapped.__doc__ = command.__doc__
-    wrapped.__name__ = command.__name__
-    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapped
-
-
 @app.command()
-@_with_settings
+@with_settings("Settings")
 def train(
     *,
     out: Annotated[

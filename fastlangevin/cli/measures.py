@@ -61,5 +61,6 @@ def diagnose(
         )
         typer.echo(reports.to_text(found))
         if (place := out or folder) is not None:
-            for path in reports.save(found, place, f"{checkpoint.stem}, {n} chains"):
+            facts = {"iteration": info.get("iteration"), "averaged": averaged, "seed": seed}
+            for path in reports.save(found, place, f"{checkpoint.stem}, {n} chains", **facts):
                 typer.echo(str(path))

@@ -1,51 +1,18 @@
 """sweep."""
 
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastlangevin.cli.app import app, errors
-
-
-def _with_lists(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of TrainConfig that takes a list of values as text."""
-    from fastlangevin.learn.config import FIELDS
-
-    signature = inspect.signature(command)
-    parameters = [p for p in signature.parameters.values() if p.name != "lists"]
-    for name, field in FIELDS.items():
-        option = typer.Option(
-            help=field.metadata["help"],
-            metavar="<v,...>",
-            show_default=False,
-            rich_help_panel="Settings: one value, or several to sweep over",
-        )
-        parameters.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[str | None, option],
-            )
-        )
-
-    def wrapped(**values: Any) -> None:
-        lists = {name: values.pop(name) for name in FIELDS}
-        command(**values, lists={k: v for k, v in lists.items() if v is not None})
-
-    wrapped.__doc__ = command.__doc__
-    wrapped.__name__ = command.__name__
-    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapped
+from fastlangevin.cli.settings import with_settings
 
 
 @app.command()
-@_with_lists
+@with_settings("Settings: one value, or several to sweep over", lists=True)
 def sweep(
     *,
     out: Annotated[Path, typer.Option(help="Folder of the sweep.")] = Path("runs/sweep"),
@@ -66,7 +33,7 @@ def sweep(
             "--grid/--axes", help="All combinations, or one axis at a time.", show_default="axes"
         ),
     ] = None,
-    lists: dict[str, str],
+    settings: dict[str, str],
 ) -> None:
     """Train over lists of settings and seeds; tables and a plot of what comes of it.
 
@@ -79,7 +46,7 @@ def sweep(
     from fastlangevin.learn.sweep_runs import Run, run_sweep
 
     with errors():
-        parsed = {name: _values(name, text) for name, text in lists.items()}
+        parsed = {name: _values(name, text) for name, text in settings.items()}
         plan = read_sweep(preset, config, parsed, seeds, grid)
         rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
         total, count = len(plan.runs()[rank::world_size]), 0

@@ -6,8 +6,10 @@
 Where d < 0 an update pulls data and samples further apart in energy and gradients grow, which is
 expansion; where d > 0 they come together, contraction. Strong oscillation is d swinging from one to
 the other within a few iterations, negative autocorrelations at short lags: mostly the sign of
-learning by Adam or at high rates, whose long chains leave the data. Source: Nijkamp et al., "On
-the Anatomy of MCMC-Based Maximum Likelihood Learning of Energy-Based Models" (arXiv 1903.12370).
+learning by Adam or at high rates, whose long chains leave the data. A trend hides it, positive at
+every short lag, so it is looked for where the start of training is past, and less a parabola.
+Source: Nijkamp et al., "On the Anatomy of MCMC-Based Maximum Likelihood Learning of Energy-Based
+Models" (arXiv 1903.12370).
 """
 
 import itertools
@@ -21,8 +23,19 @@ from torch import Tensor
 from fastlangevin.arguments import Coefficient
 from fastlangevin.sampler import LangevinSampler
 
+FEWEST = 16
 _SHORT = 5  # lags that tell of oscillation
-_FEWEST = 16
+# Of fewer values than this an autocorrelation of -0.6 is as likely as not within the bound.
+_FEWEST_TO_TELL = 32
+
+
+class Oscillation(NamedTuple):
+    """Of d_s over the later half of a run, its last iterations at most, less its parabola."""
+
+    values: int
+    d: list[float]  # autocorrelation at lags 1 to 5
+    bound: float  # 3 / sqrt(values)
+    verdict: str | None  # "strong" with one of d below -bound, else "weak"; None: cannot be told
 
 
 class Correlations(NamedTuple):
@@ -38,11 +51,7 @@ class Correlations(NamedTuple):
     d_std: float
     expansion: float  # fraction of values with d < 0
     response: float  # correlation of d at t with r at t + 1 less r at t
-
-    @property
-    def oscillation(self) -> str:
-        """ "strong" with an autocorrelation of d below -bound at lags 1 to 5, else "weak"."""
-        return "strong" if min(self.d[1 : _SHORT + 1]) < -self.bound else "weak"
+    oscillation: Oscillation
 
 
 def correlations(
@@ -50,14 +59,16 @@ def correlations(
 ) -> Correlations:
     """:class:`Correlations` of the last values of d_s and of r_s, or another size of the moves.
 
-    Means are taken out, and lags go to at most a quarter of the values. Raises ValueError for
-    series of different lengths, shorter than 16, or with values that are not finite.
+    Means are taken out, and lags go to at most a quarter of the values. Oscillation has lags and a
+    window of its own, whatever ``lags`` are shown; there is no verdict on values more than one
+    iteration apart, between which d may have swung, nor on fewer than 64 iterations. Raises
+    ValueError for series of different lengths, shorter than 16, or with values that are not finite.
     """
     if len(d) != len(r):
         raise ValueError(f"diagnose: d and r must be of one length, got {len(d)} and {len(r)}")
-    if len(d) < _FEWEST:
+    if len(d) < FEWEST:
         raise ValueError(
-            f"diagnose: correlations need {_FEWEST} or more logged values, got {len(d)}"
+            f"diagnose: correlations need {FEWEST} or more logged values, got {len(d)}"
         )
     x, y = (torch.tensor(list(v)[-last:], dtype=torch.float64) for v in (d, r))
     if not bool((x.isfinite() & y.isfinite()).all()):
@@ -75,6 +86,7 @@ def correlations(
         float(x.std()),
         float((x < 0).double().mean()),
         _correlation(x[:-1], y.diff(), 0),
+        _oscillation(x[-(len(d) // 2) :], spacing),
     )
 
 
@@ -101,6 +113,20 @@ def series_of(
     # The last record of a run may come early.
     spacing = max(set(steps), key=steps.count) if steps else 1
     return [r["gap"] / scale for r in kept], [unit * r[name] for r in kept], spacing
+
+
+def _oscillation(d: Tensor, spacing: int) -> Oscillation:
+    t = torch.linspace(-1, 1, len(d), dtype=torch.float64)
+    basis = torch.linalg.qr(torch.stack([torch.ones_like(t), t, t.square()], 1)).Q
+    rest = d - basis @ (basis.T @ d)
+    if rest.norm() <= 1e-9 * d.norm():  # rounding errors, which oscillate
+        rest = torch.zeros_like(d)
+    found = [_correlation(rest, rest, lag) for lag in range(1, _SHORT + 1)]
+    bound = 3 / math.sqrt(len(d))
+    verdict = None
+    if spacing == 1 and len(d) >= _FEWEST_TO_TELL:
+        verdict = "strong" if min(found) < -bound else "weak"
+    return Oscillation(len(d), found, bound, verdict)
 
 
 def _mean(value: Coefficient | list[float]) -> float:

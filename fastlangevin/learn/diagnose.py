@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import at_step, check_count
-from fastlangevin.learn.correlations import Correlations, correlations, series_of
+from fastlangevin.chain import norms
+from fastlangevin.learn.correlations import FEWEST, Correlations, correlations, series_of
 from fastlangevin.learn.learner import Images
 from fastlangevin.learn.moments import (
     Residual,
@@ -96,7 +97,7 @@ def diagnose(
     energy = check_sets(sampler.energy, data, data)
     check_count("diagnose", "long", long)
     with_log = [
-        correlations(*found, lags=lags) if len(found[0]) >= 16 else None
+        correlations(*found, lags=lags) if len(found[0]) >= FEWEST else None
         for found in (
             series_of(series, "reach", sampler),
             series_of(records, "grad_norm", sampler),
@@ -126,11 +127,11 @@ def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
     drift = torch.stack([a * g for a, g in zip(sizes, chain.grad_norm, strict=True)])
     squared = torch.stack([b.double().square().mean().cpu() for b in noises]).sum()
     return Reach(
-        float(_norms(chain.x - x0).mean()),
+        float(norms(chain.x - x0).mean()),
         float(chain.displacement.sum(0).mean()),
         float(drift.sum(0).mean()),
         math.sqrt(float(squared) * data[0].numel()),
-        float(_norms(data - x0).mean()),
+        float(norms(data - x0).mean()),
     )
 
 
@@ -231,7 +232,3 @@ def noisy_batch(
 def _starts(data: Tensor, n: int, seed: int) -> Tensor:
     """x_0 ~ U(-1, 1), in the data's shape."""
     return 2 * _noise.uniform((n, *data.shape[1:]), seed=seed, step=0, device=data.device) - 1
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)

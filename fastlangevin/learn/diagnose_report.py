@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlangevin.learn.correlations import Correlations
+from fastlangevin.learn.correlations import FEWEST, Correlations
 from fastlangevin.learn.diagnose import Diagnosis
 from fastlangevin.learn.files import replacing
 from fastlangevin.learn.moments import Residual
@@ -50,11 +50,14 @@ def to_json(found: Diagnosis) -> dict[str, Any]:
     return {"format": FORMAT, "version": 1, **_plain(found)}
 
 
-def save(found: Diagnosis, folder: Path, title: str = "") -> list[Path]:
-    """Write diagnose.json and, where matplotlib is installed, diagnose.png; their paths."""
+def save(found: Diagnosis, folder: Path, title: str = "", **facts: Any) -> list[Path]:
+    """Write diagnose.json and, where matplotlib is installed, diagnose.png; their paths.
+
+    The JSON also has ``facts`` about what was diagnosed.
+    """
     paths = [folder / "diagnose.json"]
     with replacing(paths[0]) as temporary:
-        text = json.dumps(to_json(found), indent=1, allow_nan=False)
+        text = json.dumps(to_json(found) | facts, indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:
         paths.append(folder / "diagnose.png")
@@ -64,16 +67,21 @@ def save(found: Diagnosis, folder: Path, title: str = "") -> list[Path]:
 
 def _correlations(what: str, found: Correlations | None) -> str:
     if found is None:
-        return f"  {what}: fewer than 16 values in the log, nothing to correlate"
-    shown = " ".join(f"{value:+.2f}" for value in found.d[1:6])
-    unit = "" if found.spacing == 1 else f" x {found.spacing} iterations"
+        return f"  {what}: fewer than {FEWEST} values in the log, nothing to correlate"
+    swings = found.oscillation
+    shown = " ".join(f"{value:+.2f}" for value in swings.d)
+    verdict = f"{swings.verdict} oscillation"
+    if swings.verdict is None:
+        apart = f"values are {found.spacing} iterations apart"
+        why = "too few values" if found.spacing == 1 else apart
+        verdict = f"no verdict on oscillation, {why}"
     return (
         f"  {what}, the last {found.values}\n"
         f"    d {found.d_mean:+.4g} +- {found.d_std:.4g}, below 0 (expansion) in "
         f"{found.expansion:.0%}; its correlation with the next change of the other "
         f"{found.response:+.2f}\n"
-        f"    autocorrelation of d at lags 1-5{unit}: {shown} (chance: within {found.bound:.2f}): "
-        f"{found.oscillation} oscillation"
+        f"    autocorrelation of d at lags 1-5, of the last {swings.values} less their parabola: "
+        f"{shown} (chance: within {swings.bound:.2f}): {verdict}"
     )
 
 

@@ -1,15 +1,18 @@
 """How far one set of features is from another: the formulas, in float64.
 
 x are features of samples [n, d], y of the reference [m, d]; what they are features of is the
-caller's to say beside every figure.
+caller's to say beside every figure. Of all pairs, blocks of rows are held at a time: memory grows
+with the features alone.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_PAIRS = 2**22  # held at a time: 32 MiB, and still many rows beside 50,000 others
 
 
 class Neighbours(NamedTuple):
@@ -55,9 +58,9 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     """
     x, y = _checked("kernel_distance", x, y)
     n, m = len(x), len(y)
-    within_x = (_kernel(x, x).sum() - _kernel_diagonal(x).sum()) / (n * (n - 1))
-    within_y = (_kernel(y, y).sum() - _kernel_diagonal(y).sum()) / (m * (m - 1))
-    return float(within_x + within_y - 2 * _kernel(x, y).mean())
+    within_x = (_kernel_sum(x, x) - _kernel_diagonal(x).sum()) / (n * (n - 1))
+    within_y = (_kernel_sum(y, y) - _kernel_diagonal(y).sum()) / (m * (m - 1))
+    return float(within_x + within_y - 2 * _kernel_sum(x, y) / (n * m))
 
 
 def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
@@ -72,10 +75,14 @@ def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
             f"precision_recall: k must lie between 1 and {min(len(x), len(y)) - 1}, one less than "
             f"the smaller set, got {k}"
         )
-    distances = _distances(x, y)
-    inside_y = distances <= _radii(y, k)
-    inside_x = distances <= _radii(x, k)[:, None]
-    return float(inside_y.any(1).double().mean()), float(inside_x.any(0).double().mean())
+    radii_x, radii_y = _radii(x, k), _radii(y, k)
+    inside_y = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    inside_x = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    for rows in _blocks(x, y):
+        distances = _distances(x[rows], y)
+        inside_y[rows] = (distances <= radii_y).any(1)
+        inside_x |= (distances <= radii_x[rows, None]).any(0)
+    return float(inside_y.double().mean()), float(inside_x.double().mean())
 
 
 def inception_score(probabilities: Tensor) -> float:
@@ -99,9 +106,11 @@ def nearest(x: Tensor, blocks: Iterable[Tensor]) -> Neighbours:
     first = 0
     for block in blocks:
         ours, theirs = _checked("nearest", x, block, least=1)
-        found = _distances(ours, theirs).min(1)
-        which = torch.where(found.values < distance, found.indices + first, which)
-        distance = torch.minimum(distance, found.values)
+        for rows in _blocks(ours, theirs):
+            found = _distances(ours[rows], theirs).min(1)
+            nearer = found.values < distance[rows]
+            which[rows] = torch.where(nearer, found.indices + first, which[rows])
+            distance[rows] = torch.minimum(distance[rows], found.values)
         first += len(block)
     return Neighbours(distance, which)
 
@@ -125,8 +134,15 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b.T / a.shape[1] + 1) ** 3
+def _blocks(a: Tensor, b: Tensor) -> Iterator[slice]:
+    """Rows of a, so many at a time that their pairs with b's are few."""
+    size = max(1, _PAIRS // len(b))
+    return (slice(i, i + size) for i in range(0, len(a), size))
+
+
+def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+    parts = [((a[rows] @ b.T / a.shape[1] + 1) ** 3).sum() for rows in _blocks(a, b)]
+    return torch.stack(parts).sum()
 
 
 def _kernel_diagonal(a: Tensor) -> Tensor:
@@ -135,7 +151,8 @@ def _kernel_diagonal(a: Tensor) -> Tensor:
 
 def _radii(x: Tensor, k: int) -> Tensor:
     # The smallest of a row is the point itself.
-    return _distances(x, x).kthvalue(k + 1, dim=1).values
+    parts = [_distances(x[rows], x).kthvalue(k + 1, dim=1).values for rows in _blocks(x, x)]
+    return torch.cat(parts)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -14,6 +15,7 @@ from fastlangevin.learn.metrics import frechet_distance
 
 # Enough for either figure; a classifier of many large images takes longer than a small run.
 MOST_IMAGES = 5000
+_DRAWS = 10
 
 
 class Quality(NamedTuple):
@@ -21,6 +23,15 @@ class Quality(NamedTuple):
 
     sure: float | None  # fraction of images a classifier is sure of; None for data without labels
     frechet: float  # Frechet distance of coarse pixels to the data's; 0 for equal moments
+
+
+class Mark(NamedTuple):
+    """A yardstick of :class:`Quality`, and the counts that its Frechet distance depends on."""
+
+    sure: float | None
+    frechet: float
+    images: int
+    reference: int
 
 
 class QualityCheck:
@@ -48,14 +59,31 @@ class QualityCheck:
         sure = None if self._judge is None else self._judge(images).sure
         return Quality(sure, frechet_distance(coarse(images), self._pixels))
 
-    def marks(self) -> dict[str, Quality]:
-        """What is at best and at worst to be had: the data, half against half, and noise."""
+    def marks(self, n: int) -> dict[str, Mark]:
+        """What n samples have at best and at worst: as images of the data's law, and as noise.
+
+        A Frechet distance of two sets of one law is not 0 but goes about as 1 / n + 1 / m, so the
+        marks have the samples' counts: n, and m images of the data. Few data hold two such sets
+        without a common image: for "real images" both are drawn from the data with replacement,
+        each independently, and the distance is the mean of 10 pairs. They are images that a model
+        of these data trained on, and ``sure`` is of all that the classifier was fitted to.
+        """
         sure = None if self._judge is None else self._judge.of_data().sure
-        noise = 2 * _noise.uniform((1024, *self.images.shape[1:]), seed=0, step=0) - 1
+        m = len(self.images)
+        found = [
+            frechet_distance(self._drawn(n, 2 * i), self._drawn(m, 2 * i + 1))
+            for i in range(_DRAWS)
+        ]
+        noise = 2 * _noise.uniform((n, *self.images.shape[1:]), seed=0, step=0) - 1
         return {
-            "real images": Quality(sure, frechet_distance(self._pixels[::2], self._pixels[1::2])),
-            "uniform noise": self(noise),
+            "real images": Mark(sure, sum(found) / _DRAWS, n, m),
+            "uniform noise": Mark(*self(noise), n, m),
         }
+
+    def _drawn(self, count: int, draw: int) -> Tensor:
+        """The coarse pixels of ``count`` images of the data, drawn with replacement."""
+        u = _noise.uniform((count,), seed=0, step=draw, stream=_noise.ORDER)
+        return self._pixels[(u.double() * len(self._pixels)).to(torch.int64)]
 
 
 def coarse(images: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""A run as one HTML page that needs nothing else: no network, no other file, no script."""
+"""A run, or a model alone, as one HTML page that needs nothing else: no network, no script."""
 
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastlangevin._version import __version__
 from fastlangevin.learn import diagnose_report, evaluate
-from fastlangevin.learn.checkpoint import list_checkpoints
+from fastlangevin.learn.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from fastlangevin.learn.config import read_settings
 from fastlangevin.learn.files import replacing
 from fastlangevin.learn.folder import CONFIG, is_run
@@ -19,6 +19,11 @@ from fastlangevin.learn.log import read_records, read_series
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _TYPES = {".png": "image/png", ".gif": "image/gif"}
+ITERATION = "iteration "  # begins a picture's text, and its number follows
+_NO_CURVES = (
+    "No curves: this is a model alone. The log of its learning lies in the folder of its run, and "
+    "the page of that has them."
+)
 _GRIDS = 6
 _POINTS = 800
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 180, 64, 24
@@ -34,46 +39,115 @@ _CURVES = {
 }
 
 
-def write_report(run: str | Path, out: str | Path) -> None:
-    """Write the page of a run's folder, atomically.
+class Weights(NamedTuple):
+    """The newest weights of a run, or a model's: what every result should be of."""
 
-    It has the samples and how they came to be, the curves, every picture in the run's folder with
-    the text file of its name, an evaluation and a diagnosis where ``evaluate`` and ``diagnose``
-    have left one, and the settings.
+    checkpoint: Path | None  # None for a run that has none yet
+    info: dict[str, Any]
 
-    Raises FileNotFoundError for a folder that holds no run, and ValueError naming a file in it that
-    is damaged or of another version.
+    @property
+    def iteration(self) -> int | None:
+        found = self.info.get("iteration")
+        return found if isinstance(found, int) else None
+
+
+def find_weights(run: str | Path) -> Weights:
+    """:class:`Weights` of a run's folder, a checkpoint, or a model that comes with the package.
+
+    Raises FileNotFoundError where there is none of these, and CheckpointError for a file that is
+    damaged or of another version.
     """
-    page = to_html(Path(run))
+    if is_run(Path(run)) and not list_checkpoints(Path(run)):
+        return Weights(None, {})
+    checkpoint = find_checkpoint(run)
+    return Weights(checkpoint, read_checkpoint(checkpoint)[1])
+
+
+def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> None:
+    """Write the page of a run's folder, or of a model alone, atomically.
+
+    Of a run it has the samples and how they came to be, the curves, every picture in the run's
+    folder with the text file of its name, an evaluation and a diagnosis where ``evaluate`` and
+    ``diagnose`` have left one, and the settings. A model alone has no folder, and no log: its page
+    has the settings, and what has just been made of it in the folder ``made``.
+
+    Raises as :func:`find_weights` does, and ValueError naming a file in the folder that is damaged
+    or of another version.
+    """
+    page = to_html(Path(run), made)
     with replacing(Path(out)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def to_html(run: Path) -> str:
+def to_html(run: Path, made: Path | None = None) -> str:
     """The page itself; see :func:`write_report`."""
-    if not is_run(run):
-        raise FileNotFoundError(f"report: {run} holds no run (it has no {CONFIG} of one)")
-    settings, checkpoints = read_settings(run / CONFIG), list_checkpoints(run)
-    last = f"iteration {int(checkpoints[-1].stem)}" if checkpoints else "no checkpoint yet"
-    intro = f"{settings.get('data')}, {last} of {settings.get('iterations')}; "
+    weights = find_weights(run)
+    if is_run(run):
+        title, learning = f"Run {run.resolve().name}", _curves(run)
+        settings = read_settings(run / CONFIG)
+    else:
+        title, learning = f"Model {run.stem}", f"<p>{_NO_CURVES}</p>"
+        sampler = (weights.info.get("energy") or {}) | (weights.info.get("sampler") or {})
+        settings = weights.info.get("config") or sampler
+    last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
+    iterations = settings.get("iterations")
+    trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
+    folder = made or run
+    if made:
+        weights = weights._replace(checkpoint=None)  # there is no older one to be of
     sections = [
-        f"<p>{escape(intro)}fastlangevin {escape(__version__)}</p>",
-        _section("Samples", _samples(run)),
-        _section("Learning", _curves(run)),
-        _section("Results", _pictures(run)),
-        _section("Evaluation", _evaluation(run)),
-        _section("Diagnosis", _diagnosis(run)),
+        f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
+        _section("Samples", _samples(folder, weights, iterations)),
+        _section("Learning", learning),
+        _section("Results", _pictures(folder, weights)),
+        _section("Evaluation", _evaluation(folder, weights)),
+        _section("Diagnosis", _diagnosis(folder, weights)),
         _section("Settings", _table(["setting", "value"], settings.items())),
     ]
-    title = escape(f"Run {run.resolve().name}")
-    return Template(_TEMPLATE.read_text("utf-8")).substitute(title=title, body="\n".join(sections))
+    return Template(_TEMPLATE.read_text("utf-8")).substitute(
+        title=escape(title), body="\n".join(sections)
+    )
 
 
-def _samples(run: Path) -> str:
+def age(path: Path, weights: Weights) -> str:
+    """Words on a result that is of other weights than those; "" of one that is of them.
+
+    By the iteration that it records: JSON by that name, a picture in the first line of its text.
+    Of one that records none the files' times are compared, which a copy may have lost.
+    """
+    if weights.checkpoint is None:
+        return ""
+    made = _iteration_of(path)
+    if made is not None and weights.iteration is not None:
+        other = f"of iteration {made}, the last checkpoint is of {weights.iteration}"
+        return f" ({other})" if made != weights.iteration else ""
+    older = path.stat().st_mtime < weights.checkpoint.stat().st_mtime
+    return " (by its file's time older than the last checkpoint)" if older else ""
+
+
+def _iteration_of(path: Path) -> int | None:
+    """What a result records: JSON, or the text beside a picture."""
+    text = path if path.suffix == ".json" else path.with_suffix(".txt")
+    try:
+        content = text.read_text("utf-8")
+        if text.suffix == ".txt":
+            first = content.splitlines()[0]
+            return int(first.removeprefix(ITERATION)) if first.startswith(ITERATION) else None
+        found = json.loads(content)["iteration"]
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def _samples(run: Path, weights: Weights, iterations: Any) -> str:
     grids = sorted((run / "samples").glob("[0-9]" * 8 + ".png"))
     chosen = [grids[i * (len(grids) - 1) // (_GRIDS - 1)] for i in range(_GRIDS)] if grids else []
     final = run / "samples.png"
-    parts = [_image(final, "the last weights")] if final.is_file() else []
+    parts = []
+    if final.is_file():
+        # Drawn when a run ends: another end's only where the run has gone on and not ended yet.
+        old = "" if weights.iteration == iterations else age(final, weights)
+        parts.append(_image(final, "the last weights" + old))
     return "".join(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
 
 
@@ -135,77 +209,73 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return kept
 
 
-def _pictures(run: Path) -> str:
+def _pictures(run: Path, weights: Weights) -> str:
     parts = []
-    for path in sorted(run.iterdir()):
+    for path in sorted(run.glob("*")):
         if path.suffix in _TYPES and path.name not in ("samples.png", "diagnose.png"):
-            parts.append(_image(path, path.stem.replace("_", " ") + _age(path, run)))
+            parts.append(_image(path, path.stem.replace("_", " ") + age(path, weights)))
             if (text := path.with_suffix(".txt")).is_file():
                 parts.append(f"<pre>{escape(text.read_text('utf-8', errors='replace'))}</pre>")
     return "".join(parts)
 
 
-def _evaluation(run: Path) -> str:
+def _evaluation(run: Path, weights: Weights) -> str:
     path = run / "evaluate.json"
-    found = _read(path, evaluate.FORMAT)
-    if not found:
-        return ""
-    levels = f", rounded to {found['levels']} levels" if found["levels"] else ""
-    facts = (
-        f"Of iteration {found.get('iteration')}{_age(path, run)}. Features: {found['features']}, "
-        f"{found['dimension']}. Reference: {found['reference_images']} of the training images "
-        f"({found['reference']}), of rank {found['reference_rank']}. Images are clamped to "
-        f"[-1, 1]{levels}; precision and recall have k = {found['k']}; nearest is the median "
-        f"distance of at most {found['neighbours']} images to the nearest of "
-        f"{found['training_images']} training images, close the share "
-        "nearer to one than 95 % of held-out images are."
-    )
-    named = {"frechet_distance": "FID"} if found["inception"] else {}
-    columns = list(next(iter(found["figures"].values())))
-    heads = ["set", *(named.get(name, name.replace("_", " ")) for name in columns)]
-    rows = [(name, *(row[c] for c in columns)) for name, row in found["figures"].items()]
-    return f"<p>{escape(facts)}</p>{_table(heads, rows)}"
+
+    def show(found: Mapping[str, Any]) -> str:
+        levels = f", rounded to {found['levels']} levels" if found["levels"] else ""
+        facts = (
+            f"Of iteration {found.get('iteration')}{age(path, weights)}. Features: "
+            f"{found['features']}, {found['dimension']}. Reference: {found['reference_images']} of "
+            f"the training images ({found['reference']}), of rank {found['reference_rank']}. "
+            f"Images are clamped to [-1, 1]{levels}; precision and recall have k = {found['k']}; "
+            f"nearest is the median distance of at most {found['neighbours']} images to the "
+            f"nearest of {found['training_images']} training images, close the share nearer to one "
+            "than 95 % of held-out images are."
+        )
+        named = {"frechet_distance": "FID"} if found["inception"] else {}
+        columns = list(next(iter(found["figures"].values())))
+        heads = ["set", *(named.get(name, name.replace("_", " ")) for name in columns)]
+        rows = [(name, *(row[c] for c in columns)) for name, row in found["figures"].items()]
+        return f"<p>{escape(facts)}</p>{_table(heads, rows)}"
+
+    return _shown_as(path, evaluate.FORMAT, show)
 
 
-def _diagnosis(run: Path) -> str:
-    path = run / "diagnose.json"
-    found = _read(path, diagnose_report.FORMAT)
-    if not found:
-        return ""
-    picture = run / "diagnose.png"
-    lines = [("long run", found["long_run"]["verdict"])]
-    for part in ("reach", "mixing"):
-        lines += [(f"{part}, {name}", value) for name, value in found[part].items()]
-    layers = [
-        (row["name"], row["elements"], row["residual"], row["floor"]) for row in found["layers"]
-    ]
-    return (
-        (f"<p>{escape(_age(path, run).strip())}</p>" if _age(path, run) else "")
-        + (_image(picture, "") if picture.is_file() else "")
-        + _table(["quantity", "value"], lines)
-        + _table(["moments of layer", "elements", "residual", "by chance"], layers)
-    )
+def _diagnosis(run: Path, weights: Weights) -> str:
+    path, picture = run / "diagnose.json", run / "diagnose.png"
+
+    def show(found: Mapping[str, Any]) -> str:
+        old = age(path, weights).strip()
+        lines = [("long run", found["long_run"]["verdict"])]
+        for part in ("reach", "mixing"):
+            lines += [(f"{part}, {name}", value) for name, value in found[part].items()]
+        layers = [
+            (row["name"], row["elements"], row["residual"], row["floor"]) for row in found["layers"]
+        ]
+        return (
+            (f"<p>{escape(old)}</p>" if old else "")
+            + (_image(picture, "") if picture.is_file() else "")
+            + _table(["quantity", "value"], lines)
+            + _table(["moments of layer", "elements", "residual", "by chance"], layers)
+        )
+
+    return _shown_as(path, diagnose_report.FORMAT, show)
 
 
-def _read(path: Path, form: str) -> dict[str, Any]:
+def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -> str:
+    """A result's file, if there is one, as ``show`` does; ValueError where it cannot be shown."""
     if not path.is_file():
-        return {}
+        return ""
     try:
         found = json.loads(path.read_text("utf-8"))
-        known = found["format"] == form and found["version"] == 1
-    except (ValueError, TypeError, KeyError):
-        known = False
-    if not known:
-        raise ValueError(
-            f"report: {path} is damaged, or no {form!r} of version 1; write it again or remove it"
-        )
-    return dict(found)
-
-
-def _age(path: Path, run: Path) -> str:
-    """A warning where a result is older than the weights that lie there now."""
-    newest = max((p.stat().st_mtime for p in list_checkpoints(run)), default=0.0)
-    return " (older than the last checkpoint)" if path.stat().st_mtime < newest else ""
+        if (found["format"], found["version"]) == (form, 1):
+            return show(found)
+    except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"report: {path} is damaged, or no {form!r} of version 1; write it again or remove it"
+    )
 
 
 def _section(title: str, content: str) -> str:

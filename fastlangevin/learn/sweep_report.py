@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from fastlangevin._version import __version__
+from fastlangevin.learn import sweep_runs
 from fastlangevin.learn.build import choose_device, load_data
+from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.files import replacing
 from fastlangevin.learn.quality import QualityCheck
 from fastlangevin.learn.sweep import VERSION, Settings, Sweep, describe
-from fastlangevin.learn.sweep_runs import MEASURES, SAMPLES
+from fastlangevin.learn.sweep_runs import MEASURES
 
 Result = Mapping[str, Any]
 
@@ -51,18 +53,23 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
         held = [run for run in runs if run["diverged"] is None]
         measures = {name: _mean([run[name] for run in held]) for name in MEASURES}
         points.append({"settings": settings, "measures": measures, "runs": runs})
-    marks = QualityCheck(load_data(plan.centre)).marks()
     content = {
         "format": "fastlangevin sweep",
         "version": VERSION,
         "machine": _machine(plan.centre.device),
-        "samples": SAMPLES,
+        "samples": sweep_runs.SAMPLES,
         "plan": plan.plan(),
         "lines": {name: plan.lines(name) for name in plan.axes},
-        "marks": {name: quality._asdict() for name, quality in marks.items()},
+        "marks": marks_of(plan.centre, sweep_runs.SAMPLES),
         "points": points,
     }
     return dict(_json(content))
+
+
+def marks_of(centre: TrainConfig, samples: int) -> dict[str, Any]:
+    """The marks of so many samples of the centre's data, JSON-ready."""
+    marks = QualityCheck(load_data(centre)).marks(samples)
+    return {name: mark._asdict() for name, mark in marks.items()}
 
 
 def to_markdown(content: Mapping[str, Any]) -> str:
@@ -75,7 +82,8 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         f"error over the seeds. {content['samples']} samples a run. Machine: {machine}.",
         "Centre: " + describe({name: centre[name] for name in axes}) + ".",
         "; ".join(
-            f"{name}: sure {_text(mark['sure'])}, Frechet distance {_text(mark['frechet'])}"
+            f"{name}: sure {_text(mark['sure'])}, Frechet distance {_text(mark['frechet'])} "
+            f"({mark['images']} against {mark['reference']})"
             for name, mark in content["marks"].items()
         )
         + ".",
@@ -110,7 +118,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
 def plot(content: Mapping[str, Any], path: Path) -> None:
     """Every measure against every axis, as SVG: the mean over seeds, its standard error as bar.
 
-    The dotted lines are real images, half against half.
+    The dotted lines are real images, at the samples' counts.
     """
     import matplotlib
 

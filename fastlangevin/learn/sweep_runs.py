@@ -63,8 +63,8 @@ def run_sweep(
     iteration, and why. ``device`` replaces the config's; ``report(run, result)`` is called after
     each run made or found.
 
-    Raises, before anything is written, ValueError for any run whose settings do not serve, and
-    FileExistsError for a folder that holds something else or another sweep.
+    Raises, before anything is written, ValueError for any run whose settings do not serve or whose
+    result is damaged, and FileExistsError for a folder that holds something else or another sweep.
     """
     out = Path(out)
     if not 0 <= rank < check_count("sweep", "world_size", world_size):
@@ -76,6 +76,8 @@ def run_sweep(
             for run in runs
         ]
     _check_folder(plan, out)
+    for run in runs:
+        _result(out / run.name)  # a damaged one is told of before any work
     judge_of = _check_runs(runs)
     with replacing(out / PLAN) as temporary:
         temporary.write_text(MARK + yaml.safe_dump(plan.plan(), sort_keys=False), "utf-8")
@@ -111,7 +113,9 @@ def _check_folder(plan: Sweep, out: Path) -> None:
             f"sweep: {out} is a sweep of version {saved.get('version')}; "
             f"this fastlangevin reads version {VERSION}"
         )
-    saved, asked = ({**p.pop("centre", {}), **p} for p in (saved, asked))
+    if not isinstance(saved.get("centre"), dict):
+        raise ValueError(f"sweep: {out / PLAN} is damaged, it has no centre; name another folder")
+    saved, asked = ({**p.pop("centre"), **p} for p in (saved, asked))
     for name in asked:
         if name != "device" and saved.get(name) != asked[name]:
             raise FileExistsError(
@@ -206,6 +210,29 @@ def _late(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _result(folder: Path) -> dict[str, Any] | None:
-    """What a finished run has left; None before that."""
+    """What a finished run has left; None before that, ValueError for what is no such record."""
     path = folder / RESULT
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        known = _is_result(found)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"sweep: {path} is damaged, or another version's; remove it, and the same command "
+            "measures the run again from its checkpoint"
+        )
+    return dict(found)
+
+
+def _is_result(found: Any) -> bool:
+    """Whether it has all that tables and plots read."""
+    if not isinstance(found, dict) or not {"settings", "seed", "diverged"} <= found.keys():
+        return False
+    numbers = [found.get(name, "missing") for name in MEASURES]
+    lost = found["diverged"]
+    return all(value is None or isinstance(value, int | float) for value in numbers) and (
+        lost is None or (isinstance(lost, dict) and {"iteration", "reason"} <= lost.keys())
+    )

@@ -1,0 +1,47 @@
+"""Sweeps' result files to the tables of a page and their plots; nothing there is typed by hand.
+
+    python -m benchmarks.report_sweep RESULT.json... [--marks] [--docs docs/sweep.md] \\
+        [--plots docs/]
+
+prints every table. ``--docs`` puts each between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``
+of a page, NAME.json being the file, and ``--plots`` draws NAME.svg of those whose picture the page
+shows (of all, without a page). ``--marks`` first measures the marks again, which takes the data
+and no training, and writes them to the file.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report import insert
+from fastlangevin.learn import resolve
+from fastlangevin.learn.sweep_report import marks_of, plot, to_markdown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report_sweep")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    parser.add_argument("--marks", action="store_true", help="measure the marks again")
+    parser.add_argument("--docs", type=Path, help="write the tables between a page's markers")
+    parser.add_argument("--plots", type=Path, help="folder for plots")
+    options = parser.parse_args(arguments)
+    page = options.docs.read_text("utf-8") if options.docs else ""
+    for path in options.results:
+        content = json.loads(path.read_text("utf-8"))
+        if options.marks:
+            centre = resolve(overrides=content["plan"]["centre"])
+            content["marks"] = marks_of(centre, content["samples"])
+            path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        tables = to_markdown(content).rstrip()
+        print(tables)
+        if options.docs:
+            page = insert(page, tables, (f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"))
+        if options.plots and (not page or f"]({path.stem}.svg)" in page):
+            plot(content, options.plots / f"{path.stem}.svg")
+    if options.docs:
+        options.docs.write_text(page, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
