@@ -909,7 +909,7 @@ def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
         (("reconstruct", "--n", 11), "--n must be at most 10, the images of digits, those past"),
         (("reconstruct", "--out", "a.gif"), r"--out must end in .png or .npz, got a.gif"),
         (("reconstruct", "--checkpoint", "some", "--n", 1), "checkpoint"),
-        (("interpolate", "--out", "a.npz"), "--out must end in .png or .gif or .npy"),
+        (("interpolate", "--out", "a.npz"), "--out must end in .png, .gif or .npy, got a.npz"),
         (("restore", "--operator", "smear"), "operator must be one of mask, .*, got 'smear'"),
         (("restore", "--operator", "grey"), "several channels, got 1"),
         (("restore", "--operator", "blur", "--factor", 2), "--factor do not belong to --operator"),

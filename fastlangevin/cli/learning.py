@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastlangevin.cli.app import app, console, errors
+from fastlangevin.cli.app import app, check_out, console, errors, run_config
 
 Report = Callable[[int, Any], None]
 _FRAMES = 50  # of a GIF, at most; and one more, the start
@@ -140,8 +140,7 @@ def sample(
     from fastlangevin.learn.images import save_gif, save_grid
 
     with errors():
-        if out.suffix not in (".png", ".gif", ".npy"):
-            raise ValueError(f"--out must end in .png, .gif or .npy, got {out}")
+        check_out(out, ".png", ".gif", ".npy")
         changes: dict[str, Any] = {} if steps is None else {"steps": steps}
         sampler = load(run, device=choose_device(device), averaged=averaged, **changes)
         if out.suffix == ".gif":
@@ -172,15 +171,10 @@ def check(
     """
     from fastlangevin.learn.build import choose_device, load_data
     from fastlangevin.learn.check import ClassifierCheck
-    from fastlangevin.learn.checkpoint import load, read_checkpoint
-    from fastlangevin.learn.config import resolve
+    from fastlangevin.learn.checkpoint import load
 
     with errors():
-        settings = read_checkpoint(run)[1].get("config")
-        if settings is None:
-            raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-        config = resolve(overrides=settings | ({} if data is None else {"data": data}))
-        judge = ClassifierCheck(load_data(config))
+        judge = ClassifierCheck(load_data(run_config(run, data)[0]))
         found = judge(load(run, device=choose_device(device))(n=n, seed=seed))
         for name, value in (
             ("real images", judge.of_data()),
@@ -202,8 +196,7 @@ def export(
     from fastlangevin.learn import checkpoint
 
     with errors():
-        if out.suffix != ".safetensors":
-            raise ValueError(f"--out must end in .safetensors, got {out}")
+        check_out(out, ".safetensors")
         checkpoint.export(run, out)
     typer.echo(str(out))
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlangevin.cli.app import app, errors
+from fastlangevin.cli.app import app, check_out, errors, run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +73,8 @@ def reconstruct(
     from fastlangevin.learn import latent
 
     with errors():
-        _check_suffix(out, ".png", ".npz")
-        sampler, config = _load(run, device, steps, averaged), _config(run)
+        check_out(out, ".png", ".npz")
+        sampler, config = _load(run, device, steps, averaged), run_config(run)[0]
         data = _held_out(config, sampler, images)
         truth = _some(data, n, sampler)
         fit = latent.reconstruct(
@@ -133,8 +133,8 @@ def interpolate(
     from fastlangevin.learn.images import save_gif, save_grid
 
     with errors():
-        _check_suffix(out, ".png", ".gif", ".npy")
-        sampler, config = _load(run, device, steps, averaged), _config(run)
+        check_out(out, ".png", ".gif", ".npy")
+        sampler, config = _load(run, device, steps, averaged), run_config(run)[0]
         frames = frames or (25 if out.suffix == ".gif" else 9)
         where = next(iter(sampler.energy.parameters())).device
         z = 2 * numbers.uniform((2 * n, *sampler.energy.shape), seed=seed, step=0, device=where) - 1
@@ -200,7 +200,7 @@ def restore(
     from fastlangevin.learn import inverse, operators
 
     with errors():
-        _check_suffix(out, ".png", ".npz")
+        check_out(out, ".png", ".npz")
         given = {"mask": mask, "factor": factor, "sigma": sigma}
         options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         own = {"mask": "mask", "downsample": "factor", "blur": "sigma"}.get(operator)
@@ -208,7 +208,7 @@ def restore(
             raise ValueError(f"{', '.join(others)} do not belong to --operator {operator}")
         if iterations is not None and method != "latent":
             raise ValueError(f"--iterations belongs to --method latent, got {method!r}")
-        sampler, config = _load(run, device, steps, averaged), _config(run)
+        sampler, config = _load(run, device, steps, averaged), run_config(run)[0]
         shape = sampler.energy.shape
         measure = operators.make_operator(operator, shape, **options)
         data = _held_out(config, sampler, images)
@@ -272,7 +272,7 @@ def transfer(
     from fastlangevin.learn.style import guide
 
     with errors():
-        _check_suffix(out, ".png", ".gif", ".npy")
+        check_out(out, ".png", ".gif", ".npy")
         if zeta is not None and content is None:
             raise ValueError("--zeta belongs to --content")
         sampler = _load(run, device, steps, averaged)
@@ -316,17 +316,6 @@ def _load(run: Path, device: str, steps: int | None, averaged: bool) -> Any:
     return load(run, device=choose_device(device), averaged=averaged, **changes)
 
 
-def _config(run: Path) -> "TrainConfig":
-    """A run's settings; ValueError for one that names no data."""
-    from fastlangevin.learn.checkpoint import read_checkpoint
-    from fastlangevin.learn.config import resolve
-
-    settings = read_checkpoint(run)[1].get("config")
-    if settings is None:
-        raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-    return resolve(overrides=settings)
-
-
 def _held_out(config: "TrainConfig", sampler: Any, source: str | None) -> "ImageData":
     from fastlangevin.learn.build import load_held_out
 
@@ -347,11 +336,6 @@ def _some(data: "ImageData", n: int, sampler: "LangevinSampler") -> "Tensor":
 def _squares(a: "Tensor", b: "Tensor") -> "Tensor":
     """Mean squared difference per element: [..., C, H, W] -> [...]."""
     return (a - b).square().mean((-3, -2, -1))
-
-
-def _check_suffix(out: Path, *suffixes: str) -> None:
-    if out.suffix not in suffixes:
-        raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {out}")
 
 
 def _save_rows(out: Path, tile: int, *rows: "Tensor") -> None:
