@@ -843,6 +843,59 @@ def test_interpolate_command(command: Any, run: Path) -> None:
         assert gif.n_frames == 4  # there and back
 
 
+def test_interpolate_command_between_images(command: Any, run: Path) -> None:
+    options = ("--images", "digits", "--n", 2, "--frames", 3, "--iterations", 4, "--restarts", 2)
+    result = command("interpolate", run, *options, "--seed", 8, "--out", "a.npy")
+    said, x = numbers(result), torch.from_numpy(np.load("a.npy"))
+    truth = load_images("digits").batch([0, 449, 898, 1347])
+    fit = reconstruct(fl.load(run), truth, restarts=2, iterations=4, seed=8).best()
+    assert said["their fit"] == pytest.approx(float(fit.error.mean()), abs=1e-5)
+    assert "4 of digits, 1797 x 1x8x8" in result.stdout
+    torch.testing.assert_close(x[0], fit.x[::2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(x[2], fit.x[1::2], rtol=0, atol=1e-5)
+    middle = interpolate(fl.load(run), fit.z[::2], fit.z[1::2], 3)[1]
+    torch.testing.assert_close(x[1], middle, rtol=0, atol=1e-5)
+
+
+def test_restore_command_takes_the_options_of_a_fit(command: Any, run: Path) -> None:
+    fit: dict[str, Any] = {
+        "restarts": 2,
+        "iterations": 3,
+        "optimizer": "gd",
+        "lr": 0.3,
+        "noise": "frozen",
+        "grad_through": "straight",
+        "checkpoint": 2,
+    }
+    options = [
+        part for name, value in fit.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    common = ("--method", "latent", "--n", 2, "--answers", 2, "--seed", 3, "--out", "a.npz")
+    assert command("restore", run, *common, *options).exit_code == 0
+    y, x = (torch.from_numpy(np.load("a.npz")[name]) for name in ("y", "x"))
+    box = make_operator("mask", (1, 8, 8))
+    want = restore(fl.load(run), y, box, method="latent", answers=2, seed=3, **fit)
+    torch.testing.assert_close(x, want.x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "interpolate", "restore", "transfer", "sample"])
+def test_help_shows_shapes_and_what_is_done_by_default(command: Any, name: str) -> None:
+    text = " ".join(command(name, "--help").stdout.split())
+    shapes = {
+        "interpolate": "[frames, n, C, H, W]",
+        "restore": "[n, answers, C, H, W]",
+        "transfer": "[n, C, H, W]",
+        "sample": "[n, C, H, W]",
+    }
+    assert shapes.get(name, "") in text
+    restarts = re.search(r"--restarts .*?\[default: \((\d)\)\]", text)
+    assert (restarts and restarts[1]) == {
+        "reconstruct": "4",
+        "interpolate": "4",
+        "restore": "1",
+    }.get(name)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -916,7 +969,23 @@ def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
         (("restore", "--operator", "blur", "--method", "clamped"), "must be a Mask, got Blur"),
         (("restore", "--iterations", 3), "--iterations belongs to --method latent"),
         (("restore", "--mask", "mask.npy"), r"must have the images' shape \[8, 8\]"),
+        (
+            ("restore", "--lr", 3, "--grad-through", "exact", "--method", "clamped"),
+            "--grad-through, --lr belong to --method latent, got 'clamped'",
+        ),
+        (("restore", "--out", "folder.png"), "--out must be a file, got the folder folder.png"),
+        (("interpolate", "--iterations", 3), "--iterations belongs to --images"),
+        (
+            ("interpolate", "--images", "digits", "--noise", "frozen"),
+            "--noise belongs to random st",
+        ),
+        (("interpolate", "--images", "digits", "--n", 899), "at most 898, of 2 images each, .*899"),
         (("transfer", "--images", "digits", "--zeta", 1), "--zeta belongs to --content"),
+        (
+            ("transfer", "--images", "digits", "--content", 2, "--zeta", 0.01),
+            "^error: transfer: zeta must be at least",
+        ),
+        (("transfer", "--images", "digits", "--weight", 2), "--weight belongs to --style"),
         (("transfer", "--images", "nowhere"), "'nowhere' is neither an existing path"),
         (("transfer", "--images", "digits", "--n", 2000), "at most 1797"),
     ],
@@ -924,6 +993,7 @@ def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
 )
 def test_commands_refuse(command: Any, run: Path, arguments: tuple[Any, ...], match: str) -> None:
     np.save("mask.npy", np.eye(5))
+    Path("folder.png").mkdir()
     name, *options = arguments
     assert_refused(command(name, run, *options), match)
 

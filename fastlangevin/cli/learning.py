@@ -116,7 +116,7 @@ def sample(
     n: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
     out: Annotated[
         Path,
-        typer.Option(help="A .png for a grid, a .gif of the chains, or a .npy [n, C, H, W]."),
+        typer.Option(help="A .png for a grid, a .gif of the chains, or a .npy \\[n, C, H, W]."),
     ] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="Of starting points and noise.")] = 0,
     steps: Annotated[
