@@ -538,6 +538,7 @@ def test_refusals(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (("digits", "--noise", "-1"), "evaluate: noise must be finite and > 0, got -1"),
         (("digits", "--noise", "nan"), "evaluate: noise must be finite and > 0, got nan"),
         (("digits", "--out", "."), "--out must be a file, got the folder ."),
+        (("digits", "--samples", files / "x.npy", "--no-averaged"), "--no-averaged belongs to sam"),
         (("digits", "--samples", "absent"), "'absent' is neither an existing path"),
         (
             ("digits", "--samples", files / "x.npy", "--n", "21"),

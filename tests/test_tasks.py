@@ -192,6 +192,7 @@ def test_operators_that_do_not_fit(operator: Any, match: str) -> None:
         (lambda: Downsample(1), ValueError, "factor must be at least 2, got 1"),
         (lambda: Downsample(2.5), TypeError, "factor must be an integer, got 2.5"),
         (lambda: Blur(0.0), ValueError, "sigma must be finite and > 0, got 0"),
+        (lambda: Blur(1e9), ValueError, r"sigma must be at most 10000 pixels, got 1e\+09"),
         (lambda: Blur(math.nan), ValueError, "sigma must be finite and > 0, got nan"),
         (
             lambda: make_operator("smear", SHAPE),

@@ -77,6 +77,8 @@ def evaluate(
     with errors():
         if out is not None:
             check_out(out)
+        if samples is not None and not averaged:
+            raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
         checkpoint = find_checkpoint(run)
         config, info = run_config(checkpoint, data)
         place = choose_device(device)

@@ -73,10 +73,13 @@ class Downsample:
 
 
 class Blur:
-    """y = x convolved with a Gaussian of ``sigma`` pixels, cut at 3 sigma; edges repeat."""
+    """y = x convolved with a Gaussian of ``sigma`` pixels, 10^4 at most, cut at 3 sigma; edges
+    repeat."""
 
     def __init__(self, sigma: float) -> None:
         self.sigma = check_positive("Blur", "sigma", sigma)
+        if self.sigma > 1e4:  # the kernel has 6 sigma weights
+            raise ValueError(f"Blur: sigma must be at most 10000 pixels, got {self.sigma:g}")
         self.radius = math.ceil(3 * self.sigma)
 
     def __call__(self, x: Tensor) -> Tensor:
