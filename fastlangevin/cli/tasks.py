@@ -181,7 +181,7 @@ def interpolate(
         sampler, config = _load(run, device, steps, averaged), run_config(run)[0]
         frames = frames or (25 if out.suffix == ".gif" else 9)
         where = next(iter(sampler.energy.parameters())).device
-        z = 2 * numbers.uniform((2 * n, *sampler.energy.shape), seed=seed, step=0, device=where) - 1
+        z = numbers.initial((2 * n, *sampler.energy.shape), seed=seed, device=where)
         if images is not None:
             data = _held_out(config, sampler, images)
             truth = _some(data, n, sampler, 2)

@@ -139,9 +139,9 @@ def yardsticks(real: Tensor, noises: list[float], seed: int = 0) -> dict[str, Te
     """What samples should be better than: the data with Gaussian noise, and uniform noise."""
     noises = [check_positive("evaluate", "noise", level) for level in noises]
     normals = _noise.normal(real.shape, seed=seed, step=0, stream=_noise.DATA, device=real.device)
-    uniform = _noise.uniform(real.shape, seed=seed, step=0, device=real.device)
+    uniform = _noise.initial(real.shape, seed=seed, device=real.device)
     noisy = {f"data + noise of {level:g}": real + level * normals for level in noises}
-    return {**noisy, "uniform noise": 2 * uniform - 1}
+    return {**noisy, "uniform noise": uniform}
 
 
 def to_text(found: Evaluation) -> str:

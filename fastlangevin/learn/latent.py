@@ -147,7 +147,7 @@ def with_noise(op: str, sampler: LangevinSampler, noise: str) -> LangevinSampler
 
 def starts(n: int, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
     """p0 = U(-1, 1) as the sampler draws it, where ``like`` is, in float64 if that is."""
-    x0 = 2 * _noise.uniform((n, *shape), seed=seed, step=0, device=like.device) - 1
+    x0 = _noise.initial((n, *shape), seed=seed, device=like.device)
     return x0.double() if like.dtype == torch.float64 else x0
 
 

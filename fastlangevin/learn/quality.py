@@ -51,7 +51,7 @@ class QualityCheck:
     def marks(self) -> dict[str, Quality]:
         """What is at best and at worst to be had: the data, half against half, and noise."""
         sure = None if self._judge is None else self._judge.of_data().sure
-        noise = 2 * _noise.uniform((1024, *self.images.shape[1:]), seed=0, step=0) - 1
+        noise = _noise.initial((1024, *self.images.shape[1:]), seed=0)
         return {
             "real images": Quality(sure, frechet_distance(self._pixels[::2], self._pixels[1::2])),
             "uniform noise": self(noise),
