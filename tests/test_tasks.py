@@ -182,6 +182,7 @@ def test_operators_that_do_not_fit(operator: Any, match: str) -> None:
     ("make", "error", "match"),
     [
         (lambda: Mask(torch.ones(8, 8)), TypeError, "mask must be bool, got torch.float32"),
+        (lambda: Mask(np.eye(8) > 0), TypeError, "mask must be a bool tensor, got ndarray"),
         (
             lambda: Mask(torch.ones(8) > 0),
             ValueError,

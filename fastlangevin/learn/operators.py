@@ -31,6 +31,8 @@ class Mask:
     """
 
     def __init__(self, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"Mask: mask must be a bool tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
             raise TypeError(f"Mask: mask must be bool, got {mask.dtype}")
         if mask.ndim not in (2, 3):
