@@ -271,6 +271,10 @@ def test_wrong_images(
     train, held = parts(digits)
     with pytest.raises(ValueError, match=f"evaluate: {words}"):
         measures.evaluate({"a": change(held)}, train, pixels)
+    with pytest.raises(TypeError, match="evaluate: a must be a tensor, got ndarray"):
+        measures.evaluate({"a": held.numpy()}, train, pixels)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="evaluate: sets must hold a set of images, got none"):
+        measures.evaluate({}, train, pixels)
     with pytest.raises(ValueError, match="held_out must be one of a, got 'b'"):
         measures.evaluate({"a": held}, train, pixels, held_out="b")
 

@@ -75,14 +75,19 @@ def evaluate(
     Frechet and kernel distance, precision, recall and inception score as in
     :mod:`fastlangevin.learn.metrics`; nearest neighbours by pixels, among all training images.
     Warns where a set is too small for the features' dimension, whose covariance then has not full
-    rank. Raises ValueError for images of another shape than the data's, or that are not finite.
+    rank. Raises TypeError for what is no tensor, and ValueError for images of another shape than
+    the data's, or that are not finite.
     """
     check_count("evaluate", "reference", reference)
     check_count("evaluate", "k", k)
     check_count("evaluate", "neighbours", neighbours)
     if held_out is not None and held_out not in sets:
         raise ValueError(f"evaluate: held_out must be one of {', '.join(sets)}, got {held_out!r}")
+    if not sets:
+        raise ValueError("evaluate: sets must hold a set of images, got none")
     for name, images in sets.items():
+        if not isinstance(images, Tensor):
+            raise TypeError(f"evaluate: {name} must be a tensor, got {type(images).__name__}")
         if tuple(images.shape[1:]) != train.shape or len(images) <= k:
             raise ValueError(
                 f"evaluate: {name} must be more than k = {k} images of {list(train.shape)}, got "
