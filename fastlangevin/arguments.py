@@ -162,6 +162,17 @@ def check_number(op: str, name: str, value: Any) -> float:
     return number
 
 
+def check_positive(op: str, name: str, value: Any) -> float:
+    """A finite number > 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}") from None
+    if not 0 < number < math.inf:
+        raise ValueError(f"{op}: {name} must be finite and > 0, got {number}")
+    return number
+
+
 def _check_floating(op: str, name: str, value: Tensor) -> Tensor:
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be of floating dtype, got {value.dtype}")

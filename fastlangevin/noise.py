@@ -79,6 +79,20 @@ def uniform(
     )
 
 
+def initial(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    first_chain: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """U(-1, 1), float32 [n, ...]: p0, the states from which the seed's chains start.
+
+    2 u - 1 with the uniforms of the stream of initial states at step 0.
+    """
+    return 2 * uniform(shape, seed=seed, step=0, first_chain=first_chain, device=device) - 1
+
+
 def normal_ref(
     shape: Sequence[int],
     seed: int,

@@ -437,11 +437,6 @@ class LangevinSampler:
                 f"{_OP}: n needs an energy with an attribute shape (of one chain's state); give x0"
             )
         n = 0 if n == 0 else check_count(_OP, "n", n)
-        u = _noise.uniform(
-            (n, *shape),
-            seed=seed,
-            step=0,
-            first_chain=first_chain,
-            device=device_of(self.energy),
+        return _noise.initial(
+            (n, *shape), seed=seed, first_chain=first_chain, device=device_of(self.energy)
         )
-        return 2 * u - 1

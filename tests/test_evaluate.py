@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -270,13 +271,16 @@ def test_all_sets_are_clamped_and_rounded_alike(
 ) -> None:
     train, held = parts(digits)
     held = features.quantise(held)
-    one = measures.evaluate({"a": held}, train, pixels).figures["a"]
-    assert measures.evaluate({"a": held + 0.001}, train, pixels).figures["a"] == one
     loud = torch.where(held.abs() == 1, 3 * held, held)
-    assert measures.evaluate({"a": loud}, train, pixels).figures["a"] == one
-    assert measures.evaluate({"a": held + 0.1}, train, pixels).figures["a"] != one
+    found = {}
+    for name, images in (("1", held), ("2", held + 0.001), ("3", loud), ("4", held + 0.1)):
+        figures = measures.evaluate({"a": images}, train, pixels).figures["a"]
+        assert figures.clamped == pytest.approx(float((images.abs() > 1).double().mean()))
+        found[name] = figures._replace(clamped=0.0)
+    one = found["1"]
+    assert one == found["2"] == found["3"] != found["4"]
     raw = measures.evaluate({"a": held + 0.001}, train, pixels, quantised=False)
-    assert raw.figures["a"] != one
+    assert raw.figures["a"]._replace(clamped=0.0) != one
     assert (raw.levels, measures.evaluate({"a": held}, train, pixels).levels) == (None, 256)
 
 
@@ -305,6 +309,10 @@ def test_wrong_images(
     train, held = parts(digits)
     with pytest.raises(ValueError, match=f"evaluate: {words}"):
         measures.evaluate({"a": change(held)}, train, pixels)
+    with pytest.raises(TypeError, match="evaluate: a must be a tensor, got ndarray"):
+        measures.evaluate({"a": held.numpy()}, train, pixels)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="evaluate: sets must hold a set of images, got none"):
+        measures.evaluate({}, train, pixels)
     with pytest.raises(ValueError, match="held_out must be one of a, got 'b'"):
         measures.evaluate({"a": held}, train, pixels, held_out="b")
 
@@ -338,14 +346,37 @@ def test_a_function_of_the_users(
     torch.testing.assert_close(found, images.mean((2, 3)).double())
     in_eval, _ = features.make_features("own_features:net", digits)(images)
     torch.testing.assert_close(in_eval, images.flatten(1).double(), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"flat: must have shape \[32, d\] for 32 images"):
-        features.make_features("own_features:flat", digits)(images)
+    with pytest.raises(
+        ValueError, match=r"flat: must have shape \[2, d\] for 2 images, got \[2, 1"
+    ):
+        features.make_features("own_features:flat", digits)
     with pytest.raises(ValueError, match="own_features:broken: not finite"):
-        features.make_features("own_features:broken", digits)(images)
+        features.make_features("own_features:broken", digits)
     with pytest.raises(TypeError, match="absent must be a function or an nn"):
         features.make_features("own_features:absent", digits)
     with pytest.raises(ValueError, match=r"pixels, classifier, .* got 'resnet'"):
         features.make_features("resnet", digits)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    [
+        (lambda x: 3, TypeError, r"must be a floating tensor \[n, d\] of .*, got int"),
+        (lambda x: (x.flatten(1), None), TypeError, "got tuple"),
+        (lambda x: x.flatten(1).numpy(), TypeError, "got ndarray"),
+        (lambda x: x.flatten(1).long(), TypeError, "got torch.int64"),
+        (lambda x: x.mean(), ValueError, r"must have shape \[32, d\] for 32 images, got \[\]"),
+        (lambda x: x.flatten(1)[:5], ValueError, r"got \[5, 64\]"),
+        (lambda x: x.flatten(1)[:, :0], ValueError, r"got \[32, 0\]"),
+        (lambda x: x.flatten(1)[:, : len(x)], ValueError, r"\[8, 32\] for 8 images, got \[8, 8\]"),
+    ],
+)
+def test_wrong_features_of_the_users(
+    function: Any, error: type[Exception], words: str, digits: ImageData
+) -> None:
+    extract = features.Features("own:f", lambda x: (function(x), None))
+    with pytest.raises(error, match=f"features own:f: .*{words}"):
+        extract(digits.batch(range(40)))
 
 
 def test_missing_weights(
@@ -473,6 +504,53 @@ def test_the_shipped_model(command: Any, tmp_path: Path) -> None:
     assert direct.figures["a"].frechet_distance == pytest.approx(samples["frechet_distance"])
 
 
+def test_samples_from_files(command: Any, tmp_path: Path) -> None:
+    """Those of the model itself, with noise that leaves [-1, 1], and their pictures."""
+    x = fl.load("digits")(n=60, seed=1)
+    outside = float((x.abs() > 1).double().mean())
+    assert outside > 0.01
+    np.save("x.npy", x.numpy())
+    np.savez("x.npz", images=x.numpy(), labels=np.zeros(60, int))
+    (tmp_path / "pictures").mkdir()
+    levels = features.to_bytes(x).numpy()[:, 0]
+    for i, picture in enumerate(levels):  # in colour, as other tools save them
+        Image.fromarray(picture).convert("RGB").save(tmp_path / f"pictures/{i:02}.png")
+    figures = {}
+    common = ("--n", "60", "--features", "pixels", "--reference", "100", "--out")
+    for samples in ((), ("--samples", "x.npy"), ("--samples", "x.npz"), ("--samples", "pictures")):
+        found = command("digits", *samples, *common, "a.json")
+        assert found.exit_code == 0, found.output
+        record = json.loads((tmp_path / "a.json").read_text())
+        assert record["samples"] == (samples[1] if samples else None)
+        assert ("steps" in record) == (not samples)
+        rows = [line.strip() for line in found.stdout.splitlines() if "samples  " in line]
+        assert rows[-1].endswith(f" {0 if 'pictures' in samples else outside:.1%}")
+        if samples:
+            assert rows[0] == f"samples    60 of {Path(samples[1]).stem}, 60 x 1x8x8"
+        figures[samples[1:]] = record["figures"]["samples"]
+    drawn, *read = figures.values()
+    assert drawn["clamped"] == read[0]["clamped"] == read[1]["clamped"] == pytest.approx(outside)
+    assert read[2]["clamped"] == 0
+    for one in read:
+        for name in ("frechet_distance", "precision", "nearest", "close"):
+            assert one[name] == pytest.approx(drawn[name], rel=1e-6)
+
+
+def test_samples_alone_do_not_replace_a_runs_evaluation(command: Any, tmp_path: Path) -> None:
+    from fastlangevin.learn import resolve, train
+
+    tiny = {"width": 2, "steps": 2, "batch_size": 4, "iterations": 1, "samples": 1, "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastlangevin.learn.log._summary_writer", lambda *arguments: None)
+        train(resolve(overrides=tiny | {"limit": 1780}), tmp_path / "run")
+    np.save("x.npy", np.zeros((9, 1, 8, 8), np.uint8))
+    common = ("run", "--features", "pixels", "--n", "8", "--reference", "100")
+    assert command(*common, "--samples", "x.npy").exit_code == 0
+    assert not (tmp_path / "run" / "evaluate.json").exists()
+    assert command(*common).exit_code == 0
+    assert (tmp_path / "run" / "evaluate.json").exists()
+
+
 @pytest.mark.filterwarnings("always:evaluate:UserWarning")
 def test_few_images_are_said_in_one_line(command: Any) -> None:
     found = command("digits", "--n", "30", "--features", "pixels", "--reference", "40")
@@ -484,14 +562,38 @@ def test_few_images_are_said_in_one_line(command: Any) -> None:
     ]
 
 
-def test_refusals(command: Any, tmp_path: Path) -> None:
+def test_refusals(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    np.save(files / "x.npy", np.zeros((20, 1, 8, 8), np.uint8))
+    np.save(files / "large.npy", np.zeros((20, 16, 16), np.uint8))
+    np.save(files / "bytes.npy", np.full((20, 8, 8), 255.0))
+    np.save(files / "inf.npy", np.full((20, 8, 8), -np.inf))
+    # Before any work.
+    monkeypatch.setattr(fl.LangevinSampler, "__call__", None)
     for arguments, words in (
         (("absent",), "models that come with the package: digits"),
         (("digits", "--features", "vgg"), "features must be auto, pixels"),
         (("digits", "--images", "absent.npy"), "absent.npy"),
         (("digits", "--n", "298"), "--n must be at most 297, the held-out data there are, got 298"),
+        (("digits", "--k", "297"), "--k must be less than the 297 images of a set, got 297"),
+        (("digits", "--noise", "-1"), "evaluate: noise must be finite and > 0, got -1"),
+        (("digits", "--noise", "nan"), "evaluate: noise must be finite and > 0, got nan"),
+        (("digits", "--out", "."), "--out must be a file, got the folder ."),
+        (("digits", "--samples", files / "x.npy", "--no-averaged"), "--no-averaged belongs to sam"),
+        (("digits", "--samples", "absent"), "'absent' is neither an existing path"),
+        (
+            ("digits", "--samples", files / "x.npy", "--n", "21"),
+            "at most 20, the samples there are",
+        ),
+        (("digits", "--samples", files / "large.npy"), "must be images of [1, 8, 8], as the data"),
+        (
+            ("digits", "--samples", files / "bytes.npy"),
+            "float images must lie in [0, 1] or [-1, 1]",
+        ),
+        (("digits", "--samples", files / "inf.npy"), "float images must lie in [0, 1] or [-1, 1]"),
     ):
         found = command(*arguments)
         assert found.exit_code == 1
         assert words in found.stderr
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [files]

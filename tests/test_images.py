@@ -1,6 +1,7 @@
 """Grids of samples, pixel by pixel."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,4 +85,20 @@ def test_what_is_no_batch_of_images(shape: tuple[int, ...], tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"images must be \[n, 1 or 3, H, W\], got \[") as caught:
         save_grid(torch.zeros(shape), tmp_path / "grid.png")
     assert str(list(shape)) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "columns", "error", "match"),
+    [
+        (np.zeros((2, 1, 8, 8)), None, TypeError, "images must be a tensor, got ndarray"),
+        (torch.zeros(2, 1, 8, 8), 0, ValueError, "columns must be at least 1, got 0"),
+        (torch.zeros(2, 1, 8, 8), 1.5, TypeError, "columns must be an integer, got 1.5"),
+    ],
+)
+def test_what_is_no_grid(
+    images: Any, columns: Any, error: type[Exception], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=f"to_grid: {match}"):
+        save_grid(images, tmp_path / "grid.png", columns)
     assert list(tmp_path.iterdir()) == []

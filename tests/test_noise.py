@@ -101,6 +101,14 @@ def test_uniforms_are_exact(dtype: torch.dtype) -> None:
     assert np.array_equal(uniform.double().numpy(), exact)
 
 
+def test_initial_states_are_uniforms_of_their_stream() -> None:
+    """2 u - 1 of the words at step 0, exactly: 24 bits and a sign."""
+    u = (expected_words(3, 10, seed=5, step=0, stream=1, first_chain=7) >> np.uint64(8)) * 2.0**-24
+    x = fl.noise.initial((3, 2, 5), seed=5, first_chain=7)
+    assert x.dtype == torch.float32
+    assert np.array_equal(x.reshape(3, 10).double().numpy(), 2 * u - 1)
+
+
 def test_default_streams() -> None:
     at = {"seed": 5, "step": 6}
     assert torch.equal(fl.noise.normal((2, 9), **at), fl.noise.normal((2, 9), **at, stream=0))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from fastlangevin.presets.common import uniform
 
 N, K = 4, 20
 SHAPE = (2, 6, 6)
@@ -21,6 +20,10 @@ SHAPE = (2, 6, 6)
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def uniform(shape: tuple[int, ...], seed: int) -> Tensor:
+    return 2 * fl.noise.uniform(shape, seed=seed, step=0) - 1
 
 
 class Net(nn.Module):

@@ -163,6 +163,11 @@ def test_pictures_of_measurements() -> None:
         (torch.tanh, "must be linear"),
         (lambda x: x.sum(), r"must map images \[2, 3, 8, 8\] to a floating tensor .*, got \[\]"),
         (lambda x: None, "got NoneType"),
+        (lambda x: x.int(), r"got \[2, 3, 8, 8\] of torch.int32"),
+        (lambda x: x.squeeze(0), r"must map images \[1, 3, 8, 8\] to .*, got \[3, 8, 8\] of"),
+        (lambda x: 0 * x, "must not map every image to 0"),
+        (lambda x: x.detach(), "does not depend on its images through autograd"),
+        (lambda x: x + x.detach(), r"its gradient is another map's .*detached"),
         (Mask(torch.eye(5) > 0), r"images' shape \[8, 8\] or \[3, 8, 8\], got \[5, 5\]"),
         (Mask(torch.ones(2, 8, 8).triu() > 0), r"got \[2, 8, 8\]"),
         (Downsample(3), r"must divide the images' \[8, 8\], got 3"),
@@ -177,6 +182,7 @@ def test_operators_that_do_not_fit(operator: Any, match: str) -> None:
     ("make", "error", "match"),
     [
         (lambda: Mask(torch.ones(8, 8)), TypeError, "mask must be bool, got torch.float32"),
+        (lambda: Mask(np.eye(8) > 0), TypeError, "mask must be a bool tensor, got ndarray"),
         (
             lambda: Mask(torch.ones(8) > 0),
             ValueError,
@@ -187,6 +193,7 @@ def test_operators_that_do_not_fit(operator: Any, match: str) -> None:
         (lambda: Downsample(1), ValueError, "factor must be at least 2, got 1"),
         (lambda: Downsample(2.5), TypeError, "factor must be an integer, got 2.5"),
         (lambda: Blur(0.0), ValueError, "sigma must be finite and > 0, got 0"),
+        (lambda: Blur(1e9), ValueError, r"sigma must be at most 10000 pixels, got 1e\+09"),
         (lambda: Blur(math.nan), ValueError, "sigma must be finite and > 0, got nan"),
         (
             lambda: make_operator("smear", SHAPE),
@@ -215,6 +222,104 @@ def test_masks_from_files(tmp_path: Path) -> None:
         make_operator("mask", SHAPE, mask=str(tmp_path / "bad.png"))
     with pytest.raises(ValueError, match=r"got \[8, 8\]"):
         make_operator("mask", (3, 16, 16), mask=str(tmp_path / "mask.npy"))
+
+
+def test_what_masks_mean_in_files_of_other_kinds(tmp_path: Path) -> None:
+    known = np.random.default_rng(0).random((8, 8)) < 0.5
+    blue = np.zeros((8, 8, 3), np.uint8)
+    blue[..., 2] = known * 4  # a luma of 0.456
+    Image.fromarray(blue).save(tmp_path / "blue.png")
+    Image.fromarray(blue).quantize(2).save(tmp_path / "palette.png")
+    Image.fromarray(known.astype(np.uint16) * 200).save(tmp_path / "wide.png")
+    Image.fromarray(known).save(tmp_path / "bits.png")
+    Image.fromarray(known.astype(np.float32) * 0.1).save(tmp_path / "float.tif")
+    for path in tmp_path.iterdir():
+        made = make_operator("mask", SHAPE, mask=str(path))
+        assert torch.equal(made(torch.ones(1, *SHAPE))[0, 1], torch.from_numpy(known).float())
+
+
+def test_masks_that_could_mean_either(tmp_path: Path) -> None:
+    known = np.eye(8)
+    layers = np.zeros((8, 8, 4), np.uint8)
+    layers[..., 3] = 255 * known
+    Image.fromarray(layers).save(tmp_path / "alpha.png")
+    Image.fromarray(layers[..., 0]).save(tmp_path / "key.png", transparency=0)
+    np.save(tmp_path / "nan.npy", np.where(known == 1, np.nan, 0))
+    np.save(tmp_path / "words.npy", np.full((8, 8), "known"))
+    (tmp_path / "empty.npy").touch()
+    for name, match in (
+        ("alpha.png", "cannot be read: it is transparent in places"),
+        ("key.png", "cannot be read: it is transparent in places"),
+        ("nan.npy", "must hold finite numbers, got NaN or infinity"),
+        ("words.npy", "must hold finite numbers, got <U5"),
+        ("empty.npy", "cannot be read: No data left in file"),
+    ):
+        with pytest.raises(ValueError, match=f"mask .*{name} {match}"):
+            make_operator("mask", SHAPE, mask=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda x: x.clamp(-10, 10),  # linear on images, and 10 times beyond
+        lambda x: x + 1e-5 * x**3,
+        lambda x: x + 1e-5,
+        lambda x: x + 0.001 * x.abs(),  # homogeneous
+        lambda x: (x * 1e4).round() / 1e4 + x - x.detach(),  # with the identity's gradient
+        lambda x: x - x.mean(0),  # linear in the batch
+        nn.BatchNorm2d(3).requires_grad_(False),
+        lambda x: torch.nn.functional.max_pool2d(x, 2),
+    ],
+)
+def test_what_is_almost_linear_is_not(operator: Any, dtype: torch.dtype) -> None:
+    if isinstance(operator, nn.Module):
+        operator = operator.to(dtype)
+    with pytest.raises(ValueError, match="operator must be linear"):
+        check_operator("restore", operator, (3, 16, 16), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("operator", "size"),
+    [
+        (Blur(10.0), 64),
+        (lambda x: x.sum((1, 2, 3))[:, None], 1024),
+        (lambda x: x.flatten(1).cumsum(1), 512),
+        (lambda x: x.flatten(1) @ torch.ones(3 * 256 * 256, 2), 256),
+        (lambda x: torch.view_as_real(torch.fft.fft2(x)), 128),
+        (lambda x: x - Blur(0.3)(x), 64),  # what is left of a difference
+        (lambda x: 1e-12 * x, 16),
+        (lambda x: 1e12 * x, 16),
+        (lambda x: x.half().sum((1, 2, 3))[:, None], 16),
+        (lambda x: Blur(1.0)(x.bfloat16()), 16),
+    ],
+)
+def test_what_is_linear_but_for_rounding(operator: Any, size: int) -> None:
+    check_operator("restore", operator, (3, size, size))
+
+
+def test_measurements_in_float64_are_of_images_in_float64() -> None:
+    matrix = torch.randn(math.prod(SHAPE), 9, generator=torch.Generator().manual_seed(1)).double()
+    sampler = fl.LangevinSampler(net().double(), steps=2)
+
+    def operator(x: Tensor) -> Tensor:
+        return x.flatten(1) @ matrix
+
+    assert restore(sampler, operator(images(1).double()), operator).x.dtype == torch.float64
+    want = float(torch.linalg.svdvals(matrix)[0])
+    assert norm(operator, SHAPE, dtype=torch.float64) == pytest.approx(want, rel=1e-3)
+
+
+def test_the_norm_of_nothing_is_0() -> None:
+    assert norm(lambda x: 0 * x, SHAPE) == 0
+
+
+def test_a_wide_blur_takes_no_memory_to_speak_of() -> None:
+    """Wider than 30,000 pixels on every side: a padded square would take 14 GB a plane."""
+    x = images(1)
+    edges = x[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].mean(-1)
+    far = Blur(1e4)(x)
+    torch.testing.assert_close(far, edges[:, :, None, None].expand_as(far), rtol=0, atol=1e-3)
 
 
 # reconstruct -------------------------------------------------------------------------------------
@@ -322,6 +427,16 @@ def test_fits_leave_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fits_have_gradients_where_the_caller_has_none(mode: Any) -> None:
+    sampler, y = fl.LangevinSampler(net(), steps=2), images(1)
+    options: dict[str, Any] = {"restarts": 1, "iterations": 3}
+    want = reconstruct(sampler, y, **options)
+    with mode():
+        assert torch.equal(reconstruct(sampler, y, **options).z, want.z)
+        assert restore(sampler, Downsample(2)(y), Downsample(2)).x.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
@@ -387,6 +502,8 @@ def test_what_interpolate_refuses() -> None:
         interpolate(sampler, start(1, 0), start(1, 1), 1)
     with pytest.raises(ValueError, match=r"z2 must have z1's shape \[1, 3, 8, 8\], got \[2,"):
         interpolate(sampler, start(1, 0), start(2, 1))
+    with pytest.raises(TypeError, match=r"interpolate: z2 must be a floating tensor .*, got ndarr"):
+        interpolate(sampler, start(1, 0), start(1, 1).numpy())  # type: ignore[arg-type]
 
 
 # restore -----------------------------------------------------------------------------------------
@@ -477,6 +594,14 @@ def test_latent_answers_are_fits_with_the_known_pixels_filled_in() -> None:
     assert torch.equal(restored.x, torch.where(known, x[:, None], fit.x))
     first = reconstruct(sampler, BOX(x), BOX, restarts=3, iterations=1, seed=2)
     assert float(fit.error.mean()) < 0.5 * float(first.error.mean())
+    options: dict[str, Any] = {"optimizer": "gd", "lr": 0.02, "grad_through": "straight", "seed": 2}
+    best = restore(
+        sampler, BOX(x), BOX, method="latent", answers=3, restarts=2, iterations=5, **options
+    )
+    fit = reconstruct(sampler, BOX(x), BOX, restarts=6, iterations=5, **options)
+    for i, k in itertools.product(range(2), range(3)):
+        r = 2 * k + int(fit.error[i, 2 * k : 2 * k + 2].argmin())
+        assert torch.equal(best.x[i, k], torch.where(known[0, 0], x[i], fit.x[i, r]))
     y = Downsample(2)(x) * 1.5  # measurements may leave [-1, 1]
     small = restore(sampler, y, Downsample(2), method="latent", answers=1, iterations=2)
     assert small.x.shape == (2, 1, *SHAPE)
@@ -485,21 +610,34 @@ def test_latent_answers_are_fits_with_the_known_pixels_filled_in() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"y": images(1)[:, :, :4]}, ValueError, r"images must have shape .* got \[1, 3, 4, 8\]"),
-        ({"y": images(1) / 0}, ValueError, "images must be finite"),
+        ({"y": images(1)[:, :, :4]}, ValueError, r": y must have shape .* got \[1, 3, 4, 8\]"),
+        ({"y": images(1) / 0}, ValueError, ": y must be finite"),
         ({"operator": Mask(torch.eye(5) > 0)}, ValueError, r"got \[5, 5\]"),
         ({"operator": torch.tanh}, ValueError, "must be linear"),
         ({"method": "magic"}, ValueError, "posterior, clamped, latent, got 'magic'"),
         ({"method": "clamped", "operator": Grey()}, ValueError, "must be a Mask, got Grey"),
         ({"method": "clamped", "zeta": 1.0}, ValueError, 'zeta belongs to method "posterior"'),
-        ({"iterations": 3}, TypeError, 'iterations belong to method "latent"'),
+        ({"iterations": 3}, TypeError, '"posterior" has no option iterations; it takes zeta'),
+        ({"method": "clamped", "lr": 1}, TypeError, '"clamped" has no option lr; it takes none'),
+        (
+            {"method": "latent", "rate": 1},
+            TypeError,
+            '"latent" has no option rate; it takes restarts, iterations, optimizer, lr, noise, ',
+        ),
+        ({"method": "latent", "restarts": 0}, ValueError, "restore: restarts must be at least 1"),
+        ({"method": "latent", "lr": "fast"}, TypeError, "lr must be a number, got 'fast'"),
+        ({"method": "latent", "report": 3}, TypeError, "report must be a function or None, got 3"),
         ({"answers": 0}, ValueError, "answers must be at least 1, got 0"),
-        ({"zeta": math.nan}, ValueError, "zeta must be at least .*, got nan"),
+        ({"zeta": math.nan}, ValueError, "zeta must be finite and > 0, got nan"),
         ({"zeta": math.inf}, ValueError, "zeta must be finite"),
+        ({"zeta": "wide"}, TypeError, "zeta must be a number, got 'wide'"),
     ],
 )
-def test_what_restore_refuses(options: Any, error: type[Exception], match: str) -> None:
+def test_what_restore_refuses(
+    options: Any, error: type[Exception], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sampler = fl.LangevinSampler(net(), steps=1)
+    monkeypatch.setattr(sampler.energy, "forward", None)  # before any work
     y, operator = options.pop("y", images(1)), options.pop("operator", BOX)
     with pytest.raises(error, match=match):
         restore(sampler, y, operator, **options)
@@ -564,12 +702,14 @@ def test_style_guides_chains_towards_its_statistics(maximize: bool) -> None:
     ("options", "error", "match"),
     [
         ({"images": images(1) + 1}, ValueError, r"images must lie in \[-1, 1\]"),
-        ({"style": images(1) + 1}, ValueError, r"images must lie in \[-1, 1\]"),
-        ({"style": images(1, 1)}, ValueError, r"got \[1, 1, 8, 8\]"),
+        ({"style": images(1) + 1}, ValueError, r"style must lie in \[-1, 1\]"),
+        ({"style": images(1, 1)}, ValueError, r"style must have .*, got \[1, 1, 8, 8\]"),
+        ({"style": images(1).numpy()}, TypeError, "style must be a floating tensor .*, got ndarr"),
         ({"style": images(1), "weight": 0.0}, ValueError, "weight must be finite and > 0"),
         ({"style": images(1), "statistics": "max"}, ValueError, "gram, mean-std, got 'max'"),
-        ({"content": torch.tanh}, ValueError, "must be linear"),
-        ({"zeta": 0.1}, ValueError, "zeta must be at least"),
+        ({"content": torch.tanh}, ValueError, "^transfer: content must be linear"),
+        ({"content": "grey"}, TypeError, "^transfer: content must be a function, got 'grey'"),
+        ({"zeta": 0.1}, ValueError, "^transfer: zeta must be at least"),
     ],
 )
 def test_what_transfer_refuses(options: Any, error: type[Exception], match: str) -> None:
@@ -705,6 +845,59 @@ def test_interpolate_command(command: Any, run: Path) -> None:
         assert gif.n_frames == 4  # there and back
 
 
+def test_interpolate_command_between_images(command: Any, run: Path) -> None:
+    options = ("--images", "digits", "--n", 2, "--frames", 3, "--iterations", 4, "--restarts", 2)
+    result = command("interpolate", run, *options, "--seed", 8, "--out", "a.npy")
+    said, x = numbers(result), torch.from_numpy(np.load("a.npy"))
+    truth = load_images("digits").batch([0, 449, 898, 1347])
+    fit = reconstruct(fl.load(run), truth, restarts=2, iterations=4, seed=8).best()
+    assert said["their fit"] == pytest.approx(float(fit.error.mean()), abs=1e-5)
+    assert "4 of digits, 1797 x 1x8x8" in result.stdout
+    torch.testing.assert_close(x[0], fit.x[::2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(x[2], fit.x[1::2], rtol=0, atol=1e-5)
+    middle = interpolate(fl.load(run), fit.z[::2], fit.z[1::2], 3)[1]
+    torch.testing.assert_close(x[1], middle, rtol=0, atol=1e-5)
+
+
+def test_restore_command_takes_the_options_of_a_fit(command: Any, run: Path) -> None:
+    fit: dict[str, Any] = {
+        "restarts": 2,
+        "iterations": 3,
+        "optimizer": "gd",
+        "lr": 0.3,
+        "noise": "frozen",
+        "grad_through": "straight",
+        "checkpoint": 2,
+    }
+    options = [
+        part for name, value in fit.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    common = ("--method", "latent", "--n", 2, "--answers", 2, "--seed", 3, "--out", "a.npz")
+    assert command("restore", run, *common, *options).exit_code == 0
+    y, x = (torch.from_numpy(np.load("a.npz")[name]) for name in ("y", "x"))
+    box = make_operator("mask", (1, 8, 8))
+    want = restore(fl.load(run), y, box, method="latent", answers=2, seed=3, **fit)
+    torch.testing.assert_close(x, want.x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "interpolate", "restore", "transfer", "sample"])
+def test_help_shows_shapes_and_what_is_done_by_default(command: Any, name: str) -> None:
+    text = " ".join(command(name, "--help").stdout.split())
+    shapes = {
+        "interpolate": "[frames, n, C, H, W]",
+        "restore": "[n, answers, C, H, W]",
+        "transfer": "[n, C, H, W]",
+        "sample": "[n, C, H, W]",
+    }
+    assert shapes.get(name, "") in text
+    restarts = re.search(r"--restarts .*?\[default: \((\d)\)\]", text)
+    assert (restarts and restarts[1]) == {
+        "reconstruct": "4",
+        "interpolate": "4",
+        "restore": "1",
+    }.get(name)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -771,14 +964,30 @@ def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
         (("reconstruct", "--n", 11), "--n must be at most 10, the images of digits, those past"),
         (("reconstruct", "--out", "a.gif"), r"--out must end in .png or .npz, got a.gif"),
         (("reconstruct", "--checkpoint", "some", "--n", 1), "checkpoint"),
-        (("interpolate", "--out", "a.npz"), "--out must end in .png or .gif or .npy"),
+        (("interpolate", "--out", "a.npz"), "--out must end in .png, .gif or .npy, got a.npz"),
         (("restore", "--operator", "smear"), "operator must be one of mask, .*, got 'smear'"),
         (("restore", "--operator", "grey"), "several channels, got 1"),
         (("restore", "--operator", "blur", "--factor", 2), "--factor do not belong to --operator"),
         (("restore", "--operator", "blur", "--method", "clamped"), "must be a Mask, got Blur"),
         (("restore", "--iterations", 3), "--iterations belongs to --method latent"),
         (("restore", "--mask", "mask.npy"), r"must have the images' shape \[8, 8\]"),
+        (
+            ("restore", "--lr", 3, "--grad-through", "exact", "--method", "clamped"),
+            "--grad-through, --lr belong to --method latent, got 'clamped'",
+        ),
+        (("restore", "--out", "folder.png"), "--out must be a file, got the folder folder.png"),
+        (("interpolate", "--iterations", 3), "--iterations belongs to --images"),
+        (
+            ("interpolate", "--images", "digits", "--noise", "frozen"),
+            "--noise belongs to random st",
+        ),
+        (("interpolate", "--images", "digits", "--n", 899), "at most 898, of 2 images each, .*899"),
         (("transfer", "--images", "digits", "--zeta", 1), "--zeta belongs to --content"),
+        (
+            ("transfer", "--images", "digits", "--content", 2, "--zeta", 0.01),
+            "^error: transfer: zeta must be at least",
+        ),
+        (("transfer", "--images", "digits", "--weight", 2), "--weight belongs to --style"),
         (("transfer", "--images", "nowhere"), "'nowhere' is neither an existing path"),
         (("transfer", "--images", "digits", "--n", 2000), "at most 1797"),
     ],
@@ -786,6 +995,7 @@ def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
 )
 def test_commands_refuse(command: Any, run: Path, arguments: tuple[Any, ...], match: str) -> None:
     np.save("mask.npy", np.eye(5))
+    Path("folder.png").mkdir()
     name, *options = arguments
     assert_refused(command(name, run, *options), match)
 

@@ -3,9 +3,14 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from fastlangevin.learn.config import TrainConfig
 
 app = typer.Typer(
     help="Langevin sampling and short-run MCMC learning of energy-based models.",
@@ -34,3 +39,26 @@ def plain_warnings() -> Iterator[None]:
         yield
     for warning in caught:
         typer.echo(f"warning: {' '.join(str(warning.message).split())}", err=True)
+
+
+def run_config(run: Path, data: str | None = None) -> tuple["TrainConfig", dict[str, Any]]:
+    """The settings of a run, with ``data`` in place of its own, and what else its checkpoint says.
+
+    ValueError for one that names no data.
+    """
+    from fastlangevin.learn.checkpoint import read_checkpoint
+    from fastlangevin.learn.config import resolve
+
+    info = read_checkpoint(run)[1]
+    if info.get("config") is None:
+        raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
+    return resolve(overrides=info["config"] | ({} if data is None else {"data": data})), info
+
+
+def check_out(out: Path, *suffixes: str) -> None:
+    """ValueError for a folder, or a file that ends in none of the suffixes, if there are any."""
+    if suffixes and out.suffix not in suffixes:
+        known = " or ".join(", ".join(suffixes).rsplit(", ", 1))
+        raise ValueError(f"--out must end in {known}, got {out}")
+    if out.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {out}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastlangevin.cli.app import app, console, errors
+from fastlangevin.cli.app import app, check_out, console, errors, run_config
 from fastlangevin.cli.settings import with_settings
 
 Report = Callable[[int, Any], None]
@@ -75,7 +75,7 @@ def sample(
     n: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
     out: Annotated[
         Path,
-        typer.Option(help="A .png for a grid, a .gif of the chains, or a .npy [n, C, H, W]."),
+        typer.Option(help="A .png for a grid, a .gif of the chains, or a .npy \\[n, C, H, W]."),
     ] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="Of starting points and noise.")] = 0,
     steps: Annotated[
@@ -99,8 +99,7 @@ def sample(
     from fastlangevin.learn.images import save_gif, save_grid
 
     with errors():
-        if out.suffix not in (".png", ".gif", ".npy"):
-            raise ValueError(f"--out must end in .png, .gif or .npy, got {out}")
+        check_out(out, ".png", ".gif", ".npy")
         changes: dict[str, Any] = {} if steps is None else {"steps": steps}
         sampler = load(run, device=choose_device(device), averaged=averaged, **changes)
         if out.suffix == ".gif":
@@ -131,15 +130,10 @@ def check(
     """
     from fastlangevin.learn.build import choose_device, load_data
     from fastlangevin.learn.check import ClassifierCheck
-    from fastlangevin.learn.checkpoint import load, read_checkpoint
-    from fastlangevin.learn.config import resolve
+    from fastlangevin.learn.checkpoint import load
 
     with errors():
-        settings = read_checkpoint(run)[1].get("config")
-        if settings is None:
-            raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-        config = resolve(overrides=settings | ({} if data is None else {"data": data}))
-        judge = ClassifierCheck(load_data(config))
+        judge = ClassifierCheck(load_data(run_config(run, data)[0]))
         found = judge(load(run, device=choose_device(device))(n=n, seed=seed))
         for name, value in (
             ("real images", judge.of_data()),
@@ -161,8 +155,7 @@ def export(
     from fastlangevin.learn import checkpoint
 
     with errors():
-        if out.suffix != ".safetensors":
-            raise ValueError(f"--out must end in .safetensors, got {out}")
+        check_out(out, ".safetensors")
         checkpoint.export(run, out)
     typer.echo(str(out))
 

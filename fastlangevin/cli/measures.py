@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastlangevin.cli.app import app, errors
+from fastlangevin.cli.app import app, errors, run_config
 
 
 @app.command()
@@ -38,18 +38,14 @@ def diagnose(
     from fastlangevin.learn import diagnose as measures
     from fastlangevin.learn import diagnose_report as reports
     from fastlangevin.learn.build import choose_device, load_data
-    from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
-    from fastlangevin.learn.config import resolve
+    from fastlangevin.learn.checkpoint import find_checkpoint, load, run_folder
     from fastlangevin.learn.log import read_records, read_series
     from fastlangevin.learn.run import annealed
 
     with errors():
         checkpoint = find_checkpoint(run)
         folder = run_folder(checkpoint)
-        info = read_checkpoint(checkpoint)[1]
-        if info.get("config") is None:
-            raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-        config = resolve(overrides=info["config"] | ({} if data is None else {"data": data}))
+        config, info = run_config(checkpoint, data)
         sampler = load(checkpoint, device=choose_device(device), averaged=averaged)
         _, data_noise = annealed(config, info["iteration"] - 1)
         images = measures.noisy_batch(load_data(config), n, data_noise, seed, choose_device(device))

@@ -1,11 +1,13 @@
 """reconstruct, interpolate, restore, transfer."""
 
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlangevin.cli.app import app, errors
+from fastlangevin.cli.app import app, check_out, errors, run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,20 +31,65 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Averaged = Annotated[
     bool, typer.Option(help="Use the weights' moving average, where there is one.")
 ]
-Restarts = Annotated[int, typer.Option(min=1, help="Starts that are fitted to each image.")]
-Iterations = Annotated[int, typer.Option(min=1, help="Descent steps on the start.")]
-Optimizer = Annotated[str, typer.Option(help="adam, or gd for plain gradient descent.")]
-Rate = Annotated[
-    float | None, typer.Option(help="Of the descent.", show_default="0.1 for adam, 0.05 for gd")
-]
-Noise = Annotated[str, typer.Option(help="In the chain: off, or frozen (always the same).")]
-Through = Annotated[
-    str, typer.Option(help="exact: unrolled through the chain; straight: d M / d z taken as 1.")
-]
-Checkpoint = Annotated[str, typer.Option(help="none, step, auto, states, or bytes as 2GiB.")]
+# Options of a fit, by the name of `latent.reconstruct`'s argument: type, help, the rest.
+_FIT: dict[str, tuple[type, str, dict[str, Any]]] = {
+    "restarts": (int, "Starts that are fitted to each image; the best counts.", {"min": 1}),
+    "iterations": (int, "Descent steps on the start.", {"min": 1}),
+    "optimizer": (str, "adam, or gd for plain gradient descent.", {}),
+    "lr": (float, "Of the descent.", {"show_default": "0.1 for adam, 0.05 for gd"}),
+    "noise": (str, "In the chain: off, or frozen (always the same).", {}),
+    "grad_through": (
+        str, "exact: unrolled through the chain; straight: d M / d z taken as 1.", {}
+    ),
+    "checkpoint": (str, "none, step, auto, states, or bytes as 2GiB.", {}),
+}  # fmt: skip
+
+
+def _with_fit(
+    panel: str, names: Iterable[str] = _FIT, **defaults: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of a fit, and it, as ``fit``, those that the user sets.
+
+    ``defaults`` are shown where they are not `reconstruct`'s.
+    """
+    from fastlangevin.learn import latent
+
+    arguments = inspect.signature(latent.reconstruct).parameters
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        parameters = [p for p in signature.parameters.values() if p.name != "fit"]
+        for name in names:
+            kind, text, rest = _FIT[name]
+            shown = {"show_default": defaults.get(name, str(arguments[name].default))}
+            option = typer.Option(help=text, rich_help_panel=panel, **shown | rest)
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[kind | None, option],
+                )
+            )
+
+        def wrapped(*arguments: Any, **values: Any) -> None:
+            fit = {name: values.pop(name, None) for name in names}
+            fit = {name: value for name, value in fit.items() if value is not None}
+            if fit.get("checkpoint", "").isdecimal():
+                fit["checkpoint"] = int(fit["checkpoint"])
+            command(*arguments, **values, fit=fit)
+
+        wrapped.__doc__ = command.__doc__
+        wrapped.__name__ = command.__name__
+        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapped
+
+    return add
 
 
 @app.command()
+@_with_fit("Fit")
 def reconstruct(
     run: Run,
     n: Annotated[int, typer.Option(min=1, help="Images.")] = 16,
@@ -53,18 +100,13 @@ def reconstruct(
     samples: Annotated[
         int, typer.Option(min=1, help="Random samples, the best of which is the yardstick.")
     ] = 64,
-    restarts: Restarts = 4,
-    iterations: Iterations = 200,
-    optimizer: Optimizer = "adam",
-    lr: Rate = None,
-    noise: Noise = "off",
-    grad_through: Through = "exact",
-    checkpoint: Checkpoint = "auto",
     seed: Seed = 0,
     steps: Steps = None,
     tile: Tile = 32,
     device: Device = "auto",
     averaged: Averaged = True,
+    *,
+    fit: dict[str, Any],
 ) -> None:
     """Fit starts whose chains end at held-out images.
 
@@ -73,29 +115,18 @@ def reconstruct(
     from fastlangevin.learn import latent
 
     with errors():
-        _check_suffix(out, ".png", ".npz")
-        sampler, config = _load(run, device, steps, averaged), _config(run)
+        check_out(out, ".png", ".npz")
+        sampler, config = _load(run, device, steps, averaged), run_config(run)[0]
         data = _held_out(config, sampler, images)
         truth = _some(data, n, sampler)
-        fit = latent.reconstruct(
-            sampler,
-            truth,
-            restarts=restarts,
-            iterations=iterations,
-            optimizer=optimizer,
-            lr=lr,
-            noise=noise,
-            grad_through=grad_through,
-            checkpoint=int(checkpoint) if checkpoint.isdecimal() else checkpoint,
-            seed=seed,
-        ).best()
+        found = latent.reconstruct(sampler, truth, seed=seed, **fit).best()
         drawn = sampler(n=samples, seed=seed)
         errors_of_drawn, nearest = _squares(truth[:, None], drawn[None]).min(1)
         if out.suffix == ".png":
-            _save_rows(out, tile, truth, fit.x, drawn[nearest])
+            _save_rows(out, tile, truth, found.x, drawn[nearest])
         else:
-            _save_arrays(out, images=truth, x=fit.x, z=fit.z, error=fit.error)
-    ours, theirs = float(fit.error.mean()), float(errors_of_drawn.mean())
+            _save_arrays(out, images=truth, x=found.x, z=found.z, error=found.error)
+    ours, theirs = float(found.error.mean()), float(errors_of_drawn.mean())
     typer.echo(f"images          {n} of {data.name}")
     typer.echo(f"reconstruction  {ours:.5f}   mean squared error per element, in [-1, 1]")
     typer.echo(f"best of {samples:<7} {theirs:.5f}   nearest random sample, likewise")
@@ -104,24 +135,33 @@ def reconstruct(
 
 
 @app.command()
+@_with_fit("Fit (--images)", ("restarts", "iterations"))
 def interpolate(
     run: Run,
     n: Annotated[int, typer.Option(min=1, help="Pairs of starts.")] = 8,
     out: Annotated[
-        Path, typer.Option(help="A .png, a .gif, or a .npy [frames, n, C, H, W].")
+        Path, typer.Option(help="A .png, a .gif, or a .npy \\[frames, n, C, H, W].")
     ] = Path("interpolated.png"),
     frames: Annotated[
         int | None, typer.Option(min=2, help="Ends included.", show_default="9, in a .gif 25")
     ] = None,
-    noise: Noise = "off",
+    images: Annotated[
+        str | None,
+        typer.Option(help="Images to go between, as reconstructed.", show_default="random starts"),
+    ] = None,
+    noise: Annotated[str, typer.Option(help=_FIT["noise"][1])] = "off",
     seed: Seed = 0,
     steps: Steps = None,
     tile: Tile = 32,
     device: Device = "auto",
     averaged: Averaged = True,
+    *,
+    fit: dict[str, Any],
 ) -> None:
-    """Chains from starts between two random ones: rho z1 + sqrt(1 - rho^2) z2.
+    """Chains from starts between two: rho z1 + sqrt(1 - rho^2) z2.
 
+    The two are random, or with --images fitted to a pair of these, as reconstruct does, so that the
+    first and the last frame are reconstructions.
     Where the run's data have labels, a classifier of them is asked how sure it is on the way.
     """
     import torch
@@ -133,11 +173,22 @@ def interpolate(
     from fastlangevin.learn.images import save_gif, save_grid
 
     with errors():
-        _check_suffix(out, ".png", ".gif", ".npy")
-        sampler, config = _load(run, device, steps, averaged), _config(run)
+        check_out(out, ".png", ".gif", ".npy")
+        if images is None:
+            _belong(fit, "--images")
+        elif noise != "off":
+            raise ValueError("--noise belongs to random starts: --images has them fitted without")
+        sampler, config = _load(run, device, steps, averaged), run_config(run)[0]
         frames = frames or (25 if out.suffix == ".gif" else 9)
         where = next(iter(sampler.energy.parameters())).device
-        z = 2 * numbers.uniform((2 * n, *sampler.energy.shape), seed=seed, step=0, device=where) - 1
+        z = numbers.initial((2 * n, *sampler.energy.shape), seed=seed, device=where)
+        if images is not None:
+            data = _held_out(config, sampler, images)
+            truth = _some(data, n, sampler, 2)
+            found = latent.reconstruct(sampler, truth, seed=seed, **fit).best()
+            z, error = found.z, float(found.error.mean())
+            typer.echo(f"images      {2 * n} of {data.name}")
+            typer.echo(f"their fit   {error:.5f}   mean squared error per element, in [-1, 1]")
         x = latent.interpolate(sampler, z[::2], z[1::2], frames, noise=noise, seed=seed)
         if out.suffix == ".gif":
             save_gif(torch.cat([x, x[1:-1].flip(0)]), out, None, tile)
@@ -145,9 +196,9 @@ def interpolate(
             save_grid(x.transpose(0, 1).flatten(0, 1), out, frames, tile)
         else:
             _save_array(out, x)
-        data = load_data(config)
-        if data.labels is not None and frames > 2:
-            best = ClassifierCheck(data).probabilities(x.flatten(0, 1)).max(1).reshape(frames, n)
+        learned = load_data(config)
+        if learned.labels is not None and frames > 2:
+            best = ClassifierCheck(learned).probabilities(x.flatten(0, 1)).max(1).reshape(frames, n)
             ends, between = float(best[[0, -1]].mean()), float(best[1:-1].mean())
             typer.echo(f"end points  {ends:.3f}   the classifier's mean confidence, {2 * n} images")
             typer.echo(f"between     {between:.3f}   {n * (frames - 2)} images")
@@ -156,6 +207,7 @@ def interpolate(
 
 
 @app.command()
+@_with_fit("Fit (--method latent)", restarts="1")
 def restore(
     run: Run,
     operator: Annotated[
@@ -167,7 +219,7 @@ def restore(
     n: Annotated[int, typer.Option(min=1, help="Images.")] = 8,
     answers: Annotated[int, typer.Option(min=1, help="Per image.")] = 4,
     out: Annotated[
-        Path, typer.Option(help="A .png, or a .npz of images, y and x [n, answers, C, H, W].")
+        Path, typer.Option(help="A .png, or a .npz of images, y and x \\[n, answers, C, H, W].")
     ] = Path("restored.png"),
     images: Held = None,
     mask: Annotated[
@@ -182,14 +234,13 @@ def restore(
         float | None,
         typer.Option(help="Of posterior: |y - A x|^2 / zeta^2.", show_default="|A| sqrt(2 a)"),
     ] = None,
-    iterations: Annotated[
-        int | None, typer.Option(min=1, help="Of latent.", show_default="200")
-    ] = None,
     seed: Seed = 0,
     steps: Steps = None,
     tile: Tile = 32,
     device: Device = "auto",
     averaged: Averaged = True,
+    *,
+    fit: dict[str, Any],
 ) -> None:
     """Restore held-out images from linear measurements y = A x: several answers for each.
 
@@ -200,21 +251,20 @@ def restore(
     from fastlangevin.learn import inverse, operators
 
     with errors():
-        _check_suffix(out, ".png", ".npz")
+        check_out(out, ".png", ".npz")
         given = {"mask": mask, "factor": factor, "sigma": sigma}
         options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         own = {"mask": "mask", "downsample": "factor", "blur": "sigma"}.get(operator)
         if others := [f"--{name}" for name in options if name != own]:
             raise ValueError(f"{', '.join(others)} do not belong to --operator {operator}")
-        if iterations is not None and method != "latent":
-            raise ValueError(f"--iterations belongs to --method latent, got {method!r}")
-        sampler, config = _load(run, device, steps, averaged), _config(run)
+        if method != "latent":
+            _belong(fit, f"--method latent, got {method!r}")
+        sampler, config = _load(run, device, steps, averaged), run_config(run)[0]
         shape = sampler.energy.shape
         measure = operators.make_operator(operator, shape, **options)
         data = _held_out(config, sampler, images)
         truth = _some(data, n, sampler)
         y = measure(truth)
-        fit = {} if iterations is None else {"iterations": iterations}
         restored = inverse.restore(
             sampler, y, measure, method=method, answers=answers, zeta=zeta, seed=seed, **fit
         )
@@ -241,7 +291,7 @@ def transfer(
     images: Annotated[str, typer.Option(help="The source images.", show_default=False)],
     n: Annotated[int, typer.Option(min=1, help="Images.")] = 8,
     out: Annotated[
-        Path, typer.Option(help="A .png, a .gif of the chains, or a .npy [n, C, H, W].")
+        Path, typer.Option(help="A .png, a .gif of the chains, or a .npy \\[n, C, H, W].")
     ] = Path("transferred.png"),
     content: Annotated[
         int | None,
@@ -252,8 +302,12 @@ def transfer(
         typer.Option(help="Of content: |A x0 - A x|^2 / zeta^2.", show_default="|A| sqrt(2 a)"),
     ] = None,
     style: Annotated[str | None, typer.Option(help="Images whose statistics guide.")] = None,
-    weight: Annotated[float, typer.Option(help="Of the style's term in the energy.")] = 1.0,
-    statistics: Annotated[str, typer.Option(help="Of the style: gram or mean-std.")] = "gram",
+    weight: Annotated[
+        float | None, typer.Option(help="Of the style's term in the energy.", show_default="1.0")
+    ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="Of the style: gram or mean-std.", show_default="gram")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     steps: Steps = None,
     tile: Tile = 32,
@@ -272,9 +326,15 @@ def transfer(
     from fastlangevin.learn.style import guide
 
     with errors():
-        _check_suffix(out, ".png", ".gif", ".npy")
-        if zeta is not None and content is None:
-            raise ValueError("--zeta belongs to --content")
+        check_out(out, ".png", ".gif", ".npy")
+        options = {"zeta": zeta, "weight": weight, "statistics": statistics}
+        given: dict[str, Any] = {
+            name: value for name, value in options.items() if value is not None
+        }
+        if content is None:
+            _belong(given.keys() & {"zeta"}, "--content")
+        if style is None:
+            _belong(given.keys() & {"weight", "statistics"}, "--style")
         sampler = _load(run, device, steps, averaged)
         channels, size, _ = sampler.energy.shape
         sources = load_images(images, size=size, channels=channels)
@@ -284,10 +344,7 @@ def transfer(
             patterns = load_images(style, size=size, channels=channels)
             pattern = _some(patterns, len(patterns), sampler)
         keep = None if content is None else identity if content == 1 else Downsample(content)
-        guided = guide(
-            sampler, x0, content=keep, zeta=zeta, style=pattern, weight=weight,
-            statistics=statistics,
-        )  # fmt: skip
+        guided = guide(sampler, x0, content=keep, style=pattern, **given)
         if out.suffix == ".gif":
             states = guided.trajectory(x0, seed=seed, every=-(-guided.steps // _FRAMES))
             save_gif(states, out, None, tile)
@@ -316,42 +373,34 @@ def _load(run: Path, device: str, steps: int | None, averaged: bool) -> Any:
     return load(run, device=choose_device(device), averaged=averaged, **changes)
 
 
-def _config(run: Path) -> "TrainConfig":
-    """A run's settings; ValueError for one that names no data."""
-    from fastlangevin.learn.checkpoint import read_checkpoint
-    from fastlangevin.learn.config import resolve
-
-    settings = read_checkpoint(run)[1].get("config")
-    if settings is None:
-        raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-    return resolve(overrides=settings)
-
-
 def _held_out(config: "TrainConfig", sampler: Any, source: str | None) -> "ImageData":
     from fastlangevin.learn.build import load_held_out
 
     return load_held_out(config, sampler.energy.shape, source)
 
 
-def _some(data: "ImageData", n: int, sampler: "LangevinSampler") -> "Tensor":
-    """n images spread evenly over the data, on the sampler's device."""
+def _belong(names: Iterable[str], owner: str) -> None:
+    """ValueError if options were given, by name, that belong to another that was not."""
+    if given := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)):
+        raise ValueError(f"{given} {'belong' if ',' in given else 'belongs'} to {owner}")
+
+
+def _some(data: "ImageData", n: int, sampler: "LangevinSampler", each: int = 1) -> "Tensor":
+    """n times ``each`` images spread evenly over the data, on the sampler's device."""
     import torch
 
     from fastlangevin.scores.general import device_of
 
-    if n > len(data):
-        raise ValueError(f"--n must be at most {len(data)}, the images of {data.name}, got {n}")
+    if n * each > len(data):
+        most = f"{len(data) // each}" + (f", of {each} images each" if each > 1 else "")
+        raise ValueError(f"--n must be at most {most}, the images of {data.name}, got {n}")
+    n *= each
     return data.batch(torch.arange(n) * len(data) // n).to(device_of(sampler.energy))
 
 
 def _squares(a: "Tensor", b: "Tensor") -> "Tensor":
     """Mean squared difference per element: [..., C, H, W] -> [...]."""
     return (a - b).square().mean((-3, -2, -1))
-
-
-def _check_suffix(out: Path, *suffixes: str) -> None:
-    if out.suffix not in suffixes:
-        raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {out}")
 
 
 def _save_rows(out: Path, tile: int, *rows: "Tensor") -> None:

@@ -204,10 +204,11 @@ def as_nchw(array: np.ndarray, name: str) -> np.ndarray:
     return array if first else array.transpose(0, 3, 1, 2)
 
 
-def float_range(pixels: np.ndarray, name: str) -> tuple[float, float]:
+def float_range(pixels: np.ndarray, name: str, bounded: bool = True) -> tuple[float, float]:
     """The smallest and largest value of [N, C, H, W] floats, read in blocks.
 
-    Raises ValueError that names the first image with a NaN, or the range when it leaves [-1, 1].
+    Raises ValueError that names the first image with a NaN, or the range when it leaves [-1, 1]
+    or, not ``bounded``, leaves [0, 1] with no value below 0, or is infinite.
     """
     low, high = np.inf, -np.inf
     rows = max(1, _BLOCK_BYTES // pixels[:1].nbytes)
@@ -218,7 +219,7 @@ def float_range(pixels: np.ndarray, name: str) -> tuple[float, float]:
             row = start + int(np.isnan(block).any(axis=(1, 2, 3)).argmax())
             raise ValueError(f"load_images: {name} has NaN in image {row}")
         low, high = min(low, block_low), max(high, block_high)
-    if low < -1 or high > 1:
+    if (low < -1 or high > 1) and (bounded or low >= 0 or np.isinf([low, high]).any()):
         raise ValueError(
             f"load_images: float images must lie in [0, 1] or [-1, 1], {name} spans "
             f"[{low:g}, {high:g}]; samples, whose noise may leave [-1, 1], can be clamped (np.clip)"

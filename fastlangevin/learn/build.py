@@ -157,5 +157,5 @@ def draw_samples(learner: ShortRunLearner, config: TrainConfig) -> Tensor:
     device = next(learner.model.parameters()).device
     seed = _noise.fold_in(config.seed, _GRID)
     shape = (config.samples, *learner.data.shape)
-    x0 = 2 * _noise.uniform(shape, seed=seed, step=0, device=device) - 1
+    x0 = _noise.initial(shape, seed=seed, device=device)
     return sampler(x0, seed=seed)

@@ -52,7 +52,7 @@ class ClassifierCheck:
     def of_noise(self, n: int, seed: int = 0) -> Confidence:
         """The lower mark: uniform noise."""
         shape = (n, *self.images.shape[1:])
-        return self(2 * _noise.uniform(shape, seed=seed, step=0) - 1)
+        return self(_noise.initial(shape, seed=seed))
 
 
 def _features(images: Tensor) -> np.ndarray:

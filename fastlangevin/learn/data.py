@@ -97,6 +97,7 @@ def load_images(
     split: str = "train",
     on_corrupt: str = "error",
     limit: int | None = None,
+    bounded: bool = True,
 ) -> ImageData:
     """Load images and, where the source has them, labels.
 
@@ -118,6 +119,8 @@ def load_images(
     split: "train", "test" or another split of the source.
     on_corrupt: "error", or "skip" to leave out pictures that cannot be decoded, with one warning.
     limit: keep the first `limit` images of the source's order.
+    bounded: False lets float images, as samples, leave [-1, 1] if any value is negative, and
+        leaves them so.
 
     A .npy file that needs no conversion is memory-mapped; any other array above 256 MiB lies in a
     temporary file (in TMPDIR) that disappears with the data.
@@ -135,7 +138,7 @@ def load_images(
         raise ValueError(f'load_images: on_corrupt must be "error" or "skip", got {on_corrupt!r}')
     found = _open(source, split)
     if isinstance(found, ArraySource):
-        return _from_array(found, size, channels, limit)
+        return _from_array(found, size, channels, limit, bounded)
     return _from_pictures(found, size, channels, on_corrupt, limit)
 
 
@@ -194,7 +197,7 @@ def _only_train(split: str, source: str | PathLike[str]) -> None:
 
 
 def _from_array(
-    found: ArraySource, size: int | None, channels: int | None, limit: int | None
+    found: ArraySource, size: int | None, channels: int | None, limit: int | None, bounded: bool
 ) -> ImageData:
     name, pixels, labels = found
     low = 0.0
@@ -205,7 +208,7 @@ def _from_array(
                 "composite the alpha channel first"
             )
         # Over all images, so that `limit` does not change what a value means.
-        low, _ = float_range(pixels, name)
+        low, _ = float_range(pixels, name, bounded)
     pixels, labels = pixels[:limit], None if labels is None else labels[:limit]
     count, depth, height, width = pixels.shape
     channels = channels or min(depth, 3)

@@ -189,7 +189,7 @@ def mixing(
     """
     if check_count("diagnose", "starts", starts) < 2:
         raise ValueError(f"diagnose: starts must be 2 or more, got {starts}")
-    z = 2 * _noise.uniform((starts, *shape), seed=seed, step=0, device=device) - 1
+    z = _noise.initial((starts, *shape), seed=seed, device=device)
     ends = []
     for u in range(starts):
         normals = [
@@ -231,4 +231,4 @@ def noisy_batch(
 
 def _starts(data: Tensor, n: int, seed: int) -> Tensor:
     """x_0 ~ U(-1, 1), in the data's shape."""
-    return 2 * _noise.uniform((n, *data.shape[1:]), seed=seed, step=0, device=data.device) - 1
+    return _noise.initial((n, *data.shape[1:]), seed=seed, device=data.device)

@@ -20,10 +20,11 @@ _STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """Images [n, 3, 224, 224], normalised as ImageNet's, to (features [n, 1280], logits [n, 1000]).
+    """Images [n, 3, H, W], normalised as ImageNet's, to (features [n, 1280], logits [n, 1000]).
 
-    Inverted residuals with ReLU6 and without squeeze-and-excitation; in eval mode. Source: Tan and
-    Le 2019, arXiv 1905.11946, and Google's EfficientNet-Lite.
+    Inverted residuals with ReLU6 and without squeeze-and-excitation; in eval mode. Any size will
+    do; the weights were learned at 224 x 224. Source: Tan and Le 2019, arXiv 1905.11946, and
+    Google's EfficientNet-Lite.
     """
 
     def __init__(self) -> None:

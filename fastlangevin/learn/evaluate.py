@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import check_count
+from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.learn import metrics
 from fastlangevin.learn.data import ImageData
 from fastlangevin.learn.features import Features, quantise
@@ -35,6 +35,7 @@ class Figures(NamedTuple):
     inception_score: float | None  # of the features' own classifier, where there is one
     nearest: float  # median over images of the distance to the nearest training image
     close: float | None  # share nearer to one than 95 % of the held-out images are
+    clamped: float  # share of their elements that were outside [-1, 1]
 
 
 class Evaluation(NamedTuple):
@@ -74,14 +75,19 @@ def evaluate(
     Frechet and kernel distance, precision, recall and inception score as in
     :mod:`fastlangevin.learn.metrics`; nearest neighbours by pixels, among all training images.
     Warns where a set is too small for the features' dimension, whose covariance then has not full
-    rank. Raises ValueError for images of another shape than the data's, or that are not finite.
+    rank. Raises TypeError for what is no tensor, and ValueError for images of another shape than
+    the data's, or that are not finite.
     """
     check_count("evaluate", "reference", reference)
     check_count("evaluate", "k", k)
     check_count("evaluate", "neighbours", neighbours)
     if held_out is not None and held_out not in sets:
         raise ValueError(f"evaluate: held_out must be one of {', '.join(sets)}, got {held_out!r}")
+    if not sets:
+        raise ValueError("evaluate: sets must hold a set of images, got none")
     for name, images in sets.items():
+        if not isinstance(images, Tensor):
+            raise TypeError(f"evaluate: {name} must be a tensor, got {type(images).__name__}")
         if tuple(images.shape[1:]) != train.shape or len(images) <= k:
             raise ValueError(
                 f"evaluate: {name} must be more than k = {k} images of {list(train.shape)}, got "
@@ -112,6 +118,7 @@ def evaluate(
             None if probabilities is None else metrics.inception_score(probabilities),
             float(distances[name].median()),
             None if near is None else float((distances[name] < near).double().mean()),
+            float((sets[name].abs() > 1).double().mean()),
         )
     return Evaluation(
         features.name,
@@ -135,10 +142,11 @@ def shuffled(data: ImageData, seed: int) -> Tensor:
 
 def yardsticks(real: Tensor, noises: list[float], seed: int = 0) -> dict[str, Tensor]:
     """What samples should be better than: the data with Gaussian noise, and uniform noise."""
+    noises = [check_positive("evaluate", "noise", level) for level in noises]
     normals = _noise.normal(real.shape, seed=seed, step=0, stream=_noise.DATA, device=real.device)
-    uniform = _noise.uniform(real.shape, seed=seed, step=0, device=real.device)
+    uniform = _noise.initial(real.shape, seed=seed, device=real.device)
     noisy = {f"data + noise of {level:g}": real + level * normals for level in noises}
-    return {**noisy, "uniform noise": 2 * uniform - 1}
+    return {**noisy, "uniform noise": uniform}
 
 
 def to_text(found: Evaluation) -> str:
@@ -152,7 +160,7 @@ def to_text(found: Evaluation) -> str:
         f"reference  {found.reference_images} of the training images, {found.reference}",
         f"images     clamped to [-1, 1]{levels}",
         f"           {'':<{width}} images {label:>9} kernel    precision  recall  IS"
-        "     nearest  close",
+        "     nearest  close  clamped",
     ]
     for name, row in found.figures.items():
         score = "-" if row.inception_score is None else f"{row.inception_score:.2f}"
@@ -160,7 +168,7 @@ def to_text(found: Evaluation) -> str:
         lines.append(
             f"           {name:<{width}} {row.images:>6} {row.frechet_distance:>9.4g} "
             f"{row.kernel_distance:<9.4g} {row.precision:>9.3f} {row.recall:>7.3f}  {score:<6} "
-            f"{row.nearest:>7.4f} {close:>6}"
+            f"{row.nearest:>7.4f} {close:>6} {row.clamped:>8.1%}"
         )
     lines += [
         f"precision and recall with k = {found.k}; IS, the inception score's formula, is of these "
@@ -169,6 +177,7 @@ def to_text(found: Evaluation) -> str:
         f"root mean square per element, of {found.neighbours} images at most",
         "close: share of images nearer to one than 95 % of the held-out images are (5 %: not "
         "memorised)",
+        "clamped: share of elements that were outside [-1, 1]",
     ]
     return "\n".join(lines)
 

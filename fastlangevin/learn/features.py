@@ -35,22 +35,34 @@ class Features(NamedTuple):
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(features [n, d], probabilities [n, classes] or None), in float64, a batch at a time.
 
-        Raises ValueError for features that are not [n, d] or not finite.
+        Raises TypeError or ValueError for features that are no floating tensor [n, d], with the
+        same d >= 1 for every batch, or not finite.
         """
         parts: list[tuple[Tensor, Tensor | None]] = []
         with torch.no_grad():
             for batch in images.split(_BATCH):
                 features, probabilities = self.extract(batch)
-                if features.ndim != 2 or len(features) != len(batch):
-                    raise ValueError(
-                        f"features {self.name}: must have shape [{len(batch)}, d] for "
-                        f"{len(batch)} images, got {list(features.shape)}"
-                    )
-                if not bool(features.isfinite().all()):
-                    raise ValueError(f"features {self.name}: not finite")
+                self._check(features, len(batch), parts[0][0].shape[1] if parts else None)
                 parts.append((features.double(), probabilities))
         kinds = [p.double() for _, p in parts if p is not None]
         return torch.cat([f for f, _ in parts]), torch.cat(kinds) if kinds else None
+
+    def _check(self, features: Tensor, n: int, width: int | None) -> None:
+        """Whether they are as they should be, of n images, and as wide as those before."""
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(
+                f"features {self.name}: must be a floating tensor [n, d] of images [n, C, H, W], "
+                f"got {got}"
+            )
+        found = features.shape
+        if len(found) != 2 or found[0] != n or found[1] != (width or max(found[1], 1)):
+            raise ValueError(
+                f"features {self.name}: must have shape [{n}, {width or 'd'}] for {n} images, "
+                f"got {list(found)}"
+            )
+        if not bool(features.isfinite().all()):
+            raise ValueError(f"features {self.name}: not finite")
 
 
 def make_features(name: str, train: ImageData, device: torch.device | None = None) -> Features:
@@ -66,8 +78,9 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
                         to features [n, d]
     auto                efficientnet-lite0 for images in colour, pixels for grey ones
 
-    Raises ValueError for an unknown name, and ImportError or FileNotFoundError for what is missing,
-    saying what works without it.
+    Raises ValueError for an unknown name, ImportError or FileNotFoundError for what is missing,
+    saying what works without it, and as :class:`Features` for a function of yours, which two of
+    the training images are tried on.
     """
     if name == "auto":
         name = "efficientnet-lite0" if train.shape[0] == 3 else "pixels"
@@ -80,7 +93,9 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
     if name == "inception":
         return _inception(device)
     if ":" in name:
-        return _users(name, device)
+        yours = _users(name, device)
+        yours(train.batch(range(min(2, len(train)))).to(device))  # before any work
+        return yours
     raise ValueError(f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastlangevin.arguments import check_count
 from fastlangevin.learn.files import replacing
 
 
@@ -14,13 +15,17 @@ def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.nd
     """Images [n, C, H, W] as one uint8 picture [height, width, 3].
 
     Clamped to [-1, 1] and rounded to 256 levels; small images are enlarged by a whole factor to
-    about ``tile`` pixels, with a border of 2 between. C is 1 or 3.
+    about ``tile`` pixels, with a border of 2 between. C is 1 or 3. ``columns`` are by default as
+    many as make a square.
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"to_grid: images must be a tensor, got {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[0] == 0:
         raise ValueError(f"to_grid: images must be [n, 1 or 3, H, W], got {list(images.shape)}")
     levels = ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
     n, _, height, width = levels.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = math.ceil(math.sqrt(n)) if columns is None else columns
+    check_count("to_grid", "columns", columns)
     scale = max(1, tile // max(height, width))
     tiles = levels.repeat(scale, axis=2).repeat(scale, axis=3).transpose(0, 2, 3, 1)
     high, wide = height * scale + 2, width * scale + 2

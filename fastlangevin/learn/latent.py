@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import check_count
+from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.learn.operators import Operator, check_operator, identity
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import modules_of
@@ -32,6 +32,7 @@ class Fit(NamedTuple):
         return Fit(self.x[rows, chosen], self.z[rows, chosen], self.error[rows, chosen])
 
 
+@torch.inference_mode(False)  # the caller's mode would deny it the gradient
 def reconstruct(
     sampler: LangevinSampler,
     images: Tensor,
@@ -69,10 +70,10 @@ def reconstruct(
     check_count(op, "iterations", iterations)
     _check_name(op, "optimizer", optimizer, OPTIMIZERS)
     _check_name(op, "grad_through", grad_through, ("exact", "straight"))
-    lr = _RATES[optimizer] if lr is None else lr
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"{op}: lr must be finite and > 0, got {lr}")
+    lr = check_positive(op, "lr", _RATES[optimizer] if lr is None else lr)
     quiet = with_noise(op, sampler, noise)
+    if report is not None and not callable(report):
+        raise TypeError(f"{op}: report must be a function or None, got {report!r}")
     shape = image_shape(op, sampler, images)
     check_measurements(op, images, operator, shape, bounded=operator is identity)
     seed = _noise.check_seed(seed)
@@ -126,6 +127,8 @@ def interpolate(
     check_count(op, "frames", frames)
     if frames < 2:
         raise ValueError(f"{op}: frames must be at least 2, got {frames}")
+    for name, z in (("z1", z1), ("z2", z2)):
+        check_tensor(op, name, z)
     if z1.shape != z2.shape:
         raise ValueError(f"{op}: z2 must have z1's shape {list(z1.shape)}, got {list(z2.shape)}")
     quiet = with_noise(op, sampler, noise)
@@ -144,32 +147,45 @@ def with_noise(op: str, sampler: LangevinSampler, noise: str) -> LangevinSampler
 
 def starts(n: int, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
     """p0 = U(-1, 1) as the sampler draws it, where ``like`` is, in float64 if that is."""
-    x0 = 2 * _noise.uniform((n, *shape), seed=seed, step=0, device=like.device) - 1
+    x0 = _noise.initial((n, *shape), seed=seed, device=like.device)
     return x0.double() if like.dtype == torch.float64 else x0
 
 
-def image_shape(op: str, sampler: LangevinSampler, images: Tensor) -> tuple[int, ...]:
-    """(C, H, W) of the energy, where it says, else of the images."""
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2:
-        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"{op}: images must be a floating tensor [n, ...], got {got}")
+def check_tensor(op: str, name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+        got = f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: {name} must be a floating tensor [n, ...], got {got}")
+
+
+def image_shape(
+    op: str, sampler: LangevinSampler, images: Tensor, name: str = "images"
+) -> tuple[int, ...]:
+    """(C, H, W) of the energy, where it says, else of the images, the argument ``name``."""
+    check_tensor(op, name, images)
     return tuple(getattr(sampler.energy, "shape", images.shape[1:]))
 
 
 def check_measurements(
-    op: str, y: Tensor, operator: Operator, shape: tuple[int, ...], bounded: bool = False
+    op: str,
+    y: Tensor,
+    operator: Operator,
+    shape: tuple[int, ...],
+    bounded: bool = False,
+    name: str = "images",
 ) -> None:
-    """ValueError unless y are finite measurements by ``operator`` of images of ``shape``."""
-    want = check_operator(op, operator, shape, y.device)
+    """TypeError or ValueError unless y, the argument ``name``, are finite measurements by
+    ``operator`` of images of ``shape``."""
+    check_tensor(op, name, y)
+    want = check_operator(op, operator, shape, y.device, y.dtype)
     if tuple(y.shape[1:]) != want or len(y) == 0:
         raise ValueError(
-            f"{op}: images must have shape [n >= 1, {', '.join(map(str, want))}], "
+            f"{op}: {name} must have shape [n >= 1, {', '.join(map(str, want))}], "
             f"got {list(y.shape)}"
         )
     low, high = float(y.min()), float(y.max())
     if not (math.isfinite(low) and math.isfinite(high)) or (bounded and (low < -1 or high > 1)):
         where = "lie in [-1, 1]" if bounded else "be finite"
-        raise ValueError(f"{op}: images must {where}, got {low:.4g} .. {high:.4g}")
+        raise ValueError(f"{op}: {name} must {where}, got {low:.4g} .. {high:.4g}")
 
 
 @contextlib.contextmanager

@@ -276,7 +276,7 @@ class ShortRunLearner:
             return *self.buffer.draw(self.batch_size, self.iteration), seed
         device = next(self.energy.parameters()).device
         shape = (self.batch_size, *self.data.shape)
-        return None, 2 * _noise.uniform(shape, seed=seed, step=0, device=device) - 1, seed
+        return None, _noise.initial(shape, seed=seed, device=device), seed
 
 
 class _TensorImages:

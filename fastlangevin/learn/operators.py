@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import check_count
+from fastlangevin.arguments import check_count, check_positive
+from fastlangevin.learn.pixels import ALPHA_MODES, GREY_MODES
+from fastlangevin.scores.general import network_precision
 
 Operator = Callable[[Tensor], Tensor]
 OPERATORS = ("mask", "downsample", "blur", "grey")
@@ -29,6 +31,8 @@ class Mask:
     """
 
     def __init__(self, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"Mask: mask must be a bool tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
             raise TypeError(f"Mask: mask must be bool, got {mask.dtype}")
         if mask.ndim not in (2, 3):
@@ -71,19 +75,22 @@ class Downsample:
 
 
 class Blur:
-    """y = x convolved with a Gaussian of ``sigma`` pixels, cut at 3 sigma; edges repeat."""
+    """y = x convolved with a Gaussian of ``sigma`` pixels, 10^4 at most, cut at 3 sigma; edges
+    repeat."""
 
     def __init__(self, sigma: float) -> None:
-        if not (math.isfinite(sigma) and sigma > 0):
-            raise ValueError(f"Blur: sigma must be finite and > 0, got {sigma}")
-        self.sigma = sigma
-        self.radius = math.ceil(3 * sigma)
+        self.sigma = check_positive("Blur", "sigma", sigma)
+        if self.sigma > 1e4:  # the kernel has 6 sigma weights
+            raise ValueError(f"Blur: sigma must be at most 10000 pixels, got {self.sigma:g}")
+        self.radius = math.ceil(3 * self.sigma)
 
     def __call__(self, x: Tensor) -> Tensor:
         at = torch.arange(-self.radius, self.radius + 1, device=x.device, dtype=x.dtype)
         kernel = torch.softmax(-(at**2) / (2 * self.sigma**2), 0)
-        rows = functional.pad(x, (self.radius,) * 4, mode="replicate").flatten(0, 1)[:, None]
+        ends = self.radius, self.radius
+        rows = functional.pad(x, (0, 0, *ends), mode="replicate").flatten(0, 1)[:, None]
         columns = functional.conv2d(rows, kernel.view(1, 1, -1, 1))
+        columns = functional.pad(columns, (*ends, 0, 0), mode="replicate")
         return functional.conv2d(columns, kernel.view(1, 1, 1, -1)).view_as(x)
 
 
@@ -102,7 +109,8 @@ def make_operator(
     """One of :data:`OPERATORS` for images of ``shape`` (C, H, W).
 
     mask: "box" hides the central square of half the side, "half" the lower half; else a file, a
-        picture or .npy of [H, W] or [C, H, W], in which all but 0 is known.
+        picture or .npy of [H, W] or [C, H, W], in which all but 0 is known: of a picture in colour
+        the pixels that are not black. Transparency, which could mean either, is refused.
 
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
@@ -130,58 +138,134 @@ def _read_mask(name: str, shape: tuple[int, ...]) -> Tensor:
             mask[top : height - top, left : width - left] = False
         return mask
     try:
-        found = (
-            np.load(name) if name.endswith(".npy") else np.asarray(Image.open(name).convert("L"))
-        )
+        found = np.load(name) if name.endswith(".npy") else _read_picture(name)
     except FileNotFoundError:
         raise FileNotFoundError(f"mask must be box, half or a file, got {name!r}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise ValueError(f"mask {name} cannot be read: {error}") from error
-    return torch.from_numpy(np.asarray(found) != 0)
+    found = np.asarray(found)
+    if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
+        got = "NaN or infinity" if found.dtype.kind == "f" else found.dtype
+        raise ValueError(f"mask {name} must hold finite numbers, got {got}")
+    return torch.from_numpy(found != 0)
 
 
-def adjoint(operator: Operator, y: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _read_picture(name: str) -> np.ndarray:
+    """The largest channel of every pixel, [H, W]."""
+    with Image.open(name) as image:
+        if image.mode in ALPHA_MODES or "transparency" in image.info:
+            raise ValueError("it is transparent in places; save it in grey, 0 where hidden")
+        if image.mode in GREY_MODES or image.mode == "F":
+            return np.asarray(image)
+        return np.asarray(image.convert("RGB")).max(-1)
+
+
+@torch.inference_mode(False)  # the caller's mode would deny it the gradient
+def adjoint(
+    operator: Operator, y: Tensor, shape: tuple[int, ...], called: str = "adjoint: operator"
+) -> Tensor:
     """A^T y [n, *shape] of measurements y [n, ...] of images of ``shape``: <A x, y> = <x, A^T y>.
 
-    The vector-Jacobian product at zero of A, which is linear.
+    The vector-Jacobian product at zero of A, which is linear. ValueError, with the operator as it
+    is ``called``, where autograd finds no way back from A x to x.
     """
     zero = y.new_zeros((len(y), *shape)).requires_grad_()
-    with torch.enable_grad():
-        (transposed,) = torch.autograd.grad(operator(zero), zero, y)
+    seen = operator(zero)
+    transposed = None
+    if seen.requires_grad:
+        (transposed,) = torch.autograd.grad(seen, zero, y, allow_unused=True)
+    if transposed is None:
+        raise ValueError(
+            f"{called}'s output does not depend on its images through autograd (was it detached, "
+            "or computed in numpy or under torch.no_grad?)"
+        )
     return transposed
 
 
-def norm(operator: Operator, shape: tuple[int, ...], device: torch.device | None = None) -> float:
+def norm(
+    operator: Operator,
+    shape: tuple[int, ...],
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """|A|, the largest singular value on images of ``shape``, by power iteration (from below)."""
-    x = 2 * _noise.uniform((1, *shape), seed=0, step=0, stream=_noise.USER, device=device) - 1
+    x = _probe((1, *shape), 0, device, dtype)
     square = 0.0
     for _ in range(50):
         x = adjoint(operator, operator(x / x.norm()), shape)
         square = float(x.norm())
+        if square == 0:
+            break
     return math.sqrt(square)
 
 
 def check_operator(
-    op: str, operator: Operator, shape: tuple[int, ...], device: torch.device | None = None
+    op: str,
+    operator: Operator,
+    shape: tuple[int, ...],
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    name: str = "operator",
 ) -> tuple[int, ...]:
-    """The shape of a measurement; ValueError unless the operator takes such images, linearly."""
-    x = 2 * _noise.uniform((2, *shape), seed=0, step=0, stream=_noise.USER, device=device) - 1
-    y = operator(x)
-    if not isinstance(y, Tensor) or y.ndim < 2 or len(y) != 2 or not y.is_floating_point():
-        got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+    """The shape of a measurement; TypeError or ValueError unless A takes such images, each by
+    itself, linearly and with a gradient, and does not lose all of them.
+
+    dtype: of the measurements. name: of the argument.
+
+    Linear is to say that A(s x - 2 s z) = s A x - 2 s A z for small and large s, to half of the
+    digits of float32, or of A's own dtype if it has fewer: room for sums over 10^6 pixels.
+    """
+    called = f"{op}: {name}"
+    if not callable(operator):
+        raise TypeError(f"{called} must be a function, got {operator!r}")
+
+    def measure(x: Tensor) -> Tensor:
+        y, n = operator(x), len(x)
+        if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim < 2 or len(y) != n:
+            got = f"{list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"{called} must map images {list(x.shape)} to a floating tensor [{n}, ...], "
+                f"got {got}"
+            )
+        return y
+
+    x = _probe((2, *shape), 0, device, dtype)
+    with network_precision("fp32", x.device):
+        y = measure(x)
+        if not bool(y.any()):
+            raise ValueError(f"{called} must not map every image to 0")
+        eps = max(torch.finfo(found).eps for found in (y.dtype, torch.float32))
+        for s in (1.0, 1e-3, 1e2):
+            want = s * y[:1] - 2 * s * y[1:]
+            off = (measure(s * x[:1] - 2 * s * x[1:]) - want).float()
+            error = float(off.norm() / (s * y).float().norm())
+            if not error <= eps**0.5:
+                raise ValueError(
+                    f"{called} must be linear, but A(s x - 2 s z) is not s A x - 2 s A z for "
+                    f"x, z in [-1, 1] and s = {s:g}: they differ by {error:.2g} |s A x|"
+                )
+        other = _probe(y.shape, 1, device, dtype).to(y.dtype)
+        back = adjoint(operator, other, shape, called)
+        there, here = float((y * other).sum()), float((x * back).sum())
+    if not abs(there - here) <= eps**0.5 * float(y.norm() * other.norm()):
         raise ValueError(
-            f"{op}: operator must map images [2, {', '.join(map(str, shape))}] to a floating "
-            f"tensor [2, ...], got {got}"
+            f"{called} is linear, but its gradient is another map's (is a part of it "
+            f"detached?): <A x, y> = {there:.4g}, <x, A' y> = {here:.4g}"
         )
-    other = 2 * _noise.uniform(y.shape, seed=0, step=1, stream=_noise.USER, device=device) - 1
-    error = float((y * other).sum() - (x * adjoint(operator, other, shape)).sum())
-    if not abs(error) <= 1e-4 * float(y.norm() * other.norm()):
-        raise ValueError(f"{op}: operator must be linear, but <A x, y> - <x, A' y> = {error:.3g}")
     return tuple(y.shape[1:])
+
+
+def _probe(
+    shape: tuple[int, ...], step: int, device: torch.device | None, dtype: torch.dtype
+) -> Tensor:
+    """U(-1, 1) of seed 0, in float64 where measurements are, else in float32, as chains are."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    u = _noise.uniform(shape, seed=0, step=step, stream=_noise.USER, device=device, dtype=dtype)
+    return 2 * u - 1
 
 
 def picture(operator: Operator, y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Measurements as images of ``shape`` to look at: as they are, or A^T y / |A|^2."""
     if tuple(y.shape[1:]) == shape:
         return y
-    return adjoint(operator, y, shape) / norm(operator, shape, y.device) ** 2
+    return adjoint(operator, y, shape) / norm(operator, shape, y.device, y.dtype) ** 2

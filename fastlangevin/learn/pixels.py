@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B"}
-_ALPHA_MODES = {"LA", "PA", "RGBA"}
+GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B"}
+ALPHA_MODES = {"LA", "PA", "RGBA"}
 
 
 class CorruptImageError(ValueError):
@@ -54,7 +54,7 @@ def convert(image: Image.Image, *, size: int | None, channels: int | None) -> np
 
     Raises ColourFoundError for a colour picture when `channels` is None.
     """
-    if channels is None and image.mode not in _GREY_MODES:
+    if channels is None and image.mode not in GREY_MODES:
         raise ColourFoundError
     if image.mode == "F":
         raise ValueError("floating-point pictures are not supported; store them as .npy")
@@ -63,7 +63,7 @@ def convert(image: Image.Image, *, size: int | None, channels: int | None) -> np
         if wide.min() < 0 or wide.max() > 0xFFFF:
             raise ValueError("grey pictures must have at most 16 bits; store them as .npy")
         image = Image.fromarray((wide >> 8).astype(np.uint8))
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB" if channels == 3 else "L")

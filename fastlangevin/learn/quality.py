@@ -74,7 +74,7 @@ class QualityCheck:
             frechet_distance(self._drawn(n, 2 * i), self._drawn(m, 2 * i + 1))
             for i in range(_DRAWS)
         ]
-        noise = 2 * _noise.uniform((n, *self.images.shape[1:]), seed=0, step=0) - 1
+        noise = _noise.initial((n, *self.images.shape[1:]), seed=0)
         return {
             "real images": Mark(sure, sum(found) / _DRAWS, n, m),
             "uniform noise": Mark(*self(noise), n, m),

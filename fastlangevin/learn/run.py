@@ -131,7 +131,7 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
     to, so it is worth a small chain. Its mean energy has ten times the guard's room: it is another
     batch, and weights that are lost pass any bound by far.
     """
-    x0 = 2 * _noise.uniform((16, *learner.data.shape), seed=config.seed, step=0) - 1
+    x0 = _noise.initial((16, *learner.data.shape), seed=config.seed)
     chain = learner.sampler.diagnose(x0.to(choose_device(config.device)), seed=config.seed)
     # A comparison with NaN is false.
     return bool(

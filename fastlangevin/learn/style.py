@@ -1,5 +1,7 @@
 """Images into another model's domain, by chains that start at them."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastlangevin.learn.inverse import with_data
@@ -9,32 +11,14 @@ from fastlangevin.learn.terms import StyleTerm, with_term
 from fastlangevin.sampler import LangevinSampler
 
 
-def transfer(
-    sampler: LangevinSampler,
-    images: Tensor,
-    *,
-    content: Operator | None = None,
-    zeta: float | None = None,
-    style: Tensor | None = None,
-    weight: float = 1.0,
-    statistics: str = "gram",
-    seed: int = 0,
-) -> Tensor:
+def transfer(sampler: LangevinSampler, images: Tensor, *, seed: int = 0, **guidance: Any) -> Tensor:
     """Chains of the target domain's model that start at the source images [n, C, H, W].
 
-    How far they go is a matter of the sampler's steps. Options as for :func:`guide`. Returns
-    [n, C, H, W]; raises TypeError or ValueError naming the argument, before any work.
+    How far they go is a matter of the sampler's steps. ``guidance``: content, zeta, style, weight
+    and statistics, the options of :func:`guide`. Returns [n, C, H, W]; raises TypeError or
+    ValueError naming the argument, before any work.
     """
-    guided = guide(
-        sampler,
-        images,
-        content=content,
-        zeta=zeta,
-        style=style,
-        weight=weight,
-        statistics=statistics,
-    )
-    return guided(images, seed=seed)
+    return guide(sampler, images, **guidance)(images, seed=seed)
 
 
 def guide(
@@ -60,11 +44,11 @@ def guide(
     check_measurements(op, images, identity, shape, bounded=True)
     guided = sampler
     if content is not None or zeta is not None:
-        operator = content or identity
-        check_operator(op, operator, shape, images.device)
-        guided = with_data(guided, operator(images), operator, zeta)
+        operator = identity if content is None else content
+        check_operator(op, operator, shape, images.device, images.dtype, name="content")
+        guided = with_data(guided, operator(images), operator, zeta, op)
     if style is not None:
-        check_measurements(op, style, identity, shape, bounded=True)
+        check_measurements(op, style, identity, shape, bounded=True, name="style")
         if not isinstance(sampler.energy, nn.Module):
             raise TypeError(
                 f"{op}: style needs an energy that is an nn.Module, "

@@ -1,12 +1,12 @@
 """Energies with something added: chains that are guided, by the one sampler."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastlangevin.arguments import check_positive
 from fastlangevin.learn.operators import Mask, Operator
 from fastlangevin.sampler import LangevinSampler
 
@@ -41,10 +41,8 @@ class DataTerm(nn.Module):
 
     def __init__(self, y: Tensor, operator: Operator, zeta: float) -> None:
         super().__init__()
-        if not (math.isfinite(zeta) and zeta > 0):
-            raise ValueError(f"DataTerm: zeta must be finite and > 0, got {zeta}")
+        self.operator, self.zeta = operator, check_positive("DataTerm", "zeta", zeta)
         self.register_buffer("y", y)
-        self.operator, self.zeta = operator, zeta
 
     def forward(self, x: Tensor) -> Tensor:
         squares = (self.y - self.operator(x.to(self.y.dtype))).square()
@@ -77,8 +75,7 @@ class StyleTerm(nn.Module):
                 "StyleTerm: network must have an nn.Sequential called layers, with two Conv2d or "
                 f"more, got {type(network).__name__}"
             )
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"StyleTerm: weight must be finite and > 0, got {weight}")
+        self.weight = check_positive("StyleTerm", "weight", weight)
         if statistics not in STATISTICS:
             raise ValueError(
                 f"StyleTerm: statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}"
@@ -89,7 +86,7 @@ class StyleTerm(nn.Module):
                 f"StyleTerm: style must have shape [m >= 1, {', '.join(map(str, shape))}], "
                 f"got {list(style.shape)}"
             )
-        self.layers, self.weight, self.statistics = nn.Sequential(*known), weight, statistics
+        self.layers, self.statistics = nn.Sequential(*known), statistics
         with torch.no_grad():
             self.targets = [found.mean(0) for found in self._statistics(style)]
 

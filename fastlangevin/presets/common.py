@@ -133,12 +133,6 @@ def labelled(label: Any) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
     return (None, {}) if label is None else ((Labelled,), {"label": label})
 
 
-def uniform(shape: Sequence[int], seed: int, device: Any = None, first_chain: int = 0) -> Tensor:
-    """U(-1, 1), the initial states of a seed."""
-    u = _noise.uniform(shape, seed=seed, step=0, device=device, first_chain=first_chain)
-    return 2 * u - 1
-
-
 def draw_slots(n: int, size: int, seed: int, first_chain: int = 0) -> Tensor:
     """n slots of 0..size-1, drawn with repetition."""
     words = _noise.words((n, 1), seed=seed, step=0, stream=_noise.ORDER, first_chain=first_chain)

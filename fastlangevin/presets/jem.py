@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlangevin import noise as _noise
 from fastlangevin.presets.common import (
     Samplers,
     draw_coins,
     draw_slots,
     in_eval_mode,
     take_seed,
-    uniform,
 )
 from fastlangevin.replay import check_numbers, write_last
 from fastlangevin.scores.general import device_of, energy_and_grad
@@ -168,7 +168,7 @@ def _start(
         raise ValueError(f"{op}: reinit_freq must be in [0, 1], got {args.reinit_freq!r}")
     n = args.batch_size if y is None else len(y)
     if len(replay_buffer) == 0:
-        return uniform((n, *shape), seed, device, first_chain), None
+        return _noise.initial((n, *shape), seed=seed, first_chain=first_chain, device=device), None
     if not isinstance(replay_buffer, Tensor):
         raise TypeError(
             f"{op}: replay_buffer must be a tensor or [], got {type(replay_buffer).__name__}"
@@ -189,7 +189,8 @@ def _start(
         first = y.cpu() * block
     slots = (draw_slots(n, block, seed, first_chain) + first).to(replay_buffer.device)
     x = replay_buffer[slots].to(device or replay_buffer.device)
-    fresh = uniform(x.shape, seed, x.device, first_chain).to(x.dtype)
+    fresh = _noise.initial(x.shape, seed=seed, first_chain=first_chain, device=x.device)
+    fresh = fresh.to(x.dtype)
     coins = draw_coins(n, args.reinit_freq, seed, x.device, first_chain)
     return torch.where(coins.view(n, *[1] * (x.ndim - 1)), fresh, x), slots
 

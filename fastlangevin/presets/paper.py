@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.presets.common import Samplers, draw_distinct, measure, take_seed, uniform
+from fastlangevin.presets.common import Samplers, draw_distinct, measure, take_seed
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of
 
@@ -45,7 +45,9 @@ def short_run(
         first_chain: int = 0,
     ) -> Tensor:
         seed = take_seed(seed, generator)
-        x = uniform((m, *shape), seed, device_of(f), first_chain) if x0 is None else x0
+        x = x0
+        if x is None:
+            x = _noise.initial((m, *shape), seed=seed, first_chain=first_chain, device=device_of(f))
         sampler = samplers(f, steps=K, step_size=1.0, noise_std=s, maximize=True)
         return sampler(x, seed=seed, noise=noise, first_chain=first_chain)
 
@@ -84,7 +86,7 @@ def anatomy(
             )
         device = device_of(f)
         if init_type == "uniform":
-            return uniform(shape, seed, device, first_chain), None
+            return _noise.initial(shape, seed=seed, first_chain=first_chain, device=device), None
         if init_type == "gaussian":
             z = _noise.normal(
                 shape, seed=seed, step=0, stream=_noise.INITIAL, device=device,

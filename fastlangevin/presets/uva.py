@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.presets.common import Samplers, in_eval_mode, take_seed, uniform
+from fastlangevin.presets.common import Samplers, in_eval_mode, take_seed
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of
@@ -54,7 +54,10 @@ class uva:  # lower case, as all presets are called
         self.buffer = ReplayBuffer(
             max_len, tuple(img_shape), seed=own, kind="fifo", reinit=0.05, device=device
         )
-        self.buffer.put(None, uniform((sample_size, *img_shape), self.seed, device, first_chain))
+        start = _noise.initial(
+            (sample_size, *img_shape), seed=self.seed, first_chain=first_chain, device=device
+        )
+        self.buffer.put(None, start)
         self._samplers = Samplers()
 
     def sample_new_exmps(
