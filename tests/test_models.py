@@ -43,7 +43,10 @@ def test_its_record_says_how_to_repeat_it(name: str) -> None:
     record = yaml.safe_load(MODELS[name].with_suffix(".yaml").read_text("utf-8"))
     words = shlex.split(record["train"])
     assert words[:2] == ["fastlangevin", "train"]
-    given = {a.removeprefix("--"): b for a, b in zip(words[2::2], words[3::2], strict=True)}
+    given, left = {}, words[2:]
+    while left:
+        option = left.pop(0).removeprefix("--").replace("-", "_")
+        given[option] = "true" if not left or left[0].startswith("--") else left.pop(0)
     preset = given.pop("preset")
     del given["out"]
     assert set(given) <= set(FIELDS)
@@ -62,7 +65,7 @@ def test_it_is_small_and_packaged() -> None:
     packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     for path in MODELS.values():
         assert {path, path.with_suffix(".yaml")} <= packaged
-        assert path.stat().st_size < 1.5e6
+        assert path.stat().st_size < 3e6
     assert PACKAGE / "learn" / "report.html" in packaged
 
 
