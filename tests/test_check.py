@@ -8,7 +8,7 @@ import torch
 
 import fastlangevin as fl
 from fastlangevin.learn import ImageData, load_images
-from fastlangevin.learn.check import ClassifierCheck
+from fastlangevin.learn.check import MOST_IMAGES, ClassifierCheck
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,15 @@ def test_samples_that_require_grad_are_judged(judge: ClassifierCheck) -> None:
 def test_data_without_labels(digits: ImageData) -> None:
     with pytest.raises(ValueError, match="check: digits, 1797 x 1x8x8 has no labels"):
         ClassifierCheck(dataclasses.replace(digits, labels=None))
+
+
+def test_of_many_images_some_of_every_class() -> None:
+    """Also where the classes come in turn, and any fixed stride meets one or two of them."""
+    n = 10 * MOST_IMAGES
+    labels = np.arange(n) % 10
+    pixels = (20 * labels).astype(np.uint8)[:, None, None, None]
+    judge = ClassifierCheck(ImageData(pixels, labels, "in turn", 127.5, 1.0))
+    assert len(judge.images) == MOST_IMAGES
+    found = ((judge.images.flatten() + 1) * 127.5 / 20).round().long()
+    assert found.bincount().min() > 400  # of 500 on average
+    assert judge.classes == 10

@@ -183,6 +183,17 @@ def own() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.SiLU(), nn.Linear(5, 1))
 
 
+def test_settings_of_another_version(saved: Path, tmp_path: Path) -> None:
+    tensors, found = read_checkpoint(saved)
+    found["sampler"] |= {"momentum": 0.9}
+    found = {name: value for name, value in found.items() if name not in ("format", "version")}
+    save_checkpoint(tmp_path / "new.safetensors", tensors, found)
+    with pytest.raises(CheckpointError, match=r"new\.safetensors has settings .*: momentum"):
+        fl.load(tmp_path / "new.safetensors")
+    with pytest.raises(TypeError, match="momentum"):  # asked for here, and not in the file
+        fl.load(saved, momentum=0.9)
+
+
 def test_an_energy_of_ones_own(tmp_path: Path) -> None:
     learning = learner(own())
     save_checkpoint(tmp_path / "a", learning.tensors(), info(learning))

@@ -453,7 +453,7 @@ def test_a_run_without_a_log(run: Path, tmp_path: Path) -> None:
     result = command(lone, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "diagnose.json").read_text())["measured"] is None
-    assert result.stdout.count("fewer than 16 values in the log, nothing to correlate") == 2
+    assert result.stdout.count("no log, or fewer than 16 values in it, nothing to correlate") == 2
 
 
 def test_a_model_alone_takes_nothing_from_the_run_around_it(
@@ -468,7 +468,9 @@ def test_a_model_alone_takes_nothing_from_the_run_around_it(
     for model in ("exported.safetensors", "digits"):
         result = command(model)
         assert result.exit_code == 0, result.output
-        assert result.stdout.count("fewer than 16 values in the log, nothing to correlate") == 2
+        assert (
+            result.stdout.count("no log, or fewer than 16 values in it, nothing to correlate") == 2
+        )
     assert sorted(copied.rglob("*")) == before
 
 

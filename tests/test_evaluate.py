@@ -155,6 +155,12 @@ def test_inception_score() -> None:
         metrics.inception_score(2 * p)
 
 
+def test_copies_far_from_zero_are_near() -> None:
+    """|a|^2 + |b|^2 - 2 a b of points about 50 would leave 1e-4 of 3,072 elements' squares."""
+    x = torch.rand(20, 3072, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 50
+    assert metrics.nearest(x, [x]).distance.max() < 1e-5
+
+
 def test_nearest_over_blocks() -> None:
     x, y = normal(9, 5), normal(20, 5)
     y[13] = x[4]
@@ -338,6 +344,7 @@ def test_a_function_of_the_users(
         "def means(x): return x.mean((2, 3))\n"
         "def flat(x): return x\n"
         "def broken(x): return x.flatten(1) / 0\n"
+        "def fails(x): raise KeyError('no such row')\n"
         "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(64))\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -352,6 +359,12 @@ def test_a_function_of_the_users(
         features.make_features("own_features:flat", digits)
     with pytest.raises(ValueError, match="own_features:broken: not finite"):
         features.make_features("own_features:broken", digits)
+    with pytest.raises(
+        ValueError, match=r"own_features:fails: failed on \[2, 1, 8, 8\]: .*no such"
+    ):
+        features.make_features("own_features:fails", digits)
+    with pytest.raises(ImportError, match="features absent_features:f: absent_features cannot be"):
+        features.make_features("absent_features:f", digits)
     with pytest.raises(TypeError, match="absent must be a function or an nn"):
         features.make_features("own_features:absent", digits)
     with pytest.raises(ValueError, match=r"pixels, classifier, .* got 'resnet'"):
@@ -389,7 +402,9 @@ def test_missing_weights(
     with pytest.raises(FileNotFoundError, match=f"put it at {place}; without it, .* pixels"):
         features.make_features("efficientnet-lite0", digits)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"fastlangevin\[fid\].*; without it, features pixels"):
+    with pytest.raises(
+        ImportError, match=rf"fastlangevin\[fid\].* at {tmp_path}.*; without it, features pixels"
+    ):
         features.make_features("inception", digits)
     monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
@@ -572,7 +587,7 @@ def test_refusals(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # Before any work.
     monkeypatch.setattr(fl.LangevinSampler, "__call__", None)
     for arguments, words in (
-        (("absent",), "models that come with the package: digits"),
+        (("absent",), "models that come with the package: cifar10, digits"),
         (("digits", "--features", "vgg"), "features must be auto, pixels"),
         (("digits", "--images", "absent.npy"), "absent.npy"),
         (("digits", "--n", "298"), "--n must be at most 297, the held-out data there are, got 298"),

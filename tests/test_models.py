@@ -128,7 +128,7 @@ def test_names_paths_and_what_there_is(command: Any, tmp_path: Path) -> None:
     found = command("sample", "digit")
     assert found.exit_code == 1
     assert "digit does not exist" in found.stderr
-    assert "models that come with the package: digits" in found.stderr
+    assert "models that come with the package: cifar10, digits" in found.stderr
 
 
 def test_export_keeps_the_averaged_weights_and_what_sampling_needs(

@@ -207,7 +207,7 @@ def test_refusals(command: Any, run: Path, tmp_path: Path) -> None:
     found = command(tmp_path / "absent")
     assert found.exit_code == 1
     assert "absent does not exist" in found.stderr
-    assert "models that come with the package: digits" in found.stderr
+    assert "models that come with the package: cifar10, digits" in found.stderr
     evaluation = '{"format": "fastlangevin evaluation", "version": '
     for damaged in ("{", "[]", evaluation + "2}", evaluation + "1}"):
         (run / "evaluate.json").write_text(damaged)

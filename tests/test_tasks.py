@@ -845,6 +845,31 @@ def test_interpolate_command(command: Any, run: Path) -> None:
         assert gif.n_frames == 4  # there and back
 
 
+def test_a_model_whose_data_are_not_here(command: Any, run: Path) -> None:
+    tensors, info = read_checkpoint(run)
+    info = {name: value for name, value in info.items() if name not in ("format", "version")}
+
+    def save(config: dict[str, Any], **others: Any) -> None:
+        save_checkpoint("m.safetensors", tensors, info | {"config": config} | others)
+
+    save(info["config"] | {"data": "not/here"})
+    found = command("interpolate", "m.safetensors", "--n", 2, "--out", "i.npy")
+    assert found.exit_code == 0, found.output
+    assert found.stdout == "i.npy\n"
+    assert "no classifier: load_images: 'not/here' is neither" in found.stderr
+    assert np.load("i.npy").shape == (9, 2, 1, 8, 8)
+    save(info["config"] | {"momentum": 0.9})
+    for name in ("interpolate", "diagnose"):
+        found = command(name, "m.safetensors")
+        assert found.exit_code == 1
+        assert "m.safetensors has settings that fastlangevin" in found.stderr
+        assert "perhaps another version's: momentum" in found.stderr
+    save(info["config"], iteration=None)
+    found = command("diagnose", "m.safetensors")
+    assert found.exit_code == 1
+    assert "m.safetensors has a damaged header: no iteration in it" in found.stderr
+
+
 def test_interpolate_command_between_images(command: Any, run: Path) -> None:
     options = ("--images", "digits", "--n", 2, "--frames", 3, "--iterations", 4, "--restarts", 2)
     result = command("interpolate", run, *options, "--seed", 8, "--out", "a.npy")
@@ -967,7 +992,10 @@ def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
         (("interpolate", "--out", "a.npz"), "--out must end in .png, .gif or .npy, got a.npz"),
         (("restore", "--operator", "smear"), "operator must be one of mask, .*, got 'smear'"),
         (("restore", "--operator", "grey"), "several channels, got 1"),
-        (("restore", "--operator", "blur", "--factor", 2), "--factor do not belong to --operator"),
+        (
+            ("restore", "--operator", "blur", "--factor", 2),
+            "--factor does not belong to --operator",
+        ),
         (("restore", "--operator", "blur", "--method", "clamped"), "must be a Mask, got Blur"),
         (("restore", "--iterations", 3), "--iterations belongs to --method latent"),
         (("restore", "--mask", "mask.npy"), r"must have the images' shape \[8, 8\]"),

@@ -115,7 +115,7 @@ def sample(
 
 @app.command()
 def check(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, a checkpoint, or a model's name.")],
     n: Annotated[int, typer.Option(min=1, help="Samples to judge.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 1,
     sure: Annotated[float, typer.Option(help="Fraction of sure samples to pass.")] = 0.5,
@@ -148,7 +148,7 @@ def check(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, a checkpoint, or a model's name.")],
     out: Annotated[Path, typer.Option(help="A .safetensors file.")] = Path("model.safetensors"),
 ) -> None:
     """Write a run's averaged weights and settings alone, as a small checkpoint to sample from."""

@@ -10,7 +10,7 @@ from fastlangevin.cli.app import app, errors, run_config
 
 @app.command()
 def diagnose(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, a checkpoint, or a model's name.")],
     n: Annotated[int, typer.Option(min=16, help="Data, and chains, to compare.")] = 256,
     long: Annotated[int, typer.Option(min=1, help="Length of the long run, times K.")] = 10,
     starts: Annotated[int, typer.Option(min=2, help="Starts, and noises, for mixing.")] = 16,

@@ -20,7 +20,7 @@ _COLUMNS = 16
 _FAR = 3.0  # times the bounds of images: chains that end beyond it have left them
 _FRAMES = 50  # of a GIF of chains, at most; and one more, the start
 
-Run = Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run, a checkpoint, or a model's name.")]
 Held = Annotated[
     str | None, typer.Option(help="A source of images.", show_default="those the run held out")
 ]
@@ -168,7 +168,6 @@ def interpolate(
 
     from fastlangevin import noise as numbers
     from fastlangevin.learn import latent
-    from fastlangevin.learn.build import load_data
     from fastlangevin.learn.check import ClassifierCheck
     from fastlangevin.learn.images import save_gif, save_grid
 
@@ -196,8 +195,8 @@ def interpolate(
             save_grid(x.transpose(0, 1).flatten(0, 1), out, frames, tile)
         else:
             _save_array(out, x)
-        learned = load_data(config)
-        if learned.labels is not None and frames > 2:
+        learned = _labelled(config) if frames > 2 else None
+        if learned is not None:
             best = ClassifierCheck(learned).probabilities(x.flatten(0, 1)).max(1).reshape(frames, n)
             ends, between = float(best[[0, -1]].mean()), float(best[1:-1].mean())
             typer.echo(f"end points  {ends:.3f}   the classifier's mean confidence, {2 * n} images")
@@ -256,7 +255,8 @@ def restore(
         options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         own = {"mask": "mask", "downsample": "factor", "blur": "sigma"}.get(operator)
         if others := [f"--{name}" for name in options if name != own]:
-            raise ValueError(f"{', '.join(others)} do not belong to --operator {operator}")
+            verb = "do" if others[1:] else "does"
+            raise ValueError(f"{', '.join(others)} {verb} not belong to --operator {operator}")
         if method != "latent":
             _belong(fit, f"--method latent, got {method!r}")
         sampler, config = _load(run, device, steps, averaged), run_config(run)[0]
@@ -377,6 +377,21 @@ def _held_out(config: "TrainConfig", sampler: Any, source: str | None) -> "Image
     from fastlangevin.learn.build import load_held_out
 
     return load_held_out(config, sampler.energy.shape, source)
+
+
+def _labelled(config: "TrainConfig") -> "ImageData | None":
+    """A run's data if they are here and have labels; a word on it where they are not here."""
+    from fastlangevin.learn.build import load_data
+
+    try:
+        data = load_data(config)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"no classifier: {error}", err=True)
+        return None
+    if data.labels is None:
+        return None
+    typer.echo(f"fitting a classifier to {data.name}", err=True)
+    return data
 
 
 def _belong(names: Iterable[str], owner: str) -> None:

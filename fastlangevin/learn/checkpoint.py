@@ -1,5 +1,6 @@
 """Checkpoints: one safetensors file each, with its JSON in the header; never pickle."""
 
+import inspect
 import json
 import warnings
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.learn.files import replacing
 from fastlangevin.learn.folder import is_run
@@ -21,6 +23,7 @@ from fastlangevin.step import choose_backend
 FORMAT = "fastlangevin checkpoint"
 VERSION = 1
 _SUFFIX = ".safetensors"
+_SETTINGS = inspect.signature(LangevinSampler).parameters
 _MODELS = Path(__file__).parents[1] / "models"
 
 
@@ -166,6 +169,11 @@ def load(
             raise CheckpointError(f"{path} is of another architecture: {error}") from error
     if not isinstance(info.get("sampler"), dict):
         raise CheckpointError(f"{path} has a damaged header: no sampler in it")
+    if unknown := [name for name in info["sampler"] if name not in _SETTINGS]:
+        raise CheckpointError(
+            f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
+            f"perhaps another version's: {', '.join(unknown)}"
+        )
     settings = info["sampler"] | changes
     for name in settings:
         if name not in changes and f"sampler.{name}" in tensors:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.learn.arrays import (
     ArraySource,
@@ -87,6 +88,20 @@ class ImageData:
         x /= self.divisor
         x -= self.offset
         return torch.from_numpy(x)
+
+
+def spread(data: ImageData, most: int) -> ImageData:
+    """The data, or of more than ``most`` images that many, spread over their order.
+
+    One is drawn from each of ``most`` equal parts: a fixed stride would meet data whose classes
+    come in turn at one class alone.
+    """
+    if len(data) <= most:
+        return data
+    u = _noise.uniform((most,), seed=0, step=0, stream=_noise.ORDER).double().numpy()
+    rows = ((np.arange(most) + u) * len(data) / most).astype(np.int64)
+    labels = None if data.labels is None else data.labels[rows]
+    return replace(data, pixels=data.pixels[rows], labels=labels)
 
 
 def load_images(

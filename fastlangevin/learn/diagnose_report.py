@@ -67,7 +67,7 @@ def save(found: Diagnosis, folder: Path, title: str = "", **facts: Any) -> list[
 
 def _correlations(what: str, found: Correlations | None) -> str:
     if found is None:
-        return f"  {what}: fewer than {FEWEST} values in the log, nothing to correlate"
+        return f"  {what}: no log, or fewer than {FEWEST} values in it, nothing to correlate"
     swings = found.oscillation
     shown = " ".join(f"{value:+.2f}" for value in swings.d)
     verdict = f"{swings.verdict} oscillation"

@@ -94,7 +94,12 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
         return _inception(device)
     if ":" in name:
         yours = _users(name, device)
-        yours(train.batch(range(min(2, len(train)))).to(device))  # before any work
+        some = train.batch(range(min(2, len(train)))).to(device)
+        try:  # before any work
+            yours.extract(some)
+        except Exception as error:  # whatever a function of somebody's may raise
+            raise ValueError(f"features {name}: failed on {list(some.shape)}: {error}") from error
+        yours(some)
         return yours
     raise ValueError(f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}")
 
@@ -145,14 +150,15 @@ def _efficientnet(device: torch.device | None) -> Features:
 
 
 def _inception(device: torch.device | None) -> Features:
+    where = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
     try:
         fidelity: Any = importlib.import_module("torch_fidelity")
     except ImportError as error:
         raise ImportError(
             f"features inception: torch_fidelity cannot be imported ({error}); "
-            f'pip install "fastlangevin[fid]"; {_OTHERS}'
+            f'pip install "fastlangevin[fid]", and put the file {_INCEPTION}, published at '
+            f"{where}, at {_place(_INCEPTION)}; {_OTHERS}"
         ) from error
-    where = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
     weights = _weights("inception", _INCEPTION, None, f"it is published at {where}")
     net = fidelity.FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
@@ -170,6 +176,8 @@ def _users(name: str, device: torch.device | None) -> Features:
     sys.path.insert(0, str(Path.cwd()))  # a console script does not look there
     try:
         function = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # whatever running a module may raise
+        raise ImportError(f"features {name}: {module} cannot be imported: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not callable(function) or isinstance(function, type):
@@ -187,13 +195,16 @@ _OTHERS = "without it, features pixels, classifier (labelled images) and module:
 
 def _weights(name: str, file: str, inside: Path | None, how: str) -> Path:
     """A weights' file, in the package that ships it or where torch.hub keeps those it loads."""
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / file
-    for path in (inside, kept):
+    for path in (inside, kept := _place(file)):
         if path is not None and path.is_file():
             return path
     raise FileNotFoundError(
         f"features {name}: needs the file {file}: {how}, or put it at {kept}; {_OTHERS}"
     )
+
+
+def _place(file: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def _colour(x: Tensor) -> Tensor:

@@ -156,4 +156,6 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b)
+    """Euclidean, [n, m]: of points about 0, since |a|^2 + |b|^2 - 2 a b cancels."""
+    centre = b.mean(0)
+    return torch.cdist(a - centre, b - centre)

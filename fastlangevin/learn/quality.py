@@ -1,6 +1,5 @@
 """How good samples are, by two simple figures that need no download."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,12 +8,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from fastlangevin import noise as _noise
-from fastlangevin.learn.check import ClassifierCheck
-from fastlangevin.learn.data import ImageData
+from fastlangevin.learn.check import MOST_IMAGES, ClassifierCheck
+from fastlangevin.learn.data import ImageData, spread
 from fastlangevin.learn.metrics import frechet_distance
 
-# Enough for either figure; a classifier of many large images takes longer than a small run.
-MOST_IMAGES = 5000
 _DRAWS = 10
 
 
@@ -43,14 +40,11 @@ class QualityCheck:
 
     fitted to the pixels, clamped to [-1, 1] and averaged over squares down to 8 x 8 where images
     are larger. It is no FID, whose features are Inception's, and compares with itself alone. Of
-    more than 5,000 images in the data, 5,000 evenly spread ones are used.
+    more than 5,000 images in the data, 5,000 spread over their order are used.
     """
 
     def __init__(self, data: ImageData) -> None:
-        if len(data) > MOST_IMAGES:
-            rows = np.arange(MOST_IMAGES) * len(data) // MOST_IMAGES
-            labels = None if data.labels is None else data.labels[rows]
-            data = replace(data, pixels=data.pixels[rows], labels=labels)
+        data = spread(data, MOST_IMAGES)
         self.images = data.batch(np.arange(len(data)))
         self._judge = None if data.labels is None else ClassifierCheck(data)
         self._pixels = coarse(self.images)
