@@ -33,6 +33,17 @@ def errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unless_given(option: str, value: str | None) -> Iterator[None]:
+    """Where a run's own data cannot be read, the error says which option names others."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        if value is not None:
+            raise
+        raise ValueError(f"{error}; {option} names others") from error
+
+
+@contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """Warnings of the library become one readable line each, without its source."""
     with warnings.catch_warnings(record=True) as caught:

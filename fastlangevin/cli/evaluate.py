@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlangevin.cli.app import app, check_out, errors, plain_warnings, run_config
+from fastlangevin.cli.app import app, check_out, errors, plain_warnings, run_config, unless_given
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,8 @@ def evaluate(
         checkpoint = find_checkpoint(run)
         config, info = run_config(checkpoint, data)
         place = choose_device(device)
-        train = load_data(config)
+        with unless_given("--data", data):
+            train = load_data(config)
         try:
             held = load_held_out(config, train.shape, images)
         except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastlangevin.cli.app import app, check_out, console, errors, run_config
+from fastlangevin.cli.app import app, check_out, console, errors, run_config, unless_given
 from fastlangevin.cli.settings import with_settings
 
 Report = Callable[[int, Any], None]
@@ -133,7 +133,9 @@ def check(
     from fastlangevin.learn.checkpoint import load
 
     with errors():
-        judge = ClassifierCheck(load_data(run_config(run, data)[0]))
+        config = run_config(run, data)[0]
+        with unless_given("--data", data):
+            judge = ClassifierCheck(load_data(config))
         found = judge(load(run, device=choose_device(device))(n=n, seed=seed))
         for name, value in (
             ("real images", judge.of_data()),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastlangevin.cli.app import app, errors, run_config
+from fastlangevin.cli.app import app, errors, run_config, unless_given
 
 
 @app.command()
@@ -48,7 +48,9 @@ def diagnose(
         config, info = run_config(checkpoint, data)
         sampler = load(checkpoint, device=choose_device(device), averaged=averaged)
         _, data_noise = annealed(config, info["iteration"] - 1)
-        images = measures.noisy_batch(load_data(config), n, data_noise, seed, choose_device(device))
+        with unless_given("--data", data):
+            learned = load_data(config)
+        images = measures.noisy_batch(learned, n, data_noise, seed, choose_device(device))
         logs = ([], []) if folder is None else (read_records(folder), read_series(folder))
         # An older checkpoint's run went on: what its log says later is of other weights.
         until = [[line for line in log if line["iteration"] <= info["iteration"]] for log in logs]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlangevin.cli.app import app, check_out, errors, run_config
+from fastlangevin.cli.app import app, check_out, errors, run_config, unless_given
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -376,7 +376,8 @@ def _load(run: Path, device: str, steps: int | None, averaged: bool) -> Any:
 def _held_out(config: "TrainConfig", sampler: Any, source: str | None) -> "ImageData":
     from fastlangevin.learn.build import load_held_out
 
-    return load_held_out(config, sampler.energy.shape, source)
+    with unless_given("--images", source):
+        return load_held_out(config, sampler.energy.shape, source)
 
 
 def _labelled(config: "TrainConfig") -> "ImageData | None":
