@@ -1,6 +1,8 @@
 """The `fastlangevin` command."""
 
-from fastlangevin.cli import evaluate, learning, machine, measures, report, sweep, tasks
+from fastlangevin.cli import evaluate, inverse, latent, learning, machine, measures, report, sweep
 from fastlangevin.cli.app import app
 
-__all__ = ["app", "evaluate", "learning", "machine", "measures", "report", "sweep", "tasks"]
+__all__ = [
+    "app", "evaluate", "inverse", "latent", "learning", "machine", "measures", "report", "sweep",
+]  # fmt: skip

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastlangevin.cli.app import app, check_out, console, errors, run_config, unless_given
-from fastlangevin.cli.settings import with_settings
+from fastlangevin.cli.options import with_settings
 
 Report = Callable[[int, Any], None]
 _FRAMES = 50  # of a GIF, at most; and one more, the start

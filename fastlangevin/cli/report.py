@@ -12,8 +12,9 @@ import typer
 
 from fastlangevin.cli.app import app, errors
 from fastlangevin.cli.evaluate import evaluate
+from fastlangevin.cli.inverse import restore
+from fastlangevin.cli.latent import interpolate, reconstruct
 from fastlangevin.cli.measures import diagnose
-from fastlangevin.cli.tasks import interpolate, reconstruct, restore
 
 if TYPE_CHECKING:
     from fastlangevin.learn.report import Weights

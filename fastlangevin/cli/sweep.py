@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fastlangevin.cli.app import app, errors
-from fastlangevin.cli.settings import with_settings
+from fastlangevin.cli.options import with_settings
 
 
 @app.command()

@@ -94,12 +94,7 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
         return _inception(device)
     if ":" in name:
         yours = _users(name, device)
-        some = train.batch(range(min(2, len(train)))).to(device)
-        try:  # before any work
-            yours.extract(some)
-        except Exception as error:  # whatever a function of somebody's may raise
-            raise ValueError(f"features {name}: failed on {list(some.shape)}: {error}") from error
-        yours(some)
+        yours(train.batch(range(min(2, len(train)))).to(device))  # before any work
         return yours
     raise ValueError(f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}")
 
@@ -187,7 +182,14 @@ def _users(name: str, device: torch.device | None) -> Features:
         )
     if isinstance(function, nn.Module):
         function = function.to(device).eval()
-    return Features(name, lambda x: (function(x), None))
+
+    def extract(x: Tensor) -> tuple[Tensor, None]:
+        try:
+            return function(x), None
+        except Exception as error:  # whatever a function of somebody's may raise
+            raise ValueError(f"features {name}: failed on {list(x.shape)}: {error}") from error
+
+    return Features(name, extract)
 
 
 _OTHERS = "without it, features pixels, classifier (labelled images) and module:attribute work"
