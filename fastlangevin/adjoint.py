@@ -30,9 +30,8 @@ from fastlangevin.schedules import (
 )
 from fastlangevin.scores.general import left_as_found
 from fastlangevin.states import free_memory
-from fastlangevin.trace import (
-    Adjoint,
-    Trace,
+from fastlangevin.trace import Adjoint, Trace
+from fastlangevin.transition import (
     advance,
     check_graph,
     given,
