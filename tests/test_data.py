@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastlangevin.learn import arrays, gather
 from fastlangevin.learn.data import load_images
+from fastlangevin.learn.errors import FileError
 
 RNG = np.random.default_rng(0)
 
@@ -436,7 +437,7 @@ def test_corrupt_pictures(tmp_path, kind, damage):
         write_png(tmp_path / f"{i:02d}.png", pixels)
     (tmp_path / "05.x.jpg").write_bytes(damage(encoded(noise(32, 32, 3), kind)))
     (tmp_path / "31.x.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r'05\.x\.jpg \(.*on_corrupt="skip"'):
+    with pytest.raises(ValueError, match=r'05\.x\.jpg cannot be decoded \(.*on_corrupt="skip"'):
         load_images(tmp_path)
     with pytest.warns(UserWarning, match=r"skipped 2 corrupt .*05\.x\.jpg") as caught:
         data = load_images(tmp_path, on_corrupt="skip")
@@ -541,7 +542,7 @@ def test_parquet_rows_that_fail(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         load_images(path)
     path.write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet is not a parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as a parquet file"):
         load_images(path)
 
 
@@ -567,12 +568,20 @@ def test_hub(monkeypatch, tmp_path):
         asked.append((name, split))
         return Rows(rows)
 
-    fake = SimpleNamespace(load_dataset=load_dataset, Image=lambda decode: ("Image", decode))
+    fake = SimpleNamespace(
+        load_dataset=load_dataset,
+        Image=lambda decode: ("Image", decode),
+        config=SimpleNamespace(HF_DATASETS_CACHE=tmp_path),
+    )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     data = load_images("hub:owner/name", split="validation")
     assert asked == [("owner/name", "validation")]
     assert torch.equal(everything(data), unit(pictures[:, None]))
     assert data.labels.tolist() == [2, 0, 1]
+    # A path of the data set's own making may name any file here.
+    fake.config = SimpleNamespace(HF_DATASETS_CACHE=tmp_path / "cache", HF_HUB_CACHE=None)
+    with pytest.raises(FileError, match=r"^hub:owner/name, row 2 has a picture at .* is outside"):
+        load_images("hub:owner/name")
 
 
 def test_cifar10():

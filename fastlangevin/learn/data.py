@@ -1,5 +1,6 @@
 """Images to learn from: any source becomes one array, served as float batches in [-1, 1]."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,9 +24,11 @@ from fastlangevin.learn.arrays import (
     read_npy,
     read_npz,
 )
+from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.gather import Item, collect
 from fastlangevin.learn.pixels import ColourFoundError, convert_array, decode
 from fastlangevin.learn.readers import PictureSource, open_folder, open_hub, open_parquet
+from fastlangevin.learn.reading import brief, check_inside, cut, reading
 
 SOURCES = ("digits", "fashion-mnist", "mnist5k")
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
@@ -140,8 +143,14 @@ def load_images(
     A .npy file that needs no conversion is memory-mapped; any other array above 256 MiB lies in a
     temporary file (in TMPDIR) that disappears with the data.
 
-    Raises FileNotFoundError for an unknown source, ImportError for a missing optional package, and
-    ValueError for wrong arguments, images that cannot be read as asked, or none at all.
+    Links in a folder are followed within it. Pictures are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP,
+    whatever their names.
+
+    Raises FileNotFoundError for an unknown source, ImportError for a missing optional package,
+    ValueError for wrong arguments, and FileError (a ValueError) that begins with the path for
+    images that cannot be read as asked, or none at all, for links and parquet rows that lead out
+    of the data's folder, for pipes and devices, and for files that claim to hold far more than
+    their bytes can.
     """
     if size is not None:
         check_count("load_images", "size", size)
@@ -151,24 +160,27 @@ def load_images(
         raise ValueError(f"load_images: channels must be 1, 3 or None, got {channels}")
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f'load_images: on_corrupt must be "error" or "skip", got {on_corrupt!r}')
-    found = _open(source, split)
+    found = _open(source, split, limit)
     if isinstance(found, ArraySource):
         return _from_array(found, size, channels, limit, bounded)
     return _from_pictures(found, size, channels, on_corrupt, limit)
 
 
-def _open(source: str | PathLike[str], split: str) -> ArraySource | PictureSource:
+def _open(
+    source: str | PathLike[str], split: str, limit: int | None
+) -> ArraySource | PictureSource:
     if source == "fashion-mnist":
-        return read_fashion_mnist(split)
+        return read_fashion_mnist(split, limit)
     if isinstance(source, str) and source.startswith("hub:"):
         return open_hub(source.removeprefix("hub:"), split)
     path = Path(source).expanduser()
-    if source not in SOURCES and path.is_dir():
-        return _open_folder(path, split)
-    if source not in SOURCES and not path.exists():
+    # os.path's functions hold a name that no file can have for one that no file has.
+    if source not in SOURCES and os.path.isdir(path):
+        return _open_folder(path, split, limit)
+    if source not in SOURCES and not os.path.exists(path):
         raise FileNotFoundError(
-            f"load_images: {str(source)!r} is neither an existing path nor one of "
-            f'{", ".join(SOURCES)} or "hub:owner/name"; looked for {path.absolute()}'
+            f"load_images: {brief(str(source))} is neither an existing path nor one of "
+            f'{", ".join(SOURCES)} or "hub:owner/name"; looked for {cut(str(path.absolute()))}'
         )
     _only_train(split, source)
     if source == "digits":
@@ -184,9 +196,11 @@ def _open(source: str | PathLike[str], split: str) -> ArraySource | PictureSourc
     raise ValueError(f"load_images: a file must be .npy, .npz or .parquet, got {path}")
 
 
-def _open_folder(folder: Path, split: str) -> ArraySource | PictureSource:
+def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | PictureSource:
+    with reading(folder, "a folder of images"):
+        subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
     if has_idx(folder):
-        return read_idx(folder, split)
+        return read_idx(folder, split, limit)
     if files := sorted(folder.glob("*.parquet")):
         chosen = [path for path in files if path.name.startswith(split)]
         if not chosen:
@@ -194,9 +208,11 @@ def _open_folder(folder: Path, split: str) -> ArraySource | PictureSource:
                 f"load_images: no parquet file of {folder} starts with {split!r}, it holds "
                 f"{', '.join(path.name for path in files)}"
             )
+        for path in chosen:
+            check_inside(path, folder)
         return open_parquet(chosen, f"{folder.name} {split}")
-    subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
     if split in subfolders and subfolders <= _SPLITS:
+        check_inside(folder / split, folder)
         found = open_folder(folder / split)
         return replace(found, name=f"{folder.name} {split}")
     _only_train(split, folder)
@@ -218,9 +234,9 @@ def _from_array(
     low = 0.0
     if pixels.dtype != np.uint8:
         if pixels.shape[1] == 4:
-            raise ValueError(
-                f"load_images: float images must have 1 or 3 channels, {name} has 4; "
-                "composite the alpha channel first"
+            raise FileError(
+                f"{name}: float images must have 1 or 3 channels, got 4; composite the alpha "
+                "channel first"
             )
         # Over all images, so that `limit` does not change what a value means.
         low, _ = float_range(pixels, name, bounded)

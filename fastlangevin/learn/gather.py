@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 from PIL import Image
 
+from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.pixels import ColourFoundError, CorruptImageError
+from fastlangevin.learn.reading import cut
 
 # An array up to this size is kept in memory, a larger one in a temporary file.
 IN_MEMORY_BYTES = 256 * 2**20
@@ -27,7 +29,8 @@ class Item(NamedTuple):
     """One picture as its source holds it."""
 
     name: str  # a file's path, or a file and a row: what an error message shows
-    content: Any  # a path, encoded bytes, or a [C, H, W] array
+    # A path, encoded bytes, a [C, H, W] array, or the error that reading it would be.
+    content: Any
     label: int | None
 
 
@@ -44,8 +47,8 @@ def collect(
     The labels are None unless every item has one. Above IN_MEMORY_BYTES the pixels lie in a
     temporary file that disappears with the array. Warns once when pictures were skipped.
 
-    Raises CorruptImageError (unless `on_corrupt` is "skip"), ColourFoundError where `to_pixels`
-    does, and ValueError for pictures that differ in size or when none is left.
+    Raises ColourFoundError where `to_pixels` does, and FileError for a picture that cannot be
+    decoded (unless `on_corrupt` is "skip") or read, that differs in size, or when none is left.
     """
     limit = count if limit is None else min(count, limit)
     labels: list[int | None] = []
@@ -55,21 +58,21 @@ def collect(
     for item, result in _in_order(items, to_pixels):
         if isinstance(result, CorruptImageError):
             if on_corrupt == "error":
-                raise CorruptImageError(
-                    f"load_images: cannot decode {item.name} ({result}); "
+                raise FileError(
+                    f"{item.name} cannot be decoded ({cut(str(result))}); "
                     'remove it or pass on_corrupt="skip"'
                 )
             skipped.append(item.name)
             continue
-        if isinstance(result, ColourFoundError):
+        if isinstance(result, ColourFoundError | FileError):
             raise result
         if isinstance(result, ValueError):
-            raise ValueError(f"load_images: {item.name}: {result}") from result
+            raise FileError(f"{item.name}: {result}") from result
         if writer is None:
             writer, first = RowWriter(limit, result.shape, result.dtype), item.name
         elif result.shape != writer.shape:
-            raise ValueError(
-                "load_images: all images must have the same size unless size= is given, got "
+            raise FileError(
+                f"{item.name}: all images must have the same size unless size= is given, got "
                 f"{_height_width(writer.shape)} in {first} and {_height_width(result.shape)} "
                 f"in {item.name}; pass size= to crop and resize them"
             )
@@ -78,7 +81,8 @@ def collect(
         if len(labels) == limit:
             break
     if writer is None:
-        raise ValueError(f"load_images: none of {len(skipped)} images could be decoded")
+        first = skipped[0] if skipped else "load_images"
+        raise FileError(f"{first}: none of {len(skipped)} images could be decoded")
     if skipped:
         warnings.warn(
             f"load_images: skipped {len(skipped)} corrupt image(s), the first is {skipped[0]}",
@@ -100,6 +104,8 @@ def _in_order(
         return [(item, attempt(item.content)) for item in chunk]
 
     def attempt(content: Any) -> np.ndarray | ValueError:
+        if isinstance(content, FileError):
+            return content
         try:
             return to_pixels(content)
         except ValueError as error:

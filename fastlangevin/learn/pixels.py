@@ -9,6 +9,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+
+from fastlangevin.learn.reading import check_expansion, read_bytes
+
+# Pillow reads more, and hands PostScript under any name to an external program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_PICTURE_BYTES = 2**28
+_TIFF_TILE = (322, 323)  # tags of a tile's width and length
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B"}
 ALPHA_MODES = {"LA", "PA", "RGBA"}
@@ -28,22 +36,43 @@ def decode(content: Path | bytes, *, size: int | None, channels: int | None) -> 
     The EXIF orientation is applied, transparency is composited on white, and 16-bit grey keeps its
     high byte. `size` and `channels` are those of `convert`.
 
-    Raises CorruptImageError for bytes that cannot be decoded, a truncated file included; OSError
-    for a file that cannot be read.
+    Raises CorruptImageError as `open_picture`, and FileError for a path that cannot be read.
     """
-    encoded = content.read_bytes() if isinstance(content, Path) else content
+    encoded = read_picture(content) if isinstance(content, Path) else content
+    image = open_picture(encoded, upright=True)
+    return convert(image, size=size, channels=channels)
+
+
+def read_picture(path: Path) -> bytes:
+    """An encoded picture; FileError for what is no regular file, or too large for a picture."""
+    return read_bytes(path, _PICTURE_BYTES)
+
+
+def open_picture(encoded: bytes, upright: bool = False) -> Image.Image:
+    """A decoded picture of one of FORMATS, turned as its EXIF orientation says if ``upright``.
+
+    Raises CorruptImageError for bytes that cannot be decoded, a truncated file included, and for
+    a picture that claims to be far larger than its bytes can be.
+    """
     try:
-        image = Image.open(BytesIO(encoded))
+        image = Image.open(BytesIO(encoded), formats=FORMATS)
+        depth = 1 if image.mode in ("1", "L") else 4  # bytes in memory, RGB's included
+        check_expansion(image.width * image.height * depth, len(encoded))
+        if isinstance(image, TiffImageFile):  # whose tiles may be larger than the picture
+            width, length = (image.tag_v2.get(tag, 0) for tag in _TIFF_TILE)
+            check_expansion(width * length * depth, len(encoded))
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad bytes.
     except Exception as error:
         # Its "cannot identify image file <_io.BytesIO object at 0x...>" names no file.
         known = not isinstance(error, UnidentifiedImageError)
-        raise CorruptImageError(str(error) if known else "not a known image format") from error
-    return convert(image, size=size, channels=channels)
+        expected = f"it is none of {', '.join(FORMATS)}"
+        raise CorruptImageError(str(error) if known else expected) from error
+    return image
 
 
 def convert(image: Image.Image, *, size: int | None, channels: int | None) -> np.ndarray:

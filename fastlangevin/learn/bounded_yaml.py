@@ -1,0 +1,43 @@
+"""YAML whose aliases cannot make a small file large."""
+
+from itertools import chain
+from typing import Any
+
+import yaml
+
+_MOST_NODES = 20_000
+
+
+def parse_yaml(text: str) -> Any:
+    """What safe YAML holds; ValueError if it is none, or holds too many values.
+
+    Aliases count as often as they are written out: ten lines, each of ten aliases of the line
+    before, are ten billion values, which merge keys and error messages would spell out.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count(node, {}) > _MOST_NODES:
+            raise ValueError(f"it holds more than {_MOST_NODES} values, aliases written out")
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    # PyYAML's constructors raise IndexError, KeyError, AttributeError and more on odd scalars.
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """The number of values in a node, each alias as large as what it stands for."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = _MOST_NODES + 1  # what a node that holds itself finds in itself
+        mapping = isinstance(node, yaml.MappingNode)
+        children = chain.from_iterable(node.value) if mapping else node.value
+        counts[id(node)] = 1 + sum(_count(child, counts) for child in children)
+    return counts[id(node)]
