@@ -55,23 +55,18 @@ def plain_warnings() -> Iterator[None]:
 def run_config(run: Path, data: str | None = None) -> tuple["TrainConfig", dict[str, Any]]:
     """The settings of a run, with ``data`` in place of its own, and what else its checkpoint says.
 
-    ValueError for one that names no data, CheckpointError for another version's.
+    ValueError for one that names no data, FileError for one that is damaged or another version's.
     """
-    from fastlangevin import __version__
     from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint
-    from fastlangevin.learn.config import FIELDS, resolve
+    from fastlangevin.learn.config import resolve_saved
 
     info = read_checkpoint(run)[1]
     if info.get("config") is None:
         raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-    if unknown := [name for name in info["config"] if name not in FIELDS]:
-        raise CheckpointError(
-            f"{run} has settings that fastlangevin {__version__} does not know, perhaps another "
-            f"version's: {', '.join(unknown)}"
-        )
+    config = resolve_saved(info, run, {} if data is None else {"data": data})
     if not isinstance(info.get("iteration"), int):
         raise CheckpointError(f"{run} has a damaged header: no iteration in it")
-    return resolve(overrides=info["config"] | ({} if data is None else {"data": data})), info
+    return config, info
 
 
 def check_out(out: Path, *suffixes: str) -> None:

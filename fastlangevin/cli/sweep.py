@@ -79,11 +79,11 @@ def sweep(
 
 def _values(name: str, text: str) -> list[Any]:
     """A list without its brackets, as YAML: 5,10,25 or [-1, 1],none."""
-    import yaml
+    from fastlangevin.learn.bounded_yaml import parse_yaml
 
     try:
-        values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError as error:
+        values = parse_yaml(f"[{text}]")
+    except ValueError as error:
         raise ValueError(f"--{name.replace('_', '-')} is no list of values: {text!r}") from error
     return [None if value == "none" else value for value in values]
 

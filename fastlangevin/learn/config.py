@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -13,9 +14,13 @@ from typing import Any
 
 import yaml
 
+from fastlangevin._version import __version__
 from fastlangevin.arguments import check_count
+from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.data import SOURCES
+from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.files import replacing
+from fastlangevin.learn.reading import brief, called, read_text, reading
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +30,8 @@ else:
 # The first line of a run's config; a folder without it is not taken for a run.
 MARK = "# The settings of a fastlangevin run.\n"
 _PRESETS = Path(__file__).parent / "presets"
+_SETTINGS_BYTES = 2**16
+_MOST_NAMED = 20  # unknown settings in an error message
 
 
 def _option(text: str) -> Any:
@@ -112,7 +119,7 @@ def preset_names() -> list[str]:
 def preset_text(name: str) -> str:
     """A preset's file, comments and all."""
     if name not in preset_names():
-        raise ValueError(f"preset must be one of {', '.join(preset_names())}, got {name!r}")
+        raise ValueError(f"preset must be one of {', '.join(preset_names())}, got {brief(name)}")
     return (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -124,40 +131,57 @@ def resolve(
     """A preset, changed by a YAML, TOML or JSON file, changed by ``overrides``.
 
     The file may name its ``preset``; with none named it is "digits". Raises ValueError naming the
-    field, what was expected and where the value came from.
+    field and what was expected; FileError, which begins with the path, where the file is at fault.
     """
     given = {} if file is None else read_settings(file)
     named = given.pop("preset", None)
-    settings = yaml.safe_load(preset_text(preset_name or named or "digits"))
-    for source, changes in ((str(file), given), ("options", overrides or {})):
-        unknown = [str(name) for name in changes if name not in FIELDS]
-        if unknown:
-            raise ValueError(
-                f"{source}: no setting is called {', '.join(unknown)}; there are "
-                f"{', '.join(FIELDS)}"
-            )
-        settings.update(changes)
-    config = {name: _cast(name, settings[name]) for name in FIELDS}
-    if config["data"] and config["data"] not in SOURCES and Path(config["data"]).exists():
+    try:
+        chosen = "digits" if named is None else named
+        settings = yaml.safe_load(preset_text(chosen if preset_name is None else preset_name))
+        settings |= _cast_all(given, str(file))
+    except ValueError as error:
+        if file is None or preset_name is not None:
+            raise
+        raise _of_file(file, error) from error
+    settings = _cast_all(settings | _cast_all(overrides or {}, "options"), "presets")
+    if settings["data"] and settings["data"] not in SOURCES and os.path.exists(settings["data"]):
         # A run must find its data again, also from another folder.
-        config["data"] = str(Path(config["data"]).absolute())
-    return TrainConfig(**config)
+        settings["data"] = str(Path(settings["data"]).absolute())
+    try:
+        return TrainConfig(**settings)
+    except (TypeError, ValueError) as error:
+        if file is None or overrides:
+            raise
+        raise _of_file(file, error) from error
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML, TOML or JSON file; ValueError if it is not one."""
+    """The mapping in a YAML, TOML or JSON file; FileError if it is not one."""
     file = Path(file)
-    read = {".toml": tomllib.loads, ".json": json.loads}.get(file.suffix, yaml.safe_load)
-    content = file.read_bytes()
-    try:
-        settings = read(content.decode("utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # the other formats' errors are ValueErrors
-        raise ValueError(
-            f"{file} cannot be read as {file.suffix[1:] or 'yaml'}: {error}"
-        ) from error
+    parse = {".toml": tomllib.loads, ".json": json.loads}.get(file.suffix, parse_yaml)
+    text = read_text(file, _SETTINGS_BYTES)
+    with reading(file, file.suffix[1:] or "yaml"):
+        settings = parse(text)
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} must hold settings by name, got {type(settings).__name__}")
+        raise FileError(f"{file} must hold settings by name, got {type(settings).__name__}")
     return settings
+
+
+def resolve_saved(
+    info: Mapping[str, Any], source: str | Path, changes: Mapping[str, Any]
+) -> TrainConfig:
+    """The settings in a checkpoint's header, changed by ``changes``; FileError if they are none."""
+    saved = info.get("config")
+    if not isinstance(saved, dict):
+        raise FileError(f"{source} has a damaged header: config must be settings by name")
+    try:
+        config = resolve(overrides=saved)
+    except (TypeError, ValueError) as error:
+        raise FileError(
+            f"{source} has settings that fastlangevin {__version__} does not know, perhaps another "
+            f"version's: {error}"
+        ) from error
+    return resolve(overrides=dataclasses.asdict(config) | dict(changes)) if changes else config
 
 
 def save_config(config: TrainConfig, file: Path) -> None:
@@ -165,6 +189,22 @@ def save_config(config: TrainConfig, file: Path) -> None:
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     with replacing(file) as temporary:
         temporary.write_text(MARK + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def _of_file(file: str | Path, error: Exception) -> FileError:
+    text = str(error)
+    return FileError(text if text.startswith(str(file)) else f"{file}: {text}")
+
+
+def _cast_all(changes: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings in their fields' types; ValueError for what is none."""
+    unknown = [called(name) for name in changes if name not in FIELDS]
+    if unknown:
+        raise ValueError(
+            f"{source}: no setting is called {', '.join(unknown[:_MOST_NAMED])}; there are "
+            f"{', '.join(FIELDS)}"
+        )
+    return {name: _cast(name, value) for name, value in changes.items()}
 
 
 def _cast(name: str, value: Any) -> Any:
@@ -185,7 +225,7 @@ def _cast(name: str, value: Any) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     expected = " | ".join(getattr(k, "__name__", str(k)) for k in kinds)
-    raise ValueError(f"{name} must be {expected.replace('NoneType', 'null')}, got {value!r}")
+    raise ValueError(f"{name} must be {expected.replace('NoneType', 'null')}, got {brief(value)}")
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -196,6 +236,8 @@ def _number(value: Any, kind: type) -> Any:
         value = int(value)  # not through float, which rounds large seeds
     number = value if isinstance(value, int) else float(value)
     if math.isnan(number) or (kind is int and number != int(number)):
+        raise ValueError
+    if kind is int and abs(number) >= 2**64:  # no seed or count is as large
         raise ValueError
     return kind(number)
 

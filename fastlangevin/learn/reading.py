@@ -11,6 +11,7 @@ import os
 import reprlib
 import stat
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,25 @@ class _Brief(reprlib.Repr):
         # Python refuses to write out integers of more than 4300 digits.
         return repr(x) if x.bit_length() < 200 else f"an integer of {x.bit_length()} bits"
 
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        # In its own order, which the parent's is not.
+        if level <= 0:
+            return "{...}"
+        items = list(islice(x.items(), self.maxdict + 1))
+        shown = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in items]
+        return (
+            "{" + ", ".join([*shown[: self.maxdict], *["..."] * (len(items) > self.maxdict)]) + "}"
+        )
+
 
 def brief(value: Any) -> str:
     """repr(value), shortened to a few items, levels and characters."""
     return cut(_Brief().repr(value))
+
+
+def called(name: Any) -> str:
+    """What should be a name, as an error message shows it."""
+    return cut(name) if isinstance(name, str) else brief(name)
 
 
 def cut(text: str) -> str:

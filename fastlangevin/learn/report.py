@@ -1,8 +1,8 @@
 """A run, or a model alone, as one HTML page that needs nothing else: no network, no script."""
 
 import base64
-import json
-import math
+import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,13 +12,25 @@ from typing import Any, NamedTuple
 from fastlangevin._version import __version__
 from fastlangevin.learn import diagnose_report, evaluate
 from fastlangevin.learn.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from fastlangevin.learn.config import read_settings
+from fastlangevin.learn.config import resolve, resolve_saved
+from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.files import replacing
 from fastlangevin.learn.folder import CONFIG, is_run
 from fastlangevin.learn.log import read_records, read_series
+from fastlangevin.learn.pixels import read_picture
+from fastlangevin.learn.reading import (
+    brief,
+    check_file,
+    check_inside,
+    read_bytes,
+    read_json,
+    read_text,
+    reading,
+)
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _TYPES = {".png": "image/png", ".gif": "image/gif"}
+_READ = (*_TYPES, ".txt", ".json", ".jsonl", ".yaml")
 ITERATION = "iteration "  # begins a picture's text, and its number follows
 _NO_CURVES = (
     "No curves: this is a model alone. The log of its learning lies in the folder of its run, and "
@@ -71,8 +83,8 @@ def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> 
     ``diagnose`` have left one, and the settings. A model alone has no folder, and no log: its page
     has the settings, and what has just been made of it in the folder ``made``.
 
-    Raises as :func:`find_weights` does, and ValueError naming a file in the folder that is damaged
-    or of another version.
+    Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged, of
+    another version, or a link to a place outside.
     """
     page = to_html(Path(run), made)
     with replacing(Path(out)) as temporary:
@@ -84,11 +96,13 @@ def to_html(run: Path, made: Path | None = None) -> str:
     weights = find_weights(run)
     if is_run(run):
         title, learning = f"Run {run.resolve().name}", _curves(run)
-        settings = read_settings(run / CONFIG)
+        _listed(run, CONFIG)
+        settings = dataclasses.asdict(resolve(file=run / CONFIG))
     else:
         title, learning = f"Model {run.stem}", f"<p>{_NO_CURVES}</p>"
-        sampler = (weights.info.get("energy") or {}) | (weights.info.get("sampler") or {})
-        settings = weights.info.get("config") or sampler
+        saved = weights.info.get("config") is not None
+        sampler = _mapping(weights.info, "energy", run) | _mapping(weights.info, "sampler", run)
+        settings = dataclasses.asdict(resolve_saved(weights.info, run, {})) if saved else sampler
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
     iterations = settings.get("iterations")
     trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
@@ -107,6 +121,14 @@ def to_html(run: Path, made: Path | None = None) -> str:
     return Template(_TEMPLATE.read_text("utf-8")).substitute(
         title=escape(title), body="\n".join(sections)
     )
+
+
+def _mapping(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
+    """Settings in a model's header; FileError if they are something else."""
+    found = info.get(name)
+    if not isinstance(found, dict | None):
+        raise FileError(f"{model} has a damaged header: {name} must be settings by name")
+    return found or {}
 
 
 def age(path: Path, weights: Weights) -> str:
@@ -129,22 +151,21 @@ def _iteration_of(path: Path) -> int | None:
     """What a result records: JSON, or the text beside a picture."""
     text = path if path.suffix == ".json" else path.with_suffix(".txt")
     try:
-        content = text.read_text("utf-8")
         if text.suffix == ".txt":
-            first = content.splitlines()[0]
+            first = read_text(text).splitlines()[0]
             return int(first.removeprefix(ITERATION)) if first.startswith(ITERATION) else None
-        found = json.loads(content)["iteration"]
+        found = read_json(text)["iteration"]
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
     return found if isinstance(found, int) else None
 
 
 def _samples(run: Path, weights: Weights, iterations: Any) -> str:
-    grids = sorted((run / "samples").glob("[0-9]" * 8 + ".png"))
+    grids = _listed(run, "samples/" + "[0-9]" * 8 + ".png")
     chosen = [grids[i * (len(grids) - 1) // (_GRIDS - 1)] for i in range(_GRIDS)] if grids else []
     final = run / "samples.png"
     parts = []
-    if final.is_file():
+    if final in _listed(run, final.name):
         # Drawn when a run ends: another end's only where the run has gone on and not ended yet.
         old = "" if weights.iteration == iterations else age(final, weights)
         parts.append(_image(final, "the last weights" + old))
@@ -152,11 +173,16 @@ def _samples(run: Path, weights: Weights, iterations: Any) -> str:
 
 
 def _curves(run: Path) -> str:
-    records, series = read_records(run), read_series(run)
+    _listed(run, "*.jsonl")
+    with reading(run / "metrics.jsonl", "records"):
+        records = read_records(run)
+    with reading(run / "series.jsonl", "records"):
+        series = read_series(run)
     parts = []
     for name, title in _CURVES.items():
         found = next((rows for rows in (series, records) if rows and name in rows[0]), [])
-        points = [(r["iteration"], r[name]) for r in found if _is_number(r.get(name))]
+        numbers = [r for r in found if _is_number(r.get(name)) and _is_number(r["iteration"])]
+        points = sorted((r["iteration"], r[name]) for r in numbers)
         constant = name in ("lr", "data_noise") and len({y for _, y in points}) == 1
         if len(points) > 1 and not constant:
             caption = f"<figcaption>{escape(title)}</figcaption>"
@@ -211,12 +237,23 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def _pictures(run: Path, weights: Weights) -> str:
     parts = []
-    for path in sorted(run.glob("*")):
+    texts = _listed(run, "*.txt")
+    for path in _listed(run, "*"):
         if path.suffix in _TYPES and path.name not in ("samples.png", "diagnose.png"):
             parts.append(_image(path, path.stem.replace("_", " ") + age(path, weights)))
-            if (text := path.with_suffix(".txt")).is_file():
-                parts.append(f"<pre>{escape(text.read_text('utf-8', errors='replace'))}</pre>")
+            if (text := path.with_suffix(".txt")) in texts:
+                words = read_bytes(text).decode("utf-8", errors="replace")
+                parts.append(f"<pre>{escape(words)}</pre>")
     return "".join(parts)
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    """Its files by that pattern, sorted; FileError for a link among them that leaves the folder."""
+    found = sorted(path for path in folder.glob(pattern) if path.suffix in _READ)
+    for path in found:
+        check_inside(path, folder)
+        check_file(path)
+    return found
 
 
 def _evaluation(run: Path, weights: Weights) -> str:
@@ -255,7 +292,7 @@ def _diagnosis(run: Path, weights: Weights) -> str:
         ]
         return (
             (f"<p>{escape(old)}</p>" if old else "")
-            + (_image(picture, "") if picture.is_file() else "")
+            + (_image(picture, "") if picture in _listed(run, picture.name) else "")
             + _table(["quantity", "value"], lines)
             + _table(["moments of layer", "elements", "residual", "by chance"], layers)
         )
@@ -264,18 +301,16 @@ def _diagnosis(run: Path, weights: Weights) -> str:
 
 
 def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -> str:
-    """A result's file, if there is one, as ``show`` does; ValueError where it cannot be shown."""
-    if not path.is_file():
+    """A result's file, if there is one, as ``show`` does; FileError where it cannot be shown."""
+    if path not in _listed(path.parent, path.name):
         return ""
-    try:
-        found = json.loads(path.read_text("utf-8"))
+    with contextlib.suppress(
+        AttributeError, IndexError, KeyError, OverflowError, StopIteration, TypeError, ValueError
+    ):
+        found = read_json(path)
         if (found["format"], found["version"]) == (form, 1):
             return show(found)
-    except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
-        pass
-    raise ValueError(
-        f"report: {path} is damaged, or no {form!r} of version 1; write it again or remove it"
-    )
+    raise FileError(f"{path} is damaged, or no {form!r} of version 1; write it again or remove it")
 
 
 def _section(title: str, content: str) -> str:
@@ -283,7 +318,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _image(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = base64.b64encode(read_picture(path)).decode()
     text = escape(caption)
     return (
         f'<figure><img src="data:{_TYPES[path.suffix]};base64,{data}" alt="{text}">'
@@ -302,8 +337,11 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    if isinstance(value, str):
+        return value
+    return f"{value:.5g}" if isinstance(value, float) else brief(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Whether it can be drawn: JSON has integers that no float is as large as."""
+    return isinstance(value, int | float) and abs(value) < 1e300

@@ -3,18 +3,22 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlangevin.arguments import check_count
 from fastlangevin.learn.config import FIELDS, TrainConfig, read_settings, resolve
+from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.reading import brief, called
 
 VERSION = 1
 # A run's rate and data noise change linearly from one setting to another; swept, both change.
 _FINAL = {"lr": "lr_final", "data_noise": "data_noise_final"}
+
+_MOST_RUNS = 10_000
 
 Settings = dict[str, Any]
 
@@ -44,25 +48,32 @@ class Sweep:
     grid: bool = False
 
     def __post_init__(self) -> None:
-        check_count("sweep", "seeds", self.seeds)
+        if not isinstance(self.seeds, int) or isinstance(self.seeds, bool) or self.seeds < 1:
+            raise ValueError(f"sweep: seeds must be at least 1, got {brief(self.seeds)}")
         if not isinstance(self.grid, bool):
-            raise ValueError(f"sweep: grid must be true or false, got {self.grid!r}")
+            raise ValueError(f"sweep: grid must be true or false, got {brief(self.grid)}")
         if not isinstance(self.axes, Mapping) or not self.axes:
             raise ValueError("sweep: no field is swept; give some field two or more values")
         cast: dict[str, list[Any]] = {}
         for name, values in self.axes.items():
             if name not in FIELDS:
-                raise ValueError(f"sweep: no setting is called {name}; there are {_listed(FIELDS)}")
+                raise ValueError(
+                    f"sweep: no setting is called {called(name)}; there are {_listed(FIELDS)}"
+                )
             if name == "seed":
                 raise ValueError("sweep: seed is no axis; give seeds, how many to run of each")
             if isinstance(values, str) or not isinstance(values, Sequence):
-                raise ValueError(f"sweep: {name} must have a list of values, got {values!r}")
+                raise ValueError(f"sweep: {name} must have a list of values, got {brief(values)}")
             if not values:
                 raise ValueError(f"sweep: {name} must have one value or more, got none")
             cast[name] = [getattr(self._config({name: value}), name) for value in values]
             for value in cast[name]:
                 if cast[name].count(value) > 1:
                     raise ValueError(f"sweep: {name} must have distinct values, got {value} twice")
+        lengths = [len(values) for values in cast.values()]
+        count = self.seeds * (math.prod(lengths) if self.grid else sum(lengths))
+        if count > _MOST_RUNS:
+            raise ValueError(f"sweep: must have at most {_MOST_RUNS} runs, got {brief(count)}")
         object.__setattr__(self, "axes", cast)
 
     def lines(self, name: str) -> list[list[Settings]]:
@@ -130,12 +141,14 @@ def read_sweep(
 
     The file holds settings of the centre, as `train` takes them, and ``axes`` (lists by field),
     ``seeds`` and ``grid``. In ``lists``, a list of one sets the centre; others are axes, in place
-    of the file's. Raises ValueError naming what does not serve and where it came from.
+    of the file's. Raises ValueError naming what does not serve; FileError, which begins with the
+    path, where the file is at fault.
     """
     given = {} if file is None else read_settings(file)
-    axes = given.pop("axes", None) or {}
-    if not isinstance(axes, dict):
-        raise ValueError(f"{file}: axes must hold lists of values by setting, got {axes!r}")
+    axes = given.pop("axes", None)
+    if not isinstance(axes, dict | None):
+        raise FileError(f"{file}: axes must hold lists of values by setting, got {brief(axes)}")
+    axes = axes or {}
     of_file = given.pop("seeds", 3), given.pop("grid", False)
     seeds = of_file[0] if seeds is None else seeds
     grid = of_file[1] if grid is None else grid
@@ -143,7 +156,7 @@ def read_sweep(
     for name in given:
         if name not in FIELDS:
             known = _listed([*FIELDS, "axes", "seeds", "grid", "preset"])
-            raise ValueError(f"{file}: no setting is called {name}; there are {known}")
+            raise FileError(f"{file}: no setting is called {called(name)}; there are {known}")
     for name, values in (lists or {}).items():
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")
@@ -152,8 +165,13 @@ def read_sweep(
             axes.pop(name, None)
         else:
             axes[name] = values
-    centre = resolve(preset or named, overrides=given)
-    return Sweep(centre, axes, seeds, grid)
+    try:
+        centre = resolve(named if preset is None else preset, overrides=given)
+        return Sweep(centre, axes, seeds, grid)
+    except ValueError as error:
+        if file is None or lists:
+            raise
+        raise FileError(f"{file}: {error}") from error
 
 
 def describe(point: Settings) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from fastlangevin.learn.build import build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints, load
 from fastlangevin.learn.config import TrainConfig, read_settings
 from fastlangevin.learn.data import ImageData
+from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.files import replacing
 from fastlangevin.learn.folder import is_run
 from fastlangevin.learn.guard import DivergedError
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.quality import QualityCheck
+from fastlangevin.learn.reading import brief, read_bytes, read_json
 from fastlangevin.learn.run import train
 from fastlangevin.learn.sweep import VERSION, Run, Sweep, describe
 
@@ -105,21 +108,21 @@ def _check_folder(plan: Sweep, out: Path) -> None:
                 "name another folder"
             )
         return
-    if not (out / PLAN).read_bytes().startswith(MARK.encode()):
+    if not read_bytes(out / PLAN).startswith(MARK.encode()):
         raise FileExistsError(f"sweep: {out / PLAN} is not of a sweep; name another folder")
     saved, asked = read_settings(out / PLAN), plan.plan()
     if saved.get("version") != VERSION:
-        raise ValueError(
-            f"sweep: {out} is a sweep of version {saved.get('version')}; "
+        raise FileError(
+            f"{out / PLAN} is a sweep of version {brief(saved.get('version'))}; "
             f"this fastlangevin reads version {VERSION}"
         )
     if not isinstance(saved.get("centre"), dict):
-        raise ValueError(f"sweep: {out / PLAN} is damaged, it has no centre; name another folder")
+        raise FileError(f"{out / PLAN} is damaged, it has no centre; name another folder")
     saved, asked = ({**p.pop("centre"), **p} for p in (saved, asked))
     for name in asked:
         if name != "device" and saved.get(name) != asked[name]:
             raise FileExistsError(
-                f"sweep: {out} holds another sweep: {name} is {saved.get(name)} there, "
+                f"sweep: {out} holds another sweep: {name} is {brief(saved.get(name))} there, "
                 f"{asked[name]} here; name another folder"
             )
 
@@ -212,17 +215,17 @@ def _late(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _result(folder: Path) -> dict[str, Any] | None:
     """What a finished run has left; None before that, ValueError for what is no such record."""
     path = folder / RESULT
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         known = _is_result(found)
-    except ValueError:
+    except FileError:
         known = False
     if not known:
-        raise ValueError(
-            f"sweep: {path} is damaged, or another version's; remove it, and the same command "
-            "measures the run again from its checkpoint"
+        raise FileError(
+            f"{path} is damaged, or another version's; remove it, and the same command measures "
+            "the run again from its checkpoint"
         )
     return dict(found)
 
