@@ -177,7 +177,7 @@ def _open(
     # os.path's functions hold a name that no file can have for one that no file has.
     if source not in SOURCES and os.path.isdir(path):
         return _open_folder(path, split, limit)
-    if source not in SOURCES and not os.path.exists(path):
+    if source not in SOURCES and not os.path.lexists(path):
         raise FileNotFoundError(
             f"load_images: {brief(str(source))} is neither an existing path nor one of "
             f'{", ".join(SOURCES)} or "hub:owner/name"; looked for {cut(str(path.absolute()))}'

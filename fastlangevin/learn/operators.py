@@ -151,7 +151,10 @@ def _read_mask(name: str, shape: tuple[int, ...]) -> Tensor:
     if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
         got = "NaN or infinity" if found.dtype.kind == "f" else cut(str(found.dtype))
         raise FileError(f"{name} must hold finite numbers to be a mask, got {got}")
-    return torch.from_numpy(np.asarray(found != 0))
+    known = torch.from_numpy(np.asarray(found != 0))
+    with reading(path, "a mask"):
+        Mask(known)(torch.zeros((1, *shape)))
+    return known
 
 
 def _read_picture(path: Path) -> np.ndarray:

@@ -49,9 +49,9 @@ class _Brief(reprlib.Repr):
             return "{...}"
         items = list(islice(x.items(), self.maxdict + 1))
         shown = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in items]
-        return (
-            "{" + ", ".join([*shown[: self.maxdict], *["..."] * (len(items) > self.maxdict)]) + "}"
-        )
+        if len(items) > self.maxdict:
+            shown[-1] = "..."
+        return "{" + ", ".join(shown) + "}"
 
 
 def brief(value: Any) -> str:
