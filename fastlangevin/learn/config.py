@@ -170,9 +170,8 @@ def resolve(
 def read_settings(file: str | Path) -> dict[str, Any]:
     """The mapping in a YAML, TOML or JSON file; FileError if it is not one."""
     file = Path(file)
-    parse: Callable[[str], Any] = {".toml": _parse_toml, ".json": json.loads}.get(
-        file.suffix, parse_yaml
-    )
+    parsers: dict[str, Callable[[str], Any]] = {".toml": _parse_toml, ".json": json.loads}
+    parse = parsers.get(file.suffix, parse_yaml)
     text = read_text(file, _SETTINGS_BYTES)
     with reading(file, file.suffix[1:] or "yaml"):
         settings = parse(text)
