@@ -1,6 +1,4 @@
-"""The one error that unreadable files end in."""
-
-from __future__ import annotations
+"""The error of files that cannot be read."""
 
 
 class FileError(ValueError):
