@@ -186,14 +186,19 @@ def resolve_saved(
     """The settings in a checkpoint's header, changed by ``changes``; FileError if they are none."""
     saved = info.get("config")
     if not isinstance(saved, dict):
-        raise FileError(f"{source} has a damaged header: config must be settings by name")
+        raise FileError(
+            f"{source} has a damaged header: config must hold settings by name, "
+            f"got {type(saved).__name__}"
+        )
+    if unknown := [called(name) for name in saved if name not in FIELDS]:
+        raise FileError(
+            f"{source} has settings that fastlangevin {__version__} does not know, perhaps another "
+            f"version's: {', '.join(unknown[:_MOST_NAMED])}"
+        )
     try:
         config = resolve(overrides=saved)
     except (TypeError, ValueError) as error:
-        raise FileError(
-            f"{source} has settings that fastlangevin {__version__} does not know, perhaps another "
-            f"version's: {error}"
-        ) from error
+        raise FileError(f"{source} has settings that no run takes: {error}") from error
     return resolve(overrides=dataclasses.asdict(config) | dict(changes)) if changes else config
 
 
