@@ -45,11 +45,14 @@ def unless_given(option: str, value: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Warnings of the library become one readable line each, without its source."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Warnings of the library become one readable line each, at once and without their source."""
+
+    def show(message: Warning | str, *_where: Any, **_more: Any) -> None:
+        typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
         yield
-    for warning in caught:
-        typer.echo(f"warning: {' '.join(str(warning.message).split())}", err=True)
 
 
 def run_config(run: Path, data: str | None = None) -> tuple["TrainConfig", dict[str, Any]]:
@@ -58,20 +61,29 @@ def run_config(run: Path, data: str | None = None) -> tuple["TrainConfig", dict[
     ValueError for one that names no data, CheckpointError for another version's.
     """
     from fastlangevin import __version__
-    from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint
+    from fastlangevin.learn.checkpoint import CheckpointError, iteration_of, read_checkpoint
     from fastlangevin.learn.config import FIELDS, resolve
 
     info = read_checkpoint(run)[1]
-    if info.get("config") is None:
+    settings = info.get("config")
+    if settings is None:
         raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-    if unknown := [name for name in info["config"] if name not in FIELDS]:
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{run} has a damaged header: config must hold settings by name, "
+            f"got {type(settings).__name__}"
+        )
+    if unknown := [name for name in settings if name not in FIELDS]:
         raise CheckpointError(
             f"{run} has settings that fastlangevin {__version__} does not know, perhaps another "
             f"version's: {', '.join(unknown)}"
         )
-    if not isinstance(info.get("iteration"), int):
-        raise CheckpointError(f"{run} has a damaged header: no iteration in it")
-    return resolve(overrides=info["config"] | ({} if data is None else {"data": data})), info
+    iteration_of(info, run)
+    try:
+        config = resolve(overrides=settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{run} has settings that no run takes: {error}") from error
+    return config if data is None else resolve(overrides=settings | {"data": data}), info
 
 
 def check_out(out: Path, *suffixes: str) -> None:
