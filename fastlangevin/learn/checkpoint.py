@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlangevin._version import __version__
@@ -26,6 +25,24 @@ from fastlangevin.step import choose_backend
 FORMAT = "fastlangevin checkpoint"
 VERSION = 1
 _HEADER, _CHECKSUM = "fastlangevin", "checksum"  # names in the metadata of the file
+# What safetensors calls the dtypes.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _SUFFIX = ".safetensors"
 _SETTINGS = inspect.signature(LangevinSampler).parameters
 _MODELS = Path(__file__).parents[1] / "models"
@@ -50,12 +67,6 @@ def save_checkpoint(
     path = Path(path)
     header = json.dumps({"format": FORMAT, "version": VERSION, **info})
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    seen: set[int] = set()
-    for name, tensor in held.items():
-        # The format has no shared memory: tied weights are written once each.
-        if tensor.untyped_storage().data_ptr() in seen:
-            held[name] = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
     metadata = {_HEADER: header, _CHECKSUM: checksum(header, held)}
     with replacing(path) as temporary:
         try:
@@ -64,13 +75,34 @@ def save_checkpoint(
             raise OSError(f"checkpoint {path} could not be written: {error}") from error
 
 
-def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file to ``path`` itself.
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write contiguous CPU tensors as a safetensors file; equal content gives equal bytes.
 
-    The library's own function writes to a temporary file, which a killed process leaves under a
-    name that is not known to be ours.
+    The library's own function first copies all tensors, gives the metadata a random order, and
+    writes to a temporary file that it leaves behind, under a name of its own, if it is killed.
     """
-    path.write_bytes(save(tensors, metadata))
+    # The format has no gaps: by falling size of their elements, all tensors are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"checkpoint {path}: {name} has dtype {tensor.dtype}, which no file has"
+            )
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(_bytes(tensors[name]))
 
 
 def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
@@ -84,8 +116,12 @@ def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         kind = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
         crc = zlib.crc32(kind.encode(), crc)
-        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(_bytes(tensor), crc)
     return f"crc32:{crc:08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,6 +15,9 @@ from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.files import replacing, sync
 from fastlangevin.learn.images import save_grid, to_grid
 
+# The numbers that no line of a file is without.
+_NEEDED = {"metrics.jsonl": ("gap",), "series.jsonl": ("gap", "reach")}
+
 
 class RunLog:
     """Writes one record per logged iteration to a run's folder, and sample grids.
@@ -75,12 +78,12 @@ class RunLog:
 
 def read_records(run: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first; FileError for a line that is JSON, but no record."""
-    return [record for _, record in _records(run / "metrics.jsonl", "gap")]
+    return [record for _, record in _records(run / "metrics.jsonl")]
 
 
 def read_series(run: Path) -> list[dict[str, Any]]:
     """Iteration, gap and reach of every iteration, oldest first; FileError as `read_records`."""
-    return [record for _, record in _records(run / "series.jsonl", "gap", "reach")]
+    return [record for _, record in _records(run / "series.jsonl")]
 
 
 def _reopen(path: Path, iteration: int) -> TextIO:
@@ -91,7 +94,7 @@ def _reopen(path: Path, iteration: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _records(path: Path, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whole records only: a kill may have cut the last line, a power cut blanked some."""
     if not path.exists():
         return
@@ -104,7 +107,7 @@ def _records(path: Path, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except RecursionError as error:
             raise FileError(f"{path}, line {number}: JSON nested too deeply") from error
         if line.endswith("\n"):
-            _check_record(record, needed, f"{path}, line {number}")
+            _check_record(record, _NEEDED[path.name], f"{path}, line {number}")
             yield line, record
 
 
