@@ -104,6 +104,7 @@ def _train(
                 if not is_sound(learner, config):
                     raise DivergedError(f"energies run away after iteration {learner.iteration}")
                 save_run(learner, config, out, log)
+            remove_old_checkpoints(out)  # a process may have been killed before it did
             save_grid(draw_samples(learner, config), out / "samples.png")
     except (DivergedError, FloatingPointError) as error:
         raise DivergedError(f"{error}; {last_good(out)}") from error
@@ -182,9 +183,13 @@ def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path, log: RunL
     log.sync()
     path = checkpoint_path(out, learner.iteration)
     learner.save(path, config=dataclasses.asdict(config), data=fingerprint(learner.data))
-    for old in list_checkpoints(out)[:-KEPT_CHECKPOINTS]:
-        old.unlink()
+    remove_old_checkpoints(out)
     return path
+
+
+def remove_old_checkpoints(out: Path) -> None:
+    for path in list_checkpoints(out)[:-KEPT_CHECKPOINTS]:
+        path.unlink()
 
 
 def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> None:
