@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,8 +15,7 @@ from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.files import replacing, sync
 from fastlangevin.learn.images import save_grid, to_grid
 
-# The numbers that no line of a file is without.
-_NEEDED = {"metrics.jsonl": ("gap",), "series.jsonl": ("gap", "reach")}
+_ALWAYS_MEASURED = ("gap", "reach")  # the others may be null
 
 
 class RunLog:
@@ -107,12 +106,12 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except RecursionError as error:
             raise FileError(f"{path}, line {number}: JSON nested too deeply") from error
         if line.endswith("\n"):
-            _check_record(record, _NEEDED[path.name], f"{path}, line {number}")
+            _check_record(record, f"{path}, line {number}")
             yield line, record
 
 
-def _check_record(record: Any, needed: Sequence[str], where: str) -> None:
-    """FileError unless it is an iteration, with numbers by name; what is not needed may be null."""
+def _check_record(record: Any, where: str) -> None:
+    """FileError unless it is an iteration with numbers by name; which, differs between versions."""
     if not isinstance(record, dict):
         raise FileError(f"{where}: expected a record, got {reprlib.repr(record)}")
     iteration = record.get("iteration")
@@ -120,9 +119,8 @@ def _check_record(record: Any, needed: Sequence[str], where: str) -> None:
         raise FileError(
             f"{where}: iteration must be an integer >= 0, got {reprlib.repr(iteration)}"
         )
-    for name in (*needed, *record):
-        value = record.get(name)
-        if type(value) not in (int, float) and (value is not None or name in needed):
+    for name, value in record.items():
+        if type(value) not in (int, float) and (value is not None or name in _ALWAYS_MEASURED):
             raise FileError(f"{where}: {name} must be a number, got {reprlib.repr(value)}")
 
 
