@@ -36,7 +36,7 @@ from fastlangevin.learn.config import FIELDS
 from fastlangevin.learn.folder import FREE_SETTINGS, only_writer
 from fastlangevin.learn.images import to_grid
 from fastlangevin.learn.log import RunLog, read_records
-from fastlangevin.learn.run import annealed
+from fastlangevin.learn.run import StopRequest, annealed
 
 # On top of a preset of the paper's. Everything that has a state is on: average, buffer, flips,
 # annealing.
@@ -61,6 +61,8 @@ SETTINGS = {
     "data_noise_final": 0.01,
     "device": "cpu",
 }
+# Windows has no SIGHUP.
+STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 FIND_SPEC = importlib.util.find_spec
 
 
@@ -288,7 +290,7 @@ def test_cut_again_and_again(config: TrainConfig, whole: Path, tmp_path: Path) -
     assert_same_end(out, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPPING)
 @pytest.mark.parametrize("k", [1, 6, 8])
 def test_a_signal_ends_the_run_with_a_checkpoint(
     k: int, number: signal.Signals, config: TrainConfig, whole: Path, tmp_path: Path
@@ -298,7 +300,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    last = train(config, tmp_path / "run", report=report)
+    stop = StopRequest()
+    last = train(config, tmp_path / "run", report=report, stop=stop)
+    assert stop.signal == number
     assert signal.getsignal(number) == before
     assert last == tmp_path / "run" / "checkpoints" / f"{k:08d}.safetensors"
     assert read_checkpoint(last)[1]["iteration"] == k
@@ -544,16 +548,28 @@ def test_a_file_in_the_folders_place(option: dict, config: TrainConfig, tmp_path
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_resume_from_a_damaged_checkpoint(config: TrainConfig, copied: Path) -> None:
-    """The newest is named; the one before it is there to go back to."""
+def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
+    config: TrainConfig, whole: Path, copied: Path
+) -> None:
+    """It says so, and keeps the damaged file under another name."""
     newest = copied / "checkpoints" / "00000012.safetensors"
     os.truncate(newest, 1000)
+    with pytest.warns(UserWarning, match=rf"{newest} is truncated.* goes on from .*09\.safet"):
+        train(config, copied, resume=True)
+    assert_same_end(copied, whole)
+    assert newest.with_suffix(".damaged").stat().st_size == 1000
+    train(config, copied, overwrite=True)
+    assert snapshot(copied).keys() == snapshot(whole).keys()
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_resumed(config: TrainConfig, copied: Path) -> None:
+    for path in list_checkpoints(copied):
+        os.truncate(path, 1000)
     before = snapshot(copied)
-    with pytest.raises(CheckpointError, match=f"{newest} is truncated"):
+    match = r"00000012\.safetensors is truncated.*; no older checkpoint is whole"
+    with pytest.raises(CheckpointError, match=match):
         train(config, copied, resume=True)
     assert snapshot(copied) == before
-    newest.unlink()
-    train(config, copied, resume=True)
 
 
 BAD = [

@@ -547,7 +547,7 @@ def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     stop = interrupted(1, 1, lambda: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(sweep_runs, "train", stop)
     stopped = CliRunner().invoke(app, command)
-    assert stopped.exit_code == 130
+    assert stopped.exit_code == 128 + signal.SIGTERM
     assert "go on with the same command" in stopped.output
     assert not (out / "sweep.json").exists()
 

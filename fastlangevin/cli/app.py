@@ -45,11 +45,14 @@ def unless_given(option: str, value: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Warnings of the library become one readable line each, without its source."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Warnings of the library become one readable line each, at once and without their source."""
+
+    def show(message: Warning | str, *_where: Any, **_more: Any) -> None:
+        typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
         yield
-    for warning in caught:
-        typer.echo(f"warning: {' '.join(str(warning.message).split())}", err=True)
 
 
 def run_config(run: Path, data: str | None = None) -> tuple["TrainConfig", dict[str, Any]]:
@@ -57,15 +60,14 @@ def run_config(run: Path, data: str | None = None) -> tuple["TrainConfig", dict[
 
     ValueError for one that names no data, FileError for one that is damaged or another version's.
     """
-    from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint
+    from fastlangevin.learn.checkpoint import iteration_of, read_checkpoint
     from fastlangevin.learn.config import resolve_saved
 
     info = read_checkpoint(run)[1]
     if info.get("config") is None:
         raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
     config = resolve_saved(info, run, {} if data is None else {"data": data})
-    if not isinstance(info.get("iteration"), int):
-        raise CheckpointError(f"{run} has a damaged header: no iteration in it")
+    iteration_of(info, run)
     return config, info
 
 

@@ -1,6 +1,7 @@
 """train, sample, check, export."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastlangevin.cli.app import app, check_out, console, errors, run_config, unless_given
+from fastlangevin.cli.app import (
+    app,
+    check_out,
+    console,
+    errors,
+    plain_warnings,
+    run_config,
+    unless_given,
+)
 from fastlangevin.cli.options import with_settings
 
 Report = Callable[[int, Any], None]
@@ -39,13 +48,15 @@ def train(
     """Learn an energy from images by short-run MCMC, into a folder.
 
     Settings come from a preset, then the config file, then options; what they resolve to is saved
-    as OUT/config.yaml. Ctrl-C saves a checkpoint and stops.
+    as OUT/config.yaml. Ctrl-C saves a checkpoint and stops; so do SIGTERM and SIGHUP. The exit
+    status is then 130, 143 or 129.
     """
     from fastlangevin.learn import config as configs
     from fastlangevin.learn import folder as folders
     from fastlangevin.learn import run
 
-    with errors():
+    stop = run.StopRequest()
+    with errors(), plain_warnings():
         if resume:
             if out is None:
                 raise ValueError("--resume needs --out, the folder of the run")
@@ -57,13 +68,20 @@ def train(
         name = preset or (config.stem if config else "digits")
         folder = out or _free_folder(Path("runs") / name)
         with _progress(resolved.iterations) as report:
-            last = run.train(resolved, folder, resume=resume, overwrite=overwrite, report=report)
-    typer.echo(f"checkpoint  {last}")
-    typer.echo(f"samples     {folder / 'samples.png'}")
-    typer.echo(f"settings    {folder / folders.CONFIG}")
-    if (stopped := int(last.stem)) < resolved.iterations:
-        typer.echo(f"stopped at {stopped} of {resolved.iterations}; go on with --resume", err=True)
-        raise typer.Exit(130)
+            last = run.train(
+                resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop
+            )
+    stopped = int(last.stem)
+    with _shown():
+        typer.echo(f"checkpoint  {last}")
+        typer.echo(f"samples     {folder / 'samples.png'}")
+        typer.echo(f"settings    {folder / folders.CONFIG}")
+        if stopped < resolved.iterations:
+            typer.echo(
+                f"stopped at {stopped} of {resolved.iterations}; go on with --resume", err=True
+            )
+    if stopped < resolved.iterations and stop.signal is not None:
+        raise typer.Exit(128 + stop.signal)
 
 
 @app.command()
@@ -166,7 +184,13 @@ def export(
 def _progress(iterations: int) -> Iterator[Report]:
     """A progress bar on a terminal, else a line now and then."""
     if not sys.stderr.isatty():
-        yield _lines(iterations)
+        lines = _lines(iterations)
+
+        def report(iteration: int, record: Any) -> None:
+            with _shown():
+                lines(iteration, record)
+
+        yield report
         return
     columns = (
         TextColumn("iteration"),
@@ -176,16 +200,40 @@ def _progress(iterations: int) -> Iterator[Report]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[state]}"),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("train", total=iterations, rate="", state="")
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("train", total=iterations, rate="", state="")
 
-        def report(iteration: int, record: Any) -> None:
-            speed = bar.tasks[task].speed
+    def update(iteration: int, record: Any) -> None:
+        speed = bar.tasks[task].speed
+        with _shown():
             bar.update(task, completed=iteration, rate=f"{speed:.1f}/s" if speed else "")
             if record["grad_norm"] is not None:
                 bar.update(task, state=_state(record))
 
-        yield report
+    bar.start()
+    try:
+        yield update
+    finally:
+        with _shown():
+            bar.stop()
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[None]:
+    """Print, or go on in silence where the terminal or the reader of a pipe is gone.
+
+    A run outlives them: it has a checkpoint to save.
+    """
+    with contextlib.suppress(OSError):
+        yield
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            # What it still holds is flushed when the process ends, which must not fail.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def _lines(iterations: int) -> Report:

@@ -87,6 +87,7 @@ def report(
 
 
 def _compute(run: Path, folder: Path, weights: "Weights", commands: Commands, device: str) -> None:
+    from fastlangevin.learn.files import replacing
     from fastlangevin.learn.report import ITERATION, age
 
     for name, command in commands.items():
@@ -101,4 +102,5 @@ def _compute(run: Path, folder: Path, weights: "Weights", commands: Commands, de
             if path.suffix == ".png":
                 lines = said.getvalue().splitlines()[:-1]  # the last is the picture's path
                 text = [f"{ITERATION}{weights.iteration}", *lines]
-                path.with_suffix(".txt").write_text("\n".join(text) + "\n", "utf-8")
+                with replacing(path.with_suffix(".txt")) as temporary:
+                    temporary.write_text("\n".join(text) + "\n", "utf-8")

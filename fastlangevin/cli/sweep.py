@@ -1,6 +1,7 @@
 """sweep."""
 
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,10 +42,12 @@ def sweep(
     folder in OUT, as of `train`. The same command goes on where it was stopped. Several processes
     share the runs by RANK and WORLD_SIZE in their environment, as torchrun sets them.
     """
+    from fastlangevin.learn.run import StopRequest
     from fastlangevin.learn.sweep import describe, read_sweep
     from fastlangevin.learn.sweep_report import write_report
     from fastlangevin.learn.sweep_runs import Run, run_sweep
 
+    stop = StopRequest()
     with errors():
         parsed = {name: _values(name, text) for name, text in settings.items()}
         plan = read_sweep(preset, config, parsed, seeds, grid)
@@ -64,6 +67,7 @@ def sweep(
             world_size=world_size,
             device=_own_device(plan.centre.device),
             report=report,
+            stop=stop,
         )
         written = [] if results is None else write_report(plan, results, out)
     for path in written:
@@ -72,7 +76,7 @@ def sweep(
         typer.echo('no plot: it needs matplotlib, pip install "fastlangevin[plot]"', err=True)
     if count < total:
         typer.echo("stopped; go on with the same command", err=True)
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (stop.signal or signal.SIGINT))
     if not written:
         typer.echo("done; the runs of other processes are not yet", err=True)
 

@@ -2,11 +2,16 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastlangevin.learn.config import MARK, TrainConfig, read_settings, resolve
+from fastlangevin.learn import files
+from fastlangevin.learn.config import MARK, TrainConfig, resolve
+from fastlangevin.learn.errors import FileError
 
 try:
     import fcntl
@@ -14,9 +19,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
+# What flock answers where another process has the lock; any other error is of the file system.
+_LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 _NUMBER = "[0-9]" * 8
 WRITTEN = (
     f"checkpoints/{_NUMBER}.safetensors",
+    f"checkpoints/{_NUMBER}.damaged",
     f"samples/{_NUMBER}.png",
     "metrics.jsonl",
     "series.jsonl",
@@ -41,7 +49,10 @@ FREE_SETTINGS = (
 def is_run(out: Path) -> bool:
     """Whether a folder is one that a run of ours wrote."""
     config = out / CONFIG
-    return config.is_file() and config.read_bytes().startswith(MARK.encode())
+    if not config.is_file():
+        return False
+    with config.open("rb") as file:
+        return file.read(len(MARK.encode())) == MARK.encode()
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
@@ -72,11 +83,13 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
 def only_writer(out: Path) -> Iterator[None]:
     """Make the folder, and keep other processes from training in it meanwhile.
 
-    The lock is the folder's own and goes with the process, however that ends. A new folder that is
-    still empty then is removed. FileExistsError if another process has it.
+    The lock is the folder's own and goes with the process, however that ends; on some network file
+    systems it holds on one machine only. Where there are no locks the run goes on with a warning. A
+    new folder that is still empty at the end is removed. FileExistsError if another process has
+    the lock.
     """
     new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     if fcntl is None:
         yield
         return
@@ -84,8 +97,14 @@ def only_writer(out: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"train: another process is training in {out}") from error
+        except OSError as error:
+            if error.errno in _LOCKED:
+                raise FileExistsError(f"train: another process is training in {out}") from error
+            warnings.warn(
+                f"train: {out} cannot be locked ({error.strerror or error}); two processes must "
+                "not train in this folder at the same time",
+                stacklevel=4,
+            )
         yield
     finally:
         os.close(folder)
@@ -95,8 +114,13 @@ def only_writer(out: Path) -> Iterator[None]:
 
 
 def check_resumed(config: TrainConfig, out: Path) -> None:
-    """ValueError if a run would not go on as it began."""
-    saved = dataclasses.asdict(resolve(overrides=read_settings(out / CONFIG)))
+    """ValueError if a run would not go on as it began; FileError if its settings are damaged."""
+    try:
+        saved = dataclasses.asdict(resolve(file=out / CONFIG))
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(f"{out / CONFIG}: {error}") from error
     asked = dataclasses.asdict(config)
     free: tuple[str, ...] = FREE_SETTINGS
     if (config.lr, config.data_noise) != (config.lr_final, config.data_noise_final):
@@ -121,8 +145,14 @@ def remove_run(out: Path) -> None:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Delete the unfinished files of a process that was killed while it wrote them."""
+    """Delete the temporary files of processes that were killed while they wrote into a run.
+
+    The run's own files are written under its lock, so that any temporary file of them is left over.
+    """
+    for folder in (out, out / "checkpoints", out / "samples"):
+        files.remove_leftovers(folder)
     for pattern in WRITTEN:
-        folder, _, name = pattern.rpartition("/")
-        for path in (out / folder).glob(f".{name}.*.tmp"):
-            path.unlink()
+        place, _, name = pattern.rpartition("/")
+        for path in (out / place).glob(f".{name}.*.tmp"):
+            if re.search(r"\.\d+\.tmp$", path.name):
+                path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Algorithm 1: learn an energy by short-run MCMC."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from fastlangevin.arguments import check_count
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
+    iteration_of,
     load_weights,
     read_checkpoint,
     save_checkpoint,
@@ -198,28 +200,43 @@ class ShortRunLearner:
                 found["buffer_added"] = torch.tensor(self.buffer.added)
         return found
 
-    def load_tensors(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """Take up where :meth:`tensors` was read; CheckpointError if they do not fit."""
-        load_weights(self.energy, tensors, "model.", "the checkpoint")
-        if self.averaged is not None:
-            load_weights(self.averaged.module, tensors, "ema.", "the checkpoint")
-            self.averaged.n_averaged.copy_(_take(tensors, "ema_updates"))
-        if self.buffer is not None:
-            states = _take(tensors, "buffer")
-            if (states.shape, states.dtype) != (self.buffer.states.shape, self.buffer.dtype):
+    def load_tensors(
+        self, tensors: dict[str, Tensor], iteration: int, path: str | Path = "the checkpoint"
+    ) -> None:
+        """Take up where :meth:`tensors` was read; CheckpointError if they do not fit.
+
+        ``path`` is what the error calls the file that they are from.
+        """
+
+        def take(name: str, shape: Sequence[int]) -> Tensor:
+            if name not in tensors:
+                raise CheckpointError(f"{path} has no {name}")
+            if tensors[name].shape != torch.Size(shape):
                 raise CheckpointError(
-                    f"the checkpoint's buffer has shape {list(states.shape)} of {states.dtype}, "
-                    f"this one {list(self.buffer.states.shape)} of {self.buffer.dtype}"
+                    f"{path} has {name} of shape {list(tensors[name].shape)}, "
+                    f"this run's has {list(shape)}"
+                )
+            return tensors[name]
+
+        load_weights(self.energy, tensors, "model.", path)
+        if self.averaged is not None:
+            load_weights(self.averaged.module, tensors, "ema.", path)
+            self.averaged.n_averaged.copy_(take("ema_updates", ()))
+        if self.buffer is not None:
+            states = take("buffer", self.buffer.states.shape)
+            if states.dtype != self.buffer.dtype:
+                raise CheckpointError(
+                    f"{path} has a buffer of {states.dtype}, this run's is of {self.buffer.dtype}"
                 )
             if self.buffer.kind != "index":
-                self.buffer.added = int(_take(tensors, "buffer_added"))
+                self.buffer.added = int(take("buffer_added", ()))
             self.buffer.states.copy_(states)
         self.optimizer.state.clear()
         for name, parameter in self.energy.named_parameters():
             # Adam has no moments for a parameter that never had a gradient.
             if any(f"adam.{key}.{name}" in tensors for key in _MOMENTS):
                 self.optimizer.state[parameter] = {
-                    key: _take(tensors, f"adam.{key}.{name}").to(
+                    key: take(f"adam.{key}.{name}", () if key == "step" else parameter.shape).to(
                         "cpu" if key == "step" else parameter.device, copy=True
                     )
                     for key in _MOMENTS
@@ -245,9 +262,7 @@ class ShortRunLearner:
         Raises FileNotFoundError, or CheckpointError for a file that does not fit.
         """
         tensors, info = read_checkpoint(path)
-        if not isinstance(info.get("iteration"), int):
-            raise CheckpointError(f"{path} has a damaged header: no iteration in it")
-        self.load_tensors(tensors, info["iteration"])
+        self.load_tensors(tensors, iteration_of(info, path), path)
         return info
 
     def _data(self) -> Tensor:
@@ -299,9 +314,3 @@ class _TensorImages:
             return images
         where = flip.to(images.device).view(-1, *[1] * (images.ndim - 1))
         return torch.where(where, images.flip(-1), images)
-
-
-def _take(tensors: dict[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise CheckpointError(f"the checkpoint has no {name}")
-    return tensors[name]

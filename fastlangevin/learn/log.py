@@ -1,8 +1,9 @@
 """A run's records: metrics.jsonl and series.jsonl always, TensorBoard where it is installed."""
 
-import contextlib
 import importlib.util
 import json
+import os
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,8 +11,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from fastlangevin.learn.files import replacing
+from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.files import replacing, sync
 from fastlangevin.learn.images import save_grid, to_grid
+
+_ALWAYS_MEASURED = ("gap", "reach")  # the others may be null
 
 
 class RunLog:
@@ -55,6 +59,15 @@ class RunLog:
             self._board.add_image("samples", picture, iteration, dataformats="HWC")
         return path
 
+    def sync(self) -> None:
+        """Return when all records are on the disk, as before a checkpoint that follows them."""
+        for file in (self._file, self._series):
+            os.fsync(file.fileno())
+        if self._board is not None:
+            self._board.flush()
+            for path in (self.run / "tensorboard").glob("events.out.tfevents.*"):
+                sync(path)
+
     def close(self) -> None:
         self._file.close()
         self._series.close()
@@ -63,12 +76,12 @@ class RunLog:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first."""
+    """The records of a run, oldest first; FileError for a line that is JSON, but no record."""
     return [record for _, record in _records(run / "metrics.jsonl")]
 
 
 def read_series(run: Path) -> list[dict[str, Any]]:
-    """Iteration, gap and reach of every iteration, oldest first."""
+    """Iteration, gap and reach of every iteration, oldest first; FileError as `read_records`."""
     return [record for _, record in _records(run / "series.jsonl")]
 
 
@@ -84,11 +97,31 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whole records only: a kill may have cut the last line, a power cut blanked some."""
     if not path.exists():
         return
-    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError):
+    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
             record = json.loads(line)
-            if line.endswith("\n") and isinstance(record, dict) and "iteration" in record:
-                yield line, record
+        except ValueError:
+            continue
+        except RecursionError as error:
+            raise FileError(f"{path}, line {number}: JSON nested too deeply") from error
+        if line.endswith("\n"):
+            _check_record(record, f"{path}, line {number}")
+            yield line, record
+
+
+def _check_record(record: Any, where: str) -> None:
+    """FileError unless it is an iteration with numbers by name; which, differs between versions."""
+    if not isinstance(record, dict):
+        raise FileError(f"{where}: expected a record, got {reprlib.repr(record)}")
+    iteration = record.get("iteration")
+    if type(iteration) is not int or iteration < 0:
+        raise FileError(
+            f"{where}: iteration must be an integer >= 0, got {reprlib.repr(iteration)}"
+        )
+    for name, value in record.items():
+        if type(value) not in (int, float) and (value is not None or name in _ALWAYS_MEASURED):
+            raise FileError(f"{where}: {name} must be a number, got {reprlib.repr(value)}")
 
 
 def _summary_writer(folder: Path, iteration: int) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from fastlangevin.learn.build import (
     draw_samples,
     fingerprint,
 )
-from fastlangevin.learn.checkpoint import CheckpointError, checkpoint_path, list_checkpoints
+from fastlangevin.learn.checkpoint import (
+    DamagedCheckpointError,
+    checkpoint_path,
+    list_checkpoints,
+)
 from fastlangevin.learn.config import TrainConfig, save_config
 from fastlangevin.learn.folder import (
     CONFIG,
@@ -30,9 +35,18 @@ from fastlangevin.learn.images import save_grid
 from fastlangevin.learn.learner import ShortRunLearner
 from fastlangevin.learn.log import RunLog
 
+# The newest, and the one before it to fall back to: each has the weights four times (their average
+# and Adam's two moments) and the buffer.
 KEPT_CHECKPOINTS = 2
 
 Report = Callable[[int, Mapping[str, Any]], None]
+
+
+class StopRequest:
+    """The signal that asks a run to end after its current iteration; None: it goes on."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
 
 
 def train(
@@ -42,32 +56,40 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     report: Report | None = None,
+    stop: StopRequest | None = None,
 ) -> Path:
     """Learn by algorithm 1 as ``config`` says, in the folder ``out``; returns the last checkpoint.
 
     The folder gets config.yaml, metrics.jsonl, series.jsonl, checkpoints/, samples/, samples.png
     and, where TensorBoard is installed, tensorboard/. With ``resume`` the run in it goes on from
-    its newest checkpoint and ends with the numbers of a run that was never cut. ``report(iteration,
-    record)`` is called after every iteration. SIGINT and SIGTERM end the run after the current
-    iteration, with a checkpoint.
+    its newest checkpoint and ends with the numbers of a run that was never cut. If that checkpoint
+    is damaged, the run warns, renames it to end in .damaged and goes on from the one before it.
+    ``report(iteration, record)`` is called after every iteration. SIGINT, SIGTERM and SIGHUP end
+    the run after the current iteration, with a checkpoint; ``stop`` tells afterwards which one did.
 
     Raises, before anything is written, FileExistsError if ``out`` holds a run and neither
     ``resume`` nor ``overwrite`` is given or if another process is training in it, and ValueError
-    for settings that do not fit. Later DivergedError, naming the last good checkpoint, and OSError
+    for settings that do not fit; with ``resume``, FileError naming the file of the run that cannot
+    be read. Later DivergedError, naming the last good checkpoint, and OSError
     when the disk is full: the checkpoints written before stay.
     """
     out = Path(out)
     check_folder(config, out, resume, overwrite)
     with only_writer(out):
-        return _train(config, out, resume, overwrite, report)
+        return _train(config, out, resume, overwrite, report, stop or StopRequest())
 
 
 def _train(
-    config: TrainConfig, out: Path, resume: bool, overwrite: bool, report: Report | None
+    config: TrainConfig,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    report: Report | None,
+    stop: StopRequest,
 ) -> Path:
     learner = build_learner(config)
+    remove_leftovers(out)
     if resume:
-        remove_leftovers(out)
         resume_learner(learner, config, out)
     elif overwrite:
         remove_run(out)
@@ -75,14 +97,15 @@ def _train(
     log = RunLog(out, learner.iteration)
     guard = DivergenceGuard(config.max_energy, config.max_saturation)
     try:
-        with stop_signal() as stop:
-            while learner.iteration < config.iterations and not stop.is_set():
+        with stop_signal(stop):
+            while learner.iteration < config.iterations and stop.signal is None:
                 iterate(learner, config, out, log, guard, report)
-        if not checkpoint_path(out, learner.iteration).exists():
-            if not is_sound(learner, config):
-                raise DivergedError(f"energies run away after iteration {learner.iteration}")
-            save_run(learner, config, out)
-        save_grid(draw_samples(learner, config), out / "samples.png")
+            if not checkpoint_path(out, learner.iteration).exists():
+                if not is_sound(learner, config):
+                    raise DivergedError(f"energies run away after iteration {learner.iteration}")
+                save_run(learner, config, out, log)
+            remove_old_checkpoints(out)  # a process may have been killed before it did
+            save_grid(draw_samples(learner, config), out / "samples.png")
     except (DivergedError, FloatingPointError) as error:
         raise DivergedError(f"{error}; {last_good(out)}") from error
     except OSError as error:
@@ -119,7 +142,7 @@ def iterate(
     if due % config.sample_every == 0:
         log.grid(draw_samples(learner, config), due)
     if due % config.save_every == 0 and guard.calm and is_sound(learner, config):
-        save_run(learner, config, out)
+        save_run(learner, config, out, log)
     if report is not None:
         report(due, record)
 
@@ -155,28 +178,40 @@ def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
     )
 
 
-def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path) -> Path:
-    """Save a checkpoint; of the older ones the newest is kept."""
+def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path, log: RunLog) -> Path:
+    """Save a checkpoint, after the records of its past; of the older ones the newest is kept."""
+    log.sync()
     path = checkpoint_path(out, learner.iteration)
     learner.save(path, config=dataclasses.asdict(config), data=fingerprint(learner.data))
-    for old in list_checkpoints(out)[:-KEPT_CHECKPOINTS]:
-        old.unlink()
+    remove_old_checkpoints(out)
     return path
 
 
-def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> None:
-    """Put a fresh learner where the run's newest checkpoint, if it has one, left off.
+def remove_old_checkpoints(out: Path) -> None:
+    for path in list_checkpoints(out)[:-KEPT_CHECKPOINTS]:
+        path.unlink()
 
-    Raises ValueError if the data are others than the run's, or it is past its last iteration.
+
+def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> None:
+    """Put a fresh learner where the run's newest whole checkpoint, if it has any, left off.
+
+    Damaged ones that are newer are renamed, with a warning. Raises CheckpointError if none is
+    whole, and ValueError if the data are others than the run's, or it is past its last iteration.
     """
-    found = list_checkpoints(out)
-    if not found:
+    damaged: dict[Path, DamagedCheckpointError] = {}
+    for path in reversed(list_checkpoints(out)):
+        try:
+            saved = learner.load(path)
+            break
+        except DamagedCheckpointError as error:
+            damaged[path] = error
+    else:
+        if damaged:
+            newest = next(iter(damaged.values()))
+            raise DamagedCheckpointError(
+                f"{newest}; no older checkpoint is whole, start the run again with overwrite"
+            ) from newest
         return
-    try:
-        saved = learner.load(found[-1])
-    except CheckpointError as error:
-        older = f"; delete it to go on from {found[-2]}" if found[1:] else ""
-        raise CheckpointError(f"{error}{older}") from error
     if saved.get("data") != fingerprint(learner.data):
         raise ValueError(f"train: {out} was trained on other data than {config.data} holds now")
     if learner.iteration > config.iterations:
@@ -184,27 +219,35 @@ def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> 
             f"train: {out} is at iteration {learner.iteration} already, "
             f"iterations must be at least that, got {config.iterations}"
         )
+    for newer, reason in damaged.items():
+        aside = newer.with_suffix(".damaged")
+        newer.replace(aside)
+        warnings.warn(
+            f"train: {reason}; it is now {aside.name}, and the run goes on from {path}",
+            stacklevel=4,
+        )
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one acts as it always does."""
-    stop = threading.Event()
+def stop_signal(stop: StopRequest) -> Iterator[None]:
+    """Note the first SIGINT, SIGTERM or SIGHUP in ``stop``; a second one acts as it always does."""
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A shell has them ignored for what it runs in the background; that stays.
+    # Windows has no SIGHUP.
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {number: signal.getsignal(number) for number in numbers if number is not None}
+    # A shell has them ignored for what it runs in the background, nohup has SIGHUP; that stays.
     before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
 
     def request(number: int, _frame: object) -> None:
-        stop.set()
+        stop.signal = number
         signal.signal(number, before[signal.Signals(number)])
 
     try:
         for number in before:
             signal.signal(number, request)
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

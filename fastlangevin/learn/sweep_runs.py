@@ -26,7 +26,7 @@ from fastlangevin.learn.guard import DivergedError
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.quality import QualityCheck
 from fastlangevin.learn.reading import brief, read_bytes, read_json
-from fastlangevin.learn.run import train
+from fastlangevin.learn.run import StopRequest, train
 from fastlangevin.learn.sweep import VERSION, Run, Sweep, describe
 
 PLAN, RESULT = "sweep.yaml", "result.json"
@@ -56,6 +56,7 @@ def run_sweep(
     world_size: int = 1,
     device: str | None = None,
     report: Report | None = None,
+    stop: StopRequest | None = None,
 ) -> list[dict[str, Any]] | None:
     """Make this process's share of the runs, in folders under ``out``; all results, once they are.
 
@@ -64,7 +65,7 @@ def run_sweep(
     are missing, or after a signal ended a run early. Called again, finished runs are left as they
     are and a cut one goes on from its checkpoint. A run that diverges is a result: at which
     iteration, and why. ``device`` replaces the config's; ``report(run, result)`` is called after
-    each run made or found.
+    each run made or found; ``stop`` tells afterwards which signal ended a run, as in ``train``.
 
     Raises, before anything is written, ValueError for any run whose settings do not serve or whose
     result is damaged, and FileExistsError for a folder that holds something else or another sweep.
@@ -82,12 +83,13 @@ def run_sweep(
     for run in runs:
         _result(out / run.name)  # a damaged one is told of before any work
     judge_of = _check_runs(runs)
+    stop = stop or StopRequest()
     with replacing(out / PLAN) as temporary:
         temporary.write_text(MARK + yaml.safe_dump(plan.plan(), sort_keys=False), "utf-8")
     for run in runs[rank::world_size]:
         result = _result(out / run.name)
         if result is None:
-            result = _make(run, out / run.name, judge_of)
+            result = _make(run, out / run.name, judge_of, stop)
         if result is None:
             return None
         if report is not None:
@@ -152,7 +154,7 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
     return lambda config: judge_of(*source(config))
 
 
-def _make(run: Run, folder: Path, judge_of: Judge) -> dict[str, Any] | None:
+def _make(run: Run, folder: Path, judge_of: Judge, stop: StopRequest) -> dict[str, Any] | None:
     """Train or go on, sample, measure, save; None if a signal ended the training early."""
     config = run.config
     found = list_checkpoints(folder)
@@ -164,7 +166,7 @@ def _make(run: Run, folder: Path, judge_of: Judge) -> dict[str, Any] | None:
 
     diverged = None
     try:
-        last = train(config, folder, resume=is_run(folder), report=follow)
+        last = train(config, folder, resume=is_run(folder), report=follow, stop=stop)
         if int(last.stem) < config.iterations:
             return None
     except DivergedError as error:
