@@ -62,7 +62,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = find_checkpoint(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        # The library makes tensors on torch's default device.
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("fastlangevin")
             if header is None:
                 raise CheckpointError(f"{path} is a safetensors file, but not a {FORMAT}")
@@ -153,18 +154,21 @@ def load(
     A name stands for a model that comes with the package: ``load("digits")``.
 
     The energy is a ConvEnergy in eval mode with the run's weights, their moving average where the
-    run kept one (``averaged=False``: the weights themselves). A run on an energy of your own needs
-    it as ``energy``. ``changes`` replace settings of the sampler, such as ``steps=200``.
+    run kept one (``averaged=False``: the weights themselves). It is on ``device`` and in the file's
+    dtype, whatever torch's defaults are. A run on an energy of your own needs it as ``energy``.
+    ``changes`` replace settings of the sampler, such as ``steps=200``.
 
     Raises FileNotFoundError, or CheckpointError for a file that is truncated, not ours, or of
     another architecture.
     """
     tensors, info = read_checkpoint(path)
+    built = energy is None
     if energy is None:
         if info.get("energy") is None:
             raise CheckpointError(f"{path} was trained on an energy of its own: give energy=")
         try:
-            energy = ConvEnergy(**info["energy"])
+            with torch.device("meta"):  # it takes the tensors of the file as they are
+                energy = ConvEnergy(**info["energy"])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another architecture: {error}") from error
     if not isinstance(info.get("sampler"), dict):
@@ -179,7 +183,7 @@ def load(
         if name not in changes and f"sampler.{name}" in tensors:
             settings[name] = tensors[f"sampler.{name}"].to(device)
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
-    load_weights(energy, tensors, prefix, path)
+    load_weights(energy, tensors, prefix, path, assign=built)
     sampler = LangevinSampler(energy.to(device).eval(), **settings)
     _serve(sampler, torch.device(device), changes)
     return sampler
@@ -200,8 +204,13 @@ def _serve(sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, 
             setattr(sampler, name, instead)
 
 
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any) -> None:
-    """Copy the tensors under ``prefix`` into a module; CheckpointError unless they are its own."""
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any, assign: bool = False
+) -> None:
+    """Copy the tensors under ``prefix`` into a module; CheckpointError unless they are its own.
+
+    With ``assign`` copies of them take the place of the module's, in their own dtype.
+    """
     held = module.state_dict()
     found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     for name in held.keys() | found.keys():
@@ -212,4 +221,9 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, 
                 f"{path} is of another architecture: {type(module).__name__}.{name} "
                 f"needs {want}, the file has {got}"
             )
-    module.load_state_dict(found)
+    if assign:
+        if any(not tensor.is_floating_point() for tensor in found.values()):
+            raise CheckpointError(f"{path} has weights that are not of a floating dtype")
+        # The file's own may be read from it only when they are used.
+        found = {name: tensor.clone() for name, tensor in found.items()}
+    module.load_state_dict(found, assign=assign)
