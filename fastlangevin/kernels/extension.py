@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.kernels.memory import in_memory
@@ -62,7 +63,8 @@ def device_and_queue(x: Tensor) -> tuple[int, int]:
 def normal(shape: Sequence[int], **address: Any) -> Tensor | None:
     """:func:`fastlangevin.noise.normal` in float32, on checked arguments.
 
-    None where torch makes tensors that are not in memory, as under FakeTensorMode.
+    None where the reference must make it: torch's tensors are not in memory, as under
+    FakeTensorMode, or make_fx records its operators.
     """
     return _fill(shape, uniform=False, **address)
 
@@ -83,7 +85,8 @@ def _fill(
     device: torch.device,
 ) -> Tensor | None:
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    if not in_memory(out):
+    # make_fx records torch's operators, and would not see what is written here.
+    if not in_memory(out) or get_proxy_mode() is not None:
         return None
     chains = out.shape[0]
     index, queue = device_and_queue(out)

@@ -132,7 +132,7 @@ def _efficientnet(device: torch.device | None) -> Features:
         net = EfficientNetLite0().float()
     net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     net = net.to(device)
-    where = {"dtype": torch.float32, "device": device or "cpu"}
+    where: dict[str, Any] = {"dtype": torch.float32, "device": device or "cpu"}
     mean = torch.tensor([0.485, 0.456, 0.406], **where)[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225], **where)[:, None, None]
 

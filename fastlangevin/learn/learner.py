@@ -197,7 +197,8 @@ class ShortRunLearner:
         if self.buffer is not None:
             found["buffer"] = self.buffer.states
             if self.buffer.kind != "index":
-                found["buffer_added"] = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
+                added = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
+                found["buffer_added"] = added
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor], iteration: int) -> None:

@@ -8,6 +8,7 @@ spacing. Everything is float64. Source: arXiv 1904.09770, section 4.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class Grid:
     @property
     def axis(self) -> Tensor:
         """Coordinates along one axis."""
-        inside = self.lo + self.spacing * (torch.arange(self.n, dtype=torch.float64, device="cpu") + 0.5)
+        cells = torch.arange(self.n, dtype=torch.float64, device="cpu")
+        inside = self.lo + self.spacing * (cells + 0.5)
         ends = inside.new_tensor([self.lo, self.hi])
         return torch.cat((ends[:1], inside, ends[1:])) if self.atoms else inside
 
@@ -160,9 +162,10 @@ def short_run(
 def stationary(kernel: Tensor) -> Tensor:
     """The law [m] that a kernel [m, m] leaves as it is."""
     m = kernel.shape[0]
-    system = torch.eye(m, dtype=kernel.dtype, device=kernel.device) - kernel.T + 1 / m
+    place: dict[str, Any] = {"dtype": kernel.dtype, "device": kernel.device}
+    system = torch.eye(m, **place) - kernel.T + 1 / m
     # Where the law is all but 0 rounding may leave less than that.
-    law = torch.linalg.solve(system, torch.full((m,), 1 / m, dtype=kernel.dtype, device=kernel.device)).clamp(min=0)
+    law = torch.linalg.solve(system, torch.full((m,), 1 / m, **place)).clamp(min=0)
     return law / law.sum()
 
 
