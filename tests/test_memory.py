@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._pytree import tree_map_only
 
 import fastlangevin as fl
 from fastlangevin.kernels import extension
@@ -30,6 +30,23 @@ class Named(Tensor):
     """A subclass that changes no operator: its memory is that of any tensor."""
 
 
+class Wrapper(Tensor):
+    """A subclass that holds a tensor, and has no memory of its own."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "Wrapper":
+        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Wrapper, lambda w: w.held, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def freed() -> Tensor:
     tensor = VALUES.clone()
     tensor.untyped_storage().resize_(0)
@@ -40,17 +57,13 @@ def freed() -> Tensor:
 VALUED: dict[str, Callable[[], Tensor]] = {
     "negated": lambda: torch._neg_view(-VALUES),
     "zeros that are not written": lambda: torch._efficientzerotensor(SHAPE),
-    "subclass with operators": lambda: TwoTensor(VALUES.clone(), VALUES.clone()),
+    "subclass with operators": lambda: Wrapper(VALUES.clone()),
 }
 REFUSED: dict[str, tuple[Callable[[], Tensor], str]] = {
     "COO": (lambda: VALUES.to_sparse(), "strided tensor, got layout torch.sparse_coo"),
     "CSR": (lambda: VALUES.to_sparse_csr(), "strided tensor, got layout torch.sparse_csr"),
     "oneDNN": (lambda: VALUES.to_mkldnn(), "strided tensor, got layout torch._mkldnn"),
     "nested": (lambda: torch.nested.nested_tensor(list(VALUES)), "got a nested tensor"),
-    "jagged": (
-        lambda: torch.nested.nested_tensor(list(VALUES), layout=torch.jagged),
-        "got a nested tensor",
-    ),
     "quantised": (
         lambda: torch.quantize_per_tensor(VALUES, 0.1, 0, torch.qint8),
         "floating dtype|must be of dtype",
@@ -127,7 +140,6 @@ def test_a_step_reads_values_wherever_they_are(
     coefficient = name in ("step_size", "noise_std")
     odd = make()[:, 0].abs() if coefficient else make()
     plain = torch.zeros(odd.shape) + odd
-    plain = plain.a if isinstance(plain, TwoTensor) else plain
     z = VALUES.flip(0)  # given: the native normals are not the reference's bit for bit
 
     def step(operand: Tensor, backend: str) -> Tensor:
@@ -186,7 +198,7 @@ def test_noise_under_transforms_is_the_noise() -> None:
         return x + fl.noise.normal(SHAPE, seed=0, step=0)
 
     zeros = torch.zeros(2, *SHAPE)
-    for mode in ("real", "fake", "symbolic"):
+    for mode in ("real", "fake"):
         recorded = make_fx(shifted, tracing_mode=mode)(zeros[0])
         assert torch.allclose(recorded(zeros[0]), want, rtol=0, atol=2e-6)
     assert torch.allclose(functionalize(shifted)(zeros[0]), want, rtol=0, atol=2e-6)
@@ -240,8 +252,8 @@ def test_a_chain_of_shapes(
     """A sampler gives the shapes and dtypes that it gives of real tensors."""
 
     def run(device: str) -> Tensor:
-        energy = fl.ConvEnergy(1, 8, 4).to(device)
-        x0 = torch.zeros(2, 1, 8, 8, device=device)
+        with torch.device(device):
+            energy, x0 = fl.ConvEnergy(1, 8, 4), torch.zeros(2, 1, 8, 8)
         return method(fl.LangevinSampler(energy, 2, **settings), x0)
 
     want = run("cpu")
@@ -250,7 +262,7 @@ def test_a_chain_of_shapes(
             got = run("cpu")
     else:
         got = run("meta")
-    assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
 @pytest.mark.parametrize("score", ["lean", "fused"])
@@ -291,34 +303,40 @@ def test_signs_of_tensors_without_memory() -> None:
         assert apply_signs_(values, found, 0.2).shape == values.shape
 
 
+class Watched:
+    """The extension, of whose entries the addresses that they are given are looked at."""
+
+    def __init__(self, library: Any) -> None:
+        self.library, self.calls = library, 0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.library, name)
+        if name not in ("langevin_step", "fill_noise", "pack_signs", "apply_signs"):
+            return found
+
+        def call(*args: Any) -> Any:
+            self.calls += 1
+            written = args[1][0] if name == "langevin_step" else args[0]
+            assert written != 0, name
+            return found(*args)
+
+        return call
+
+
 @pytest.mark.skipif(extension.library is None, reason="the extension is not built")
-def test_compiled_code_sees_no_null(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every entry of the extension, called as above, gets addresses that are not 0."""
-    pointers: list[int] = []
+def test_compiled_code_is_given_no_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(extension.library)
+    monkeypatch.setattr(extension, "library", watched)
 
-    class Watched:
-        def __getattr__(self, name: str) -> Any:
-            found = getattr(extension_library, name)
-            if name not in ("langevin_step", "fill_noise", "pack_signs", "apply_signs"):
-                return found
-
-            def call(*args: Any) -> Any:
-                first = args[1] if name == "langevin_step" else args[0]
-                pointers.append(first[0] if isinstance(first, tuple) else first)
-                assert pointers[-1] != 0, name
-                return found(*args)
-
-            return call
-
-    extension_library = extension.library
-    monkeypatch.setattr(extension, "library", Watched())
-    fl.langevin_step_(VALUES.clone(), VALUES, **STEP)
-    fl.noise.normal(SHAPE, seed=0, step=0)
-    apply_signs_(VALUES.clone(), pack_signs(VALUES), 0.2)
-    assert len(pointers) == 4
-    with FakeTensorMode():
+    def run(values: Tensor) -> None:
+        fl.langevin_step_(values.clone(), values, **STEP)
         fl.noise.normal(SHAPE, seed=0, step=0)
-        pack_signs(torch.zeros(SHAPE))
+        apply_signs_(values.clone(), pack_signs(values), 0.2)
+
+    run(VALUES)
+    assert watched.calls == 4
+    with FakeTensorMode():
+        run(torch.zeros(SHAPE))
+    assert watched.calls == 4
     functionalize(lambda v: fl.langevin_step_(v.clone(), v, **STEP))(VALUES)
     vmap(lambda v: fl.langevin_step_(v.clone(), v, **STEP))(VALUES[None])
-    assert len(pointers) == 4
