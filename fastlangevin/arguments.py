@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlangevin.kernels.memory import in_memory
+
 Coefficient = float | Tensor
 Schedule = float | Sequence[float] | Tensor
 GradClip = float | tuple[str, float]
@@ -61,14 +63,25 @@ def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficie
 def check_values(op: str, name: str, value: Tensor) -> Tensor:
     """ValueError unless every value is finite and >= 0.
 
-    Those of a CUDA tensor are not looked at: that would make the host wait for the device.
+    Those of a CUDA tensor are not looked at: that would make the host wait for the device. Nor are
+    those of a tensor that is not in memory, which may have none.
     """
-    if value.device.type == "cpu":
+    if value.device.type == "cpu" and in_memory(value):
         wrong = ~(torch.isfinite(value) & (value >= 0))
         if bool(wrong.any()):
             first = value.detach()[wrong][0].item()
             raise ValueError(f"{op}: {name} must be finite and >= 0, got {first}{_hint(name)}")
     return value
+
+
+def check_strided(op: str, name: str, value: Tensor) -> None:
+    """TypeError for a sparse, nested or oneDNN tensor, of which no element has a place of its own.
+
+    To be called before anything else of it is read: a nested tensor has no shape.
+    """
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{op}: {name} must be a strided tensor, got {kind}")
 
 
 def at_step(schedule: Coefficient | list[float], k: int) -> Coefficient:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import Coefficient, at_step
+from fastlangevin.kernels.memory import in_memory
 from fastlangevin.scores.choice import Score
 from fastlangevin.scores.fused_gpu import FusedScore
 from fastlangevin.scores.general import energy_and_grad, left_as_found, seed_generators
@@ -216,6 +217,8 @@ class Chain(NamedTuple):
 
     def check_finite(self, x: Tensor, energies: Tensor | None) -> None:
         """FloatingPointError if a chain is not finite at its end, or its last energy NaN."""
+        if not in_memory(x):
+            return  # shapes alone, or a transform's tensors, which Python cannot branch on
         chains = torch.isfinite(rows(x)).all(1)
         if energies is not None and energies.numel():
             chains &= ~torch.isnan(energies)

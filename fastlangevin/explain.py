@@ -75,7 +75,9 @@ def _explain_score(
 ) -> list[str]:
     precision = f"precision {sampler.precision or 'as torch is set'}"
     shape = getattr(sampler.energy, "shape", None)
-    x = torch.zeros((1, *shape), device=device) if x0 is None and shape is not None else x0
+    x = x0
+    if x0 is None and shape is not None:
+        x = torch.zeros((1, *shape), dtype=torch.float32, device=device)
     if x is None:
         known = sampler.score in ("general", "compiled", "network")
         text = _SCORE_TEXT[sampler.score] if known else "depends on the state's shape; give x0"

@@ -26,6 +26,7 @@ from torch import Tensor
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain import Chain, Overflow, Step, rows
+from fastlangevin.kernels.memory import in_memory
 from fastlangevin.kernels.reference import per_chain
 from fastlangevin.scores.choice import Score
 from fastlangevin.scores.general import Buffers, left_as_found
@@ -40,7 +41,7 @@ def check_adjustable(op: str, sampler: "LangevinSampler") -> None:
     for name in ("step_size", "noise_std"):
         value = getattr(sampler, name)
         zero = (
-            value.device.type == "cpu" and bool((value == 0).any())
+            value.device.type == "cpu" and in_memory(value) and bool((value == 0).any())
             if isinstance(value, Tensor)
             else 0 in (value if isinstance(value, list) else [value])
         )
@@ -65,7 +66,7 @@ class AdjustedChain(Chain):
         self, score: Score | None, x: Tensor, half: Overflow | None, want_energies: bool = False
     ) -> Iterator[Step]:
         sampler = self.sampler
-        if not bool(_inside(x, sampler.clamp).all()):
+        if in_memory(x) and not bool(_inside(x, sampler.clamp).all()):
             raise ValueError(
                 "LangevinSampler: with metropolis=True x0 must lie within clamp="
                 f"{sampler.clamp}, outside of which proposals are rejected"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels import extension
+from fastlangevin.kernels.memory import has_values
 
 LANGEVIN, INITIAL, DATA, ACCEPT, ORDER, USER, FOLD_IN = 0, 1, 2, 3, 4, 5, 255
 
@@ -46,17 +47,19 @@ def normal(
     """Standard normals [n, ...] of chains first_chain .. first_chain + n - 1 at one step.
 
     Row i, element e is the normal at (seed, stream, first_chain + i, step, e); |z| <= 5.77.
-    ``dtype`` is float32 (within 2e-6 of the exact formula) or float64. Draws nothing from torch's
-    generators. Raises ValueError for a seed outside [0, 2**64) or an address word outside
-    [0, 2**32).
+    ``dtype`` is float32 (within 2e-6 of the exact formula) or float64; ``device`` is the CPU unless
+    given, whatever torch's default device. Draws nothing from torch's generators. Raises ValueError
+    for a seed outside [0, 2**64) or an address word outside [0, 2**32).
     """
     _check_dtype(dtype)
-    if (place := _native_device(device, dtype)) is None:
-        return normal_ref(shape, seed, step, stream, first_chain, device, dtype)
-    seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
-    return extension.normal(
-        shape, seed=seed, step=step, stream=stream, first_chain=first_chain, device=place
-    )
+    if (place := _native_device(device, dtype)) is not None:
+        seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
+        made = extension.normal(
+            shape, seed=seed, step=step, stream=stream, first_chain=first_chain, device=place
+        )
+        if made is not None:
+            return made
+    return normal_ref(shape, seed, step, stream, first_chain, device, dtype)
 
 
 def uniform(
@@ -71,12 +74,14 @@ def uniform(
 ) -> Tensor:
     """Uniforms [n, ...] in [0, 1), multiples of 2**-24, addressed as in :func:`normal`."""
     _check_dtype(dtype)
-    if (place := _native_device(device, dtype)) is None:
-        return uniform_ref(shape, seed, step, stream, first_chain, device, dtype)
-    seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
-    return extension.uniform(
-        shape, seed=seed, step=step, stream=stream, first_chain=first_chain, device=place
-    )
+    if (place := _native_device(device, dtype)) is not None:
+        seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
+        made = extension.uniform(
+            shape, seed=seed, step=step, stream=stream, first_chain=first_chain, device=place
+        )
+        if made is not None:
+            return made
+    return uniform_ref(shape, seed, step, stream, first_chain, device, dtype)
 
 
 def initial(
@@ -154,7 +159,9 @@ def fold_in(seed: int, number: int) -> int:
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """A seed in [0, 2**63 - 1): one draw from ``generator``, by default from torch's own."""
     device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator, device=device)
+    # Under FakeTensorMode there is no number to read, and the noise will have none either.
+    return int(drawn) if has_values(drawn) else 0
 
 
 def check_seed(seed: int) -> int:
@@ -210,8 +217,13 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 def _native_device(device: torch.device | str | None, dtype: torch.dtype) -> torch.device | None:
     """The device as such where the native kernels make its float32 numbers, else None."""
-    place = torch.get_default_device() if device is None else torch.device(device)
+    place = _place(device)
     return place if dtype == torch.float32 and extension.available(place) is None else None
+
+
+def _place(device: torch.device | str | None) -> torch.device:
+    """A device as such. None is the CPU: torch's default device must not change what is drawn."""
+    return torch.device("cpu") if device is None else torch.device(device)
 
 
 def _words(
@@ -225,8 +237,9 @@ def _words(
     """Words w0..w3 of every block, each int64 [n, ceil(elements / 4)]."""
     seed, step, stream, first_chain = _check_request(shape, seed, step, stream, first_chain)
     chains, blocks = shape[0], -(-math.prod(shape[1:]) // 4)
-    block = torch.arange(blocks, device=device)[None, :]
-    chain = torch.arange(first_chain, first_chain + chains, device=device)[:, None]
+    place, int64 = _place(device), torch.int64
+    block = torch.arange(blocks, dtype=int64, device=place)[None, :]
+    chain = torch.arange(first_chain, first_chain + chains, dtype=int64, device=place)[:, None]
     return philox((block, chain, step, stream), seed)
 
 

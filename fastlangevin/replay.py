@@ -99,7 +99,7 @@ class ReplayBuffer:
             u = _noise.uniform(slots, seed=self._seed, step=0, device=device)
             self.states = self._stored(self._scaled(u))
         else:
-            self.states = torch.zeros(slots, dtype=dtype, device=device)
+            self.states = torch.zeros(slots, dtype=dtype, device=device or "cpu")
 
     def draw(
         self, n: int, step: int, y: Tensor | None = None, index: Tensor | None = None
@@ -154,7 +154,7 @@ class ReplayBuffer:
         if self.kind == "index":
             where = check_numbers(_OP, "slots", slots, None, capacity).to(device)
             self._check_states(x, len(where))
-            rows = torch.arange(len(where), device=device)
+            rows = torch.arange(len(where), dtype=torch.int64, device=device)
         else:
             self._check_states(x, None)
             where, rows = (numbers.to(device) for numbers in self._admit(x.shape[0]))
@@ -215,7 +215,8 @@ class ReplayBuffer:
         grouped = y[order]
         # turn: how many chains of the same label stand before this one.
         turn = torch.empty_like(y)
-        turn[order] = torch.arange(n, device=y.device) - torch.searchsorted(grouped, grouped)
+        rank = torch.arange(n, dtype=torch.int64, device=y.device)
+        turn[order] = rank - torch.searchsorted(grouped, grouped)
         if int(turn.max()) >= block:
             raise ValueError(
                 f"{_OP}: y must have each label at most {block} times, as many slots as a class "
@@ -229,7 +230,8 @@ class ReplayBuffer:
 
         On the CPU: how many they are would have to be waited for on a device.
         """
-        capacity, rows = self.states.shape[0], torch.arange(n, device="cpu")
+        capacity = self.states.shape[0]
+        rows = torch.arange(n, dtype=torch.int64, device="cpu")
         count = self.added + rows
         if self.kind == "fifo":
             return count % capacity, rows
@@ -278,7 +280,8 @@ class ReplayBuffer:
 def write_last(states: Tensor, slots: Tensor, x: Tensor) -> None:
     """states[slots] = x; of rows for one slot the last is written, on every device."""
     last = torch.zeros(len(states), dtype=torch.int64, device=slots.device)
-    last.scatter_reduce_(0, slots, torch.arange(len(slots), device=slots.device), "amax")
+    rows = torch.arange(len(slots), dtype=torch.int64, device=slots.device)
+    last.scatter_reduce_(0, slots, rows, "amax")
     states[slots] = x[last[slots]]
 
 

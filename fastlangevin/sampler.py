@@ -20,6 +20,7 @@ from fastlangevin.arguments import (
     check_grad_clip,
     check_schedule,
     check_step_kwargs,
+    check_strided,
 )
 from fastlangevin.chain import Chain, norms, note, rows
 from fastlangevin.explain import explain
@@ -394,6 +395,8 @@ class LangevinSampler:
             check_chains(_OP, name, getattr(self, name), x.shape[0])
         if noise is not None and not isinstance(noise, Tensor):
             raise TypeError(f"{_OP}: noise must be a tensor, got {type(noise).__name__}")
+        if noise is not None:
+            check_strided(_OP, "noise", noise)
         if noise is not None and not noise.is_floating_point():
             raise TypeError(f"{_OP}: noise must be of floating dtype, got {noise.dtype}")
         if noise is not None and noise.shape != (self.steps, *x.shape):
@@ -417,6 +420,7 @@ class LangevinSampler:
         """x0 as a state to walk on, in float32 or float64; TypeError or ValueError if unfit."""
         if not isinstance(x0, Tensor):
             raise TypeError(f"{_OP}: x0 must be a tensor, got {type(x0).__name__}")
+        check_strided(_OP, "x0", x0)
         if not x0.is_floating_point():
             raise TypeError(f"{_OP}: x0 must be of floating dtype, got {x0.dtype}")
         if x0.ndim == 0:

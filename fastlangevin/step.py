@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import (
@@ -14,9 +15,11 @@ from fastlangevin.arguments import (
     check_clamp,
     check_coefficient,
     check_grad_clip,
+    check_strided,
     check_values,
 )
 from fastlangevin.kernels import native, reference, triton
+from fastlangevin.kernels.memory import in_memory
 
 BACKENDS = ("auto", "native", "triton", "reference")
 _OP = "langevin_step_"
@@ -189,7 +192,12 @@ def bind_step(
     def bound(
         grad: Tensor | None, step_size: Coefficient, noise_std: Coefficient, step: int
     ) -> Tensor:
-        if direct is None or isinstance(step_size, Tensor) or isinstance(noise_std, Tensor):
+        if (
+            direct is None
+            or isinstance(step_size, Tensor)
+            or isinstance(noise_std, Tensor)
+            or not (grad is None or in_memory(grad))
+        ):
             return apply_step_(
                 run, x, grad, None, step_size=step_size, noise_std=noise_std, step=step, **options
             )
@@ -288,6 +296,8 @@ def _check_state(x: Tensor) -> None:
         )
     if x.requires_grad:
         raise ValueError(f"{_OP}: x requires grad and cannot be changed in place; use x.detach()")
+    if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
+        return  # its strides are those of no memory
     # The usual memory formats need no look at the strides, which takes some 4 us.
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not last and not x.is_contiguous():
@@ -300,8 +310,7 @@ def _check_kind(name: str, value: Tensor) -> None:
             f"{_OP}: {name} must be of dtype float32, float64, bfloat16 or float16, "
             f"got {value.dtype}"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{_OP}: {name} must be a strided tensor, got layout {value.layout}")
+    check_strided(_OP, name, value)
 
 
 def _check_places(x: Tensor) -> None:
@@ -319,16 +328,18 @@ def _check_places(x: Tensor) -> None:
 
 
 def _is_injective(x: Tensor) -> bool:
-    if x.numel() == 0:
+    if x.numel() == 0 or not in_memory(x):
         return True
     reach = (_extent(x)[1] - _extent(x)[0]) // x.element_size()
-    taken = torch.zeros(reach, dtype=torch.bool)
+    taken = torch.zeros(reach, dtype=torch.bool, device="cpu")
     taken.as_strided(x.shape, x.stride()).fill_(True)
     return int(taken.sum()) == x.numel()
 
 
 def _check_overlap(name: str, value: Tensor, x: Tensor) -> None:
     """ValueError if x is written where ``value`` is still to be read."""
+    if not (in_memory(value) and in_memory(x)):
+        return  # they go through the reference, which writes only once it has read
     if value.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
         return
     if (value.data_ptr(), value.stride(), value.dtype) == (x.data_ptr(), x.stride(), x.dtype):
@@ -344,7 +355,7 @@ def _meet(a: Tensor, b: Tensor) -> bool:
     """Whether two views of one storage, of one dtype, have an element in common."""
     first = min(a.storage_offset(), b.storage_offset())
     last = max(_extent(a)[1], _extent(b)[1]) - a.untyped_storage().data_ptr()
-    taken = torch.zeros(last // a.element_size() - first, dtype=torch.bool)
+    taken = torch.zeros(last // a.element_size() - first, dtype=torch.bool, device="cpu")
     taken.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
     return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())
 
@@ -361,10 +372,10 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 def _check_like(name: str, value: Tensor, x: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{_OP}: {name} must be a tensor, got {type(value).__name__}")
+    _check_kind(name, value)
     if value.shape != x.shape:
         raise ValueError(
             f"{_OP}: {name} must have x's shape {list(x.shape)}, got {list(value.shape)}"
         )
     if value.device != x.device:
         raise ValueError(f"{_OP}: {name} must be on x's device {x.device}, got {value.device}")
-    _check_kind(name, value)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlangevin.arguments import at_step
 from fastlangevin.chain import Chain
 from fastlangevin.kernels import reference
+from fastlangevin.kernels.memory import in_memory
 from fastlangevin.schedules import Sizes, reverse, sweep
 from fastlangevin.scores.general import modules_of
 from fastlangevin.scores.second_order import SecondOrderScore
@@ -245,6 +246,8 @@ class Trace:
     def _check_again(self, gaps: list[Tensor]) -> None:
         """RuntimeError if energies differ from the forward pass's by far more than rounding."""
         before = torch.stack(self.energies)
+        if not in_memory(before):
+            return  # shapes alone, or a transform's tensors, which Python cannot branch on
         half = before.dtype.itemsize < 4 or self.chain.sampler.precision in ("fp16", "bf16")
         half |= self.autocast.keywords["enabled"]
         # 2^-10: TF32, which CUDA may use in one kernel and not in another.
@@ -302,7 +305,7 @@ class _Once(torch.autograd.Function):
 
 def _autocast_state(device: torch.device) -> functools.partial[torch.autocast]:
     """Autocast as it is now, to be entered again."""
-    kind = device.type
+    kind = "cpu" if device.type == "meta" else device.type  # torch has no autocast for meta
     return functools.partial(
         torch.autocast,
         kind,

@@ -42,7 +42,8 @@ def bench(
         sizes = getattr(energy, "shape", None) if shape is None else _sizes(shape)
         if sizes is None:
             raise ValueError(f"{target} has no attribute shape: give --shape, as in 3,32,32")
-        x = 2 * torch.rand((batch, *sizes), device=choose_device(device)) - 1
+        place = choose_device(device)
+        x = 2 * torch.rand((batch, *sizes), dtype=torch.float32, device=place) - 1
         typer.echo(LangevinSampler(energy, steps=steps).explain(x) + "\n")
         rows = benchmark.bench(energy, x, (None, *(precision or ())), steps, seconds)
         typer.echo(benchmark.table(rows))

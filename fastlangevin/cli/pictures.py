@@ -32,15 +32,13 @@ def held_out(config: "TrainConfig", sampler: Any, source: str | None) -> "ImageD
 
 def some(data: "ImageData", n: int, sampler: "LangevinSampler", each: int = 1) -> "Tensor":
     """n times ``each`` images spread evenly over the data, on the sampler's device."""
-    import torch
-
     from fastlangevin.scores.general import device_of
 
     if n * each > len(data):
         most = f"{len(data) // each}" + (f", of {each} images each" if each > 1 else "")
         raise ValueError(f"--n must be at most {most}, the images of {data.name}, got {n}")
     n *= each
-    return data.batch(torch.arange(n) * len(data) // n).to(device_of(sampler.energy))
+    return data.batch([i * len(data) // n for i in range(n)]).to(device_of(sampler.energy))
 
 
 def squares(a: "Tensor", b: "Tensor") -> "Tensor":

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from fastlangevin.kernels.devices import indexed
+from fastlangevin.kernels.memory import in_memory
 
 library: Any = None
 _why_missing = ""
@@ -36,7 +40,8 @@ def available(device: torch.device) -> str | None:
             f"the extension was built without CUDA ({library.WHY_NO_CUDA}); reinstall with nvcc "
             "and FASTLANGEVIN_CUDA=1"
         )
-    return _cuda_reason(device.index or 0)
+    # Without a driver there is no current device, and the reason is the same for all.
+    return _cuda_reason(indexed(device).index or 0)
 
 
 def contents() -> str:
@@ -55,13 +60,17 @@ def device_and_queue(x: Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def normal(shape: Sequence[int], **address: Any) -> Tensor:
-    """:func:`fastlangevin.noise.normal` in float32, on checked arguments."""
+def normal(shape: Sequence[int], **address: Any) -> Tensor | None:
+    """:func:`fastlangevin.noise.normal` in float32, on checked arguments.
+
+    None where the reference must make it: torch's tensors are not in memory, as under
+    FakeTensorMode, or make_fx records its operators.
+    """
     return _fill(shape, uniform=False, **address)
 
 
-def uniform(shape: Sequence[int], **address: Any) -> Tensor:
-    """:func:`fastlangevin.noise.uniform` in float32, on checked arguments."""
+def uniform(shape: Sequence[int], **address: Any) -> Tensor | None:
+    """:func:`fastlangevin.noise.uniform`, as :func:`normal`."""
     return _fill(shape, uniform=True, **address)
 
 
@@ -74,8 +83,11 @@ def _fill(
     stream: int,
     first_chain: int,
     device: torch.device,
-) -> Tensor:
+) -> Tensor | None:
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    # make_fx records torch's operators, and would not see what is written here.
+    if not in_memory(out) or get_proxy_mode() is not None:
+        return None
     chains = out.shape[0]
     index, queue = device_and_queue(out)
     library.fill_noise(

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlangevin.kernels import extension, reference
 from fastlangevin.kernels.checks import check_outputs, check_state
 from fastlangevin.kernels.extension import available
+from fastlangevin.kernels.memory import all_in_memory, in_memory
 
 __all__ = ["available", "step_"]
 
@@ -45,10 +46,16 @@ def step_(
     and a number added to ``step``, read when the kernel runs; a captured graph is replayed with
     other noise by writing to it. ValueError where no CUDA kernel would read it.
 
-    float64 tensors take the detour that they need: as x, through the reference; as grad or z,
-    through a float32 copy. So does an x of more than MAX_DIMS dimensions. Returns x, or ``out``.
+    A float64 x, an x of more than MAX_DIMS dimensions and operands that are not
+    :func:`~fastlangevin.kernels.memory.in_memory` go through the reference; a float64 grad or z is
+    copied to float32. Returns x, or ``out``.
     """
-    detour = x.dtype not in _DTYPES or x.dim() > extension.library.MAX_DIMS
+    operands = x, grad, z, step_size, noise_std, out, cast
+    detour = (
+        x.dtype not in _DTYPES
+        or x.dim() > extension.library.MAX_DIMS
+        or not all_in_memory(*operands)
+    )
     if state is not None:
         check_state(x, state, _why_unread(x, detour))
     if detour:
@@ -111,10 +118,10 @@ def bind(
     """:func:`step_` on one x, in place, as a function of (grad, step_size, noise_std, step).
 
     What stays the same from step to step is read here, once: x must keep its memory meanwhile. The
-    function draws its own noise; its coefficients are numbers, its step a checked integer. None
-    where an x takes a detour.
+    function draws its own noise; its coefficients are numbers, its step a checked integer, and its
+    gradient must be in memory. None for an x that goes through the reference.
     """
-    if x.dtype not in _DTYPES or x.dim() > extension.library.MAX_DIMS:
+    if x.dtype not in _DTYPES or x.dim() > extension.library.MAX_DIMS or not in_memory(x):
         return None
     run, shape, bits = extension.library.langevin_step, x.shape, _DTYPES
     state = x.data_ptr(), bits[x.dtype], x.stride()
@@ -126,8 +133,7 @@ def bind(
     def bound(grad: Tensor | None, step_size: float, noise_std: float, step: int) -> Tensor:
         operand = None
         if grad is not None:
-            g = grad.resolve_neg() if grad.is_neg() else grad
-            g = g if g.dtype in bits else g.float()
+            g = grad if grad.dtype in bits else grad.float()
             operand = g.data_ptr(), bits[g.dtype], g.stride()
         device, queue = device_and_queue(x)
         run(
@@ -144,7 +150,12 @@ def bind(
 def _why_unread(x: Tensor, detour: bool) -> str | None:
     if not x.is_cuda:
         return f"only CUDA kernels read it, and x is on {x.device}"
-    return f"x of {x.dtype} and {x.dim()} dimensions goes through the reference" if detour else None
+    if not detour:
+        return None
+    return (
+        f"x of {x.dtype} and {x.dim()} dimensions, or an operand that is not in memory, goes "
+        "through the reference"
+    )
 
 
 def _as_float(value: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels import extension
+from fastlangevin.kernels.memory import in_memory
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -19,7 +20,9 @@ def pack_signs(values: Tensor, unordered: bool = False) -> Tensor:
     """
     if not _is_native(values):
         return pack_signs_ref(values, unordered)
-    bits = torch.empty((values.numel() + 7) // 8, dtype=torch.uint8)
+    bits = torch.empty((values.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
+    if not in_memory(bits):  # a mode of torch's makes other tensors
+        return pack_signs_ref(values, unordered)
     extension.library.pack_signs(
         values.data_ptr(), _DTYPES[values.dtype], values.numel(), unordered, bits.data_ptr(),
         torch.get_num_threads(),
@@ -29,7 +32,7 @@ def pack_signs(values: Tensor, unordered: bool = False) -> Tensor:
 
 def apply_signs_(grad: Tensor, bits: Tensor, slope: float) -> Tensor:
     """In place: grad where a bit is set, else slope grad (0 for slope 0, whatever grad is)."""
-    if not _is_native(grad):
+    if not (_is_native(grad) and in_memory(bits)):
         return apply_signs_ref_(grad, bits, slope)
     extension.library.apply_signs(
         grad.data_ptr(), _DTYPES[grad.dtype], grad.numel(), bits.data_ptr(), slope,
@@ -43,14 +46,14 @@ def pack_signs_ref(values: Tensor, unordered: bool = False) -> Tensor:
     flat = _in_memory_order(values)
     signs = ~(flat <= 0) if unordered else flat > 0
     signs = torch.nn.functional.pad(signs, (0, -flat.numel() % 8)).view(-1, 8)
-    powers = 2 ** torch.arange(8, device=flat.device)
+    powers = 2 ** torch.arange(8, dtype=torch.int64, device=flat.device)
     return (signs * powers).sum(1).to(torch.uint8)
 
 
 def apply_signs_ref_(grad: Tensor, bits: Tensor, slope: float) -> Tensor:
     """:func:`apply_signs_` in plain torch."""
     flat = _in_memory_order(grad)
-    powers = 2 ** torch.arange(8, device=flat.device)
+    powers = 2 ** torch.arange(8, dtype=torch.int64, device=flat.device)
     negative = ((bits[:, None] & powers) == 0).view(-1)[: flat.numel()]
     other = torch.zeros_like(flat) if slope == 0 else flat * slope
     flat.copy_(torch.where(negative, other, flat))
@@ -67,4 +70,5 @@ def _is_native(tensor: Tensor) -> bool:
         and tensor.dtype in _DTYPES
         and tensor.device.type == "cpu"
         and hasattr(extension.library, "pack_signs")
+        and in_memory(tensor)
     )

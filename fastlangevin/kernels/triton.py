@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlangevin.kernels import reference
 from fastlangevin.kernels.checks import check_outputs, check_state
+from fastlangevin.kernels.memory import all_in_memory
 
 # 16 bytes of the state for each of a program's 4 warps of 32 threads: one load, one store.
 _WARPS = 4
@@ -73,13 +74,18 @@ def step_(
 
     Chains that are contiguous or channels_last, each tensor as it likes, are read and written as
     they are. Others, and channels_last ones with noise to draw whose channels are not multiples of
-    4 elements, take contiguous copies. A float64 x goes through the reference, which has no
-    ``state``: ValueError.
+    4 elements, take contiguous copies. A float64 x and operands that are not
+    :func:`~fastlangevin.kernels.memory.in_memory` go through the reference, which has no ``state``:
+    ValueError.
     """
-    if state is not None:
-        double = x.dtype == torch.float64
-        check_state(x, state, "x of float64 goes through the reference" if double else None)
+    detour = None
     if x.dtype == torch.float64:
+        detour = "x of float64 goes through the reference"
+    elif not all_in_memory(x, grad, z, out, cast, *options.values()):
+        detour = "an operand that is not in memory goes through the reference"
+    if state is not None:
+        check_state(x, state, detour)
+    if detour is not None:
         return reference.step_(x, grad, z, out=out, cast=cast, **options)
     check_outputs(x, out, cast)
     written = x if out is None else out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.energies import ConvEnergy
+from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data import ImageData, load_images
 from fastlangevin.learn.learner import Images, ShortRunLearner
@@ -117,9 +118,13 @@ def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
             f"data {config.data!r} has images of {height} x {width}; the energy needs squares of a "
             "power of two from 8 to 256: set size, for example size=32"
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        energy = ConvEnergy(channels, height, config.width, config.leak, config.activation).float()
+        # Drawn in float32, whatever torch's default dtype is.
         torch.manual_seed(_noise.fold_in(config.seed, _WEIGHTS) >> 1)
-        energy = ConvEnergy(channels, height, config.width, config.leak, config.activation)
+        for layer in energy.layers:
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.reset_parameters()
     return energy.to(choose_device(config.device))
 
 
@@ -135,18 +140,21 @@ def sampler_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a name stands for; "auto" is CUDA where torch has it, else the CPU."""
+    """The device a name stands for; "auto" is CUDA where torch has it, else the CPU.
+
+    CUDA without an index is the current GPU.
+    """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return indexed(device)
 
 
 def fingerprint(data: Images) -> dict[str, Any]:
     """What tells a data set from another: its size, shape, and a digest of 64 of its images."""
-    some = torch.arange(64) * len(data) // 64
+    some = torch.arange(64, dtype=torch.int64, device="cpu") * len(data) // 64
     digest = hashlib.sha256(data.batch(some.unique()).numpy().tobytes()).hexdigest()
     return {"images": len(data), "shape": list(data.shape), "sha256": digest}
 

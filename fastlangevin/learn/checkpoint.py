@@ -142,7 +142,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        # The library makes tensors on torch's default device.
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Foreign files first: their tensors may be of types that torch does not have.
             if _HEADER not in metadata:
@@ -250,14 +251,16 @@ def load(
     A name stands for a model that comes with the package: ``load("digits")``.
 
     The energy is a ConvEnergy in eval mode with the run's weights, their moving average where the
-    run kept one (``averaged=False``: the weights themselves). A run on an energy of your own needs
-    it as ``energy``. ``changes`` replace settings of the sampler, such as ``steps=200``.
+    run kept one (``averaged=False``: the weights themselves). It is on ``device`` and in the file's
+    dtype, whatever torch's defaults are. A run on an energy of your own needs it as ``energy``.
+    ``changes`` replace settings of the sampler, such as ``steps=200``.
 
     Raises FileNotFoundError, or CheckpointError for a file that is truncated, not ours, or of
     another architecture.
     """
     tensors, info = read_checkpoint(path)
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
+    built = energy is None
     if energy is None:
         energy = _build_energy(info.get("energy"), tensors, prefix, path)
     if not isinstance(info.get("sampler"), dict):
@@ -271,7 +274,7 @@ def load(
         name: tensors[f"sampler.{name}"].to(device) if f"sampler.{name}" in tensors else value
         for name, value in info["sampler"].items()
     }
-    load_weights(energy, tensors, prefix, path)
+    load_weights(energy, tensors, prefix, path, assign=built)
     energy.to(device).eval()
     try:
         sampler = LangevinSampler(energy, **settings)
@@ -286,7 +289,7 @@ def load(
 def _build_energy(
     settings: Any, tensors: Mapping[str, Tensor], prefix: str, path: Any
 ) -> ConvEnergy:
-    """The energy that a checkpoint describes, without values; CheckpointError if it cannot be."""
+    """The energy that a checkpoint describes, on the meta device; CheckpointError if it cannot be."""
     if settings is None:
         raise CheckpointError(f"{path} was trained on an energy of its own: give energy=")
     try:
@@ -297,7 +300,7 @@ def _build_energy(
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path} is of another architecture: {error}") from error
     check_weights(energy, tensors, prefix, path)
-    return energy.to_empty(device="cpu")
+    return energy
 
 
 def _serve(sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]) -> None:
@@ -315,9 +318,20 @@ def _serve(sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, 
             setattr(sampler, name, instead)
 
 
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any) -> None:
-    """Copy the tensors under ``prefix`` into a module; CheckpointError unless they are its own."""
-    module.load_state_dict(check_weights(module, tensors, prefix, path))
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any, assign: bool = False
+) -> None:
+    """Copy the tensors under ``prefix`` into a module; CheckpointError unless they are its own.
+
+    With ``assign`` copies of them take the place of the module's, in their own dtype.
+    """
+    weights = check_weights(module, tensors, prefix, path)
+    if assign:
+        if any(not tensor.is_floating_point() for tensor in weights.values()):
+            raise CheckpointError(f"{path} has weights that are not of a floating dtype")
+        # The file's own may be read from it only when they are used.
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
+    module.load_state_dict(weights, assign=assign)
 
 
 def check_weights(

@@ -70,7 +70,7 @@ def correlations(
         raise ValueError(
             f"diagnose: correlations need {FEWEST} or more logged values, got {len(d)}"
         )
-    x, y = (torch.tensor(list(v)[-last:], dtype=torch.float64) for v in (d, r))
+    x, y = (torch.tensor(list(v)[-last:], dtype=torch.float64, device="cpu") for v in (d, r))
     if not bool((x.isfinite() & y.isfinite()).all()):
         raise ValueError("diagnose: d and r must be finite, the log holds NaN or infinity")
     n = len(x)
@@ -116,7 +116,7 @@ def series_of(
 
 
 def _oscillation(d: Tensor, spacing: int) -> Oscillation:
-    t = torch.linspace(-1, 1, len(d), dtype=torch.float64)
+    t = torch.linspace(-1, 1, len(d), dtype=torch.float64, device="cpu")
     basis = torch.linalg.qr(torch.stack([torch.ones_like(t), t, t.square()], 1)).Q
     rest = d - basis @ (basis.T @ d)
     if rest.norm() <= 1e-9 * d.norm():  # rounding errors, which oscillate
@@ -130,7 +130,7 @@ def _oscillation(d: Tensor, spacing: int) -> Oscillation:
 
 
 def _mean(value: Coefficient | list[float]) -> float:
-    return float(torch.as_tensor(value).double().mean())
+    return float(torch.as_tensor(value, dtype=torch.float64, device="cpu").mean())
 
 
 def _correlation(x: Tensor, y: Tensor, lag: int) -> float:

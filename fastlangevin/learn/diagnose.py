@@ -123,9 +123,12 @@ def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
     x0 = _starts(data, len(data), seed)
     chain = sampler.diagnose(x0, seed=seed)
     sizes = [at_step(sampler.step_size, k) for k in range(sampler.steps)]
-    noises = [torch.as_tensor(at_step(sampler.noise_std, k)) for k in range(sampler.steps)]
+    noises = [
+        torch.as_tensor(at_step(sampler.noise_std, k), dtype=torch.float64, device="cpu")
+        for k in range(sampler.steps)
+    ]
     drift = torch.stack([a * g for a, g in zip(sizes, chain.grad_norm, strict=True)])
-    squared = torch.stack([b.double().square().mean().cpu() for b in noises]).sum()
+    squared = torch.stack([b.square().mean() for b in noises]).sum()
     return Reach(
         float(norms(chain.x - x0).mean()),
         float(chain.displacement.sum(0).mean()),

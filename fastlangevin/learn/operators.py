@@ -127,14 +127,14 @@ def make_operator(
         "grey": Grey,
     }
     operator = made[name]()
-    operator(torch.zeros((1, *shape)))
+    operator(torch.zeros((1, *shape), dtype=torch.float32, device="cpu"))
     return operator
 
 
 def _read_mask(name: str, shape: tuple[int, ...]) -> Tensor:
     height, width = shape[-2:]
     if name in ("box", "half"):
-        mask = torch.ones((height, width), dtype=torch.bool)
+        mask = torch.ones((height, width), dtype=torch.bool, device="cpu")
         if name == "half":
             mask[height // 2 :] = False
         else:

@@ -8,6 +8,7 @@ spacing. Everything is float64. Source: arXiv 1904.09770, section 4.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class Grid:
     @property
     def axis(self) -> Tensor:
         """Coordinates along one axis."""
-        inside = self.lo + self.spacing * (torch.arange(self.n, dtype=torch.float64) + 0.5)
+        cells = torch.arange(self.n, dtype=torch.float64, device="cpu")
+        inside = self.lo + self.spacing * (cells + 0.5)
         ends = inside.new_tensor([self.lo, self.hi])
         return torch.cat((ends[:1], inside, ends[1:])) if self.atoms else inside
 
@@ -61,7 +63,7 @@ class Grid:
     @property
     def volumes(self) -> Tensor:
         """[m], the volume of each point's cell, which is 0 for atoms."""
-        lengths = torch.full((self.n,), self.spacing, dtype=torch.float64)
+        lengths = torch.full((self.n,), self.spacing, dtype=torch.float64, device="cpu")
         if self.atoms:
             lengths = torch.cat((lengths.new_zeros(1), lengths, lengths.new_zeros(1)))
         return torch.cartesian_prod(*[lengths] * self.dim).reshape(-1, self.dim).prod(1)
@@ -160,9 +162,10 @@ def short_run(
 def stationary(kernel: Tensor) -> Tensor:
     """The law [m] that a kernel [m, m] leaves as it is."""
     m = kernel.shape[0]
-    system = torch.eye(m, dtype=kernel.dtype) - kernel.T + 1 / m
+    place: dict[str, Any] = {"dtype": kernel.dtype, "device": kernel.device}
+    system = torch.eye(m, **place) - kernel.T + 1 / m
     # Where the law is all but 0 rounding may leave less than that.
-    law = torch.linalg.solve(system, torch.full((m,), 1 / m, dtype=kernel.dtype)).clamp(min=0)
+    law = torch.linalg.solve(system, torch.full((m,), 1 / m, **place)).clamp(min=0)
     return law / law.sum()
 
 
@@ -276,7 +279,7 @@ def solve(
                 return short_run(sampler, grid)[-1]
             columns = [
                 (at(theta + step) - at(theta - step)) / 2e-5
-                for step in 1e-5 * torch.eye(len(theta), dtype=theta.dtype)
+                for step in 1e-5 * torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
             ]
             # Least squares: some directions, such as an energy's constant, change nothing.
             jacobian = torch.stack(columns, 1)

@@ -35,7 +35,7 @@ def ula(
         raise TypeError("ula: takes no noise_std, which is sqrt(2 step_size temperature)")
     a: Any = step_size
     if not isinstance(a, Tensor | int | float):
-        a = torch.as_tensor(a, dtype=torch.float64)[:, None]
+        a = torch.as_tensor(a, dtype=torch.float64, device="cpu")[:, None]
     if not isinstance(temperature, Tensor):
         temperature = check_number("ula", "temperature", temperature)
     product = 2 * a * temperature

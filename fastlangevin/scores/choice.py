@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin.kernels import extension
+from fastlangevin.kernels.memory import all_in_memory, in_memory
 from fastlangevin.packing import PackedEnergy
 from fastlangevin.scores import fused_cpu, fused_gpu
 from fastlangevin.scores.compiled import CompiledScore
@@ -23,6 +24,7 @@ SCORES = ("auto", "general", "lean", "fused", "compiled", "network")
 # Batches of this many shapes are planned for at a time; each holds a copy of the weights.
 _PLANS = 4
 _PARTS = "the state has several parts"
+_NOT_HERE = "not in memory (fake, meta, or of a torch.func transform)"
 
 
 class Score(Protocol):
@@ -174,11 +176,15 @@ def recognised(
         return f"the energy is given {', '.join(model_kwargs)}"
     if isinstance(energy, PackedEnergy):
         return _PARTS
+    if not in_memory(x):
+        return f"the state is {_NOT_HERE}"
     if precision is None and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
         return "autocast is on" + (f'; precision="{name}" needs no autocast' if name else "")
-    return known.graph(energy, x)
+    graph = known.graph(energy, x)
+    here = isinstance(graph, str) or all_in_memory(*graph.bases)
+    return graph if here else f"a parameter or buffer is {_NOT_HERE}"
 
 
 def _levels_to_the_caller() -> int:

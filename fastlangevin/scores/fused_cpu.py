@@ -92,10 +92,12 @@ class ConvNetScore:
         self.chunk = max(1, min(_CHUNK, _CHUNK_BYTES // self.net.workspace, share))
         # Zeros: the frames around the values are read, and never written.
         self.workspace = torch.zeros(
-            self.threads * (self.chunk * self.net.workspace + self.net.scratch), dtype=torch.uint8
+            self.threads * (self.chunk * self.net.workspace + self.net.scratch),
+            dtype=torch.uint8,
+            device="cpu",
         )
-        self.packed = torch.empty(self.net.packed)
-        self.head = torch.zeros(self.net.head)
+        self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
+        self.head = torch.zeros(self.net.head, dtype=torch.float32, device="cpu")
         self._bases = graph.bases
         self._seen: list[tuple[int, int]] = []
         # A sampler may be called from several threads, and the workspace is one.
@@ -132,7 +134,7 @@ class ConvNetScore:
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
         """(energies [n] or None, d energy / d x in x's layout)."""
         grad = torch.empty_like(x)
-        energies = torch.empty(x.shape[0]) if want_energies else None
+        energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
             if self._seen != self._state():
                 self._read()

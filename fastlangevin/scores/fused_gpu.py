@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastlangevin.arguments import Coefficient, GradClip
 from fastlangevin.kernels import conv_plan, reference, triton
+from fastlangevin.kernels.devices import indexed
 from fastlangevin.step import apply_step_
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _refused(conv: "StackedConv", device: torch.device) -> str | None:
         return f"{conv.activation.kind}; it knows {', '.join(_ACTIVATIONS)}"
     if conv.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"weights of {conv.weight.dtype}"
-    if conv.weight.device.type != device.type:
+    if indexed(conv.weight.device) != indexed(device):
         return f"weights on {conv.weight.device}, states on {device}"
     return None
 
@@ -116,11 +117,11 @@ class FusedScore:
             else empty(n * h * w, c)
             for conv, (c, h, w) in zip(stack.convs[:-1], sizes[1:], strict=False)
         ]
-        self._biases = [torch.zeros(c, device=device) for c, _, _ in sizes[1:]]
+        self._biases = [empty(c, dtype=torch.float32).zero_() for c, _, _ in sizes[1:]]
         c, h, w = stack.features
         self._head = empty(h, w, c, dtype=torch.float32)
         self._partial = empty(n, h * w, self._forward[-1].tiles, dtype=torch.float32)
-        self._offset, self._unscale = torch.zeros(2, 1, device=device)
+        self._offset, self._unscale = empty(2, 1, dtype=torch.float32).zero_()
         self.overflow = None
         if precision == "fp16":
             self.overflow = torch.zeros(1, dtype=torch.int32, device=device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
+from fastlangevin.kernels.devices import indexed
 from fastlangevin.packing import PackedEnergy
 
 PRECISIONS = (None, "fp32", "tf32", "fp16", "bf16")
@@ -200,7 +201,7 @@ def seed_generators(device: torch.device, seed: int, step: int) -> None:
 def _generators(device: torch.device) -> list[torch.Generator]:
     if device.type != "cuda":
         return [torch.default_generator]
-    return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
+    return [torch.default_generator, torch.cuda.default_generators[indexed(device).index]]
 
 
 def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:

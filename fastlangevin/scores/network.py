@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from fastlangevin.kernels.memory import in_memory
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
@@ -113,7 +115,8 @@ def fingerprint(energy: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
             elif name == "_parameters" or name == "_buffers":
                 for tensor in value.values():
                     if tensor is not None:
-                        if tensor.grad_fn is not None:  # functional_call's: of one call alone
+                        # functional_call's: of one call alone.
+                        if tensor.grad_fn is not None or not in_memory(tensor):
                             return None
                         place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
                         found += (id(tensor), *place)

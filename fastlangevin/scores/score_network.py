@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlangevin.kernels.memory import all_in_memory
 from fastlangevin.scores.general import network_autocast, network_dtype, network_precision
 
 
@@ -30,8 +31,10 @@ def network_score(
             raise RuntimeError("score: the network changed x in place; give it x.clone() there")
         score = _check(out, x).to(x.dtype)
     # The step writes to x while it reads the score.
-    shared = score.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    return None, score.clone() if shared else score
+    apart = all_in_memory(x, score) and (
+        score.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    )
+    return None, score if apart else score.clone()
 
 
 def _check(out: Any, x: Tensor) -> Tensor:
