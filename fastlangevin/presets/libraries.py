@@ -80,7 +80,7 @@ class torchebm:  # lower case, as all presets are called
         self.model, self.step_size, self.noise_scale = model, step_size, noise_scale
         self.clamp, self.dtype = clamp, dtype
         self.device = device_of(model) if device is None else torch.device(device)
-        self._samplers = Samplers()
+        self._samplers = Samplers(sums=False)
 
     def sample(
         self,
@@ -163,7 +163,7 @@ class ebmkit:  # lower case, as all presets are called
         x <- clamp(x - step_size clip(dE/dx) + noise_scale z)
 
     noise_scale None is sqrt(2 step_size). grad_clip: a bound on each element, or None. clamp: (lo,
-    hi) or None. Energies are any callables, [n, ...] -> [n].
+    hi) or None. Energies are any callables, of any output shape: the sum is what is differentiated.
 
     Differs: BatchNorm's statistics stay as they were; states of half precision are walked on, and
     returned, in float32. Source: ebmkit 0.16.0, ebm/samplers/langevin.py.

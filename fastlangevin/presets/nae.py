@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastlangevin.presets.common import Samplers, take_seed
+from fastlangevin.presets.common import Samplers, Summed, Wrapper, take_seed
 from fastlangevin.scores.general import energy_and_grad
 
 
@@ -81,14 +81,12 @@ def nae() -> Callable[..., Tensor]:
     return sample_langevin
 
 
-class _Clipped(nn.Module):
+class _Clipped(Wrapper):
     """The score -clip(dE/dx): norms over the last dimension, the factor as in the original."""
 
-    takes_state_dtype = True
-
     def __init__(self, model: Callable[..., Tensor], bound: float) -> None:
-        super().__init__()
-        self.model, self.bound = model, bound
+        super().__init__(Summed(model))
+        self.takes_state_dtype, self.bound = True, bound
 
     def forward(self, x: Tensor) -> Tensor:
         _, grad = energy_and_grad(self.model, x, {})
