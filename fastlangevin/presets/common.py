@@ -216,7 +216,7 @@ def in_eval_mode(energy: Callable[..., Tensor]) -> Iterator[None]:
     training = [
         module
         for module in itertools.chain(*(root.modules() for root in modules_of(energy)))
-        if module.training
+        if getattr(module, "training", False)  # torch.jit.freeze leaves no mode
     ]
     for module in training:
         module.training = False
