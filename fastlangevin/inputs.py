@@ -58,7 +58,7 @@ def check_tensors(op: str, energy: Callable[..., Any], device: torch.device) -> 
     devices = []
     for module in modules_of(energy):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(tensor):
                 raise ValueError(
                     f"{op}: the energy's {name} has no shape yet, as it is a lazy module's; call "
                     "energy(x0) once, before optimizers and samplers are made"

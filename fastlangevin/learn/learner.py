@@ -96,7 +96,7 @@ class ShortRunLearner:
                     f"{type(value).__name__}, and checkpoints hold tensors alone; let its module's "
                     "get_extra_state return a tensor (of bytes, for instance)"
                 )
-            if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+            if torch.nn.parameter.is_lazy(value):
                 raise ValueError(
                     f"{_OP}: sampler.energy's {name} has no shape yet, as it is a lazy module's; "
                     "call energy(x0) once before"

@@ -93,12 +93,17 @@ def _alike(a: Any, b: Any) -> bool:
 def measure(sampler: LangevinSampler, x: Tensor, **options: Any) -> Diagnostics:
     """sampler.diagnose(x, **options); FloatingPointError, as of a call, for lost chains."""
     found = sampler.diagnose(x, **options)
-    if not bool(torch.isfinite(found.x).all()):
-        raise FloatingPointError(
-            f"LangevinSampler: chains are not finite after {sampler.steps} steps; a smaller "
-            "step_size, clamp or grad_clip may help"
-        )
+    check_finite(found.x, sampler.steps)
     return found
+
+
+def check_finite(x: Tensor, steps: int) -> None:
+    """FloatingPointError unless all chains are finite at their end."""
+    if not bool(torch.isfinite(x).all()):
+        raise FloatingPointError(
+            f"LangevinSampler: chains are not finite after {steps} steps; a smaller step_size, "
+            "clamp or grad_clip may help"
+        )
 
 
 def kick(
