@@ -71,6 +71,7 @@ def cases(steps: int, size: int, width: int, batch: int, dtype: torch.dtype) -> 
         Case("improved_cd", *improved_cd(net, steps), (x0 + 1) / 2, net),
         Case("uva", *uva(net, steps), x0, net),
         Case("nae", *nae(net, steps), x0, net),
+        Case("nae_v2", *nae_v2(net, steps), x0, net),
         Case("ula", *ula(net, steps), x0, net),
     ]
     score = ScoreNet(width)
@@ -303,6 +304,25 @@ def nae(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[...,
 
     ours = fl.presets.nae()
     return sample_langevin, lambda x, noise: ours(x, model, 0.1, steps, noise=noise)
+
+
+def nae_v2(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def sample_langevin_v2(x: Tensor) -> Tensor:
+        stepsize = 0.1
+        scale = math.sqrt(2 * stepsize)
+        x.requires_grad_()
+        (g,) = torch.autograd.grad(model(x).sum(), [x])
+        records: list[Tensor] = [x.detach().to("cpu")]
+        for _ in range(steps):
+            noise = torch.randn_like(x) * scale
+            move = -stepsize * g + noise
+            x = x + move
+            (g,) = torch.autograd.grad(model(x).sum(), [x])
+            records += [v.detach().cpu() for v in (move, -stepsize * g, noise, x)]
+        return x.detach()
+
+    ours = fl.presets.nae_v2()
+    return sample_langevin_v2, lambda x, noise: ours(x, model, 0.1, steps, noise=noise)["sample"]
 
 
 def ula(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlangevin.adjoint import explain as explain_gradients
 from fastlangevin.chain import Chain
 from fastlangevin.cost import HALVES, copy_bandwidth, cost, matrix_rate
+from fastlangevin.inputs import copy_state
 from fastlangevin.scores.choice import Choice
 from fastlangevin.scores.general import check_precision, device_of
 from fastlangevin.scores.recorder import recognise
@@ -36,7 +37,7 @@ _EXPECTED = {"general": (0.3, 0.8), "lean": (0.4, 1.0), "fused": (0.55, 1.0)}
 def explain(sampler: "LangevinSampler", x0: Tensor | None) -> str:
     """The plan of a call from x0, or from what is known without it. Raises as a call does."""
     if x0 is not None:
-        sampler._copy(x0)
+        copy_state("LangevinSampler", x0, sampler.energy)
     device = device_of(sampler.energy) or torch.device("cpu") if x0 is None else x0.device
     check_precision(sampler.precision, device)
     backend = choose_backend(sampler.backend, device)

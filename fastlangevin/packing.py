@@ -51,6 +51,10 @@ class Packing(NamedTuple):
             return dict(zip(self.keys, parts, strict=True))
         return self.kind(*parts) if hasattr(self.kind, "_fields") else self.kind(parts)
 
+    def may_be_images(self) -> bool:
+        """Whether the parts are alike, as the images of a list would be."""
+        return self.kind is not dict and len(set(self.shapes)) == 1
+
     def _checked(self, name: str, parts: Any, lead: tuple[int, ...]) -> list[Tensor]:
         keys = _keys(parts)
         same = set(keys) == set(self.keys) and isinstance(parts, Mapping) == (self.kind is dict)
@@ -86,7 +90,22 @@ class PackedEnergy:
         self.shape = packing.shape
 
     def __call__(self, x: Tensor, **model_kwargs: Any) -> Any:
-        out = self.func(self.packing.unpack(x), **model_kwargs)
+        parts = self.packing.unpack(x)
+        try:
+            out = self.func(parts, **model_kwargs)
+        except (AttributeError, TypeError) as error:
+            if not self.packing.may_be_images():
+                raise
+            raise TypeError(
+                f"{_OP}: the energy raised {type(error).__name__} when it was given a "
+                f"{type(parts).__name__} of {len(parts)} tensors, which is a state of several "
+                f"tensors; a batch of {len(parts)} images is torch.stack(x0)"
+            ) from error
+        if not self.is_score and isinstance(out, list | tuple | dict) and _as_parts(out, parts):
+            raise TypeError(
+                f"{_OP}: energy must return a tensor [n], got parts as the state's: those are a "
+                "score, LangevinSampler.from_score"
+            )
         if not self.is_score or isinstance(out, Tensor):
             return out
         return self.packing.pack("the score", out, (x.shape[0],))
@@ -127,14 +146,28 @@ def _keys(parts: Any) -> tuple[Any, ...]:
     return tuple(range(len(parts))) if isinstance(parts, list | tuple) else ()
 
 
+def _as_parts(out: Any, parts: Any) -> bool:
+    return _keys(out) == _keys(parts) and all(
+        isinstance(out[key], Tensor) and out[key].shape == parts[key].shape for key in _keys(out)
+    )
+
+
 def _part(name: str, key: Any) -> str:
     return f"{name}[{key!r}]"
 
 
 def _check_part(called: str, part: Any) -> None:
     if not isinstance(part, Tensor):
-        raise TypeError(f"{_OP}: {called} must be a tensor, got {type(part).__name__}")
+        raise TypeError(
+            f"{_OP}: {called} must be a tensor, got {type(part).__name__}; a list, tuple or dict "
+            "is a state of several tensors. One of many images is a tensor [n, ...], such as "
+            "torch.stack([torch.as_tensor(numpy.asarray(image)) for image in x0])"
+        )
     if not part.is_floating_point():
-        raise TypeError(f"{_OP}: {called} must be of floating dtype, got {part.dtype}")
+        raise TypeError(
+            f"{_OP}: {called} must be of floating dtype, got {part.dtype}; a list, tuple or dict "
+            "is a state of several tensors. Labels go to the energy by keyword, as in sampler(x0, "
+            "y=labels)"
+        )
     if part.ndim == 0:
         raise ValueError(f"{_OP}: {called} must have a leading chain dimension, got shape []")

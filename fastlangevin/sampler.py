@@ -20,11 +20,11 @@ from fastlangevin.arguments import (
     check_grad_clip,
     check_schedule,
     check_step_kwargs,
-    check_strided,
 )
 from fastlangevin.chain import Chain, norms, note, rows
 from fastlangevin.explain import explain
 from fastlangevin.graphs import Graphs
+from fastlangevin.inputs import check_energy, check_noise, check_tensors, copy_state
 from fastlangevin.metropolis import AdjustedChain, check_adjustable
 from fastlangevin.packing import PackedEnergy, packing_of
 from fastlangevin.scores.choice import Choice, Recognised, check_score, choose_score, warn_of_modes
@@ -155,8 +155,7 @@ class LangevinSampler:
         score: str = "auto",
         metropolis: bool = False,
     ) -> None:
-        if not callable(energy):
-            raise TypeError(f"{_OP}: energy must be callable, got {type(energy).__name__}")
+        check_energy(_OP, energy)
         if noise_order not in NOISE_ORDERS:
             raise ValueError(
                 f"{_OP}: noise_order must be one of {', '.join(NOISE_ORDERS)}, got {noise_order!r}"
@@ -390,22 +389,10 @@ class LangevinSampler:
         if (x0 is None) == (n is None):
             raise ValueError(f"{_OP}: give either x0 or n")
         seed = _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
-        x = self._initial(n, seed, first_chain) if x0 is None else self._copy(x0)
+        x = self._initial(n, seed, first_chain) if x0 is None else copy_state(_OP, x0, self.energy)
         for name in ("step_size", "noise_std"):
             check_chains(_OP, name, getattr(self, name), x.shape[0])
-        if noise is not None and not isinstance(noise, Tensor):
-            raise TypeError(f"{_OP}: noise must be a tensor, got {type(noise).__name__}")
-        if noise is not None:
-            check_strided(_OP, "noise", noise)
-        if noise is not None and not noise.is_floating_point():
-            raise TypeError(f"{_OP}: noise must be of floating dtype, got {noise.dtype}")
-        if noise is not None and noise.shape != (self.steps, *x.shape):
-            raise ValueError(
-                f"{_OP}: noise must have shape [steps, *x0.shape] = "
-                f"{[self.steps, *x.shape]}, got {list(noise.shape)}"
-            )
-        if noise is not None and noise.device != x.device:
-            raise ValueError(f"{_OP}: noise must be on x0's device {x.device}, got {noise.device}")
+        check_noise(_OP, noise, (self.steps, *x.shape), x.device)
         check_precision(self.precision, x.device)
         choose_backend(self.backend, x.device)
         first_chain, first_step = _noise.check_address(
@@ -416,23 +403,6 @@ class LangevinSampler:
         note(x, chain)
         return x, chain
 
-    def _copy(self, x0: Tensor) -> Tensor:
-        """x0 as a state to walk on, in float32 or float64; TypeError or ValueError if unfit."""
-        if not isinstance(x0, Tensor):
-            raise TypeError(f"{_OP}: x0 must be a tensor, got {type(x0).__name__}")
-        check_strided(_OP, "x0", x0)
-        if not x0.is_floating_point():
-            raise TypeError(f"{_OP}: x0 must be of floating dtype, got {x0.dtype}")
-        if x0.ndim == 0:
-            raise ValueError(f"{_OP}: x0 must have a leading chain dimension, got shape []")
-        device = device_of(self.energy)
-        if device is not None and device != x0.device:
-            raise ValueError(
-                f"{_OP}: x0 is on {x0.device}, the energy on {device}; move one of them"
-            )
-        state = torch.float64 if x0.dtype == torch.float64 else torch.float32
-        return x0.detach().to(state, copy=True)
-
     def _initial(self, n: Any, seed: int, first_chain: int) -> Tensor:
         """x0 ~ U(-1, 1) from the seed's own stream."""
         shape = getattr(self.energy, "shape", None)
@@ -441,6 +411,7 @@ class LangevinSampler:
                 f"{_OP}: n needs an energy with an attribute shape (of one chain's state); give x0"
             )
         n = 0 if n == 0 else check_count(_OP, "n", n)
-        return _noise.initial(
-            (n, *shape), seed=seed, first_chain=first_chain, device=device_of(self.energy)
-        )
+        device = device_of(self.energy)
+        if device is not None:
+            check_tensors(_OP, self.energy, device)
+        return _noise.initial((n, *shape), seed=seed, first_chain=first_chain, device=device)

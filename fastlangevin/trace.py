@@ -53,6 +53,8 @@ class Trace:
             (table, name, tensor)
             for root in modules_of(chain.sampler.energy)
             for module in root.modules()
+            # Of scripted modules, which functional_call does not take, the tables are views.
+            if not isinstance(module, torch.jit.ScriptModule)
             for table in (module._parameters, module._buffers)
             for name, tensor in table.items()
             if tensor is not None

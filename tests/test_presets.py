@@ -502,6 +502,18 @@ SIGNATURES: dict[str, tuple[Callable[[], Any], str]] = {
         "x, model, stepsize, n_steps, noise_scale=None, intermediate_samples=False, clip_x=None, "
         "clip_grad=None, reject_boundary=False, noise_anneal=None, spherical=False, mh=False",
     ),
+    "nae_v2": (
+        lambda: fl.presets.nae_v2(),
+        "x, model, stepsize, n_steps, noise_scale=None, intermediate_samples=False, clip_x=None, "
+        "clip_grad=None, reject_boundary=False, noise_anneal=None, spherical=False, mh=False, "
+        "temperature=None",
+    ),
+    "nae_mcmc": (
+        lambda: fl.presets.nae_mcmc(),
+        "x, model, stepsize, n_step, noise_scale=None, bound=None, clip_grad=None, "
+        "reject_boundary=False, noise_anneal=None, noise_anneal_v2=None, mh=False, "
+        "temperature=None",
+    ),
     "ncsn": (
         lambda: fl.presets.ncsn(),
         "x_mod, scorenet, sigmas, n_steps_each=200, step_lr=8e-06, final_only=False, "

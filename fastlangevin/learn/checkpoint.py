@@ -289,7 +289,7 @@ def load(
 def _build_energy(
     settings: Any, tensors: Mapping[str, Tensor], prefix: str, path: Any
 ) -> ConvEnergy:
-    """The energy that a checkpoint describes, on the meta device; CheckpointError if it cannot be."""
+    """The energy that a header describes, on the meta device; CheckpointError if it cannot be."""
     if settings is None:
         raise CheckpointError(f"{path} was trained on an energy of its own: give energy=")
     try:

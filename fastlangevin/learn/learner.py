@@ -91,6 +91,18 @@ class ShortRunLearner:
             )
         if not any(p.requires_grad for p in sampler.energy.parameters()):
             raise ValueError(f"{_OP}: sampler.energy has no parameter that requires grad")
+        for name, value in sampler.energy.state_dict().items():
+            if not isinstance(value, Tensor):  # else the first checkpoint would fail
+                raise TypeError(
+                    f"{_OP}: sampler.energy's state_dict holds {name} of type "
+                    f"{type(value).__name__}, and checkpoints hold tensors alone; let its module's "
+                    "get_extra_state return a tensor (of bytes, for instance)"
+                )
+            if torch.nn.parameter.is_lazy(value):
+                raise ValueError(
+                    f"{_OP}: sampler.energy's {name} has no shape yet, as it is a lazy module's; "
+                    "call energy(x0) once before"
+                )
         if not data_noise >= 0:
             raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")
         if ema is not None and not 0 < ema < 1:

@@ -12,6 +12,7 @@ from fastlangevin.presets.igebm import igebm, improved_cd, openai_igebm
 from fastlangevin.presets.jem import jem, jempp
 from fastlangevin.presets.libraries import ebmkit, torchebm, ula
 from fastlangevin.presets.nae import nae
+from fastlangevin.presets.nae_v2 import nae_mcmc, nae_v2
 from fastlangevin.presets.ncsn import ncsn
 from fastlangevin.presets.paper import anatomy, anatomy_eval, short_run
 from fastlangevin.presets.uva import uva
@@ -25,6 +26,8 @@ __all__ = [
     "jem",
     "jempp",
     "nae",
+    "nae_mcmc",
+    "nae_v2",
     "ncsn",
     "openai_igebm",
     "short_run",

@@ -1,6 +1,7 @@
 """What the presets share: their numbers, their samplers, and noise that comes before a chain."""
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,24 +17,53 @@ from fastlangevin.scores.general import modules_of
 from fastlangevin.step import langevin_step_
 
 
-class Labelled(nn.Module):
-    """An energy that takes its label as second argument, whatever that argument's name."""
+class Wrapper(nn.Module):
+    """A module around an energy, which may be a bound method: that one's module is looked into."""
 
     def __init__(self, model: Callable[..., Tensor]) -> None:
         super().__init__()
         self.model = model
+        owners = modules_of(model)
+        self.owners = nn.ModuleList(owners)
+        self.takes_state_dtype = any(getattr(m, "takes_state_dtype", False) for m in owners)
 
-    def forward(self, x: Tensor, label: Any) -> Tensor:
+
+class Labelled(Wrapper):
+    """A network that takes its label as second argument, whatever that argument's name."""
+
+    def forward(self, x: Tensor, label: Any = None) -> Tensor:
         return self.model(x, label)
+
+
+class Summed(Wrapper):
+    """An energy of any output shape, read as by a loop that differentiates ``model(x).sum()``."""
+
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
+        return sum_to_chains(self.model(x, **given), len(x))
+
+
+def sum_to_chains(out: Any, n: int) -> Any:
+    """Values [n] with the sum of ``out``, and so with its gradient.
+
+    Of [n, ...] each chain's values are added up. Of another shape, such as a mean over the batch,
+    every chain gets an equal share of the sum. What is no tensor is left to the sampler's checks.
+    """
+    if not isinstance(out, Tensor) or n == 0:
+        return out
+    if out.ndim == 0 or out.shape[0] != n:
+        return out if out.numel() == n == 1 else (out.sum() / n).expand(n)
+    return out if out.numel() == n else out.flatten(1).sum(1)
 
 
 class Samplers:
     """The sampler of a function that is handed its energy and settings anew at every call.
 
-    The last one is kept: it remembers what it found out about its energy.
+    The last one is kept: it remembers what it found out about its energy. sums: whether energies
+    may have any shape, as the originals add up what the energy returns (:class:`Summed`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sums: bool = True) -> None:
+        self._sums = sums
         self._last: tuple[Any, dict[str, Any], LangevinSampler] | None = None
 
     def __call__(
@@ -43,6 +73,8 @@ class Samplers:
         key = settings | {"wrap": wrap}
         if self._last is None or self._last[0] is not energy or not _alike(self._last[1], key):
             own = energy if wrap is None else wrap[0](energy, *wrap[1:])
+            if self._sums and settings.get("score") != "network":
+                own = Summed(own)
             self._last = energy, key, LangevinSampler(own, **settings)
         return self._last[2]
 
@@ -61,12 +93,17 @@ def _alike(a: Any, b: Any) -> bool:
 def measure(sampler: LangevinSampler, x: Tensor, **options: Any) -> Diagnostics:
     """sampler.diagnose(x, **options); FloatingPointError, as of a call, for lost chains."""
     found = sampler.diagnose(x, **options)
-    if not bool(torch.isfinite(found.x).all()):
-        raise FloatingPointError(
-            f"LangevinSampler: chains are not finite after {sampler.steps} steps; a smaller "
-            "step_size, clamp or grad_clip may help"
-        )
+    check_finite(found.x, sampler.steps)
     return found
+
+
+def check_finite(x: Tensor, steps: int) -> None:
+    """FloatingPointError unless all chains are finite at their end."""
+    if not bool(torch.isfinite(x).all()):
+        raise FloatingPointError(
+            f"LangevinSampler: chains are not finite after {steps} steps; a smaller step_size, "
+            "clamp or grad_clip may help"
+        )
 
 
 def kick(
@@ -125,12 +162,30 @@ def noise_first_settings(
     }
 
 
-def labelled(label: Any) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
-    """(wrap, model_kwargs) for an energy called model(x, label), or model(x) without a label.
+def labelled(
+    model: Callable[..., Tensor], label: Any
+) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
+    """(wrap, model_kwargs) for an energy called model(x, label), or without a label model(x).
 
-    Without, it may be recognised, and then has a faster gradient.
+    Without, it may be recognised, and then has a faster gradient. One that cannot do without a
+    second argument is called model(x, None).
     """
-    return (None, {}) if label is None else ((Labelled,), {"label": label})
+    if label is not None:
+        return (Labelled,), {"label": label}
+    return ((Labelled,) if _needs_two(model) else None), {}
+
+
+def _needs_two(model: Callable[..., Tensor]) -> bool:
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+        signature.bind(None, None)
+    except (TypeError, ValueError):  # it takes one argument, or does not tell
+        return False
+    try:
+        signature.bind(None)
+    except TypeError:
+        return True
+    return False
 
 
 def draw_slots(n: int, size: int, seed: int, first_chain: int = 0) -> Tensor:
@@ -166,7 +221,7 @@ def in_eval_mode(energy: Callable[..., Tensor]) -> Iterator[None]:
     training = [
         module
         for module in itertools.chain(*(root.modules() for root in modules_of(energy)))
-        if module.training
+        if getattr(module, "training", False)  # torch.jit.freeze leaves no mode
     ]
     for module in training:
         module.training = False

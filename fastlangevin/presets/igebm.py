@@ -30,10 +30,10 @@ def igebm(
 
         x <- x + 0.005 z,    x <- clamp(x - step_size clip(dE/dx)),    clip +-0.01, clamp (0, 1)
 
-    model: the energy, called model(x, neg_id), or model(x) where neg_id is None; in eval mode
-    meanwhile. Returns a function of (neg_img [n, ...], neg_id=None) with ``seed``, ``generator``
-    and ``noise`` [sample_step, n, ...] besides, which returns the states after sample_step steps,
-    detached.
+    model: the energy, called model(x, neg_id), or model(x) where neg_id is None, of any output
+    shape: its sum is what is differentiated; in eval mode meanwhile. Returns a function of (neg_img
+    [n, ...], neg_id=None) with ``seed``, ``generator`` and ``noise`` [sample_step, n, ...] besides,
+    which returns the states after sample_step steps, detached.
 
     Differs: neg_img is left alone; flags and modes are put back as they were found, where the
     original ends with all parameters requiring grad and in train mode.
@@ -51,7 +51,7 @@ def igebm(
         first_chain: int = 0,
     ) -> Tensor:
         settings = noise_first_settings(sample_step, step_size, stds, (0.0, 1.0), 0.01)
-        wrap, given = labelled(neg_id)
+        wrap, given = labelled(model, neg_id)
         sampler = samplers(model, wrap, **settings)
         with in_eval_mode(model):
             return run_noise_first(
@@ -84,10 +84,12 @@ def openai_igebm(
 
     with T = temperature, clamp (0, rescale), and a clip by proj_norm unless that is 0: of each
     element ("li") or of the L2 norm of the whole batch ("l2", which is what clip_by_norm of one
-    tensor does). Its CIFAR-10 commands use step_lr=10, num_steps=60, proj_norm=0.01. Returns a
-    function of (x_mod [n, ...], label=None) with ``seed``, ``generator``, ``noise``
-    [num_steps, n, ...] and the differentiable options of a :class:`LangevinSampler` call: without
-    --zero_kl the original's loss passes through all steps, which is ``differentiable=True``.
+    tensor does). model: the energy, of any output shape, called model(x, label), or model(x)
+    without a label; its sum is what is differentiated. The CIFAR-10 commands use step_lr=10,
+    num_steps=60, proj_norm=0.01. Returns a function of (x_mod [n, ...], label=None) with ``seed``,
+    ``generator``, ``noise`` [num_steps, n, ...] and the differentiable options of a
+    :class:`LangevinSampler` call: without --zero_kl the original's loss passes through all steps,
+    which is ``differentiable=True``.
 
     Differs: one call in place of a TensorFlow graph; energies along the way are not returned.
     Source: openai/ebm_code_release, train.py; Du and Mordatch, NeurIPS 2019.
@@ -119,7 +121,7 @@ def openai_igebm(
         checkpoint: str | int = "auto",
         grad_steps: int | None = None,
     ) -> Tensor:
-        wrap, given = labelled(label)
+        wrap, given = labelled(model, label)
         sampler = samplers(model, wrap, **settings)
         through = {"differentiable": True, "checkpoint": checkpoint, "grad_steps": grad_steps}
         options = given | (through if differentiable else {}) | {"first_chain": first_chain}
@@ -137,20 +139,21 @@ def improved_cd() -> Callable[..., tuple[Any, ...]]:
 
     with c_k = (K - k - 1) / K under FLAGS.anneal, else 1. FLAGS: an object with ``step_lr``,
     ``anneal`` and ``dataset``. model: the energy, called model(x, label), or model(x) where label
-    is None. Returns a function with ``seed``, ``generator`` and ``noise`` [num_steps, n, ...]
-    besides, which returns (im_neg, im_neg_kl, im_grad): im_neg [n, ...] detached; im_neg_kl the
-    first 128 chains (datasets "cifar10" and "celeba") or 32, differentiable in the model's
-    parameters through the last step alone, which is ``differentiable=True, grad_steps=1``; im_grad
-    the gradient of the energy of those chains there. ``sample=True`` returns (im_neg, im_neg_kl,
-    im_samples, im_grad), as the original's train.py asks for at every save_interval: im_samples the
-    num_steps states [n, ...] after each move, before its clamp; im_grad that of all chains, and
-    im_neg_kl without a graph to the model.
+    is None, of any output shape: its sum is what is differentiated, so the [n, 3] of the original's
+    multiscale networks (its default) are added up. Returns a function with ``seed``, ``generator``
+    and ``noise`` [num_steps, n, ...] besides, which returns (im_neg, im_neg_kl, im_grad): im_neg
+    [n, ...] detached; im_neg_kl the first 128 chains (datasets "cifar10" and "celeba") or 32,
+    differentiable in the model's parameters through the last step alone, which is
+    ``differentiable=True, grad_steps=1``; im_grad the gradient of the energy of those chains there.
+    ``sample=True`` returns (im_neg, im_neg_kl, im_samples, im_grad), as the original's train.py
+    asks for at every save_interval: im_samples the num_steps states [n, ...] after each move,
+    before its clamp; im_grad that of all chains, and im_neg_kl without a graph to the model.
 
     Differs: im_grad carries no graph; im_neg is left alone; a model of which nothing requires grad
     raises ValueError, but for ``sample=True``. The label of those chains in im_neg_kl goes with
-    them (the original hands over the whole batch's); where it is None the model is called model(x),
-    and not model(x, None). ``FLAGS.all_step`` is not read: the original's own ``detach`` cuts the
-    graph that it builds.
+    them (the original hands over the whole batch's); where it is None, a model that can do with x
+    alone is called model(x), and not model(x, None). ``FLAGS.all_step`` is not read: the original's
+    own ``detach`` cuts the graph that it builds.
     Source: yilundu/improved_contrastive_divergence, train.py; Du et al., ICML 2021.
     """
     until_last, last = Samplers(), Samplers()
@@ -169,7 +172,7 @@ def improved_cd() -> Callable[..., tuple[Any, ...]]:
         first_chain: int = 0,
     ) -> tuple[Any, ...]:
         K = check_count("improved_cd", "num_steps", num_steps)
-        seed, (wrap, given) = take_seed(seed, generator), labelled(label)
+        seed, (wrap, given) = take_seed(seed, generator), labelled(model, label)
         stds = [0.001 * ((K - k - 1) / K if FLAGS.anneal else 1) for k in range(K)]
         move = {"step_size": FLAGS.step_lr, "clamp": (0.0, 1.0), "noise_order": "last"}
         n = 128 if FLAGS.dataset in ("cifar10", "celeba") else 32

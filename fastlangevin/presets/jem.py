@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from fastlangevin import noise as _noise
 from fastlangevin.presets.common import (
     Samplers,
+    Summed,
+    Wrapper,
     draw_coins,
     draw_slots,
     in_eval_mode,
@@ -26,14 +28,13 @@ def jem(
         x <- x + (sgld_lr df/dx + sgld_std z)
 
     args: an object with ``n_steps``, ``sgld_lr``, ``sgld_std``, ``reinit_freq``, ``batch_size`` and
-    ``n_classes``. f: the negative energy, called f(x), or f(x, y=y) where y [n] is given. It
-    returns [n] or [n, 1] and is in eval mode meanwhile. replay_buffer [N, ...]: floating, on any
-    device; n = len(y) or batch_size slots are drawn with repetition, for a label y among those of
-    its block y N / n_classes ..., and written back in place (of a slot drawn twice, the later
-    chain's). Each chain starts from U(-1, 1) instead with probability reinit_freq. ``[]`` is no
-    buffer: chains of ``shape`` from U(-1, 1).
-    ``sample_q`` takes ``seed``, ``generator`` and ``noise`` [n_steps, n, ...] besides, and returns
-    x [n, ...], detached.
+    ``n_classes``. f: the negative energy, called f(x), or f(x, y=y) where y [n] is given, of any
+    output shape: its sum is what is differentiated. It is in eval mode meanwhile. replay_buffer [N,
+    ...]: floating, on any device; n = len(y) or batch_size slots are drawn with repetition, for a
+    label y among those of its block y N / n_classes ..., and written back in place (of a slot drawn
+    twice, the later chain's). Each chain starts from U(-1, 1) instead with probability reinit_freq.
+    ``[]`` is no buffer: chains of ``shape`` from U(-1, 1). ``sample_q`` takes ``seed``,
+    ``generator`` and ``noise`` [n_steps, n, ...] besides, and returns x [n, ...], detached.
 
     Differs: modes are put back as they were found, where the original always ends in train mode;
     random numbers come from the noise contract; f's parameters collect no ``.grad``. Raises
@@ -133,17 +134,17 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
     return sample_q
 
 
-class _Proximal(nn.Module):
+class _Proximal(Wrapper):
     """Where clamped steps ``first`` and ``rest`` along one clipped gradient lead, as a move."""
 
-    takes_state_dtype = True  # else a half network would round the state that the move starts from
-
     def __init__(self, f: Callable[..., Tensor], first: float, rest: float, eps: float) -> None:
-        super().__init__()
-        self.f, self.first, self.rest, self.eps = f, first, rest, eps
+        super().__init__(Summed(f))
+        # Else a half network would round the state that the move starts from.
+        self.takes_state_dtype = True
+        self.first, self.rest, self.eps = first, rest, eps
 
     def forward(self, x: Tensor, **given: Tensor) -> Tensor:
-        _, grad = energy_and_grad(self.f, x, given)
+        _, grad = energy_and_grad(self.model, x, given)
         move = grad.clamp(-self.eps, self.eps)
         there = (x + self.first * move).clamp(-1, 1)
         return (there + self.rest * move).clamp(-1, 1) - x

@@ -2,13 +2,21 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import GradClip, Schedule, check_number, check_schedule
+from fastlangevin.arguments import (
+    GradClip,
+    Schedule,
+    check_clamp,
+    check_count,
+    check_grad_clip,
+    check_number,
+    check_schedule,
+)
 from fastlangevin.presets.common import Samplers, take_seed
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of, left_as_found, network_dtype
@@ -43,20 +51,26 @@ def ula(
     return LangevinSampler(energy, steps=steps, step_size=step_size, noise_std=std, **settings)
 
 
-class torchebm:  # lower case, as all presets are called
+class torchebm(nn.Module):  # lower case, as all presets are called
     """``torchebm.samplers.LangevinDynamics`` with our sampler behind it.
 
         x <- clamp(x - eta dE/dx + noise_scale sqrt(2 eta) z)
 
     model: the energy, a torchebm ``BaseModel`` or any module or callable, [n, ...] -> [n], [n, 1].
     step_size (eta) and noise_scale: numbers or torchebm's schedulers. clamp: (lo, hi) or None.
-    dtype: of the states and the result. device: by default the model's.
+    dtype: of the states and the result. device: by default the model's; ``to`` moves both, as the
+    sampler is a module with the model inside. integrator: None, "euler_maruyama" or an instance of
+    that class for the same device and dtype. ``get_scheduled_value``, ``schedulers`` and their like
+    are torchebm's. Raises ValueError for a step_size or noise_scale below 0 and a clamp without
+    lo < hi.
 
     Differs: modules need not be ``BaseModel``; noise_scale=0 is legal; BatchNorm's statistics stay;
     an analytic ``gradient`` of a model is not called, autograd is. Raises ValueError for a decay
-    other than 0, which the original takes and does not use, and for another integrator than
-    "euler_maruyama". Source: torchebm 0.8.9, samplers/langevin_dynamics.py.
+    other than 0, which the original takes and does not use, and ValueError or TypeError for other
+    integrators than Euler and Maruyama's. Source: torchebm 0.8.9, samplers/langevin_dynamics.py.
     """
+
+    _place: Tensor
 
     def __init__(
         self,
@@ -67,20 +81,49 @@ class torchebm:  # lower case, as all presets are called
         clamp: tuple[float, float] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        integrator: str | None = None,
+        integrator: Any = None,
     ) -> None:
+        super().__init__()
         if decay != 0:
             raise ValueError(
                 f"torchebm: decay must be 0, which torchebm does not use, got {decay!r}"
             )
-        if integrator not in (None, "euler_maruyama"):
-            raise ValueError(
-                f'torchebm: integrator must be None or "euler_maruyama", got {integrator!r}'
-            )
-        self.model, self.step_size, self.noise_scale = model, step_size, noise_scale
-        self.clamp, self.dtype = clamp, dtype
-        self.device = device_of(model) if device is None else torch.device(device)
-        self._samplers = Samplers()
+        self.schedulers: dict[str, Any] = {}
+        for name, value in (("step_size", step_size), ("noise_scale", noise_scale)):
+            scheduled = hasattr(value, "get_value")
+            value = value if scheduled else _Constant(check_number("torchebm", name, value))
+            self.register_scheduler(name, value)
+        self.model, self.clamp, self.dtype = model, check_clamp("torchebm", clamp), dtype
+        # It follows the sampler where the model has no tensors to tell the device by.
+        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
+        self.integrator = _check_integrator(integrator, self.device, dtype)
+        self._samplers = Samplers(sums=False)
+
+    @property
+    def device(self) -> torch.device:
+        """The model's, or where it has no tensors the one given."""
+        return device_of(self.model) or self._place.device
+
+    def register_scheduler(self, name: str, scheduler: Any) -> None:
+        """Take step_size or noise_scale from a scheduler."""
+        self.schedulers[name] = scheduler
+
+    def get_schedulers(self) -> dict[str, Any]:
+        return self.schedulers
+
+    def get_scheduled_value(self, name: str) -> float:
+        """The present value of step_size or noise_scale; KeyError for another name."""
+        if name not in self.schedulers:
+            raise KeyError(f"torchebm: no scheduler of {name!r}")
+        return float(self.schedulers[name].get_value())
+
+    def step_schedulers(self) -> None:
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+
+    def reset_schedulers(self) -> None:
+        for scheduler in self.schedulers.values():
+            scheduler.reset()
 
     def sample(
         self,
@@ -149,8 +192,18 @@ class torchebm:  # lower case, as all presets are called
         found["energy"] = torch.stack(energy) if energy else x.new_empty(0)
         return out, {name: value.to(self.dtype) for name, value in found.items()}
 
+    def extra_repr(self) -> str:
+        values = {name: value.get_value() for name, value in self.schedulers.items()}
+        return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
     def _sampler(self, steps: int, reset: bool) -> LangevinSampler:
-        etas, scales = (_values(v, steps, reset) for v in (self.step_size, self.noise_scale))
+        if reset:
+            self.reset_schedulers()
+        etas, scales = [], []
+        for _ in range(steps):
+            etas.append(self.get_scheduled_value("step_size"))
+            scales.append(self.get_scheduled_value("noise_scale"))
+            self.step_schedulers()
         stds = [scale * math.sqrt(2 * eta) for eta, scale in zip(etas, scales, strict=True)]
         return self._samplers(
             self.model, steps=steps, step_size=etas, noise_std=stds, clamp=self.clamp
@@ -163,7 +216,7 @@ class ebmkit:  # lower case, as all presets are called
         x <- clamp(x - step_size clip(dE/dx) + noise_scale z)
 
     noise_scale None is sqrt(2 step_size). grad_clip: a bound on each element, or None. clamp: (lo,
-    hi) or None. Energies are any callables, [n, ...] -> [n].
+    hi) or None. Energies are any callables, of any output shape: the sum is what is differentiated.
 
     Differs: BatchNorm's statistics stay as they were; states of half precision are walked on, and
     returned, in float32. Source: ebmkit 0.16.0, ebm/samplers/langevin.py.
@@ -178,9 +231,17 @@ class ebmkit:  # lower case, as all presets are called
         clamp: tuple[float, float] | None = None,
     ) -> None:
         self.step_size, self.steps, self.noise_scale = step_size, steps, noise_scale
-        check_schedule("ebmkit", "step_size", step_size, steps)
-        self.grad_clip, self.clamp = grad_clip, clamp
+        check_schedule("ebmkit", "step_size", step_size, check_count("ebmkit", "steps", steps))
+        if noise_scale is not None:
+            check_number("ebmkit", "noise_scale", noise_scale)
+        self.grad_clip = check_grad_clip("ebmkit", grad_clip)
+        self.clamp = check_clamp("ebmkit", clamp)
         self._samplers, self._steppers = Samplers(), Samplers()
+
+    @property
+    def last_accept_rate(self) -> float | None:
+        """None, as of all samplers that accept every step."""
+        return None
 
     def sample(
         self,
@@ -233,14 +294,41 @@ class ebmkit:  # lower case, as all presets are called
         )
 
 
-def _values(value: Any, steps: int, reset: bool) -> list[float]:
-    """A number, or a torchebm scheduler's values, step by step; it is left as its sampler would."""
-    if not hasattr(value, "get_value"):
-        return [float(value)] * steps
-    if reset:
-        value.reset()
-    found = []
-    for _ in range(steps):
-        found.append(float(value.get_value()))
-        value.step()
-    return found
+class _Constant(NamedTuple):
+    """A number as a scheduler."""
+
+    value: float
+
+    def get_value(self) -> float:
+        return self.value
+
+    def step(self) -> float:
+        return self.value
+
+    def reset(self) -> None:
+        pass
+
+
+def _check_integrator(integrator: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """What stands for Euler and Maruyama's method; TypeError or ValueError for all else."""
+    if integrator is None or isinstance(integrator, str):
+        if integrator not in (None, "euler_maruyama"):
+            raise ValueError(
+                f'torchebm: integrator must be None or "euler_maruyama", got {integrator!r}'
+            )
+        return integrator
+    kinds = [kind.__name__ for kind in type(integrator).__mro__]
+    if "BaseSDERungeKuttaIntegrator" not in kinds:
+        raise TypeError(
+            "torchebm: integrator must be a BaseSDERungeKuttaIntegrator, got "
+            f"{type(integrator).__name__}"
+        )
+    if kinds[0] != "EulerMaruyamaIntegrator":
+        raise ValueError(f"torchebm: integrator must be an EulerMaruyamaIntegrator, got {kinds[0]}")
+    place = torch.device(integrator.device).type, integrator.dtype
+    if place != (device.type, dtype):
+        raise ValueError(
+            f"torchebm: integrator must be of the sampler's device/dtype {device}, {dtype}, got "
+            f"{integrator.device}, {integrator.dtype}"
+        )
+    return integrator

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastlangevin.presets.common import Samplers, take_seed
+from fastlangevin.arguments import check_number
+from fastlangevin.presets.common import Samplers, Summed, Wrapper, take_seed
 from fastlangevin.scores.general import energy_and_grad
 
 
@@ -26,7 +27,8 @@ def nae() -> Callable[..., Tensor]:
     Differs: the caller's x keeps its requires_grad; nothing is copied to the CPU on the way. Not
     offered, with a ValueError: ``intermediate_samples`` (see :meth:`LangevinSampler.trajectory`),
     ``reject_boundary``, ``spherical``, which act on a chain between its steps; and ``mh``, which
-    the original takes and does not read: MALA is ``LangevinSampler(metropolis=True)``.
+    the original takes and does not read: MALA is ``LangevinSampler(metropolis=True)``. The
+    repository's models call :func:`nae_v2` now.
     Source: swyoon/normalized-autoencoders, models/langevin.py; Yoon, Noh and Park, ICML 2021.
     """
     samplers = Samplers()
@@ -60,17 +62,11 @@ def nae() -> Callable[..., Tensor]:
         for name, asked in refused.items():
             if asked:
                 raise ValueError(f"nae: {name} is not offered")
-        if stepsize is None and noise_scale is None:
-            raise ValueError("nae: give stepsize or noise_scale")
-        if noise_scale is None:
-            assert stepsize is not None
-            noise_scale = math.sqrt(2 * stepsize)
-        if stepsize is None:
-            stepsize = noise_scale**2 / 2
-        std: Any = float(noise_scale)
+        stepsize, std = step_and_noise("nae", stepsize, noise_scale)
+        stds: Any = std
         if noise_anneal is not None:
-            std = [std / max(k, 1) for k in range(n_steps)]
-        settings = {"steps": n_steps, "step_size": stepsize, "noise_std": std, "clamp": clip_x}
+            stds = [std / max(k, 1) for k in range(n_steps)]
+        settings = {"steps": n_steps, "step_size": stepsize, "noise_std": stds, "clamp": clip_x}
         if clip_grad is None:
             sampler = samplers(model, **settings)
         else:
@@ -81,16 +77,34 @@ def nae() -> Callable[..., Tensor]:
     return sample_langevin
 
 
-class _Clipped(nn.Module):
-    """The score -clip(dE/dx): norms over the last dimension, the factor as in the original."""
+def step_and_noise(
+    op: str, stepsize: float | None, noise_scale: float | None
+) -> tuple[float, float]:
+    """Both, one of which may be missing: noise_scale^2 = 2 stepsize."""
+    if stepsize is not None:
+        stepsize = check_number(op, "stepsize", stepsize)
+    if noise_scale is not None:
+        noise_scale = check_number(op, "noise_scale", noise_scale)
+    if stepsize is None:
+        if noise_scale is None:
+            raise ValueError(f"{op}: give stepsize or noise_scale")
+        return noise_scale**2 / 2, noise_scale
+    return stepsize, math.sqrt(2 * stepsize) if noise_scale is None else noise_scale
 
-    takes_state_dtype = True
+
+def clip_rows(grad: Tensor, bound: float) -> Tensor:
+    """Norms over the last dimension, bounded; the factor as in the original."""
+    norm = grad.norm(dim=-1, keepdim=True)
+    return grad * (torch.where(norm < bound, 1.0, bound / norm) + 1e-6)
+
+
+class _Clipped(Wrapper):
+    """The score -clip(dE/dx)."""
 
     def __init__(self, model: Callable[..., Tensor], bound: float) -> None:
-        super().__init__()
-        self.model, self.bound = model, bound
+        super().__init__(Summed(model))
+        self.takes_state_dtype, self.bound = True, bound
 
     def forward(self, x: Tensor) -> Tensor:
         _, grad = energy_and_grad(self.model, x, {})
-        norm = grad.norm(dim=-1, keepdim=True)
-        return -grad * (torch.where(norm < self.bound, 1.0, self.bound / norm) + 1e-6)
+        return -clip_rows(grad, self.bound)

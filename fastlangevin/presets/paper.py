@@ -21,9 +21,10 @@ def short_run(
 
         x <- x + (df/dx + s z)
 
-    f: the negative energy, [m, *shape] -> [m] or [m, 1]; the chain ascends it. Returns a function
-    ``sample_q(K=100, s=1e-2, *, x0=None, seed=None, generator=None, noise=None)`` that returns
-    x [m, *shape], detached. ``x0`` starts elsewhere; ``noise`` [K, m, *shape] replaces the noise.
+    f: the negative energy of [m, *shape], of any output shape: the chain ascends its sum. Returns a
+    function ``sample_q(K=100, s=1e-2, *, x0=None, seed=None, generator=None, noise=None)`` that
+    returns x [m, *shape], detached. ``x0`` starts elsewhere; ``noise`` [K, m, *shape] replaces the
+    noise.
 
     Differs: x0 and noise come from the noise contract; f's parameters collect no ``.grad``.
     Source: enijkamp/short_run, train_cifar10_minimal.py (there s = 0.01 is fixed), and
@@ -64,13 +65,14 @@ def anatomy(
 
         x <- x - dE/dx + epsilon z
 
-    f: the energy E. config: ``epsilon``, ``batch_size``, ``im_ch``, ``im_sz`` and, for chains from
-    data, ``data_epsilon``; other keys are not read. q [N, ...]: the data, for init_type "data".
-    s_t_0 [N, ...]: the persistent states, one per datum, for init_type "persistent"; a batch of
-    distinct ones is drawn and, with update_s_t_0, written back in place. "uniform" is U(-1, 1),
-    "gaussian" N(0, 1). Returns a function that takes ``seed``, ``generator`` and ``noise``
-    [L, batch_size, ...] besides, and returns (x, r): x detached, r a 0-d tensor, the mean over
-    steps and chains of |dE/dx|, from :meth:`LangevinSampler.diagnose`.
+    f: the energy E, of any output shape: its sum is what is differentiated. config: ``epsilon``,
+    ``batch_size``, ``im_ch``, ``im_sz`` and, for chains from data, ``data_epsilon``; other keys are
+    not read. q [N, ...]: the data, for init_type "data". s_t_0 [N, ...]: the persistent states, one
+    per datum, for init_type "persistent"; a batch of distinct ones is drawn and, with update_s_t_0,
+    written back in place. "uniform" is U(-1, 1), "gaussian" N(0, 1). Returns a function that takes
+    ``seed``, ``generator`` and ``noise`` [L, batch_size, ...] besides, and returns (x, r): x
+    detached, r a 0-d tensor, the mean over steps and chains of |dE/dx|, from
+    :meth:`LangevinSampler.diagnose`.
 
     Differs: random numbers come from the noise contract; s_t_0 may be on another device than f.
     Source: point0bar1/ebm-anatomy, train_data.py; Nijkamp, Hill, Han, Zhu, Wu, AAAI 2020, sec. 3.
@@ -138,12 +140,12 @@ def anatomy_eval(
         x <- x - (epsilon^2 / 2) d(E / T)/dx + epsilon z,    or x <- x - d(E / T)/dx at epsilon = 0
 
     with T = temp_factor train_epsilon^2 / 2, or temp_factor where train_epsilon is 0; each step
-    accepted or rejected under ``use_mh_langevin``. f: the energy E. config: ``num_mcmc_steps`` L,
-    ``epsilon``, ``temp_factor``, ``train_epsilon``, ``use_mh_langevin``; other keys are not read.
-    x_s_t_0 [B, ...]: the initial states. Returns a function that takes ``seed``, ``generator`` and
-    ``noise`` [L, B, ...] and returns (x, ens, grads): x detached, ens [L, B] the energy E / T at
-    every step, grads [L, B] the norm of every move, both on the CPU; under ``use_mh_langevin`` also
-    accepts [L], the share of the chains that moved.
+    accepted or rejected under ``use_mh_langevin``. f: the energy E, [B] or [B, 1]. config:
+    ``num_mcmc_steps`` L, ``epsilon``, ``temp_factor``, ``train_epsilon``, ``use_mh_langevin``;
+    other keys are not read. x_s_t_0 [B, ...]: the initial states. Returns a function that takes
+    ``seed``, ``generator`` and ``noise`` [L, B, ...] and returns (x, ens, grads): x detached, ens
+    [L, B] the energy E / T at every step, grads [L, B] the norm of every move, both on the CPU;
+    under ``use_mh_langevin`` also accepts [L], the share of the chains that moved.
 
     Differs: prints nothing; random numbers come from the noise contract.
     Source: point0bar1/ebm-anatomy, eval.py.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.presets.common import Samplers, in_eval_mode, take_seed
+from fastlangevin.presets.common import Samplers, Summed, in_eval_mode, take_seed
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.scores.general import device_of
@@ -18,14 +18,14 @@ class uva:  # lower case, as all presets are called
 
         x <- clamp(x + 0.005 z),    x <- clamp(x + step_size clip(d model/dx))
 
-    with clip +-0.03 and clamp (-1, 1), twice a step. model: the negative energy, [n, *img_shape] ->
-    [n] or [n, 1], in eval mode meanwhile. ``buffer`` is a first-in first-out :class:`ReplayBuffer`
-    on the model's device (it follows a model that moves) of at most max_len states, which
-    sample_size ones from U(-1, 1) begin;
-    each chain starts anew with probability 0.05. ``seed``: of all its numbers, by default drawn
-    from torch's generator; with ``buffer.state_dict()`` and ``drawn``, the batches drawn so far, it
-    is all there is to save. ``examples``: those states, as the tutorial's callbacks read them.
-    ``first_chain``: rank * sample_size, where several processes have one seed.
+    with clip +-0.03 and clamp (-1, 1), twice a step. model: the negative energy of [n, *img_shape],
+    of any output shape: its sum is what is differentiated; in eval mode meanwhile. ``buffer`` is a
+    first-in first-out :class:`ReplayBuffer` on the model's device (it follows a model that moves)
+    of at most max_len states, which sample_size ones from U(-1, 1) begin; each chain starts anew
+    with probability 0.05. ``seed``: of all its numbers, by default drawn from torch's generator;
+    with ``buffer.state_dict()`` and ``drawn``, the batches drawn so far, it is all there is to
+    save. ``examples``: those states, as the tutorial's callbacks read them. ``first_chain``: rank *
+    sample_size, where several processes have one seed.
 
     Differs: results are new tensors without requires_grad, where the original changes its input in
     place and returns that; frozen parameters stay frozen; the buffer does not go through the CPU.
@@ -98,7 +98,7 @@ class uva:  # lower case, as all presets are called
         first_chain: int = 0,
     ) -> Tensor:
         """The states after ``steps`` steps from inp_imgs [n, ...], or each [steps, n, ...]."""
-        sampler = LangevinSampler(model, **_settings(steps, step_size))
+        sampler = LangevinSampler(Summed(model), **_settings(steps, step_size))
         options: dict[str, Any] = {"seed": take_seed(seed, generator), "noise": noise}
         options["first_chain"] = first_chain
         with in_eval_mode(model):

@@ -201,7 +201,7 @@ def warn_of_modes(energy: Callable[..., Tensor]) -> bool:
     for root in modules_of(energy):
         for name, module in root.named_modules():
             called = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-            if not module.training:
+            if not getattr(module, "training", False):  # torch.jit.freeze leaves no mode
                 continue
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 found.append(f"{called} makes the energy another random function at every step")

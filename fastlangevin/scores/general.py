@@ -38,7 +38,10 @@ def energy_and_grad(
             energies.sum(), leaf, create_graph=create_graph, allow_unused=True
         )
     if grad is None:
-        raise ValueError("energy: its output does not depend on x, so there is no gradient")
+        raise ValueError(
+            "energy: its output does not depend on x, so there is no gradient (quantised kernels "
+            "have none)"
+        )
     return energies if create_graph else energies.detach(), grad
 
 
@@ -49,11 +52,12 @@ def check_energies(out: Any, shape: Sequence[int]) -> Tensor:
     """
     chains = shape[0]
     if not isinstance(out, Tensor):
-        hint = "; parts as the state's are a score: LangevinSampler.from_score"
-        raise TypeError(
-            f"energy: must return a tensor, got {type(out).__name__}"
-            + hint * isinstance(out, list | tuple | dict)
-        )
+        hint = ""
+        if isinstance(out, list | tuple | dict):
+            hint = "; wrap it in a module whose forward returns the energies among them"
+        elif isinstance(out, nn.Module):
+            hint = "; of a function that makes an energy give what it returns"
+        raise TypeError(f"energy: must return a tensor, got {type(out).__name__}{hint}")
     if not out.is_floating_point():
         raise TypeError(f"energy: must return a floating dtype, got {out.dtype}")
     if out.numel() != chains or (out.ndim > 0 and out.shape[0] != chains):
@@ -68,7 +72,7 @@ def check_energies(out: Any, shape: Sequence[int]) -> Tensor:
     if not out.requires_grad:
         raise ValueError(
             "energy: its output does not depend on x through autograd (was it detached, or "
-            "computed under torch.no_grad?)"
+            "computed under torch.no_grad or by kernels for inference?)"
         )
     return out.reshape(chains)
 
@@ -140,7 +144,7 @@ class Buffers:
             (module, name, buffer, buffer.detach().clone())
             for root in modules_of(energy)
             for module in root.modules()
-            if module.training
+            if getattr(module, "training", False)  # torch.jit.freeze leaves no mode
             for name, buffer in module.named_buffers(recurse=False)
         ]
 

@@ -54,7 +54,12 @@ def left_alone(
     buffers = [b for m in modules for b in m.buffers()]
     found = [(p, p.data, p.requires_grad, p.grad) for p in parameters if p.is_leaf]
     values = [(b, b.data, b.detach().clone()) for b in buffers]
-    modes = [(m, m.training) for root in modules for m in root.modules()]
+    modes = [
+        (m, m.training)
+        for root in modules
+        for m in root.modules()
+        if hasattr(m, "training")  # torch.jit.freeze leaves no mode
+    ]
 
     def put_back() -> None:
         for parameter, _, requires_grad, _ in found:
