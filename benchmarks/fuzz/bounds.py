@@ -2,9 +2,9 @@
 
 A running error analysis: every value v comes with a bound e on the error of what an engine holds in
 its place. A sum of n products |W| |v| adds n units of float32, whatever the dtype of its operands
-(autocast's sums alone may be in bfloat16); each result that is stored adds one unit of its dtype. Weights and states are rounded beforehand,
-as the engine does, so that the bound is about values alone. Torch's own results in the
-engine's dtype play no part: a mistake of torch's is a mistake.
+(autocast's sums alone may be in bfloat16); each result that is stored adds one unit of its dtype.
+Weights and states are rounded beforehand, as the engine does, so that the bound is about values
+alone. Torch's own results in the engine's dtype play no part: a mistake of torch's is a mistake.
 
 At a kink closer to a value than its error, the derivative may be that of either side. The bound of
 the gradient has their difference there, and only there.
@@ -28,10 +28,11 @@ _LEAST = 1e-30  # below it, results may be flushed to zero
 class Rounding:
     """Where an engine rounds.
 
-    values: the unit of values and gradients between operations, of weights and of states. tail:
-    the same for the linear operations after the last activation. sums: the unit of sums of products.
-    bias: whether biases are rounded like weights. state: whether states are rounded before anything
-    reads them.
+    values: the unit of values and gradients between operations, of weights and of states.
+    tail: the same for the linear operations after the last activation.
+    sums: the unit of sums of products.
+    bias: whether biases are rounded like weights.
+    state: whether states are rounded before anything reads them.
     """
 
     values: float

@@ -19,8 +19,9 @@ _ROUNDINGS = {
     ("general", "fp32"): Rounding(SINGLE, SINGLE),
     ("lean", "fp32"): Rounding(SINGLE, SINGLE),
     ("fused", "fp32"): Rounding(SINGLE, SINGLE),
-    # Autocast leaves the state as it is until a convolution or a linear layer reads it.
-    ("general", "bf16"): Rounding(BRAIN, BRAIN, state=False),
+    # Autocast leaves the state as it is until a convolution or a linear layer reads it, and runs
+    # torch's own kernels, some of which sum in bfloat16.
+    ("general", "bf16"): Rounding(BRAIN, BRAIN, sums=BRAIN, state=False),
     ("lean", "bf16"): Rounding(BRAIN, SINGLE),
     ("fused", "bf16"): Rounding(BRAIN, SINGLE, bias=False),
 }
