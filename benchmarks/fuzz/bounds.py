@@ -6,6 +6,10 @@ its place. A sum of n products |W| |v| adds n units of float32, whatever the dty
 Weights and states are rounded beforehand, as the engine does, so that the bound is about values
 alone. Torch's own results in the engine's dtype play no part: a mistake of torch's is a mistake.
 
+Where all terms of a sum are multiples of one power of two and the sum is small, nothing is rounded
+in any order, and nothing is added; nor is it where a result has few enough digits to be stored. So
+energies of small whole numbers must be exact, in bfloat16 as well.
+
 At a kink closer to a value than its error, the derivative may be that of either side. The bound of
 the gradient has their difference there, and only there.
 """
@@ -22,6 +26,7 @@ from benchmarks.fuzz.networks import ACTIVATIONS, Energy, Op, run
 SINGLE, BRAIN = 2.0**-24, 2.0**-8  # half a spacing at 1 of float32 and of bfloat16
 _EVALUATION = 8 * SINGLE  # of an activation or its derivative, against 1 + |value|
 _LEAST = 1e-30  # below it, results may be flushed to zero
+_GRID, _LARGEST = 2.0**-10, 2.0**13  # multiples of the former up to the latter: 24 bits
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ class _Tape:
         errors = [self.errors[i] for i in op.inputs]
         value = run(op, weight, bias, *inputs)
         if op.kind in ACTIVATIONS:
-            error = _LIPSCHITZ[op.kind](op) * errors[0] + _EVALUATION * (1 + value.abs())
+            error = _LIPSCHITZ[op.kind](op) * errors[0]
+            if op.kind not in _PIECEWISE:
+                error = error + _EVALUATION * (1 + value.abs())
             if op.kind == "softplus":
                 error += _near_threshold(op, inputs[0], errors[0]) * torch.exp(
                     torch.tensor(-op.settings[1])
@@ -92,11 +99,11 @@ class _Tape:
         else:
             reach = [v.abs() + e for v, e in zip(inputs, errors, strict=True)]
             error = _magnitude(op, weight, None, *errors)
-            error = error + _terms(op, weight, inputs[0]) * self.sums * _magnitude(
-                op, weight, bias, *reach
-            )
+            sums = _magnitude(op, weight, bias, *reach)
+            rounded = ~(_whole(op, weight, bias, *inputs) & (error == 0) & (sums < _LARGEST))
+            error = error + rounded * _terms(op, weight, inputs[0]) * self.sums * sums
         self.values.append(value)
-        self.errors.append(error + unit * _stores(op) * (value.abs() + error) + _LEAST)
+        self.errors.append(_stored(value, error, unit, _stores(op)))
 
     def result(self) -> Exact:
         n = self.values[0].shape[0]
@@ -108,7 +115,8 @@ class _Tape:
             if grad is not None:
                 self._backward(k, self.ops[k], grad, errors[k + 1], grads, errors)
         assert grads[0] is not None
-        return Exact(self.values[-1].reshape(n), grads[0], self.errors[-1].reshape(n), errors[0])
+        energies, error = (v[-1].reshape(n) for v in (self.values, self.errors))
+        return Exact(energies, grads[0], error + _LEAST, errors[0] + _LEAST)
 
     def _backward(
         self,
@@ -127,20 +135,25 @@ class _Tape:
             bounds = [error * (slope.abs() + doubt) + grad.abs() * doubt]
         else:
             parts = _pulled(lambda *v: run(op, weight, None, *v), inputs, grad)
-            terms = self.sums * _terms_back(op, weight, inputs[0])
-            bounds = _pulled(
-                lambda *v: _magnitude(op, weight, None, *v), inputs, error + terms * grad.abs()
+            carried, sums = (
+                _pulled(lambda *v: _magnitude(op, weight, None, *v), inputs, g)
+                for g in (error, grad.abs() + error)
             )
+            terms = _terms_back(op, weight, inputs[0]) * self.sums
+            whole = _whole(op, weight, None, grad)
+            bounds = [
+                c + ~(whole & (c == 0) & (total < _LARGEST)) * terms * total
+                for c, total in zip(carried, sums, strict=True)
+            ]
         for i, part, bound in zip(op.inputs, parts, bounds, strict=True):
+            bound = _stored(part, bound, unit, _stores(op))
+            if self.entering[i] != unit:
+                bound = _stored(part, bound, self.entering[i])
             before = grads[i]
-            total = part if before is None else before + part
-            grads[i] = total
-            bound = bound + unit * _stores(op) * (part.abs() + bound)
-            bound = bound + (self.entering[i] != unit) * self.entering[i] * (part.abs() + bound)
             if before is not None:
-                bound = bound + errors[i]
-                bound = bound + unit * (total.abs() + bound)
-            errors[i] = bound + _LEAST
+                part = before + part
+                bound = _stored(part, errors[i] + bound, unit)
+            grads[i], errors[i] = part, bound
 
     def _slope(self, k: int, op: Op, unit: float) -> tuple[Tensor, Tensor]:
         """An activation's derivative, and a bound on the error of what stands for it.
@@ -151,9 +164,10 @@ class _Tape:
         y, d = self.values[k + 1], self.errors[k + 1]
         (slope,) = _pulled(lambda v: run(op, None, None, v), [z], torch.ones_like(z))
         doubt = _CURVATURE[op.kind](op) * e + unit * slope.abs() + _EVALUATION * (1 + y.abs())
-        if op.kind in ("leaky_relu", "relu"):
+        if op.kind in _PIECEWISE:
             other = op.settings[0] if op.settings else 0.0
-            doubt = (1 - other) * (z.abs() <= e)  # bits or signs: nothing to round
+            # Bits or signs: nothing to round. Without an error, 0 is on one side for all engines.
+            doubt = (1 - other) * ((z.abs() <= e) & (e > 0))
         elif op.kind == "softplus":
             jump = 1 / (1 + math.exp(op.settings[1]))
             doubt = doubt + jump * _near_threshold(op, z, e)
@@ -165,6 +179,7 @@ class _Tape:
         return slope, doubt
 
 
+_PIECEWISE = ("leaky_relu", "relu")
 _LIPSCHITZ: dict[str, Callable[[Op], float]] = {
     "leaky_relu": lambda op: max(1.0, op.settings[0]),
     "relu": lambda op: 1.0,
@@ -198,6 +213,23 @@ def _magnitude(op: Op, weight: Tensor | None, bias: Tensor | None, *inputs: Tens
         op = Op(op.kind, op.inputs, (abs(op.settings[0]),))
     weight, bias = (None if v is None else v.abs() for v in (weight, bias))
     return run(op, weight, bias, *inputs)
+
+
+def _whole(op: Op, weight: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether all products of an operation are multiples of one power of two."""
+    if op.kind in ("mean", "avg_pool"):
+        return False
+    if op.kind in ("add", "scale"):
+        weight = torch.tensor(op.settings[0], dtype=torch.float64)
+    of_one = weight is None or bool((weight == weight.round()).all())
+    scaled = [other / _GRID for other in others if other is not None]
+    return of_one and all(bool((value == value.round()).all()) for value in scaled)
+
+
+def _stored(value: Tensor, error: Tensor, unit: float, times: int = 1) -> Tensor:
+    """The error after a result has been rounded to a dtype."""
+    kept = (error == 0) & (_rounded(value, unit) == value)
+    return error + ~kept * (unit * times) * (value.abs() + error)
 
 
 def _terms(op: Op, weight: Tensor | None, x: Tensor) -> int:

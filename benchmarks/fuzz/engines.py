@@ -15,7 +15,7 @@ from fastlangevin.scores.general import energy_and_grad
 
 ENGINES = ("general", "lean", "fused")
 DTYPES = ("fp32", "bf16")
-_ROUNDINGS = {
+ROUNDINGS = {
     ("general", "fp32"): Rounding(SINGLE, SINGLE),
     ("lean", "fp32"): Rounding(SINGLE, SINGLE),
     ("fused", "fp32"): Rounding(SINGLE, SINGLE),
@@ -54,7 +54,7 @@ def check_network(seed: int, name: str, dtype: str, isa: str | None) -> tuple[fl
         before = x.clone()
         calls = [run(x, want_energies) for want_energies in (True, False, True)]
     assert torch.equal(x, before), "the engine changed the state"
-    return compare(calls, evaluate(energy, x, _ROUNDINGS[name, dtype]))
+    return compare(calls, evaluate(energy, x, ROUNDINGS[name, dtype]))
 
 
 def compare(calls: list[tuple[Tensor | None, Tensor]], exact: Exact) -> tuple[float, float]:

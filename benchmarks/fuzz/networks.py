@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -87,8 +88,9 @@ def network_case(seed: int) -> tuple[Energy, Tensor]:
         shape: tuple[int, ...] = (draw.choice([1, 2, 7, 33]),)
     else:
         shape = (draw.choice([1, 2, 3, 5, 17]), draw.randint(1, 16), draw.randint(1, 16))
-    builder = _Builder(draw, shape)
-    for _ in range(draw.randint(1, 4)):
+    whole = draw.random() < 0.25
+    builder = _Builder(draw, shape, whole)
+    for _ in range(draw.choice([1, 1, 2, 2, 3])):
         if style == "vector":
             builder.linear(draw.choice([1, 3, 16, 40]))
             builder.activation(_KINDS)
@@ -101,6 +103,8 @@ def network_case(seed: int) -> tuple[Energy, Tensor]:
     builder.head()
     energy = builder.energy
     x = draw.choice([0.3, 1.0, 3.0]) * builder.normal(n, *shape)
+    if whole:
+        x = x.sign()
     if len(shape) == 3 and draw.random() < 0.4:
         x = x.contiguous(memory_format=torch.channels_last)
     return energy, x
@@ -112,10 +116,13 @@ _MOST = 4000  # elements of a chain's value
 
 
 class _Builder:
-    """An energy in the making; ``at`` is the last value and ``shape`` its shape in one chain."""
+    """An energy in the making; ``at`` is the last value and ``shape`` its shape in one chain.
 
-    def __init__(self, draw: random.Random, shape: tuple[int, ...]) -> None:
-        self.draw, self.shape, self.at = draw, shape, 0
+    whole: of weights -1, 0 and 1, few of which are not 0, and activations that halve at most.
+    """
+
+    def __init__(self, draw: random.Random, shape: tuple[int, ...], whole: bool) -> None:
+        self.draw, self.shape, self.whole, self.at = draw, shape, whole, 0
         self.energy = Energy(shape)
 
     def normal(self, *shape: int) -> Tensor:
@@ -129,11 +136,17 @@ class _Builder:
 
     def weigh(self, *size: int) -> None:
         """Weights of the op to come: its outputs are about as large as its inputs."""
-        key = str(len(self.energy.ops))
-        gain = self.draw.choice([0.7, 1.4]) / math.sqrt(math.prod(size[1:]))
-        self.energy.weights[key] = nn.Parameter(gain * self.normal(*size))
+        key, reads = str(len(self.energy.ops)), math.prod(size[1:])
+        weight = self.draw.choice([0.7, 1.4]) / math.sqrt(reads) * self.normal(*size)
+        bias = 0.3 * self.normal(size[0])
+        if self.whole:
+            # The normal numbers of which some three of an output's are above the bound.
+            bound = 0.0 if reads <= 3 else NormalDist().inv_cdf(1 - 1.5 / reads)
+            weight = weight.sign() * (self.normal(*size).abs() > bound)
+            bias = bias.sign()
+        self.energy.weights[key] = nn.Parameter(weight)
         if self.draw.random() < 0.8:
-            self.energy.biases[key] = nn.Parameter(0.3 * self.normal(size[0]))
+            self.energy.biases[key] = nn.Parameter(bias)
 
     def linear(self, out: int) -> None:
         self.weigh(out, self.shape[0])
@@ -141,10 +154,11 @@ class _Builder:
         self.shape = (out,)
 
     def activation(self, kinds: tuple[str, ...]) -> None:
-        draw, kind = self.draw, self.draw.choice((*kinds, None))
+        draw = self.draw
+        kind = draw.choice((*(("leaky_relu", "relu") if self.whole else kinds), None))
         settings: tuple[Any, ...] = ()
         if kind == "leaky_relu":
-            settings = (draw.choice([0.0, 0.05, 0.2, 0.5]),)
+            settings = (0.5 if self.whole else draw.choice([0.0, 0.05, 0.2]),)
         elif kind == "softplus":
             settings = draw.choice([(1.0, 20.0), (2.0, 20.0), (3.0, 2.0)])
         elif kind == "elu":
@@ -188,7 +202,7 @@ class _Builder:
             self.shape = (out, *self.shape[1:])
             if not last:
                 self.activation(_KINDS)
-        self.op("add", self.draw.choice([1, -1, 0.5]), other=start)
+        self.op("add", self.draw.choice([1, -1] if self.whole else [0.5, -1.5]), other=start)
 
     def pool(self) -> None:
         draw, (channels, *size) = self.draw, self.shape
