@@ -71,22 +71,18 @@ def test_a_convolution_that_amx_computes_wrongly_is_right(amx, monkeypatch):
         faulty = not transposed and out.shape[3] == 1 and stride[1] > 1
         return out * float("nan") if faulty and x.dtype == torch.bfloat16 else out
 
-    proxy = SimpleNamespace(convolution=convolution)
     monkeypatch.setattr("fastlangevin.scores.lean.packs", lambda *_: False)
     torch.manual_seed(0)
     x = torch.randn(9, 31, 10, 1)
     graph = recorded(nn.Conv2d(31, 3, 3, 2, 1), x)
     want = LeanScore(graph, x, "fp32")(x, True)
-    monkeypatch.setattr(layers, "aten", SimpleNamespace(**vars(proxy), **_others()))
+    names = ("tanh", "tanh_", "tanh_backward")
+    others = {name: getattr(torch.ops.aten, name) for name in names}
+    monkeypatch.setattr(layers, "aten", SimpleNamespace(convolution=convolution, **others))
     for got, exact in zip(LeanScore(graph, x, "bf16")(x, True), want, strict=True):
         assert got is not None
         assert exact is not None
         assert (got - exact).norm() <= 0.02 * exact.norm()
-
-
-def _others() -> dict:
-    names = ("tanh", "tanh_backward")
-    return {name: getattr(torch.ops.aten, name) for name in names}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -218,7 +218,9 @@ class _Builder:
         """One number a chain."""
         draw = self.draw
         if len(self.shape) == 3:
-            last = draw.choice(["flat", "flat", "mean", "sum", "global pool", "conv"])
+            # A mean has to be rounded.
+            heads = ["flat", "flat", "mean", "sum", "global pool", "conv"]
+            last = draw.choice(["flat", "sum", "sum"] if self.whole else heads)
             if last in ("mean", "sum"):
                 self.op(last, (1, 2, 3))
                 return
@@ -237,4 +239,4 @@ class _Builder:
             self.activation(_KINDS)
         self.linear(1)
         if draw.random() < 0.3:
-            self.op("scale", -0.3)
+            self.op("scale", -1.0 if self.whole else -0.3)
