@@ -31,8 +31,8 @@ def product_dtype(node: Node, dtype: torch.dtype, device: torch.device) -> torch
     float32 replaces a 16-bit dtype on a CPU in two cases. Where oneDNN does not run it, torch's own
     kernels also sum in 16 bits (and are slower: for 64 chains of [64, 16, 16] and a
     [128, 64, 4, 4] weight on AVX2, 0.41 s forward and 2.7 s back, against 0.06 s and 0.07 s). With
-    AMX, oneDNN is wrong for some shapes: see :func:`is_wrong_with_amx`. The autograd engine runs the
-    energy's own code, and with it torch's convolutions as they are.
+    AMX, oneDNN is wrong for some shapes: see :func:`is_wrong_with_amx`. The autograd engine runs
+    the energy's own code, and with it torch's convolutions as they are.
     """
     if device.type != "cpu" or dtype not in _HALVES:
         return dtype
