@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels.signs import apply_signs_, pack_signs
-from fastlangevin.scores.network import Node
+from fastlangevin.scores import onednn
+from fastlangevin.scores.network import Constant, Node
 
 aten = torch.ops.aten
 
@@ -44,7 +45,11 @@ def spread(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class Conv:
-    """A convolution by torch's operators; ``dtype`` is what its weights are cast to."""
+    """A convolution by torch's operators.
+
+    ``dtype`` is what its weights are rounded to, and that of what it reads and returns. The
+    operators run in :func:`onednn.product_dtype`, which may be wider.
+    """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -56,6 +61,7 @@ class Conv:
         self.stride, self.padding, self.dilation, self.groups = node.settings
         self.dtype, self.inplace = dtype, inplace
         assert self.weight_read is not None
+        self.product_dtype = onednn.product_dtype(node, dtype, self.weight_read.base.device)
         kernel, out = self.weight_read.size[2:], node.shape[1:]
         # What a transposed convolution cannot tell from its own input: rows that no window reached.
         self.left_over = [
@@ -65,35 +71,42 @@ class Conv:
         ]  # fmt: skip
 
     def pack(self) -> None:
-        assert self.weight_read is not None
-        how = self.dtype, self.weight, self.inplace
-        self.weight = laid_out(read_weight(self.weight_read.tensor(), *how))
-        if self.bias_read is not None:
-            how = self.dtype, self.bias, self.inplace
-            # oneDNN reads a bias as if it were contiguous.
-            self.bias = laid_out(read_weight(self.bias_read.tensor(), *how))
+        self.weight = self._read(self.weight_read, self.weight)
+        # oneDNN reads a bias as if it were contiguous.
+        self.bias = self._read(self.bias_read, self.bias)
+
+    def _read(self, constant: Constant | None, held: Tensor | None) -> Tensor | None:
+        if constant is None:
+            return None
+        value = constant.tensor()
+        if self.product_dtype != self.dtype:
+            value = value.to(self.dtype)
+        return laid_out(read_weight(value, self.product_dtype, held, self.inplace))
+
+    def _result(self, sums: Tensor) -> Tensor:
+        return laid_out(sums).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return laid_out(
+        return self._result(
             aten.convolution(
-                x, self.weight, self.bias, self.stride, self.padding, self.dilation, False, (0, 0),
-                self.groups,
+                x.to(self.product_dtype), self.weight, self.bias, self.stride, self.padding,
+                self.dilation, False, (0, 0), self.groups,
             )
         )  # fmt: skip
 
     def tangent(self, x: Tensor) -> Tensor:
-        return laid_out(
+        return self._result(
             aten.convolution(
-                x, self.weight, None, self.stride, self.padding, self.dilation, False, (0, 0),
-                self.groups,
+                x.to(self.product_dtype), self.weight, None, self.stride, self.padding,
+                self.dilation, False, (0, 0), self.groups,
             )
         )  # fmt: skip
 
     def backward(self, grad: Tensor) -> Tensor:
-        return laid_out(
+        return self._result(
             aten.convolution(
-                grad, self.weight, None, self.stride, self.padding, self.dilation, True,
-                self.left_over, self.groups,
+                grad.to(self.product_dtype), self.weight, None, self.stride, self.padding,
+                self.dilation, True, self.left_over, self.groups,
             )
         )  # fmt: skip
 
@@ -159,34 +172,30 @@ class PackedConv(Conv):
         return self._run(x, None, ("none", [], ""))
 
     def _run(self, x: Tensor, bias: Tensor | None, after: tuple[str, list[float], str]) -> Tensor:
-        return laid_out(
+        return self._result(
             torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, bias, self.padding, self.stride, self.dilation, self.groups, *after
+                x.to(self.product_dtype), self.weight, bias, self.padding, self.stride,
+                self.dilation, self.groups, *after,
             )
-        )
+        )  # fmt: skip
 
     def backward(self, grad: Tensor) -> Tensor:
-        return laid_out(
+        return self._result(
             torch.ops.mkldnn._convolution_transpose_pointwise(
-                grad, self.transposed, None, self.padding, self.left_over, self.stride,
-                self.dilation, self.groups, "none", [], "",
+                grad.to(self.product_dtype), self.transposed, None, self.padding, self.left_over,
+                self.stride, self.dilation, self.groups, "none", [], "",
             )
         )  # fmt: skip
 
 
 def packs(node: Node, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether :class:`PackedConv` serves a node."""
-    mkldnn = torch.ops.mkldnn
+    """Whether :class:`PackedConv` serves a node with operands in ``dtype``."""
     return (
         node.kind == "conv"
         and device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and hasattr(mkldnn, "_convolution_transpose_pointwise")
-        and (
-            dtype == torch.float32
-            or (dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
-        )
+        and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
+        and (product := onednn.product_dtype(node, dtype, device)) != torch.float16
+        and onednn.runs(product)
     )
 
 

@@ -1,0 +1,1 @@
+"""Random cases of the step and of energies, each compared with an evaluation in float64."""
