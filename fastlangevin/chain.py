@@ -12,11 +12,13 @@ from torch import Tensor
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.scores.choice import Score
 from fastlangevin.scores.fused_gpu import FusedScore
-from fastlangevin.scores.general import energy_and_grad, left_as_found, seed_generators
+from fastlangevin.scores.general import Isolation, energy_and_grad
 from fastlangevin.scores.score_network import network_score
 from fastlangevin.step import apply_step_, bind_step, resolve_backend
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from fastlangevin.sampler import LangevinSampler
 
 
@@ -70,6 +72,8 @@ class Chain(NamedTuple):
     step_kwargs: Mapping[str, Any] = {}  # by name, what has an entry for every step
     # int64 [2] on the device, read there in place of the seed and added to every step's number.
     state: Tensor | None = None
+    # Of the energy's own code, wherever that runs; shared by all steps of a call.
+    isolation: Isolation | None = None
 
     def walk(self, x: Tensor, want_energies: bool = False) -> Iterator[Step]:
         """The chain, in place on x: yields after every step. An empty batch takes none.
@@ -104,12 +108,11 @@ class Chain(NamedTuple):
             yield step
 
     def _general_strides(self, run: Callable[..., Tensor], x: Tensor) -> Iterator[Step]:
-        with left_as_found(self.sampler.energy, x.device) as buffers:
-            for k in range(self.sampler.steps):
-                with torch.no_grad():
-                    step = self.transition(run, x, k)
-                buffers.put_back()
-                yield step
+        chain = self.isolated(x.device)
+        for k in range(self.sampler.steps):
+            with torch.no_grad():
+                step = chain.transition(run, x, k)
+            yield step
 
     def _strides(
         self, run: Callable[..., Tensor], score: Score, x: Tensor, want_energies: bool
@@ -203,12 +206,19 @@ class Chain(NamedTuple):
     ) -> tuple[Tensor | None, Tensor]:
         """(energies or None, gradient) at step k by the energy's, or score network's, own code."""
         sampler = self.sampler
-        seed_generators(x.device, self.seed, self.first_step + k)
         run = network_score if sampler.score == "network" else energy_and_grad
         kwargs = self.model_kwargs
         if self.step_kwargs:
             kwargs = kwargs | {name: entries[k] for name, entries in self.step_kwargs.items()}
-        return run(sampler.energy, x, kwargs, sampler.precision, create_graph)
+        isolation = self.isolation or Isolation(sampler.energy, x.device, self.seed)
+        with isolation.step(self.first_step + k):
+            return run(isolation.network, x, kwargs, sampler.precision, create_graph)
+
+    def isolated(self, device: torch.device, twice: bool = False) -> "Self":
+        """The chain with what its evaluations have in common made once; ``twice``: for steps that
+        are differentiated twice."""
+        isolation = Isolation(self.sampler.energy, device, self.seed, twice)
+        return self._replace(isolation=isolation)
 
     def all_kwargs(self) -> dict[str, Any]:
         """What the energy is given beside x, that of all steps at once."""

@@ -136,8 +136,6 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
 class _Proximal(nn.Module):
     """Where clamped steps ``first`` and ``rest`` along one clipped gradient lead, as a move."""
 
-    takes_state_dtype = True  # else a half network would round the state that the move starts from
-
     def __init__(self, f: Callable[..., Tensor], first: float, rest: float, eps: float) -> None:
         super().__init__()
         self.f, self.first, self.rest, self.eps = f, first, rest, eps

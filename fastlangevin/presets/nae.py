@@ -84,8 +84,6 @@ def nae() -> Callable[..., Tensor]:
 class _Clipped(nn.Module):
     """The score -clip(dE/dx): norms over the last dimension, the factor as in the original."""
 
-    takes_state_dtype = True
-
     def __init__(self, model: Callable[..., Tensor], bound: float) -> None:
         super().__init__()
         self.model, self.bound = model, bound

@@ -81,7 +81,7 @@ def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
     recorder = Recorder(start, (*energy.parameters(), *energy.buffers()))
     try:
         with (
-            left_as_found(energy, x.device, freeze=False),
+            left_as_found(energy, x.device),
             torch.autocast(x.device.type, enabled=False),
             torch.enable_grad(),  # the graph that autograd makes shows what operators do not
             _no_hooks(),
