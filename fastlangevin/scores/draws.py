@@ -41,6 +41,8 @@ _WITHOUT_GENERATOR = {
     "miopen_rnn": "dropout",
     "_flash_attention_forward": "dropout_p",
     "_efficient_attention_forward": "dropout_p",
+    "_cudnn_attention_forward": "dropout_p",
+    "_triton_scaled_dot_attention": "dropout_p",
     "_scaled_dot_product_flash_attention": "dropout_p",
     "_scaled_dot_product_efficient_attention": "dropout_p",
     "_scaled_dot_product_cudnn_attention": "dropout_p",
@@ -89,6 +91,11 @@ class Draws:
         _thread.draws = self._before
         self._stack.close()
 
+    def backward(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for a backward pass through steps already taken: torch.utils.checkpoint sets
+        the state of the global generators there too."""
+        return ONE_AT_A_TIME if self._shares else contextlib.nullcontext()
+
     def generator(self, device: torch.device) -> torch.Generator:
         """This step's generator of a device; two devices' are seeded alike, as torch's are."""
         if device.type == "cuda" and device.index is None:
@@ -136,8 +143,8 @@ class Draws:
             return
         handled = _global_generators(self._device)
 
-        def look(_frame: Any, event: str, called: Any) -> None:
-            if event == "c_call" and not self._shares:
+        def look(frame: Any, event: str, called: Any) -> None:
+            if event == "c_call" and not self._shares and frame.f_globals is not globals():
                 owner = getattr(called, "__self__", None)
                 if isinstance(owner, torch.Generator) and any(owner is g for g in handled):
                     self._share()

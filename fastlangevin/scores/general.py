@@ -198,6 +198,10 @@ class Isolation:
         draws = self._draws.step(number)
         return self._exclusive(draws) if self._buffers.exist else draws
 
+    def backward(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for a backward pass through steps that have been taken."""
+        return self._draws.backward()
+
     @contextlib.contextmanager
     def _exclusive(self, draws: Draws) -> Iterator[None]:
         with ONE_AT_A_TIME, self._buffers.put_back(), draws:
