@@ -46,6 +46,9 @@ def note(x: Tensor, chain: "Chain") -> None:
         runs.append((x, x.clone(), chain))
 
 
+Evaluated = tuple[Tensor | None, Tensor]  # energies [n] if known, and the gradient
+
+
 class Step(NamedTuple):
     """One step's results: its index, the state after it, energies [n] and gradient before it.
 
@@ -97,36 +100,30 @@ class Chain(NamedTuple):
         of what they find."""
         run = resolve_backend(self.sampler.backend, x.device)
         if score is None:
-            strides = self._general_strides(run, x)
+            chain = self.isolated(x.device)
+            strides = self._strides(run, x, lambda k: chain.evaluate(x, k))
         elif isinstance(score, FusedScore) and not want_energies and self._fuses():
             strides, half = self._fused_strides(score, x), None
         else:
-            strides = self._strides(run, score, x, want_energies)
+            last = self.sampler.steps - 1
+            strides = self._strides(run, x, lambda k: score(x, want_energies or k == last))
         for step in strides:
             if half is not None:
                 half.look_at(step)
             yield step
 
-    def _general_strides(self, run: Callable[..., Tensor], x: Tensor) -> Iterator[Step]:
-        chain = self.isolated(x.device)
-        for k in range(self.sampler.steps):
-            with torch.no_grad():
-                step = chain.transition(run, x, k)
-            yield step
-
     def _strides(
-        self, run: Callable[..., Tensor], score: Score, x: Tensor, want_energies: bool
+        self, run: Callable[..., Tensor], x: Tensor, evaluate: Callable[[int], Evaluated]
     ) -> Iterator[Step]:
-        """Steps along a score that leaves no trace by itself."""
-        sampler, last = self.sampler, self.sampler.steps - 1
-        update = self._bound(run, x)
+        """Steps along what ``evaluate`` finds at x, as a function of the step's index."""
+        sampler, update = self.sampler, self._bound(run, x)
         for k in range(sampler.steps):
             with torch.no_grad():
                 step_size, noise_std = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
                 if sampler.noise_order == "before":
                     update(None, 0.0, noise_std, k)
                     noise_std = 0.0
-                energies, grad = score(x, want_energies or k == last)
+                energies, grad = evaluate(k)
                 update(grad, step_size, noise_std, k)
             yield Step(k, x, energies, grad)
 
@@ -181,7 +178,7 @@ class Chain(NamedTuple):
         run: Callable[..., Tensor],
         x: Tensor,
         k: int,
-        score: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None = None,
+        score: Callable[[Tensor], Evaluated] | None = None,
         create_graph: bool = False,
     ) -> Step:
         """Step k by ``run``: in place on x for a backend, pure for ``reference.step``.
@@ -201,9 +198,7 @@ class Chain(NamedTuple):
         x = apply_step_(run, x, grad, z, step_size=step_size, noise_std=noise_std, **options)
         return Step(k, x, energies, grad)
 
-    def evaluate(
-        self, x: Tensor, k: int, create_graph: bool = False
-    ) -> tuple[Tensor | None, Tensor]:
+    def evaluate(self, x: Tensor, k: int, create_graph: bool = False) -> Evaluated:
         """(energies or None, gradient) at step k by the energy's, or score network's, own code."""
         sampler = self.sampler
         run = network_score if sampler.score == "network" else energy_and_grad
