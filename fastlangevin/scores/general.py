@@ -55,11 +55,11 @@ class Network:
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
-        self._dtype: torch.dtype | None = None  # where it is not the state's
+        self.dtype: torch.dtype | None = None  # where it is not the state's
 
     def __call__(self, x: Tensor, **model_kwargs: Any) -> Any:
-        if self._dtype is not None:
-            return self.call(x.to(self._dtype), **model_kwargs)
+        if self.dtype is not None:
+            return self.call(x.to(self.dtype), **model_kwargs)
         try:
             return self.call(x, **model_kwargs)
         except RuntimeError as error:
@@ -67,7 +67,7 @@ class Network:
             if own == x.dtype:
                 raise _hinted(error, dtypes_of(self.call), x.dtype) from error
         out = self.call(x.to(own), **model_kwargs)
-        self._dtype = own
+        self.dtype = own
         return out
 
 
@@ -123,6 +123,16 @@ def network_dtype(network: Callable[..., Any], state: torch.dtype) -> torch.dtyp
     """The dtype of all floating parameters and buffers of a network, the state's if they differ."""
     dtypes = dtypes_of(network)
     return dtypes.pop() if len(dtypes) == 1 else state
+
+
+def entering_dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
+    """The dtype in which x enters a network, which is run to see it where it may not be x's."""
+    if network_dtype(network, x.dtype) == x.dtype:
+        return x.dtype
+    entered = Network(network)
+    with left_as_found(network, x.device), torch.no_grad():
+        entered(x)
+    return entered.dtype or x.dtype
 
 
 def dtypes_of(network: Callable[..., Any]) -> set[torch.dtype]:
