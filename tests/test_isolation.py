@@ -115,11 +115,14 @@ def beside(energy: Energy, sample: Callable[[], Tensor], act: Callable[[], None]
     thread = threading.Thread(target=run)
     energy.pause = pause
     thread.start()
-    while paused.get(timeout=20):
-        act()
+    try:
+        while paused.get(timeout=20):
+            act()
+            resumed.put(None)
+    finally:
+        energy.pause = lambda: None
         resumed.put(None)
-    thread.join()
-    energy.pause = lambda: None
+        thread.join()
     return results[0]
 
 
