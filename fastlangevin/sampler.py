@@ -115,9 +115,9 @@ class LangevinSampler:
         "tf32", "fp16" or "bf16". The state stays float32, or float64 for a float64 x0. The network
         is given x in the state's dtype. One that refuses it, and whose floating parameters and
         buffers are all of one other dtype, is given x in that; one with several dtypes has to cast
-        x itself. "fp32" and "tf32" set torch's precision switches, which other threads share, during each
-        evaluation where they differ. With checkpoint="none" the backward pass of a differentiable
-        chain runs as torch is set.
+        x itself. "fp32" and "tf32" set torch's precision switches, which other threads share,
+        during each evaluation, where they differ. With checkpoint="none" the backward pass of a
+        differentiable chain runs as torch is set.
     backend: of the update: "auto", "native", "triton" or "reference".
     score: how d energy / d x is computed: "general", autograd on the energy as it is; "lean", an
         explicit forward pass and input gradient, for modules made of 2-D convolutions, linear
