@@ -28,7 +28,6 @@ from fastlangevin.schedules import (
     cost_text,
     states_for,
 )
-from fastlangevin.scores.general import left_as_found
 from fastlangevin.states import free_memory
 from fastlangevin.trace import Adjoint, Trace
 from fastlangevin.transition import (
@@ -75,6 +74,7 @@ def unroll(
         raise ValueError(f'{_OP}: offload keeps states elsewhere; checkpoint="none" keeps none')
     if x.numel() == 0:
         return x.clone()
+    chain = chain.isolated(x.device, twice=True)
     straight, first = grad_through == "straight", steps - traced
     if not torch.is_grad_enabled():
         first = steps
@@ -108,6 +108,7 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
     """What each schedule takes, from x: lines of text. Runs a step and its backward pass."""
     x, steps = x.detach().requires_grad_(), chain.sampler.steps
     try:
+        chain = chain.isolated(x.device, twice=True)
         trace = Trace(chain, 0, False, x)
         check_graph(chain, trace.begin(x)[-1])
         sizes = trace.measure(x)
@@ -180,7 +181,7 @@ def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor | None]
     for k in range(first, last + 1):
         state.requires_grad_()
         lean = None if score is None else functools.partial(score, want_energies=k == last)
-        with left_as_found(chain.sampler.energy, x.device), torch.enable_grad():
+        with torch.enable_grad():
             step = chain.transition(reference.step, state, k, lean)
         (passed,) = torch.autograd.grad(step.x, state, passed)
         state = step.x.detach()

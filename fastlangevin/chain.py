@@ -13,11 +13,13 @@ from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.scores.choice import Score
 from fastlangevin.scores.fused_gpu import FusedScore
-from fastlangevin.scores.general import energy_and_grad, left_as_found, seed_generators
+from fastlangevin.scores.general import Isolation, energy_and_grad
 from fastlangevin.scores.score_network import network_score
 from fastlangevin.step import apply_step_, bind_step, resolve_backend
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from fastlangevin.sampler import LangevinSampler
 
 
@@ -43,6 +45,9 @@ def note(x: Tensor, chain: "Chain") -> None:
     runs = _watched.get()
     if runs is not None:
         runs.append((x, x.clone(), chain))
+
+
+Evaluated = tuple[Tensor | None, Tensor]  # energies [n] if known, and the gradient
 
 
 class Step(NamedTuple):
@@ -71,6 +76,8 @@ class Chain(NamedTuple):
     step_kwargs: Mapping[str, Any] = {}  # by name, what has an entry for every step
     # int64 [2] on the device, read there in place of the seed and added to every step's number.
     state: Tensor | None = None
+    # Of the energy's own code, wherever that runs; shared by all steps of a call.
+    isolation: Isolation | None = None
 
     def walk(self, x: Tensor, want_energies: bool = False) -> Iterator[Step]:
         """The chain, in place on x: yields after every step. An empty batch takes none.
@@ -94,37 +101,30 @@ class Chain(NamedTuple):
         of what they find."""
         run = resolve_backend(self.sampler.backend, x.device)
         if score is None:
-            strides = self._general_strides(run, x)
+            chain = self.isolated(x.device)
+            strides = self._strides(run, x, lambda k: chain.evaluate(x, k))
         elif isinstance(score, FusedScore) and not want_energies and self._fuses():
             strides, half = self._fused_strides(score, x), None
         else:
-            strides = self._strides(run, score, x, want_energies)
+            last = self.sampler.steps - 1
+            strides = self._strides(run, x, lambda k: score(x, want_energies or k == last))
         for step in strides:
             if half is not None:
                 half.look_at(step)
             yield step
 
-    def _general_strides(self, run: Callable[..., Tensor], x: Tensor) -> Iterator[Step]:
-        with left_as_found(self.sampler.energy, x.device) as buffers:
-            for k in range(self.sampler.steps):
-                with torch.no_grad():
-                    step = self.transition(run, x, k)
-                buffers.put_back()
-                yield step
-
     def _strides(
-        self, run: Callable[..., Tensor], score: Score, x: Tensor, want_energies: bool
+        self, run: Callable[..., Tensor], x: Tensor, evaluate: Callable[[int], Evaluated]
     ) -> Iterator[Step]:
-        """Steps along a score that leaves no trace by itself."""
-        sampler, last = self.sampler, self.sampler.steps - 1
-        update = self._bound(run, x)
+        """Steps along what ``evaluate`` finds at x, as a function of the step's index."""
+        sampler, update = self.sampler, self._bound(run, x)
         for k in range(sampler.steps):
             with torch.no_grad():
                 step_size, noise_std = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
                 if sampler.noise_order == "before":
                     update(None, 0.0, noise_std, k)
                     noise_std = 0.0
-                energies, grad = score(x, want_energies or k == last)
+                energies, grad = evaluate(k)
                 update(grad, step_size, noise_std, k)
             yield Step(k, x, energies, grad)
 
@@ -179,7 +179,7 @@ class Chain(NamedTuple):
         run: Callable[..., Tensor],
         x: Tensor,
         k: int,
-        score: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None = None,
+        score: Callable[[Tensor], Evaluated] | None = None,
         create_graph: bool = False,
     ) -> Step:
         """Step k by ``run``: in place on x for a backend, pure for ``reference.step``.
@@ -199,17 +199,22 @@ class Chain(NamedTuple):
         x = apply_step_(run, x, grad, z, step_size=step_size, noise_std=noise_std, **options)
         return Step(k, x, energies, grad)
 
-    def evaluate(
-        self, x: Tensor, k: int, create_graph: bool = False
-    ) -> tuple[Tensor | None, Tensor]:
+    def evaluate(self, x: Tensor, k: int, create_graph: bool = False) -> Evaluated:
         """(energies or None, gradient) at step k by the energy's, or score network's, own code."""
         sampler = self.sampler
-        seed_generators(x.device, self.seed, self.first_step + k)
         run = network_score if sampler.score == "network" else energy_and_grad
         kwargs = self.model_kwargs
         if self.step_kwargs:
             kwargs = kwargs | {name: entries[k] for name, entries in self.step_kwargs.items()}
-        return run(sampler.energy, x, kwargs, sampler.precision, create_graph)
+        isolation = self.isolation or Isolation(sampler.energy, x.device, self.seed)
+        with isolation.step(self.first_step + k):
+            return run(isolation.network, x, kwargs, sampler.precision, create_graph)
+
+    def isolated(self, device: torch.device, twice: bool = False) -> "Self":
+        """The chain with what its evaluations have in common made once; ``twice``: for steps that
+        are differentiated twice."""
+        isolation = Isolation(self.sampler.energy, device, self.seed, twice)
+        return self._replace(isolation=isolation)
 
     def all_kwargs(self) -> dict[str, Any]:
         """What the energy is given beside x, that of all steps at once."""

@@ -7,7 +7,6 @@ is made when a kind of chain comes for the second time, as a single call would p
 nothing, and is used only once it has repeated a chain that was also run step by step.
 """
 
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from fastlangevin.arguments import Coefficient
 from fastlangevin.chain import Chain, Overflow, check_overflow
+from fastlangevin.locks import new_lock
 from fastlangevin.scores.choice import Choice
 from fastlangevin.scores.fused_gpu import FusedScore
 from fastlangevin.scores.lean import LeanScore
+from fastlangevin.scores.precision import switches
 from fastlangevin.step import choose_backend
 
 # A recording holds its chain's state, and the network's values for the time of a step.
@@ -36,7 +37,7 @@ _MAX_STEPS = 1024
 # Equal bits are expected, except where cuDNN sums in an order that changes from run to run.
 _TOLERANCE = 1e-5
 # CUDA graphs may be captured by one thread of a process at a time.
-_CAPTURING = threading.Lock()
+_CAPTURING = new_lock()
 
 
 class Recorder(Protocol):
@@ -139,14 +140,8 @@ def kind_of(chain: Chain, x: Tensor) -> tuple[Any, ...]:
 def _torch_settings(device_type: str) -> tuple[Any, ...]:
     """Those by which torch chooses its kernels."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    places = torch.backends, cudnn, getattr(cudnn, "conv", None), matmul
-    tf32 = [getattr(place, "fp32_precision", None) for place in places]
-    if not hasattr(
-        matmul, "fp32_precision"
-    ):  # before torch 2.9; since then reading these may raise
-        tf32 = [cudnn.allow_tf32, matmul.allow_tf32]
     return (
-        *tf32,
+        *switches(),
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
         cudnn.enabled,
@@ -232,7 +227,7 @@ class Graphs:
 
     def __init__(self, record: Recorder | None = None) -> None:
         self._record = record or CudaRecorder()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._kinds: dict[tuple[Any, ...], _Kind] = {}  # the last used last
         self._calls = 0
 

@@ -16,7 +16,6 @@ are those of the noise contract's stream 3 at (seed, chain, step). Source: Rober
 "Exponential convergence of Langevin distributions and their discrete approximations".
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,6 @@ from fastlangevin.chain import Chain, Overflow, Step, rows
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.kernels.reference import per_chain
 from fastlangevin.scores.choice import Score
-from fastlangevin.scores.general import Buffers, left_as_found
 from fastlangevin.step import apply_step_, fold_norm_clip, resolve_backend
 
 if TYPE_CHECKING:
@@ -72,32 +70,25 @@ class AdjustedChain(Chain):
                 f"{sampler.clamp}, outside of which proposals are rejected"
             )
         run = resolve_backend(sampler.backend, x.device)
-        found = (
-            left_as_found(sampler.energy, x.device) if score is None else contextlib.nullcontext()
-        )
-        with found as buffers:
-            energies, grad = self._evaluate(score, buffers, x, 0)
-            for k in range(sampler.steps):
-                step = Step(k, x, energies, grad)
-                with torch.no_grad():
-                    y = self._propose(run, x, grad, k)
-                    there = self._evaluate(score, buffers, y, k)
-                    accepted = self._accept(x, y, (energies, grad), there, k)
-                    x.copy_(torch.where(_like(accepted, x), y, x))
-                    energies = torch.where(accepted, there[0], energies)
-                    grad = torch.where(_like(accepted, x), there[1], grad)
-                if half is not None:
-                    half.look_at(step)
-                yield step._replace(accepted=accepted)
+        chain = self if score is not None else self.isolated(x.device)
+        energies, grad = chain._evaluate(score, x, 0)
+        for k in range(sampler.steps):
+            step = Step(k, x, energies, grad)
+            with torch.no_grad():
+                y = self._propose(run, x, grad, k)
+                there = chain._evaluate(score, y, k)
+                accepted = self._accept(x, y, (energies, grad), there, k)
+                x.copy_(torch.where(_like(accepted, x), y, x))
+                energies = torch.where(accepted, there[0], energies)
+                grad = torch.where(_like(accepted, x), there[1], grad)
+            if half is not None:
+                half.look_at(step)
+            yield step._replace(accepted=accepted)
 
-    def _evaluate(
-        self, score: Score | None, buffers: Buffers | None, x: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, score: Score | None, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(energies [n], gradient) at x."""
         with torch.no_grad():
             energies, grad = self.evaluate(x, k) if score is None else score(x, True)
-        if buffers is not None:
-            buffers.put_back()
         assert energies is not None
         return energies, grad
 

@@ -112,8 +112,13 @@ class LangevinSampler:
     grad_clip: a bound on each element, ("chain_norm", c), ("batch_norm", c), or None.
     noise_order: "after", the noise is added together with the gradient step; "before", it is added
         (and the state clamped) before the gradient is taken; "last", it is added after the clamp.
-    precision: of the network alone: None (as torch is set), "fp32", "tf32", "fp16" or "bf16". The
-        state stays float32, or float64 for a float64 x0.
+    precision: of the network alone: None (as torch is set), "fp32" (strict on every device),
+        "tf32", "fp16" or "bf16". The state stays float32, or float64 for a float64 x0. The network
+        is given x in the state's dtype. One that refuses it, and whose floating parameters and
+        buffers are all of one other dtype, is given x in that; one with several dtypes has to cast
+        x itself. "fp32" and "tf32" set torch's precision switches, which other threads share,
+        during each evaluation, where they differ. With checkpoint="none" the backward pass of a
+        differentiable chain runs as torch is set.
     backend: of the update: "auto", "native", "triton" or "reference".
     score: how d energy / d x is computed: "general", autograd on the energy as it is; "lean", an
         explicit forward pass and input gradient, for modules made of 2-D convolutions, linear

@@ -13,7 +13,7 @@ from fastlangevin.chain import Chain
 from fastlangevin.kernels import reference
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.schedules import Sizes, reverse, sweep
-from fastlangevin.scores.general import modules_of
+from fastlangevin.scores.general import modules_of, network_precision
 from fastlangevin.scores.second_order import SecondOrderScore
 from fastlangevin.states import Allocations, States
 from fastlangevin.transition import (
@@ -201,11 +201,14 @@ class Trace:
         shared = any(self.mark in node.metadata for node in nodes if not hasattr(node, "variable"))
         del nodes
         chosen = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
-        parts = iter(
-            torch.autograd.grad(after, chosen, grad, allow_unused=True, retain_graph=shared)
-            if chosen
-            else ()
-        )
+        sampler, isolation = self.chain.sampler, self.chain.isolation
+        assert isolation is not None
+        with isolation.backward(), network_precision(sampler.precision, x.device):
+            parts = iter(
+                torch.autograd.grad(after, chosen, grad, allow_unused=True, retain_graph=shared)
+                if chosen
+                else ()
+            )
         back, *rest = [next(parts) if needed else None for needed in wanted]
         return back, rest, energies.detach()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlangevin.chain import Chain, norms
 from fastlangevin.kernels import reference
 from fastlangevin.scores.choice import recognised
-from fastlangevin.scores.general import left_as_found, modules_of
+from fastlangevin.scores.general import modules_of
 from fastlangevin.scores.network import Graph
 from fastlangevin.scores.second_order import SecondOrderScore, refusal
 
@@ -41,9 +41,8 @@ def transition(
         step = chain.transition(reference.step, x, k, explicit_score)
         assert step.energies is not None
         return step.x, step.energies
-    with left_as_found(chain.sampler.energy, x.device, freeze=not create_graph):
-        cut = score if straight and create_graph else None
-        step = chain.transition(reference.step, x, k, cut, create_graph)
+    cut = score if straight and create_graph else None
+    step = chain.transition(reference.step, x, k, cut, create_graph)
     if step.energies is not None:
         return step.x, step.energies
     assert step.grad is not None

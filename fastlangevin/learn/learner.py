@@ -21,7 +21,8 @@ from fastlangevin.learn.checkpoint import (
 )
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import kept_generators, network_dtype, seed_generators
+from fastlangevin.scores.draws import Draws
+from fastlangevin.scores.general import call_network
 
 _OP = "ShortRunLearner"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -157,8 +158,7 @@ class ShortRunLearner:
 
         Raises FloatingPointError, before the weights change, if a chain or an energy is not finite.
         """
-        dtype = network_dtype(self.energy, torch.float32)
-        data = self._data().to(dtype)
+        data = self._data().float()
         slots, x0, seed = self._start()
         grad_norm = displacement = None
         if measure:
@@ -170,11 +170,10 @@ class ShortRunLearner:
             )
         else:
             samples = self.sampler(x0, seed=seed)
-        with kept_generators(data.device):
-            # Dropout, too, is a function of (seed, iteration).
-            seed_generators(data.device, self.seed, self.iteration)
-            energy_data = self.energy(data).mean()
-            energy_samples = self.energy(samples.to(dtype)).mean()
+        # Dropout, too, is a function of (seed, iteration).
+        with Draws(self.seed, data.device).step(self.iteration):
+            energy_data = call_network(self.energy, data, {}).mean()
+            energy_samples = call_network(self.energy, samples, {}).mean()
         gap = energy_data - energy_samples
         lo, hi = self.sampler.clamp or (-1.0, 1.0)
         saturation = ((samples <= lo) | (samples >= hi)).float().mean()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.scores.general import left_as_found, network_dtype
+from fastlangevin.scores.general import call_network, left_as_found
 
 _FEWEST = 16
 
@@ -58,9 +58,8 @@ def parameter_residuals(
     gradient is computed once. Arguments and errors as for :func:`layer_residuals`.
     """
     check_sets(energy, data, samples)
-    with left_as_found(energy, data.device, freeze=False) as buffers:
+    with left_as_found(energy, data.device):
         of_data, of_samples = (_gradients(energy, x, groups) for x in (data, samples))
-        buffers.put_back()
     return [_residual(name, of_data[name], of_samples[name]) for name in of_data]
 
 
@@ -105,9 +104,8 @@ def _layers(energy: nn.Module, x: Tensor) -> dict[str, _Mean]:
     leaves = [(name, m) for name, m in energy.named_modules() if name and not any(m.children())]
     handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
     try:
-        with left_as_found(energy, x.device) as buffers, torch.no_grad():
-            energy(x.to(network_dtype(energy, x.dtype)))
-            buffers.put_back()
+        with left_as_found(energy, x.device), torch.no_grad():
+            call_network(energy, x, {})
     finally:
         for handle in handles:
             handle.remove()
@@ -122,7 +120,7 @@ def _gradients(energy: nn.Module, x: Tensor, groups: int) -> dict[str, _Mean]:
     size = len(x) // groups
     for part in x[: size * groups].split(size):
         with torch.enable_grad():
-            mean = energy(part.to(network_dtype(energy, x.dtype))).mean()
+            mean = call_network(energy, part, {}).mean()
             grads = torch.autograd.grad(mean, list(named.values()), allow_unused=True)
         for name, grad in zip(named, grads, strict=True):
             if grad is not None:

@@ -23,9 +23,7 @@ class Wrapper(nn.Module):
     def __init__(self, model: Callable[..., Tensor]) -> None:
         super().__init__()
         self.model = model
-        owners = modules_of(model)
-        self.owners = nn.ModuleList(owners)
-        self.takes_state_dtype = any(getattr(m, "takes_state_dtype", False) for m in owners)
+        self.owners = nn.ModuleList(modules_of(model))
 
 
 class Labelled(Wrapper):

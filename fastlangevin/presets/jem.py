@@ -139,8 +139,6 @@ class _Proximal(Wrapper):
 
     def __init__(self, f: Callable[..., Tensor], first: float, rest: float, eps: float) -> None:
         super().__init__(Summed(f))
-        # Else a half network would round the state that the move starts from.
-        self.takes_state_dtype = True
         self.first, self.rest, self.eps = first, rest, eps
 
     def forward(self, x: Tensor, **given: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fastlangevin.arguments import (
 )
 from fastlangevin.presets.common import Samplers, take_seed
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import device_of, left_as_found, network_dtype
+from fastlangevin.scores.general import call_network, device_of, left_as_found
 
 
 def ula(
@@ -184,8 +184,7 @@ class torchebm(nn.Module):  # lower case, as all presets are called
         if not return_diagnostics:
             return out
         with torch.no_grad(), left_as_found(self.model, x.device):
-            enters = network_dtype(self.model, self.dtype)
-            energy = [self.model(state.to(enters), **moved).to(self.dtype).mean() for state in kept]
+            energy = [call_network(self.model, x, moved).to(self.dtype).mean() for x in kept]
         several = kept.shape[1] > 1
         var = kept.var(1, unbiased=False).clamp(1e-10, 1e10) if several else 0 * kept[:, 0]
         found = {"mean": kept.mean(1), "var": var}

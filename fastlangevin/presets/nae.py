@@ -103,7 +103,7 @@ class _Clipped(Wrapper):
 
     def __init__(self, model: Callable[..., Tensor], bound: float) -> None:
         super().__init__(Summed(model))
-        self.takes_state_dtype, self.bound = True, bound
+        self.bound = bound
 
     def forward(self, x: Tensor) -> Tensor:
         _, grad = energy_and_grad(self.model, x, {})

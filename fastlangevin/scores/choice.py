@@ -17,6 +17,7 @@ from fastlangevin.scores.compiled import refusal as compiled_refusal
 from fastlangevin.scores.general import modules_of
 from fastlangevin.scores.lean import LeanScore
 from fastlangevin.scores.network import Graph
+from fastlangevin.scores.precision import convolutions_use_tf32
 from fastlangevin.scores.recorder import recognise
 from fastlangevin.scores.stack import conv_stack
 
@@ -147,7 +148,7 @@ def _fused(
             extension.library.instruction_set(),
         )  # fmt: skip
     if precision is None and graph.dtype == torch.float32:
-        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"
+        precision = "tf32" if convolutions_use_tf32() else "fp32"
     precision = precision or {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(graph.dtype)
     reason = fused_gpu.refusal(stack, device, precision)
     if reason is None and not by_name:

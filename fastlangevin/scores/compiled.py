@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin.scores.general import (
+    call_network,
     check_energies,
     left_as_found,
     modules_of,
     network_autocast,
-    network_dtype,
     network_precision,
 )
 
@@ -42,7 +42,7 @@ class CompiledScore:
 
         def total(x: Tensor) -> tuple[Tensor, Tensor]:
             with network_autocast(precision, x.device):
-                out = energy(x.to(network_dtype(energy, x.dtype)))
+                out = call_network(energy, x, {})
             return out.sum(), out
 
         self._run = torch.compile(torch.func.grad(total, has_aux=True), dynamic=False)
@@ -56,7 +56,7 @@ class CompiledScore:
             if self._checked != (x.shape, x.dtype):
                 leaf = x.detach().requires_grad_()
                 with torch.enable_grad(), network_autocast(self.precision, x.device):
-                    out = self.energy(leaf.to(network_dtype(self.energy, x.dtype)))
+                    out = call_network(self.energy, leaf, {})
                 check_energies(out, x.shape)
                 self._checked = x.shape, x.dtype
             grad, out = self._run(x)

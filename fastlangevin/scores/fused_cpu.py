@@ -8,13 +8,13 @@ batch and on any number of threads. csrc/convnet.h says how.
 
 import functools
 import math
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlangevin.kernels import extension
+from fastlangevin.locks import new_lock
 from fastlangevin.scores.network import Graph
 from fastlangevin.scores.stack import ConvStack, StackedConv, conv_stack
 
@@ -101,7 +101,7 @@ class ConvNetScore:
         self._bases = graph.bases
         self._seen: list[tuple[int, int]] = []
         # A sampler may be called from several threads, and the workspace is one.
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def begin(self) -> None:
         """Read the weights: for every chain, as a write through .data leaves no other trace."""

@@ -1,16 +1,17 @@
-"""The score: energies and d energy / d x for a batch of chains, leaving the energy as it was."""
+"""Energies and d energy / d x for a batch of chains by autograd, leaving all else as it is."""
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlangevin import noise as _noise
-from fastlangevin.kernels.devices import indexed
 from fastlangevin.packing import PackedEnergy
+from fastlangevin.scores.draws import ONE_AT_A_TIME, Draws
+from fastlangevin.scores.precision import float32_products
 
 PRECISIONS = (None, "fp32", "tf32", "fp16", "bf16")
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,13 +27,15 @@ def energy_and_grad(
     """(energies [n], d energy / d x in x's shape) of a batch x [n, ...] through autograd.
 
     The energy may return [n], [n, 1], [n, 1, 1, 1] or, for n = 1, []. With ``create_graph`` the
-    gradient is itself differentiable; x is then used as it is, else as a new leaf. Raises
-    TypeError or ValueError for an energy of wrong shape or dtype or one that ignores x.
+    gradient is itself differentiable; x is then used as it is, else as a new leaf. Parameters keep
+    their requires_grad: autograd computes only what leads to x, so no gradient of a parameter is
+    formed. Raises TypeError or ValueError for an energy of wrong shape or dtype or one that ignores
+    x, and as :class:`Network` does.
     """
     leaf = x if create_graph and x.requires_grad else x.detach().requires_grad_()
     with torch.enable_grad(), network_precision(precision, x.device):
         with network_autocast(precision, x.device):
-            out = energy(leaf.to(network_dtype(energy, x.dtype)), **model_kwargs)
+            out = call_network(energy, leaf, model_kwargs)
         energies = check_energies(out, x.shape)
         (grad,) = torch.autograd.grad(
             energies.sum(), leaf, create_graph=create_graph, allow_unused=True
@@ -43,6 +46,49 @@ def energy_and_grad(
             "have none)"
         )
     return energies if create_graph else energies.detach(), grad
+
+
+class Network:
+    """An energy or score network as a call's states enter it: in the state's dtype.
+
+    So x enters as in a plain loop. A network that raises for this dtype, and whose floating
+    parameters and buffers are all of one other dtype, takes no other: it is called with x in that,
+    from then on. RuntimeError for one with several dtypes that raises says what can be done.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+        self.dtype: torch.dtype | None = None  # where it is not the state's
+
+    def __call__(self, x: Tensor, **model_kwargs: Any) -> Any:
+        if self.dtype is not None:
+            return self.call(x.to(self.dtype), **model_kwargs)
+        try:
+            return self.call(x, **model_kwargs)
+        except RuntimeError as error:
+            own = network_dtype(self.call, x.dtype)
+            if own == x.dtype:
+                raise _hinted(error, dtypes_of(self.call), x.dtype) from error
+        out = self.call(x.to(own), **model_kwargs)
+        self.dtype = own
+        return out
+
+
+def call_network(network: Callable[..., Any], x: Tensor, model_kwargs: dict[str, Any]) -> Any:
+    """network(x, **model_kwargs) by a :class:`Network`."""
+    network = network if isinstance(network, Network) else Network(network)
+    return network(x, **model_kwargs)
+
+
+def _hinted(error: RuntimeError, dtypes: set[torch.dtype], state: torch.dtype) -> RuntimeError:
+    """The error; with a way out if it is torch's for tensors whose dtypes differ."""
+    if not dtypes - {state} or not re.search(r"dtype|type .*(same|but)", str(error)):
+        return error
+    names = [str(dtype).removeprefix("torch.") for dtype in (state, *sorted(dtypes, key=str))]
+    return RuntimeError(
+        f"{error}. The network is given x in the state's dtype, {names[0]}, and has tensors of "
+        f'{", ".join(names[1:])}: cast x inside the network, or use precision="bf16"'
+    )
 
 
 def check_energies(out: Any, shape: Sequence[int]) -> Tensor:
@@ -77,18 +123,30 @@ def check_energies(out: Any, shape: Sequence[int]) -> Tensor:
     return out.reshape(chains)
 
 
-def network_dtype(energy: Callable[..., Tensor], state: torch.dtype) -> torch.dtype:
-    """The dtype x enters the energy in: that of its parameters, where they have one.
+def network_dtype(network: Callable[..., Any], state: torch.dtype) -> torch.dtype:
+    """The dtype of all floating parameters and buffers of a network, the state's if they differ."""
+    dtypes = dtypes_of(network)
+    return dtypes.pop() if len(dtypes) == 1 else state
 
-    A module that casts by itself, and needs x as it is, says so: ``takes_state_dtype = True``.
-    """
-    for module in modules_of(energy):
-        if getattr(module, "takes_state_dtype", False):
-            return state
-        for tensor in module.parameters():
-            if tensor.is_floating_point():
-                return tensor.dtype
-    return state
+
+def entering_dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
+    """The dtype in which x enters a network, which is run to see it where it may not be x's."""
+    if network_dtype(network, x.dtype) == x.dtype:
+        return x.dtype
+    entered = Network(network)
+    with left_as_found(network, x.device), torch.no_grad():
+        entered(x)
+    return entered.dtype or x.dtype
+
+
+def dtypes_of(network: Callable[..., Any]) -> set[torch.dtype]:
+    """The floating dtypes of the parameters and buffers of the module behind a network."""
+    return {
+        tensor.dtype
+        for module in modules_of(network)
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.is_floating_point()
+    }
 
 
 def check_precision(precision: str | None, device: torch.device | None = None) -> None:
@@ -101,15 +159,23 @@ def check_precision(precision: str | None, device: torch.device | None = None) -
         raise ValueError(f'precision "{precision}" needs a CUDA device; on a CPU use "bf16"')
 
 
+def network_precision(
+    precision: str | None, device: torch.device
+) -> contextlib.AbstractContextManager[None]:
+    """For forward and backward: torch as it is set where precision is None, else no autocast, and
+    float32 products strict ("fp32") or in TF32 ("tf32") on any device."""
+    return contextlib.nullcontext() if precision is None else _precision(precision, device)
+
+
 @contextlib.contextmanager
-def network_precision(precision: str | None, device: torch.device) -> Iterator[None]:
-    """For forward and backward: TF32 as asked, no autocast; None leaves torch as it is set."""
-    with contextlib.ExitStack() as stack:
-        if precision is not None:
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if precision in ("fp32", "tf32") and device.type == "cuda":
-            stack.enter_context(_tf32(precision == "tf32"))
-        yield
+def _precision(precision: str, device: torch.device) -> Iterator[None]:
+    products = {"fp32": "ieee", "tf32": "tf32"}.get(precision)
+    with torch.autocast(device.type, enabled=False):
+        if products is None:
+            yield
+            return
+        with float32_products(products, device.type):
+            yield
 
 
 def network_autocast(
@@ -121,91 +187,96 @@ def network_autocast(
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+class Isolation:
+    """Keeps the evaluations of an energy, in the steps of one call, from changing anything else.
+
+    Random numbers come from generators of the call's own (:class:`Draws`, with its arguments seed
+    and twice). Buffers of modules in train mode are put back after each step (:class:`Buffers`); a
+    thread that samples with such modules waits for the steps of others. requires_grad flags are
+    never touched.
+    """
+
+    def __init__(
+        self,
+        energy: Callable[..., Any],
+        device: torch.device,
+        seed: int | None = None,
+        twice: bool = False,
+    ) -> None:
+        self.network = Network(energy)
+        self._buffers = Buffers(energy)
+        self._draws = Draws(seed, device, twice)
+
+    def step(self, number: int = 0) -> contextlib.AbstractContextManager[None]:
+        """A context to evaluate the energy in, at step ``number``: by one thread, not nested."""
+        draws = self._draws.step(number)
+        return self._exclusive(draws) if self._buffers.exist else draws
+
+    def backward(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for a backward pass through steps that have been taken."""
+        return self._draws.backward()
+
+    @contextlib.contextmanager
+    def _exclusive(self, draws: Draws) -> Iterator[None]:
+        with ONE_AT_A_TIME, self._buffers.put_back(), draws:
+            yield
 
 
 class Buffers:
-    """The buffers of an energy's modules in train mode, as they were found.
+    """The buffers of an energy's modules in train mode, to be put back.
 
     BatchNorm's statistics and spectral norm's vectors change with every forward. Put back after
-    each step, they leave no trace and make the energy the same function at every step.
+    each step, they leave no trace and make the energy the same function at every step. Another
+    thread that trains the same module at that moment loses what it wrote to them: a module in train
+    mode has one set of buffers.
     """
 
-    def __init__(self, energy: Callable[..., Tensor]) -> None:
-        self._found = [
-            (module, name, buffer, buffer.detach().clone())
+    def __init__(self, energy: Callable[..., Any]) -> None:
+        self._modules = [
+            module
             for root in modules_of(energy)
             for module in root.modules()
-            if getattr(module, "training", False)  # torch.jit.freeze leaves no mode
-            for name, buffer in module.named_buffers(recurse=False)
+            if getattr(module, "training", False) and module._buffers  # frozen: no mode
         ]
+        self.exist = bool(self._modules)
+        self._values: dict[int, tuple[Tensor, int | None, Tensor]] = {}
 
-    def put_back(self) -> None:
-        for module, name, buffer, value in self._found:
-            # .data: autograd must not count this as a change of a tensor that it saved.
-            buffer.data.copy_(value)
-            module._buffers[name] = buffer
-
-
-@contextlib.contextmanager
-def left_as_found(
-    energy: Callable[..., Tensor], device: torch.device, freeze: bool = True
-) -> Iterator[Buffers]:
-    """Run an energy without a trace, also when it raises.
-
-    With ``freeze`` its parameters do not require grad meanwhile. Torch's generators and the
-    :class:`Buffers` that it yields are put back.
-    """
-    modules = modules_of(energy)
-    # torch.func.functional_call may have put tensors in their place that are no leaves: those stay.
-    found = [p for m in modules for p in m.parameters() if _freezes(p)]
-    frozen = found if freeze else []
-    buffers = Buffers(energy)
-    with kept_generators(device):
+    @contextlib.contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Put the buffers back as they are at the start, also when the energy raises."""
+        found = [
+            (module, name, buffer, self._value(buffer))
+            for module in self._modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            yield buffers
+            yield
         finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            buffers.put_back()
+            for module, name, buffer, value in found:
+                # .data: autograd must not count this as a change of a tensor that it saved.
+                buffer.data.copy_(value)
+                module._buffers[name] = buffer
+                self._values[id(buffer)] = buffer, _version(buffer), value
+
+    def _value(self, buffer: Tensor) -> Tensor:
+        """A copy, which is that of the step before unless someone else has written since."""
+        _, version, value = self._values.get(id(buffer), (None, None, None))
+        if value is None or version is None or version != _version(buffer):
+            return buffer.detach().clone()
+        return value
 
 
-def _freezes(p: Tensor) -> bool:
-    return p.requires_grad and p.is_leaf and not p.is_inference()
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
-@contextlib.contextmanager
-def kept_generators(device: torch.device) -> Iterator[None]:
-    """Put torch's generators of the CPU and of a device back as they were."""
-    generators = _generators(device)
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-def seed_generators(device: torch.device, seed: int, step: int) -> None:
-    """Seed torch's generators for one step, so that dropout, too, is a function of the seed."""
-    for generator in _generators(device):
-        generator.manual_seed(_noise.fold_in(seed, step))
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    if device.type != "cuda":
-        return [torch.default_generator]
-    return [torch.default_generator, torch.cuda.default_generators[indexed(device).index]]
+def left_as_found(
+    energy: Callable[..., Any], device: torch.device
+) -> contextlib.AbstractContextManager[None]:
+    """Run an energy without a trace, also when it raises: buffers of modules in train mode are put
+    back, and torch's generators do not move though the numbers drawn are those they would give."""
+    return Isolation(energy, device).step()
 
 
 def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:

@@ -8,13 +8,13 @@ is the same in every chain, and is found when the weights are packed.
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlangevin.locks import new_lock
 from fastlangevin.scores.general import network_precision
 from fastlangevin.scores.layers import (
     Activation,
@@ -67,7 +67,7 @@ class LeanScore:
         self._bases = graph.bases
         self._seen: list[tuple[int, int]] = []
         # A sampler may be called from several threads; the values kept for the way back are one.
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         shape = (self.chains, *graph.shape)
         self._start = spread(torch.zeros((), dtype=self.dtype, device=graph.device), shape)
 

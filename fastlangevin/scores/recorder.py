@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlangevin.scores.general import left_as_found, network_dtype
+from fastlangevin.scores.general import entering_dtype, left_as_found
 from fastlangevin.scores.network import HOOKS, Constant, Graph, Node, fingerprint, global_hooks
 from fastlangevin.scores.operators import OPERATORS
 
@@ -75,13 +75,16 @@ class _Unrecognised(Exception):
 
 
 def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
-    dtype = network_dtype(energy, x.dtype)
+    start = torch.zeros((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    try:
+        start = start.to(entering_dtype(energy, start)).requires_grad_()
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {error}"
     drawn = _foreign_generators()
-    start = torch.zeros((rows, *x.shape[1:]), dtype=dtype, device=x.device, requires_grad=True)
     recorder = Recorder(start, (*energy.parameters(), *energy.buffers()))
     try:
         with (
-            left_as_found(energy, x.device, freeze=False),
+            left_as_found(energy, x.device),
             torch.autocast(x.device.type, enabled=False),
             torch.enable_grad(),  # the graph that autograd makes shows what operators do not
             _no_hooks(),

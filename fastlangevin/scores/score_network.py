@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels.memory import all_in_memory
-from fastlangevin.scores.general import network_autocast, network_dtype, network_precision
+from fastlangevin.scores.general import call_network, network_autocast, network_precision
 
 
 def network_score(
@@ -26,7 +26,7 @@ def network_score(
     version = x._version
     with torch.set_grad_enabled(create_graph), network_precision(precision, x.device):
         with network_autocast(precision, x.device):
-            out = net(x.to(network_dtype(net, x.dtype)), **model_kwargs)
+            out = call_network(net, x, model_kwargs)
         if x._version != version:
             raise RuntimeError("score: the network changed x in place; give it x.clone() there")
         score = _check(out, x).to(x.dtype)

@@ -11,7 +11,8 @@ from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.chain import watching
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import kept_generators, modules_of
+from fastlangevin.scores.draws import kept_generators
+from fastlangevin.scores.general import modules_of
 from fastlangevin.testing.loop import OP, Record, distance, follow, kind, state
 from fastlangevin.testing.measure import left_alone, peak_bytes, times
 from fastlangevin.testing.walk import Found, Walk, spread
