@@ -12,7 +12,7 @@ from fastlangevin.chain import rows
 from fastlangevin.inputs import check_energy, check_noise, copy_state
 from fastlangevin.presets.common import Summed, check_finite, sum_to_chains, take_seed
 from fastlangevin.presets.nae import clip_rows, step_and_noise
-from fastlangevin.scores.general import energy_and_grad, left_as_found, seed_generators
+from fastlangevin.scores.general import Isolation, energy_and_grad
 
 
 def nae_v2() -> Callable[..., dict[str, Any]]:
@@ -210,46 +210,45 @@ def _walk(
         x = copy_state(op, x, energy)
         check_noise(op, noise, (len(sizes), *x.shape), x.device)
         states, energies, grads, moves, noises, accepts = ([] for _ in range(6))
-        with left_as_found(energy, x.device) as buffers:
+        isolation = Isolation(energy, x.device, seed)
 
-            def evaluate(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-                """(energies [n], the model's output, the clipped gradient)."""
-                seed_generators(x.device, seed, k)
-                values, grad = energy_and_grad(energy, x, {})
-                buffers.put_back()
-                if mh and energy.out.numel() != len(x):
-                    raise ValueError(
-                        f"{op}: with mh=True the model must return [n] or [n, 1], "
-                        f"got {list(energy.out.shape)} for {len(x)} chains"
-                    )
-                return values.to(x.dtype), energy.out, clip(grad)
+        def evaluate(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+            """(energies [n], the model's output, the clipped gradient)."""
+            with isolation.step(k):
+                values, grad = energy_and_grad(isolation.network, x, {})
+            if mh and energy.out.numel() != len(x):
+                raise ValueError(
+                    f"{op}: with mh=True the model must return [n] or [n, 1], "
+                    f"got {list(energy.out.shape)} for {len(x)} chains"
+                )
+            return values.to(x.dtype), energy.out, clip(grad)
 
-            here = evaluate(x, 0)
+        here = evaluate(x, 0)
+        states.append(x.cpu())
+        energies.append(here[1].cpu())
+        for k, (a, b) in enumerate(zip(sizes, stds, strict=True)):
+            z = noise[k].to(x.dtype) if noise is not None else _normal(x, seed, k, first_chain)
+            z = b * z
+            move = -a * here[2] / temperature + z
+            y = bound(x, x + move)
+            there = evaluate(y, k + 1)
+            if mh:
+                back = a * (here[2] + there[2]) - z
+                change = rows(back).square().sum(1) - rows(z).square().sum(1)
+                log_odds = (here[0] - there[0] - change / (4 * a)) / temperature
+                u = _noise.uniform(
+                    (len(x),), seed=seed, step=k, stream=_noise.ACCEPT,
+                    first_chain=first_chain, device=x.device,
+                )  # fmt: skip
+                accepts.append(~(u > log_odds.exp()))
+                x, here = _choose(accepts[-1], (y, there), (x, here))
+            else:
+                x, here = y, there
             states.append(x.cpu())
             energies.append(here[1].cpu())
-            for k, (a, b) in enumerate(zip(sizes, stds, strict=True)):
-                z = noise[k].to(x.dtype) if noise is not None else _normal(x, seed, k, first_chain)
-                z = b * z
-                move = -a * here[2] / temperature + z
-                y = bound(x, x + move)
-                there = evaluate(y, k + 1)
-                if mh:
-                    back = a * (here[2] + there[2]) - z
-                    change = rows(back).square().sum(1) - rows(z).square().sum(1)
-                    log_odds = (here[0] - there[0] - change / (4 * a)) / temperature
-                    u = _noise.uniform(
-                        (len(x),), seed=seed, step=k, stream=_noise.ACCEPT,
-                        first_chain=first_chain, device=x.device,
-                    )  # fmt: skip
-                    accepts.append(~(u > log_odds.exp()))
-                    x, here = _choose(accepts[-1], (y, there), (x, here))
-                else:
-                    x, here = y, there
-                states.append(x.cpu())
-                energies.append(here[1].cpu())
-                grads.append(here[2].cpu())
-                moves.append(move.cpu())
-                noises.append(z.cpu())
+            grads.append(here[2].cpu())
+            moves.append(move.cpu())
+            noises.append(z.cpu())
     check_finite(x, len(sizes))
     return _Records(x, states, energies, grads, moves, noises, accepts)
 
