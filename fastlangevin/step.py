@@ -104,9 +104,11 @@ def _langevin_step_(
 ) -> None:
     """The op behind :func:`langevin_step_`: what torch.compile sees as one call."""
     read = {"grad": grad, "noise": noise, "step_size": step_sizes, "noise_std": noise_stds}
-    for name, operand in read.items():
-        if operand is not None:
-            _check_overlap(name, operand, x)
+    # What is not in memory goes through the reference, which writes only once it has read.
+    if in_memory(x):
+        for name, operand in read.items():
+            if operand is not None and in_memory(operand):
+                _check_overlap(name, operand, x)
     apply_step_(
         resolve_backend(backend, x.device),
         x,
@@ -338,8 +340,6 @@ def _is_injective(x: Tensor) -> bool:
 
 def _check_overlap(name: str, value: Tensor, x: Tensor) -> None:
     """ValueError if x is written where ``value`` is still to be read."""
-    if not (in_memory(value) and in_memory(x)):
-        return  # they go through the reference, which writes only once it has read
     if value.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
         return
     if (value.data_ptr(), value.stride(), value.dtype) == (x.data_ptr(), x.stride(), x.dtype):
