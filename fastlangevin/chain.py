@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import Coefficient, at_step
-from fastlangevin.scores.choice import Score
+from fastlangevin.scores.choice import Choice, Score
 from fastlangevin.scores.fused_gpu import FusedScore
 from fastlangevin.scores.general import energy_and_grad, left_as_found, seed_generators
 from fastlangevin.scores.score_network import network_score
@@ -71,15 +71,18 @@ class Chain(NamedTuple):
     # int64 [2] on the device, read there in place of the seed and added to every step's number.
     state: Tensor | None = None
 
-    def walk(self, x: Tensor, want_energies: bool = False) -> Iterator[Step]:
+    def walk(
+        self, x: Tensor, want_energies: bool = False, choice: Choice | None = None
+    ) -> Iterator[Step]:
         """The chain, in place on x: yields after every step. An empty batch takes none.
 
         Energies come with the last step, and with all others where they are wanted.
+        choice: the result of :meth:`choose` for this x, if it is known.
         """
         if x.shape[0] == 0:
             return
         sampler = self.sampler
-        score = sampler.choose_score(x, self.all_kwargs()).run
+        score = (choice or self.choose(x)).run
         half = Overflow(x.device) if sampler.precision == "fp16" else None
         if score is not None:
             score.begin()
@@ -209,6 +212,10 @@ class Chain(NamedTuple):
         if self.step_kwargs:
             kwargs = kwargs | {name: entries[k] for name, entries in self.step_kwargs.items()}
         return run(sampler.energy, x, kwargs, sampler.precision, create_graph)
+
+    def choose(self, x: Tensor) -> Choice:
+        """The score of this chain from x, which may run the energy once."""
+        return self.sampler.choose_score(x, self.model_kwargs, self.step_kwargs)
 
     def all_kwargs(self) -> dict[str, Any]:
         """What the energy is given beside x, that of all steps at once."""
