@@ -348,7 +348,10 @@ def test_what_other_code_reads_is_never_stale(change: str, monkeypatch: pytest.M
         (lambda m, x: rows(m.one(x)) * m.one.bias.tolist()[0], "tolist()"),
         (lambda m, x: rows(m.one(x)) * float(m.one.bias.detach().numpy()[0]), "numpy()"),
         (lambda m, x: rows(m.one(x)) * (1 + (random.random() < 2)), "it calls random.random"),
-        (lambda m, x: rows(m.one(x)) * (1 + (np.random.rand() < 2)), "random numbers outside torch"),
+        (
+            lambda m, x: rows(m.one(x)) * (1 + (np.random.rand() < 2)),
+            "random numbers outside torch",
+        ),
     ],
 )
 def test_numbers_that_no_operator_shows_are_refused(forward: Callable, reason: str) -> None:

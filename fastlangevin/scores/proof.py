@@ -47,7 +47,8 @@ def prove(found: Recording, engine: "Score", x: Tensor) -> Verdict:
         chain = int(wrong.nonzero()[0])
         share = float(away[chain] / norms[chain])
         return Verdict(
-            f"its gradient differs from autograd's by {share:.2g} of the norm in chain {chain}", True
+            f"its gradient differs from autograd's by {share:.2g} of the norm in chain {chain}",
+            True,
         )
     return Verdict(None, bool((finite & (norms > 0)).any()))
 

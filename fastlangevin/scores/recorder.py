@@ -9,6 +9,7 @@ elements' order and a first dimension of n. It then does so whatever other dimen
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,6 +94,10 @@ def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> Recor
     recorder = Recorder(start, (*energy.parameters(), *energy.buffers()))
     state = Snapshot()
     state.add(energy, type(energy).__name__)
+    if state.unknown is not None:
+        return state.unknown
+    # The first operator under a dispatch mode imports this, which takes longer when it is watched.
+    importlib.import_module("torch._dynamo")
     try:
         with (
             torch.autocast(x.device.type, enabled=False),
@@ -106,8 +111,6 @@ def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> Recor
         changed = state.changed()
         if changed is not None:
             raise recorder.refuse(f"a run of it changes {changed}")
-        if state.unknown is not None:
-            raise recorder.refuse(state.unknown)
         known = None if model_kwargs else fingerprint(energy, x)
         graph = recorder.graph(out, x, known, tuple(energy.modules()))
         return Recording(graph, start, out)

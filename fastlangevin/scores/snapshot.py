@@ -40,11 +40,13 @@ class Snapshot:
         waiting = collections.deque([(value, label, 0)])
         while waiting and len(self._kept) < _MOST:
             value, label, depth = waiting.popleft()
-            if isinstance(value, _ATOMS) or id(value) in self._seen:
+            if isinstance(value, _ATOMS):
                 continue
-            self._seen[id(value)] = value
             if depth < 2 and isinstance(value, Iterator) and self.unknown is None:
                 self.unknown = f"{label} is an iterator, whose position cannot be compared"
+            if id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
             waiting.extend((item, name, depth + 1) for item, name in self._keep(value, label))
 
     def add_names(self, namespace: dict[str, Any], names: Iterable[str], label: str) -> None:
@@ -59,7 +61,9 @@ class Snapshot:
                 if not known_code(value.__name__):
                     self.add_names(vars(value), names, value.__name__)
                 continue
-            self._keep_entries(f"{label}.{name}", namespace, {name: value}, lambda n, own=name: n == own)
+            self._keep_entries(
+                f"{label}.{name}", namespace, {name: value}, lambda n, own=name: n == own
+            )
             self.add(value, f"{label}.{name}")
 
     def changed(self) -> str | None:
@@ -152,23 +156,28 @@ class Snapshot:
         self._kept.append((label, lambda: bytes(value) == bytes(items), put_back))
 
     def _keep_generator(self, label: str, value: Any) -> None:
-        bits = value if isinstance(value, np.random.Generator) else value._bit_generator
-        bits = getattr(bits, "bit_generator", bits)
-        state = bits.state
-        text = pickle.dumps(state)
+        old = isinstance(value, np.random.RandomState)
+
+        def state() -> Any:
+            return value.get_state() if old else value.bit_generator.state
+
+        before = state()
+        text = pickle.dumps(before)
 
         def put_back() -> None:
-            bits.state = state
+            if old:
+                value.set_state(before)
+            else:
+                value.bit_generator.state = before
 
-        self._kept.append((label, lambda: pickle.dumps(bits.state) == text, put_back))
+        self._kept.append((label, lambda: pickle.dumps(state()) == text, put_back))
 
     def _keep_function(self, label: str, value: types.FunctionType) -> list[tuple[Any, str]]:
         if known_code(value.__module__ or ""):
             return []
         label = value.__qualname__
-        found: list[tuple[Any, str]] = [(value.__defaults__, label), (value.__kwdefaults__, label)]
-        if value.__dict__:
-            found.append((value.__dict__, label))
+        held = value.__dict__, value.__defaults__, value.__kwdefaults__
+        found: list[tuple[Any, str]] = [(item, label) for item in held]
         names = value.__code__.co_freevars
         for name, cell in zip(names, value.__closure__ or (), strict=True):
             found.append((_content(cell), f"{label}.{name}"))

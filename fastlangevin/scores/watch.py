@@ -165,6 +165,8 @@ class Watch:
             values = frame.f_locals
             for variable in code.co_freevars:
                 self.snapshot.add(values.get(variable), variable)
+        if self.snapshot.unknown is not None:
+            raise self.refuse(self.snapshot.unknown)
 
     def _called_by_others(self, frame: types.FrameType) -> bool:
         """Whether code that is followed has called a function of Python's own library."""
