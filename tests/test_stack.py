@@ -349,7 +349,7 @@ def test_what_other_code_reads_is_never_stale(change: str, monkeypatch: pytest.M
         (lambda m, x: rows(m.one(x)) * float(m.one.bias.detach().numpy()[0]), "numpy()"),
         (lambda m, x: rows(m.one(x)) * (1 + (random.random() < 2)), "it calls random.random"),
         (
-            lambda m, x: rows(m.one(x)) * (1 + (np.random.rand() < 2)),
+            lambda m, x: rows(m.one(x)) * (1 + (np.random.rand() < 2)),  # noqa: NPY002
             "random numbers outside torch",
         ),
     ],

@@ -102,9 +102,9 @@ def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> Recor
         with (
             torch.autocast(x.device.type, enabled=False),
             torch.enable_grad(),  # the graph that autograd makes shows what operators do not
-            _no_hooks(),
+            no_hooks(),
             recorder,
-            Values(recorder.refuse),
+            Values(recorder.refuse, recorder.reads_state),
             Watch(state, recorder.refuse) as recorder.watch,
         ):
             out = energy(start, **model_kwargs)
@@ -120,9 +120,10 @@ def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> Recor
         return f"it raises {type(error).__name__}: {error}"
     finally:
         state.restore()
+        recorder.watch, recorder.held = None, []  # no cycle keeps a run's tensors alive
 
 
-def _no_hooks() -> contextlib.AbstractContextManager[None]:
+def no_hooks() -> contextlib.AbstractContextManager[None]:
     """No saved-tensor hooks of the caller's: a checkpoint around a chain counts what they see, and
     a graph that is known is not recorded again."""
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
@@ -151,6 +152,9 @@ class Recorder(TorchDispatchMode):
         self.reason = self.reason or reason
         return _Unrecognised(reason)
 
+    def reads_state(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.values or id(tensor) in self.spoilt
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -166,7 +170,7 @@ class Recorder(TorchDispatchMode):
             raise self.refuse(f"{name} draws random numbers")
         if name in ("_local_scalar_dense", "equal"):
             raise self.refuse(f"{name} reads a tensor's value into Python")
-        if not any(id(t) in self.values or id(t) in self.spoilt for t in tensors):
+        if not any(map(self.reads_state, tensors)):
             return self.aside(func, name, args, kwargs)
         for tensor in tensors:
             if id(tensor) in self.spoilt:

@@ -61,9 +61,7 @@ class Snapshot:
                 if not known_code(value.__name__):
                     self.add_names(vars(value), names, value.__name__)
                 continue
-            self._keep_entries(
-                f"{label}.{name}", namespace, {name: value}, lambda n, own=name: n == own
-            )
+            self._keep_name(f"{label}.{name}", namespace, name)
             self.add(value, f"{label}.{name}")
 
     def changed(self) -> str | None:
@@ -92,10 +90,7 @@ class Snapshot:
         if isinstance(value, tuple | frozenset):
             return [(item, label) for item in list(value)[:_WIDTH]]
         if isinstance(value, set):
-            items = set(value)
-            self._kept.append(
-                (label, lambda: value == items, lambda: (value.clear(), value.update(items))[0])
-            )
+            self._keep_set(label, value)
             return []
         if isinstance(value, np.ndarray | bytearray):
             self._keep_array(label, value)
@@ -135,6 +130,17 @@ class Snapshot:
 
         self._kept.append((label, same, put_back))
 
+    def _keep_name(self, label: str, namespace: dict[str, Any], name: str) -> None:
+        value = namespace[name]
+
+        def same() -> bool:
+            return name in namespace and _same(namespace[name], value)
+
+        def put_back() -> None:
+            namespace[name] = value
+
+        self._kept.append((label, same, put_back))
+
     def _keep_sequence(self, label: str, value: Any) -> None:
         items = list(value)
 
@@ -146,6 +152,15 @@ class Snapshot:
             value.extend(items)
 
         self._kept.append((label, same, put_back))
+
+    def _keep_set(self, label: str, value: set[Any]) -> None:
+        items = set(value)
+
+        def put_back() -> None:
+            value.clear()
+            value.update(items)
+
+        self._kept.append((label, lambda: value == items, put_back))
 
     def _keep_array(self, label: str, value: Any) -> None:
         items = value.copy()

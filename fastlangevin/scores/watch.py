@@ -27,38 +27,48 @@ Refuse = Callable[[str], Exception]  # notes the reason and returns what is to b
 
 # What torch's functions may return: tensors, and what is the same for all states of a shape.
 _PLAIN = (Tensor, type(None), torch.Size, torch.dtype, torch.device, torch.layout)
-_METADATA = frozenset(
-    """size dim ndim ndimension numel nelement __len__ stride storage_offset element_size itemsize
-    nbytes is_contiguous is_floating_point is_complex is_signed is_conj is_neg is_inference is_same_size
-    is_cuda is_cpu is_sparse is_quantized is_nested is_meta is_mps is_xla is_leaf requires_grad
-    retains_grad get_device type names has_names __hash__ is_tensor is_storage can_cast
-    register_hook""".split()
-)  # fmt: skip
+_METADATA = frozenset((
+    "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "stride",
+    "storage_offset", "element_size", "itemsize", "nbytes", "is_contiguous",
+    "is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference",
+    "is_same_size", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested",
+    "is_meta", "is_mps", "is_xla", "is_leaf", "requires_grad", "retains_grad", "get_device",
+    "type", "names", "has_names", "__hash__", "is_tensor", "is_storage", "can_cast",
+    "register_hook",
+))  # fmt: skip
 # Refused before they run: what they return may be written to.
-_READS = frozenset(
-    """tolist numpy __array__ item __float__ __int__ __bool__ __index__ __complex__ __contains__
-    __dlpack__ data_ptr untyped_storage storage _typed_storage __reduce_ex__ __cuda_array_interface__
-    __repr__ __format__ grad_fn _version equal allclose is_nonzero""".split()
-)  # fmt: skip
+_READS = frozenset((
+    "tolist", "numpy", "__array__", "item", "__float__", "__int__", "__bool__", "__index__",
+    "__complex__", "__contains__", "__dlpack__", "data_ptr", "untyped_storage", "storage",
+    "_typed_storage", "__reduce_ex__", "__cuda_array_interface__", "__repr__", "__format__",
+    "grad_fn", "_version", "equal", "allclose", "is_nonzero",
+))  # fmt: skip
 # Functions that make a tensor of the values of another without an operator that shows it.
-_COPIES = frozenset(
-    "__deepcopy__ __setstate__ set_ new tensor as_tensor asarray scalar_tensor new_tensor".split()
-)
+_COPIES = frozenset((
+    "__deepcopy__", "__setstate__", "set_", "new", "tensor", "as_tensor", "asarray",
+    "scalar_tensor", "new_tensor",
+))  # fmt: skip
 # Builtins whose answers differ from call to call, or that act on the world outside.
-_IMPURE = frozenset("open input print id exec eval compile breakpoint memoryview".split())
-_PURE = frozenset(
-    """math cmath operator _operator _functools itertools _collections collections _abc typing
-    _typing types enum re _sre _struct abc contextlib copy dataclasses functools inspect numbers
-    copyreg collections.abc reprlib""".split()
-)  # fmt: skip
+_IMPURE = frozenset((
+    "open", "input", "print", "id", "exec", "eval", "compile", "breakpoint", "memoryview",
+))  # fmt: skip
+_PURE = frozenset((
+    "math", "cmath", "operator", "_operator", "_functools", "itertools", "_collections",
+    "collections", "_abc", "typing", "_typing", "types", "enum", "re", "_sre", "_struct",
+    "abc", "contextlib", "copy", "dataclasses", "functools", "inspect", "numbers",
+    "copyreg", "collections.abc", "reprlib",
+))  # fmt: skip
 
 
 class Values(TorchFunctionMode):
-    """Refuses what turns tensors into numbers or memory of Python's."""
+    """Refuses what turns tensors into numbers or memory of Python's.
 
-    def __init__(self, refuse: Refuse) -> None:
+    reads_state: whether a tensor is made of the states that are run.
+    """
+
+    def __init__(self, refuse: Refuse, reads_state: Callable[[Tensor], bool]) -> None:
         super().__init__()
-        self.refuse = refuse
+        self.refuse, self.reads_state = refuse, reads_state
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,7 +77,7 @@ class Values(TorchFunctionMode):
             name, access = func.__self__.__name__, name
             if access != "__get__" and name != "requires_grad":
                 raise self.refuse(f"it sets {name} of a tensor")
-        if name in _COPIES and any(_has_tensor(value) for value in (*args, *kwargs.values())):
+        if name in _COPIES and any(map(self.reads_state, _tensors((args, kwargs)))):
             raise self.refuse(f"it copies values through {name}()")
         if name in _READS:
             raise self.refuse(f"it reads values through {name}()")
@@ -77,10 +87,12 @@ class Values(TorchFunctionMode):
         return found
 
 
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(_has_tensor(item) for item in value)
-    return isinstance(value, Tensor)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+    elif isinstance(value, Tensor):
+        yield value
 
 
 def _is_plain(value: Any) -> bool:
