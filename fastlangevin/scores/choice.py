@@ -93,8 +93,8 @@ class Recognised:
 
     def disproof(
         self,
-        run: Score,
         name: str,
+        make: Callable[[], Score],
         found: "Found",
         energy: Callable[..., Tensor],
         x: Tensor,
@@ -108,8 +108,7 @@ class Recognised:
         key = name, precision, found.graph.key
         if key in self._proved or not x.shape[0]:
             return None
-        if precision in HALVES:
-            run = LeanScore(found.graph, x, "fp32")
+        run = LeanScore(found.graph, x, "fp32") if precision in HALVES else make()
         recording = found.recording or record(energy, x, model_kwargs)
         if isinstance(recording, str):
             return recording
@@ -208,7 +207,8 @@ def _explicit(
             lambda: LeanScore(graph, x, precision),
             graph, "lean", precision, torch.backends.mkldnn.enabled,
         )  # fmt: skip
-    reason = known.disproof(run, name, found, energy, x, precision, model_kwargs)
+    chosen: Score = run
+    reason = known.disproof(name, lambda: chosen, found, energy, x, precision, model_kwargs)
     return reason or Choice(name, run, why_not, graph)
 
 
@@ -255,12 +255,22 @@ def proved_graph(
     step_kwargs: Iterable[str] = (),
 ) -> Graph | str:
     """The graph that explicit scores run, or why autograd is to differentiate."""
+    reason = _unrecorded(energy, x, precision, step_kwargs)
+    if reason is not None:
+        return reason
     with network_precision(precision, x.device):
-        found = _explicit("lean", energy, x, precision, model_kwargs, known, step_kwargs)
-    if isinstance(found, str):
-        return found
-    assert found.graph is not None
-    return found.graph
+        found = known.graph(energy, x, model_kwargs)
+        if isinstance(found, str):
+            return found
+        graph = found.graph
+        if any(base.grad_fn is not None for base in graph.bases):
+            known = Recognised()
+
+        def lean() -> Score:
+            return LeanScore(graph, x, precision)
+
+        reason = known.disproof("lean", lean, found, energy, x, precision, model_kwargs)
+    return reason or graph
 
 
 def _unrecorded(
