@@ -174,7 +174,7 @@ def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor,
 def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
     """Gradients to x alone where a step's Jacobian is what its clamps let through."""
     state, passed = x.detach(), torch.ones_like(x)
-    score = chain.sampler.choose_score(x, chain.all_kwargs()).run
+    score = chain.choose(x).run
     last = chain.sampler.steps - 1
     if score is not None:
         score.begin()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.kernels.memory import in_memory
-from fastlangevin.scores.choice import Score
+from fastlangevin.scores.choice import Choice, Score
 from fastlangevin.scores.fused_gpu import FusedScore
 from fastlangevin.scores.general import Isolation, energy_and_grad
 from fastlangevin.scores.score_network import network_score
@@ -79,15 +79,18 @@ class Chain(NamedTuple):
     # Of the energy's own code, wherever that runs; shared by all steps of a call.
     isolation: Isolation | None = None
 
-    def walk(self, x: Tensor, want_energies: bool = False) -> Iterator[Step]:
+    def walk(
+        self, x: Tensor, want_energies: bool = False, choice: Choice | None = None
+    ) -> Iterator[Step]:
         """The chain, in place on x: yields after every step. An empty batch takes none.
 
         Energies come with the last step, and with all others where they are wanted.
+        choice: the result of :meth:`choose` for this x, if it is known.
         """
         if x.shape[0] == 0:
             return
         sampler = self.sampler
-        score = sampler.choose_score(x, self.all_kwargs()).run
+        score = (choice or self.choose(x)).run
         half = Overflow(x.device) if sampler.precision == "fp16" else None
         if score is not None:
             score.begin()
@@ -215,6 +218,10 @@ class Chain(NamedTuple):
         are differentiated twice."""
         isolation = Isolation(self.sampler.energy, device, self.seed, twice)
         return self._replace(isolation=isolation)
+
+    def choose(self, x: Tensor) -> Choice:
+        """The score of this chain from x, which may run the energy once."""
+        return self.sampler.choose_score(x, self.model_kwargs, self.step_kwargs)
 
     def all_kwargs(self) -> dict[str, Any]:
         """What the energy is given beside x, that of all steps at once."""

@@ -234,13 +234,12 @@ class Graphs:
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
 
-    def run(self, chain: Chain, x: Tensor) -> Tensor | None:
+    def run(self, chain: Chain, x: Tensor, choice: Choice) -> Tensor | None:
         """The chain, in place on x, and its last energies; None, and x untouched, where it is to be
-        run step by step."""
+        run step by step. choice: the chain's, for this x."""
         if x.device.type != self._record.device_type or not x.shape[0]:
             return None
         with self._lock:
-            choice = chain.sampler.choose_score(x, chain.all_kwargs())
             score = choice.run
             if self._refusal(chain, x, choice) is not None:
                 return None
@@ -262,13 +261,15 @@ class Graphs:
                 return energies
             if not again or kind.reason is not None or not self._make_room():
                 return None
-            return self._run_and_record(chain, x, score, kind)
+            return self._run_and_record(chain, x, choice, kind)
 
     def _run_and_record(
-        self, chain: Chain, x: Tensor, score: LeanScore | FusedScore, kind: _Kind
+        self, chain: Chain, x: Tensor, choice: Choice, kind: _Kind
     ) -> Tensor | None:
+        score = choice.run
+        assert isinstance(score, LeanScore | FusedScore)
         start, energies = x.clone(), None
-        for step in chain.walk(x):
+        for step in chain.walk(x, choice=choice):
             energies = step.energies
         if not bool(torch.isfinite(x).all()):
             return energies  # of which the caller will tell; there is nothing to compare with

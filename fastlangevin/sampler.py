@@ -281,9 +281,10 @@ class LangevinSampler:
                 f"{_OP}: checkpoint and grad_steps need differentiable=True, as do grad_through "
                 "and offload"
             )
-        energies = self._graphs.run(chain, x)
+        choice = chain.choose(x) if len(x) else None
+        energies = None if choice is None else self._graphs.run(chain, x, choice)
         if energies is None:
-            for step in chain.walk(x):
+            for step in chain.walk(x, choice=choice):
                 energies = step.energies
         chain.check_finite(x, energies)
         return x
@@ -333,13 +334,16 @@ class LangevinSampler:
             before.copy_(x)
         return Diagnostics(x, *records)
 
-    def choose_score(self, x: Tensor, model_kwargs: dict[str, Any]) -> Choice:
+    def choose_score(
+        self, x: Tensor, model_kwargs: dict[str, Any], step_kwargs: Mapping[str, Any] | None = None
+    ) -> Choice:
         """The score of a chain from x; RuntimeError where one asked for by name cannot run."""
         if not self._recognised.warned:
             self._recognised.warned = warn_of_modes(self.energy)
         return choose_score(
-            self.score, self.energy, x, self.precision, model_kwargs, self._recognised
-        )
+            self.score, self.energy, x, self.precision, model_kwargs, self._recognised,
+            step_kwargs or (),
+        )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, less the energy."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlangevin.chain import Chain, norms
 from fastlangevin.kernels import reference
-from fastlangevin.scores.choice import recognised
+from fastlangevin.scores.choice import proved_graph
 from fastlangevin.scores.general import modules_of
 from fastlangevin.scores.network import Graph
 from fastlangevin.scores.second_order import SecondOrderScore, refusal
@@ -75,7 +75,9 @@ def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
     if sampler.score not in ("auto", "lean", "fused"):
         return f'the score is "{sampler.score}"'
     known = sampler._recognised
-    graph = recognised(sampler.energy, x, sampler.precision, chain.all_kwargs(), known)
+    graph = proved_graph(
+        sampler.energy, x.detach(), sampler.precision, chain.model_kwargs, known, chain.step_kwargs
+    )
     if isinstance(graph, str):
         return graph
     return refusal(graph, sampler.precision) or graph

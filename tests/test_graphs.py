@@ -408,7 +408,7 @@ def test_the_fused_score(monkeypatch: pytest.MonkeyPatch) -> None:
     def fused(graph: Graph, x: Tensor, precision: str, known: Any, by_name: bool) -> FusedScore:
         stack = conv_stack(graph)
         make = lambda: FusedScore(stack, x.shape[0], x.device, precision)  # noqa: E731
-        return known.plan(make, "triton", x.shape[0], precision)
+        return known.plan(make, graph, "triton", precision)
 
     monkeypatch.setattr(choice, "_fused", fused)
     energy = net()

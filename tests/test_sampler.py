@@ -638,8 +638,8 @@ def test_a_score_that_cannot_run_says_why(
         run(X0) if method == "explain" else run(X0, seed=0)
 
 
-def test_model_kwargs_need_the_general_score(x0: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="the energy is given y"):
+def test_labels_that_the_energy_multiplies_by_need_the_general_score(x0: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="mul is supported with a number alone"):
         sampler(Conditional(), score="lean")(x0, seed=0, y=LABELS)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,24 +35,23 @@ def numbers(shape: Any, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-class Counted(nn.Module):
-    """An energy that counts its evaluations: recording it takes two, and a step by autograd one."""
+class Parts(nn.Module):
+    """An energy of some modules, with weights of its own."""
 
     def __init__(self, run: Callable[..., Tensor], *parts: nn.Module) -> None:
         super().__init__()
-        self.run, self.parts, self.calls = run, nn.ModuleList(parts), 0
+        self.run, self.parts = run, nn.ModuleList(parts)
         for i, parameter in enumerate(self.parameters()):
             size = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
             parameter.data = size * numbers(parameter.shape, 100 + i)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        self.calls += 1
         return self.run(x, *self.parts, **kwargs)
 
 
-def stack(act: nn.Module) -> Counted:
+def stack(act: nn.Module) -> Parts:
     """Strides, groups, dilation and, at its end, a large weight for few places."""
-    return Counted(
+    return Parts(
         lambda x, net: net(x).flatten(),
         nn.Sequential(
             nn.Conv2d(2, 4, 3, 1, 1), act, nn.Conv2d(4, 6, 4, 2, 1, groups=2), act,
@@ -61,7 +61,7 @@ def stack(act: nn.Module) -> Counted:
     )  # fmt: skip
 
 
-def residual(act: nn.Module) -> Counted:
+def residual(act: nn.Module) -> Parts:
     """Values that several read: before activations, after them, and the state itself."""
 
     def run(x: Tensor, a: nn.Module, b: nn.Module, c: nn.Module, d: nn.Module) -> Tensor:
@@ -70,17 +70,17 @@ def residual(act: nn.Module) -> Counted:
         h = F.avg_pool2d(act(c(act(h)) + h), 2) / 3
         return -d(h.mean((2, 3))).sum(1)
 
-    return Counted(run, *(nn.Conv2d(i, 4, 3, 1, 1) for i in (2, 2, 4)), nn.Linear(4, 5))
+    return Parts(run, *(nn.Conv2d(i, 4, 3, 1, 1) for i in (2, 2, 4)), nn.Linear(4, 5))
 
 
-def classifier(act: nn.Module) -> Counted:
+def classifier(act: nn.Module) -> Parts:
     """Logits, as energies by JEM have them, and the state read by an activation itself."""
 
     def run(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
         h = act(a(act(x)))
         return -b(h.flatten(1)).logsumexp(1) + 0.1 * h.sum((1, 2, 3))
 
-    return Counted(run, nn.Conv2d(2, 3, 4, 2, 1), nn.Linear(48, 5))
+    return Parts(run, nn.Conv2d(2, 3, 4, 2, 1), nn.Linear(48, 5))
 
 
 def plain(
@@ -117,11 +117,12 @@ def check(
     leaves = [tensor for tensor in tensors if tensor.requires_grad]
     call = {"differentiable": True, "checkpoint": checkpoint, "noise": z}
     straight = options.pop("straight", False)
-    energy.calls = 0
     sampler = fl.LangevinSampler(energy, K, a, b, **options)
-    out = sampler(x0, **call, grad_through="straight" if straight else "exact")
-    ours = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
-    assert (energy.calls <= 4) == explicit  # recorded once or twice, or evaluated 2 K times
+    begin = SecondOrderScore.begin
+    with mock.patch.object(SecondOrderScore, "begin", autospec=True, side_effect=begin) as begun:
+        out = sampler(x0, **call, grad_through="straight" if straight else "exact")
+        ours = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
+    assert begun.called == explicit
     for name in ("score", "precision"):
         options.pop(name, None)
     want = plain(energy, x0, z, a, b, straight=straight, **options)
@@ -177,12 +178,10 @@ class Views(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
         sizes = ((3, 3, 2, 4), (4, 1, 3, 3), (1,), (9, 64))
         self.all = nn.ParameterList(0.3 * numbers(size, i) for i, size in enumerate(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
         turned, spread, bias, long = self.all
         h = F.silu(F.conv2d(x, turned.permute(3, 2, 0, 1), bias.expand(4), padding=1))
         for _ in range(2):
@@ -197,7 +196,7 @@ def test_gradients_of_views_come_to_what_they_view(dtype: torch.dtype) -> None:
 
 def test_an_energy_without_activations() -> None:
     """Its gradient is the same everywhere, and its weights' derivative that of x's shift alone."""
-    linear = Counted(lambda x, a, b: b(a(x).flatten(1)), nn.Conv2d(2, 3, 4, 2, 1), nn.Linear(48, 1))
+    linear = Parts(lambda x, a, b: b(a(x).flatten(1)), nn.Conv2d(2, 3, 4, 2, 1), nn.Linear(48, 1))
     check(linear)
     check(linear, x_grad=False, straight=True)
 
@@ -312,7 +311,7 @@ def test_the_general_way_where_it_is_asked_for_or_needed() -> None:
     check(stack(nn.SiLU()), score="general", explicit=False)
     check(stack(nn.Hardtanh(-0.5, 0.5)), explicit=False)
     computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
-    check(Counted(lambda x, net: F.silu(net(x)).sum((1, 2, 3)), computed), explicit=False)
+    check(Parts(lambda x, net: F.silu(net(x)).sum((1, 2, 3)), computed), explicit=False)
     energy = stack(nn.SiLU())
     hook = energy.register_forward_pre_hook(lambda module, inputs: None)
     check(energy, explicit=False)

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,18 +10,21 @@ from torch import Tensor, nn
 
 from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import all_in_memory, in_memory
+from fastlangevin.locks import new_lock
 from fastlangevin.packing import PackedEnergy
 from fastlangevin.scores import fused_cpu, fused_gpu
 from fastlangevin.scores.compiled import CompiledScore
 from fastlangevin.scores.compiled import refusal as compiled_refusal
-from fastlangevin.scores.general import modules_of
+from fastlangevin.scores.general import modules_of, network_precision
 from fastlangevin.scores.lean import LeanScore
 from fastlangevin.scores.network import Graph
 from fastlangevin.scores.precision import convolutions_use_tf32
-from fastlangevin.scores.recorder import recognise
+from fastlangevin.scores.proof import prove
+from fastlangevin.scores.recorder import Recording, record
 from fastlangevin.scores.stack import conv_stack
 
 SCORES = ("auto", "general", "lean", "fused", "compiled", "network")
+HALVES = ("fp16", "bf16")
 # Batches of this many shapes are planned for at a time; each holds a copy of the weights.
 _PLANS = 4
 _PARTS = "the state has several parts"
@@ -51,35 +54,88 @@ class Choice(NamedTuple):
 
 
 class Recognised:
-    """What a sampler remembers of its energy between calls: its graph, and plans made from it."""
+    """What a sampler remembers of its energy between calls: graphs, plans made from them, and
+    which of these have been proved."""
 
     def __init__(self) -> None:
-        self._graph: Graph | None = None
-        self._plans: dict[tuple[Any, ...], Score] = {}
+        # Per shape of a batch. Graphs and plans are held, as their keys are made of ids.
+        self._graphs: dict[tuple[Any, ...], Graph] = {}
+        self._plans: dict[tuple[Any, ...], tuple[Graph | None, Score]] = {}
+        self._proved: dict[tuple[Any, ...], Graph] = {}
+        self._lock = new_lock()
         self.warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Recognised, ()  # a copy of a sampler starts anew
 
-    def graph(self, energy: Callable[..., Tensor], x: Tensor) -> Graph | str:
-        if self._graph is not None and self._graph.is_current(energy, x):
-            return self._graph
-        graph, before = recognise(energy, x), self._graph
-        if isinstance(graph, str):
-            self._graph = None
-        else:
-            self._graph = graph
-        if before is not None and (isinstance(graph, str) or graph.key != before.key):
-            self._plans.clear()
-        return graph
+    def graph(
+        self, energy: Callable[..., Tensor], x: Tensor, model_kwargs: dict[str, Any]
+    ) -> "Found | str":
+        """The graph of these states; from a run of the energy unless its code is known."""
+        graph = None if model_kwargs else self._graphs.get(tuple(x.shape))
+        if graph is not None and graph.is_current(energy, x):
+            return Found(graph, None)
+        found = record(energy, x, model_kwargs)
+        if isinstance(found, str):
+            return found
+        if not all_in_memory(*found.graph.bases):
+            return f"a parameter or buffer is {_NOT_HERE}"
+        before = self._graphs.get(tuple(x.shape))
+        if before is not None and before.key != found.graph.key:
+            with self._lock:
+                self._plans = {k: v for k, v in self._plans.items() if k[-1] != before.key}
+        self._keep(self._graphs, tuple(x.shape), found.graph)
+        return Found(found.graph, found)
 
-    def plan(self, make: Callable[[], Score], *key: Any) -> Score:
-        """The plan of this key, made where there is none."""
-        plan = self._plans.pop(key, None) or make()
-        self._plans[key] = plan
-        if len(self._plans) > _PLANS:
-            self._plans.pop(next(iter(self._plans)))
+    def plan(self, make: Callable[[], Score], graph: Graph | None, *key: Any) -> Score:
+        """The plan of a graph and key, made where there is none."""
+        key = (*key, None if graph is None else graph.key)
+        with self._lock:
+            known = self._plans.get(key)
+        _, plan = known or (graph, make())
+        self._keep(self._plans, key, known or (graph, plan))
         return plan
+
+    def disproof(
+        self,
+        name: str,
+        make: Callable[[], Score],
+        found: "Found",
+        energy: Callable[..., Tensor],
+        x: Tensor,
+        precision: str | None,
+        model_kwargs: dict[str, Any],
+    ) -> str | None:
+        """Why an engine is not to be used. One that has agreed with autograd is not asked again.
+
+        Half precision is proved of the graph, by the lean score in the network's own dtype.
+        """
+        key = name, precision, found.graph.key
+        if key in self._proved or not x.shape[0]:
+            return None
+        run = LeanScore(found.graph, x, "fp32") if precision in HALVES else make()
+        recording = found.recording or record(energy, x, model_kwargs)
+        if isinstance(recording, str):
+            return recording
+        verdict = prove(recording, run, x)
+        if verdict.reason is None and verdict.shown:
+            self._keep(self._proved, key, found.graph)
+        return verdict.reason
+
+    def _keep(self, kept: dict[Any, Any], key: Any, value: Any) -> None:
+        """Keep the most recent ones; the graphs in them keep alive what their keys name."""
+        with self._lock:
+            kept.pop(key, None)
+            kept[key] = value
+            if len(kept) > _PLANS:
+                kept.pop(next(iter(kept)))
+
+
+class Found(NamedTuple):
+    """A graph, and the run that it was read off if there was one in this call."""
+
+    graph: Graph
+    recording: Recording | None
 
 
 def check_score(score: str) -> None:
@@ -95,39 +151,70 @@ def choose_score(
     precision: str | None,
     model_kwargs: dict[str, Any],
     known: Recognised,
+    step_kwargs: Iterable[str] = (),
 ) -> Choice:
-    """The score for chains like x [n, ...]. One asked for by name that cannot run: RuntimeError."""
+    """The score for chains from x [n, ...]. One asked for by name that cannot run: RuntimeError.
+
+    An energy that may be one of other people's code is run once on x; see :mod:`recorder`.
+    step_kwargs: names of what the energy is given besides model_kwargs, different at every step.
+    """
     if score in ("general", "network"):
         return Choice(score, None, {})
-    why_not: dict[str, str] = {}
     if score == "compiled":
         reason = _PARTS if isinstance(energy, PackedEnergy) else None
-        reason = reason or compiled_refusal(energy, model_kwargs)
-        if reason is None:
-            run = known.plan(
-                lambda: CompiledScore(energy, precision), "compiled", precision, id(energy)
-            )
-            return Choice("compiled", run, why_not)
-        raise RuntimeError(f'LangevinSampler: score "compiled" cannot run: {reason}')
-    graph = recognised(energy, x, precision, model_kwargs, known)
-    if isinstance(graph, str):
-        if score != "auto":
-            raise RuntimeError(f'LangevinSampler: score "{score}" cannot run: {graph}')
-        return Choice("general", None, {"fused, lean": graph})
+        reason = reason or compiled_refusal(energy, dict.fromkeys(step_kwargs) | model_kwargs)
+        if reason is not None:
+            raise RuntimeError(f'LangevinSampler: score "compiled" cannot run: {reason}')
+        run = known.plan(
+            lambda: CompiledScore(energy, precision), None, "compiled", precision, id(energy)
+        )
+        return Choice("compiled", run, {})
+    with network_precision("fp32" if precision in HALVES else precision, x.device):
+        choice = _explicit(score, energy, x, precision, model_kwargs, known, step_kwargs)
+    if isinstance(choice, Choice):
+        return choice
+    if score != "auto":
+        raise RuntimeError(f'LangevinSampler: score "{score}" cannot run: {choice}')
+    return Choice("general", None, {"fused, lean": choice})
+
+
+def _explicit(
+    score: str,
+    energy: Callable[..., Tensor],
+    x: Tensor,
+    precision: str | None,
+    model_kwargs: dict[str, Any],
+    known: Recognised,
+    step_kwargs: Iterable[str],
+) -> Choice | str:
+    """The fused or lean score, if it has given autograd's gradient of this energy; else why not."""
+    reason = _unrecorded(energy, x, precision, step_kwargs)
+    if reason is not None:
+        return reason
+    found = known.graph(energy, x, model_kwargs)
+    if isinstance(found, str):
+        return found
+    graph = found.graph
     if any(base.grad_fn is not None for base in graph.bases):
         known = Recognised()  # functional_call's weights: nothing of them outlives the call
+    name, run = "fused", None
+    why_not: dict[str, str] = {}
     if score != "lean":
         fused = _fused(graph, x, precision, known, by_name=score == "fused")
         if not isinstance(fused, str):
-            return Choice("fused", fused, why_not, graph)
-        if score == "fused":
-            raise RuntimeError(f'LangevinSampler: score "fused" cannot run: {fused}')
-        why_not["fused"] = fused
-    lean = known.plan(
-        lambda: LeanScore(graph, x, precision),
-        "lean", x.shape, precision, torch.backends.mkldnn.enabled,
-    )  # fmt: skip
-    return Choice("lean", lean, why_not, graph)
+            run = fused
+        elif score == "fused":
+            return fused
+        else:
+            why_not["fused"] = fused
+    if run is None:
+        name, run = "lean", known.plan(
+            lambda: LeanScore(graph, x, precision),
+            graph, "lean", precision, torch.backends.mkldnn.enabled,
+        )  # fmt: skip
+    chosen: Score = run
+    reason = known.disproof(name, lambda: chosen, found, energy, x, precision, model_kwargs)
+    return reason or Choice(name, run, why_not, graph)
 
 
 def _fused(
@@ -144,7 +231,7 @@ def _fused(
             return reason
         return known.plan(
             lambda: fused_cpu.ConvNetScore(graph, chains, precision),
-            "native", chains, precision, torch.get_num_threads(),
+            graph, "native", precision, torch.get_num_threads(),
             extension.library.instruction_set(),
         )  # fmt: skip
     if precision is None and graph.dtype == torch.float32:
@@ -157,24 +244,50 @@ def _fused(
         return reason
     assert precision is not None
     score = known.plan(
-        lambda: fused_gpu.FusedScore(stack, chains, device, precision),
-        "triton", chains, precision,
-    )  # fmt: skip
+        lambda: fused_gpu.FusedScore(stack, chains, device, precision), graph, "triton", precision
+    )
     assert isinstance(score, fused_gpu.FusedScore)
     score.stack = stack  # the weights may have moved
     return score
 
 
-def recognised(
+def proved_graph(
     energy: Callable[..., Tensor],
     x: Tensor,
     precision: str | None,
     model_kwargs: dict[str, Any],
     known: Recognised,
+    step_kwargs: Iterable[str] = (),
 ) -> Graph | str:
-    """The graph that lean and fused scores run, or why there is none."""
-    if model_kwargs:
-        return f"the energy is given {', '.join(model_kwargs)}"
+    """The graph that explicit scores run, or why autograd is to differentiate."""
+    reason = _unrecorded(energy, x, precision, step_kwargs)
+    if reason is not None:
+        return reason
+    with network_precision(precision, x.device):
+        found = known.graph(energy, x, model_kwargs)
+        if isinstance(found, str):
+            return found
+        graph = found.graph
+        if any(base.grad_fn is not None for base in graph.bases):
+            known = Recognised()
+
+        def lean() -> Score:
+            return LeanScore(graph, x, precision)
+
+        reason = known.disproof("lean", lean, found, energy, x, precision, model_kwargs)
+    return reason or graph
+
+
+def _unrecorded(
+    energy: Callable[..., Tensor],
+    x: Tensor,
+    precision: str | None,
+    step_kwargs: Iterable[str],
+) -> str | None:
+    """Why a call is not to be recorded, without a look at the energy."""
+    names = ", ".join(step_kwargs)
+    if names:
+        return f"the energy is given {names}, which may differ from step to step"
     if isinstance(energy, PackedEnergy):
         return _PARTS
     if not in_memory(x):
@@ -183,9 +296,7 @@ def recognised(
         dtype = torch.get_autocast_dtype(x.device.type)
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
         return "autocast is on" + (f'; precision="{name}" needs no autocast' if name else "")
-    graph = known.graph(energy, x)
-    here = isinstance(graph, str) or all_in_memory(*graph.bases)
-    return graph if here else f"a parameter or buffer is {_NOT_HERE}"
+    return None
 
 
 def _levels_to_the_caller() -> int:

@@ -129,13 +129,15 @@ def network_dtype(network: Callable[..., Any], state: torch.dtype) -> torch.dtyp
     return dtypes.pop() if len(dtypes) == 1 else state
 
 
-def entering_dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
+def entering_dtype(
+    network: Callable[..., Any], x: Tensor, model_kwargs: dict[str, Any]
+) -> torch.dtype:
     """The dtype in which x enters a network, which is run to see it where it may not be x's."""
     if network_dtype(network, x.dtype) == x.dtype:
         return x.dtype
     entered = Network(network)
     with left_as_found(network, x.device), torch.no_grad():
-        entered(x)
+        entered(x, **model_kwargs)
     return entered.dtype or x.dtype
 
 

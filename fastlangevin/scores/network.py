@@ -59,6 +59,7 @@ class Node:
 class Graph:
     """An energy as nodes in topological order; the last one's output is the energy, one number."""
 
+    chains: int  # n, for which it holds: an energy may compute another thing for another n
     shape: tuple[int, ...]  # of one chain's state
     dtype: torch.dtype  # the state enters the network in
     device: torch.device
@@ -69,7 +70,8 @@ class Graph:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal keys: the same operations on the same parameters."""
-        return self.shape, self.dtype, self.device, tuple(node.key for node in self.nodes)
+        place = self.chains, self.shape, self.dtype, self.device
+        return *place, tuple(node.key for node in self.nodes)
 
     @property
     def bases(self) -> list[Tensor]:
@@ -99,12 +101,12 @@ def fingerprint(energy: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
 
     Parameters count by identity and place: their values are read at every run.
     """
-    found: list[Any] = [x.shape[1:], x.dtype, x.device]
+    found: list[Any] = [x.shape, x.dtype, x.device]
     if global_hooks():
         return None
     for module in energy.modules():
         kind = type(module)
-        # Code of others may read anything: class attributes, globals, files. It is recorded anew.
+        # Code of others may read anything: class attributes, globals. It is recorded at every call.
         if not kind.__module__.startswith(("torch.nn.", "fastlangevin.")):
             return None
         found += (kind, id(module), kind.forward)

@@ -50,14 +50,14 @@ def _view(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node | 
     tensor = a["self"]
     if out.numel() != tensor.numel() or out.dtype != tensor.dtype or out.device != tensor.device:
         raise rec.refuse(f"{name} is supported only where it keeps all elements, and their dtype")
-    if out.shape == tensor.shape:
+    if _shape(out) == _shape(tensor):
         return None
     return Node("view", (rec.value(tensor, name),), _shape(out))
 
 
 def _reduce(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
     tensor = a["self"]
-    dims = tuple(sorted(d % tensor.ndim for d in a.get("dim") or ()))
+    dims = tuple(sorted(d % max(tensor.ndim, 1) for d in a.get("dim") or ()))
     if not dims or 0 in dims:
         raise rec.refuse(f"{name} mixes chains")
     if out.dtype != tensor.dtype:

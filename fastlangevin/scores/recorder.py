@@ -2,28 +2,51 @@
 
 The recorder sees the operators themselves, so that any way of writing a network is as good as
 another (modules, functions, operators), and nothing is guessed from the names of modules.
+
+A recording holds for batches of its own size. There each operator is known to treat the first
+dimension, of n chains, row by row: elementwise, over other dimensions, or as a view that keeps the
+elements' order and a first dimension of n. It then does so whatever other dimensions may equal n.
 """
 
 import contextlib
-import random
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlangevin.scores.general import entering_dtype, left_as_found
+from fastlangevin.scores.general import entering_dtype
 from fastlangevin.scores.network import HOOKS, Constant, Graph, Node, fingerprint, global_hooks
 from fastlangevin.scores.operators import OPERATORS
+from fastlangevin.scores.snapshot import Snapshot
+from fastlangevin.scores.watch import Values, Watch
 
 
-def recognise(energy: Callable[..., Tensor], x: Tensor) -> Graph | str:
-    """The graph of an energy on states like x [n, ...], or why there is none.
+class Recording(NamedTuple):
+    """A graph, and autograd's own of the same run, from which :mod:`proof` takes gradients."""
 
-    Runs the energy on two small batches of zeros, without a trace on it or the generators.
+    graph: Graph
+    start: Tensor  # the states, a leaf
+    out: Tensor  # the energy's output
+
+
+def recognise(
+    energy: Callable[..., Tensor], x: Tensor, model_kwargs: dict[str, Any] | None = None
+) -> Graph | str:
+    """The graph of an energy on the states x [n, ...], or why there is none."""
+    found = record(energy, x, model_kwargs)
+    return found if isinstance(found, str) else found.graph
+
+
+def record(
+    energy: Callable[..., Tensor], x: Tensor, model_kwargs: dict[str, Any] | None = None
+) -> Recording | str:
+    """Run the energy once, on a copy of x [n, ...], and take down what it computes.
+
+    Returns why not, where that is not all there is to it. State of modules, objects and globals
+    that the run changes is put back. For an empty x one chain of zeros is run.
     """
     owner = getattr(energy, "__self__", None)
     if isinstance(owner, nn.Module) and getattr(energy, "__func__", None) is type(owner).forward:
@@ -34,15 +57,7 @@ def recognise(energy: Callable[..., Tensor], x: Tensor) -> Graph | str:
     reason = _why_not(energy)
     if reason is not None:
         return reason
-    # A number that depends on the size of the batch differs between two sizes.
-    graphs = [_record(energy, x, rows) for rows in (2, 3)]
-    for graph in graphs:
-        if isinstance(graph, str):
-            return graph
-    first, second = graphs
-    if first.key != second.key:  # type: ignore[union-attr]
-        return "what it computes depends on the number of chains"
-    return first
+    return _record(energy, x if x.shape[0] else x.new_zeros((1, *x.shape[1:])), model_kwargs or {})
 
 
 def _why_not(energy: nn.Module) -> str | None:
@@ -74,61 +89,50 @@ class _Unrecognised(Exception):
     pass
 
 
-def _record(energy: nn.Module, x: Tensor, rows: int) -> Graph | str:
-    start = torch.zeros((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> Recording | str:
     try:
-        start = start.to(entering_dtype(energy, start)).requires_grad_()
+        dtype = entering_dtype(energy, x, model_kwargs)
     except Exception as error:
         return f"it raises {type(error).__name__}: {error}"
-    drawn = _foreign_generators()
+    start = x.detach().to(dtype, copy=True).requires_grad_()
     recorder = Recorder(start, (*energy.parameters(), *energy.buffers()))
+    state = Snapshot()
+    state.add(energy, type(energy).__name__)
+    if state.unknown is not None:
+        return state.unknown
+    # The first operator under a dispatch mode imports this, which takes longer when it is watched.
+    importlib.import_module("torch._dynamo")
     try:
         with (
-            left_as_found(energy, x.device),
             torch.autocast(x.device.type, enabled=False),
             torch.enable_grad(),  # the graph that autograd makes shows what operators do not
-            _no_hooks(),
+            no_hooks(),
             recorder,
-            _Numbers(recorder),
+            Values(recorder.refuse, recorder.reads_state),
+            Watch(state, recorder.refuse) as recorder.watch,
         ):
-            out = energy(start)
-        if drawn != _foreign_generators():
-            return "it draws random numbers outside torch"
-        return recorder.graph(out, x, *(fingerprint(energy, x), tuple(energy.modules())))
+            out = energy(start, **model_kwargs)
+        changed = state.changed()
+        if changed is not None:
+            raise recorder.refuse(f"a run of it changes {changed}")
+        known = None if model_kwargs else fingerprint(energy, x)
+        graph = recorder.graph(out, x, known, tuple(energy.modules()))
+        return Recording(graph, start, out)
     except Exception as error:
         if recorder.reason is not None:
             return recorder.reason
         return f"it raises {type(error).__name__}: {error}"
+    finally:
+        state.restore()
+        recorder.watch, recorder.held = None, []  # no cycle keeps a run's tensors alive
 
 
-def _no_hooks() -> contextlib.AbstractContextManager[None]:
+def no_hooks() -> contextlib.AbstractContextManager[None]:
     """No saved-tensor hooks of the caller's: a checkpoint around a chain counts what they see, and
-    a graph that is known is not recorded again. Nothing is saved: no backward pass follows."""
+    a graph that is known is not recorded again."""
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
-
-
-def _foreign_generators() -> tuple[Any, ...]:
-    """The states of Python's and NumPy's global generators."""
-    name, keys, position, *_ = np.random.get_state()  # noqa: NPY002 - what an energy may draw from
-    return random.getstate(), name, np.asarray(keys).tobytes(), position
-
-
-class _Numbers(TorchFunctionMode):
-    """Refuses what turns tensors into numbers of Python's, which no operator shows."""
-
-    _READ = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.item)
-
-    def __init__(self, recorder: "Recorder") -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._READ:
-            self.recorder.reason = f"it reads values through {func.__name__}()"
-            raise _Unrecognised(self.recorder.reason)
-        return func(*args, **(kwargs or {}))
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 class Recorder(TorchDispatchMode):
@@ -146,22 +150,31 @@ class Recorder(TorchDispatchMode):
         self.spoilt: dict[int, str] = {}  # tensors that must not be read again, and why
         self.held = [start]  # tensors are told apart by their ids
         self.reason: str | None = None
+        self.watch: Watch | None = None
 
     def refuse(self, reason: str) -> _Unrecognised:
         self.reason = self.reason or reason
         return _Unrecognised(reason)
 
+    def reads_state(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.values or id(tensor) in self.spoilt
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if self.watch is None:
+            return self.describe(func, args, kwargs or {})
+        with self.watch.paused():  # it would follow this class's code too
+            return self.describe(func, args, kwargs or {})
+
+    def describe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
         tensors = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.refuse(f"{name} draws random numbers")
         if name in ("_local_scalar_dense", "equal"):
             raise self.refuse(f"{name} reads a tensor's value into Python")
-        if not any(id(t) in self.values or id(t) in self.spoilt for t in tensors):
+        if not any(map(self.reads_state, tensors)):
             return self.aside(func, name, args, kwargs)
         for tensor in tensors:
             if id(tensor) in self.spoilt:
@@ -178,7 +191,8 @@ class Recorder(TorchDispatchMode):
         if describe is None:
             raise self.refuse(f"{name} is not supported")
         out = func(*args, **kwargs)
-        if not isinstance(out, Tensor) or out.ndim == 0 or out.shape[0] != self.rows:
+        # The energy of a single chain may be of no dimension at all.
+        if not isinstance(out, Tensor) or (out.shape[0] if out.ndim else 1) != self.rows:
             raise self.refuse(f"{name} mixes chains")
         described = describe(self, name, _named(func, args, kwargs), out)
         if out is args[0]:
@@ -233,7 +247,9 @@ class Recorder(TorchDispatchMode):
             else f"{name} reads a tensor that is neither a parameter nor a buffer"
         )
 
-    def graph(self, out: Any, x: Tensor, found: Any, held: tuple[Any, ...]) -> Graph:
+    def graph(self, out: Any, x: Tensor, known: Any, held: tuple[Any, ...]) -> Graph:
+        if self.reason is not None:  # raised, and caught by the energy
+            raise self.refuse(self.reason)
         if not isinstance(out, Tensor) or id(out) in self.spoilt:
             raise self.refuse("its output is not a tensor computed from the state")
         value = self.value(out, "its output")
@@ -248,7 +264,8 @@ class Recorder(TorchDispatchMode):
             raise self.refuse("its output is the state itself")
         bases = tuple(c.base for node in nodes for c in node.constants if c is not None)
         dtype = self.start.dtype
-        return Graph(tuple(x.shape[1:]), dtype, x.device, nodes, found, (*held, *bases))
+        shape = tuple(x.shape[1:])
+        return Graph(self.rows, shape, dtype, x.device, nodes, known, (*held, *bases))
 
 
 _DENSE = torch.strided
