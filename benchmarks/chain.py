@@ -22,8 +22,8 @@ from torch.profiler import profile
 import fastlangevin as fl
 from benchmarks import timing
 from fastlangevin.bench import plain_loop
-from fastlangevin.cost import cost, matrix_rate
-from fastlangevin.scores.recorder import recognise
+from fastlangevin.gradients.graph.record import recognise
+from fastlangevin.roofline import cost, matrix_rate
 
 PAPER = "paper's loop"
 STEP_SIZE, NOISE_STD = 1.0, 0.01

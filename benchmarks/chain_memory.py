@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlangevin as fl
 from benchmarks import timing
-from fastlangevin.schedules import recomputed
-from fastlangevin.states import Allocations
+from fastlangevin.adjoint.memory import Allocations
+from fastlangevin.adjoint.schedules import recomputed
 
 STEP_SIZE, NOISE_STD = 0.1, 0.01
 STATES, BUDGET = (4, 10), "64MiB"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.report import insert
 from fastlangevin.learn import resolve
-from fastlangevin.learn.sweep_report import marks_of, plot, to_markdown
+from fastlangevin.learn.sweep.report import marks_of, plot, to_markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

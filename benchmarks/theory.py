@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from benchmarks.tables import pyplot, table
-from fastlangevin.learn.theory import (
+from benchmarks.theory_laws import (
     Grid,
     entropy,
     fit_moments,

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.cost import cost, matrix_rate
+from fastlangevin.gradients.autograd import check_precision
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.record import recognise
+from fastlangevin.roofline import cost, matrix_rate
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import check_precision
-from fastlangevin.scores.network import Graph
-from fastlangevin.scores.recorder import recognise
 
 NAIVE = "plain loop"
 _SCORES = ("general", "lean", "fused")

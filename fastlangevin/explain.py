@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastlangevin.adjoint import explain as explain_gradients
-from fastlangevin.chain import Chain
-from fastlangevin.cost import HALVES, copy_bandwidth, cost, matrix_rate
+from fastlangevin.adjoint.unroll import explain as explain_gradients
+from fastlangevin.chain.chain import Chain
+from fastlangevin.gradients.autograd import check_precision, device_of
+from fastlangevin.gradients.graph.record import recognise
+from fastlangevin.gradients.select import Choice
 from fastlangevin.inputs import copy_state
-from fastlangevin.scores.choice import Choice
-from fastlangevin.scores.general import check_precision, device_of
-from fastlangevin.scores.recorder import recognise
+from fastlangevin.roofline import HALVES, copy_bandwidth, cost, matrix_rate
 from fastlangevin.step import backend_status, choose_backend
 
 if TYPE_CHECKING:

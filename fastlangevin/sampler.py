@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.adjoint import unroll
+from fastlangevin.adjoint.unroll import unroll
 from fastlangevin.arguments import (
     GradClip,
     Schedule,
@@ -21,14 +21,20 @@ from fastlangevin.arguments import (
     check_schedule,
     check_step_kwargs,
 )
-from fastlangevin.chain import Chain, norms, note, rows
+from fastlangevin.chain.chain import Chain, norms, note, rows
+from fastlangevin.chain.cuda_graphs import Graphs
+from fastlangevin.chain.metropolis import AdjustedChain, check_adjustable
 from fastlangevin.explain import explain
-from fastlangevin.graphs import Graphs
+from fastlangevin.gradients.autograd import check_precision, device_of
+from fastlangevin.gradients.packing import PackedEnergy, packing_of
+from fastlangevin.gradients.select import (
+    Choice,
+    Recognised,
+    check_score,
+    choose_score,
+    warn_of_modes,
+)
 from fastlangevin.inputs import check_energy, check_noise, check_tensors, copy_state
-from fastlangevin.metropolis import AdjustedChain, check_adjustable
-from fastlangevin.packing import PackedEnergy, packing_of
-from fastlangevin.scores.choice import Choice, Recognised, check_score, choose_score, warn_of_modes
-from fastlangevin.scores.general import check_precision, device_of
 from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")

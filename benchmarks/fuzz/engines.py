@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks.fuzz.bounds import BRAIN, SINGLE, Exact, Rounding, evaluate
 from benchmarks.fuzz.machine import instruction_set, threads
 from benchmarks.fuzz.networks import Energy, network_case
-from fastlangevin.scores.choice import Recognised, choose_score
-from fastlangevin.scores.general import energy_and_grad
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.select import Recognised, choose_score
 
 ENGINES = ("general", "lean", "fused")
 DTYPES = ("fp32", "bf16")

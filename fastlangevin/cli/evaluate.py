@@ -68,11 +68,11 @@ def evaluate(
     image. Figures are of the features named above them: FID only with those of Inception. Images
     are clamped to [-1, 1], and of each set the table says how much of it was outside.
     """
-    from fastlangevin.learn import evaluate as measures
     from fastlangevin.learn.build import choose_device, load_data, load_held_out
     from fastlangevin.learn.checkpoint import find_checkpoint, load, run_folder
-    from fastlangevin.learn.data import load_images
-    from fastlangevin.learn.features import make_features
+    from fastlangevin.learn.data.load import load_images
+    from fastlangevin.learn.evaluation import evaluate as measures
+    from fastlangevin.learn.evaluation.features import make_features
 
     with errors():
         if out is not None:

@@ -74,7 +74,8 @@ def restore(
     """
     import torch
 
-    from fastlangevin.learn import inverse, operators
+    from fastlangevin.learn.tasks import measurements as operators
+    from fastlangevin.learn.tasks import restore as inverse
 
     with errors():
         check_out(out, ".png", ".npz")
@@ -147,10 +148,10 @@ def transfer(
     """
     import torch
 
-    from fastlangevin.learn.data import load_images
+    from fastlangevin.learn.data.load import load_images
     from fastlangevin.learn.images import save_gif
-    from fastlangevin.learn.operators import Downsample, identity
-    from fastlangevin.learn.style import guide
+    from fastlangevin.learn.tasks.measurements import Downsample, identity
+    from fastlangevin.learn.tasks.transfer import guide
 
     with errors():
         check_out(out, ".png", ".gif", ".npy")

@@ -30,7 +30,7 @@ from fastlangevin.cli.pictures import (
 
 if TYPE_CHECKING:
     from fastlangevin.learn.config import TrainConfig
-    from fastlangevin.learn.data import ImageData
+    from fastlangevin.learn.data.load import ImageData
 
 
 @app.command()
@@ -57,7 +57,7 @@ def reconstruct(
 
     The picture has rows of images, of reconstructions, and of the nearest random samples.
     """
-    from fastlangevin.learn import latent
+    from fastlangevin.learn.tasks import reconstruct as latent
 
     with errors():
         check_out(out, ".png", ".npz")
@@ -112,9 +112,9 @@ def interpolate(
     import torch
 
     from fastlangevin import noise as numbers
-    from fastlangevin.learn import latent
-    from fastlangevin.learn.check import ClassifierCheck
+    from fastlangevin.learn.evaluation.classifier import ClassifierCheck
     from fastlangevin.learn.images import save_gif, save_grid
+    from fastlangevin.learn.tasks import reconstruct as latent
 
     with errors():
         check_out(out, ".png", ".gif", ".npy")

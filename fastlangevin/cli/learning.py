@@ -52,10 +52,11 @@ def train(
     status is then 130, 143 or 129.
     """
     from fastlangevin.learn import config as configs
-    from fastlangevin.learn import folder as folders
-    from fastlangevin.learn import run
+    from fastlangevin.learn import run_folder as folders
+    from fastlangevin.learn.train import StopRequest
+    from fastlangevin.learn.train import train as learn
 
-    stop = run.StopRequest()
+    stop = StopRequest()
     with errors(), plain_warnings():
         if resume:
             if out is None:
@@ -68,7 +69,7 @@ def train(
         name = preset or (config.stem if config else "digits")
         folder = out or _free_folder(Path("runs") / name)
         with _progress(resolved.iterations) as report:
-            last = run.train(
+            last = learn(
                 resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop
             )
     stopped = int(last.stem)
@@ -111,9 +112,9 @@ def sample(
     """Run chains from noise through a trained model and save the images."""
     import numpy as np
 
+    from fastlangevin.learn.atomic import replacing
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
-    from fastlangevin.learn.files import replacing
     from fastlangevin.learn.images import save_gif, save_grid
 
     with errors():
@@ -147,8 +148,8 @@ def check(
     Passes (exit status 0) if it is more than 90 % sure of enough samples and finds every class.
     """
     from fastlangevin.learn.build import choose_device, load_data
-    from fastlangevin.learn.check import ClassifierCheck
     from fastlangevin.learn.checkpoint import load
+    from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 
     with errors():
         config = run_config(run, data)[0]

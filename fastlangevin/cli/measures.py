@@ -35,12 +35,12 @@ def diagnose(
     Prints a table and writes diagnose.json and, where matplotlib is installed, diagnose.png. A
     shipped or exported model has no log and no folder: files are written where --out says.
     """
-    from fastlangevin.learn import diagnose as measures
-    from fastlangevin.learn import diagnose_report as reports
     from fastlangevin.learn.build import choose_device, load_data
     from fastlangevin.learn.checkpoint import find_checkpoint, load, run_folder
+    from fastlangevin.learn.diagnosis import diagnose as measures
+    from fastlangevin.learn.diagnosis import report as reports
     from fastlangevin.learn.log import read_records, read_series
-    from fastlangevin.learn.run import annealed
+    from fastlangevin.learn.train import annealed
 
     with errors():
         checkpoint = find_checkpoint(run)

@@ -69,7 +69,7 @@ def with_fit(
 
     ``defaults`` are shown where they are not `reconstruct`'s.
     """
-    from fastlangevin.learn import latent
+    from fastlangevin.learn.tasks import reconstruct as latent
 
     arguments = inspect.signature(latent.reconstruct).parameters
     options = {}

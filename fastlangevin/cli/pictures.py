@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastlangevin.learn.config import TrainConfig
-    from fastlangevin.learn.data import ImageData
+    from fastlangevin.learn.data.load import ImageData
     from fastlangevin.sampler import LangevinSampler
 
 _COLUMNS = 16
@@ -32,7 +32,7 @@ def held_out(config: "TrainConfig", sampler: Any, source: str | None) -> "ImageD
 
 def some(data: "ImageData", n: int, sampler: "LangevinSampler", each: int = 1) -> "Tensor":
     """n times ``each`` images spread evenly over the data, on the sampler's device."""
-    from fastlangevin.scores.general import device_of
+    from fastlangevin.gradients.autograd import device_of
 
     if n * each > len(data):
         most = f"{len(data) // each}" + (f", of {each} images each" if each > 1 else "")
@@ -68,7 +68,7 @@ def save_tiles(out: Path, images: "Tensor", columns: int, tile: int) -> None:
 def save_array(out: Path, array: "Tensor") -> None:
     import numpy as np
 
-    from fastlangevin.learn.files import replacing
+    from fastlangevin.learn.atomic import replacing
 
     with replacing(out) as temporary, temporary.open("wb") as file:
         np.save(file, array.detach().cpu().numpy())
@@ -77,7 +77,7 @@ def save_array(out: Path, array: "Tensor") -> None:
 def save_arrays(out: Path, **arrays: "Tensor") -> None:
     import numpy as np
 
-    from fastlangevin.learn.files import replacing
+    from fastlangevin.learn.atomic import replacing
 
     found = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
     with replacing(out) as temporary, temporary.open("wb") as file:

@@ -17,7 +17,7 @@ from fastlangevin.cli.latent import interpolate, reconstruct
 from fastlangevin.cli.measures import diagnose
 
 if TYPE_CHECKING:
-    from fastlangevin.learn.report import Weights
+    from fastlangevin.learn.html_report import Weights
 
 Commands = dict[str, Callable[..., None]]
 
@@ -56,9 +56,9 @@ def report(
     """
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
-    from fastlangevin.learn.folder import is_run
+    from fastlangevin.learn.html_report import find_weights, write_report
     from fastlangevin.learn.images import save_grid
-    from fastlangevin.learn.report import find_weights, write_report
+    from fastlangevin.learn.run_folder import is_run
 
     tasks: Commands = {"reconstructed.png": reconstruct, "interpolated.png": interpolate}
     more: Commands = {
@@ -87,8 +87,8 @@ def report(
 
 
 def _compute(run: Path, folder: Path, weights: "Weights", commands: Commands, device: str) -> None:
-    from fastlangevin.learn.files import replacing
-    from fastlangevin.learn.report import ITERATION, age
+    from fastlangevin.learn.atomic import replacing
+    from fastlangevin.learn.html_report import ITERATION, age
 
     for name, command in commands.items():
         path = folder / name

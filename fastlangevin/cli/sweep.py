@@ -42,10 +42,10 @@ def sweep(
     folder in OUT, as of `train`. The same command goes on where it was stopped. Several processes
     share the runs by RANK and WORLD_SIZE in their environment, as torchrun sets them.
     """
-    from fastlangevin.learn.run import StopRequest
-    from fastlangevin.learn.sweep import describe, read_sweep
-    from fastlangevin.learn.sweep_report import write_report
-    from fastlangevin.learn.sweep_runs import Run, run_sweep
+    from fastlangevin.learn.sweep.plan import describe, read_sweep
+    from fastlangevin.learn.sweep.report import write_report
+    from fastlangevin.learn.sweep.run import Run, run_sweep
+    from fastlangevin.learn.train import StopRequest
 
     stop = StopRequest()
     with errors():

@@ -129,7 +129,7 @@ def _step(
     state: Tensor | None = None,
 ) -> None:
     """Launch the step on tensors whose chains are made of ``lines`` (channels, pixels)."""
-    from fastlangevin.kernels.triton_kernels import step_kernel
+    from fastlangevin.kernels.triton_step import step_kernel
 
     chains, (channels, pixels) = x.shape[0], lines
     a, step_sizes = _coefficient(step_size, x)
@@ -169,7 +169,7 @@ def _fill(
     first_chain: int,
     device: torch.device,
 ) -> Tensor:
-    from fastlangevin.kernels.triton_kernels import fill_kernel
+    from fastlangevin.kernels.triton_step import fill_kernel
 
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     if out.numel() == 0:

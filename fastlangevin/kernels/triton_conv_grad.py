@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastlangevin.kernels.triton_conv import _operand, _products
-from fastlangevin.kernels.triton_kernels import _clamp, _draw, _update, _word
+from fastlangevin.kernels.triton_step import _clamp, _draw, _update, _word
 
 
 @triton.jit

@@ -1,14 +1,14 @@
 """Learning, built on the sampler: data, Algorithm 1, runs and checkpoints."""
 
 from fastlangevin.learn.config import TrainConfig, resolve
-from fastlangevin.learn.data import ImageData, load_images
+from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.guard import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_gif, save_grid
-from fastlangevin.learn.inverse import restore
-from fastlangevin.learn.latent import interpolate, reconstruct
 from fastlangevin.learn.learner import Metrics, ShortRunLearner
-from fastlangevin.learn.run import train
-from fastlangevin.learn.style import transfer
+from fastlangevin.learn.tasks.reconstruct import interpolate, reconstruct
+from fastlangevin.learn.tasks.restore import restore
+from fastlangevin.learn.tasks.transfer import transfer
+from fastlangevin.learn.train import train
 
 __all__ = [
     "DivergedError",

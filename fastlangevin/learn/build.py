@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.energies import ConvEnergy
+from fastlangevin.gradients.autograd import check_precision
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig
-from fastlangevin.learn.data import ImageData, load_images
+from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.learner import Images, ShortRunLearner
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import check_precision
 from fastlangevin.step import choose_backend
 
 # Numbers folded into the run's seed; those below 2**32 are iterations.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
+from fastlangevin.gradients.autograd import check_precision
+from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.files import replacing
-from fastlangevin.learn.folder import is_run
+from fastlangevin.learn.run_folder import is_run
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import check_precision
 from fastlangevin.step import choose_backend
 
 FORMAT = "fastlangevin checkpoint"

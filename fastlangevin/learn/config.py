@@ -17,10 +17,10 @@ import yaml
 
 from fastlangevin._version import __version__
 from fastlangevin.arguments import check_count
+from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.bounded_yaml import parse_yaml
-from fastlangevin.learn.data import SOURCES
+from fastlangevin.learn.data.load import SOURCES
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.files import replacing
 from fastlangevin.learn.reading import brief, called, read_text, reading
 
 if sys.version_info >= (3, 11):
@@ -30,7 +30,7 @@ else:
 
 # The first line of a run's config; a folder without it is not taken for a run.
 MARK = "# The settings of a fastlangevin run.\n"
-_PRESETS = Path(__file__).parent / "presets"
+_PRESETS = Path(__file__).parent / "configs"
 _SETTINGS_BYTES = 2**16
 _MOST_DOTS = 300  # in a line of TOML
 _MOST_NAMED = 20  # unknown settings in an error message

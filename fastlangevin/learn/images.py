@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastlangevin.arguments import check_count
-from fastlangevin.learn.files import replacing
+from fastlangevin.learn.atomic import replacing
 
 
 def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.ndarray:

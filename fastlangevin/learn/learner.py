@@ -12,6 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.energies import ConvEnergy
+from fastlangevin.gradients.autograd import call_network
+from fastlangevin.gradients.draws import Draws
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     iteration_of,
@@ -21,8 +23,6 @@ from fastlangevin.learn.checkpoint import (
 )
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.draws import Draws
-from fastlangevin.scores.general import call_network
 
 _OP = "ShortRunLearner"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

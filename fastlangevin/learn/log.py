@@ -11,8 +11,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from fastlangevin.learn.atomic import replacing, sync
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.files import replacing, sync
 from fastlangevin.learn.images import save_grid, to_grid
 
 _ALWAYS_MEASURED = ("gap", "reach")  # the others may be null

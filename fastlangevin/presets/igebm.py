@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import GradClip, check_count
+from fastlangevin.gradients.autograd import energy_and_grad, left_as_found
 from fastlangevin.presets.common import (
     Samplers,
     in_eval_mode,
@@ -20,7 +21,6 @@ from fastlangevin.presets.common import (
     run_noise_first,
     take_seed,
 )
-from fastlangevin.scores.general import energy_and_grad, left_as_found
 
 
 def igebm(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
+from fastlangevin.gradients.autograd import device_of, energy_and_grad
 from fastlangevin.presets.common import (
     Samplers,
     Summed,
@@ -17,7 +18,6 @@ from fastlangevin.presets.common import (
     take_seed,
 )
 from fastlangevin.replay import check_numbers, write_last
-from fastlangevin.scores.general import device_of, energy_and_grad
 
 
 def jem(

@@ -17,9 +17,9 @@ from fastlangevin.arguments import (
     check_number,
     check_schedule,
 )
+from fastlangevin.gradients.autograd import call_network, device_of, left_as_found
 from fastlangevin.presets.common import Samplers, take_seed
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import call_network, device_of, left_as_found
 
 
 def ula(

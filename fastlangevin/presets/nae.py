@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import check_number
+from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.presets.common import Samplers, Summed, Wrapper, take_seed
-from fastlangevin.scores.general import energy_and_grad
 
 
 def nae() -> Callable[..., Tensor]:

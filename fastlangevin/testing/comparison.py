@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
-from fastlangevin.chain import watching
+from fastlangevin.chain.chain import watching
+from fastlangevin.gradients.autograd import modules_of
+from fastlangevin.gradients.draws import kept_generators
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.draws import kept_generators
-from fastlangevin.scores.general import modules_of
 from fastlangevin.testing.loop import OP, Record, distance, follow, kind, state
 from fastlangevin.testing.measure import left_alone, peak_bytes, times
 from fastlangevin.testing.walk import Found, Walk, spread

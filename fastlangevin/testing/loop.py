@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastlangevin.transition import leaves_of, nodes_of
+from fastlangevin.adjoint.one_step import leaves_of, nodes_of
 
 OP = "compare"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlangevin.states import Allocations
+from fastlangevin.adjoint.memory import Allocations
 
 
 def times(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import at_step
-from fastlangevin.chain import Chain
+from fastlangevin.chain.chain import Chain
+from fastlangevin.gradients.autograd import network_dtype
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.scores.general import network_dtype
 from fastlangevin.step import fold_norm_clip, langevin_step_
 from fastlangevin.testing.loop import distance, state
 

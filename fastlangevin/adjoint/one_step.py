@@ -1,0 +1,131 @@
+"""A chain's step as a function to differentiate, and what autograd's graph of it goes back to."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.chain.chain import Chain, norms
+from fastlangevin.gradients.autograd import modules_of
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.second_order import SecondOrderScore, refusal
+from fastlangevin.gradients.select import proved_graph
+from fastlangevin.kernels import reference
+
+_OP = "LangevinSampler"
+
+
+def transition(
+    chain: Chain,
+    x: Tensor,
+    k: int,
+    create_graph: bool,
+    straight: bool = False,
+    explicit: SecondOrderScore | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(state after step k, energies before it) as a function of x and all that a step reads.
+
+    In place of energies, along a score network, the norms of its scores. explicit: what to take
+    the gradient and its derivatives by; else they are autograd's.
+    """
+
+    def score(at: Tensor) -> tuple[Tensor | None, Tensor]:
+        return chain.evaluate(_Constant.apply(at), k, create_graph=True)
+
+    if explicit is not None:
+
+        def explicit_score(at: Tensor) -> tuple[Tensor | None, Tensor]:
+            return explicit.differentiable(at, straight) if create_graph else explicit(at, True)
+
+        step = chain.transition(reference.step, x, k, explicit_score)
+        assert step.energies is not None
+        return step.x, step.energies
+    cut = score if straight and create_graph else None
+    step = chain.transition(reference.step, x, k, cut, create_graph)
+    if step.energies is not None:
+        return step.x, step.energies
+    assert step.grad is not None
+    return step.x, norms(step.grad.detach())
+
+
+class _Constant(torch.autograd.Function):
+    """x, through which no gradient passes, though autograd sees one: detach() would be a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def advance(
+    chain: Chain, x: Tensor, k: int, explicit: SecondOrderScore | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`transition` without a graph."""
+    with torch.no_grad():
+        return transition(chain, x.detach(), k, create_graph=False, explicit=explicit)
+
+
+def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
+    """The graph that has an explicit second-order pass, or why autograd is to differentiate."""
+    sampler = chain.sampler
+    if sampler.score not in ("auto", "lean", "fused"):
+        return f'the score is "{sampler.score}"'
+    known = sampler._recognised
+    graph = proved_graph(
+        sampler.energy, x.detach(), sampler.precision, chain.model_kwargs, known, chain.step_kwargs
+    )
+    if isinstance(graph, str):
+        return graph
+    return refusal(graph, sampler.precision) or graph
+
+
+def given(chain: Chain) -> list[Tensor]:
+    """The tensors among a chain's arguments."""
+    sampler = chain.sampler
+    listed = [v for v in chain.step_kwargs.values() if not isinstance(v, Tensor)]
+    values = [sampler.step_size, sampler.noise_std, chain.noise, *chain.all_kwargs().values()]
+    values += [entry for entries in listed for entry in entries]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def parameters_of(energy: Callable[..., Tensor]) -> list[Tensor]:
+    """The parameters of the modules behind an energy."""
+    return [parameter for module in modules_of(energy) for parameter in module.parameters()]
+
+
+def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:
+    """RuntimeError if a step's graph has no derivative, which autograd may pass over in silence."""
+    if chain.sampler.score == "network":
+        return  # differentiated but once
+    for node in nodes:
+        # once_differentiable's wrapper leaves a node only where the incoming gradient has a graph.
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        code = getattr(backward, "__code__", None)
+        once = code is not None and code.co_filename == torch.autograd.function.__file__
+        if once or node.name() in ("torch::autograd::Error", "NotImplemented"):
+            raise RuntimeError(
+                f"{_OP}: the energy cannot be differentiated twice, which gradients through a "
+                "chain need: it contains a function whose backward pass has no derivative (one "
+                "marked once_differentiable, for instance)"
+            )
+
+
+def nodes_of(out: Tensor) -> list[Any]:
+    """The nodes of a tensor's graph, in an order that is the same for the same graph."""
+    nodes = [] if out.grad_fn is None else [out.grad_fn]
+    seen = set(nodes)
+    for node in nodes:
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return nodes
+
+
+def leaves_of(nodes: Iterable[Any]) -> list[Tensor]:
+    """The leaf tensors that a graph goes back to."""
+    return [node.variable for node in nodes if hasattr(node, "variable")]

@@ -1,0 +1,320 @@
+"""One chain's differentiable steps, kept as states and computed again for the backward pass."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.adjoint.memory import Allocations, States
+from fastlangevin.adjoint.one_step import (
+    advance,
+    explicit_graph,
+    given,
+    leaves_of,
+    nodes_of,
+    parameters_of,
+    transition,
+)
+from fastlangevin.adjoint.schedules import Sizes, reverse, sweep
+from fastlangevin.arguments import at_step
+from fastlangevin.chain.chain import Chain
+from fastlangevin.gradients.autograd import modules_of, network_precision
+from fastlangevin.gradients.second_order import SecondOrderScore
+from fastlangevin.kernels import reference
+from fastlangevin.kernels.memory import in_memory
+
+_OP = "LangevinSampler"
+
+
+class Trace:
+    """Some steps of a chain, of which states are kept for a backward pass by a schedule.
+
+    explicit: whether a second-order pass of our own may serve, rather than autograd's.
+    """
+
+    def __init__(
+        self, chain: Chain, first: int, straight: bool, x: Tensor, explicit: bool = True
+    ) -> None:
+        self.chain, self.first, self.straight = chain, first, straight
+        self.graph = explicit_graph(chain, x) if explicit else "it is not wanted"
+        self.explicit: SecondOrderScore | None = None  # while steps are taken
+        # Of given noise that gets a gradient a step reads its own entry, as a leaf: the gradient of
+        # all of it, once a step, would take K^2 in all.
+        stds = (at_step(chain.sampler.noise_std, k) for k in range(first, chain.sampler.steps))
+        asked = chain.noise is not None and chain.noise.requires_grad
+        self.noise = chain.noise if asked and not all(map(reference.is_zero, stds)) else None
+        self.autocast = _autocast_state(x.device)
+        self.mark = object()  # left on the nodes of the first step
+        # torch.func.functional_call has put its tensors here, and they are gone by the backward.
+        self.tables: list[tuple[dict[str, Any], str, Tensor]] = [
+            (table, name, tensor)
+            for root in modules_of(chain.sampler.energy)
+            for module in root.modules()
+            # Of scripted modules, which functional_call does not take, the tables are views.
+            if not isinstance(module, torch.jit.ScriptModule)
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        self.versions = [
+            (tensor, tensor._version)
+            for tensor in (x, *parameters_of(chain.sampler.energy), *given(chain))
+            if not tensor.is_inference()
+        ]
+
+    def begin(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Any]]:
+        """The first step, to read off its graph which tensors gradients go to, lost by no closure.
+
+        Returns the state after it, energies, those tensors and the nodes of both graphs.
+        (torch.utils.checkpoint needs no such list, but evaluates each step twice in the forward
+        pass: the gradient taken inside needs what it has just thrown away.)
+        """
+        self.pack(x)
+        start, z = x.detach().requires_grad_(), self._noise(0)
+        with torch.enable_grad():
+            after, energies = self._step(start, 0, z)
+        nodes = nodes_of(after)
+        for node in nodes:
+            node.metadata[self.mark] = True
+        tensors = [leaf for leaf in leaves_of(nodes) if leaf is not start and leaf is not z]
+        if self.noise is not None:
+            tensors.append(self.noise)  # the last one, wherever there is any
+        return after.detach(), energies.detach(), tensors, nodes + nodes_of(energies)
+
+    def measure(self, x: Tensor) -> Sizes:
+        """Runs one step, and its backward pass, for the bytes that they take."""
+        with Allocations() as first:
+            *_, tensors, nodes = self.begin(x)
+            graph = first.live
+            del nodes
+        with Allocations() as both, torch.no_grad():
+            self.pack(x)
+            wanted = (True,) * (1 + len(tensors))
+            self._step_back(x, tensors, 0, torch.ones_like(x), wanted)
+        # Beside the gradients of a step there are their sums over the steps.
+        sums = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        found = Sizes(x.numel() * x.element_size(), graph, both.peak + sums)
+        if self.explicit is None:
+            return found
+        # A graph that is kept is autograd's.
+        general = Trace(self.chain, self.first, self.straight, x, explicit=False).measure(x)
+        return general._replace(again=found.step)
+
+    def pack(self, x: Tensor) -> None:
+        """Read the weights, where the second-order pass is explicit."""
+        if not isinstance(self.graph, str):
+            self.explicit = None
+            self.explicit = SecondOrderScore(self.graph, x, self.chain.sampler.precision)
+            self.explicit.begin()
+
+    def forward(
+        self,
+        x: Tensor,
+        after: Tensor,
+        energies: Tensor,
+        tensors: list[Tensor],
+        steps: int,
+        states: int,
+        offload: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The rest of the chain, given its first step; keeps what the backward pass begins with."""
+        self.steps, self.states = steps, states
+        # Not among autograd's saved tensors: hooks, such as a checkpoint of the user's around the
+        # chain, give back copies of those, and gradients must go to these.
+        self.tensors = tensors
+        self.versions += [(tensor, tensor._version) for tensor in tensors]
+        self.kept = States(x.device, offload)
+        self.energies = [energies]
+        state = x.detach()
+        for kind, k in sweep(0, steps, states - 1):
+            if kind == "store":
+                self.kept.put(k, state)
+            else:
+                state = after if k == 0 else self._advance(state, k)
+        self.last: Tensor | None = state
+        out = after if steps == 1 else self._advance(state, steps - 1)
+        self.explicit = None
+        return out, self.energies[-1]
+
+    def backward(self, x: Tensor, grad: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+        """The gradients of x and the tensors, those ``wanted``, from that of the last state."""
+        state: Tensor | None
+        state, self.last = self.last, None
+        # A second backward pass has x alone: the first took the places of the other states.
+        stored = [0, *self.kept] if state is not None else [0]
+        if state is None:
+            self.kept.clear()
+        found: list[Tensor | None] = [None] * len(self.tensors)
+        gaps = []
+        self.pack(x)
+        for kind, k in reverse(self.steps, self.states, stored, state is not None):
+            if kind == "restore":
+                state = x.detach() if k == 0 else self.kept.get(k)
+                continue
+            if kind == "drop":
+                if k:
+                    self.kept.drop(k)
+                continue
+            assert state is not None
+            if kind == "store":
+                self.kept.put(k, state)
+            elif kind == "advance":
+                with self.autocast():
+                    state = advance(self.chain, state, self.first + k, self.explicit)[0]
+            else:
+                need = (k > 0 or wanted[0], *wanted[1:])
+                back, parts, energies = self._step_back(state, self.tensors, k, grad, need)
+                grad = torch.zeros_like(grad) if back is None else back
+                for i, part in enumerate(parts):
+                    known = found[i]
+                    if self.noise is not None and i == len(found) - 1 and part is not None:
+                        found[i] = known = torch.zeros_like(self.noise) if known is None else known
+                        known[self.first + k] = part
+                    elif part is not None:
+                        # A copy first: autograd may have given one tensor to several.
+                        found[i] = part.clone() if known is None else known.add_(part)
+                del parts
+                gaps.append((energies - self.energies[k]).abs().max())
+        self.explicit = None
+        self._check_again(gaps[::-1])
+        return [grad if wanted[0] else None, *found]
+
+    def _step_back(
+        self, x: Tensor, tensors: list[Tensor], k: int, grad: Tensor, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, list[Tensor | None], Tensor]:
+        inputs, z = [x.detach().requires_grad_(), *tensors], self._noise(k)
+        if z is not None:
+            inputs[-1] = z
+        with torch.enable_grad(), self.autocast():
+            after, energies = self._step(inputs[0], k, z)
+        nodes = nodes_of(after)
+        if {id(leaf) for leaf in leaves_of(nodes)} - {id(tensor) for tensor in inputs}:
+            raise RuntimeError(
+                f"{_OP}: the energy reads other tensors at step {self.first + k} than at the "
+                'first one; use checkpoint="none"'
+            )
+        # Parameters, coefficients and what closures hold may have graphs of their own, which all
+        # steps share: those were there before. Else memory is freed on the way, a third of it.
+        shared = any(self.mark in node.metadata for node in nodes if not hasattr(node, "variable"))
+        del nodes
+        chosen = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
+        sampler, isolation = self.chain.sampler, self.chain.isolation
+        assert isolation is not None
+        with isolation.backward(), network_precision(sampler.precision, x.device):
+            parts = iter(
+                torch.autograd.grad(after, chosen, grad, allow_unused=True, retain_graph=shared)
+                if chosen
+                else ()
+            )
+        back, *rest = [next(parts) if needed else None for needed in wanted]
+        return back, rest, energies.detach()
+
+    def _noise(self, k: int) -> Tensor | None:
+        """Step k's noise as a leaf, if it gets a gradient."""
+        return None if self.noise is None else self.noise[self.first + k].detach().requires_grad_()
+
+    def _step(self, x: Tensor, k: int, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        k += self.first
+        chain = self.chain
+        if z is not None:
+            chain = chain._replace(noise={k: z})  # type: ignore[arg-type]  # read as noise[k]
+        return transition(chain, x, k, True, self.straight, self.explicit)
+
+    def _advance(self, x: Tensor, k: int) -> Tensor:
+        after, energies = advance(self.chain, x, self.first + k, self.explicit)
+        self.energies.append(energies)
+        return after
+
+    @contextlib.contextmanager
+    def tables_put_back(self) -> Iterator[None]:
+        """The energy with the tensors that it had in the forward pass."""
+        found = [(table, name, table.get(name)) for table, name, _ in self.tables]
+        try:
+            for table, name, tensor in self.tables:
+                table[name] = tensor
+            yield
+        finally:
+            for table, name, now in found:
+                table[name] = now
+
+    def check_versions(self) -> None:
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise RuntimeError(
+                f"{_OP}: x0, a parameter of the energy or an argument of the chain has been "
+                "modified by an inplace operation between the chain and its backward pass, which "
+                "computes the chain again"
+            )
+
+    def _check_again(self, gaps: list[Tensor]) -> None:
+        """RuntimeError if energies differ from the forward pass's by far more than rounding."""
+        before = torch.stack(self.energies)
+        if not in_memory(before):
+            return  # shapes alone, or a transform's tensors, which Python cannot branch on
+        half = before.dtype.itemsize < 4 or self.chain.sampler.precision in ("fp16", "bf16")
+        half |= self.autocast.keywords["enabled"]
+        # 2^-10: TF32, which CUDA may use in one kernel and not in another.
+        eps = 2**-7 if half else max(torch.finfo(before.dtype).eps, 2**-10 * before.is_cuda)
+        wrong = torch.stack(gaps) > eps**0.5 * before.abs().max()
+        if bool(wrong.any()):
+            k = int(wrong.nonzero()[0])
+            found = "scores' norms" if self.chain.sampler.score == "network" else "energies"
+            raise RuntimeError(
+                f"{_OP}: computed again for the backward pass, the {found} of step "
+                f"{self.first + k} differ by up to {float(gaps[k]):.3g} from those of the forward "
+                "pass. Does the energy draw random numbers other than torch's, which are seeded "
+                "at every step, keep a state between calls, or run in another mode (train, eval) "
+                'or with other weights now? checkpoint="none" computes nothing again'
+            )
+
+
+class Adjoint(torch.autograd.Function):
+    """A traced chain's last state; its backward pass runs the chain again."""
+
+    @staticmethod
+    def forward(ctx: Any, trace: Trace, out: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.trace = trace
+        ctx.save_for_backward(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.trace.check_versions()
+        (x,) = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        with torch.no_grad(), ctx.trace.tables_put_back():
+            found = ctx.trace.backward(x, grad, ctx.needs_input_grad[2:])
+        if again:
+            known = [part for part in found if part is not None]
+            guarded = iter(_Once.apply(len(known), *known, grad, x, *ctx.trace.tensors))
+            found = [part if part is None else next(guarded) for part in found]
+        return None, None, *found
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, made under create_graph: differentiating them says why it fails."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"{_OP}: a chain whose steps are computed again can be differentiated once; second "
+            'derivatives of a chain need checkpoint="none"'
+        )
+
+
+def _autocast_state(device: torch.device) -> functools.partial[torch.autocast]:
+    """Autocast as it is now, to be entered again."""
+    kind = "cpu" if device.type == "meta" else device.type  # torch has no autocast for meta
+    return functools.partial(
+        torch.autocast,
+        kind,
+        dtype=torch.get_autocast_dtype(kind),
+        enabled=torch.is_autocast_enabled(kind),
+        cache_enabled=torch.is_autocast_cache_enabled(),
+    )

@@ -1,0 +1,1 @@
+"""One call's chain: its values, its loop, and its captured graphs."""

@@ -1,0 +1,356 @@
+"""The fused score: a convolutional energy's input gradient, and the step along it, on a GPU.
+
+A step is one Triton launch per convolution forward, one per convolution back, and nothing else: the
+first reads the float32 state as it lies, the last convolution writes the gradient of <h, v> instead
+of h, and the last launch moves the state, so that neither the network's input nor the gradient of x
+is ever stored. Kept between the two ways: a bit per activation where it is piecewise linear, else
+its derivative. A step at batch 64, width 64 and 3x32x32, in useful products and in what each launch
+reads and writes once in fp16 (weights included; taps read again come from cache):
+
+    convolution        forward                   input gradient
+    3 ->  64, 3x3/1    0.23 GFLOP    9.7 MB      0.23 GFLOP   10.0 MB (and the step)
+    64 -> 128, 4x4/2   4.29 GFLOP   13.1 MB      4.29 GFLOP   13.4 MB
+    128 -> 256, 4x4/2  4.29 GFLOP    7.5 MB      4.29 GFLOP    7.6 MB
+    256 -> 512, 4x4/2  4.29 GFLOP    7.4 MB      4.29 GFLOP    7.5 MB
+
+An H200 needs 33 us for the 26.2 GFLOP (at 790 TFLOP/s, a good fp16 matrix product's rate) and 16 us
+for the 76 MB (at 4.8 TB/s; most of it stays in the 50 MB of cache). At batch 64 the deeper layers
+have fewer tiles of 128 x 128 than there are multiprocessors, and get smaller ones, which read more
+per product; 60 to 90 us is what to expect. None of this has been measured, hence :data:`OFF`.
+"""
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.arguments import Coefficient, GradClip
+from fastlangevin.gradients import fused_gpu_plan as conv_plan
+from fastlangevin.kernels import reference, triton
+from fastlangevin.kernels.devices import indexed
+from fastlangevin.step import apply_step_
+
+if TYPE_CHECKING:
+    from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv
+
+OFF = 'not measured on a GPU yet, so never chosen by itself; score="fused" runs it'
+
+_LINEAR = ("leaky_relu", "relu")  # piecewise: their derivatives are kept as bits
+_ACTIVATIONS = (*_LINEAR, "silu", "softplus", "elu")
+# The last launch holds all channels of a tile of pixels, and their noise.
+_MAX_CHANNELS = 16
+# Pixels of a batch are numbered in 32 bits.
+_MAX_PIXELS = 2**31 - 2**16
+
+
+def refusal(stack: "ConvStack", device: torch.device, precision: str | None) -> str | None:
+    """None where a stack can run fused on a device in a precision, else why not."""
+    missing = triton.available(device)
+    if missing is not None:
+        return missing
+    if precision not in conv_plan.DTYPES:
+        return f"its precisions are {', '.join(conv_plan.DTYPES)}, got {precision!r}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels are for GPUs of compute capability 8.0 and later"
+    if stack.shape[0] > _MAX_CHANNELS:
+        return f"states of {stack.shape[0]} channels; it takes up to {_MAX_CHANNELS}"
+    for i, conv in enumerate(stack.convs):
+        reason = _refused(conv, device)
+        if reason is not None:
+            return f"convolution {i}: {reason}"
+    return None
+
+
+def _refused(conv: "StackedConv", device: torch.device) -> str | None:
+    if conv.groups != 1:
+        return f"{conv.groups} groups; its matrix products need one"
+    if max(conv.dilation) > 1 and max(conv.stride) > 1:
+        return "a stride beside a dilation"
+    if conv.activation.kind not in _ACTIVATIONS:
+        return f"{conv.activation.kind}; it knows {', '.join(_ACTIVATIONS)}"
+    if conv.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"weights of {conv.weight.dtype}"
+    if indexed(conv.weight.device) != indexed(device):
+        return f"weights on {conv.weight.device}, states on {device}"
+    return None
+
+
+class FusedScore:
+    """Energies and d energy / d x of n chains, for the stacks that :func:`refusal` lets pass.
+
+    ``precision``: of the operands, "fp32" (strict, without matrix instructions), "tf32", "fp16" or
+    "bf16"; sums are float32. Every buffer is allocated here, once. The weights are copied by
+    :meth:`pack`, to be called before a chain; it writes where they were, so that captured graphs
+    see the new ones.
+
+    ``overflow``: int32 [1] on the device for fp16, else None. Becomes 1 when a value or the
+    gradient leaves float16's range or is NaN, and stays so until it is zeroed. Small gradients are
+    no concern: the way back starts from v times the power of two that brings its largest element
+    to [1, 2), which the last launch takes out again.
+
+    Raises ValueError where :func:`refusal` gives a reason.
+    """
+
+    def __init__(self, stack: "ConvStack", n: int, device: torch.device, precision: str) -> None:
+        reason = refusal(stack, device, precision)
+        if reason is not None:
+            raise ValueError(f"FusedScore: {reason}")
+        sizes = _sizes(stack)
+        if n * max(h * w for _, h, w in sizes) > _MAX_PIXELS:
+            raise ValueError(f"FusedScore: {n} chains have 2**31 pixels or more; split the batch")
+        self.stack, self.n, self.precision = stack, n, precision
+        around = list(zip(stack.convs, sizes, sizes[1:], strict=False))
+        self._forward = [conv_plan.forward_plan(*a, n, precision) for a in around]
+        self._backward = [conv_plan.backward_plan(*a, n, precision) for a in around[1:]]
+        self._image = conv_plan.image_plan(*around[0], n, precision)
+
+        def empty(*shape: int, dtype: torch.dtype = conv_plan.DTYPES[precision]) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        # Layers write to the two in turns; a layer's gradient takes the place of its values.
+        images = [n * math.prod(size) for size in sizes[1:]]
+        self._arenas = [empty(max(images[i::2], default=0)) for i in (0, 1)]
+        self._saved = [
+            empty(n * h * w, -(-c // 32), dtype=torch.int32)
+            if conv.activation.kind in _LINEAR
+            else empty(n * h * w, c)
+            for conv, (c, h, w) in zip(stack.convs[:-1], sizes[1:], strict=False)
+        ]
+        self._biases = [empty(c, dtype=torch.float32).zero_() for c, _, _ in sizes[1:]]
+        c, h, w = stack.features
+        self._head = empty(h, w, c, dtype=torch.float32)
+        self._partial = empty(n, h * w, self._forward[-1].tiles, dtype=torch.float32)
+        self._offset, self._unscale = empty(2, 1, dtype=torch.float32).zero_()
+        self.overflow = None
+        if precision == "fp16":
+            self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
+        self._packed: list[tuple[int, int]] | None = None
+        self.pack()
+
+    def begin(self) -> None:
+        """Read the weights: for every chain, as a write through .data leaves no other trace."""
+        if self.overflow is not None:
+            self.overflow.zero_()
+        self.pack(force=True)
+
+    def held_bytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def buffers(self) -> list[Tensor]:
+        """What a chain's launches read and write that is held between them."""
+        weights = [plan.weight for plan in (*self._forward, *self._backward, self._image)]
+        small = [*self._biases, self._head, self._unscale, self._offset]
+        flag = [] if self.overflow is None else [self.overflow]
+        return [*self._arenas, *self._saved, self._partial, *weights, *small, *flag]
+
+    def pack(self, force: bool = False) -> None:
+        """Copy the weights as they are now, if they changed: noticed by their version counters.
+
+        Writing through ``.data`` does not count a version, nor do inference tensors have one: those
+        need ``force``. The head, which is small, is always read anew.
+        """
+        v, offset = (part.detach().float() for part in self.stack.head())
+        v = v.permute(1, 2, 0)
+        peak = v.abs().amax()
+        exponent = torch.where(peak > 0, -torch.floor(torch.log2(peak)), 0.0).clamp(-126, 126)
+        self._head.copy_(torch.ldexp(v, exponent))
+        self._unscale.copy_(torch.ldexp(torch.ones_like(exponent), -exponent))
+        self._offset.copy_(offset)
+        versions = _versions(self.stack)
+        if versions is not None and versions == self._packed and not force:
+            return
+        first, *rest = self.stack.convs
+        for conv, plan, bias in zip(self.stack.convs, self._forward, self._biases, strict=True):
+            conv_plan.pack_forward(plan, conv)
+            if conv.bias is not None:
+                bias.copy_(conv.bias.detach())
+        conv_plan.pack_backward(self._image, first)
+        for conv, plan in zip(rest, self._backward, strict=True):
+            conv_plan.pack_backward(plan, conv)
+        self._packed = versions
+
+    def __call__(self, x: Tensor, want_energies: bool = False) -> tuple[Tensor | None, Tensor]:
+        """(energies [n] or None, the gradient in x's layout), both float32, of x [n, C, H, W]."""
+        self._check(x)
+        if not _is_dense(x):
+            x = x.contiguous()
+        grad = torch.empty_like(x)
+        with torch.no_grad(), torch.cuda.device_of(x):
+            energies = self._down_and_up(x, want_energies)
+            self._finish(x, grad=grad)
+        return energies, grad
+
+    def step_(
+        self,
+        x: Tensor,
+        z: Tensor | None = None,
+        *,
+        step_size: Coefficient,
+        noise_std: Coefficient,
+        grad_clip: GradClip | None = None,
+        want_energies: bool = False,
+        **options: Any,
+    ) -> Tensor | None:
+        """A Langevin step, in place on x: the gradient there, and :func:`triton.step_` along it.
+
+        Returns the energies of x as it was, where wanted. Arguments as there, checked, and norm
+        clips. The step is part of the last launch, unless its gradient must first be known (norm
+        clips), x or z is of no layout of its kernel, or noise is drawn for pixels that do not lie
+        in fours: then it is a launch of its own. Either way x is the same, bit for bit.
+        """
+        self._check(x)
+        draws = z is None and not reference.is_zero(noise_std)
+        apart = (
+            isinstance(grad_clip, tuple)
+            or not _is_dense(x)
+            or (z is not None and z.stride() != x.stride())
+            or (draws and not self._draws_in_fours())
+        )
+        step = {"step_size": step_size, "noise_std": noise_std, "grad_clip": grad_clip} | options
+        if apart:
+            energies, grad = self(x, want_energies)
+            apply_step_(triton.step_, x, grad, z, **step)
+            return energies
+        with torch.no_grad(), torch.cuda.device_of(x):
+            energies = self._down_and_up(x, want_energies)
+            self._finish(x, z=z, DRAW=draws, **step)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+        return energies
+
+    def plan(self) -> str:
+        """What a step runs, as text for people."""
+        # Both ways every pixel of a convolution's result meets every weight once.
+        pixels = [plan.constants["OUT_H"] * plan.constants["OUT_W"] for plan in self._forward]
+        weights = [conv.weight.numel() for conv in self.stack.convs]
+        work = 4e-9 * self.n * sum(map(operator.mul, pixels, weights))
+        held = (*self._arenas, *self._saved, self._partial)
+        size = sum(b.numel() * b.element_size() for b in held) / 2**20
+        return (
+            f"fused: {len(self._forward) + len(self._backward) + 1} launches a step, operands "
+            f"{self.precision}, {work:.1f} GFLOP, {size:.1f} MiB of buffers; {OFF}"
+        )
+
+    def _check(self, x: Tensor) -> None:
+        shape = (self.n, *self.stack.shape)
+        if x.shape != shape or x.dtype != torch.float32:
+            raise ValueError(
+                f"FusedScore: x must be float32 {list(shape)}, got {x.dtype} {list(x.shape)}"
+            )
+
+    def _draws_in_fours(self) -> bool:
+        c = self._image.constants
+        return c["STRIDE_Y"] == c["STRIDE_X"] == 1 and c["OUT_H"] * c["OUT_W"] % 4 == 0
+
+    def _down_and_up(self, x: Tensor, want_energies: bool) -> Tensor | None:
+        """All launches but the last, which finds the gradient of the first layer's result."""
+        if self.n == 0:
+            return x.new_zeros(0) if want_energies else None
+        from fastlangevin.kernels.triton_conv import forward_kernel
+        from fastlangevin.kernels.triton_conv_grad import backward_kernel
+
+        last = len(self._forward) - 1
+        source, strides = x, _strides(x)
+        for i, plan in enumerate(self._forward):
+            c, activation = plan.constants, self.stack.convs[i].activation
+            p, q = (*activation.settings, 0.0, 0.0)[:2]
+            forward_kernel[plan.grid](
+                source, plan.weight, self._biases[i], self._arenas[i % 2],
+                self._saved[i] if i < last else None, self._head if i == last else None,
+                self._partial if i == last and want_energies else None, self.overflow,
+                plan.rows, plan.source_chain if i else x.stride(0), p, q,
+                **strides, ACTIVATION=activation.kind, STATE=i == 0, **c, **plan.options,
+            )  # fmt: skip
+            source = self._arenas[i % 2]
+            strides = _dense_strides(c["COLUMNS"], c["OUT_W"])
+        for i in range(last, 0, -1):
+            plan, activation = self._backward[i - 1], self.stack.convs[i - 1].activation
+            backward_kernel[plan.grid](
+                self._arenas[i % 2], plan.weight, self._saved[i - 1], self._arenas[(i - 1) % 2],
+                plan.rows, plan.source_chain, (*activation.settings, 0.0)[0],
+                SIGNS=activation.kind in _LINEAR, **plan.constants, **plan.options,
+            )  # fmt: skip
+        if not want_energies:
+            return None
+        return self._partial.flatten(1).sum(1) * self._unscale + self._offset
+
+    def _finish(
+        self,
+        x: Tensor,
+        *,
+        grad: Tensor | None = None,
+        z: Tensor | None = None,
+        DRAW: bool = False,
+        step_size: Coefficient = 0.0,
+        noise_std: Coefficient = 0.0,
+        seed: int = 0,
+        step: int = 0,
+        first_chain: int = 0,
+        clamp: tuple[float, float] | None = None,
+        grad_clip: float | None = None,
+        maximize: bool = False,
+        noise_last: bool = False,
+        joined: bool = False,
+        state: Tensor | None = None,
+    ) -> None:
+        """The last launch: the gradient with respect to x, to ``grad`` or into a step on x."""
+        if self.n == 0:
+            return
+        from fastlangevin.kernels.triton_conv_grad import image_kernel
+
+        plan, strides = self._image, _strides(x)
+        a, step_sizes = triton._coefficient(step_size, x)
+        b, noise_stds = triton._coefficient(noise_std, x)
+        lo, hi = clamp or (-math.inf, math.inf)
+        low, high, number, chain = map(triton._signed, (seed, seed >> 32, step, first_chain))
+        image_kernel[plan.grid](
+            self._arenas[0], plan.weight, self._unscale, self.overflow, x, grad,
+            None if reference.is_zero(noise_std) else z,
+            plan.rows, plan.source_chain, x.stride(0),
+            a if maximize else -a, b, step_sizes, noise_stds, grad_clip, lo, hi,
+            low, high, number, chain, state,
+            PIXEL_STRIDE=strides["X_STRIDE"], CHANNEL_STRIDE=strides["C_STRIDE"],
+            DRAW=DRAW, NOISE_LAST=noise_last or joined, JOINED=joined,
+            **plan.constants, **plan.options,
+        )  # fmt: skip
+
+
+def _sizes(stack: "ConvStack") -> list[tuple[int, int, int]]:
+    """The shapes of the state and of every layer's result."""
+    sizes = [stack.shape]
+    for conv in stack.convs:
+        h, w = (
+            (size + 2 * conv.padding[i] - conv.dilation[i] * (conv.weight.shape[2 + i] - 1) - 1)
+            // conv.stride[i]
+            + 1
+            for i, size in enumerate(sizes[-1][1:])
+        )
+        sizes.append((conv.weight.shape[0], h, w))
+    return sizes
+
+
+def _versions(stack: "ConvStack") -> list[tuple[int, int]] | None:
+    """What tells whether weights have changed; None where nothing does."""
+    tensors = [t for conv in stack.convs for t in (conv.weight, conv.bias) if t is not None]
+    if any(t.is_inference() for t in tensors):
+        return None
+    return [(t.data_ptr(), t._version) for t in tensors]
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether a state is laid out in one of the ways its kernels read."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _strides(x: Tensor) -> dict[str, int]:
+    _, c, h, w = x.shape
+    if x.is_contiguous():
+        return {"Y_STRIDE": w, "X_STRIDE": 1, "C_STRIDE": h * w}
+    return _dense_strides(c, w)
+
+
+def _dense_strides(channels: int, width: int) -> dict[str, int]:
+    """Of [chain, y, x, channel]."""
+    return {"Y_STRIDE": width * channels, "X_STRIDE": channels, "C_STRIDE": 1}

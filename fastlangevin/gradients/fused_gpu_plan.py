@@ -1,0 +1,183 @@
+"""How the convolution kernels are launched: tiles, what they are compiled for, packed weights."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastlangevin.gradients.graph.conv_stack import StackedConv
+
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+Image = tuple[int, int, int]  # channels, height, width
+
+# (BM, BN, warps), of the most products per byte read first. The choice is not timed but what the
+# shape says: the first with tiles for three multiprocessors in four. With 256 columns, the epilogue
+# of forward_kernel spills.
+_TILES = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4))
+# Strict float32 has no matrix instructions: each thread adds its products by itself.
+_IEEE_TILES = ((64, 64, 4), (64, 32, 4))
+_MULTIPROCESSORS = 132  # where there is no device to ask: an H100's or H200's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One convolution, one way: its kernel's constants, its rows of one class, its weights."""
+
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    rows: int
+    source_chain: int
+    weight: Tensor  # [classes, columns, K]: taps and channels along K, then zeros
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of columns."""
+        return _quotient(self.constants["COLUMNS"], self.constants["BN"])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return _quotient(self.rows, self.constants["BM"]) * self.tiles, self.weight.shape[0]
+
+
+def forward_plan(conv: "StackedConv", source: Image, result: Image, n: int, precision: str) -> Plan:
+    """The convolution from its input to its result."""
+    rows, taps = n * result[1] * result[2], conv.weight.shape[2] * conv.weight.shape[3]
+    tile = _tile(rows, source[0], result[0], precision, conv.weight.device)
+    return _plan(conv, source, result, rows, 1, taps, tile, precision)
+
+
+def backward_plan(
+    conv: "StackedConv", source: Image, result: Image, n: int, precision: str
+) -> Plan:
+    """The input gradient, from the gradient of the result to that of the input."""
+    rows, classes, taps = _classes(conv, source, n)
+    tile = _tile(rows * classes, result[0], source[0], precision, conv.weight.device)
+    return _plan(conv, result, source, rows, classes, taps, tile, precision)
+
+
+def image_plan(conv: "StackedConv", source: Image, result: Image, n: int, precision: str) -> Plan:
+    """The input gradient of the first convolution, for all channels of an image at once.
+
+    Three columns make a tile of four, of which a matrix instruction makes eight: 2.7 products for
+    one, in a launch that reads much more than it multiplies.
+    """
+    rows, classes, taps = _classes(conv, source, n)
+    tile = 64 if precision == "fp32" else 128, _power_of_2(source[0]), 4
+    return _plan(conv, result, source, rows, classes, taps, tile, precision)
+
+
+def _classes(conv: "StackedConv", source: Image, n: int) -> tuple[int, int, int]:
+    """Of an input gradient: the rows of one class, how many there are, and the taps of the most."""
+    (y, x), (taps_y, taps_x) = conv.stride, conv.weight.shape[2:]
+    rows = n * _quotient(source[1], y) * _quotient(source[2], x)
+    return rows, y * x, _quotient(taps_y, y) * _quotient(taps_x, x)
+
+
+def _plan(
+    conv: "StackedConv",
+    source: Image,
+    result: Image,
+    rows: int,
+    classes: int,
+    taps: int,
+    tile: tuple[int, int, int],
+    precision: str,
+) -> Plan:
+    """A gather from a source for a result, with ``taps`` of the weights' in each of its classes."""
+    # Whatever n is, BK is the same, and so is the order of a sum: no chain depends on its batch.
+    steps = _steps(source[0], precision)
+    bk = steps[0] if steps else 16 if precision == "fp32" else 32
+    k = _quotient(taps * source[0], bk) * bk
+    constants: dict[str, Any] = {
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "FLAT": not steps,
+        "BM": tile[0],
+        "BN": tile[1],
+        "BK": bk,
+        "K": k,
+    }
+    constants |= zip(("C", "H", "W", "COLUMNS", "OUT_H", "OUT_W"), (*source, *result), strict=True)
+    pairs = {
+        "TAPS": conv.weight.shape[2:],
+        "STRIDE": conv.stride,
+        "PAD": conv.padding,
+        "DILATION": conv.dilation,
+    }
+    for name, (y, x) in pairs.items():
+        constants |= {f"{name}_Y": int(y), f"{name}_X": int(x)}
+    options = {"num_warps": tile[2], "num_stages": 3, "enable_fp_fusion": False}
+    shape = classes, result[0], k
+    weight = torch.zeros(shape, dtype=DTYPES[precision], device=conv.weight.device)
+    return Plan(constants, options, rows, math.prod(source), weight)
+
+
+def pack_forward(plan: Plan, conv: "StackedConv") -> None:
+    """Copy a convolution's weights to where its forward plan has them."""
+    _fill(plan, 0, conv.weight.permute(0, 2, 3, 1))
+
+
+def pack_backward(plan: Plan, conv: "StackedConv") -> None:
+    """Copy a convolution's weights to where its backward plan has them, class by class."""
+    (stride_y, stride_x), (pad_y, pad_x) = conv.stride, conv.padding
+    for rest_y in range(stride_y):
+        for rest_x in range(stride_x):
+            first_y, first_x = (rest_y + pad_y) % stride_y, (rest_x + pad_x) % stride_x
+            taps = conv.weight[:, :, first_y::stride_y, first_x::stride_x]
+            _fill(plan, rest_y * stride_x + rest_x, taps.permute(1, 2, 3, 0))
+
+
+def _fill(plan: Plan, number: int, weight: Tensor) -> None:
+    rows = weight.detach().flatten(1).float()
+    if plan.constants["PRECISION"] == "tf32":
+        # To nearest, as the kernels do with values; the matrix instructions would cut.
+        bits = (rows.contiguous().view(torch.int32) + 0x1000) & -0x2000
+        rows = torch.where(rows == rows, bits.view(torch.float32), rows)
+    plan.weight[number, :, : rows.shape[1]].copy_(rows)
+
+
+def _tile(
+    rows: int, channels: int, columns: int, precision: str, device: torch.device
+) -> tuple[int, int, int]:
+    """BM, BN and warps."""
+    widest = max(32, _power_of_2(columns))  # a word of signs holds 32 channels
+    if not _steps(channels, precision):
+        widest = min(widest, 64)  # an address per element: beside 128 columns, registers run out
+    tiles = [t for t in (_IEEE_TILES if precision == "fp32" else _TILES) if t[1] <= widest]
+    wanted = 0.75 * _multiprocessors(device)
+    for bm, bn, warps in tiles:
+        if _quotient(rows, bm) * _quotient(columns, bn) >= wanted:
+            return bm, bn, warps
+    return tiles[-1]
+
+
+def _steps(channels: int, precision: str) -> list[int]:
+    """The BK, largest first, that divide a source's channels, so that a step is of one tap.
+
+    64 elements of two bytes, or 32 of four, are the 128 bytes of a swizzled row.
+    """
+    widest = 16 if precision == "fp32" else 128 // DTYPES[precision].itemsize
+    return [bk for bk in (64, 32, 16) if bk <= widest and channels % bk == 0]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _quotient(number: int, by: int) -> int:
+    """number / by, rounded up."""
+    return -(-number // by)
+
+
+def _power_of_2(number: int) -> int:
+    """The least one >= number."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,1 @@
+"""An energy recorded as a graph of operators."""

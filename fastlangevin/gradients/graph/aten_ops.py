@@ -1,0 +1,164 @@
+"""How a recorder describes the operators it sees: as a node, or None for what changes nothing.
+
+Each takes the recorder, the operator's name, its arguments by name and what it returned.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastlangevin.gradients.graph.ir import Constant, Node
+
+if TYPE_CHECKING:
+    from fastlangevin.gradients.graph.record import Recorder
+
+
+def _conv(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+    if a["transposed"] or out.ndim != 4:
+        raise rec.refuse("only 2-D convolutions that are not transposed are supported")
+    settings = (*(tuple(a[k]) for k in ("stride", "padding", "dilation")), a["groups"])
+    settings = tuple(s * 2 if isinstance(s, tuple) and len(s) == 1 else s for s in settings)
+    constants = rec.constant(a["weight"], name), rec.constant(a["bias"], name)
+    return Node("conv", (rec.value(a["input"], name),), _shape(out), settings, constants)
+
+
+def _addmm(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+    if a["beta"] != 1 or a["alpha"] != 1:
+        raise rec.refuse("addmm with factors is not supported")
+    bias = rec.constant(a["self"], name)
+    if bias is None or bias.size != (out.shape[1],):
+        raise rec.refuse("addmm with a bias that differs between chains is not supported")
+    weight = _transposed(rec, a["mat2"], name)
+    return Node("linear", (rec.value(a["mat1"], name),), _shape(out), (), (weight, bias))
+
+
+def _mm(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+    weight = _transposed(rec, a["mat2"], name)
+    return Node("linear", (rec.value(a["self"], name),), _shape(out), (), (weight, None))
+
+
+def _transposed(rec: "Recorder", matrix: Any, name: str) -> Constant:
+    found = rec.constant(matrix, name)
+    assert found is not None
+    return Constant(found.base, found.size[::-1], found.stride[::-1], found.offset)
+
+
+def _view(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node | None:
+    tensor = a["self"]
+    if out.numel() != tensor.numel() or out.dtype != tensor.dtype or out.device != tensor.device:
+        raise rec.refuse(f"{name} is supported only where it keeps all elements, and their dtype")
+    if _shape(out) == _shape(tensor):
+        return None
+    return Node("view", (rec.value(tensor, name),), _shape(out))
+
+
+def _reduce(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+    tensor = a["self"]
+    dims = tuple(sorted(d % max(tensor.ndim, 1) for d in a.get("dim") or ()))
+    if not dims or 0 in dims:
+        raise rec.refuse(f"{name} mixes chains")
+    if out.dtype != tensor.dtype:
+        raise rec.refuse(f"{name} to another dtype is not supported")
+    return Node(name, (rec.value(tensor, name),), _shape(out), (dims, bool(a["keepdim"])))
+
+
+def _avg_pool(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+    kernel, padding = _pair(a["kernel_size"]), _pair(a["padding"])
+    stride = _pair(a["stride"]) if a["stride"] else kernel
+    rest = a["ceil_mode"], a["count_include_pad"], a["divisor_override"]
+    settings = (kernel, stride, padding, *rest)
+    return Node("avg_pool", (rec.value(a["self"], name),), _shape(out), settings)
+
+
+def _adaptive_pool(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+    sizes, kept = a["self"].shape[-2:], out.shape[-2:]
+    if sizes[0] % kept[0] or sizes[1] % kept[1]:
+        raise rec.refuse(f"{name} from {list(sizes)} to {list(kept)} is not supported")
+    kernel = sizes[0] // kept[0], sizes[1] // kept[1]
+    settings = (kernel, kernel, (0, 0), False, True, None)
+    return Node("avg_pool", (rec.value(a["self"], name),), _shape(out), settings)
+
+
+def _scale(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+    operands = [a["self"], a.get("other")]
+    if isinstance(operands[0], (int, float)) and name == "mul":
+        operands.reverse()
+    tensor, factor = operands if name != "neg" else (a["self"], -1.0)
+    if not isinstance(factor, (int, float)) or a.get("rounding_mode") is not None:
+        raise rec.refuse(f"{name} is supported with a number alone")
+    factor = float(factor) if name != "div" else (1 / factor if factor else math.inf)
+    return Node("scale", (rec.value(tensor, name),), _shape(out), (factor,))
+
+
+def _add(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+    one, two = a["self"], a["other"]
+    values = rec.value(one, name), rec.value(two, name)
+    if one.shape != two.shape or one.dtype != two.dtype:
+        raise rec.refuse(f"{name} of two shapes or dtypes is not supported")
+    alpha = float(a["alpha"])
+    return Node("add", values, _shape(out), (-alpha if name.startswith("sub") else alpha,))
+
+
+def _activation(
+    rec: "Recorder",
+    name: str,
+    a: dict[str, Any],
+    out: Tensor,
+    settings: Callable[[dict[str, Any]], tuple[float, ...] | None] = lambda a: (),
+) -> Node:
+    found = settings(a)
+    if found is None:
+        raise rec.refuse(f"{name} with these settings is not supported")
+    kind = name.removesuffix("_")
+    return Node(kind, (rec.value(a["self"], name),), _shape(out), found)
+
+
+def _leaky(a: dict[str, Any]) -> tuple[float, ...] | None:
+    # Below zero the sign of the result is not the sign of the input.
+    return (float(a["negative_slope"]),) if a["negative_slope"] >= 0 else None
+
+
+def _elu(a: dict[str, Any]) -> tuple[float, ...] | None:
+    plain = a["scale"] == 1 and a["input_scale"] == 1 and a["alpha"] >= 0
+    return (float(a["alpha"]),) if plain else None
+
+
+def _shape(out: Tensor) -> tuple[int, ...]:
+    return tuple(out.shape[1:])
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value[0], value[-1]) if isinstance(value, (list, tuple)) else (value, value)
+
+
+ACTIVATIONS: dict[str, Callable[[dict[str, Any]], tuple[float, ...] | None]] = {
+    "leaky_relu": _leaky,
+    "relu": lambda a: (),
+    "silu": lambda a: (),
+    "softplus": lambda a: (float(a["beta"]), float(a["threshold"])),
+    "elu": _elu,
+    "gelu": lambda a: (float(a["approximate"] == "tanh"),),
+    "tanh": lambda a: (),
+}
+# What keeps a gradient from being the same in every chain.
+NONLINEAR = {*ACTIVATIONS, "logsumexp"}
+_VIEWS = (
+    "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "select", "slice",
+    "alias", "expand", "clone", "contiguous", "_to_copy", "_reshape_alias",
+)  # fmt: skip
+OPERATORS: dict[str, Callable[..., Node | None]] = (
+    {"convolution": _conv, "addmm": _addmm, "mm": _mm, "avg_pool2d": _avg_pool}
+    | {"_adaptive_avg_pool2d": _adaptive_pool, "mean": _reduce, "sum": _reduce}
+    | {"logsumexp": _reduce}
+    | dict.fromkeys(_VIEWS, _view)
+    | dict.fromkeys(("mul", "mul_", "div", "div_", "neg", "neg_"), _scale)
+    | dict.fromkeys(("add", "add_", "sub", "sub_"), _add)
+    | {
+        name + suffix: functools.partial(_activation, settings=settings)
+        for name, settings in ACTIVATIONS.items()
+        for suffix in ("", "_")
+    }
+)

@@ -1,0 +1,226 @@
+"""What a run of an energy does besides its tensor operators.
+
+A recorder sees operators. This module sees the rest: values that leave tensors (``item``, DLPack,
+storages), Python code that keeps or reads state of its own (globals, attributes, clocks, files),
+and code that cannot be seen at all (extensions in C). Each is refused before it happens where that
+is possible; state that has changed is put back.
+"""
+
+import contextlib
+import dis
+import os
+import pickle
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastlangevin.gradients.graph.snapshot import Snapshot
+
+Refuse = Callable[[str], Exception]  # notes the reason and returns what is to be raised
+
+# What torch's functions may return: tensors, and what is the same for all states of a shape.
+_PLAIN = (Tensor, type(None), torch.Size, torch.dtype, torch.device, torch.layout)
+_METADATA = frozenset((
+    "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "stride",
+    "storage_offset", "element_size", "itemsize", "nbytes", "is_contiguous",
+    "is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference",
+    "is_same_size", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested",
+    "is_meta", "is_mps", "is_xla", "is_leaf", "requires_grad", "retains_grad", "get_device",
+    "type", "names", "has_names", "__hash__", "is_tensor", "is_storage", "can_cast",
+    "register_hook",
+))  # fmt: skip
+# Refused before they run: what they return may be written to.
+_READS = frozenset((
+    "tolist", "numpy", "__array__", "item", "__float__", "__int__", "__bool__", "__index__",
+    "__complex__", "__contains__", "__dlpack__", "data_ptr", "untyped_storage", "storage",
+    "_typed_storage", "__reduce_ex__", "__cuda_array_interface__", "__repr__", "__format__",
+    "grad_fn", "_version", "equal", "allclose", "is_nonzero",
+))  # fmt: skip
+# Functions that make a tensor of the values of another without an operator that shows it.
+_COPIES = frozenset((
+    "__deepcopy__", "__setstate__", "set_", "new", "tensor", "as_tensor", "asarray",
+    "scalar_tensor", "new_tensor",
+))  # fmt: skip
+# Builtins whose answers differ from call to call, or that act on the world outside.
+_IMPURE = frozenset((
+    "open", "input", "print", "id", "exec", "eval", "compile", "breakpoint", "memoryview",
+))  # fmt: skip
+_PURE = frozenset((
+    "math", "cmath", "operator", "_operator", "_functools", "itertools", "_collections",
+    "collections", "_abc", "typing", "_typing", "types", "enum", "re", "_sre", "_struct",
+    "abc", "contextlib", "copy", "dataclasses", "functools", "inspect", "numbers",
+    "copyreg", "collections.abc", "reprlib",
+))  # fmt: skip
+
+
+class Values(TorchFunctionMode):
+    """Refuses what turns tensors into numbers or memory of Python's.
+
+    reads_state: whether a tensor is made of the states that are run.
+    """
+
+    def __init__(self, refuse: Refuse, reads_state: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.refuse, self.reads_state = refuse, reads_state
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name in ("__get__", "__set__", "__delete__"):  # of a property, such as shape
+            name, access = func.__self__.__name__, name
+            if access != "__get__" and name != "requires_grad":
+                raise self.refuse(f"it sets {name} of a tensor")
+        if name in _COPIES and any(map(self.reads_state, _tensors((args, kwargs)))):
+            raise self.refuse(f"it copies values through {name}()")
+        if name in _READS:
+            raise self.refuse(f"it reads values through {name}()")
+        found = func(*args, **kwargs)
+        if name not in _METADATA and not _is_plain(found):
+            raise self.refuse(f"it reads values through {name}()")
+        return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+    elif isinstance(value, Tensor):
+        yield value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+class Watch:
+    """Follows the Python code of a run: a context in which refusals are raised where they occur.
+
+    Code of torch and of this package is trusted. All other Python functions are followed: the
+    globals, closures and classes that they name are kept in the :class:`Snapshot`, and what they
+    call in C must be known to be a function of its arguments alone.
+    """
+
+    def __init__(self, snapshot: Snapshot, refuse: Refuse) -> None:
+        self.snapshot, self.refuse = snapshot, refuse
+        self._followed: dict[types.CodeType, bool] = {}
+        self._import: types.FrameType | None = None  # of a module that torch imports late
+
+    def __enter__(self) -> "Watch":
+        self._before = sys.getprofile()
+        if self._before is not None and not isinstance(self._before, types.FunctionType):
+            # One written in C cannot be put back on Python 3.10 and 3.11.
+            raise self.refuse("a profiler runs, in whose place the recording would be followed")
+        self._numpy = np.random.get_state()  # noqa: NPY002 - no profile function sees its methods
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.setprofile(self._before)
+        if pickle.dumps(np.random.get_state()) != pickle.dumps(self._numpy):  # noqa: NPY002
+            np.random.set_state(self._numpy)  # noqa: NPY002
+            self.refuse("it draws random numbers outside torch")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(self._event)
+
+    def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if self._import is not None:
+            if event == "return" and frame is self._import:
+                self._import = None
+        elif event == "call":
+            if frame.f_code not in self._followed:
+                self._enter(frame)
+        elif event == "c_call" and self._followed.get(frame.f_code, False):
+            self._check_call(arg)
+
+    def _enter(self, frame: types.FrameType) -> None:
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib"):
+            if self._called_by_others(frame):
+                raise self.refuse("it imports a module while it runs")
+            self._import = frame
+            return
+        if code.co_filename.startswith(_TRUSTED):
+            self._followed[code] = False
+            return
+        if _is_library(code):
+            # Trusted where torch calls it, and some of it everywhere.
+            home = str(frame.f_globals.get("__name__"))
+            if home not in _PURE and self._called_by_others(frame):
+                raise self.refuse(f"it calls {home}.{code.co_name}, which torch does not see")
+            return
+        self._followed[code] = True
+        name = getattr(code, "co_qualname", code.co_name)
+        for instruction in dis.get_instructions(code):
+            stores = instruction.opname in ("STORE_DEREF", "DELETE_DEREF")
+            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+                stores and instruction.argval in code.co_freevars
+            ):
+                raise self.refuse(f"{name} sets the variable {instruction.argval}, outside itself")
+        label = str(frame.f_globals.get("__name__"))
+        self.snapshot.add_names(frame.f_globals, code.co_names, label)
+        if code.co_freevars:
+            values = frame.f_locals
+            for variable in code.co_freevars:
+                self.snapshot.add(values.get(variable), variable)
+        if self.snapshot.unknown is not None:
+            raise self.refuse(self.snapshot.unknown)
+
+    def _called_by_others(self, frame: types.FrameType) -> bool:
+        """Whether code that is followed has called a function of Python's own library."""
+        caller = frame.f_back
+        while caller is not None and (
+            _is_library(caller.f_code) or caller.f_code.co_filename.startswith("<frozen ")
+        ):
+            caller = caller.f_back
+        return caller is not None and self._followed.get(caller.f_code, False)
+
+    def _check_call(self, function: Any) -> None:
+        name, home, free = function.__name__, *_home(function)
+        if home == "builtins":
+            allowed = not (free and name in _IMPURE)
+        elif home.partition(".")[0] == "torch" or isinstance(function.__self__, Tensor):
+            allowed = "dlpack" not in name
+        elif home.partition(".")[0] == "numpy":
+            allowed = not home.startswith("numpy.random") and "from" not in name
+        else:
+            allowed = home in _PURE
+        if not allowed:
+            raise self.refuse(f"it calls {home}.{name}, which torch does not see")
+
+
+_TRUSTED = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(np.__file__) + os.sep,
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    "<frozen ",
+)
+_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
+
+
+def _is_library(code: types.CodeType) -> bool:
+    return code.co_filename.startswith(_LIBRARY) and "-packages" not in code.co_filename
+
+
+def _home(function: Any) -> tuple[str, bool]:
+    """The module that a function in C belongs to, and whether it is a method of no object."""
+    owner = function.__self__
+    if owner is None or isinstance(owner, types.ModuleType):
+        name = function.__module__ or (owner.__name__ if owner is not None else "")
+        return name, True
+    kind = owner if isinstance(owner, type) else type(owner)
+    return kind.__module__, False

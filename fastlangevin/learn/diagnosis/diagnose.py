@@ -1,0 +1,237 @@
+"""Diagnose a learned energy: its learning, its moments, and what its chains do.
+
+Chains that do not converge are the method; what has to hold is that learning neither runs away nor
+stands still, that samples have the data's moments, and, for a latent reading of x_0, that x_K is a
+function of x_0 more than of the noise.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlangevin import noise as _noise
+from fastlangevin.arguments import at_step, check_count
+from fastlangevin.chain.chain import norms
+from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations, correlations, series_of
+from fastlangevin.learn.diagnosis.moments import (
+    Residual,
+    check_sets,
+    layer_residuals,
+    parameter_residuals,
+    top_layer,
+)
+from fastlangevin.learn.learner import Images
+from fastlangevin.sampler import LangevinSampler
+
+
+class Reach(NamedTuple):
+    """How far chains get, L2 over a chain's elements, means over chains."""
+
+    moved: float  # |x_K - x_0|
+    path: float  # sum over steps of |x after - x before|
+    drift: float  # sum over steps of |a dE/dx|
+    noise: float  # b sqrt(K elements), what the noise alone would move
+    data: float  # |x_data - x_0|, what there is to go
+
+
+class LongRun(NamedTuple):
+    """Chains run on beyond K; a record every K steps, from the K-th on. Energies as the model's."""
+
+    steps: list[int]
+    energy: list[float]  # mean over chains
+    saturation: list[float]  # fraction of elements at or beyond clamp, or (-1, 1)
+    grad_norm: list[float]
+    data_energy: float
+    data_std: float  # of the energy over the data
+    data_saturation: float
+    verdict: str  # "steady", "drifts", "saturates" or "diverges"
+
+    @property
+    def shift(self) -> float:
+        """The mean energy's change from step K to the last, in the data's standard deviations."""
+        return (self.energy[-1] - self.energy[0]) / (self.data_std or 1.0)
+
+
+class Mixing(NamedTuple):
+    """Shares of the variance of x_K, summed over elements: together 1."""
+
+    start: float  # of x_0 = z alone
+    noise: float  # of the noise u alone
+    both: float  # of their interaction: the noise takes the same start to different places
+
+
+class Diagnosis(NamedTuple):
+    """All of it. Correlations are None where the log is too short for them."""
+
+    every: Correlations | None  # every iteration: d_s and |x_K - x_0|
+    measured: Correlations | None  # every logged one: d_s and r_s
+    layers: list[Residual]
+    top: Residual | None
+    parameters: list[Residual]
+    reach: Reach
+    long_run: LongRun
+    mixing: Mixing
+
+
+def diagnose(
+    sampler: LangevinSampler,
+    data: Tensor,
+    records: Sequence[Mapping[str, Any]] = (),
+    series: Sequence[Mapping[str, Any]] = (),
+    *,
+    seed: int = 0,
+    long: int = 10,
+    starts: int = 16,
+    lags: int = 15,
+) -> Diagnosis:
+    """Everything below, on as many chains as there are data.
+
+    sampler: on an nn.Module; data [n, ...], 16 or more, with their noise where learning added it.
+    records and series: a run's, as ``read_records`` and ``read_series`` give them. Raises
+    TypeError or ValueError naming the argument, and FloatingPointError for chains that are not
+    finite after K steps already.
+    """
+    energy = check_sets(sampler.energy, data, data)
+    check_count("diagnose", "long", long)
+    with_log = [
+        correlations(*found, lags=lags) if len(found[0]) >= FEWEST else None
+        for found in (
+            series_of(series, "reach", sampler),
+            series_of(records, "grad_norm", sampler),
+        )
+    ]
+    x0 = _starts(data, len(data), seed)
+    samples = sampler(x0, seed=seed)
+    layers = layer_residuals(energy, data, samples)
+    return Diagnosis(
+        with_log[0],
+        with_log[1],
+        layers,
+        top_layer(layers, energy),
+        parameter_residuals(energy, data, samples),
+        reach(sampler, data, seed),
+        long_run(sampler, data, seed, long),
+        mixing(sampler, data.shape[1:], seed, starts, device=data.device),
+    )
+
+
+def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
+    """:class:`Reach` of chains from U(-1, 1), as many as there are data."""
+    x0 = _starts(data, len(data), seed)
+    chain = sampler.diagnose(x0, seed=seed)
+    sizes = [at_step(sampler.step_size, k) for k in range(sampler.steps)]
+    noises = [
+        torch.as_tensor(at_step(sampler.noise_std, k), dtype=torch.float64, device="cpu")
+        for k in range(sampler.steps)
+    ]
+    drift = torch.stack([a * g for a, g in zip(sizes, chain.grad_norm, strict=True)])
+    squared = torch.stack([b.square().mean() for b in noises]).sum()
+    return Reach(
+        float(norms(chain.x - x0).mean()),
+        float(chain.displacement.sum(0).mean()),
+        float(drift.sum(0).mean()),
+        math.sqrt(float(squared) * data[0].numel()),
+        float(norms(data - x0).mean()),
+    )
+
+
+def long_run(sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 10) -> LongRun:
+    """:class:`LongRun` of ``long`` times K steps from U(-1, 1).
+
+    diverges     an energy is not finite
+    saturates    saturation went up by more than 0.1 after step K
+    drifts       the mean energy moved by more than 2 standard deviations of the data's
+    steady       none of these
+    """
+    check_count("diagnose", "long", long)
+    lo, hi = sampler.clamp or (-1.0, 1.0)
+    x = _starts(data, len(data), seed)
+    of_data = sampler.settings() | {"steps": 1}
+    energies = LangevinSampler(sampler.energy, **of_data).diagnose(data, seed=seed).energy[0]
+    found: list[list[float]] = []
+    for i in range(long):
+        chain = sampler.diagnose(x, seed=seed, first_step=i * sampler.steps)
+        x = chain.x
+        last = (chain.energy[-1], chain.saturation[-1], chain.grad_norm[-1])
+        found.append([float(value.mean()) for value in last])
+        if not math.isfinite(found[-1][0]):
+            break
+    energy, saturation, grad_norm = (list(column) for column in zip(*found, strict=True))
+    record = LongRun(
+        [(i + 1) * sampler.steps for i in range(len(found))],
+        energy,
+        saturation,
+        grad_norm,
+        float(energies.mean()),
+        float(energies.std()),
+        float(((data <= lo) | (data >= hi)).float().mean()),
+        "steady",
+    )
+    if not (math.isfinite(energy[-1]) and bool(x.isfinite().all())):
+        return record._replace(verdict="diverges")
+    if saturation[-1] > saturation[0] + 0.1:
+        return record._replace(verdict="saturates")
+    return record._replace(verdict="drifts") if abs(record.shift) > 2 else record
+
+
+def mixing(
+    sampler: LangevinSampler,
+    shape: Sequence[int],
+    seed: int = 0,
+    starts: int = 16,
+    device: torch.device | None = None,
+) -> Mixing:
+    """:class:`Mixing` from ``starts`` starting points z, each run with ``starts`` noises u.
+
+    A two-way analysis of variance of x_K(z, u), unbiased before shares below 0 are cut there:
+
+        Var = V_z + V_u + V_zu,    V_z = (MS_z - MS_zu) / starts,   V_zu = MS_zu
+    """
+    if check_count("diagnose", "starts", starts) < 2:
+        raise ValueError(f"diagnose: starts must be 2 or more, got {starts}")
+    z = _noise.initial((starts, *shape), seed=seed, device=device)
+    ends = []
+    for u in range(starts):
+        normals = [
+            _noise.normal(
+                (1, *shape), seed=seed, step=k, stream=_noise.USER, first_chain=u, device=device
+            )
+            for k in range(sampler.steps)
+        ]
+        # The same noise in every row, where the contract would give each chain its own.
+        noise = torch.stack(normals).expand(-1, starts, *shape)
+        ends.append(sampler(z, seed=seed, noise=noise).flatten(1))
+    x = torch.stack(ends, 1).double()  # [z, u, elements]
+    mean, of_z, of_u = x.mean((0, 1)), x.mean(1), x.mean(0)
+    degrees = starts - 1
+    ms_z = starts * float((of_z - mean).square().sum()) / degrees
+    ms_u = starts * float((of_u - mean).square().sum()) / degrees
+    rest = x - of_z[:, None] - of_u + mean
+    ms_both = float(rest.square().sum()) / degrees**2
+    parts = [max(0.0, (ms - ms_both) / starts) for ms in (ms_z, ms_u)] + [ms_both]
+    total = sum(parts) or 1.0
+    return Mixing(*(part / total for part in parts))
+
+
+def noisy_batch(
+    data: Images, n: int, data_noise: float, seed: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """n different images, or all that there are, with the noise that learning adds to them.
+
+    Raises ValueError where there are fewer than 16.
+    """
+    order = torch.argsort(_noise.words((len(data),), seed=seed, step=0, stream=_noise.ORDER))
+    images = data.batch(order[:n]).to(device)
+    if len(images) < 16:
+        raise ValueError(f"diagnose: needs 16 images or more, the data have {len(images)}")
+    return images + data_noise * _noise.normal(
+        images.shape, seed=seed, step=0, stream=_noise.DATA, device=device
+    )
+
+
+def _starts(data: Tensor, n: int, seed: int) -> Tensor:
+    """x_0 ~ U(-1, 1), in the data's shape."""
+    return _noise.initial((n, *data.shape[1:]), seed=seed, device=data.device)

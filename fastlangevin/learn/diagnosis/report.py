@@ -1,0 +1,144 @@
+"""A diagnosis as text, JSON and a picture."""
+
+import importlib.util
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations
+from fastlangevin.learn.diagnosis.diagnose import Diagnosis
+from fastlangevin.learn.diagnosis.moments import Residual
+
+FORMAT = "fastlangevin diagnosis"
+
+
+def to_text(found: Diagnosis) -> str:
+    """Every figure with what it should be, a few sentences a part."""
+    reach, long_run, mixing = found.reach, found.long_run, found.mixing
+    parts = [
+        "Learning",
+        _correlations("every iteration: d and |x_K - x_0|", found.every),
+        _correlations("logged iterations: d and r", found.measured),
+        "\nMoments: |E_data h - E_samples h|, chance alone leaves residual / floor about 1",
+        _table(found.layers, found.top),
+        "\nThe estimating equation, by parameter: |E_data dE/dw - E_samples dE/dw|",
+        _table(found.parameters, None),
+        "\nReach",
+        f"  |x_K - x_0| {reach.moved:.3g} of {reach.data:.3g} to the data; path {reach.path:.3g}, "
+        f"gradient steps {reach.drift:.3g} in all, noise alone {reach.noise:.3g}",
+        f"\nLong run: {long_run.verdict}",
+        "  step        energy    saturation    |grad|",
+    ]
+    rows = zip(
+        long_run.steps, long_run.energy, long_run.saturation, long_run.grad_norm, strict=True
+    )
+    parts += [f"  {k:<8} {e:>9.3f} {s:>12.1%} {g:>10.3f}" for k, e, s, g in rows]
+    parts += [
+        f"  data     {long_run.data_energy:>9.3f} {long_run.data_saturation:>12.1%}   "
+        f"(energy +- {long_run.data_std:.3f}; the chains' moved {long_run.shift:+.2f} of these)",
+        "\nMixing: shares of the variance of x_K",
+        f"  start z {mixing.start:.1%}, noise u {mixing.noise:.1%}, both {mixing.both:.1%}",
+    ]
+    return "\n".join(parts)
+
+
+def to_json(found: Diagnosis) -> dict[str, Any]:
+    """JSON-ready: the fields by name, numbers that are not finite as null."""
+    return {"format": FORMAT, "version": 1, **_plain(found)}
+
+
+def save(found: Diagnosis, folder: Path, title: str = "", **facts: Any) -> list[Path]:
+    """Write diagnose.json and, where matplotlib is installed, diagnose.png; their paths.
+
+    The JSON also has ``facts`` about what was diagnosed.
+    """
+    paths = [folder / "diagnose.json"]
+    with replacing(paths[0]) as temporary:
+        text = json.dumps(to_json(found) | facts, indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is not None:
+        paths.append(folder / "diagnose.png")
+        _plot(found, paths[1], title)
+    return paths
+
+
+def _correlations(what: str, found: Correlations | None) -> str:
+    if found is None:
+        return f"  {what}: no log, or fewer than {FEWEST} values in it, nothing to correlate"
+    swings = found.oscillation
+    shown = " ".join(f"{value:+.2f}" for value in swings.d)
+    verdict = f"{swings.verdict} oscillation"
+    if swings.verdict is None:
+        apart = f"values are {found.spacing} iterations apart"
+        why = "too few values" if found.spacing == 1 else apart
+        verdict = f"no verdict on oscillation, {why}"
+    return (
+        f"  {what}, the last {found.values}\n"
+        f"    d {found.d_mean:+.4g} +- {found.d_std:.4g}, below 0 (expansion) in "
+        f"{found.expansion:.0%}; its correlation with the next change of the other "
+        f"{found.response:+.2f}\n"
+        f"    autocorrelation of d at lags 1-5, of the last {swings.values} less their parabola: "
+        f"{shown} (chance: within {swings.bound:.2f}): {verdict}"
+    )
+
+
+def _table(rows: Sequence[Residual], top: Residual | None) -> str:
+    width = max([len(row.name) for row in rows] + [5])
+    lines = [f"  {'':<{width}} elements  residual     floor  residual / floor  relative"]
+    for row in rows:
+        relative = row.residual / row.scale if row.scale else 0.0
+        mark = "  <- h of the top layer" if row == top else ""
+        lines.append(
+            f"  {row.name:<{width}} {row.elements:>8} {row.residual:>9.3g} {row.floor:>9.3g} "
+            f"{row.excess:>17.2f} {relative:>9.3f}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return {name: _plain(field) for name, field in value._asdict().items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plot(found: Diagnosis, path: Path, title: str) -> None:
+    # Without pyplot: a library's picture is no reason to start or change a user's backend.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (of_d, cross), (layers, long) = figure.subplots(2, 2)
+    figure.suptitle(title)
+    series = found.every or found.measured
+    if series is not None:
+        what = "|x_K - x_0|" if found.every else "r"
+        lags = [series.spacing * lag for lag in range(len(series.d))]
+        of_d.plot(lags[1:], series.d[1:], ".-", label="d")
+        of_d.plot(lags[1:], series.r[1:], ".--", label=what)
+        of_d.axhspan(-series.bound, series.bound, color="0.9", zorder=0)
+        of_d.legend(fontsize="small")
+        lags = [-lag for lag in lags[:0:-1]] + lags
+        cross.plot(lags, series.cross, ".-")
+        cross.set(title=f"d with {what} a lag later")
+    of_d.set(title="autocorrelations", xlabel="lag in iterations")
+    cross.set(xlabel="lag in iterations")
+    for axes in (of_d, cross):
+        axes.axhline(0, color="0.6", lw=0.8)
+    places = range(len(found.layers))
+    layers.bar(places, [row.residual for row in found.layers], label="residual")
+    layers.plot(places, [row.floor for row in found.layers], "k_", ms=14, label="chance")
+    layers.set_xticks(list(places), [row.name for row in found.layers], rotation=45, ha="right")
+    layers.set(title="|E_data h - E_samples h| by layer", yscale="log")
+    layers.legend(fontsize="small")
+    run = found.long_run
+    long.plot(run.steps, run.energy, ".-", label="chains")
+    low, high = run.data_energy - run.data_std, run.data_energy + run.data_std
+    long.axhspan(low, high, color="0.85", label="data, +- 1 sd")
+    long.set(title=f"long run: {run.verdict}", xlabel="step", ylabel="energy")
+    long.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,348 @@
+"""A run, or a model alone, as one HTML page that needs nothing else: no network, no script."""
+
+import base64
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+from fastlangevin._version import __version__
+from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from fastlangevin.learn.config import resolve, resolve_saved
+from fastlangevin.learn.data.pixels import read_picture
+from fastlangevin.learn.diagnosis import report as diagnose_report
+from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.evaluation import evaluate
+from fastlangevin.learn.log import read_records, read_series
+from fastlangevin.learn.reading import (
+    brief,
+    check_file,
+    check_inside,
+    read_bytes,
+    read_json,
+    read_text,
+    reading,
+)
+from fastlangevin.learn.run_folder import CONFIG, is_run
+
+_TEMPLATE = Path(__file__).with_suffix(".html")
+_TYPES = {".png": "image/png", ".gif": "image/gif"}
+_READ = (*_TYPES, ".txt", ".json", ".jsonl", ".yaml")
+ITERATION = "iteration "  # begins a picture's text, and its number follows
+_NO_CURVES = (
+    "No curves: this is a model alone. The log of its learning lies in the folder of its run, and "
+    "the page of that has them."
+)
+_GRIDS = 6
+_POINTS = 800
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 180, 64, 24
+_CURVES = {
+    "gap": "gap, E_data - E_samples",
+    "grad_norm": "|dE/dx|, mean over chains and steps",
+    "reach": "reach, |x_K - x_0|",
+    "energy_data": "mean energy of data",
+    "energy_samples": "mean energy of samples",
+    "saturation": "saturation, share of elements outside (-1, 1)",
+    "lr": "learning rate",
+    "data_noise": "noise on the data",
+}
+
+
+class Weights(NamedTuple):
+    """The newest weights of a run, or a model's: what every result should be of."""
+
+    checkpoint: Path | None  # None for a run that has none yet
+    info: dict[str, Any]
+
+    @property
+    def iteration(self) -> int | None:
+        found = self.info.get("iteration")
+        return found if isinstance(found, int) else None
+
+
+def find_weights(run: str | Path) -> Weights:
+    """:class:`Weights` of a run's folder, a checkpoint, or a model that comes with the package.
+
+    Raises FileNotFoundError where there is none of these, and CheckpointError for a file that is
+    damaged or of another version.
+    """
+    if is_run(Path(run)) and not list_checkpoints(Path(run)):
+        return Weights(None, {})
+    checkpoint = find_checkpoint(run)
+    return Weights(checkpoint, read_checkpoint(checkpoint)[1])
+
+
+def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> None:
+    """Write the page of a run's folder, or of a model alone, atomically.
+
+    Of a run it has the samples and how they came to be, the curves, every picture in the run's
+    folder with the text file of its name, an evaluation and a diagnosis where ``evaluate`` and
+    ``diagnose`` have left one, and the settings. A model alone has no folder, and no log: its page
+    has the settings, and what has just been made of it in the folder ``made``.
+
+    Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged, of
+    another version, or a link to a place outside.
+    """
+    page = to_html(Path(run), made)
+    with replacing(Path(out)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def to_html(run: Path, made: Path | None = None) -> str:
+    """The page itself; see :func:`write_report`."""
+    weights = find_weights(run)
+    if is_run(run):
+        title, learning = f"Run {run.resolve().name}", _curves(run)
+        _listed(run, CONFIG)
+        settings = dataclasses.asdict(resolve(file=run / CONFIG))
+    else:
+        title, learning = f"Model {run.stem}", f"<p>{_NO_CURVES}</p>"
+        saved = weights.info.get("config") is not None
+        sampler = _mapping(weights.info, "energy", run) | _mapping(weights.info, "sampler", run)
+        settings = dataclasses.asdict(resolve_saved(weights.info, run, {})) if saved else sampler
+    last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
+    iterations = settings.get("iterations")
+    trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
+    folder = made or run
+    if made:
+        weights = weights._replace(checkpoint=None)  # there is no older one to be of
+    sections = [
+        f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
+        _section("Samples", _samples(folder, weights, iterations)),
+        _section("Learning", learning),
+        _section("Results", _pictures(folder, weights)),
+        _section("Evaluation", _evaluation(folder, weights)),
+        _section("Diagnosis", _diagnosis(folder, weights)),
+        _section("Settings", _table(["setting", "value"], settings.items())),
+    ]
+    return Template(_TEMPLATE.read_text("utf-8")).substitute(
+        title=escape(title), body="\n".join(sections)
+    )
+
+
+def _mapping(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
+    """Settings in a model's header; FileError if they are something else."""
+    found = info.get(name)
+    if not isinstance(found, dict | None):
+        raise FileError(f"{model} has a damaged header: {name} must be settings by name")
+    return found or {}
+
+
+def age(path: Path, weights: Weights) -> str:
+    """Words on a result that is of other weights than those; "" of one that is of them.
+
+    By the iteration that it records: JSON by that name, a picture in the first line of its text.
+    Of one that records none the files' times are compared, which a copy may have lost.
+    """
+    if weights.checkpoint is None:
+        return ""
+    made = _iteration_of(path)
+    if made is not None and weights.iteration is not None:
+        other = f"of iteration {made}, the last checkpoint is of {weights.iteration}"
+        return f" ({other})" if made != weights.iteration else ""
+    older = path.stat().st_mtime < weights.checkpoint.stat().st_mtime
+    return " (by its file's time older than the last checkpoint)" if older else ""
+
+
+def _iteration_of(path: Path) -> int | None:
+    """What a result records: JSON, or the text beside a picture."""
+    text = path if path.suffix == ".json" else path.with_suffix(".txt")
+    try:
+        if text.suffix == ".txt":
+            first = read_text(text).splitlines()[0]
+            return int(first.removeprefix(ITERATION)) if first.startswith(ITERATION) else None
+        found = read_json(text)["iteration"]
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def _samples(run: Path, weights: Weights, iterations: Any) -> str:
+    grids = _listed(run, "samples/" + "[0-9]" * 8 + ".png")
+    chosen = [grids[i * (len(grids) - 1) // (_GRIDS - 1)] for i in range(_GRIDS)] if grids else []
+    final = run / "samples.png"
+    parts = []
+    if final in _listed(run, final.name):
+        # Drawn when a run ends: another end's only where the run has gone on and not ended yet.
+        old = "" if weights.iteration == iterations else age(final, weights)
+        parts.append(_image(final, "the last weights" + old))
+    return "".join(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
+
+
+def _curves(run: Path) -> str:
+    _listed(run, "*.jsonl")
+    with reading(run / "metrics.jsonl", "records"):
+        records = read_records(run)
+    with reading(run / "series.jsonl", "records"):
+        series = read_series(run)
+    parts = []
+    for name, title in _CURVES.items():
+        found = next((rows for rows in (series, records) if rows and name in rows[0]), [])
+        numbers = [r for r in found if _is_number(r.get(name)) and _is_number(r["iteration"])]
+        points = sorted((r["iteration"], r[name]) for r in numbers)
+        constant = name in ("lr", "data_noise") and len({y for _, y in points}) == 1
+        if len(points) > 1 and not constant:
+            caption = f"<figcaption>{escape(title)}</figcaption>"
+            parts.append(f"<figure>{curve(points)}{caption}</figure>")
+    return "".join(parts)
+
+
+def curve(points: Sequence[tuple[float, float]]) -> str:
+    """Points (x, y), x ascending, as inline SVG; of many, the extremes of each short stretch."""
+    points = _thinned(points)
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    low, high = min(ys), max(ys)
+    spread = (high - low) or abs(high) or 1.0
+    right, top = _WIDTH - 8, 8
+
+    def at(x: float, y: float) -> str:
+        across = (x - xs[0]) / ((xs[-1] - xs[0]) or 1)
+        up = (y - low) / spread
+        return (
+            f"{_LEFT + across * (right - _LEFT):.1f},"
+            f"{_HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - top):.1f}"
+        )
+
+    zero = ""
+    if low < 0 < high:
+        (x1, y0), (x2, _) = at(xs[0], 0).split(","), at(xs[-1], 0).split(",")
+        zero = f'<line x1="{x1}" y1="{y0}" x2="{x2}" y2="{y0}" stroke="#bbb"/>'
+    line = " ".join(at(x, y) for x, y in points)
+    base = _HEIGHT - _BOTTOM
+    return (
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
+        f'<path d="M{_LEFT} {top}V{base}H{right}" fill="none" stroke="#999"/>{zero}'
+        f'<polyline points="{line}" fill="none" stroke="#1667a8"/>'
+        f'<text x="{_LEFT - 4}" y="{top + 8}" text-anchor="end">{high:.4g}</text>'
+        f'<text x="{_LEFT - 4}" y="{base}" text-anchor="end">{low:.4g}</text>'
+        f'<text x="{_LEFT}" y="{base + 16}">{xs[0]:g}</text>'
+        f'<text x="{right}" y="{base + 16}" text-anchor="end">{xs[-1]:g}</text></svg>'
+    )
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    size = -(-2 * len(points) // _POINTS)
+    if size < 3:
+        return list(points)
+    kept = []
+    for i in range(0, len(points), size):
+        stretch = points[i : i + size]
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def _pictures(run: Path, weights: Weights) -> str:
+    parts = []
+    texts = _listed(run, "*.txt")
+    for path in _listed(run, "*"):
+        if path.suffix in _TYPES and path.name not in ("samples.png", "diagnose.png"):
+            parts.append(_image(path, path.stem.replace("_", " ") + age(path, weights)))
+            if (text := path.with_suffix(".txt")) in texts:
+                words = read_bytes(text).decode("utf-8", errors="replace")
+                parts.append(f"<pre>{escape(words)}</pre>")
+    return "".join(parts)
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    """Its files by that pattern, sorted; FileError for a link among them that leaves the folder."""
+    found = sorted(path for path in folder.glob(pattern) if path.suffix in _READ)
+    for path in found:
+        check_inside(path, folder)
+        check_file(path)
+    return found
+
+
+def _evaluation(run: Path, weights: Weights) -> str:
+    path = run / "evaluate.json"
+
+    def show(found: Mapping[str, Any]) -> str:
+        levels = f", rounded to {found['levels']} levels" if found["levels"] else ""
+        facts = (
+            f"Of iteration {found.get('iteration')}{age(path, weights)}. Features: "
+            f"{found['features']}, {found['dimension']}. Reference: {found['reference_images']} of "
+            f"the training images ({found['reference']}), of rank {found['reference_rank']}. "
+            f"Images are clamped to [-1, 1]{levels}; precision and recall have k = {found['k']}; "
+            f"nearest is the median distance of at most {found['neighbours']} images to the "
+            f"nearest of {found['training_images']} training images, close the share nearer to one "
+            "than 95 % of held-out images are."
+        )
+        named = {"frechet_distance": "FID"} if found["inception"] else {}
+        columns = list(next(iter(found["figures"].values())))
+        heads = ["set", *(named.get(name, name.replace("_", " ")) for name in columns)]
+        rows = [(name, *(row[c] for c in columns)) for name, row in found["figures"].items()]
+        return f"<p>{escape(facts)}</p>{_table(heads, rows)}"
+
+    return _shown_as(path, evaluate.FORMAT, show)
+
+
+def _diagnosis(run: Path, weights: Weights) -> str:
+    path, picture = run / "diagnose.json", run / "diagnose.png"
+
+    def show(found: Mapping[str, Any]) -> str:
+        old = age(path, weights).strip()
+        lines = [("long run", found["long_run"]["verdict"])]
+        for part in ("reach", "mixing"):
+            lines += [(f"{part}, {name}", value) for name, value in found[part].items()]
+        layers = [
+            (row["name"], row["elements"], row["residual"], row["floor"]) for row in found["layers"]
+        ]
+        return (
+            (f"<p>{escape(old)}</p>" if old else "")
+            + (_image(picture, "") if picture in _listed(run, picture.name) else "")
+            + _table(["quantity", "value"], lines)
+            + _table(["moments of layer", "elements", "residual", "by chance"], layers)
+        )
+
+    return _shown_as(path, diagnose_report.FORMAT, show)
+
+
+def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -> str:
+    """A result's file, if there is one, as ``show`` does; FileError where it cannot be shown."""
+    if path not in _listed(path.parent, path.name):
+        return ""
+    with contextlib.suppress(
+        AttributeError, IndexError, KeyError, OverflowError, StopIteration, TypeError, ValueError
+    ):
+        found = read_json(path)
+        if (found["format"], found["version"]) == (form, 1):
+            return show(found)
+    raise FileError(f"{path} is damaged, or no {form!r} of version 1; write it again or remove it")
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
+
+
+def _image(path: Path, caption: str) -> str:
+    data = base64.b64encode(read_picture(path)).decode()
+    text = escape(caption)
+    return (
+        f'<figure><img src="data:{_TYPES[path.suffix]};base64,{data}" alt="{text}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(_shown(value))}</td>' for value in row)}</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:.5g}" if isinstance(value, float) else brief(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be drawn: JSON has integers that no float is as large as."""
+    return isinstance(value, int | float) and abs(value) < 1e300

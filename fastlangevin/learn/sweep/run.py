@@ -1,0 +1,243 @@
+"""The runs of a sweep: made once each, resumed where they were cut, shared by processes."""
+
+import dataclasses
+import functools
+import json
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from fastlangevin import noise as _noise
+from fastlangevin.arguments import check_count
+from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.build import build_learner, choose_device, load_data
+from fastlangevin.learn.checkpoint import list_checkpoints, load
+from fastlangevin.learn.config import TrainConfig, read_settings
+from fastlangevin.learn.data.load import ImageData
+from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.evaluation.quality import QualityCheck
+from fastlangevin.learn.guard import DivergedError
+from fastlangevin.learn.log import read_records
+from fastlangevin.learn.reading import brief, read_bytes, read_json
+from fastlangevin.learn.run_folder import is_run
+from fastlangevin.learn.sweep.plan import VERSION, Run, Sweep, describe
+from fastlangevin.learn.train import StopRequest, train
+
+PLAN, RESULT = "sweep.yaml", "result.json"
+MARK = "# The plan of a fastlangevin sweep.\n"
+SAMPLES = 1024
+_SAMPLES_SEED = 2**32 + 3  # folded into a run's seed, beside those of build.py
+# What is measured of a run, in the order of tables and plots.
+MEASURES = {
+    "sure": "fraction of sure samples",
+    "frechet": "Frechet distance of pixels",
+    "gap": "energy gap, data - samples",
+    "gap_rms": "its root mean square",
+    "grad_norm": "gradient magnitude",
+    "seconds": "seconds an iteration",
+}
+_SOURCE = ("data", "size", "channels", "limit", "on_corrupt")
+
+Report = Callable[[Run, Mapping[str, Any]], None]
+Judge = Callable[[TrainConfig], QualityCheck]
+
+
+def run_sweep(
+    plan: Sweep,
+    out: str | Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str | None = None,
+    report: Report | None = None,
+    stop: StopRequest | None = None,
+) -> list[dict[str, Any]] | None:
+    """Make this process's share of the runs, in folders under ``out``; all results, once they are.
+
+    Of several processes on one folder, number ``rank`` of ``world_size`` makes the runs
+    rank, rank + world_size, ...; the others' are waited for by none: None is returned while some
+    are missing, or after a signal ended a run early. Called again, finished runs are left as they
+    are and a cut one goes on from its checkpoint. A run that diverges is a result: at which
+    iteration, and why. ``device`` replaces the config's; ``report(run, result)`` is called after
+    each run made or found; ``stop`` tells afterwards which signal ended a run, as in ``train``.
+
+    Raises, before anything is written, ValueError for any run whose settings do not serve or whose
+    result is damaged, and FileExistsError for a folder that holds something else or another sweep.
+    """
+    out = Path(out)
+    if not 0 <= rank < check_count("sweep", "world_size", world_size):
+        raise ValueError(f"sweep: rank must be in 0 .. {world_size - 1}, got {rank}")
+    runs = plan.runs()
+    if device is not None:
+        runs = [
+            dataclasses.replace(run, config=dataclasses.replace(run.config, device=device))
+            for run in runs
+        ]
+    _check_folder(plan, out)
+    for run in runs:
+        _result(out / run.name)  # a damaged one is told of before any work
+    judge_of = _check_runs(runs)
+    stop = stop or StopRequest()
+    with replacing(out / PLAN) as temporary:
+        temporary.write_text(MARK + yaml.safe_dump(plan.plan(), sort_keys=False), "utf-8")
+    for run in runs[rank::world_size]:
+        result = _result(out / run.name)
+        if result is None:
+            result = _make(run, out / run.name, judge_of, stop)
+        if result is None:
+            return None
+        if report is not None:
+            report(run, result)
+    results = [_result(out / run.name) for run in runs]
+    return None if None in results else [result for result in results if result is not None]
+
+
+def _check_folder(plan: Sweep, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"sweep: {out} is a file, not a folder for a sweep")
+    if not (out / PLAN).exists():
+        # Another process's plan may be on its way.
+        held = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
+        if held:
+            raise FileExistsError(
+                f"sweep: {out} holds {held[0]} and is no sweep (it has no {PLAN}); "
+                "name another folder"
+            )
+        return
+    if not read_bytes(out / PLAN).startswith(MARK.encode()):
+        raise FileExistsError(f"sweep: {out / PLAN} is not of a sweep; name another folder")
+    saved, asked = read_settings(out / PLAN), plan.plan()
+    if saved.get("version") != VERSION:
+        raise FileError(
+            f"{out / PLAN} is a sweep of version {brief(saved.get('version'))}; "
+            f"this fastlangevin reads version {VERSION}"
+        )
+    if not isinstance(saved.get("centre"), dict):
+        raise FileError(f"{out / PLAN} is damaged, it has no centre; name another folder")
+    saved, asked = ({**p.pop("centre"), **p} for p in (saved, asked))
+    for name in asked:
+        if name != "device" and saved.get(name) != asked[name]:
+            raise FileExistsError(
+                f"sweep: {out} holds another sweep: {name} is {brief(saved.get(name))} there, "
+                f"{asked[name]} here; name another folder"
+            )
+
+
+def _check_runs(runs: Sequence[Run]) -> Judge:
+    """Build every run's learner once; return what finds the judge of a run's samples."""
+
+    @functools.cache
+    def data_of(*source: Any) -> ImageData:
+        changes = dict(zip(_SOURCE, source, strict=True))
+        return load_data(dataclasses.replace(runs[0].config, **changes))
+
+    @functools.cache
+    def judge_of(*source: Any) -> QualityCheck:
+        return QualityCheck(data_of(*source))
+
+    def source(config: TrainConfig) -> list[Any]:
+        return [getattr(config, name) for name in _SOURCE]
+
+    for run in runs:
+        if run.config.seed != runs[0].config.seed:
+            continue
+        try:
+            build_learner(run.config, data_of(*source(run.config)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"sweep: at {describe(run.settings)}: {error}") from error
+    return lambda config: judge_of(*source(config))
+
+
+def _make(run: Run, folder: Path, judge_of: Judge, stop: StopRequest) -> dict[str, Any] | None:
+    """Train or go on, sample, measure, save; None if a signal ended the training early."""
+    config = run.config
+    found = list_checkpoints(folder)
+    done = int(found[-1].stem) if found else 0
+
+    def follow(iteration: int, _record: Mapping[str, Any]) -> None:
+        nonlocal done
+        done = iteration
+
+    diverged = None
+    try:
+        last = train(config, folder, resume=is_run(folder), report=follow, stop=stop)
+        if int(last.stem) < config.iterations:
+            return None
+    except DivergedError as error:
+        # Its cause says the same without the names of files.
+        reason = str(error.__cause__ or error)
+        diverged = {"iteration": min(done + 1, config.iterations), "reason": reason}
+    measures: dict[str, float | None] = dict.fromkeys(MEASURES)
+    records = read_records(folder)
+    if records:
+        measures["seconds"] = statistics.median(record["seconds"] for record in records)
+    if diverged is None:
+        images = _samples(config, folder)
+        if bool(images.isfinite().all()):
+            measures |= judge_of(config)(images)._asdict()
+            measures |= _late(records)
+        else:
+            diverged = {"iteration": config.iterations, "reason": "samples are not finite"}
+    result = {"settings": run.settings, "seed": config.seed, "diverged": diverged, **measures}
+    with replacing(folder / RESULT) as temporary:
+        temporary.write_text(json.dumps(result) + "\n", "utf-8")
+    return _result(folder)
+
+
+def _samples(config: TrainConfig, folder: Path) -> Tensor:
+    """Fresh chains from p0 through the trained model, a batch at a time."""
+    sampler = load(folder, device=choose_device(config.device))
+    seed = _noise.fold_in(config.seed, _SAMPLES_SEED)
+    starts = range(0, SAMPLES, config.batch_size)
+    return torch.cat(
+        [
+            sampler(n=min(config.batch_size, SAMPLES - i), seed=seed, first_chain=i).cpu()
+            for i in starts
+        ]
+    )
+
+
+def _late(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the last quarter of a run's records, where it has settled if it ever does."""
+    late = records[-max(1, len(records) // 4) :]
+    gaps = [record["gap"] for record in late]
+    return {
+        "gap": statistics.fmean(gaps),
+        "gap_rms": statistics.fmean(gap**2 for gap in gaps) ** 0.5,
+        "grad_norm": statistics.fmean(record["grad_norm"] for record in late),
+    }
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    """What a finished run has left; None before that, ValueError for what is no such record."""
+    path = folder / RESULT
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = read_json(path)
+        known = _is_result(found)
+    except FileError:
+        known = False
+    if not known:
+        raise FileError(
+            f"{path} is damaged, or another version's; remove it, and the same command measures "
+            "the run again from its checkpoint"
+        )
+    return dict(found)
+
+
+def _is_result(found: Any) -> bool:
+    """Whether it has all that tables and plots read."""
+    if not isinstance(found, dict) or not {"settings", "seed", "diverged"} <= found.keys():
+        return False
+    numbers = [found.get(name, "missing") for name in MEASURES]
+    lost = found["diverged"]
+    return all(value is None or isinstance(value, int | float) for value in numbers) and (
+        lost is None or (isinstance(lost, dict) and {"iteration", "reason"} <= lost.keys())
+    )

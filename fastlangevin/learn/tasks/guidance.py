@@ -1,0 +1,156 @@
+"""Energies with something added: chains that are guided, by the one sampler."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlangevin.arguments import check_positive
+from fastlangevin.learn.tasks.measurements import Mask, Operator
+from fastlangevin.sampler import LangevinSampler
+
+STATISTICS = ("gram", "mean-std")
+Energy = Callable[..., Tensor]
+
+
+def with_term(sampler: LangevinSampler, term: Energy) -> LangevinSampler:
+    """A sampler like this one on energy + term; on f - term where it ascends f."""
+    sign = -1.0 if sampler.maximize else 1.0
+    return _on(sampler, _Sum(sampler.energy, term, sign))
+
+
+def clamped(sampler: LangevinSampler, y: Tensor, mask: Mask) -> LangevinSampler:
+    """A sampler on x -> energy(m y + (1 - m) x): known pixels feel no force, and exert y's.
+
+    The hidden pixels of its chains are those of chains whose known pixels are set back to y, row
+    by row, before every gradient; the known ones drift by the noise, and are for the caller to
+    fill in.
+    """
+    return _on(sampler, _Clamped(sampler.energy, y, mask))
+
+
+class DataTerm(nn.Module):
+    """|y - A x|^2 / zeta^2, summed over a measurement's elements: [n, ...] -> [n].
+
+    At the chain's temperature T = b^2 / (2 a) it stands for Gaussian noise on y of variance
+    zeta^2 T / 2.
+    """
+
+    y: Tensor
+
+    def __init__(self, y: Tensor, operator: Operator, zeta: float) -> None:
+        super().__init__()
+        self.operator, self.zeta = operator, check_positive("DataTerm", "zeta", zeta)
+        self.register_buffer("y", y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = (self.y - self.operator(x.to(self.y.dtype))).square()
+        return squares.flatten(1).sum(1) / self.zeta**2
+
+
+class StyleTerm(nn.Module):
+    """weight * sum over layers of |S(x) - S|^2 / (|S(x)|^2 + |S|^2), S(x) being statistics of
+    features of x, and S those of a style.
+
+    Between 0 and 2 a layer, where plain squares of Gram matrices grow with the fourth power of x.
+    The energy is bounded, the chain is not: a large weight's steps can take it far from [-1, 1].
+
+    network: with an attribute ``layers``, an nn.Sequential, as ConvEnergy has; its features are
+    the outputs of all its convolutions but the last. style: images [m, C, H, W], whose statistics
+    are averaged. statistics: "gram", features' products averaged over positions (Gatys et al.,
+    2016), or "mean-std" of each channel (Huang and Belongie, 2017).
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(
+        self, network: nn.Module, style: Tensor, weight: float, statistics: str = "gram"
+    ) -> None:
+        super().__init__()
+        layers = getattr(network, "layers", None)
+        known = list(layers) if isinstance(layers, nn.Sequential) else []
+        if sum(isinstance(layer, nn.Conv2d) for layer in known) < 2:
+            raise TypeError(
+                "StyleTerm: network must have an nn.Sequential called layers, with two Conv2d or "
+                f"more, got {type(network).__name__}"
+            )
+        self.weight = check_positive("StyleTerm", "weight", weight)
+        if statistics not in STATISTICS:
+            raise ValueError(
+                f"StyleTerm: statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}"
+            )
+        shape = getattr(network, "shape", style.shape[1:])
+        if style.shape[1:] != shape or len(style) == 0:
+            raise ValueError(
+                f"StyleTerm: style must have shape [m >= 1, {', '.join(map(str, shape))}], "
+                f"got {list(style.shape)}"
+            )
+        self.layers, self.statistics = nn.Sequential(*known), statistics
+        with torch.no_grad():
+            self.targets = [found.mean(0) for found in self._statistics(style)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = zip(self._statistics(x), self.targets, strict=True)
+        distances = [_distance(found, target) for found, target in pairs]
+        return self.weight * torch.stack(distances).sum(0)
+
+    def _statistics(self, x: Tensor) -> list[Tensor]:
+        convolutions = [i for i, m in enumerate(self.layers) if isinstance(m, nn.Conv2d)]
+        found = []
+        for i, layer in enumerate(list(self.layers)[: convolutions[-1]]):
+            x = layer(x)
+            if i in convolutions:
+                found.append(self._summary(x.flatten(2)))
+        return found
+
+    def _summary(self, features: Tensor) -> Tensor:
+        if self.statistics == "gram":
+            return features @ features.mT / features.shape[-1]
+        spread = features.var(-1, correction=0) + 1e-8  # a root has no slope at 0
+        return torch.stack([features.mean(-1), spread.sqrt()], 1)
+
+
+def _distance(found: Tensor, target: Tensor) -> Tensor:
+    size = found.square().flatten(1).sum(1) + target.square().sum()
+    return (found - target).square().flatten(1).sum(1) / size
+
+
+class _Wrapped(nn.Module):
+    """An energy around another, of the same shape of state."""
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__()
+        self.energy = energy
+        if hasattr(energy, "shape"):
+            self.shape = energy.shape
+        if isinstance(energy, nn.Module):
+            self.training = energy.training  # its own modules keep their modes
+
+
+class _Sum(_Wrapped):
+    def __init__(self, energy: Energy, term: Energy, sign: float) -> None:
+        super().__init__(energy)
+        self.term, self.sign = term, sign
+
+    def forward(self, x: Tensor, **model_kwargs: Any) -> Tensor:
+        energies = self.energy(x, **model_kwargs).reshape(len(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return energies + self.sign * self.term(x)
+
+
+class _Clamped(_Wrapped):
+    y: Tensor
+
+    def __init__(self, energy: Energy, y: Tensor, mask: Mask) -> None:
+        super().__init__(energy)
+        self.register_buffer("y", y)
+        self.mask = mask
+
+    def forward(self, x: Tensor, **model_kwargs: Any) -> Tensor:
+        return self.energy(self.mask.fill(x, self.y.to(x.dtype)), **model_kwargs)
+
+
+def _on(sampler: LangevinSampler, energy: nn.Module) -> LangevinSampler:
+    # These energies read tensors beside parameters, which only the general score lets them do.
+    return LangevinSampler(energy, **sampler.settings() | {"score": "general"})

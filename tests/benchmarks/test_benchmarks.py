@@ -1,0 +1,361 @@
+"""The benchmarks' own code: interleaving, the report's tables, and its commands."""
+
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastlangevin.step import backend_status
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU_SH = ROOT / "benchmarks" / "gpu.sh"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Imports a module of ``benchmarks``, which stands beside the package and is not installed."""
+
+    def module(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(ROOT))
+        return importlib.import_module(f"benchmarks.{name}")
+
+    return module
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_interleave_calls_everyone_once_a_round(load):
+    calls = []
+
+    def sampler(name):
+        return lambda: calls.append(name) or float(len(calls))
+
+    seconds = load("timing").interleave({name: sampler(name) for name in "abc"}, rounds=20)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(calls) == 60
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1  # nobody always runs after the same one
+    for name in "abc":  # a figure stands under the name that it was measured for
+        assert seconds[name] == [i + 1 for i, called in enumerate(calls) if called == name]
+
+
+def test_sampler_counts_every_step_that_it_divides_by(load, monkeypatch):
+    timing = load("timing")
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    counts = Counter()
+
+    def step(name, seconds):
+        counts[name] += 1
+        now[0] += seconds
+
+    steps = [lambda: step("first", 1.0), lambda: step("second", 3.0)]
+    assert timing.sampler(steps, CPU, least=40.0)() == 2.0
+    assert counts["first"] == counts["second"]
+
+
+def test_summary_of_one_and_of_many(load):
+    summary = load("timing").summary
+    assert summary([3.0]) == {"median": 3.0, "q1": 3.0, "q3": 3.0, "min": 3.0, "samples": 1}
+    many = summary([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert many == {"median": 3.0, "q1": 2.0, "q3": 4.0, "min": 1.0, "samples": 5}
+
+
+@pytest.mark.parametrize("noise_std", [0.01, 0.0])
+def test_check_refuses_a_wrong_step(load, noise_std):
+    variants = load("variants")
+    case = variants.Case("x", (64, 3, 16, 16), "fp32", "contiguous", noise_std, CPU)
+    right = variants.variants(case, compiled=False)
+    for variant in right:
+        variants.check(case, variant)
+    assert {"eager", "eager in place", "reference"} <= {variant.name for variant in right}
+
+    def louder(x, g):
+        x.add_(g).add_(torch.randn_like(x), alpha=1.1 * noise_std)
+        return x.clamp_(-1, 1).mul_(1.0 if noise_std else 1.0001)
+
+    for name in ("eager", "native"):  # foreign noise by its statistics, ours by element
+        with pytest.raises(AssertionError, match=name):
+            variants.check(case, variants.Variant(name, louder))
+
+
+def measured(variant: str, median: float, **extra: object) -> dict:
+    """A row of a result file; the figures are chosen so that each is recognised in the table."""
+    return {
+        "size": "64x3x32x32",
+        "dtype": "fp32",
+        "layout": "contiguous",
+        "noise_std": 0.01,
+        "threads": 2,
+        "variant": variant,
+        "seconds": {"median": median, "q1": 0.9 * median, "q3": 1.1 * median, "samples": 9},
+        "gb_per_s": 12.34,
+        "percent_of_copy": 56.7,
+        "ns_per_element": 0.891,
+        "speedup_over": {},
+        **extra,
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A result file: one case whole, native in it twice as fast, and one failure elsewhere."""
+    machine = {"cpu": "A CPU", "cores": 2, "torch": "2.9", "python": "3.11.7", "load": 0.04}
+    machine |= {"commit": "0123456789abcdef", "changed": False, "date": "2026-01-02T03:04:05"}
+    over = {"eager in place": {"median": 8.76}}
+    rows = [
+        measured("copy", 10e-6),
+        measured("eager in place", 876e-6),
+        measured("native", 100e-6, speedup_over=over),
+        measured("native", 1.0, dtype="bf16") | {"error": "off by 1"},
+    ]
+    path = tmp_path / "step-cpu.json"
+    path.write_text(
+        json.dumps({"benchmark": "step", "device": "cpu", "machine": machine, "results": rows})
+    )
+    return path
+
+
+def test_report_makes_the_tables(results):
+    done = python("-m", "benchmarks.report", str(results))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[2] == (
+        "**CPU**: A CPU, 2 cores, torch 2.9, python 3.11.7, commit 0123456789, 2026-01-02, "
+        "load before the run 0.0."
+    )
+    assert "| case | copy | eager | eager in place | torch.compile | reference | native |" in lines
+    whole = "64x3x32x32, fp32, with noise, 2 threads"
+    assert (
+        f"| {whole} | 10 (20 %) | not measured | 876 (20 %) | not measured | not measured "
+        "| 100 (20 %) |" in lines
+    )
+    assert f"| {whole} | native | 12.3 | 57 % | 0.891 | 8.76x | not measured |" in lines
+    broken = "64x3x32x32, bf16, with noise, 2 threads"
+    assert f"| {broken} | native | failed | failed | failed | failed | failed |" in lines
+    assert lines[-1] == "**CUDA**: not measured."
+
+
+def test_report_fills_a_readme(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbelow\n")
+    for _ in range(2):  # a second time replaces, not adds
+        done = python("-m", "benchmarks.report", str(results), "--readme", str(readme))
+        assert done.returncode == 0, done.stderr
+    text = readme.read_text()
+    assert text.startswith("above\n<!-- benchmarks -->\n\n### The update alone")
+    assert text.endswith("**CUDA**: not measured.\n\n<!-- /benchmarks -->\nbelow\n")
+    assert "old" not in text
+    assert text.count("8.76x") == 1
+    assert "bf16" not in text  # the short tables
+
+
+def test_report_refuses_a_readme_without_markers(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("no place for tables\n")
+    done = python("-m", "benchmarks.report", str(results), "--readme", str(readme))
+    assert done.returncode != 0
+    assert "expected one line <!-- benchmarks -->" in done.stderr
+    assert readme.read_text() == "no place for tables\n"
+
+
+def test_report_draws(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("one", "two"):
+        done = python("-m", "benchmarks.report", str(results), "--plots", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / name / "step-cpu.svg").read_bytes() for name in ("one", "two"))
+    assert first == second
+    assert b"<svg" in first
+
+
+def test_step_runs_and_writes_what_it_promises(tmp_path):
+    done = python(
+        "-m", "benchmarks.step", "--quick", "--threads", "1,2", "--out", str(tmp_path / "new")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "new" / "step-cpu.json").read_text())
+    keys = "date cpu cores load gpu driver cuda platform python torch triton commit changed"
+    assert set(keys.split()) <= set(content["machine"])
+    assert content["machine"]["torch"] == torch.__version__
+    rows = content["results"]
+    here = [name for name, reason in backend_status(CPU).items() if reason is None]
+    expected = {"copy", "eager", "eager in place", *here}
+    for threads in (1, 2):
+        for b in (0.01, 0.0):
+            found = {
+                row["variant"]: row
+                for row in rows
+                if (row["threads"], row["noise_std"]) == (threads, b)
+            }
+            assert set(found) == expected
+            for row in found.values():
+                assert row["bytes"] == 3 * 4 * 64 * 64
+                time = row["seconds"]
+                assert 0 < time["min"] <= time["q1"] <= time["median"] <= time["q3"]
+                assert row["gb_per_s"] == pytest.approx(row["bytes"] / time["median"] / 1e9)
+                assert row["percent_of_copy"] > 0
+                assert set(row["speedup_over"]) == {"eager", "eager in place"}
+            assert found["eager"]["speedup_over"]["eager"]["median"] == 1.0
+
+
+def test_chains_are_timed_beside_the_papers_loop_and_reported(load, tmp_path):
+    done = python("-m", "benchmarks.chain", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "chain-cpu.json").read_text())
+    rows = {row["variant"]: row for row in content["results"]}
+    scores = {f"{score} fp32" for score in ("general", "lean", "fused")}
+    assert {"paper's loop", "fused bf16"} | scores <= set(rows)
+    served = {name: row for name, row in rows.items() if "error" not in row}
+    assert served["paper's loop"]["speedup"]["median"] == 1.0
+    # Two convolutions forward and back on 4 chains of 3x8x8: 4 x (64 x 27 x 2 + 16 x 32 x 4).
+    flops = 4 * 4 * (64 * 27 * 2 + 16 * 32 * 4)
+    for row in served.values():
+        assert math.isclose(row["gflop_per_s"] * row["seconds"]["median"], flops * 1e-9)
+        assert row["peak_bytes"] > 4 * 3 * 8 * 8 * 4  # at least the gradient
+    text = load("report").report([content])
+    assert "| paper's loop |" in text
+    assert '| `score="lean"`, fp32 |' in text
+    assert "**CUDA**: not measured." in text
+
+
+def test_a_score_off_the_loops_gradient_is_not_timed(load, monkeypatch):
+    chain = load("chain")
+    case = chain.Case(2, 4, 8, CPU)
+    chain.check(case)
+    right = chain.plain_loop
+    monkeypatch.setattr(chain, "plain_loop", lambda *args: right(*args) + 1.0)
+    with pytest.raises(SystemExit, match="general is off the loop's gradient"):
+        chain.check(case)
+
+
+def test_pytest_collects_the_benchmarks_only_when_asked():
+    asked = python("-m", "pytest", "benchmarks", "--collect-only")
+    assert asked.returncode == 0, asked.stdout
+    assert "step_test.py::test_step[64x3x32x32-fp32-channels_last-b=0-native]" in asked.stdout
+    assert "step_test.py" not in python("-m", "pytest", "--collect-only").stdout
+
+
+def test_sanitize_takes_every_step_that_kernels_here_can():
+    done = python("-m", "benchmarks.sanitize", "--device", "cpu", TRITON_INTERPRET="0")
+    reasons = backend_status(CPU)
+    if reasons["native"] is None:
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"native: \d{2,} steps", done.stdout)
+    else:
+        assert done.returncode == 1
+        assert f"native: cannot run: {reasons['native']}" in done.stdout
+        assert "sanitize: no kernels serve cpu" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+class TestGpuScript:
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", *arguments],
+            capture_output=True,
+            text=True,
+            # Hidden from torch where there is one: this is about what is said without.
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable},
+        )
+
+    def test_is_well_formed(self):
+        done = self.run("-n", str(GPU_SH))
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def test_says_that_there_is_no_device(self, tmp_path):
+        done = self.run(str(GPU_SH), str(tmp_path))
+        assert done.returncode == 2
+        assert "gpu.sh: no CUDA device: torch sees no CUDA device" in done.stderr
+
+    def stand_in(self, folder: Path, python: str, sanitizer: str) -> subprocess.CompletedProcess:
+        """Run with programs in place of Python, nvcc and the sanitizer, all in one folder."""
+        programs = {"python": python, "nvcc": "", "compute-sanitizer": sanitizer}
+        for name, body in programs.items():
+            (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+            (folder / name).chmod(0o755)
+        environment = {key: v for key, v in os.environ.items() if not key.startswith("CMAKE")}
+        return subprocess.run(
+            ["bash", str(GPU_SH), str(folder / "out")],
+            capture_output=True,
+            text=True,
+            env={**environment, "CUDA_HOME": str(folder), "PYTHON": str(folder / "python")},
+        )
+
+    def test_a_sanitizer_that_is_refused_the_device(self, tmp_path):
+        refused = 'echo "========= Error: Device not supported"; exit 1'
+        done = self.stand_in(tmp_path, "echo 91", refused)
+        for tool in ("memcheck", "racecheck", "initcheck"):
+            assert f"{tool}: not run, it fails on a trivial program: =========" in done.stdout
+        assert "Device not supported" in done.stdout
+        assert done.returncode == 0
+
+    def test_a_failed_stage_stops_no_other(self, tmp_path):
+        """With stand-ins that only say what they were asked."""
+        done = self.stand_in(
+            tmp_path,
+            'case "$*" in -c*) echo 91;; *junitxml*) exit 3;; esac\n'
+            'echo "asked: $* for $CMAKE_CUDA_ARCHITECTURES"',
+            'echo "asked: $*"; [ "$2" != racecheck ]',
+        )
+        assert done.returncode == 1
+        told = re.findall(r"^([\w-]+): (passed|FAILED \(\d+\))", done.stdout, re.MULTILINE)
+        assert told == [
+            ("build", "passed"),
+            ("tests", "FAILED (3)"),
+            ("chains", "passed"),
+            ("steps", "passed"),
+            ("pytest-benchmark", "passed"),
+            ("kernels", "passed"),
+            ("memcheck", "passed"),
+            ("racecheck", "FAILED (1)"),
+            ("initcheck", "passed"),
+        ]
+        assert re.search(r"gpu.sh: FAILED after \d+ s: tests racecheck; see", done.stdout)
+        log = (tmp_path / "out" / "gpu.log").read_text()
+        assert "asked: -m pip install -e . --no-build-isolation --no-deps for 91\n" in log
+        assert "asked: --tool memcheck --error-exitcode 9" in log
+
+    def test_says_how_it_is_called(self):
+        done = self.run(str(GPU_SH))
+        assert done.returncode == 2
+        assert "usage: benchmarks/gpu.sh OUT" in done.stderr
+
+
+def test_chain_memory_runs_and_draws(tmp_path):
+    done = python("-m", "benchmarks.chain_memory", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = tmp_path / "chain_memory-cpu.json"
+    content = json.loads(result.read_text())
+    rows = {row["variant"]: row for row in content["results"]}
+    assert set(rows) == {"plain loop", "torch checkpoint", "none", "step", "4 states", "64MiB"}
+    evaluations = {name: row["evaluations"] for name, row in rows.items()}
+    # torch.utils.checkpoint evaluates twice forward; a budget measures a step; 4 states lack one.
+    assert evaluations["plain loop"] == evaluations["none"] == 6
+    assert (evaluations["step"], evaluations["4 states"]) == (12, 13)
+    assert rows["4 states"]["peak_bytes"] < rows["step"]["peak_bytes"] < rows["none"]["peak_bytes"]
+    assert content["figures"]["times"]["step_over_plain_loop"]["median"] > 0
+    pytest.importorskip("matplotlib")
+    done = python("-m", "benchmarks.report", str(result), "--plots", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "| plain loop |" in done.stdout
+    assert b"<svg" in (tmp_path / "chain_memory-cpu.svg").read_bytes()

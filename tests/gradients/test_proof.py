@@ -1,0 +1,158 @@
+"""An engine is used once its gradient has been autograd's; what runs of an energy leave alone."""
+
+import cProfile
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlangevin as fl
+from fastlangevin.gradients import select as choice
+from fastlangevin.gradients.explicit import LeanScore
+from fastlangevin.gradients.fused_cpu import ConvNetScore
+
+
+class Own(nn.Module):
+    """Code of other people around torch's modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(64, 1))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * self.net(x).flatten()
+
+
+def states(n: int) -> Tensor:
+    return torch.randn(n, 2, 6, 6, generator=torch.Generator().manual_seed(n))
+
+
+def sampler(energy: Any, **options: Any) -> fl.LangevinSampler:
+    settings = {"steps": 3, "step_size": 0.5, "noise_std": 0.0}
+    return fl.LangevinSampler(energy, **settings | options)
+
+
+def factor(engine: type, size: float) -> Any:
+    """The engine with a gradient that is wrong by a factor in its last chain."""
+    run = engine.__call__
+
+    def wrong(self: Any, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
+        energies, grad = run(self, x, want_energies)
+        grad[-1] *= size
+        return energies, grad
+
+    return mock.patch.object(engine, "__call__", wrong)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.8, 1.2, -1.0, float("nan")])
+@pytest.mark.parametrize(("engine", "name"), [(LeanScore, "lean"), (ConvNetScore, "fused")])
+@pytest.mark.parametrize("make", [Own, lambda: Own().net], ids=["own code", "torch's code"])
+def test_an_engine_with_another_gradient_is_not_used(
+    make: Callable[[], nn.Module], engine: type, name: str, size: float
+) -> None:
+    energy, x0 = make(), states(3)
+    if name == "lean":
+        energy = nn.Sequential(energy, nn.Tanh(), nn.Softplus())  # no stack: lean is the fastest
+    want = sampler(energy, score="general")(x0, seed=0)
+    if sampler(energy).choose_score(x0, {}).name != name:
+        pytest.skip("the compiled extension is not here")
+    with factor(engine, size):
+        run = sampler(energy)
+        torch.testing.assert_close(run(x0, seed=0), want, rtol=0, atol=0)
+        assert "its gradient differs from autograd's by" in run.explain(x0)
+        with pytest.raises(RuntimeError, match=r"differs from autograd's by .* in chain 2"):
+            sampler(energy, score=name)(x0, seed=0)
+    assert run.choose_score(x0, {}).name == name  # a refusal is not remembered
+
+
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
+@pytest.mark.parametrize("make", [Own, lambda: Own().net], ids=["own code", "torch's code"])
+def test_a_proof_is_made_once_for_a_graph_and_a_batch_size(
+    make: Callable[[], nn.Module], precision: str | None
+) -> None:
+    run = sampler(make(), precision=precision)
+    with mock.patch.object(choice, "prove", side_effect=choice.prove) as proofs:
+        for n, made in ((2, 1), (2, 1), (3, 2), (2, 2), (3, 2)):
+            run(states(n), seed=0)
+            assert proofs.call_count == made
+
+
+def test_states_without_a_gradient_prove_nothing() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), nn.ReLU(), nn.Linear(4, 1))
+    nn.init.zeros_(net[1].weight)
+    nn.init.constant_(net[1].bias, -1.0)
+    run = sampler(net)
+    with mock.patch.object(choice, "prove", side_effect=choice.prove) as proofs:
+        for made in (1, 2):
+            run(states(2), seed=0)
+            assert proofs.call_count == made
+
+
+def test_numbers_among_the_arguments_are_those_of_the_call() -> None:
+    energy, x0 = Own(), states(2)
+    run, general = sampler(energy), sampler(energy, score="general")
+    for scale in (1.0, 3.0, 1.0, -2.0):
+        assert run.choose_score(x0, {"scale": scale}).name != "general"
+        torch.testing.assert_close(run(x0, seed=0, scale=scale), general(x0, seed=0, scale=scale))
+    scales = {"scale": [1.0, 2.0, 3.0]}
+    torch.testing.assert_close(
+        run(x0, seed=0, step_kwargs=scales), general(x0, seed=0, step_kwargs=scales),
+        rtol=0, atol=0,
+    )  # fmt: skip
+
+
+def test_chains_do_not_depend_on_how_a_batch_is_split() -> None:
+    run, x0 = sampler(Own()), states(5)
+    parts = [run(part, seed=0) for part in x0.split([1, 2, 2])]
+    assert torch.equal(torch.cat(parts), run(x0, seed=0))
+
+
+def test_profilers_are_as_they_were() -> None:
+    """One in Python gives way for a recording; beside one in C, on Python 3.11, autograd serves."""
+    energy, x0 = Own(), states(2)
+    want = sampler(energy)(x0, seed=0)
+    seen: list[str] = []
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        seen.append(event)
+
+    sys.setprofile(profile)
+    got = sampler(energy)(x0, seed=0)
+    after = sys.getprofile()
+    sys.setprofile(None)
+    assert after is profile
+    assert torch.equal(got, want)
+    assert seen
+    with cProfile.Profile() as counts:
+        got = sampler(energy)(x0, seed=0)
+    torch.testing.assert_close(got, want)
+    assert len(counts.getstats()) > 10
+
+
+def test_an_energy_that_raises_leaves_nothing() -> None:
+    class Raising(Own):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            raise ArithmeticError("no energy")
+
+    energy = Raising()
+    before = dict(vars(energy))
+    assert (
+        "it raises ArithmeticError: no energy"
+        in sampler(energy).choose_score(states(2), {}).why_not["fused, lean"]
+    )
+    assert vars(energy) == before
+    assert sys.getprofile() is None
+
+
+def test_a_chain_that_is_lost_does_not_hide_the_others() -> None:
+    x0 = states(3)
+    x0[0] = float("nan")
+    assert sampler(Own()).choose_score(x0, {}).name != "general"

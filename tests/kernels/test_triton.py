@@ -1,0 +1,271 @@
+"""The Triton kernels: on a GPU where there is one, else interpreted, and compiled ahead of time.
+
+What every backend promises is in test_step.py, which runs this one too where it is interpreted;
+here is what only these kernels do: their words, their tiles, their outputs and their machine code.
+"""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlangevin as fl
+from fastlangevin.kernels import reference
+
+compiler = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
+from fastlangevin.kernels import triton  # noqa: E402
+from fastlangevin.kernels.triton_step import _box_muller  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.skipif(
+    triton.available(DEVICE) is not None, reason=f"triton: {triton.available(DEVICE)}"
+)
+
+ADDRESS = {"seed": 2**64 - 3, "step": 2**32 - 1, "first_chain": 2**31 - 2}
+OPTIONS: dict[str, Any] = {"step_size": 0.3, "noise_std": 0.05, "clamp": (-0.9, 0.8), **ADDRESS}
+LAYOUTS = list(itertools.product(["contiguous", "channels_last"], repeat=3))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Around a block of four and a tile of 512; several tiles; many short chains in one tile.
+SIZES = [(3, 0), (0, 5), (5, 1), (2, 3), (2, 4), (3, 5), (2, 1023), (2, 4095), (1, 4097), (300, 2)]
+# By channel: three in a tile of four, more than a tile's 16, pixels of more than one tile. The last
+# has channels of 35 elements, which blocks straddle.
+IMAGES = [(2, 3, 4, 4), (2, 17, 2, 4), (1, 3, 20, 20), (2, 3, 5, 7)]
+
+
+def numbers(shape: tuple, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """A copy of x in the named layout."""
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last, copy=True)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# Numbers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_words(shape: tuple) -> None:
+    """Uniforms are the words' upper 24 bits: equal bit for bit, so are the words."""
+    got = triton.uniform(shape, stream=4, device=DEVICE, **ADDRESS)
+    assert torch.equal(got.cpu(), fl.noise.uniform(shape, stream=4, **ADDRESS))
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_normals(shape: tuple) -> None:
+    got = triton.normal(shape, stream=0, device=DEVICE, **ADDRESS).cpu()
+    exact = fl.noise.normal(shape, dtype=torch.float64, **ADDRESS)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6)
+
+
+@compiler.jit
+def box_muller_kernel(z0, z1, START: tl.constexpr, WORDS: tl.constexpr):
+    i = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    w_radius = (START + i).to(tl.uint32) << 8
+    a, b = _box_muller(w_radius, w_radius * 0x9E3779B9)
+    tl.store(z0 + i, a)
+    tl.store(z1 + i, b)
+
+
+def test_normals_of_every_word() -> None:
+    """All 2**24 radii, each with another of all 2**24 angles."""
+    count = 2**20
+    words = count if DEVICE.type == "cpu" else 1024
+    z0, z1 = torch.empty(2, count, device=DEVICE)
+    for start in range(0, 2**24, count):
+        box_muller_kernel[(count // words,)](z0, z1, start, words, enable_fp_fusion=False)
+        w = torch.arange(start, start + count, dtype=torch.float64)
+        radius = (-2 * ((w + 1) * 2**-24).log()).sqrt()
+        angle = 2 * math.pi * ((w.long() * 0x9E3779B9) % 2**24).double() * 2**-24
+        for z, exact in ((z0, radius * angle.cos()), (z1, radius * angle.sin())):
+            assert float((z.cpu() - exact).abs().max()) <= 2e-6
+
+
+def test_the_native_backends_normals() -> None:
+    """Bit for bit, on whatever device."""
+    extension = pytest.importorskip("fastlangevin.kernels.extension", reason="no native kernels")
+    cpu = torch.device("cpu")
+    if extension.available(cpu) is not None:
+        pytest.skip(f"native: {extension.available(cpu)}")
+    got = triton.normal((3, 4099), stream=0, device=DEVICE, **ADDRESS)
+    assert torch.equal(got.cpu(), extension.normal((3, 4099), stream=0, device=cpu, **ADDRESS))
+
+
+# Steps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_steps_equal_the_reference_on_the_same_normals(shape: tuple, dtype: torch.dtype) -> None:
+    x, grad = numbers(shape, dtype), numbers(shape, torch.float32, 1)
+    z = triton.normal(shape, stream=0, device=DEVICE, **ADDRESS)
+    want = reference.step_(x.clone(), grad, z, **OPTIONS)
+    assert torch.equal(triton.step_(x.clone(), grad, None, **OPTIONS), want)
+    assert torch.equal(triton.step_(x.clone(), grad, z, **OPTIONS), want)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_layouts(shape: tuple, layouts: tuple[str, ...]) -> None:
+    """Of x, grad and cast, bit for bit; noise is drawn in logical order in all of them."""
+    x, grad = numbers(shape), numbers(shape, torch.bfloat16, 1)
+    z = triton.normal(shape, stream=0, device=DEVICE, **ADDRESS)
+    want = reference.step_(x.clone(), grad, z, **OPTIONS)
+    state, cast = in_layout(x, layouts[0]), in_layout(x.half(), layouts[2])
+    strides = state.stride()
+    triton.step_(state, in_layout(grad, layouts[1]), None, cast=cast, **OPTIONS)
+    assert torch.equal(state, want)
+    assert state.stride() == strides
+    assert torch.equal(cast, want.half())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_without_noise(layout: str) -> None:
+    x, grad = in_layout(numbers((2, 3, 5, 7)), layout), in_layout(numbers((2, 3, 5, 7)), layout)
+    options = OPTIONS | {"noise_std": 0.0}
+    want = reference.step_(x.clone(), grad, None, **options)
+    assert torch.equal(triton.step_(x, grad, None, **options), want)
+
+
+@pytest.mark.parametrize("shape", [(2, 1023), (2, 3, 4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_joined_out_and_cast(shape: tuple, dtype: torch.dtype) -> None:
+    """A move, the noise before the next one, and both outputs; x is left alone."""
+    x, grad, z = numbers(shape, dtype), numbers(shape, seed=1), numbers(shape, seed=2)
+    before, options = x.clone(), OPTIONS | {"noise_std": 0.5, "joined": True}
+    moved = reference.step_(x.clone().float(), grad, None, **OPTIONS | {"noise_std": 0.0})
+    want = reference.step_(moved, None, z, **OPTIONS | {"noise_std": 0.5}).to(dtype)
+    out, cast = torch.empty_like(x), torch.empty_like(x, dtype=torch.float16)
+    assert triton.step_(x, grad, z, out=out, cast=cast, **options) is out
+    assert torch.equal(out, want)
+    assert torch.equal(cast, want.half())
+    assert torch.equal(x, before)
+
+
+def test_out_and_cast_of_other_layouts_and_float64() -> None:
+    x, grad = numbers((2, 3, 4, 4)), numbers((2, 3, 4, 4), seed=1)
+    for state in (x, x.double(), x.transpose(2, 3)):
+        want = reference.step_(state.clone(), grad, state * 0 + 1, **OPTIONS)
+        out = in_layout(torch.empty_like(state), "channels_last")
+        cast = torch.empty(2, 3, 4, 8, device=DEVICE)[..., ::2]
+        triton.step_(state, grad, state * 0 + 1, out=out, cast=cast, **OPTIONS)
+        assert torch.equal(out, want)
+        assert torch.equal(cast, want.float())
+
+
+def test_nan_stays_in_every_place() -> None:
+    x, grad, z = numbers((1, 1023)), numbers((1, 1023), seed=1), numbers((1, 1023), seed=2)
+    x[0, 3], grad[0, 500], z[0, 1022] = float("nan"), float("nan"), float("nan")
+    triton.step_(x, grad, z, grad_clip=0.4, **OPTIONS)
+    assert x.isnan().nonzero()[:, 1].tolist() == [3, 500, 1022]
+    assert float(x.nan_to_num().abs().max()) <= 0.9
+
+
+def test_seed_and_step_from_device_memory() -> None:
+    """What a captured graph reads when it is replayed replaces the seed and adds to the step."""
+    x = numbers((2, 1023))
+    want = triton.step_(x.clone(), None, None, **OPTIONS | {"seed": 2**63 + 7, "step": 12})
+    state = torch.tensor([2**63 + 7 - 2**64, 2], device=DEVICE)
+    got = triton.step_(x.clone(), None, None, **OPTIONS | {"seed": 1, "step": 10}, state=state)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("x", "state", "error", "match"),
+    [
+        (numbers((2, 3)).double(), [0, 0], ValueError, "cannot be used: x of float64 goes through"),
+        (numbers((2, 3)), [0.0, 0.0], TypeError, "must be an int64 tensor, got torch.float32"),
+        (numbers((2, 3)), [0], ValueError, r"must be contiguous and of shape \[2\], got \[1\]"),
+    ],
+)
+def test_a_state_that_would_not_be_read(
+    x: Tensor, state: list, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=f"langevin_step_: state {match}"):
+        triton.step_(x, None, None, **OPTIONS, state=torch.tensor(state, device=DEVICE))
+
+
+def test_batch_split() -> None:
+    x, grad = numbers((300, 6)), numbers((300, 6), seed=1)
+    options = OPTIONS | {"first_chain": 5, "step_size": numbers((300,)).abs()}
+    whole = triton.step_(x.clone(), grad, None, **options)
+    for i, j in ((0, 1), (1, 129), (129, 300)):
+        part = options | {"first_chain": 5 + i, "step_size": options["step_size"][i:j]}
+        assert torch.equal(triton.step_(x[i:j].clone(), grad[i:j], None, **part), whole[i:j])
+
+
+def test_a_grids_third_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of more tiles than a grid's second axis has places for."""
+    x, grad = numbers((2, 4097)), numbers((2, 4097), seed=1)
+    want = triton.step_(x.clone(), grad, None, **OPTIONS)
+    monkeypatch.setattr(triton, "_MAX_GRID", 4)
+    assert torch.equal(triton.step_(x, grad, None, **OPTIONS), want)
+
+
+def test_rows_more_than_two_to_the_31_apart() -> None:
+    """Offsets are 64-bit: 4 GiB of addresses, of which two rows are touched."""
+    apart = 2**31 + 8
+    x = torch.empty(apart + 8, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 5), (apart, 1))
+    x.copy_(numbers((2, 5)))
+    want = triton.step_(x.contiguous(), None, None, **OPTIONS)
+    assert torch.equal(triton.step_(x, None, None, **OPTIONS), want)
+
+
+def test_the_change_is_counted() -> None:
+    """Autograd must notice that a tensor it saved has changed."""
+    x = numbers((2, 5))
+    version = x._version
+    triton.step_(x, None, None, **OPTIONS)
+    assert x._version > version
+
+
+# Machine code ------------------------------------------------------------------------------------
+
+ARCHITECTURES = ["80", "90", "100"]
+VECTORS = {  # contiguous float32 and bfloat16 tensors: 16 bytes a load; bfloat16 beside float32: 8
+    "fp32": {"v4.b32"},
+    "bf16": {"v4.b32"},
+    "fp32, bf16 grad": {"v2.b32", "v4.b32"},
+    "no noise": {"v4.b32"},
+    "noise alone": {"v4.b32"},
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/compile_triton.py says of every launch and architecture."""
+    script = Path(__file__).with_name("compile_triton.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, str(script), *ARCHITECTURES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_spills_and_nothing_is_fused(compiled: dict[str, Any], arch: str) -> None:
+    """At most 64 registers: 1,024 threads of 2,048 still fit. Fused roundings would differ."""
+    for launch, results in compiled.items():
+        assert results[arch]["local"] == 0, launch
+        assert results[arch]["registers"] <= 64, launch
+        assert results[arch]["fused"] == 0, launch
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("launch", VECTORS)
+def test_accesses_of_16_bytes(compiled: dict[str, Any], launch: str, arch: str) -> None:
+    assert set(compiled[launch][arch]["loads"]) == VECTORS[launch]
+    assert compiled[launch][arch]["stores"] == ["v4.b32"]

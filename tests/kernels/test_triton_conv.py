@@ -1,0 +1,386 @@
+"""The fused score and its kernels: on a GPU where there is one, else interpreted, and compiled."""
+
+import copy
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlangevin as fl
+from fastlangevin.gradients import fused_gpu
+from fastlangevin.gradients import fused_gpu_plan as conv_plan
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.fused_gpu import FusedScore
+from fastlangevin.gradients.graph.conv_stack import ConvStack, conv_stack, recognise
+from fastlangevin.kernels import triton
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [
+    pytest.mark.skipif(
+        triton.available(DEVICE) is not None, reason=f"triton: {triton.available(DEVICE)}"
+    ),
+    # NumPy's, of the infinities that are asked for.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+
+ADDRESS = {"seed": 2**64 - 3, "step": 2**32 - 1, "first_chain": 2**31 - 2}
+OPTIONS: dict[str, Any] = {"step_size": 0.3, "noise_std": 0.05, "clamp": (-0.9, 0.8), **ADDRESS}
+# Of the gradient's norm. Half precision moves values across the kinks, hence smooth activations.
+TOLERANCES = {"fp32": 1e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs run one by one, and cost the same whatever their tile."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(conv_plan, "_MULTIPROCESSORS", 1)
+        monkeypatch.setattr(conv_plan, "_TILES", ((512, 32, 4),))
+        monkeypatch.setattr(conv_plan, "_IEEE_TILES", ((512, 32, 4),))
+
+
+def stack_of(energy: nn.Module, shape: tuple[int, ...]) -> ConvStack:
+    stack = conv_stack(recognise(energy, torch.zeros(1, *shape, device=DEVICE)))
+    assert isinstance(stack, ConvStack), stack
+    return stack
+
+
+def paper(activation: str = "leaky_relu", **settings: Any) -> fl.ConvEnergy:
+    torch.manual_seed(0)
+    return fl.ConvEnergy(**{"size": 8, "width": 8} | settings, activation=activation).to(DEVICE)
+
+
+def odd() -> nn.Sequential:
+    """Nothing a multiple of anything: strides and paddings per axis, a dilation, unread pixels."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 20, 3, (1, 2), (0, 1)),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(20, 33, (3, 2), (2, 1), (1, 0), bias=False),
+        nn.Softplus(2.0, 1.0),
+        nn.Conv2d(33, 16, 2, 1, 2, dilation=(1, 2)),
+        nn.ELU(0.7),
+        nn.Conv2d(16, 7, 1, (2, 3)),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(7 * 4 * 2, 1),
+    ).to(DEVICE)
+
+
+CASES = {
+    "leaky_relu": (paper(), (3, 8, 8)),
+    "silu": (paper("silu"), (3, 8, 8)),
+    "softplus": (paper("softplus"), (3, 8, 8)),
+    "elu": (paper("elu"), (3, 8, 8)),
+    "one channel": (paper("relu", channels=1), (1, 8, 8)),
+    "whole blocks": (paper("silu", width=32), (3, 8, 8)),
+    "three strides": (paper("silu", size=16, width=4), (3, 16, 16)),
+    "odd": (odd(), (2, 9, 7)),
+}
+
+
+def state(case: str, n: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = 2 * torch.rand((n, *CASES[case][1]), generator=generator) - 1
+    return x.to(DEVICE)
+
+
+def exact(case: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies and gradient in float64, by autograd."""
+    leaf = x.double().requires_grad_()
+    energies = copy.deepcopy(CASES[case][0]).double()(leaf).flatten()
+    (grad,) = torch.autograd.grad(energies.sum(), leaf)
+    return energies.detach(), grad
+
+
+@functools.cache
+def fused(case: str, n: int = 5, precision: str = "fp32") -> FusedScore:
+    energy, shape = CASES[case]
+    return FusedScore(stack_of(energy, shape), n, DEVICE, precision)
+
+
+@functools.cache
+def scored_silu(layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+    return fused("silu")(state("silu").clone(memory_format=layout), want_energies=True)
+
+
+# The score ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_energies_and_gradient(case: str) -> None:
+    x = state(case)
+    energies, grad = fused(case)(x, want_energies=True)
+    want_energies, want = exact(case, x)
+    assert float((grad - want).norm() / want.norm()) <= TOLERANCES["fp32"]
+    torch.testing.assert_close(energies.double(), want_energies, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", ["silu", "whole blocks"])
+def test_precisions(case: str, precision: str) -> None:
+    x = state(case)
+    score = fused(case, precision=precision)
+    energies, grad = score(x, want_energies=True)
+    want_energies, want = exact(case, x)
+    assert grad.dtype == energies.dtype == torch.float32
+    tolerance = TOLERANCES[precision]
+    error = float((grad - want).norm() / want.norm())
+    assert TOLERANCES["fp32"] < error <= tolerance
+    torch.testing.assert_close(energies.double(), want_energies, rtol=tolerance, atol=tolerance)
+    if precision == "tf32":  # rounded, for the matrix instructions cut
+        for operand in (*score._arenas, score._forward[0].weight, score._image.weight):
+            assert not (operand.view(torch.int32) & 0x1FFF).any()
+    if score.overflow is not None:
+        assert not score.overflow.any()
+
+
+def test_channels_last_and_other_layouts() -> None:
+    _, want = scored_silu(torch.contiguous_format)
+    _, grad = scored_silu(torch.channels_last)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(grad, want)
+    _, grad = fused("silu")(state("silu").mT.contiguous().mT)
+    assert torch.equal(grad, want)
+
+
+def test_sign_words() -> None:
+    """Bit c % 32 of word c // 32 is set where channel c is positive before its activation."""
+    energy, shape = paper("leaky_relu", width=40), (3, 8, 8)
+    score = FusedScore(stack_of(energy, shape), 2, DEVICE, "fp32")
+    h = torch.rand((2, *shape), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    score(h)
+    for i, words in enumerate(score._saved):
+        h = energy.layers[2 * i](h)
+        bits = (words[:, :, None] >> torch.arange(32, device=DEVICE)) & 1
+        signs = bits.flatten(1)[:, : h.shape[1]].bool()
+        want = h.movedim(1, -1).reshape(signs.shape)
+        sure = want.abs() > 1e-5
+        assert sure.float().mean() > 0.999
+        assert torch.equal(signs[sure], want[sure] > 0)
+        h = energy.layers[2 * i + 1](h)
+
+
+def test_tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of rows and of columns, the last of them partly filled."""
+    x, energy = state("leaky_relu", 3), paper(width=24)
+    monkeypatch.undo()
+    score = FusedScore(stack_of(energy, (3, 8, 8)), 3, DEVICE, "fp32")
+    assert [plan.tiles for plan in score._forward] == [1, 2]
+    assert score._forward[0].grid[0] > 1
+    _, grad = score(x)
+    want = energy_and_grad(energy.double(), x.double(), {})[1]
+    assert float((grad - want).norm() / want.norm()) <= TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize(("case", "precision"), [("leaky_relu", "fp32"), ("silu", "tf32")])
+def test_nan_spreads_as_autograds_does(case: str, precision: str) -> None:
+    x = state(case)
+    x[1, 2, 3, 4] = math.nan
+    energies, grad = fused(case, precision=precision)(x, want_energies=True)
+    want_energies, want = exact(case, x)
+    assert torch.equal(energies.isnan(), want_energies.isnan())
+    assert torch.equal(grad.isnan(), want.isnan())
+
+
+def test_new_weights_are_noticed() -> None:
+    energy, x = paper(), state("leaky_relu")
+    score = FusedScore(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
+    addresses = [plan.weight.data_ptr() for plan in (*score._forward, *score._backward)]
+    for layer, force in ((0, False), (2, False), (4, False), (0, True)):
+        weight = energy.layers[layer].weight
+        with torch.no_grad():
+            (weight.data if force else weight).mul_(2)
+        score.pack(force)
+        fresh = FusedScore(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
+        for name in ("_forward", "_backward"):
+            for got, want in zip(getattr(score, name), getattr(fresh, name), strict=True):
+                assert torch.equal(got.weight, want.weight)
+        assert torch.equal(score._head * score._unscale, fresh._head * fresh._unscale)
+    assert torch.equal(score(x)[1], fresh(x)[1])
+    assert [plan.weight.data_ptr() for plan in (*score._forward, *score._backward)] == addresses
+
+
+def test_overflow_is_flagged() -> None:
+    """On the way forward, where the signs alone would not tell, and on the way back."""
+    x = state("leaky_relu")
+    score = fused("leaky_relu", precision="fp16")
+    score(1e4 * x)
+    assert score.overflow.tolist() == [0]
+    score(1e6 * x)
+    assert score.overflow.tolist() == [1]
+    score.overflow.zero_()
+    score._image.weight.fill_(60000.0)
+    score._arenas[0].fill_(60000.0)
+    score._finish(x, grad=torch.empty_like(x))
+    assert score.overflow.tolist() == [0]  # sums are float32
+    score._arenas[0].fill_(math.inf)
+    score._finish(x, grad=torch.empty_like(x))
+    assert score.overflow.tolist() == [1]
+
+
+def test_gradients_too_small_for_float16() -> None:
+    energy, x = paper("silu"), state("silu")
+    stack = stack_of(energy, (3, 8, 8))
+    _, large = FusedScore(stack, 5, DEVICE, "fp16")(x)
+    with torch.no_grad():
+        energy.layers[-1].weight.mul_(2.0**-30)
+    _, small = FusedScore(stack, 5, DEVICE, "fp16")(x)
+    assert torch.equal(small * 2.0**30, large)
+
+
+def test_empty_batch() -> None:
+    energies, grad = fused("silu", n=0)(state("silu", 0), want_energies=True)
+    assert energies.shape == (0,)
+    assert grad.shape == (0, 3, 8, 8)
+
+
+# The step ----------------------------------------------------------------------------------------
+
+STEPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all": {"maximize": True, "grad_clip": 0.01, "noise_last": True},
+    "per chain": {"step_size": torch.arange(5.0), "noise_std": torch.arange(5.0) / 9},
+    "joined": {"joined": True},
+    "no noise": {"noise_std": 0.0},
+    "norms": {"grad_clip": ("chain_norm", 0.1)},
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_the_steps_own_along_the_gradient(name: str, layout: torch.memory_format) -> None:
+    """Bit for bit, and near a step in float64 along the exact gradient."""
+    x, score = state("silu").clone(memory_format=layout), fused("silu")
+    options = OPTIONS | STEPS[name]
+    energies, grad = scored_silu(layout)
+    want, got = x.clone(), x.clone()
+    if name == "norms":
+        clip = options["grad_clip"][1] / grad.flatten(1).norm(dim=1).clamp(min=0.1)
+        scaled = options | {"grad_clip": None, "step_size": 0.3 * clip}
+        triton.step_(want, grad, None, **scaled)
+    else:
+        triton.step_(want, grad, None, **options)
+    version = got._version
+    assert torch.equal(score.step_(got, want_energies=True, **options), energies)
+    assert torch.equal(got, want)
+    assert got._version > version
+    if name != "norms":
+        exactly = x.double()
+        fl.kernels.reference.step_(exactly, exact("silu", x)[1], None, **options)
+        torch.testing.assert_close(got.double(), exactly, rtol=0, atol=1e-5)
+
+
+def test_given_noise_and_device_state() -> None:
+    x, score = state("silu"), fused("silu")
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    _, grad = scored_silu(torch.contiguous_format)
+    for noise in (z, z.to(memory_format=torch.channels_last)):
+        want, got = x.clone(), x.clone()
+        triton.step_(want, grad, noise, **OPTIONS)
+        score.step_(got, noise, **OPTIONS)
+        assert torch.equal(got, want)
+    want, got = x.clone(), x.clone()
+    score.step_(want, **OPTIONS | {"seed": 2**63 + 7, "step": 12})
+    memory = torch.tensor([2**63 + 7 - 2**64, 2], device=DEVICE)
+    score.step_(got, **OPTIONS | {"seed": 1, "step": 10}, state=memory)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", ["leaky_relu", "one channel", "odd"])
+def test_the_noise_is_the_contracts(case: str) -> None:
+    """From x = 0 without a move; the odd case's pixels do not come in fours."""
+    x = torch.zeros_like(state(case))
+    fused(case).step_(x, step_size=0.0, noise_std=1.0, **ADDRESS)
+    want = fl.noise.normal(x.shape, dtype=torch.float64, **ADDRESS)
+    torch.testing.assert_close(x.double().cpu(), want, rtol=0, atol=2e-6)
+
+
+def test_chains_do_not_depend_on_their_batch() -> None:
+    x = state("leaky_relu")
+    whole = x.clone()
+    fused("leaky_relu").step_(whole, **OPTIONS | {"first_chain": 3})
+    for i, j in ((0, 1), (1, 5)):
+        part = x[i:j].clone()
+        fused("leaky_relu", n=j - i).step_(part, **OPTIONS | {"first_chain": 3 + i})
+        # NumPy's products, when interpreted, round by where a row stands.
+        atol = 1e-6 if DEVICE.type == "cpu" else 0
+        torch.testing.assert_close(part, whole[i:j], rtol=0, atol=atol)
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def test_refusals() -> None:
+    def reason(*layers: nn.Module, channels: int = 3, precision: str | None = "fp32") -> str | None:
+        energy = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(1)).to(DEVICE)
+        energy(torch.zeros(1, channels, 8, 8, device=DEVICE))
+        return fused_gpu.refusal(stack_of(energy, (channels, 8, 8)), DEVICE, precision)
+
+    conv = nn.Conv2d(3, 6, 3)
+    assert reason(conv, nn.ReLU()) is None
+    assert "its precisions are fp32" in str(reason(conv, nn.ReLU(), precision=None))
+    assert "convolution 0: gelu" in str(reason(conv, nn.GELU()))
+    grouped = nn.Conv2d(6, 6, 3, groups=2)
+    assert "convolution 1: 2 groups" in str(reason(conv, nn.ReLU(), grouped, nn.ReLU()))
+    assert "dilation" in str(reason(nn.Conv2d(3, 6, 3, 2, dilation=2), nn.ReLU()))
+    assert "17 channels" in str(reason(nn.Conv2d(17, 6, 3), nn.ReLU(), channels=17))
+    with pytest.raises(ValueError, match="gelu"):
+        FusedScore(stack_of(nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.Linear(216, 1)),
+                            (3, 8, 8)), 1, DEVICE, "fp32")  # fmt: skip
+
+
+def test_other_states_and_the_plan() -> None:
+    score = fused("silu")
+    with pytest.raises(ValueError, match=r"float32 \[5, 3, 8, 8\], got torch.float64"):
+        score(state("silu").double())
+    with pytest.raises(ValueError, match=r"got torch.float32 \[4, 3, 8, 8\]"):
+        score(state("silu", 4))
+    assert "4 launches" in score.plan()
+    assert fused_gpu.OFF in score.plan()
+
+
+# Machine code ------------------------------------------------------------------------------------
+
+ARCHITECTURES = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/compile_triton_conv.py says of every launch and architecture."""
+    script = Path(__file__).with_name("compile_triton_conv.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, str(script), *ARCHITECTURES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_matrix_instructions_and_no_spills(compiled: dict[str, Any], arch: str) -> None:
+    """The image's launch is too narrow for the later ones, and takes the first's."""
+    kinds = {"fp16": "F32", "bf16": "F32.BF16", "tf32": "F32.TF32"}
+    for launch, results in compiled.items():
+        assert results[arch]["local"] == 0, launch
+        instruction = "HMMA" if launch.endswith("backward 0") else ARCHITECTURES[arch]
+        (found,) = results[arch]["matrix"]
+        assert found.split(".")[0] == instruction, launch
+        if instruction != "UTCHMMA":  # whose descriptor, not its name, holds the types
+            assert found.endswith(kinds[launch.split()[0]]), launch
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_launch_with_the_step_rounds_as_the_step_does(
+    compiled: dict[str, Any], arch: str
+) -> None:
+    """Nothing is fused: a step is the same, bit for bit, in whichever launch it is."""
+    for launch, results in compiled.items():
+        assert results[arch]["fused"] == 0, launch

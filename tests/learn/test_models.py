@@ -1,0 +1,151 @@
+"""Models that come with the package: there, repeatable, and good for what they say."""
+
+import shlex
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+import fastlangevin as fl
+from fastlangevin import cli
+from fastlangevin.learn import checkpoint, interpolate, load_images, reconstruct, resolve
+from fastlangevin.learn.config import FIELDS
+from fastlangevin.learn.evaluation.classifier import ClassifierCheck
+from fastlangevin.learn.images import to_grid
+
+MODELS = checkpoint.shipped()
+PACKAGE = Path(fl.__file__).parent
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command in an empty folder, with no network to reach."""
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
+    return lambda *arguments: runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_record_says_how_to_repeat_it(name: str) -> None:
+    """The command in the YAML resolves to the settings that the weights were trained with."""
+    record = yaml.safe_load(MODELS[name].with_suffix(".yaml").read_text("utf-8"))
+    words = shlex.split(record["train"])
+    assert words[:2] == ["fastlangevin", "train"]
+    given, left = {}, words[2:]
+    while left:
+        option = left.pop(0).removeprefix("--").replace("-", "_")
+        given[option] = "true" if not left or left[0].startswith("--") else left.pop(0)
+    preset = given.pop("preset")
+    del given["out"]
+    assert set(given) <= set(FIELDS)
+    tensors, info = checkpoint.read_checkpoint(name)
+    asked = resolve(preset, overrides={k: yaml.safe_load(v) for k, v in given.items()})
+    assert asked == resolve(overrides=info["config"])
+    assert info["iteration"] == asked.iterations
+    count = sum(tensor.numel() for tensor in tensors.values())
+    assert f"{count:,} parameters" in record["weights"]
+
+
+def test_it_is_small_and_packaged() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["fastlangevin"]
+    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    for path in MODELS.values():
+        assert {path, path.with_suffix(".yaml")} <= packaged
+        assert path.stat().st_size < 3e6
+    assert PACKAGE / "learn" / "report.html" in packaged
+
+
+def test_sampling_right_after_install(command: Any, tmp_path: Path) -> None:
+    found = command("sample", "--n", "16")
+    assert found.exit_code == 0, found.output
+    x = fl.load("digits")(n=16, seed=0)
+    assert x.shape == (16, 1, 8, 8)
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert np.array_equal(np.asarray(picture), to_grid(x))
+
+
+def test_its_samples_pass_the_check(command: Any) -> None:
+    found = command("check", "digits")
+    assert found.exit_code == 0, found.output
+    assert found.stdout.rstrip().endswith("pass")
+
+
+def test_it_reconstructs_digits_that_it_has_not_seen() -> None:
+    """At most half the error of the best of 64 random samples, in 40 steps from one start each."""
+    sampler = fl.load("digits")
+    held_out = load_images("digits").batch(1500 + torch.arange(16) * 297 // 16)
+    drawn = sampler(n=64, seed=0)
+    best = (held_out[:, None] - drawn).square().flatten(2).mean(2).amin(1).mean()
+    fit = reconstruct(sampler, held_out, restarts=1, iterations=40).best()
+    chains = fl.LangevinSampler(sampler.energy, **sampler.settings() | {"noise_std": 0.0})
+    x = chains(fit.z, seed=0)  # the starts are starts: their chains end there
+    assert (x - held_out).square().mean() <= 0.5 * best
+
+
+def test_what_lies_between_two_samples_is_as_sure_a_digit() -> None:
+    """A classifier's mean confidence on the way is at least 80 % of that at the end points.
+
+    A cross-fade of the end points' pixels keeps some 90 % as well: more than that, too.
+    """
+    sampler, n = fl.load("digits"), 64
+    z = 2 * fl.noise.uniform((2 * n, *sampler.energy.shape), seed=0, step=0) - 1
+    x = interpolate(sampler, z[::2], z[1::2], frames=9)
+    check = ClassifierCheck(load_images("digits", limit=1500))
+
+    def kept(frames: Tensor) -> float:
+        confidence = check.probabilities(frames.flatten(0, 1)).max(1).reshape(9, n)
+        assert confidence[[0, -1]].mean() >= 0.7  # of uniform noise it is 0.56 sure
+        return float(confidence[1:-1].mean() / confidence[[0, -1]].mean())
+
+    part = torch.linspace(0, 1, 9).view(9, 1, 1, 1, 1)
+    assert kept(x) >= 0.8
+    assert kept(x) > kept((1 - part) * x[0] + part * x[-1])
+
+
+def test_names_paths_and_what_there_is(command: Any, tmp_path: Path) -> None:
+    model = MODELS["digits"]
+    (tmp_path / "digits").mkdir()  # a folder of that name that is no run is not in the way
+    assert checkpoint.find_checkpoint("digits") == model
+    assert checkpoint.find_checkpoint(Path("digits")) == model
+    run = tmp_path / "digits" / "checkpoints" / "00000007.safetensors"
+    run.parent.mkdir()
+    run.write_bytes(model.read_bytes())
+    assert checkpoint.find_checkpoint("digits") == Path("digits/checkpoints/00000007.safetensors")
+    found = command("sample", "digit")
+    assert found.exit_code == 1
+    assert "digit does not exist" in found.stderr
+    assert "models that come with the package: cifar10, digits" in found.stderr
+
+
+def test_export_keeps_the_averaged_weights_and_what_sampling_needs(
+    command: Any, tmp_path: Path
+) -> None:
+    from fastlangevin.learn import train
+
+    tiny = {"width": 2, "steps": 2, "batch_size": 4, "iterations": 3, "ema": 0.5, "samples": 1}
+    last = train(resolve(overrides=tiny | {"device": "cpu"}), tmp_path / "run")
+    assert command("export", "run", "--out", "small.safetensors").exit_code == 0
+    whole, small = fl.load(last), fl.load(tmp_path / "small.safetensors")
+    assert torch.equal(whole(n=3, seed=1), small(n=3, seed=1))
+    assert not torch.equal(fl.load(last, averaged=False)(n=3, seed=1), small(n=3, seed=1))
+    assert whole.settings() == small.settings()
+    tensors, info = checkpoint.read_checkpoint(tmp_path / "small.safetensors")
+    assert all(name.startswith("model.") for name in tensors)
+    assert info == checkpoint.read_checkpoint(last)[1]
+    refused = command("export", "run", "--out", "small.pt")
+    assert refused.exit_code == 1
+    assert "--out must end in .safetensors" in refused.stderr

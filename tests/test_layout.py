@@ -1,0 +1,112 @@
+"""The package's layout: which modules may import which, read off the source."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+import fastlangevin
+
+PACKAGE = Path(fastlangevin.__file__).parent
+# From the bottom up. A module imports from its own floor and from those below it.
+FLOORS = [
+    ("_version", "kernels"),
+    ("noise", "arguments", "energies"),
+    ("anneal", "replay", "step"),
+    ("gradients",),
+    ("chain", "roofline"),
+    ("adjoint",),
+    ("explain",),
+    ("sampler",),
+    ("",),  # fastlangevin itself: the list of public names
+    ("bench", "doctor", "learn", "models", "presets", "testing"),
+    ("cli",),
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name."""
+    return {
+        ".".join(("fastlangevin", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): ast.parse(path.read_text("utf-8"))
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.Module) -> set[tuple[str, str]]:
+    """(module, name) of everything imported from the package, also in functions and for types."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastlangevin"):
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                found.add((module, "") if module in MODULES else (node.module or "", alias.name))
+        elif isinstance(node, ast.Import):
+            found |= {(a.name, "") for a in node.names if a.name.startswith("fastlangevin")}
+    return found
+
+
+def floor(module: str) -> int:
+    return FLOOR[".".join(module.split(".")[1:2])]
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {module for module in MODULES if ".".join(module.split(".")[1:2]) not in FLOOR} == set()
+
+
+def test_no_module_imports_from_a_floor_above_its_own() -> None:
+    upward = [
+        f"{module} imports {other}"
+        for module, tree in MODULES.items()
+        for other, name in imports(tree)
+        # The list of public names is at hand everywhere above the sampler, and names its lazy ones.
+        if floor(other) > floor(module) and module != "fastlangevin"
+    ]
+    assert upward == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        module: {other for other, _ in imports(tree)} - {module}
+        for module, tree in MODULES.items()
+        if module != "fastlangevin"
+    }
+    for others in graph.values():
+        others.discard("fastlangevin")
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_private_names_stay_in_their_module() -> None:
+    borrowed = []
+    for module, tree in MODULES.items():
+        aliases = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if f"{node.module}.{alias.name}" in MODULES
+        }
+        borrowed += [
+            f"{module} imports {other}.{name}"
+            for other, name in imports(tree)
+            if name.startswith("_") and not name.startswith("__")
+        ]
+        borrowed += [
+            f"{module}:{node.lineno} uses {node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in aliases
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+        ]
+    assert borrowed == []
