@@ -9,11 +9,11 @@
 #include <tuple>
 #include <vector>
 
-#include "convnet_cpu.h"
-#include "signs_cpu.h"
-#include "step_cpu.h"
+#include "cpu/convnet.h"
+#include "cpu/signs.h"
+#include "cpu/step.h"
 #ifdef FASTLANGEVIN_CUDA
-#include "step_cuda.h"
+#include "cuda/step.h"
 #endif
 
 namespace py = pybind11;
@@ -47,11 +47,11 @@ float read_coefficient(py::handle value, const float*& values, int64_t& stride) 
   return 1.0f;
 }
 
-void langevin_step(py::handle shape, py::handle x, py::handle out, py::handle grad,
-                   py::handle noise, py::handle cast, py::handle step_size, py::handle noise_std,
-                   bool maximize, float clip, float lo, float hi, bool noise_last, bool clamp_noise,
-                   bool draw, uint64_t seed, uint32_t number, uint32_t first_chain, uintptr_t state,
-                   int device, uintptr_t stream_or_threads) {
+void langevin_step(py::handle shape, py::handle x, py::handle grad, py::handle noise,
+                   py::handle step_size, py::handle noise_std, bool maximize, float clip, float lo,
+                   float hi, bool noise_last, bool draw, uint64_t seed, uint32_t number,
+                   uint32_t first_chain, uintptr_t rng_state, int device,
+                   uintptr_t stream_or_threads) {
   Step step;
   step.dims = static_cast<int>(PyTuple_Size(shape.ptr()));
   if (step.dims < 1 || step.dims > kMaxDims) {
@@ -60,18 +60,16 @@ void langevin_step(py::handle shape, py::handle x, py::handle out, py::handle gr
   }
   read_sizes(shape, step.shape, step.dims);
   step.x = read_operand(x, step.dims);
-  step.out = out.is_none() ? step.x : read_operand(out, step.dims);
   step.grad = read_operand(grad, step.dims);
   step.noise = read_operand(noise, step.dims);
-  step.cast = read_operand(cast, step.dims);
   step.scale = read_coefficient(step_size, step.scales, step.scales_stride);
   if (!maximize) step.scale = -step.scale;
   step.noise_std = read_coefficient(noise_std, step.noise_stds, step.noise_stds_stride);
   if (PyErr_Occurred()) throw py::error_already_set();
   step.clip = clip, step.lo = lo, step.hi = hi;
-  step.noise_last = noise_last, step.clamp_noise = clamp_noise;
+  step.noise_last = noise_last;
   step.draw = draw, step.seed = seed, step.step = number, step.first_chain = first_chain;
-  step.state = reinterpret_cast<const int64_t*>(state);
+  step.rng_state = reinterpret_cast<const int64_t*>(rng_state);
   py::gil_scoped_release unlocked;
   if (device < 0) {
     cpu::langevin_step(step, static_cast<int>(stream_or_threads));
@@ -156,8 +154,24 @@ void convnet_score(const ConvNet& net, int64_t chains, int64_t chunk, uintptr_t 
 PYBIND11_MODULE(_native, module) {
   namespace fl = fastlangevin;
   module.doc() = "fastlangevin's kernels; fastlangevin.kernels.native says what the arguments are";
-  module.def("langevin_step", &fl::langevin_step);
-  module.def("fill_noise", &fl::fill_noise);
+  module.attr("DTYPES") = py::dict(
+      py::arg("float32") = static_cast<int>(fl::Dtype::kFloat32),
+      py::arg("bfloat16") = static_cast<int>(fl::Dtype::kBFloat16),
+      py::arg("float16") = static_cast<int>(fl::Dtype::kFloat16));
+  module.attr("ACTIVATIONS") = py::dict(
+      py::arg("leaky_relu") = static_cast<int>(fl::Activation::kLeakyReLU),
+      py::arg("silu") = static_cast<int>(fl::Activation::kSiLU),
+      py::arg("softplus") = static_cast<int>(fl::Activation::kSoftplus),
+      py::arg("elu") = static_cast<int>(fl::Activation::kELU),
+      py::arg("tanh") = static_cast<int>(fl::Activation::kTanh));
+  module.def("langevin_step", &fl::langevin_step, py::arg("shape"), py::arg("x"), py::arg("grad"),
+             py::arg("noise"), py::arg("step_size"), py::arg("noise_std"), py::arg("maximize"),
+             py::arg("grad_clip"), py::arg("lo"), py::arg("hi"), py::arg("noise_last"),
+             py::arg("draw"), py::arg("seed"), py::arg("step"), py::arg("first_chain"),
+             py::arg("rng_state"), py::arg("device"), py::arg("stream_or_threads"));
+  module.def("fill_noise", &fl::fill_noise, py::arg("out"), py::arg("uniform"), py::arg("chains"),
+             py::arg("elements"), py::arg("seed"), py::arg("step"), py::arg("stream"),
+             py::arg("first_chain"), py::arg("device"), py::arg("stream_or_threads"));
   module.def("pack_signs", &fl::pack_signs);
   module.def("apply_signs", &fl::apply_signs);
   py::class_<fl::ConvNet>(module, "ConvNet")

@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "check.h"
-#include "convnet_cpu.h"
-#include "step_cpu.h"
+#include "cpu/convnet.h"
+#include "cpu/step.h"
 
 using namespace fastlangevin;
 

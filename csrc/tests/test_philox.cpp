@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "check.h"
-#include "philox.h"
+#include "common/philox.h"
 
 using namespace fastlangevin;
 

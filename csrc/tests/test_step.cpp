@@ -3,7 +3,7 @@
 
 #include "cases.h"
 #include "check.h"
-#include "step_cpu.h"
+#include "cpu/step.h"
 
 using namespace fastlangevin;
 

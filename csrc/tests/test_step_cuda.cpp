@@ -4,8 +4,8 @@
 
 #include "cases.h"
 #include "check.h"
-#include "step_cpu.h"
-#include "step_cuda.h"
+#include "cpu/step.h"
+#include "cuda/step.h"
 
 using namespace fastlangevin;
 
@@ -48,8 +48,8 @@ int main() {
     CHECK(outcome(c, run) == expected);
     // The seed and the first step from memory.
     const auto replay = [](Step step) {
-      const int64_t state[2] = {static_cast<int64_t>(step.seed), 40};
-      step.state = state, step.seed = 0, step.step = 1;
+      const int64_t rng_state[2] = {static_cast<int64_t>(step.seed), 40};
+      step.rng_state = rng_state, step.seed = 0, step.step = 1;
       cuda::langevin_step(step, 0, nullptr);
     };
     CHECK(outcome(c, replay) == expected);

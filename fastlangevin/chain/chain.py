@@ -75,7 +75,7 @@ class Chain(NamedTuple):
     model_kwargs: dict[str, Any]
     step_kwargs: Mapping[str, Any] = {}  # by name, what has an entry for every step
     # int64 [2] on the device, read there in place of the seed and added to every step's number.
-    state: Tensor | None = None
+    rng_state: Tensor | None = None
     # Of the energy's own code, wherever that runs; shared by all steps of a call.
     isolation: Isolation | None = None
 
@@ -137,7 +137,7 @@ class Chain(NamedTuple):
         """The update of x, in place, as a function of (grad, step_size, noise_std, k)."""
         options = self._options()
         noise, first = self.noise, self.first_step
-        if noise is None and self.state is None:
+        if noise is None and self.rng_state is None:
             bound = bind_step(run, x, **options)
             return lambda grad, a, b, k: bound(grad, a, b, first + k)
         return lambda grad, a, b, k: apply_step_(
@@ -167,7 +167,7 @@ class Chain(NamedTuple):
     def _options(self) -> dict[str, Any]:
         """What is the same at every step."""
         sampler = self.sampler
-        in_memory = {} if self.state is None else {"state": self.state}
+        in_memory = {} if self.rng_state is None else {"rng_state": self.rng_state}
         return in_memory | {
             "seed": self.seed,
             "first_chain": self.first_chain,

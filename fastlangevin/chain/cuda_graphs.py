@@ -163,10 +163,12 @@ class Recording:
         self.score = score
         self.overflow = Overflow(x.device) if chain.sampler.precision == "fp16" else None
         self.x = x.clone()
-        self.state = torch.zeros(2, dtype=torch.int64, device=x.device)
+        self.rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)
         self.energies: Tensor | None = None
         # Numbers other than the first replay's, which is checked: were they used, it would show.
-        other = chain._replace(seed=(chain.seed + 1) % 2**64, first_step=0, state=self.state)
+        other = chain._replace(
+            seed=(chain.seed + 1) % 2**64, first_step=0, rng_state=self.rng_state
+        )
 
         def run() -> None:
             energies = None
@@ -192,7 +194,7 @@ class Recording:
             return None
         assert self.energies is not None
         seed = chain.seed if chain.seed < 2**63 else chain.seed - 2**64
-        for place, number in zip(self.state, (seed, chain.first_step), strict=True):
+        for place, number in zip(self.rng_state, (seed, chain.first_step), strict=True):
             place.fill_(number)
         self.x.copy_(x)
         self.graph.replay()

@@ -23,7 +23,11 @@ from fastlangevin.locks import new_lock
 _CHUNK, _CHUNK_BYTES = 8, 2**21
 _MAX_ELEMENTS = 2**31 - 2**16
 
-_ACTIVATIONS = {"leaky_relu": 0, "relu": 0, "silu": 1, "softplus": 2, "elu": 3, "tanh": 4}
+
+def _activations() -> dict[str, int]:
+    """The activations that the kernels have, and their numbers there."""
+    numbers: dict[str, int] = extension.library.ACTIVATIONS
+    return numbers | {"relu": numbers["leaky_relu"]}  # with a leak of 0
 
 
 def refusal(stack: ConvStack, x: Tensor, precision: str | None) -> str | None:
@@ -40,7 +44,7 @@ def refusal(stack: ConvStack, x: Tensor, precision: str | None) -> str | None:
             return f"the network is in {conv.weight.dtype}, not float32"
         if conv.groups != 1:
             return f"a convolution has {conv.groups} groups"
-        if conv.activation.kind not in _ACTIVATIONS:
+        if conv.activation.kind not in _activations():
             return f"no kernel has the activation {conv.activation.kind}"
     return _why_wasteful(stack)
 
@@ -168,7 +172,7 @@ def _layer(conv: StackedConv) -> tuple[Any, ...]:
         conv.stride,
         conv.padding,
         conv.dilation,
-        _ACTIVATIONS[conv.activation.kind],
+        _activations()[conv.activation.kind],
         settings + (0.0,) * (2 - len(settings)),
     )
 

@@ -292,8 +292,7 @@ class FusedScore:
         grad_clip: float | None = None,
         maximize: bool = False,
         noise_last: bool = False,
-        joined: bool = False,
-        state: Tensor | None = None,
+        rng_state: Tensor | None = None,
     ) -> None:
         """The last launch: the gradient with respect to x, to ``grad`` or into a step on x."""
         if self.n == 0:
@@ -301,18 +300,18 @@ class FusedScore:
         from fastlangevin.kernels.triton_conv_grad import image_kernel
 
         plan, strides = self._image, _strides(x)
-        a, step_sizes = triton._coefficient(step_size, x)
-        b, noise_stds = triton._coefficient(noise_std, x)
+        a, step_sizes = triton.coefficient(step_size, x)
+        b, noise_stds = triton.coefficient(noise_std, x)
         lo, hi = clamp or (-math.inf, math.inf)
-        low, high, number, chain = map(triton._signed, (seed, seed >> 32, step, first_chain))
+        low, high, number, chain = map(triton.signed, (seed, seed >> 32, step, first_chain))
         image_kernel[plan.grid](
             self._arenas[0], plan.weight, self._unscale, self.overflow, x, grad,
             None if reference.is_zero(noise_std) else z,
             plan.rows, plan.source_chain, x.stride(0),
             a if maximize else -a, b, step_sizes, noise_stds, grad_clip, lo, hi,
-            low, high, number, chain, state,
+            low, high, number, chain, rng_state,
             PIXEL_STRIDE=strides["X_STRIDE"], CHANNEL_STRIDE=strides["C_STRIDE"],
-            DRAW=DRAW, NOISE_LAST=noise_last or joined, JOINED=joined,
+            DRAW=DRAW, NOISE_LAST=noise_last,
             **plan.constants, **plan.options,
         )  # fmt: skip
 

@@ -22,6 +22,11 @@ try:
 except ImportError as error:
     _why_missing = str(error)
 
+# The dtypes that the kernels read and write, and their numbers there.
+DTYPES: dict[torch.dtype, int] = (
+    {} if library is None else {getattr(torch, name): k for name, k in library.DTYPES.items()}
+)
+
 
 def available(device: torch.device) -> str | None:
     """None where the extension serves the device, else why not and what to do."""

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
-from fastlangevin.kernels.checks import check_outputs
+from fastlangevin.kernels import philox
 
 Coefficient = float | Tensor
 
@@ -66,7 +65,7 @@ def step(
     """:func:`langevin_step`, with z from the noise contract where none is given."""
     if z is None and not is_zero(noise_std):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        z = _noise.normal(
+        z = philox.normal(
             x.shape, seed=seed, step=step, first_chain=first_chain, device=x.device, dtype=dtype
         )
     return langevin_step(x, grad, z, noise_std=noise_std, **options)
@@ -76,30 +75,10 @@ def step_(
     x: Tensor,
     grad: Tensor | None,
     z: Tensor | None,
-    *,
-    clamp: tuple[float, float] | None = None,
-    noise_last: bool = False,
-    joined: bool = False,
-    out: Tensor | None = None,
-    cast: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """:func:`step` in place on x, the entry that every backend provides.
-
-    ``joined``: clamp, add the noise and clamp again, which joins the move of one step with the
-    noise that comes before the next: x <- clamp(clamp(x + s a clip(g)) + b z). ``out``: written in
-    place of x, in x's dtype. ``cast``: a second output, the new state as x's dtype holds it, in
-    float32, bfloat16 or float16. Both have x's shape and device, any memory format, and memory
-    shared with no other argument. Returns x, or ``out``.
-    """
-    check_outputs(x, out, cast)
-    written = x if out is None else out
-    written.copy_(step(x, grad, z, clamp=clamp, noise_last=noise_last or joined, **options))
-    if joined:
-        written.copy_(_clamp(written, clamp))
-    if cast is not None:
-        cast.copy_(written)
-    return written
+    """:func:`step` in place on x: the entry that every backend provides. Returns x."""
+    return x.copy_(step(x, grad, z, **options))
 
 
 def is_zero(coefficient: Coefficient) -> bool:

@@ -10,8 +10,6 @@ from torch import Tensor
 from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 def pack_signs(values: Tensor, unordered: bool = False) -> Tensor:
     """uint8 [ceil(numel / 8)]: bit k % 8 of byte k // 8 is value k > 0, in the order of memory.
@@ -24,8 +22,8 @@ def pack_signs(values: Tensor, unordered: bool = False) -> Tensor:
     if not in_memory(bits):  # a mode of torch's makes other tensors
         return pack_signs_ref(values, unordered)
     extension.library.pack_signs(
-        values.data_ptr(), _DTYPES[values.dtype], values.numel(), unordered, bits.data_ptr(),
-        torch.get_num_threads(),
+        values.data_ptr(), extension.DTYPES[values.dtype], values.numel(), unordered,
+        bits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return bits
 
@@ -35,7 +33,7 @@ def apply_signs_(grad: Tensor, bits: Tensor, slope: float) -> Tensor:
     if not (_is_native(grad) and in_memory(bits)):
         return apply_signs_ref_(grad, bits, slope)
     extension.library.apply_signs(
-        grad.data_ptr(), _DTYPES[grad.dtype], grad.numel(), bits.data_ptr(), slope,
+        grad.data_ptr(), extension.DTYPES[grad.dtype], grad.numel(), bits.data_ptr(), slope,
         torch.get_num_threads(),
     )  # fmt: skip
     return grad
@@ -65,10 +63,4 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
 
 
 def _is_native(tensor: Tensor) -> bool:
-    return (
-        extension.library is not None
-        and tensor.dtype in _DTYPES
-        and tensor.device.type == "cpu"
-        and hasattr(extension.library, "pack_signs")
-        and in_memory(tensor)
-    )
+    return tensor.dtype in extension.DTYPES and tensor.device.type == "cpu" and in_memory(tensor)

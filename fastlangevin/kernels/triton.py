@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels import reference
-from fastlangevin.kernels.checks import check_outputs, check_state
-from fastlangevin.kernels.memory import all_in_memory
+from fastlangevin.kernels.checks import check_rng_state
+from fastlangevin.kernels.memory import all_in_memory, in_memory
 
 # 16 bytes of the state for each of a program's 4 warps of 32 threads: one load, one store.
 _WARPS = 4
@@ -61,60 +61,50 @@ def step_(
     grad: Tensor | None,
     z: Tensor | None,
     *,
-    out: Tensor | None = None,
-    cast: Tensor | None = None,
-    state: Tensor | None = None,
+    rng_state: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """:func:`reference.step_` on checked arguments: in place on x, in any memory format.
 
-    ``out``, ``cast`` and ``joined`` are as there. ``state``: int64 [2] on x's device, the seed and
-    a number added to ``step``, read when the kernel runs; a captured graph is replayed with other
-    noise by writing to it.
+    ``rng_state``: int64 [2] on x's device, the seed and a number added to ``step``, read when the
+    kernel runs, so that writing to it gives a replayed graph other noise.
 
     Chains that are contiguous or channels_last, each tensor as it likes, are read and written as
     they are. Others, and channels_last ones with noise to draw whose channels are not multiples of
     4 elements, take contiguous copies. A float64 x and operands that are not
-    :func:`~fastlangevin.kernels.memory.in_memory` go through the reference, which has no ``state``:
-    ValueError.
+    :func:`~fastlangevin.kernels.memory.in_memory` fall back to the reference, which has no
+    ``rng_state``: ValueError. Returns x.
     """
-    detour = None
+    fallback = None
     if x.dtype == torch.float64:
-        detour = "x of float64 goes through the reference"
-    elif not all_in_memory(x, grad, z, out, cast, *options.values()):
-        detour = "an operand that is not in memory goes through the reference"
-    if state is not None:
-        check_state(x, state, detour)
-    if detour is not None:
-        return reference.step_(x, grad, z, out=out, cast=cast, **options)
-    check_outputs(x, out, cast)
-    written = x if out is None else out
+        fallback = "a float64 x falls back to the reference"
+    elif not all_in_memory(x, grad, z, *options.values()):
+        fallback = "an operand that is not in memory falls back to the reference"
+    if rng_state is not None:
+        check_rng_state(x, rng_state, fallback)
+    if fallback is not None:
+        return reference.step_(x, grad, z, **options)
     if x.numel() == 0:
-        return written
+        return x
     draws = z is None and not reference.is_zero(options["noise_std"])
-    lines = _lines(x, written, grad, z, cast, draws)
+    lines = _lines(x, grad, z, draws)
     if lines is None:
-        dense = torch.empty(x.shape, dtype=written.dtype, device=x.device)
+        dense = x.clone(memory_format=torch.contiguous_format)
         grad, z = (v if v is None else v.contiguous() for v in (grad, z))
-        _step((1, x[0].numel()), x.contiguous(), dense, grad, z, None, state=state, **options)
-        written.copy_(dense)
-        if cast is not None:
-            cast.copy_(dense)
+        _step((1, x[0].numel()), dense, grad, z, rng_state=rng_state, **options)
+        x.copy_(dense)
     else:
-        _step(lines, x, written, grad, z, cast, state=state, **options)
-        for changed in (written,) if cast is None else (written, cast):
-            if not changed.is_inference():
-                torch.autograd.graph.increment_version(changed)
-    return written
+        _step(lines, x, grad, z, rng_state=rng_state, **options)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+    return x
 
 
 def _step(
     lines: tuple[int, int],
     x: Tensor,
-    out: Tensor,
     grad: Tensor | None,
     z: Tensor | None,
-    cast: Tensor | None,
     *,
     step_size: reference.Coefficient,
     noise_std: reference.Coefficient,
@@ -125,36 +115,37 @@ def _step(
     grad_clip: float | None = None,
     maximize: bool = False,
     noise_last: bool = False,
-    joined: bool = False,
-    state: Tensor | None = None,
+    rng_state: Tensor | None = None,
 ) -> None:
     """Launch the step on tensors whose chains are made of ``lines`` (channels, pixels)."""
     from fastlangevin.kernels.triton_step import step_kernel
 
     chains, (channels, pixels) = x.shape[0], lines
-    a, step_sizes = _coefficient(step_size, x)
-    b, noise_stds = _coefficient(noise_std, x)
+    a, step_sizes = coefficient(step_size, x)
+    b, noise_stds = coefficient(noise_std, x)
     lo, hi = clamp or (-math.inf, math.inf)
     grid, tile = _grid(chains, channels, pixels, x.element_size())
     with torch.cuda.device_of(x):
         step_kernel[grid](
-            x, out, grad, z, cast,
-            *_strides(x, *lines), *_strides(grad, *lines), *_strides(cast, *lines),
+            x, grad, z, *_strides(x, *lines), *_strides(grad, *lines),
             chains, channels, pixels,
             a if maximize else -a, b, step_sizes, noise_stds, grad_clip, lo, hi,
-            _signed(seed), _signed(seed >> 32), _signed(step), _signed(first_chain), state,
+            signed(seed), signed(seed >> 32), signed(step), signed(first_chain), rng_state,
             DRAW=z is None and not reference.is_zero(noise_std),
-            NOISE_LAST=noise_last or joined, JOINED=joined, BY_CHANNEL=channels > 1,
+            NOISE_LAST=noise_last, BY_CHANNEL=channels > 1,
             **tile, **_COMPILE,
         )  # fmt: skip
 
 
-def normal(shape: Sequence[int], **address: Any) -> Tensor:
-    """:func:`fastlangevin.noise.normal` in float32, on checked arguments."""
+def normal(shape: Sequence[int], **address: Any) -> Tensor | None:
+    """:func:`fastlangevin.noise.normal` in float32, on checked arguments.
+
+    None under modes of torch's that make tensors without memory.
+    """
     return _fill(shape, uniform=False, **address)
 
 
-def uniform(shape: Sequence[int], **address: Any) -> Tensor:
+def uniform(shape: Sequence[int], **address: Any) -> Tensor | None:
     """:func:`fastlangevin.noise.uniform` in float32, on checked arguments."""
     return _fill(shape, uniform=True, **address)
 
@@ -168,10 +159,12 @@ def _fill(
     stream: int,
     first_chain: int,
     device: torch.device,
-) -> Tensor:
+) -> Tensor | None:
     from fastlangevin.kernels.triton_step import fill_kernel
 
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    if not in_memory(out):
+        return None
     if out.numel() == 0:
         return out
     chains, elements = out.shape[0], out[0].numel()
@@ -179,23 +172,21 @@ def _fill(
     with torch.cuda.device_of(out):
         fill_kernel[grid](
             out, chains, elements,
-            _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream),
-            _signed(first_chain), UNIFORM=uniform, **tile, **_COMPILE,
+            signed(seed), signed(seed >> 32), signed(step), signed(stream),
+            signed(first_chain), UNIFORM=uniform, **tile, **_COMPILE,
         )  # fmt: skip
     return out
 
 
-def _lines(
-    x: Tensor, out: Tensor, grad: Tensor | None, z: Tensor | None, cast: Tensor | None, draws: bool
-) -> tuple[int, int] | None:
+def _lines(x: Tensor, grad: Tensor | None, z: Tensor | None, draws: bool) -> tuple[int, int] | None:
     """How a chain divides into lines of evenly spaced elements, in every tensor alike.
 
     (1, elements) where all chains are contiguous, (channels, pixels) where some are channels_last,
-    None where a tensor is neither. out and z must be laid out as x is.
+    None where a tensor is neither. z must be laid out as x is.
     """
-    if out.stride() != x.stride() or (z is not None and z.stride() != x.stride()):
+    if z is not None and z.stride() != x.stride():
         return None
-    tensors = [v for v in (x, grad, cast) if v is not None]
+    tensors = [v for v in (x, grad) if v is not None]
     elements = x[0].numel()
     if all(_planar(v) for v in tensors):
         return 1, elements
@@ -247,14 +238,14 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _coefficient(value: reference.Coefficient, x: Tensor) -> tuple[float, Tensor | None]:
+def coefficient(value: reference.Coefficient, x: Tensor) -> tuple[float, Tensor | None]:
     """A coefficient as a number times float32 values per chain."""
     if not isinstance(value, Tensor):
         return float(value), None
     return 1.0, value.to(device=x.device, dtype=torch.float32).expand(x.shape[0]).contiguous()
 
 
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
     """The low word of a number as the signed int32 with its bits.
 
     Triton would compile anew for a number that needs another integer type.

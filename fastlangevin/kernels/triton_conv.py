@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _operand(value, dtype: tl.constexpr, TF32: tl.constexpr):
+def operand(value, dtype: tl.constexpr, TF32: tl.constexpr):
     """Float32 as the matrix instructions are to read it: rounded to TF32, where they would cut."""
     if TF32:  # ties away from zero; NaN is left alone, for adding to its bits could end it
         bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
@@ -23,7 +23,7 @@ def _operand(value, dtype: tl.constexpr, TF32: tl.constexpr):
 
 
 @triton.jit
-def _products(
+def products(
     acc, source, weight, y, x, live, filled, taps_y, taps_x,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     Y_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr,
@@ -48,7 +48,7 @@ def _products(
         place = from_y * Y_STRIDE + from_x * X_STRIDE + (c * C_STRIDE)[None, :]
         a = tl.load(source + place, mask=inside, other=0.0)
         if STATE:
-            a = _operand(a.to(tl.float32), weight.dtype.element_ty, PRECISION == "tf32")
+            a = operand(a.to(tl.float32), weight.dtype.element_ty, PRECISION == "tf32")
         b = tl.load(weight + (k * BK + inner)[:, None], mask=filled, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
@@ -109,7 +109,7 @@ def forward_kernel(
     column = tl.program_id(0) % tiles * BN + tl.arange(0, BN)[None, :]
     live, filled = row < rows, column < COLUMNS
     chain, pixel = row // (OUT_H * OUT_W), row % (OUT_H * OUT_W)
-    value = _products(
+    value = products(
         tl.zeros([BM, BN], tl.float32),
         source + chain.to(tl.int64) * source_chain, weight + column * K,
         pixel // OUT_W * STRIDE_Y - PAD_Y, pixel % OUT_W * STRIDE_X - PAD_X, live, filled,
@@ -123,7 +123,7 @@ def forward_kernel(
     h, slope = _activate(value, ACTIVATION, p, q)
     place, mask = row.to(tl.int64) * COLUMNS + column, live & filled
     if head is None:
-        tl.store(out + place, _operand(h, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
+        tl.store(out + place, operand(h, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
         if ACTIVATION == "leaky_relu" or ACTIVATION == "relu":
             words: tl.constexpr = (COLUMNS + 31) // 32
             word = tl.program_id(0) % tiles * (BN // 32) + tl.arange(0, BN // 32)[None, :]
@@ -133,7 +133,7 @@ def forward_kernel(
             tl.store(saved + place, slope.to(saved.dtype.element_ty), mask=mask)
     else:
         v = tl.load(head + pixel * COLUMNS + column, mask=mask, other=0.0)
-        g = _operand(v * slope, out.dtype.element_ty, PRECISION == "tf32")
+        g = operand(v * slope, out.dtype.element_ty, PRECISION == "tf32")
         tl.store(out + place, g, mask=mask)
         if energies is not None:
             there = energies + row.to(tl.int64) * tiles + tl.program_id(0) % tiles

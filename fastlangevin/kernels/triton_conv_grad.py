@@ -8,8 +8,8 @@ four of 2x2 in place of one of 4x4 at stride 2, with no product with an inserted
 import triton
 import triton.language as tl
 
-from fastlangevin.kernels.triton_conv import _operand, _products
-from fastlangevin.kernels.triton_step import _clamp, _draw, _update, _word
+from fastlangevin.kernels.triton_conv import operand, products
+from fastlangevin.kernels.triton_step import clamp, draw, update, word
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _input_gradient(
     live = (row < rows) & (to_y < OUT_H) & (to_x < OUT_W)
     # to_y = (source's y) STRIDE_Y - PAD_Y + tap DILATION_Y, and a stride has no dilation beside it.
     tap_y, tap_x = (rest_y + PAD_Y) % STRIDE_Y, (rest_x + PAD_X) % STRIDE_X
-    acc = _products(
+    acc = products(
         tl.zeros([BM, BN], tl.float32),
         source + chain.to(tl.int64) * source_chain,
         weight + (tl.program_id(1) * COLUMNS + column) * K,
@@ -87,16 +87,16 @@ def backward_kernel(
         g = tl.where(_unpacked(signs, BM, BN), g, g * p)
     else:
         g *= tl.load(saved + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, _operand(g, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
+    tl.store(out + place, operand(g, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "first_chain"])
 def image_kernel(
     source, weight, unscale, overflow, x, grad, noise, rows, source_chain, x_chain,
     step_size, noise_std, step_sizes, noise_stds, clip, lo, hi,
-    seed_low, seed_high, step, first_chain, state,
+    seed_low, seed_high, step, first_chain, rng_state,
     PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr,
-    DRAW: tl.constexpr, NOISE_LAST: tl.constexpr, JOINED: tl.constexpr,
+    DRAW: tl.constexpr, NOISE_LAST: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, COLUMNS: tl.constexpr,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
@@ -133,26 +133,26 @@ def image_kernel(
         if step_sizes is not None:
             a *= tl.load(step_sizes + chain, mask=live)
         if clip is not None:
-            g = _clamp(g, -clip, clip)
+            g = clamp(g, -clip, clip)
         kick = None
         if DRAW or noise is not None:
             b = noise_std
             if noise_stds is not None:
                 b *= tl.load(noise_stds + chain, mask=live)
             if DRAW:
-                low, high, number = _word(seed_low), _word(seed_high), _word(step)
-                if state is not None:
-                    seed = tl.load(state)
+                low, high, number = word(seed_low), word(seed_high), word(step)
+                if rng_state is not None:
+                    seed = tl.load(rng_state)
                     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-                    number += tl.load(state + 1).to(tl.uint32)
+                    number += tl.load(rng_state + 1).to(tl.uint32)
                 quads: tl.constexpr = OUT_H * OUT_W // 4
                 quad = tl.program_id(0) * (BM // 4) + tl.arange(0, BM // 4)[None, :]
                 block = (channel * quads + quad % quads).to(tl.uint32)
-                of_chain = (quad // quads).to(tl.uint32) + _word(first_chain)
-                z = _draw(block, of_chain, number, _word(0), low, high, False)
+                of_chain = (quad // quads).to(tl.uint32) + word(first_chain)
+                z = draw(block, of_chain, number, word(0), low, high, False)
             else:
                 z = tl.load(noise + place, mask=mask).to(tl.float32)
             kick = b * z
         value = tl.load(x + place, mask=mask).to(tl.float32)
-        value = _update(value, a * g, kick, lo, hi, NOISE_LAST, JOINED)
+        value = update(value, a * g, kick, lo, hi, NOISE_LAST)
         tl.store(x + place, value.to(x.dtype.element_ty), mask=mask)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _word(number):
+def word(number):
     """An int32 argument as the 32-bit word that it stands for."""
     return tl.full([1, 1], number, tl.int32).to(tl.uint32, bitcast=True)
 
@@ -79,7 +79,7 @@ def _box_muller(w_radius, w_angle):
 
 
 @triton.jit
-def _draw(block, chain, step, stream, seed_low, seed_high, UNIFORM: tl.constexpr):
+def draw(block, chain, step, stream, seed_low, seed_high, UNIFORM: tl.constexpr):
     """The numbers of blocks [LINES, PIXELS / 4], as [LINES, PIXELS]."""
     w0, w1, w2, w3 = _words(block, chain, step, stream, seed_low, seed_high)
     if UNIFORM:
@@ -92,25 +92,23 @@ def _draw(block, chain, step, stream, seed_low, seed_high, UNIFORM: tl.constexpr
 
 
 @triton.jit
-def _clamp(x, lo, hi):
+def clamp(x, lo, hi):
     """x in [lo, hi], NaN staying NaN."""
     return tl.clamp(x, lo, hi, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _update(value, move, kick, lo, hi, NOISE_LAST: tl.constexpr, JOINED: tl.constexpr):
+def update(value, move, kick, lo, hi, NOISE_LAST: tl.constexpr):
     """clamp(value + (move + kick)) or, with NOISE_LAST, clamp(value + move) + kick.
 
-    Terms are None where absent. JOINED, with NOISE_LAST, clamps once more.
+    Terms are None where absent.
     """
     if NOISE_LAST:
         if move is not None:
             value += move
-        value = _clamp(value, lo, hi)
+        value = clamp(value, lo, hi)
         if kick is not None:
             value += kick
-        if JOINED:
-            value = _clamp(value, lo, hi)
     else:
         if move is None:
             if kick is not None:
@@ -119,7 +117,7 @@ def _update(value, move, kick, lo, hi, NOISE_LAST: tl.constexpr, JOINED: tl.cons
             value += move + kick
         else:
             value += move
-        value = _clamp(value, lo, hi)
+        value = clamp(value, lo, hi)
     return value
 
 
@@ -152,19 +150,14 @@ def _blocks(channel, first_pixel, pixels, PIXELS: tl.constexpr):
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "first_chain"])
 def step_kernel(
     x,
-    out,
     grad,
     noise,
-    cast,
     x_chain,
     x_channel,
     x_pixel,
     grad_chain,
     grad_channel,
     grad_pixel,
-    cast_chain,
-    cast_channel,
-    cast_pixel,
     chains,
     channels,
     pixels,
@@ -179,19 +172,18 @@ def step_kernel(
     seed_high,
     step,
     first_chain,
-    state,
+    rng_state,
     DRAW: tl.constexpr,
     NOISE_LAST: tl.constexpr,
-    JOINED: tl.constexpr,
     LINES: tl.constexpr,
     PIXELS: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
 ):
     """x <- clamp(x + (a clip(g) + b z)), a signed; pointers are None where a term is absent.
 
-    Tensors [chains, channels, pixels] are addressed by their strides; out and noise have x's.
+    Tensors [chains, channels, pixels] are addressed by their strides; noise has x's.
     step_sizes and noise_stds hold float32 factors of step_size and noise_std per chain. The words
-    of the seed, step and first_chain come as signed int32; state holds {seed, a number added to
+    of the seed, step and first_chain come as signed int32; rng_state holds {seed, a number added to
     step} in int64. Bounds at infinity bound nothing.
     """
     chain, channel, first_pixel = _tile(channels, LINES, PIXELS, BY_CHANNEL)
@@ -209,7 +201,7 @@ def step_kernel(
         there = chain * grad_chain + channel * grad_channel + pixel * grad_pixel
         g = tl.load(grad + there, mask=mask).to(tl.float32)
         if clip is not None:
-            g = _clamp(g, -clip, clip)
+            g = clamp(g, -clip, clip)
         move = a * g
 
     kick = None
@@ -218,24 +210,20 @@ def step_kernel(
         if noise_stds is not None:
             b *= tl.load(noise_stds + chain, mask=here)
         if DRAW:
-            low, high, number = _word(seed_low), _word(seed_high), _word(step)
-            if state is not None:
-                seed = tl.load(state)
+            low, high, number = word(seed_low), word(seed_high), word(step)
+            if rng_state is not None:
+                seed = tl.load(rng_state)
                 low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-                number += tl.load(state + 1).to(tl.uint32)
+                number += tl.load(rng_state + 1).to(tl.uint32)
             block = _blocks(channel, first_pixel, pixels, PIXELS)
-            row = chain.to(tl.uint32) + _word(first_chain)
-            z = _draw(block, row, number, _word(0), low, high, False)
+            row = chain.to(tl.uint32) + word(first_chain)
+            z = draw(block, row, number, word(0), low, high, False)
         else:
             z = tl.load(noise + place, mask=mask).to(tl.float32)
         kick = b * z
 
-    value = _update(value, move, kick, lo, hi, NOISE_LAST, JOINED)
-    stored = value.to(out.dtype.element_ty)
-    tl.store(out + place, stored, mask=mask)
-    if cast is not None:
-        there = chain * cast_chain + channel * cast_channel + pixel * cast_pixel
-        tl.store(cast + there, stored.to(cast.dtype.element_ty), mask=mask)
+    value = update(value, move, kick, lo, hi, NOISE_LAST)
+    tl.store(x + place, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream", "first_chain"])
@@ -256,7 +244,7 @@ def fill_kernel(
     chain, channel, first_pixel = _tile(1, LINES, PIXELS, False)
     pixel = first_pixel + tl.arange(0, PIXELS)[None, :]
     block = _blocks(channel, first_pixel, elements, PIXELS)
-    row = chain.to(tl.uint32) + _word(first_chain)
-    low, high = _word(seed_low), _word(seed_high)
-    z = _draw(block, row, _word(step), _word(stream), low, high, UNIFORM)
+    row = chain.to(tl.uint32) + word(first_chain)
+    low, high = word(seed_low), word(seed_high)
+    z = draw(block, row, word(step), word(stream), low, high, UNIFORM)
     tl.store(out + chain * elements + pixel, z, mask=(chain < chains) & (pixel < elements))

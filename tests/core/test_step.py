@@ -595,34 +595,6 @@ def test_errors(wrong: dict, error: type[Exception], match: str) -> None:
     assert torch.equal(x, before) if isinstance(x, Tensor) else x == before
 
 
-@pytest.mark.parametrize("name", ["out", "cast"])
-@pytest.mark.parametrize(
-    ("make", "error", "match"),
-    [
-        (lambda x: 0.0, TypeError, "must be a tensor, got float"),
-        (lambda x: x[:, :2], ValueError, r"must have x's shape \[4, 3\], got \[4, 2\]"),
-        (lambda x: x.to("meta"), ValueError, "must be on x's device .*, got meta"),
-        (lambda x: x[:, :1].expand(4, 3), ValueError, "is an expanded view"),
-        (lambda x: x.long(), TypeError, "must be of .*dtype.*float32.*, got torch.int64"),
-    ],
-)
-def test_outputs_of_the_backends_own_steps(
-    place: tuple[str, torch.device],
-    name: str,
-    make: Callable[[Tensor], Any],
-    error: type[Exception],
-    match: str,
-) -> None:
-    backend, device = place
-    ones = ONES.to(device)
-    x, before = ones.clone(), ones.clone()
-    options = {"seed": 0, "step": 0, "first_chain": 0, "step_size": A, "noise_std": B}
-    step_ = resolve_backend(backend, device)
-    with pytest.raises(error, match=f"langevin_step_: {name} {match}"):
-        step_(x, ones, None, **options, **{name: make(ones.clone())})
-    assert torch.equal(x, before)
-
-
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
 def test_sparse_states(layout: torch.layout) -> None:
     x = ONES.to_sparse(layout=layout)

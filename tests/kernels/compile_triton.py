@@ -53,15 +53,14 @@ LAUNCHES = {
     "no noise": lambda: step(images(FP32), images(FP32), noise_std=0.0),
     "noise alone": lambda: step(images(FP32), None),
     "channels_last": lambda: step(images(FP32, True), images(FP32, True)),
-    "channels_last fp16 grad and cast, all options": lambda: step(
+    "channels_last fp16 grad, all options": lambda: step(
         images(FP32),
         images(FP16, True),
-        cast=images(FP16, True),
         step_size=torch.ones(64),
         noise_std=torch.ones(64),
         grad_clip=1.0,
-        joined=True,
-        state=torch.zeros(2, dtype=torch.int64),
+        noise_last=True,
+        rng_state=torch.zeros(2, dtype=torch.int64),
     ),
     "normal": lambda: triton.normal((64, 3, 32, 32), stream=0, device="cpu", **ADDRESS),
 }

@@ -73,29 +73,14 @@ def test_a_stream_of_the_users() -> None:
     assert torch.equal(got.cpu(), step_(x, grad))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-def test_out_and_cast(form: torch.memory_format, dtype: torch.dtype) -> None:
-    x, grad = numbers((6, 3, 8, 8), 0, dtype), numbers((6, 3, 8, 8), 1)
-    want = step_(x.clone(), grad)
-    y = x.to(CUDA)
-    out = torch.empty_like(y)
-    cast = torch.empty_like(y, dtype=torch.float16, memory_format=form)
-    options = {"step_size": 0.7, "noise_std": 0.1, "seed": 2**63 + 5, "step": 9, "first_chain": 0}
-    native.step_(y, grad.to(CUDA), None, out=out, cast=cast, **options)
-    assert torch.equal(y.cpu(), x)
-    assert torch.equal(out.cpu(), want)
-    assert torch.equal(cast.cpu(), want.half())
-
-
 @pytest.mark.parametrize("shape", [(2, 3), (2, 1, 1, 1, 1, 1, 1, 1, 3)])
 def test_a_seed_in_memory_is_not_ignored(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape, device=CUDA)
     x = x.double() if x.dim() == 2 else x
     state = torch.zeros(2, dtype=torch.int64, device=CUDA)
     options = {"step_size": 0.7, "noise_std": 0.1, "seed": 0, "step": 0, "first_chain": 0}
-    with pytest.raises(ValueError, match=r"state cannot be used: x of .* through the reference"):
-        native.step_(x, None, None, state=state, **options)
+    with pytest.raises(ValueError, match=r"rng_state cannot be used: x of .* to the reference"):
+        native.step_(x, None, None, rng_state=state, **options)
 
 
 def test_a_graph_is_replayed_with_another_seed_and_step() -> None:
@@ -106,7 +91,7 @@ def test_a_graph_is_replayed_with_another_seed_and_step() -> None:
     fixed = {"step_size": 0.7, "noise_std": 0.1, "first_chain": 0} | options
 
     def run() -> None:
-        native.step_(y, g, None, seed=0, step=2, state=state, **fixed)
+        native.step_(y, g, None, seed=0, step=2, rng_state=state, **fixed)
 
     run()
     torch.cuda.synchronize()

@@ -248,7 +248,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all": {"maximize": True, "grad_clip": 0.01, "noise_last": True},
     "per chain": {"step_size": torch.arange(5.0), "noise_std": torch.arange(5.0) / 9},
-    "joined": {"joined": True},
     "no noise": {"noise_std": 0.0},
     "norms": {"grad_clip": ("chain_norm", 0.1)},
 }
@@ -290,7 +289,7 @@ def test_given_noise_and_device_state() -> None:
     want, got = x.clone(), x.clone()
     score.step_(want, **OPTIONS | {"seed": 2**63 + 7, "step": 12})
     memory = torch.tensor([2**63 + 7 - 2**64, 2], device=DEVICE)
-    score.step_(got, **OPTIONS | {"seed": 1, "step": 10}, state=memory)
+    score.step_(got, **OPTIONS | {"seed": 1, "step": 10}, rng_state=memory)
     assert torch.equal(got, want)
 
 

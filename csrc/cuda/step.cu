@@ -1,11 +1,11 @@
 // The CUDA backend's entry points: which kernel serves a step, and its launch.
-#include "step_cuda.h"
+#include "cuda/step.h"
 
 #include <stdexcept>
 #include <string>
 
-#include "layout.h"
-#include "step_cuda_kernels.cuh"
+#include "common/layout.h"
+#include "cuda/step_kernels.cuh"
 
 namespace fastlangevin {
 namespace cuda {
@@ -63,7 +63,7 @@ void run(const char* name, void (*kernel)(Parameters...), const Launch& launch, 
 
 template <class F>
 void each_operand(const Step& step, F&& f) {
-  for (const Operand* operand : {&step.x, &step.out, &step.grad, &step.noise, &step.cast}) {
+  for (const Operand* operand : {&step.x, &step.grad, &step.noise}) {
     if (operand->data != nullptr) f(*operand);
   }
 }

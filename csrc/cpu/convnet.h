@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "convnet.h"
+#include "cpu/convnet_plan.h"
 
 namespace fastlangevin {
 namespace cpu {

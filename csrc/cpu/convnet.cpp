@@ -1,11 +1,11 @@
 // Planning a conv net's passes, packing its weights, and sharing its chains among threads.
-#include "convnet_cpu.h"
+#include "cpu/convnet.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "parallel.h"
-#include "step.h"
+#include "cpu/parallel.h"
+#include "common/step.h"
 
 namespace fastlangevin {
 namespace cpu {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "step.h"
+#include "common/step.h"
 
 namespace fastlangevin {
 namespace cpu {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "step.h"
+#include "common/step.h"
 
 namespace fastlangevin {
 namespace cpu {
@@ -31,6 +31,9 @@ extern const Kernels kBaseline;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
+
+// Those of the instruction set in use.
+const Kernels& step_kernels();
 
 // "avx512", "avx2" or "baseline": the best this processor runs, or what was chosen.
 const char* instruction_set();

@@ -1,8 +1,8 @@
 // Activations and their derivatives on vectors of float32, without a call into libm.
 #pragma once
 
-#include "convnet.h"
-#include "simd.h"
+#include "cpu/convnet_plan.h"
+#include "cpu/simd.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {

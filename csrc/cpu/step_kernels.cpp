@@ -4,8 +4,8 @@
 // own order, four per Philox block, and turned into x's order; whatever is not float32 in that
 // order already is converted into it; then one loop over float32 does the arithmetic. The same loop
 // thus serves every dtype and layout, and what passes through a buffer costs a load and a store.
-#include "draw_cpu.h"
-#include "tile_cpu.h"
+#include "cpu/draw.h"
+#include "cpu/tile.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
@@ -58,17 +58,15 @@ struct Buffers {
 
 // A tile of an operand as contiguous float32: in place if it is that already, else in the buffer.
 float* fetch(const Operand& operand, const Step& step, const Tiling& tiling, const Place& place,
-             float* buffer, bool read = true) {
+             float* buffer) {
   if (operand.data == nullptr) return buffer;
   const int64_t offset = place.offset(step, operand.strides);
   const Tile tile = place.tile(tiling, operand.strides);
   if (operand.dtype == Dtype::kFloat32 && tile.contiguous()) {
     return static_cast<float*>(operand.data) + offset;
   }
-  if (read) {
-    with_dtype(operand.dtype,
-               [&](auto d) { read_tile<decltype(d)::value>(operand.data, offset, tile, buffer); });
-  }
+  with_dtype(operand.dtype,
+             [&](auto d) { read_tile<decltype(d)::value>(operand.data, offset, tile, buffer); });
   return buffer;
 }
 
@@ -106,19 +104,19 @@ void draw_tile(const Step& step, const Noise& noise, const Keys& keys, const Til
 
 // count elements that share a and b.
 template <bool kGrad, bool kNoise, bool kNoiseLast>
-void update(float* out, const float* x, const float* g, const float* z, float a, float b,
-            const Bounds& bounds, int64_t count) {
+void update(float* x, const float* g, const float* z, float a, float b, const Bounds& bounds,
+            int64_t count) {
   const Float va = Vector::broadcast(a), vb = Vector::broadcast(b), none = {};
   int64_t k = 0;
   for (; k + kLanes <= count; k += kLanes) {
     const Float vg = kGrad ? Vector::load(g + k) : none;
     const Float vz = kNoise ? Vector::load(z + k) : none;
-    Vector::store(out + k, langevin<Vector, kGrad, kNoise, kNoiseLast>(Vector::load(x + k), vg, vz,
-                                                                       va, vb, bounds));
+    Vector::store(x + k, langevin<Vector, kGrad, kNoise, kNoiseLast>(Vector::load(x + k), vg, vz, va,
+                                                                     vb, bounds));
   }
   for (; k < count; ++k) {
-    out[k] = langevin<Scalar, kGrad, kNoise, kNoiseLast>(x[k], kGrad ? g[k] : 0.0f,
-                                                         kNoise ? z[k] : 0.0f, a, b, bounds);
+    x[k] = langevin<Scalar, kGrad, kNoise, kNoiseLast>(x[k], kGrad ? g[k] : 0.0f,
+                                                       kNoise ? z[k] : 0.0f, a, b, bounds);
   }
 }
 
@@ -135,8 +133,7 @@ void step_tiles(const Step& step, const Tiling& tiling, int64_t first, int64_t l
       const float* g = fetch(step.grad, step, tiling, place, buffers.grad);
       const float* z = fetch(step.noise, step, tiling, place, buffers.noise);
       if (step.draw) draw_tile(step, noise, keys, tiling, place, buffers);
-      const float* x = fetch(step.x, step, tiling, place, buffers.x);
-      float* out = fetch(step.out, step, tiling, place, buffers.x, false);
+      float* x = fetch(step.x, step, tiling, place, buffers.x);
       const bool by_row = tiling.dims[0] == 0 && (step.scales || step.noise_stds);
       const int64_t rows = by_row ? place.rows : 1;
       const int64_t count = place.rows * place.columns / rows;
@@ -146,15 +143,9 @@ void step_tiles(const Step& step, const Tiling& tiling, int64_t first, int64_t l
             step.scales ? step.scale * step.scales[chain * step.scales_stride] : step.scale;
         const float b =
             step.noise_stds ? step.noise_stds[chain * step.noise_stds_stride] : step.noise_std;
-        update<kGrad, kNoise, decltype(noise_last)::value>(out + at, x + at, g + at, z + at, a, b,
-                                                           bounds, count);
+        update<kGrad, kNoise, decltype(noise_last)::value>(x + at, g + at, z + at, a, b, bounds, count);
       }
-      if (out == buffers.x) put(step.out, step, tiling, place, out);
-      if (step.cast.data == nullptr) continue;
-      if (step.out.dtype != Dtype::kFloat32) {  // as it was rounded there
-        out = fetch(step.out, step, tiling, place, buffers.x);
-      }
-      put(step.cast, step, tiling, place, out);
+      if (x == buffers.x) put(step.x, step, tiling, place, x);
     }
   });
 }

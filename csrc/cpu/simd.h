@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "step.h"
+#include "common/step.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {

@@ -1,8 +1,8 @@
 // Eight values make a byte. AVX2 is enough here: both directions run at the speed of memory, so
 // that wider registers gain nothing.
-#include "signs_cpu.h"
+#include "cpu/signs.h"
 
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

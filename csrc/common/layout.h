@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "step.h"
+#include "common/step.h"
 
 namespace fastlangevin {
 
@@ -12,7 +12,7 @@ namespace detail {
 
 template <class F>
 inline void each_strides(Step& step, F&& f) {
-  for (Operand* operand : {&step.x, &step.out, &step.grad, &step.noise, &step.cast}) {
+  for (Operand* operand : {&step.x, &step.grad, &step.noise}) {
     if (operand->data != nullptr) f(operand->strides);
   }
   if (step.draw) f(step.positions);

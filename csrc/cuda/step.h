@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "step.h"
+#include "common/step.h"
 
 namespace fastlangevin {
 namespace cuda {

@@ -1,8 +1,8 @@
 // Drawing noise on the CPU, kLanes Philox blocks at a time, with one instruction set.
 #pragma once
 
-#include "simd.h"
-#include "step_cpu.h"
+#include "cpu/simd.h"
+#include "cpu/step.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {

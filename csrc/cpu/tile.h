@@ -1,8 +1,8 @@
 // Tiles of an operand, of any layout and dtype, to and from contiguous float32.
 #pragma once
 
-#include "simd.h"
-#include "step_cpu.h"
+#include "cpu/simd.h"
+#include "cpu/step.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {

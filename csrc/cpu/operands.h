@@ -1,7 +1,7 @@
 // The numbers that a conv net's products are made of, float32 or bfloat16; sums are float32.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {

@@ -1,14 +1,10 @@
-// The CPU backend's entry points: how a step is cut into tiles, who runs them, and with which
-// instruction set.
-#include "step_cpu.h"
+// The CPU backend's entry points: how a step is cut into tiles and shared among threads.
+#include "cpu/step.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
 
-#include "convnet_cpu.h"
-#include "layout.h"
-#include "parallel.h"
+#include "common/layout.h"
+#include "cpu/parallel.h"
 
 namespace fastlangevin {
 namespace cpu {
@@ -17,48 +13,6 @@ namespace {
 // Below this many elements a thread, waking one costs more than it saves (about 5 us against 1 ns
 // an element drawn).
 constexpr int64_t kElementsPerThread = 16384;
-
-struct InstructionSet {
-  const char* name;
-  const Kernels* kernels;
-  const ConvKernels* conv_kernels;
-  bool (*runs_here)();
-};
-
-#ifdef FASTLANGEVIN_X86
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") != 0;
-}
-#endif
-
-// Best first.
-const InstructionSet kInstructionSets[] = {
-#ifdef FASTLANGEVIN_X86
-    {"avx512_bf16", &kAvx512, &kConvAvx512Bf16,
-     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }},
-    {"avx512", &kAvx512, &kConvAvx512, has_avx512},
-    {"avx2", &kAvx2, &kConvAvx2,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c") != 0;
-     }},
-#endif
-    {"baseline", &kBaseline, &kConvBaseline, [] { return true; }},
-};
-
-const InstructionSet* best() {
-  for (const InstructionSet& set : kInstructionSets) {
-    if (set.runs_here()) return &set;
-  }
-  return nullptr;
-}
-
-std::atomic<const InstructionSet*>& chosen() {
-  static std::atomic<const InstructionSet*> set{best()};
-  return set;
-}
 
 int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
@@ -105,33 +59,19 @@ int useful_threads(int64_t elements, int threads) {
 
 }  // namespace
 
-const ConvKernels& conv_kernels() { return *chosen().load()->conv_kernels; }
-
-const char* instruction_set() { return chosen().load()->name; }
-
-bool choose_instruction_set(const char* name) {
-  for (const InstructionSet& set : kInstructionSets) {
-    if (std::strcmp(set.name, name) == 0 && set.runs_here()) {
-      chosen().store(&set);
-      return true;
-    }
-  }
-  return false;
-}
-
 void langevin_step(Step step, int threads) {
   collapse(step);
   const int64_t size = step.shape[0] * step.elements();
   if (size == 0) return;
   const Tiling tiling = cut(step);
-  const Kernels& kernels = *chosen().load()->kernels;
+  const Kernels& kernels = step_kernels();
   parallel_for(tiling.total, useful_threads(size, threads),
                [&](int64_t first, int64_t last) { kernels.step(step, tiling, first, last); });
 }
 
 void fill_noise(const Noise& noise, float* out, int threads) {
   if (noise.chains == 0 || noise.elements == 0) return;
-  const Kernels& kernels = *chosen().load()->kernels;
+  const Kernels& kernels = step_kernels();
   const int64_t padded = (noise.elements + 3) / 4 * 4;
   const int64_t rows = 2 * noise.elements <= kTile ? tiles(noise.chains, kTile / padded)
                                                    : noise.chains * tiles(noise.elements, kTile);

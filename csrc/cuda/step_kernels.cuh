@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "step.h"
+#include "common/step.h"
 
 namespace fastlangevin {
 namespace cuda {
@@ -58,8 +58,8 @@ struct Item {
     first *= size;
     a = s.scales ? s.scale * s.scales[chain * s.scales_stride] : s.scale;
     b = s.noise_stds ? s.noise_stds[chain * s.noise_stds_stride] : s.noise_std;
-    seed = s.state ? static_cast<uint64_t>(s.state[0]) : s.seed;
-    step = s.step + (s.state ? static_cast<uint32_t>(s.state[1]) : 0u);
+    seed = s.rng_state ? static_cast<uint64_t>(s.rng_state[0]) : s.seed;
+    step = s.step + (s.rng_state ? static_cast<uint32_t>(s.rng_state[1]) : 0u);
   }
   __device__ __forceinline__ void draw(const Step& s, int64_t element, float (&z)[4]) const {
     normal4(static_cast<uint32_t>(element / 4), s.first_chain + static_cast<uint32_t>(chain), step,
@@ -152,17 +152,7 @@ __global__ void __launch_bounds__(kThreads) linear_step(const Step step, const L
   }
   const Bounds bounds(step);
   for (int k = 0; k < kSize; ++k) x[k] = item.update(step, bounds, x[k], g[k], z[k]);
-  write<kX, kSize>(step.out, at(step.out), count, whole, x);
-  if (step.cast.data == nullptr) return;
-  for (int k = 0; k < kSize; ++k) x[k] = rounded<kX>(x[k]);
-  switch (step.cast.dtype) {
-    case Dtype::kFloat32:
-      return write<Dtype::kFloat32, kSize>(step.cast, at(step.cast), count, whole, x);
-    case Dtype::kBFloat16:
-      return write<Dtype::kBFloat16, kSize>(step.cast, at(step.cast), count, whole, x);
-    case Dtype::kFloat16:
-      return write<Dtype::kFloat16, kSize>(step.cast, at(step.cast), count, whole, x);
-  }
+  write<kX, kSize>(step.x, at(step.x), count, whole, x);
 }
 
 __device__ __forceinline__ float read_one(const Operand& operand, int64_t offset) {
@@ -185,26 +175,23 @@ __global__ void __launch_bounds__(kThreads) strided_step(const Step step, const 
   if (thread_number() >= launch.threads) return;
   const Item item(step, launch, thread_number(), 4);
   float x[4], g[4] = {}, z[4] = {};
-  int64_t to[4], cast_to[4];
+  int64_t to[4];
   if (step.draw) item.draw(step, item.first, z);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if (item.first + k >= launch.elements) break;
     int64_t rest = item.first + k;
-    int64_t from = item.chain * step.x.strides[0], grad_from = item.chain * step.grad.strides[0];
+    int64_t grad_from = item.chain * step.grad.strides[0];
     int64_t noise_from = item.chain * step.noise.strides[0];
-    to[k] = item.chain * step.out.strides[0];
-    cast_to[k] = item.chain * step.cast.strides[0];
+    to[k] = item.chain * step.x.strides[0];
     for (int d = step.dims - 1; d > 0; --d) {
       int64_t index;
       rest = launch.shape[d].divide(rest, index);
-      from += index * step.x.strides[d];
+      to[k] += index * step.x.strides[d];
       grad_from += index * step.grad.strides[d];
       noise_from += index * step.noise.strides[d];
-      to[k] += index * step.out.strides[d];
-      cast_to[k] += index * step.cast.strides[d];
     }
-    x[k] = read_one(step.x, from);
+    x[k] = read_one(step.x, to[k]);
     if (step.grad.data) g[k] = read_one(step.grad, grad_from);
     if (step.noise.data) z[k] = read_one(step.noise, noise_from);
   }
@@ -212,10 +199,7 @@ __global__ void __launch_bounds__(kThreads) strided_step(const Step step, const 
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if (item.first + k >= launch.elements) break;
-    const float value = item.update(step, bounds, x[k], g[k], z[k]);
-    write_one(step.out, to[k], value);
-    // Read back, since it is rounded there.
-    if (step.cast.data) write_one(step.cast, cast_to[k], read_one(step.out, to[k]));
+    write_one(step.x, to[k], item.update(step, bounds, x[k], g[k], z[k]));
   }
 }
 

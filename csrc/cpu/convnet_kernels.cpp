@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "activations_cpu.h"
-#include "convnet_cpu.h"
-#include "operands_cpu.h"
+#include "cpu/activations.h"
+#include "cpu/convnet.h"
+#include "cpu/operands.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
