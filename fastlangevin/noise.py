@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlangevin.kernels import extension, triton
 from fastlangevin.kernels.memory import has_values
 from fastlangevin.kernels.philox import (
     ACCEPT,
