@@ -107,8 +107,10 @@ class LangevinSampler:
         x <- clamp(x + (s a clip(dE/dx) + b z)),      s = -1, or +1 with maximize
 
     energy: an nn.Module or callable, energy(x [n, ...], **model_kwargs) -> [n], [n, 1],
-        [n, 1, 1, 1] or, for n = 1, []. A call leaves the flags, modes, buffers and .grads alone of
-        a module, its bound method or a partial of them; other callables are not looked into.
+        [n, 1, 1, 1] or, for n = 1, []. A call leaves the flags, modes and .grads alone of a
+        module, its bound method or a partial of them, and the buffers of its parts in train mode;
+        buffers that a part changes in eval mode move with every evaluation, as in a plain loop.
+        Other callables are not looked into.
     steps: K >= 1.
     step_size: a, multiplies the gradient: a float, a sequence of K floats, a tensor [n] (one value
         per chain), or a tensor [K, n] or [K, 1].

@@ -11,13 +11,13 @@ import fastlangevin
 PACKAGE = Path(fastlangevin.__file__).parent
 # From the bottom up. A module imports from its own floor and from those below it.
 FLOORS = [
-    ("_version", "kernels"),
+    ("_version", "kernels", "locks"),
     ("noise", "arguments", "energies"),
     ("anneal", "replay", "step"),
     ("gradients",),
     ("chain", "roofline"),
     ("adjoint",),
-    ("explain",),
+    ("explain", "inputs"),
     ("sampler",),
     ("",),  # fastlangevin itself: the list of public names
     ("bench", "doctor", "learn", "models", "presets", "testing"),

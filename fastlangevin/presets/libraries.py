@@ -67,7 +67,8 @@ class torchebm(nn.Module):  # lower case, as all presets are called
     Differs: modules need not be ``BaseModel``; noise_scale=0 is legal; BatchNorm's statistics stay;
     an analytic ``gradient`` of a model is not called, autograd is. Raises ValueError for a decay
     other than 0, which the original takes and does not use, and ValueError or TypeError for other
-    integrators than Euler and Maruyama's. Source: torchebm 0.8.9, samplers/langevin_dynamics.py.
+    integrators than Euler and Maruyama's; ``integrator`` is what was given, None by default.
+    Source: torchebm 0.8.9, samplers/langevin_dynamics.py.
     """
 
     _place: Tensor

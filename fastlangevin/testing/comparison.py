@@ -13,7 +13,7 @@ from fastlangevin.chain.chain import watching
 from fastlangevin.gradients.autograd import modules_of
 from fastlangevin.gradients.draws import kept_generators
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.testing.loop import OP, Record, distance, follow, kind, state
+from fastlangevin.testing.loop import OP, Record, distance, follow, kind, snapshot, state
 from fastlangevin.testing.measure import left_alone, peak_bytes, times
 from fastlangevin.testing.walk import Found, Walk, spread
 
@@ -83,10 +83,11 @@ def compare(
 
     Every step is judged by itself: the sampler takes it from the state that the loop had reached,
     with the step's noise, and has to arrive where the loop does, within the rounding of that step's
-    own terms; nothing grows with K. A step that goes further apart is taken again from states
-    4 eps away, and what kinks or large steps make of that is allowed. Where the loop's gradients
-    are not one a step (or not autograd's), the ends alone are compared, and what the sampler makes
-    of an x0 4 eps away is the measure.
+    own terms; nothing grows with K. Buffers that a module in eval mode changes, as spectral norm
+    written by hand may, are then as the loop had them at that step. A step that goes further apart
+    is taken again from states 4 eps away, and what kinks or large steps make of that is allowed.
+    Where the loop's gradients are not one a step (or not autograd's), the ends alone are compared,
+    and what the sampler makes of an x0 4 eps away is the measure.
 
     On the CPU the bytes are those of tensors that torch makes, on CUDA those that its allocator
     holds. Modes, flags, .grads, buffers and torch's generators are as before. Raises TypeError or
@@ -130,11 +131,13 @@ def compare(
         with watching() as runs:
             ours = state(own(sampler, z), x0.shape)
         walk = Walk(runs, x0, steps)
-        theirs, record = follow(loop, z, ours)
+        put_back()
+        first = snapshot(modules)
+        theirs, record = follow(loop, z, ours, modules)
         put_back()
         by_step = len(record.points) == steps == len(walk.places)
         if by_step:
-            found = walk.judge([*record.points, theirs], ours)
+            found = walk.judge([*record.points, theirs], ours, [first, *record.buffers])
         else:
             found = Found([], [distance(theirs, ours)], [0.0], [distance(theirs, ours)])
         if not (by_step and walk.ends_in(ours)):

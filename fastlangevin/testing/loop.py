@@ -4,19 +4,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastlangevin.adjoint.one_step import leaves_of, nodes_of
+from fastlangevin.testing.measure import buffers_of
 
 OP = "compare"
+Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
 class Record(TorchFunctionMode):
-    """Gives a loop its normal numbers and notes where it takes its gradients."""
+    """Gives a loop its normal numbers and notes where it takes its gradients.
 
-    def __init__(self, z: Tensor, skip: int) -> None:
+    After each of those it also notes the buffers of ``modules`` in eval mode, with which the next
+    evaluation begins. Those in train mode a sampler puts back after every step.
+    """
+
+    def __init__(self, z: Tensor, skip: int, modules: Sequence[nn.Module] = ()) -> None:
         super().__init__()
+        self.modules = modules
+        self.buffers: list[Buffers] = []
         self.z, self.shape, self.skip = z, z.shape[1:], skip
         self.draws = 0
         self.points: list[Tensor] = []
@@ -65,6 +73,7 @@ class Record(TorchFunctionMode):
         if at is None:
             return func(*args, **kwargs)
         self.points.append(inputs[at].detach().clone())
+        self.buffers.append(snapshot(self.modules))
         grads = func(*args, **kwargs)
         self._keep(grads[at])
         return grads
@@ -77,6 +86,7 @@ class Record(TorchFunctionMode):
         if x is None:
             return func(*args, **kwargs)
         self.points.append(x.detach().clone())
+        self.buffers.append(snapshot(self.modules))
         before = 0 if x.grad is None else x.grad.detach().clone()
         func(*args, **kwargs)
         assert x.grad is not None
@@ -87,7 +97,24 @@ class Record(TorchFunctionMode):
         self.grads.append(None if grad is None else grad.detach().clone())
 
 
-def follow(loop: Callable[[], Any], z: Tensor, ours: Tensor) -> tuple[Tensor, Record]:
+def snapshot(modules: Sequence[nn.Module]) -> Buffers:
+    """The buffers of modules in eval mode, as copies."""
+    return [
+        (module, name, buffer.detach().clone())
+        for module, name, buffer in buffers_of(modules)
+        if not getattr(module, "training", False)
+    ]
+
+
+def replay(buffers: Buffers) -> None:
+    """Give modules the buffers that a :class:`Record` has noted."""
+    for module, name, value in buffers:
+        module._buffers[name].data.copy_(value)  # type: ignore[union-attr]
+
+
+def follow(
+    loop: Callable[[], Any], z: Tensor, ours: Tensor, modules: Sequence[nn.Module] = ()
+) -> tuple[Tensor, Record]:
     """(x_K, the record) of a loop.
 
     One that draws more often than it steps may do so before them, for a start or for memory to draw
@@ -96,7 +123,7 @@ def follow(loop: Callable[[], Any], z: Tensor, ours: Tensor) -> tuple[Tensor, Re
     found = []
     skip: int | None = 0
     while skip is not None:
-        with Record(z, skip) as record:
+        with Record(z, skip, modules) as record:
             out = loop()
         found.append((state(out, z.shape[1:]), record))
         extra = record.draws - len(z)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlangevin.adjoint.memory import Allocations
 
@@ -42,6 +42,12 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def buffers_of(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, name, buffer) of all modules inside of these, once each."""
+    inside = {id(m): m for root in modules for m in root.modules()}.values()
+    return [(m, name, b) for m in inside for name, b in m.named_buffers(recurse=False)]
+
+
 @contextlib.contextmanager
 def left_alone(
     modules: Sequence[nn.Module], dtype: torch.dtype | None
@@ -51,7 +57,8 @@ def left_alone(
     Yields what puts flags, modes, .grads and buffers back in between.
     """
     parameters = [p for m in modules for p in m.parameters()]
-    buffers = [b for m in modules for b in m.buffers()]
+    places = buffers_of(modules)
+    buffers = list({id(b): b for _, _, b in places}.values())
     found = [(p, p.data, p.requires_grad, p.grad) for p in parameters if p.is_leaf]
     values = [(b, b.data, b.detach().clone()) for b in buffers]
     modes = [
@@ -67,6 +74,9 @@ def left_alone(
             parameter.requires_grad_(requires_grad)
         for buffer, _, value in values:
             buffer.data.copy_(value)
+        for module, name, buffer in places:
+            if module._buffers[name] is not buffer:  # assigned to, not written to
+                module._buffers[name] = buffer
         for module, training in modes:
             module.training = training
 

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from fastlangevin.chain.chain import Chain
 from fastlangevin.gradients.autograd import network_dtype
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import fold_norm_clip, langevin_step_
-from fastlangevin.testing.loop import distance, state
+from fastlangevin.testing.loop import Buffers, distance, replay, state
 
 
 class Found(NamedTuple):
@@ -37,8 +37,12 @@ class Walk:
         end = self.places[-1][0][0]
         return torch.equal(end.to(ours), ours)
 
-    def judge(self, theirs: list[Tensor], ours: Tensor) -> Found:
-        """theirs: the loop's states at its gradients and its end, K + 1."""
+    def judge(self, theirs: list[Tensor], ours: Tensor, buffers: Sequence[Buffers]) -> Found:
+        """theirs: the loop's states at its gradients and its end, K + 1.
+
+        buffers: the modules' before each of its gradients, from which the step begins here too.
+        """
+        self.buffers = buffers
         eps = torch.finfo(ours.dtype).eps
         begin = self._begin()
         bound = 4 * eps * torch.maximum(_largest(begin), _largest(theirs[0]))
@@ -78,6 +82,7 @@ class Walk:
             step_kwargs={name: value[k : k + 1] for name, value in chain.step_kwargs.items()},
         )
         end, grad = x.clone(), None
+        replay(self.buffers[j])
         for step in one.walk(end):
             grad = step.grad
         eps = torch.finfo(x.dtype).eps

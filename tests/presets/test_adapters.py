@@ -259,3 +259,41 @@ def test_the_lightning_module_takes_other_chains_for_every_batch(
         module.training_step(batch, index)
     ends = [x for before, x in itertools.pairwise(chains) if not before.any()]
     assert len({tuple(x.flatten().tolist()) for x in ends}) == 3
+
+
+def test_a_facade_moves_takes_its_integrator_and_checks_early(torchebm: Any) -> None:
+    from torchebm import core, integrators
+
+    facade, own = fl.presets.torchebm, integrators.EulerMaruyamaIntegrator(dtype=torch.float32)
+    model = core.GaussianModel(torch.zeros(2), torch.eye(2))
+    moved = facade(model, step_size=0.01, integrator=own).to("cpu")
+    assert isinstance(moved, facade)
+    assert moved.integrator is own
+    assert moved.get_scheduled_value("step_size") == 0.01
+    assert torch.equal(
+        moved.sample(X0, n_steps=3, seed=0), facade(model, 0.01).sample(X0, n_steps=3, seed=0)
+    )
+    assert facade(lambda x: x.square().sum(1)).to("meta").device.type == "meta"
+    for options, error, message in (
+        ({"step_size": -0.1}, ValueError, "step_size must be finite and >= 0"),
+        ({"noise_scale": -0.1}, ValueError, "noise_scale must be finite and >= 0"),
+        ({"clamp": (1, -1)}, ValueError, "clamp must have lo < hi"),
+        ({"integrator": "heun"}, ValueError, "integrator must be None or"),
+        ({"integrator": integrators.LeapfrogIntegrator()}, TypeError, "BaseSDERungeKutta"),
+        ({"integrator": own, "dtype": torch.float64}, ValueError, "device/dtype"),
+    ):
+        with pytest.raises(error, match=f"torchebm: .*{message}"):
+            facade(model, **options)
+
+
+def test_ebmkits_facade_checks_early_and_accepts_every_step() -> None:
+    assert fl.presets.ebmkit().last_accept_rate is None
+    for options, message in (
+        ({"step_size": -0.1}, "step_size must be finite and >= 0"),
+        ({"noise_scale": -0.1}, "noise_scale must be finite and >= 0"),
+        ({"clamp": (1, -1)}, "clamp must have lo < hi"),
+        ({"grad_clip": -1.0}, "grad_clip must have a bound > 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=f"ebmkit: {message}"):
+            fl.presets.ebmkit(**options)

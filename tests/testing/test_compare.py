@@ -390,3 +390,43 @@ def test_bad_input(
     given = given | {"sampler": sampler(energy)} | options
     with pytest.raises(error, match=match):
         fl.testing.compare(**given)
+
+
+class PowerIteration(nn.Module):
+    """Spectral norm as many write it: its vector moves at every forward, in eval mode too."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(64, 8), how
+        self.head = nn.Linear(8, 1)
+        self.register_buffer("u", nn.functional.normalize(torch.ones(8), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.layer.weight
+        with torch.no_grad():
+            v = nn.functional.normalize(w.t() @ self.u, dim=0)
+            u = nn.functional.normalize(w @ v, dim=0)
+            if self.how == "data":
+                self.u.data = u
+            elif self.how == "in place":
+                self.u.copy_(u)
+            else:
+                self.u = u
+        w = w / (u @ w @ v)
+        return self.head(torch.tanh(5 * nn.functional.linear(x.flatten(1), w)))
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "assigned"])
+@pytest.mark.parametrize("std", [0.01, 0.02])
+def test_buffers_that_move_in_eval_mode(x0: Tensor, how: str, std: float) -> None:
+    """Both runs begin with the same, every step with the loop's, and they are put back."""
+    torch.manual_seed(0)
+    energy = PowerIteration(how).eval()
+    buffer, before = energy.u, energy.u.clone()
+    ours = sampler(energy, score="general")
+    report = compare(functools.partial(loop, energy, std=std), ours, x0)
+    assert report.same == (std == 0.01), report.verdict
+    assert energy.u is buffer
+    assert torch.equal(energy.u, before)
+    if not report.same:
+        assert "+0.02 noise[0]" in report.verdict
