@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks.tables import MISSING, Row, about, number, pyplot, table
 
 PAPER = "paper's loop"
-OURS = ("general", "lean", "fused")
+OURS = ("autograd", "explicit", "fused")
 
 
 def section(content: Row) -> str:
@@ -35,7 +35,7 @@ def section(content: Row) -> str:
 
 
 def label(name: str) -> str:
-    return f'`score="{name.split()[0]}"`, {name.split()[1]}' if name.split()[0] in OURS else name
+    return f'`gradient="{name.split()[0]}"`, {name.split()[1]}' if name.split()[0] in OURS else name
 
 
 def speed(row: Row | None) -> str:

@@ -15,7 +15,7 @@ from fastlangevin.roofline import cost, matrix_rate
 from fastlangevin.sampler import LangevinSampler
 
 NAIVE = "plain loop"
-_SCORES = ("general", "lean", "fused")
+_SCORES = ("autograd", "explicit", "fused")
 
 
 class Row(NamedTuple):
@@ -63,7 +63,7 @@ def bench(
         check_precision(precision, x.device)
     for precision in precisions:
         for score in _SCORES:
-            options = settings | {"steps": steps, "score": score, "precision": precision}
+            options = settings | {"steps": steps, "gradient": score, "precision": precision}
             try:
                 sampler = LangevinSampler(energy, **options)
                 sampler(x, seed=0)

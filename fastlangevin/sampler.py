@@ -23,34 +23,20 @@ from fastlangevin.arguments import (
 )
 from fastlangevin.chain.chain import Chain, norms, note, rows
 from fastlangevin.chain.cuda_graphs import Graphs
-from fastlangevin.chain.metropolis import AdjustedChain, check_adjustable
+from fastlangevin.chain.metropolis import AdjustedChain
+from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.explain import explain
 from fastlangevin.gradients.autograd import check_precision, device_of
 from fastlangevin.gradients.packing import PackedEnergy, packing_of
 from fastlangevin.gradients.select import (
     Choice,
     Recognised,
-    check_score,
-    choose_score,
-    warn_of_modes,
+    check_gradient,
 )
 from fastlangevin.inputs import check_energy, check_noise, check_tensors, copy_state
 from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
-SETTINGS = (
-    "steps",
-    "step_size",
-    "noise_std",
-    "maximize",
-    "clamp",
-    "grad_clip",
-    "noise_order",
-    "precision",
-    "backend",
-    "score",
-    "metropolis",
-)
 _OP = "LangevinSampler"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -88,7 +74,7 @@ def _packed(
     if packing is None:
         return method(sampler, x0, **options)
     flat = copy.copy(sampler)
-    flat.energy = PackedEnergy(sampler.energy, packing, is_score=sampler.score == "network")
+    flat.energy = PackedEnergy(sampler.energy, packing, is_score=sampler.gradient == "network")
     n: Any = options.get("n")
     if x0 is not None:
         n = len(x0[packing.keys[0]])
@@ -128,15 +114,14 @@ class LangevinSampler:
         during each evaluation, where they differ. With checkpoint="none" the backward pass of a
         differentiable chain runs as torch is set.
     backend: of the update: "auto", "native", "triton" or "reference".
-    score: how d energy / d x is computed: "general", autograd on the energy as it is; "lean", an
-        explicit forward pass and input gradient, for modules made of 2-D convolutions, linear
-        layers, common activations, average pools and sums; "fused", that in kernels of our own, for
-        plain stacks of convolutions (native on the CPU; in Triton on GPUs, by name alone until it
-        has been measured there); "compiled", torch.compile, by name alone; "auto", the fastest that
-        serves, which explain() tells. Differentiable chains take the lean one, with an explicit
-        second-order pass, in place of a fused one, and the general one for checkpoint="none", half
-        precisions and "compiled". "network": the callable's own output is the gradient; see
-        :meth:`from_score`.
+    gradient: how d energy / d x is computed: "autograd", by autograd on the energy as it is;
+        "explicit", by an explicit forward pass and input gradient, for modules made of 2-D
+        convolutions, linear layers, common activations, average pools and sums; "fused", by custom
+        kernels, for plain stacks of convolutions (native on the CPU; in Triton on GPUs, by name
+        alone until it has been measured there); "auto", by the fastest that serves, which explain()
+        tells. Differentiable chains use the explicit engine, with a second-order pass of its own,
+        in place of the fused one, and autograd for checkpoint="none" and half precisions.
+        "network": the callable's own output is the gradient; see :meth:`from_score`.
     metropolis: accept or reject each step (MALA), so that chains sample exp(-E / T) exactly,
         T = b^2 / (2 a), within clamp if there is one: proposals outside are rejected, as are those
         of NaN energy. Needs a > 0 and b > 0 (not looked at on CUDA tensors), noise_order "after",
@@ -165,7 +150,7 @@ class LangevinSampler:
         noise_order: str = "after",
         precision: str | None = None,
         backend: str = "auto",
-        score: str = "auto",
+        gradient: str = "auto",
         metropolis: bool = False,
     ) -> None:
         check_energy(_OP, energy)
@@ -183,16 +168,16 @@ class LangevinSampler:
         self.noise_order = noise_order
         self.precision = precision
         self.backend = backend
-        self.score = score
+        self.gradient = gradient
         self.metropolis = bool(metropolis)
         self._recognised = Recognised()
         self._graphs = Graphs()
         # Energies move, so only the names are checked here; the device is at each call.
         check_precision(precision)
         check_backend(backend)
-        check_score(score)
+        check_gradient(gradient)
         if self.metropolis:
-            check_adjustable(_OP, self)
+            check_metropolis(_OP, self._settings())
 
     @classmethod
     def from_score(
@@ -202,17 +187,17 @@ class LangevinSampler:
 
             x <- clamp(x + (a clip(net(x)) + b z))
 
-        ``settings`` are the constructor's, less maximize and score, in which the sampler differs
+        ``settings`` are the constructor's, less maximize and gradient, in which the sampler differs
         from that of an energy: they are True and "network". There is no energy: that of
         :meth:`diagnose` is NaN, and checks are of x alone. The net runs under torch.no_grad, or,
         with ``differentiable``, in the graph of the chain. Raises TypeError for those two settings;
         calls raise ValueError for a net that returns energies. Of states [n] or [n, 1] a score
         has an energy's shape: there neither is noticed in the place of the other.
         """
-        for name in ("maximize", "score"):
+        for name in ("maximize", "gradient"):
             if name in settings:
                 raise TypeError(f"{_OP}.from_score: takes no {name}; chains go along the score")
-        return cls(net, steps, maximize=True, score="network", **settings)
+        return cls(net, steps, maximize=True, gradient="network", **settings)
 
     @_entry
     def __call__(
@@ -342,20 +327,33 @@ class LangevinSampler:
             before.copy_(x)
         return Diagnostics(x, *records)
 
-    def choose_score(
+    def choose_engine(
         self, x: Tensor, model_kwargs: dict[str, Any], step_kwargs: Mapping[str, Any] | None = None
     ) -> Choice:
-        """The score of a chain from x; RuntimeError where one asked for by name cannot run."""
-        if not self._recognised.warned:
-            self._recognised.warned = warn_of_modes(self.energy)
-        return choose_score(
-            self.score, self.energy, x, self.precision, model_kwargs, self._recognised,
-            step_kwargs or (),
-        )  # fmt: skip
+        """The engine of a chain from x; RuntimeError where one asked for by name cannot run."""
+        return self._chain(model_kwargs=model_kwargs, step_kwargs=step_kwargs or {}).choose(x)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, less the energy."""
-        return {name: getattr(self, name) for name in SETTINGS}
+        return self._settings()._asdict()
+
+    def _settings(self) -> Settings:
+        return Settings(*(getattr(self, name) for name in Settings._fields))
+
+    def _chain(
+        self,
+        seed: int = 0,
+        first_chain: int = 0,
+        first_step: int = 0,
+        noise: Tensor | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        step_kwargs: Mapping[str, Any] | None = None,
+    ) -> Chain:
+        kind = AdjustedChain if self.metropolis else Chain
+        return kind(
+            self.energy, self._settings(), self._recognised, seed, first_chain, first_step, noise,
+            model_kwargs or {}, step_kwargs or {},
+        )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_graphs": Graphs()}  # a copy, also a shallow one, has its own
@@ -372,7 +370,14 @@ class LangevinSampler:
         the energy and its gradient and in bytes, found by differentiating one step from there.
         Raises as a call does for an x0 that does not fit.
         """
-        return explain(self, x0)
+        if x0 is not None:
+            x, chain = self._prepare(x0, seed=0)
+            return explain(chain, x, True, self._graphs)
+        shape, device = getattr(self.energy, "shape", None), device_of(self.energy)
+        zeros = None
+        if shape is not None:
+            zeros = torch.zeros((1, *shape), dtype=torch.float32, device=device or "cpu")
+        return explain(self._chain(), zeros, False, self._graphs)
 
     def _prepare(
         self,
@@ -415,8 +420,7 @@ class LangevinSampler:
         first_chain, first_step = _noise.check_address(
             first_chain, x.shape[0], first_step, self.steps
         )
-        kind = AdjustedChain if self.metropolis else Chain
-        chain = kind(self, seed, first_chain, first_step, noise, model_kwargs, by_step)
+        chain = self._chain(seed, first_chain, first_step, noise, model_kwargs, by_step)
         note(x, chain)
         return x, chain
 

@@ -11,18 +11,18 @@ from benchmarks.fuzz.bounds import BRAIN, SINGLE, Exact, Rounding, evaluate
 from benchmarks.fuzz.machine import instruction_set, threads
 from benchmarks.fuzz.networks import Energy, network_case
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.select import Recognised, choose_score
+from fastlangevin.gradients.select import Recognised, choose_engine
 
-ENGINES = ("general", "lean", "fused")
+ENGINES = ("autograd", "explicit", "fused")
 DTYPES = ("fp32", "bf16")
 ROUNDINGS = {
-    ("general", "fp32"): Rounding(SINGLE, SINGLE),
-    ("lean", "fp32"): Rounding(SINGLE, SINGLE),
+    ("autograd", "fp32"): Rounding(SINGLE, SINGLE),
+    ("explicit", "fp32"): Rounding(SINGLE, SINGLE),
     ("fused", "fp32"): Rounding(SINGLE, SINGLE),
     # Autocast leaves the state as it is until a convolution or a linear layer reads it, and runs
     # torch's own kernels, some of which sum in bfloat16.
-    ("general", "bf16"): Rounding(BRAIN, BRAIN, sums=BRAIN, state=False),
-    ("lean", "bf16"): Rounding(BRAIN, SINGLE),
+    ("autograd", "bf16"): Rounding(BRAIN, BRAIN, sums=BRAIN, state=False),
+    ("explicit", "bf16"): Rounding(BRAIN, SINGLE),
     ("fused", "bf16"): Rounding(BRAIN, SINGLE, bias=False),
 }
 Run = Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
@@ -30,9 +30,9 @@ Run = Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
 
 def engine(name: str, energy: Energy, x: Tensor, dtype: str) -> Run:
     """(energies or None, gradient) of states by an engine; RuntimeError where it refuses."""
-    if name == "general":
+    if name == "autograd":
         return lambda x, want_energies: energy_and_grad(energy, x, {}, dtype)
-    score = choose_score(name, energy, x, dtype, {}, Recognised()).run
+    score = choose_engine(name, energy, x, dtype, {}, Recognised()).run
     assert score is not None
     score.begin()
     return score

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlangevin.chain.chain import Chain, norms
 from fastlangevin.gradients.autograd import modules_of
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.second_order import SecondOrderScore, refusal
+from fastlangevin.gradients.second_order import SecondOrderGradient, refusal
 from fastlangevin.gradients.select import proved_graph
 from fastlangevin.kernels import reference
 
@@ -22,7 +22,7 @@ def transition(
     k: int,
     create_graph: bool,
     straight: bool = False,
-    explicit: SecondOrderScore | None = None,
+    explicit: SecondOrderGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(state after step k, energies before it) as a function of x and all that a step reads.
 
@@ -30,18 +30,18 @@ def transition(
     the gradient and its derivatives by; else they are autograd's.
     """
 
-    def score(at: Tensor) -> tuple[Tensor | None, Tensor]:
+    def constant(at: Tensor) -> tuple[Tensor | None, Tensor]:
         return chain.evaluate(_Constant.apply(at), k, create_graph=True)
 
     if explicit is not None:
 
-        def explicit_score(at: Tensor) -> tuple[Tensor | None, Tensor]:
+        def by_explicit(at: Tensor) -> tuple[Tensor | None, Tensor]:
             return explicit.differentiable(at, straight) if create_graph else explicit(at, True)
 
-        step = chain.transition(reference.step, x, k, explicit_score)
+        step = chain.transition(reference.step, x, k, by_explicit)
         assert step.energies is not None
         return step.x, step.energies
-    cut = score if straight and create_graph else None
+    cut = constant if straight and create_graph else None
     step = chain.transition(reference.step, x, k, cut, create_graph)
     if step.energies is not None:
         return step.x, step.energies
@@ -62,7 +62,7 @@ class _Constant(torch.autograd.Function):
 
 
 def advance(
-    chain: Chain, x: Tensor, k: int, explicit: SecondOrderScore | None = None
+    chain: Chain, x: Tensor, k: int, explicit: SecondOrderGradient | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`transition` without a graph."""
     with torch.no_grad():
@@ -71,23 +71,23 @@ def advance(
 
 def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
     """The graph that has an explicit second-order pass, or why autograd is to differentiate."""
-    sampler = chain.sampler
-    if sampler.score not in ("auto", "lean", "fused"):
-        return f'the score is "{sampler.score}"'
-    known = sampler._recognised
+    settings = chain.settings
+    if settings.gradient not in ("auto", "explicit", "fused"):
+        return f'the gradient is "{settings.gradient}"'
     graph = proved_graph(
-        sampler.energy, x.detach(), sampler.precision, chain.model_kwargs, known, chain.step_kwargs
-    )
+        chain.energy, x.detach(), settings.precision, chain.model_kwargs, chain.recognised,
+        chain.step_kwargs,
+    )  # fmt: skip
     if isinstance(graph, str):
         return graph
-    return refusal(graph, sampler.precision) or graph
+    return refusal(graph, settings.precision) or graph
 
 
 def given(chain: Chain) -> list[Tensor]:
     """The tensors among a chain's arguments."""
-    sampler = chain.sampler
+    settings = chain.settings
     listed = [v for v in chain.step_kwargs.values() if not isinstance(v, Tensor)]
-    values = [sampler.step_size, sampler.noise_std, chain.noise, *chain.all_kwargs().values()]
+    values = [settings.step_size, settings.noise_std, chain.noise, *chain.all_kwargs().values()]
     values += [entry for entries in listed for entry in entries]
     return [value for value in values if isinstance(value, Tensor)]
 
@@ -99,7 +99,7 @@ def parameters_of(energy: Callable[..., Tensor]) -> list[Tensor]:
 
 def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:
     """RuntimeError if a step's graph has no derivative, which autograd may pass over in silence."""
-    if chain.sampler.score == "network":
+    if chain.settings.gradient == "network":
         return  # differentiated but once
     for node in nodes:
         # once_differentiable's wrapper leaves a node only where the incoming gradient has a graph.

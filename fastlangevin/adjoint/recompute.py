@@ -22,7 +22,7 @@ from fastlangevin.adjoint.schedules import Sizes, reverse, sweep
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
 from fastlangevin.gradients.autograd import modules_of, network_precision
-from fastlangevin.gradients.second_order import SecondOrderScore
+from fastlangevin.gradients.second_order import SecondOrderGradient
 from fastlangevin.kernels import reference
 from fastlangevin.kernels.memory import in_memory
 
@@ -40,10 +40,10 @@ class Trace:
     ) -> None:
         self.chain, self.first, self.straight = chain, first, straight
         self.graph = explicit_graph(chain, x) if explicit else "it is not wanted"
-        self.explicit: SecondOrderScore | None = None  # while steps are taken
+        self.explicit: SecondOrderGradient | None = None  # while steps are taken
         # Of given noise that gets a gradient a step reads its own entry, as a leaf: the gradient of
         # all of it, once a step, would take K^2 in all.
-        stds = (at_step(chain.sampler.noise_std, k) for k in range(first, chain.sampler.steps))
+        stds = (at_step(chain.settings.noise_std, k) for k in range(first, chain.settings.steps))
         asked = chain.noise is not None and chain.noise.requires_grad
         self.noise = chain.noise if asked and not all(map(reference.is_zero, stds)) else None
         self.autocast = _autocast_state(x.device)
@@ -51,7 +51,7 @@ class Trace:
         # torch.func.functional_call has put its tensors here, and they are gone by the backward.
         self.tables: list[tuple[dict[str, Any], str, Tensor]] = [
             (table, name, tensor)
-            for root in modules_of(chain.sampler.energy)
+            for root in modules_of(chain.energy)
             for module in root.modules()
             # Of scripted modules, which functional_call does not take, the tables are views.
             if not isinstance(module, torch.jit.ScriptModule)
@@ -61,7 +61,7 @@ class Trace:
         ]
         self.versions = [
             (tensor, tensor._version)
-            for tensor in (x, *parameters_of(chain.sampler.energy), *given(chain))
+            for tensor in (x, *parameters_of(chain.energy), *given(chain))
             if not tensor.is_inference()
         ]
 
@@ -107,7 +107,7 @@ class Trace:
         """Read the weights, where the second-order pass is explicit."""
         if not isinstance(self.graph, str):
             self.explicit = None
-            self.explicit = SecondOrderScore(self.graph, x, self.chain.sampler.precision)
+            self.explicit = SecondOrderGradient(self.graph, x, self.chain.settings.precision)
             self.explicit.begin()
 
     def forward(
@@ -201,9 +201,9 @@ class Trace:
         shared = any(self.mark in node.metadata for node in nodes if not hasattr(node, "variable"))
         del nodes
         chosen = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
-        sampler, isolation = self.chain.sampler, self.chain.isolation
+        settings, isolation = self.chain.settings, self.chain.isolation
         assert isolation is not None
-        with isolation.backward(), network_precision(sampler.precision, x.device):
+        with isolation.backward(), network_precision(settings.precision, x.device):
             parts = iter(
                 torch.autograd.grad(after, chosen, grad, allow_unused=True, retain_graph=shared)
                 if chosen
@@ -253,14 +253,14 @@ class Trace:
         before = torch.stack(self.energies)
         if not in_memory(before):
             return  # shapes alone, or a transform's tensors, which Python cannot branch on
-        half = before.dtype.itemsize < 4 or self.chain.sampler.precision in ("fp16", "bf16")
+        half = before.dtype.itemsize < 4 or self.chain.settings.precision in ("fp16", "bf16")
         half |= self.autocast.keywords["enabled"]
         # 2^-10: TF32, which CUDA may use in one kernel and not in another.
         eps = 2**-7 if half else max(torch.finfo(before.dtype).eps, 2**-10 * before.is_cuda)
         wrong = torch.stack(gaps) > eps**0.5 * before.abs().max()
         if bool(wrong.any()):
             k = int(wrong.nonzero()[0])
-            found = "scores' norms" if self.chain.sampler.score == "network" else "energies"
+            found = "scores' norms" if self.chain.settings.gradient == "network" else "energies"
             raise RuntimeError(
                 f"{_OP}: computed again for the backward pass, the {found} of step "
                 f"{self.first + k} differ by up to {float(gaps[k]):.3g} from those of the forward "

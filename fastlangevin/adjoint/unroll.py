@@ -61,7 +61,7 @@ def unroll(
     for a chain in which nothing requires grad; RuntimeError for an energy that autograd cannot
     differentiate twice.
     """
-    steps = chain.sampler.steps
+    steps = chain.settings.steps
     schedule = check_checkpoint(_OP, checkpoint)
     traced = steps if grad_steps is None else check_count(_OP, "grad_steps", grad_steps)
     if traced > steps:
@@ -95,18 +95,17 @@ def unroll(
 
 def only_masks(chain: Chain, x: Tensor) -> bool:
     """Whether x alone requires grad, and the energy is known to be piecewise linear in it."""
-    sampler = chain.sampler
-    others = (*parameters_of(sampler.energy), *given(chain))
+    others = (*parameters_of(chain.energy), *given(chain))
     if not x.requires_grad or any(tensor.requires_grad for tensor in others):
         return False
     # None for energies that may read other tensors than their parameters.
-    graph = sampler.choose_score(x, chain.all_kwargs()).graph
+    graph = chain.choose(x).graph
     return graph is not None and all(node.kind in _PIECEWISE_LINEAR for node in graph.nodes)
 
 
 def explain(chain: Chain, x: Tensor) -> list[str]:
     """What each schedule takes, from x: lines of text. Runs a step and its backward pass."""
-    x, steps = x.detach().requires_grad_(), chain.sampler.steps
+    x, steps = x.detach().requires_grad_(), chain.settings.steps
     try:
         chain = chain.isolated(x.device, twice=True)
         trace = Trace(chain, 0, False, x)
@@ -134,7 +133,7 @@ def _traced(
     chain: Chain, x: Tensor, first: int, schedule: Checkpoint, straight: bool, offload: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Steps first, first + 1, ... by a schedule: the last state, with its graph, and energies."""
-    steps = chain.sampler.steps - first
+    steps = chain.settings.steps - first
     if schedule == "none":
         return _plain(chain, x, first, straight)
     trace = Trace(chain, first, straight, x)
@@ -160,7 +159,7 @@ def _traced(
 def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor, Tensor]:
     start = x if x.requires_grad else x.detach().requires_grad_()
     state = start
-    for k in range(first, chain.sampler.steps):
+    for k in range(first, chain.settings.steps):
         state, energies = transition(chain, state, k, create_graph=True, straight=straight)
         if k == first:
             nodes = nodes_of(state)
@@ -174,15 +173,15 @@ def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor,
 def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
     """Gradients to x alone where a step's Jacobian is what its clamps let through."""
     state, passed = x.detach(), torch.ones_like(x)
-    score = chain.choose(x).run
-    last = chain.sampler.steps - 1
-    if score is not None:
-        score.begin()
+    engine = chain.choose(x).run
+    last = chain.settings.steps - 1
+    if engine is not None:
+        engine.begin()
     for k in range(first, last + 1):
         state.requires_grad_()
-        lean = None if score is None else functools.partial(score, want_energies=k == last)
+        evaluate = None if engine is None else functools.partial(engine, want_energies=k == last)
         with torch.enable_grad():
-            step = chain.transition(reference.step, state, k, lean)
+            step = chain.transition(reference.step, state, k, evaluate)
         (passed,) = torch.autograd.grad(step.x, state, passed)
         state = step.x.detach()
     return _Masked.apply(x, state, passed.bool()), step.energies
@@ -202,7 +201,7 @@ class _Masked(torch.autograd.Function):
 
 def _something_requires_grad(chain: Chain, x: Tensor, first: int) -> bool:
     """Whether the traced steps can have a gradient; runs one only if none is in sight."""
-    others = (*parameters_of(chain.sampler.energy), *given(chain))
+    others = (*parameters_of(chain.energy), *given(chain))
     if any(tensor.requires_grad for tensor in others):
         return True
     if x.requires_grad and first == 0:

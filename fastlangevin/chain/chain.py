@@ -1,4 +1,4 @@
-"""One call's chain: the settings of a sampler, bound to a seed and stepped through."""
+"""One call's chain: its values, and the loop over its steps."""
 
 import contextlib
 import functools
@@ -9,18 +9,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlangevin import noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
+from fastlangevin.chain.settings import Settings
 from fastlangevin.gradients.autograd import Isolation, energy_and_grad
-from fastlangevin.gradients.fused_gpu import FusedScore
+from fastlangevin.gradients.engine import Engine
+from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.score_network import network_score
-from fastlangevin.gradients.select import Choice, Score
+from fastlangevin.gradients.select import (
+    Choice,
+    Recognised,
+    choose_engine,
+    warn_of_modes,
+)
+from fastlangevin.kernels import reference
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.step import apply_step_, bind_step, resolve_backend
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from fastlangevin.sampler import LangevinSampler
 
 
 # Where someone watches (fl.testing.compare): of each call here the state that it walks on, as it
@@ -53,8 +60,8 @@ Evaluated = tuple[Tensor | None, Tensor]  # energies [n] if known, and the gradi
 class Step(NamedTuple):
     """One step's results: its index, the state after it, energies [n] and gradient before it.
 
-    Energies are None where nobody asked for them and the score does not pass by them, and along a
-    score network; the gradient where it never reached memory.
+    Energies are None if not requested and not computed anyway, and along a score network; the
+    gradient is None where it never reached memory.
     """
 
     k: int
@@ -65,9 +72,11 @@ class Step(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The checked arguments of one call, beside the sampler that they were given to."""
+    """One call's values: what a sampler was set to and what its call was given, all checked."""
 
-    sampler: "LangevinSampler"
+    energy: Callable[..., Any]
+    settings: Settings
+    recognised: Recognised  # what is remembered of the energy from earlier calls
     seed: int
     first_chain: int
     first_step: int
@@ -89,28 +98,28 @@ class Chain(NamedTuple):
         """
         if x.shape[0] == 0:
             return
-        sampler = self.sampler
-        score = (choice or self.choose(x)).run
-        half = Overflow(x.device) if sampler.precision == "fp16" else None
-        if score is not None:
-            score.begin()
-        yield from self.stride(score, x, half, want_energies)
-        check_overflow(score, half)
+        settings = self.settings
+        engine = (choice or self.choose(x)).run
+        half = Overflow(x.device) if settings.precision == "fp16" else None
+        if engine is not None:
+            engine.begin()
+        yield from self.stride(engine, x, half, want_energies)
+        check_overflow(engine, half)
 
     def stride(
-        self, score: Score | None, x: Tensor, half: "Overflow | None", want_energies: bool = False
+        self, engine: Engine | None, x: Tensor, half: "Overflow | None", want_energies: bool = False
     ) -> Iterator[Step]:
-        """The steps of :meth:`walk` alone, along a score that has begun: launches, and no reading
+        """The steps of :meth:`walk` alone, along an engine that has begun: launches, and no reading
         of what they find."""
-        run = resolve_backend(self.sampler.backend, x.device)
-        if score is None:
+        run = resolve_backend(self.settings.backend, x.device)
+        if engine is None:
             chain = self.isolated(x.device)
             strides = self._strides(run, x, lambda k: chain.evaluate(x, k))
-        elif isinstance(score, FusedScore) and not want_energies and self._fuses():
-            strides, half = self._fused_strides(score, x), None
+        elif isinstance(engine, FusedGradient) and not want_energies and self._fuses():
+            strides, half = self._fused_strides(engine, x), None
         else:
-            last = self.sampler.steps - 1
-            strides = self._strides(run, x, lambda k: score(x, want_energies or k == last))
+            last = self.settings.steps - 1
+            strides = self._strides(run, x, lambda k: engine(x, want_energies or k == last))
         for step in strides:
             if half is not None:
                 half.look_at(step)
@@ -120,11 +129,14 @@ class Chain(NamedTuple):
         self, run: Callable[..., Tensor], x: Tensor, evaluate: Callable[[int], Evaluated]
     ) -> Iterator[Step]:
         """Steps along what ``evaluate`` finds at x, as a function of the step's index."""
-        sampler, update = self.sampler, self._bound(run, x)
-        for k in range(sampler.steps):
+        settings, update = self.settings, self._bound(run, x)
+        for k in range(settings.steps):
             with torch.no_grad():
-                step_size, noise_std = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
-                if sampler.noise_order == "before":
+                step_size, noise_std = (
+                    at_step(settings.step_size, k),
+                    at_step(settings.noise_std, k),
+                )
+                if settings.noise_order == "before":
                     update(None, 0.0, noise_std, k)
                     noise_std = 0.0
                 energies, grad = evaluate(k)
@@ -147,34 +159,34 @@ class Chain(NamedTuple):
 
     def _fuses(self) -> bool:
         """Whether the Triton step may be the update, and comes after the gradient."""
-        return self.sampler.noise_order != "before" and self.sampler.backend in ("auto", "triton")
+        return self.settings.noise_order != "before" and self.settings.backend in ("auto", "triton")
 
-    def _fused_strides(self, score: FusedScore, x: Tensor) -> Iterator[Step]:
+    def _fused_strides(self, engine: FusedGradient, x: Tensor) -> Iterator[Step]:
         """Steps whose gradient never reaches memory."""
-        sampler, options = self.sampler, self._options()
-        for k in range(sampler.steps):
-            energies = score.step_(
+        settings, options = self.settings, self._options()
+        for k in range(settings.steps):
+            energies = engine.step_(
                 x,
                 None if self.noise is None else self.noise[k],
-                step_size=at_step(sampler.step_size, k),
-                noise_std=at_step(sampler.noise_std, k),
+                step_size=at_step(settings.step_size, k),
+                noise_std=at_step(settings.noise_std, k),
                 step=self.first_step + k,
-                want_energies=k == sampler.steps - 1,
+                want_energies=k == settings.steps - 1,
                 **options,
             )
             yield Step(k, x, energies, None)
 
     def _options(self) -> dict[str, Any]:
         """What is the same at every step."""
-        sampler = self.sampler
+        settings = self.settings
         in_memory = {} if self.rng_state is None else {"rng_state": self.rng_state}
         return in_memory | {
             "seed": self.seed,
             "first_chain": self.first_chain,
-            "clamp": sampler.clamp,
-            "grad_clip": sampler.grad_clip,
-            "maximize": sampler.maximize,
-            "noise_last": sampler.noise_order == "last",
+            "clamp": settings.clamp,
+            "grad_clip": settings.grad_clip,
+            "maximize": settings.maximize,
+            "noise_last": settings.noise_order == "last",
         }
 
     def transition(
@@ -182,46 +194,60 @@ class Chain(NamedTuple):
         run: Callable[..., Tensor],
         x: Tensor,
         k: int,
-        score: Callable[[Tensor], Evaluated] | None = None,
+        evaluate: Callable[[Tensor], Evaluated] | None = None,
         create_graph: bool = False,
     ) -> Step:
         """Step k by ``run``: in place on x for a backend, pure for ``reference.step``.
 
-        score: x -> (energies or None, gradient); by default the general one.
+        evaluate: x -> (energies or None, gradient); by default autograd's.
         """
-        sampler = self.sampler
-        z = None if self.noise is None else self.noise[k]
-        step_size, noise_std = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
+        settings = self.settings
+        step_size, noise_std = at_step(settings.step_size, k), at_step(settings.noise_std, k)
         options = {"step": self.first_step + k} | self._options()
-        if sampler.noise_order == "before":
+        z = None if self.noise is None else self.noise[k]
+        if z is None and run is reference.step and not reference.is_zero(noise_std):
+            # The kernels' normals, as in a chain without gradients: they are faster to draw.
+            z = _noise.normal(
+                x.shape, seed=self.seed, step=self.first_step + k, first_chain=self.first_chain,
+                device=x.device, dtype=x.dtype,
+            )  # fmt: skip
+        if settings.noise_order == "before":
             x = apply_step_(run, x, None, z, step_size=0.0, noise_std=noise_std, **options)
             noise_std = 0.0
-        if score is None:
-            score = functools.partial(self.evaluate, k=k, create_graph=create_graph)
-        energies, grad = score(x)
+        if evaluate is None:
+            evaluate = functools.partial(self.evaluate, k=k, create_graph=create_graph)
+        energies, grad = evaluate(x)
         x = apply_step_(run, x, grad, z, step_size=step_size, noise_std=noise_std, **options)
         return Step(k, x, energies, grad)
 
     def evaluate(self, x: Tensor, k: int, create_graph: bool = False) -> Evaluated:
         """(energies or None, gradient) at step k by the energy's, or score network's, own code."""
-        sampler = self.sampler
-        run = network_score if sampler.score == "network" else energy_and_grad
+        settings = self.settings
+        run = network_score if settings.gradient == "network" else energy_and_grad
         kwargs = self.model_kwargs
         if self.step_kwargs:
             kwargs = kwargs | {name: entries[k] for name, entries in self.step_kwargs.items()}
-        isolation = self.isolation or Isolation(sampler.energy, x.device, self.seed)
+        isolation = self.isolation or Isolation(self.energy, x.device, self.seed)
         with isolation.step(self.first_step + k):
-            return run(isolation.network, x, kwargs, sampler.precision, create_graph)
+            return run(isolation.network, x, kwargs, settings.precision, create_graph)
 
     def isolated(self, device: torch.device, twice: bool = False) -> "Self":
         """The chain with what its evaluations have in common made once; ``twice``: for steps that
         are differentiated twice."""
-        isolation = Isolation(self.sampler.energy, device, self.seed, twice)
+        isolation = Isolation(self.energy, device, self.seed, twice)
         return self._replace(isolation=isolation)
 
     def choose(self, x: Tensor) -> Choice:
-        """The score of this chain from x, which may run the energy once."""
-        return self.sampler.choose_score(x, self.model_kwargs, self.step_kwargs)
+        """The engine of this chain from x, which may run the energy once.
+
+        Raises RuntimeError where one asked for by name cannot run.
+        """
+        if not self.recognised.warned:
+            self.recognised.warned = warn_of_modes(self.energy)
+        return choose_engine(
+            self.settings.gradient, self.energy, x, self.settings.precision, self.model_kwargs,
+            self.recognised, self.step_kwargs,
+        )  # fmt: skip
 
     def all_kwargs(self) -> dict[str, Any]:
         """What the energy is given beside x, that of all steps at once."""
@@ -238,7 +264,7 @@ class Chain(NamedTuple):
             lost = int((~chains).sum())
             raise FloatingPointError(
                 f"LangevinSampler: {lost} of {x.shape[0]} chains are not finite after "
-                f"{self.sampler.steps} steps, or their energy is NaN; diagnose() shows at which "
+                f"{self.settings.steps} steps, or their energy is NaN; diagnose() shows at which "
                 "step it began, and a smaller step_size, clamp or grad_clip may help"
             )
 
@@ -270,11 +296,11 @@ class Overflow:
             )
 
 
-def check_overflow(score: Score | None, half: Overflow | None) -> None:
+def check_overflow(engine: Engine | None, half: Overflow | None) -> None:
     """FloatingPointError if float16 has been left in a chain that has ended."""
     if half is not None:
         half.check()
-    if isinstance(score, FusedScore) and score.overflow is not None and bool(score.overflow):
+    if isinstance(engine, FusedGradient) and engine.overflow is not None and bool(engine.overflow):
         raise FloatingPointError(
             f'LangevinSampler: with precision="fp16" {_OVERFLOW}; diagnose() shows where'
         )

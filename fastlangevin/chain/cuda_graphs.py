@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastlangevin.arguments import Coefficient
 from fastlangevin.chain.chain import Chain, Overflow, check_overflow
-from fastlangevin.gradients.explicit import LeanScore
-from fastlangevin.gradients.fused_gpu import FusedScore
+from fastlangevin.gradients.explicit import ExplicitGradient
+from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.precision import switches
 from fastlangevin.gradients.select import Choice
 from fastlangevin.locks import new_lock
@@ -90,7 +90,7 @@ def refusal(
     device: torch.device,
     dtype: torch.dtype,
     chains: int,
-    score: str,
+    engine: str,
     backend: str,
     steps: int,
     step_size: Coefficient | list[float],
@@ -101,7 +101,7 @@ def refusal(
 ) -> str | None:
     """None where a chain may be recorded, else why not.
 
-    device, dtype and chains: of the state. score and backend: names as chosen, not "auto".
+    device, dtype and chains: of the state. engine and backend: names as chosen, not "auto".
     """
     if device.type != device_type:
         return f"the states are on {device}; only CUDA has graphs"
@@ -111,10 +111,10 @@ def refusal(
         return "float64 states are updated by the reference, which reads no seed from memory"
     if metropolis:
         return "steps are accepted by uniforms whose seed is not read from memory"
-    if score == "general":
-        return "the general score runs the energy's own code, which may decide by what it finds"
-    if score not in ("lean", "fused"):
-        return f"the {score} score is not recorded"
+    if engine == "autograd":
+        return "autograd runs the energy's own code, whose branches a graph cannot follow"
+    if engine not in ("explicit", "fused"):
+        return f"the {engine} engine is not recorded"
     if backend not in ("native", "triton"):
         return f"backend {backend} reads no seed from memory"
     if noise is not None:
@@ -128,11 +128,9 @@ def refusal(
 
 
 def kind_of(chain: Chain, x: Tensor) -> tuple[Any, ...]:
-    """What a recording holds fixed: all that a chain depends on but its score, x, seed and step."""
-    settings = chain.sampler.settings() | {
-        "backend": choose_backend(chain.sampler.backend, x.device)
-    }
-    values = (tuple(v) if isinstance(v, list) else v for v in settings.values())
+    """What a recording holds fixed: all but the chain's engine, x, seed and step."""
+    settings = chain.settings._replace(backend=choose_backend(chain.settings.backend, x.device))
+    values = (tuple(v) if isinstance(v, list) else v for v in settings)
     place = x.shape, x.stride(), x.dtype, x.device
     return (*place, chain.first_chain, *values, *_torch_settings(x.device.type))
 
@@ -157,11 +155,16 @@ class Recording:
     """A chain's launches, from any state, seed and first step, with the weights of the moment."""
 
     def __init__(
-        self, chain: Chain, x: Tensor, score: LeanScore | FusedScore, record: Recorder, beside: Any
+        self,
+        chain: Chain,
+        x: Tensor,
+        engine: ExplicitGradient | FusedGradient,
+        record: Recorder,
+        beside: Any,
     ) -> None:
         begin = time.perf_counter()
-        self.score = score
-        self.overflow = Overflow(x.device) if chain.sampler.precision == "fp16" else None
+        self.engine = engine
+        self.overflow = Overflow(x.device) if chain.settings.precision == "fp16" else None
         self.x = x.clone()
         self.rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)
         self.energies: Tensor | None = None
@@ -174,23 +177,23 @@ class Recording:
             energies = None
             if self.overflow is not None:
                 self.overflow.begin()
-            for step in other.stride(score, self.x, self.overflow):
+            for step in other.stride(engine, self.x, self.overflow):
                 energies = step.energies
             assert energies is not None
             if self.energies is None:
                 self.energies = torch.empty_like(energies)
             self.energies.copy_(energies)
 
-        score.begin()
+        engine.begin()
         self.graph, self.bytes = record(run, x.device, beside)
-        self.addresses = _addresses(score)
+        self.addresses = _addresses(engine)
         self.seconds = time.perf_counter() - begin
 
     def replay(self, chain: Chain, x: Tensor) -> Tensor | None:
-        """The chain, in place on x, and its last energies. None, and x untouched, where the score
+        """The chain, in place on x, and its last energies. None, and x untouched, where the engine
         has moved to other memory. Returns when the device is done."""
-        self.score.begin()
-        if _addresses(self.score) != self.addresses:
+        self.engine.begin()
+        if _addresses(self.engine) != self.addresses:
             return None
         assert self.energies is not None
         seed = chain.seed if chain.seed < 2**63 else chain.seed - 2**64
@@ -202,19 +205,19 @@ class Recording:
         energies = self.energies.clone()
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()
-        check_overflow(self.score, self.overflow)
+        check_overflow(self.engine, self.overflow)
         return energies
 
 
-def _addresses(score: LeanScore | FusedScore) -> list[int]:
-    return [buffer.data_ptr() for buffer in score.buffers()]
+def _addresses(engine: ExplicitGradient | FusedGradient) -> list[int]:
+    return [buffer.data_ptr() for buffer in engine.buffers()]
 
 
 @dataclass
 class _Kind:
     """What is known of a kind of chain."""
 
-    score: "weakref.ref[Any]"
+    engine: "weakref.ref[Any]"
     used: int = 0  # the number of the last call
     recording: Recording | None = None
     reason: str | None = None  # why it is not to be recorded
@@ -242,16 +245,16 @@ class Graphs:
         if x.device.type != self._record.device_type or not x.shape[0]:
             return None
         with self._lock:
-            score = choice.run
+            engine = choice.run
             if self._refusal(chain, x, choice) is not None:
                 return None
-            assert isinstance(score, LeanScore | FusedScore)
+            assert isinstance(engine, ExplicitGradient | FusedGradient)
             self._calls += 1
             key = kind_of(chain, x)
             kind = self._kinds.pop(key, None)
-            again = kind is not None and kind.score() is score
+            again = kind is not None and kind.engine() is engine
             if kind is None or not again:
-                kind = _Kind(weakref.ref(score))
+                kind = _Kind(weakref.ref(engine))
             self._kinds[key] = kind
             kind.used = self._calls
             if len(self._kinds) > _KINDS:
@@ -268,8 +271,8 @@ class Graphs:
     def _run_and_record(
         self, chain: Chain, x: Tensor, choice: Choice, kind: _Kind
     ) -> Tensor | None:
-        score = choice.run
-        assert isinstance(score, LeanScore | FusedScore)
+        engine = choice.run
+        assert isinstance(engine, ExplicitGradient | FusedGradient)
         start, energies = x.clone(), None
         for step in chain.walk(x, choice=choice):
             energies = step.energies
@@ -277,7 +280,7 @@ class Graphs:
             return energies  # of which the caller will tell; there is nothing to compare with
         beside = next((r.graph for r in self._recordings()), None)
         try:
-            recording = Recording(chain, start, score, self._record, beside)
+            recording = Recording(chain, start, engine, self._record, beside)
             found = recording.replay(chain, start)
             if found is not None and _alike(start, x) and _alike(found, energies):
                 kind.recording = recording
@@ -305,18 +308,18 @@ class Graphs:
         return True
 
     def _refusal(self, chain: Chain, x: Tensor, choice: Choice) -> str | None:
-        sampler = chain.sampler
+        settings = chain.settings
         return refusal(
             device=x.device,
             dtype=x.dtype,
             chains=x.shape[0],
-            score=choice.name,
-            backend=choose_backend(sampler.backend, x.device),
-            steps=sampler.steps,
-            step_size=sampler.step_size,
-            noise_std=sampler.noise_std,
+            engine=choice.name,
+            backend=choose_backend(settings.backend, x.device),
+            steps=settings.steps,
+            step_size=settings.step_size,
+            noise_std=settings.noise_std,
             noise=chain.noise,
-            metropolis=sampler.metropolis,
+            metropolis=settings.metropolis,
             device_type=self._record.device_type,
         )
 
@@ -327,14 +330,14 @@ class Graphs:
             return f"no: {reason}"
         with self._lock:
             kind = self._kinds.get(kind_of(chain, x))
-            if kind is not None and kind.score() is not choice.run:
+            if kind is not None and kind.engine() is not choice.run:
                 kind = None
             if kind is not None and kind.reason is not None:
                 return f"no: {kind.reason}"
             if kind is not None and kind.recording is not None:
                 made = kind.recording
                 return (
-                    f"yes: all {chain.sampler.steps} steps replayed as one; recorded in "
+                    f"yes: all {chain.settings.steps} steps replayed as one; recorded in "
                     f"{made.seconds:.2g} s, {made.bytes / 2**20:.3g} MiB"
                 )
             if len(self._recordings()) == _RECORDINGS:

@@ -17,7 +17,6 @@ are those of the noise contract's stream 3 at (seed, chain, step). Source: Rober
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,58 +24,32 @@ from torch import Tensor
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.chain import Chain, Overflow, Step, rows
-from fastlangevin.gradients.select import Score
+from fastlangevin.gradients.engine import Engine
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.kernels.reference import per_chain
 from fastlangevin.step import apply_step_, fold_norm_clip, resolve_backend
-
-if TYPE_CHECKING:
-    from fastlangevin.sampler import LangevinSampler
-
-
-def check_adjustable(op: str, sampler: "LangevinSampler") -> None:
-    """ValueError for settings under which a proposal's density is not known."""
-    for name in ("step_size", "noise_std"):
-        value = getattr(sampler, name)
-        zero = (
-            value.device.type == "cpu" and in_memory(value) and bool((value == 0).any())
-            if isinstance(value, Tensor)
-            else 0 in (value if isinstance(value, list) else [value])
-        )
-        if zero:
-            raise ValueError(f"{op}: metropolis=True needs {name} > 0, got 0")
-    if sampler.noise_order != "after":
-        raise ValueError(
-            f'{op}: metropolis=True needs noise_order "after", got {sampler.noise_order!r}'
-        )
-    if isinstance(sampler.grad_clip, tuple) and sampler.grad_clip[0] == "batch_norm":
-        raise ValueError(
-            f'{op}: metropolis=True accepts each chain by itself; a "batch_norm" clip ties them'
-        )
-    if sampler.score == "network":
-        raise ValueError(f"{op}: metropolis=True compares energies; a score network has none")
 
 
 class AdjustedChain(Chain):
     """A chain whose steps are accepted or rejected; x0's energy and gradient are the K + 1st."""
 
     def stride(
-        self, score: Score | None, x: Tensor, half: Overflow | None, want_energies: bool = False
+        self, engine: Engine | None, x: Tensor, half: Overflow | None, want_energies: bool = False
     ) -> Iterator[Step]:
-        sampler = self.sampler
-        if in_memory(x) and not bool(_inside(x, sampler.clamp).all()):
+        settings = self.settings
+        if in_memory(x) and not bool(_inside(x, settings.clamp).all()):
             raise ValueError(
                 "LangevinSampler: with metropolis=True x0 must lie within clamp="
-                f"{sampler.clamp}, outside of which proposals are rejected"
+                f"{settings.clamp}, outside of which proposals are rejected"
             )
-        run = resolve_backend(sampler.backend, x.device)
-        chain = self if score is not None else self.isolated(x.device)
-        energies, grad = chain._evaluate(score, x, 0)
-        for k in range(sampler.steps):
+        run = resolve_backend(settings.backend, x.device)
+        chain = self if engine is not None else self.isolated(x.device)
+        energies, grad = chain._evaluate(engine, x, 0)
+        for k in range(settings.steps):
             step = Step(k, x, energies, grad)
             with torch.no_grad():
                 y = self._propose(run, x, grad, k)
-                there = chain._evaluate(score, y, k)
+                there = chain._evaluate(engine, y, k)
                 accepted = self._accept(x, y, (energies, grad), there, k)
                 x.copy_(torch.where(_like(accepted, x), y, x))
                 energies = torch.where(accepted, there[0], energies)
@@ -85,18 +58,18 @@ class AdjustedChain(Chain):
                 half.look_at(step)
             yield step._replace(accepted=accepted)
 
-    def _evaluate(self, score: Score | None, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, engine: Engine | None, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(energies [n], gradient) at x."""
         with torch.no_grad():
-            energies, grad = self.evaluate(x, k) if score is None else score(x, True)
+            energies, grad = self.evaluate(x, k) if engine is None else engine(x, True)
         assert energies is not None
         return energies, grad
 
     def _propose(self, run: Callable[..., Tensor], x: Tensor, grad: Tensor, k: int) -> Tensor:
-        sampler = self.sampler
+        settings = self.settings
         return apply_step_(
             run, x.clone(), grad, None if self.noise is None else self.noise[k],
-            step_size=at_step(sampler.step_size, k), noise_std=at_step(sampler.noise_std, k),
+            step_size=at_step(settings.step_size, k), noise_std=at_step(settings.noise_std, k),
             step=self.first_step + k, **self._options() | {"clamp": None},
         )  # fmt: skip
 
@@ -109,9 +82,9 @@ class AdjustedChain(Chain):
         k: int,
     ) -> Tensor:
         """Whether each chain moves to y, bool [n]; a proposal whose energy is NaN is rejected."""
-        sampler = self.sampler
-        a, b = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
-        sign = 1 if sampler.maximize else -1
+        settings = self.settings
+        a, b = at_step(settings.step_size, k), at_step(settings.noise_std, k)
+        sign = 1 if settings.maximize else -1
         forth, back = (sign * self._move(grad.to(x.dtype), a) for grad in (here[1], there[1]))
         gain = sign * (there[0].double() - here[0].double())
         product = rows((forth + back) * (2 * (y - x) - forth + back)).sum(1, dtype=torch.float64)
@@ -121,11 +94,11 @@ class AdjustedChain(Chain):
             (len(x),), seed=self.seed, step=self.first_step + k, stream=_noise.ACCEPT,
             first_chain=self.first_chain, device=x.device,
         )  # fmt: skip
-        return (u.double().log() < ratio) & _inside(y, sampler.clamp)
+        return (u.double().log() < ratio) & _inside(y, settings.clamp)
 
     def _move(self, grad: Tensor, a: Coefficient) -> Tensor:
         """a clip(g)."""
-        a, bound = fold_norm_clip(grad, a, self.sampler.grad_clip)
+        a, bound = fold_norm_clip(grad, a, self.settings.grad_clip)
         clipped = grad if bound is None else grad.clamp(-bound, bound)
         return per_chain(a, grad, grad.dtype) * clipped
 

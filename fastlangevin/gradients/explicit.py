@@ -38,7 +38,7 @@ Layer = Activation | Conv | Linear | Plain
 _COMPUTE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class LeanScore:
+class ExplicitGradient:
     """Energies and d energy / d x of batches like x [n, ...], whose shape and device are fixed.
 
     precision: as of the sampler; half precisions are those of the weights and of all values, where

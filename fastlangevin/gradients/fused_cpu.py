@@ -73,7 +73,7 @@ def _why_wasteful(stack: ConvStack) -> str | None:
     return None
 
 
-class ConvNetScore:
+class ConvNetGradient:
     """Energies and d energy / d x of batches x [n, C, H, W] in float32, in their layout.
 
     With precision "bf16" the weights, activations and gradients between layers are bfloat16, their

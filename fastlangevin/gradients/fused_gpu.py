@@ -35,7 +35,7 @@ from fastlangevin.step import apply_step_
 if TYPE_CHECKING:
     from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv
 
-OFF = 'not measured on a GPU yet, so never chosen by itself; score="fused" runs it'
+OFF = 'not measured on a GPU yet, so never chosen by itself; gradient="fused" runs it'
 
 _LINEAR = ("leaky_relu", "relu")  # piecewise: their derivatives are kept as bits
 _ACTIVATIONS = (*_LINEAR, "silu", "softplus", "elu")
@@ -77,7 +77,7 @@ def _refused(conv: "StackedConv", device: torch.device) -> str | None:
     return None
 
 
-class FusedScore:
+class FusedGradient:
     """Energies and d energy / d x of n chains, for the stacks that :func:`refusal` lets pass.
 
     ``precision``: of the operands, "fp32" (strict, without matrix instructions), "tf32", "fp16" or
@@ -96,10 +96,12 @@ class FusedScore:
     def __init__(self, stack: "ConvStack", n: int, device: torch.device, precision: str) -> None:
         reason = refusal(stack, device, precision)
         if reason is not None:
-            raise ValueError(f"FusedScore: {reason}")
+            raise ValueError(f"FusedGradient: {reason}")
         sizes = _sizes(stack)
         if n * max(h * w for _, h, w in sizes) > _MAX_PIXELS:
-            raise ValueError(f"FusedScore: {n} chains have 2**31 pixels or more; split the batch")
+            raise ValueError(
+                f"FusedGradient: {n} chains have 2**31 pixels or more; split the batch"
+            )
         self.stack, self.n, self.precision = stack, n, precision
         around = list(zip(stack.convs, sizes, sizes[1:], strict=False))
         self._forward = [conv_plan.forward_plan(*a, n, precision) for a in around]
@@ -237,7 +239,7 @@ class FusedScore:
         shape = (self.n, *self.stack.shape)
         if x.shape != shape or x.dtype != torch.float32:
             raise ValueError(
-                f"FusedScore: x must be float32 {list(shape)}, got {x.dtype} {list(x.shape)}"
+                f"FusedGradient: x must be float32 {list(shape)}, got {x.dtype} {list(x.shape)}"
             )
 
     def _draws_in_fours(self) -> bool:

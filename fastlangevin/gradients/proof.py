@@ -1,14 +1,12 @@
 """Whether an engine's gradient is the one that autograd takes of the energy's own code."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.graph.record import Recording, no_hooks
-
-if TYPE_CHECKING:
-    from fastlangevin.gradients.select import Score
 
 # How far two gradients of a chain may be apart, over their norm. In float32 a unit within rounding
 # of a kink may take the other slope, and moves a gradient by some 1 / sqrt(units): 0.3 % in a
@@ -25,7 +23,7 @@ class Verdict(NamedTuple):
     shown: bool
 
 
-def prove(found: Recording, engine: "Score", x: Tensor) -> Verdict:
+def prove(found: Recording, engine: Engine, x: Tensor) -> Verdict:
     """Compare an engine's energies and gradients at x with autograd's, chain by chain."""
     with torch.enable_grad(), no_hooks():
         energies = found.out.reshape(-1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.gradients.autograd import network_precision
-from fastlangevin.gradients.explicit import LeanScore, Passes, Plan, deliver, whole
+from fastlangevin.gradients.explicit import ExplicitGradient, Passes, Plan, deliver, whole
 from fastlangevin.gradients.graph.aten_ops import NONLINEAR
 from fastlangevin.gradients.graph.ir import Constant, Graph
 from fastlangevin.gradients.layers import Activation, Conv, Linear, LogSumExp, laid_out, spread
@@ -26,13 +26,13 @@ _CURVED = NONLINEAR - {"relu", "leaky_relu"}
 
 
 def refusal(graph: Graph, precision: str | None) -> str | None:
-    """None where :class:`SecondOrderScore` serves a graph, else why not."""
+    """None where :class:`SecondOrderGradient` serves a graph, else why not."""
     if precision in ("fp16", "bf16") or graph.dtype not in (torch.float32, torch.float64):
         return "the network runs in half precision"
     return None
 
 
-class SecondOrderScore(LeanScore):
+class SecondOrderGradient(ExplicitGradient):
     """A lean score with :meth:`differentiable`. It must begin before a chain, as any."""
 
     def __init__(self, graph: Graph, x: Tensor, precision: str | None = None) -> None:
@@ -82,7 +82,7 @@ class SecondOrderScore(LeanScore):
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, score: SecondOrderScore, x: Tensor, *weights: Tensor
+        ctx: Any, score: SecondOrderGradient, x: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         energies, grad, kept = score.first(x)
         ctx.score, ctx.kept = score, kept

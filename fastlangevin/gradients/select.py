@@ -1,18 +1,17 @@
-"""Which score a call runs with: the fastest that computes what the energy's own code would."""
+"""Which engine a call runs with: the fastest that computes what the energy's own code would."""
 
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastlangevin.gradients import fused_cpu, fused_gpu
 from fastlangevin.gradients.autograd import modules_of, network_precision
-from fastlangevin.gradients.compiled import CompiledScore
-from fastlangevin.gradients.compiled import refusal as compiled_refusal
-from fastlangevin.gradients.explicit import LeanScore
+from fastlangevin.gradients.engine import Engine
+from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, record
@@ -23,7 +22,7 @@ from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import all_in_memory, in_memory
 from fastlangevin.locks import new_lock
 
-SCORES = ("auto", "general", "lean", "fused", "compiled", "network")
+GRADIENTS = ("auto", "autograd", "explicit", "fused", "network")
 HALVES = ("fp16", "bf16")
 # Batches of this many shapes are planned for at a time; each holds a copy of the weights.
 _PLANS = 4
@@ -31,24 +30,11 @@ _PARTS = "the state has several parts"
 _NOT_HERE = "not in memory (fake, meta, or of a torch.func transform)"
 
 
-class Score(Protocol):
-    """Energies and input gradients of batches of one shape."""
-
-    def begin(self) -> None:
-        """Read the weights, before a chain."""
-
-    def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
-        """(energies [n] or None, d energy / d x) of x [n, ...]."""
-
-    def held_bytes(self) -> int | None:
-        """What is held between calls and during them at most, beside the gradient, if known."""
-
-
 class Choice(NamedTuple):
-    """The score of a call: ``run`` (None for autograd and score networks), and why none faster."""
+    """The chosen engine (``run`` is None for autograd and score networks); why no faster one is."""
 
     name: str
-    run: Score | None
+    run: Engine | None
     why_not: dict[str, str]
     graph: Graph | None = None
 
@@ -60,7 +46,7 @@ class Recognised:
     def __init__(self) -> None:
         # Per shape of a batch. Graphs and plans are held, as their keys are made of ids.
         self._graphs: dict[tuple[Any, ...], Graph] = {}
-        self._plans: dict[tuple[Any, ...], tuple[Graph | None, Score]] = {}
+        self._plans: dict[tuple[Any, ...], tuple[Graph | None, Engine]] = {}
         self._proved: dict[tuple[Any, ...], Graph] = {}
         self._lock = new_lock()
         self.warned = False
@@ -87,7 +73,7 @@ class Recognised:
         self._keep(self._graphs, tuple(x.shape), found.graph)
         return Found(found.graph, found)
 
-    def plan(self, make: Callable[[], Score], graph: Graph | None, *key: Any) -> Score:
+    def plan(self, make: Callable[[], Engine], graph: Graph | None, *key: Any) -> Engine:
         """The plan of a graph and key, made where there is none."""
         key = (*key, None if graph is None else graph.key)
         with self._lock:
@@ -99,7 +85,7 @@ class Recognised:
     def disproof(
         self,
         name: str,
-        make: Callable[[], Score],
+        make: Callable[[], Engine],
         found: "Found",
         energy: Callable[..., Tensor],
         x: Tensor,
@@ -108,12 +94,12 @@ class Recognised:
     ) -> str | None:
         """Why an engine is not to be used. One that has agreed with autograd is not asked again.
 
-        Half precision is proved of the graph, by the lean score in the network's own dtype.
+        Half precision is proved of the graph, by the explicit engine in the network's own dtype.
         """
         key = name, precision, found.graph.key
         if key in self._proved or not x.shape[0]:
             return None
-        run = LeanScore(found.graph, x, "fp32") if precision in HALVES else make()
+        run = ExplicitGradient(found.graph, x, "fp32") if precision in HALVES else make()
         recording = found.recording or record(energy, x, model_kwargs)
         if isinstance(recording, str):
             return recording
@@ -138,14 +124,14 @@ class Found(NamedTuple):
     recording: Recording | None
 
 
-def check_score(score: str) -> None:
-    """ValueError unless the name is a score's."""
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+def check_gradient(gradient: str) -> None:
+    """ValueError unless the name is an engine's, or "auto"."""
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
 
 
-def choose_score(
-    score: str,
+def choose_engine(
+    gradient: str,
     energy: Callable[..., Tensor],
     x: Tensor,
     precision: str | None,
@@ -153,33 +139,24 @@ def choose_score(
     known: Recognised,
     step_kwargs: Iterable[str] = (),
 ) -> Choice:
-    """The score for chains from x [n, ...]. One asked for by name that cannot run: RuntimeError.
+    """The engine for chains from x [n, ...]. One asked for by name that cannot run: RuntimeError.
 
     An energy that may be one of other people's code is run once on x; see :mod:`recorder`.
     step_kwargs: names of what the energy is given besides model_kwargs, different at every step.
     """
-    if score in ("general", "network"):
-        return Choice(score, None, {})
-    if score == "compiled":
-        reason = _PARTS if isinstance(energy, PackedEnergy) else None
-        reason = reason or compiled_refusal(energy, dict.fromkeys(step_kwargs) | model_kwargs)
-        if reason is not None:
-            raise RuntimeError(f'LangevinSampler: score "compiled" cannot run: {reason}')
-        run = known.plan(
-            lambda: CompiledScore(energy, precision), None, "compiled", precision, id(energy)
-        )
-        return Choice("compiled", run, {})
+    if gradient in ("autograd", "network"):
+        return Choice(gradient, None, {})
     with network_precision("fp32" if precision in HALVES else precision, x.device):
-        choice = _explicit(score, energy, x, precision, model_kwargs, known, step_kwargs)
+        choice = _explicit(gradient, energy, x, precision, model_kwargs, known, step_kwargs)
     if isinstance(choice, Choice):
         return choice
-    if score != "auto":
-        raise RuntimeError(f'LangevinSampler: score "{score}" cannot run: {choice}')
-    return Choice("general", None, {"fused, lean": choice})
+    if gradient != "auto":
+        raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {choice}')
+    return Choice("autograd", None, {"fused, lean": choice})
 
 
 def _explicit(
-    score: str,
+    gradient: str,
     energy: Callable[..., Tensor],
     x: Tensor,
     precision: str | None,
@@ -187,7 +164,7 @@ def _explicit(
     known: Recognised,
     step_kwargs: Iterable[str],
 ) -> Choice | str:
-    """The fused or lean score, if it has given autograd's gradient of this energy; else why not."""
+    """The fused or explicit engine, if it has proved to give autograd's gradient; else why not."""
     reason = _unrecorded(energy, x, precision, step_kwargs)
     if reason is not None:
         return reason
@@ -199,28 +176,28 @@ def _explicit(
         known = Recognised()  # functional_call's weights: nothing of them outlives the call
     name, run = "fused", None
     why_not: dict[str, str] = {}
-    if score != "lean":
-        fused = _fused(graph, x, precision, known, by_name=score == "fused")
+    if gradient != "explicit":
+        fused = _fused(graph, x, precision, known, by_name=gradient == "fused")
         if not isinstance(fused, str):
             run = fused
-        elif score == "fused":
+        elif gradient == "fused":
             return fused
         else:
             why_not["fused"] = fused
     if run is None:
-        name, run = "lean", known.plan(
-            lambda: LeanScore(graph, x, precision),
-            graph, "lean", precision, torch.backends.mkldnn.enabled,
+        name, run = "explicit", known.plan(
+            lambda: ExplicitGradient(graph, x, precision),
+            graph, "explicit", precision, torch.backends.mkldnn.enabled,
         )  # fmt: skip
-    chosen: Score = run
+    chosen: Engine = run
     reason = known.disproof(name, lambda: chosen, found, energy, x, precision, model_kwargs)
     return reason or Choice(name, run, why_not, graph)
 
 
 def _fused(
     graph: Graph, x: Tensor, precision: str | None, known: Recognised, by_name: bool
-) -> Score | str:
-    """The score by kernels of our own, or why there is none."""
+) -> Engine | str:
+    """The fused engine, or why there is none."""
     stack = conv_stack(graph)
     if isinstance(stack, str):
         return stack
@@ -230,7 +207,7 @@ def _fused(
         if reason is not None:
             return reason
         return known.plan(
-            lambda: fused_cpu.ConvNetScore(graph, chains, precision),
+            lambda: fused_cpu.ConvNetGradient(graph, chains, precision),
             graph, "native", precision, torch.get_num_threads(),
             extension.library.instruction_set(),
         )  # fmt: skip
@@ -243,12 +220,15 @@ def _fused(
     if reason is not None:
         return reason
     assert precision is not None
-    score = known.plan(
-        lambda: fused_gpu.FusedScore(stack, chains, device, precision), graph, "triton", precision
+    engine = known.plan(
+        lambda: fused_gpu.FusedGradient(stack, chains, device, precision),
+        graph,
+        "triton",
+        precision,
     )
-    assert isinstance(score, fused_gpu.FusedScore)
-    score.stack = stack  # the weights may have moved
-    return score
+    assert isinstance(engine, fused_gpu.FusedGradient)
+    engine.stack = stack  # the weights may have moved
+    return engine
 
 
 def proved_graph(
@@ -259,7 +239,7 @@ def proved_graph(
     known: Recognised,
     step_kwargs: Iterable[str] = (),
 ) -> Graph | str:
-    """The graph that explicit scores run, or why autograd is to differentiate."""
+    """The graph that the explicit engine runs, or why autograd is to differentiate."""
     reason = _unrecorded(energy, x, precision, step_kwargs)
     if reason is not None:
         return reason
@@ -271,10 +251,10 @@ def proved_graph(
         if any(base.grad_fn is not None for base in graph.bases):
             known = Recognised()
 
-        def lean() -> Score:
-            return LeanScore(graph, x, precision)
+        def lean() -> Engine:
+            return ExplicitGradient(graph, x, precision)
 
-        reason = known.disproof("lean", lean, found, energy, x, precision, model_kwargs)
+        reason = known.disproof("explicit", lean, found, energy, x, precision, model_kwargs)
     return reason or graph
 
 

@@ -265,14 +265,15 @@ def load(
         energy = _build_energy(info.get("energy"), tensors, prefix, path)
     if not isinstance(info.get("sampler"), dict):
         raise CheckpointError(f"{path} has a damaged header: no sampler in it")
-    if unknown := [name for name in info["sampler"] if name not in _SETTINGS]:
+    saved = _renamed(info["sampler"])
+    if unknown := [name for name in saved if name not in _SETTINGS]:
         raise CheckpointError(
             f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
             f"perhaps another version's: {', '.join(unknown)}"
         )
     settings: dict[str, Any] = {
         name: tensors[f"sampler.{name}"].to(device) if f"sampler.{name}" in tensors else value
-        for name, value in info["sampler"].items()
+        for name, value in saved.items()
     }
     load_weights(energy, tensors, prefix, path, assign=built)
     energy.to(device).eval()
@@ -284,6 +285,15 @@ def load(
         sampler = LangevinSampler(energy, **settings | changes)
     _serve(sampler, torch.device(device), changes)
     return sampler
+
+
+def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved sampler's settings by today's names: ``gradient`` was called ``score``."""
+    settings = dict(settings)
+    if "score" in settings and "gradient" not in settings:
+        name = settings.pop("score")
+        settings["gradient"] = {"general": "autograd", "lean": "explicit"}.get(name, name)
+    return settings
 
 
 def _build_energy(

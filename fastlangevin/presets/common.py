@@ -71,7 +71,7 @@ class Samplers:
         key = settings | {"wrap": wrap}
         if self._last is None or self._last[0] is not energy or not _alike(self._last[1], key):
             own = energy if wrap is None else wrap[0](energy, *wrap[1:])
-            if self._sums and settings.get("score") != "network":
+            if self._sums and settings.get("gradient") != "network":
                 own = Summed(own)
             self._last = energy, key, LangevinSampler(own, **settings)
         return self._last[2]

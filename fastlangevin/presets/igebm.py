@@ -179,7 +179,7 @@ def improved_cd() -> Callable[..., tuple[Any, ...]]:
         options = given | {"seed": seed, "first_chain": first_chain}
         if sample:
             free = move | {"steps": 1, "noise_std": 0.0, "clamp": None}
-            sampler = last(model, wrap, score="general", **free)
+            sampler = last(model, wrap, gradient="autograd", **free)
             x, samples = im_neg, []
             for k, std in enumerate(stds):
                 x = kick(x, std, seed, noise, first_chain, k)
@@ -193,7 +193,7 @@ def improved_cd() -> Callable[..., tuple[Any, ...]]:
             sampler = until_last(model, wrap, steps=K - 1, noise_std=stds[1:], **move)
             later = None if noise is None else noise[1:]
             x = sampler(x, first_step=1, noise=later, **options)
-        last_step = last(model, wrap, steps=1, noise_std=0.0, score="general", **move)
+        last_step = last(model, wrap, steps=1, noise_std=0.0, gradient="autograd", **move)
         few = {name: value[:n] for name, value in given.items()}
         with left_as_found(last_step.energy, x.device):
             _, im_grad = energy_and_grad(last_step.energy, x[:n], few)

@@ -122,7 +122,7 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
         settings["noise_order"] = "last"
         if rest and std > 0:
             wrap = (_Proximal, first, sum(rest), args.eps)
-            sampler = samplers(f, wrap, step_size=1.0, score="network", **settings)
+            sampler = samplers(f, wrap, step_size=1.0, gradient="network", **settings)
         else:
             step_size = first + sum(rest)
             sampler = samplers(f, step_size=step_size, grad_clip=args.eps, **settings)

@@ -70,7 +70,7 @@ def nae() -> Callable[..., Tensor]:
         if clip_grad is None:
             sampler = samplers(model, **settings)
         else:
-            along = {"maximize": True, "score": "network"}
+            along = {"maximize": True, "gradient": "network"}
             sampler = samplers(model, (_Clipped, clip_grad), **settings, **along)
         return sampler(x, seed=take_seed(seed, generator), noise=noise, first_chain=first_chain)
 

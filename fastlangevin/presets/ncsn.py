@@ -57,7 +57,7 @@ def ncsn() -> Callable[..., list[Tensor]]:
             torch.full((x_mod.shape[0],), c, dtype=torch.int64, device=x_mod.device)
             for c in range(len(levels))
         ]
-        along: dict[str, Any] = {"wrap": (Labelled,), "maximize": True, "score": "network"}
+        along: dict[str, Any] = {"wrap": (Labelled,), "maximize": True, "gradient": "network"}
         # One chain, a level at a time: so much of it is on the device.
         for c, sigma in enumerate(levels):
             size, first = step_lr * (sigma / levels[-1]) ** 2, c * each

@@ -1,6 +1,5 @@
 """A sampler's steps from the states of another loop, and what rounding may make of each."""
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from fastlangevin import noise as _noise
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
 from fastlangevin.gradients.autograd import network_dtype
-from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import fold_norm_clip, langevin_step_
 from fastlangevin.testing.loop import Buffers, distance, replay, state
 
@@ -29,7 +27,7 @@ class Walk:
 
     def __init__(self, runs: list[tuple[Tensor, Tensor, Chain]], x0: Tensor, steps: int) -> None:
         runs = [run for run in runs if run[1].shape == x0.shape and run[1].dtype == x0.dtype]
-        places = [(run, k) for run in runs for k in range(run[2].sampler.steps)]
+        places = [(run, k) for run in runs for k in range(run[2].settings.steps)]
         self.places, self.steps = places[:steps], steps
 
     def ends_in(self, ours: Tensor) -> bool:
@@ -69,14 +67,13 @@ class Walk:
     def _step(self, j: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """(the state at gradient j + 1, what rounding may make of each chain) from one at j."""
         (run, k) = self.places[j]
-        chain, sampler = run[2], copy.copy(run[2].sampler)
-        sampler.steps = 1
-        a, b = (at_step(value, k) for value in (sampler.step_size, sampler.noise_std))
-        sampler.step_size, sampler.noise_std = a, b
-        if sampler.noise_order == "before":  # x has that noise
-            sampler.noise_order, sampler.noise_std = "after", 0.0
+        chain, settings = run[2], run[2].settings
+        a, b = (at_step(value, k) for value in (settings.step_size, settings.noise_std))
+        one_step = settings._replace(steps=1, step_size=a, noise_std=b)
+        if settings.noise_order == "before":  # x has that noise
+            one_step = one_step._replace(noise_order="after", noise_std=0.0)
         one = chain._replace(
-            sampler=sampler,
+            settings=one_step,
             first_step=chain.first_step + k,
             noise=None if chain.noise is None else chain.noise[k : k + 1],
             step_kwargs={name: value[k : k + 1] for name, value in chain.step_kwargs.items()},
@@ -90,9 +87,9 @@ class Walk:
         if grad is None:
             bound = bound + 32 * eps * _largest(end - x)
         else:
-            a, _ = fold_norm_clip(grad, a, sampler.grad_clip)
+            a, _ = fold_norm_clip(grad, a, settings.grad_clip)
             a = a.to(grad.device) if isinstance(a, Tensor) else a
-            bound = bound + 32 * _network_eps(sampler, x) * a * _largest(grad.to(x.dtype))
+            bound = bound + 32 * _network_eps(chain, x) * a * _largest(grad.to(x.dtype))
         if j + 1 < len(self.places):
             (_, _, chain), k = self.places[j + 1]
             end = _noise_before(end, chain, k)
@@ -100,8 +97,7 @@ class Walk:
 
     def _response(self, j: int, x: Tensor, end: Tensor) -> Tensor:
         """Four times what a step makes of an x a few eps away, beyond that distance itself [n]."""
-        sampler = self.places[j][0][2].sampler
-        size = 4 * _network_eps(sampler, x) * _largest(x)
+        size = 4 * _network_eps(self.places[j][0][2], x) * _largest(x)
         found = [
             _largest(self._step(j, x + _like(size, x) * _signs(x, trial))[0] - end) - size
             for trial in range(4)
@@ -111,20 +107,20 @@ class Walk:
 
 def _noise_before(x: Tensor, chain: Chain, k: int) -> Tensor:
     """In place, what noise_order "before" does ahead of the gradient."""
-    sampler = chain.sampler
-    if sampler.noise_order != "before":
+    settings = chain.settings
+    if settings.noise_order != "before":
         return x
     return langevin_step_(
-        x, None, step_size=0.0, noise_std=at_step(sampler.noise_std, k), seed=chain.seed,
-        step=chain.first_step + k, first_chain=chain.first_chain, clamp=sampler.clamp,
+        x, None, step_size=0.0, noise_std=at_step(settings.noise_std, k), seed=chain.seed,
+        step=chain.first_step + k, first_chain=chain.first_chain, clamp=settings.clamp,
         noise=None if chain.noise is None else chain.noise[k],
     )  # fmt: skip
 
 
-def _network_eps(sampler: LangevinSampler, x: Tensor) -> float:
+def _network_eps(chain: Chain, x: Tensor) -> float:
     """The coarsest of the state's dtype and the network's."""
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(sampler.precision or "")
-    dtypes = [x.dtype, network_dtype(sampler.energy, x.dtype)] + [half] * (half is not None)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(chain.settings.precision or "")
+    dtypes = [x.dtype, network_dtype(chain.energy, x.dtype)] + [half] * (half is not None)
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype is not None)
 
 

@@ -328,7 +328,7 @@ def test_offload_from_cuda(checkpoint: Any) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
-@pytest.mark.parametrize("options", [{}, {"score": "general", "grad_through": "straight"}])
+@pytest.mark.parametrize("options", [{}, {"gradient": "autograd", "grad_through": "straight"}])
 @pytest.mark.parametrize("noise_order", ["after", "before", "last"])
 def test_piecewise_linear_energies_pass_gradients_by_their_masks(
     activation: str, options: dict, noise_order: str

@@ -223,7 +223,7 @@ def test_chains_are_timed_beside_the_papers_loop_and_reported(load, tmp_path):
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "chain-cpu.json").read_text())
     rows = {row["variant"]: row for row in content["results"]}
-    scores = {f"{score} fp32" for score in ("general", "lean", "fused")}
+    scores = {f"{gradient} fp32" for gradient in ("autograd", "explicit", "fused")}
     assert {"paper's loop", "fused bf16"} | scores <= set(rows)
     served = {name: row for name, row in rows.items() if "error" not in row}
     assert served["paper's loop"]["speedup"]["median"] == 1.0
@@ -234,7 +234,7 @@ def test_chains_are_timed_beside_the_papers_loop_and_reported(load, tmp_path):
         assert row["peak_bytes"] > 4 * 3 * 8 * 8 * 4  # at least the gradient
     text = load("report").report([content])
     assert "| paper's loop |" in text
-    assert '| `score="lean"`, fp32 |' in text
+    assert '| `gradient="explicit"`, fp32 |' in text
     assert "**CUDA**: not measured." in text
 
 

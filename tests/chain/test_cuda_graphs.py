@@ -20,8 +20,8 @@ from fastlangevin.chain.cuda_graphs import Graphs, kind_of, refusal
 from fastlangevin.gradients import explicit as lean
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients import select as choice
-from fastlangevin.gradients.explicit import LeanScore
-from fastlangevin.gradients.fused_gpu import FusedScore
+from fastlangevin.gradients.explicit import ExplicitGradient
+from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.graph.conv_stack import Graph, conv_stack, recognise
 from fastlangevin.gradients.layers import Activation
 from fastlangevin.kernels import reference, triton
@@ -129,14 +129,16 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = triton.available(CPU)
     if reason is not None:
         pytest.skip(f"triton: {reason}")
-    monkeypatch.setattr(choice, "LeanScore", functools.partial(LeanScore, inplace=True))
+    monkeypatch.setattr(
+        choice, "ExplicitGradient", functools.partial(ExplicitGradient, inplace=True)
+    )
     monkeypatch.setattr(lean, "Activation", OnCuda)
     monkeypatch.setitem(step._STEPS, "triton", taped_step_)
 
 
 as_on_cuda = pytest.mark.usefixtures("_as_on_cuda")
 DEFAULTS: dict[str, Any] = {
-    "steps": K, "step_size": 0.5, "noise_std": 0.05, "score": "lean", "backend": "triton",
+    "steps": K, "step_size": 0.5, "noise_std": 0.05, "gradient": "explicit", "backend": "triton",
 }  # fmt: skip
 
 
@@ -163,16 +165,16 @@ def line(run: fl.LangevinSampler, x: Tensor) -> str:
 # What is recorded --------------------------------------------------------------------------------
 
 FITS: dict[str, Any] = {
-    "device": torch.device("cuda", 0), "dtype": torch.float32, "chains": 64, "score": "lean",
+    "device": torch.device("cuda", 0), "dtype": torch.float32, "chains": 64, "gradient": "explicit",
     "backend": "native", "steps": 100, "step_size": 1.0, "noise_std": [0.01] * 100,
 }  # fmt: skip
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"device": CPU}, "the states are on cpu"),
     ({"chains": 0}, "the batch is empty"),
     ({"dtype": torch.float64}, "float64 states are updated by the reference"),
-    ({"score": "general"}, "runs the energy's own code"),
-    ({"score": "compiled"}, "the compiled score is not recorded"),
-    ({"score": "network"}, "the network score is not recorded"),
+    ({"gradient": "autograd"}, "runs the energy's own code"),
+    ({"gradient": "compiled"}, "the compiled score is not recorded"),
+    ({"gradient": "network"}, "the network score is not recorded"),
     ({"metropolis": True}, "accepted by uniforms whose seed is not read from memory"),
     ({"backend": "reference"}, "backend reference reads no seed"),
     ({"noise": torch.zeros(1)}, "noise is given"),
@@ -184,7 +186,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 
 def test_what_fits() -> None:
     assert refusal(**FITS) is None
-    assert refusal(**FITS | {"score": "fused", "backend": "triton"}) is None
+    assert refusal(**FITS | {"gradient": "fused", "backend": "triton"}) is None
 
 
 @pytest.mark.parametrize(("wrong", "reason"), REFUSALS, ids=[reason for _, reason in REFUSALS])
@@ -227,7 +229,7 @@ OTHER: list[dict[str, Any]] = [
     {"steps": 4}, {"step_size": 0.5}, {"step_size": [1.0] * K}, {"noise_std": 0.02},
     {"noise_std": [0.01, 0.02, 0.03]}, {"maximize": True}, {"clamp": (-1, 1)}, {"grad_clip": 1.0},
     {"grad_clip": ("chain_norm", 1.0)}, {"noise_order": "last"}, {"precision": "bf16"},
-    {"backend": "auto"}, {"score": "lean"}, {"first_chain": 1}, {"x": numbers().double()},
+    {"backend": "auto"}, {"gradient": "explicit"}, {"first_chain": 1}, {"x": numbers().double()},
     {"x": numbers().to(memory_format=torch.channels_last)}, {"x": numbers(shape=(3, 3, 8, 8))},
 ]  # fmt: skip
 
@@ -302,7 +304,7 @@ def test_packed_weights_stay_where_they_are(make: Callable[[], nn.Module], dtype
     energy.to(memory_format=torch.channels_last)
     graph = recognise(energy, x)
     assert isinstance(graph, Graph)
-    score = LeanScore(graph, x, inplace=True)
+    score = ExplicitGradient(graph, x, inplace=True)
     score.begin()
     score(x, True)
     buffers = score.buffers()
@@ -313,7 +315,7 @@ def test_packed_weights_stay_where_they_are(make: Callable[[], nn.Module], dtype
         held = [p.detach().clone() for p in energy.parameters()]
         score.begin()
         energies, grad = score(x, True)
-        fresh = LeanScore(graph, x, inplace=False)
+        fresh = ExplicitGradient(graph, x, inplace=False)
         want_energies, want = fresh(x, True)
         assert torch.allclose(grad, want, rtol=1e-5, atol=1e-6)
         assert torch.allclose(energies, want_energies, rtol=1e-5, atol=1e-5)
@@ -408,14 +410,14 @@ def test_the_fused_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_plan, "_TILES", ((512, 32, 4),))
     monkeypatch.setattr(conv_plan, "_IEEE_TILES", ((512, 32, 4),))
 
-    def fused(graph: Graph, x: Tensor, precision: str, known: Any, by_name: bool) -> FusedScore:
+    def fused(graph: Graph, x: Tensor, precision: str, known: Any, by_name: bool) -> FusedGradient:
         stack = conv_stack(graph)
-        make = lambda: FusedScore(stack, x.shape[0], x.device, precision)  # noqa: E731
+        make = lambda: FusedGradient(stack, x.shape[0], x.device, precision)  # noqa: E731
         return known.plan(make, graph, "triton", precision)
 
     monkeypatch.setattr(choice, "_fused", fused)
     energy = net()
-    options = {"score": "fused", "precision": "fp16", "clamp": (-1.0, 1.0), "steps": 2}
+    options = {"gradient": "fused", "precision": "fp16", "clamp": (-1.0, 1.0), "steps": 2}
     run, x = recorded(energy, Rerun(), **options), numbers()
     want = plain(energy, **options)
     for seed in (0, 0, 5):

@@ -29,7 +29,7 @@ DEFAULTS: list[tuple[torch.dtype, str | None]] = [
     (torch.bfloat16, None), (torch.bfloat16, "cpu"),
     (torch.float32, "meta"),
 ]  # fmt: skip
-SCORES = ("general", "lean", "fused")
+GRADIENTS = ("autograd", "explicit", "fused")
 SHAPE = (1, 8, 8)
 N, K = 3, 4
 
@@ -65,13 +65,13 @@ def assert_same(name: str, got: Any, want: Any) -> None:
         assert got == want, name
 
 
-def sampler(score: str, **settings: Any) -> fl.LangevinSampler:
+def sampler(gradient: str, **settings: Any) -> fl.LangevinSampler:
     """One that remembers nothing, of an energy that was made before."""
-    return fl.LangevinSampler(copy.deepcopy(ENERGY), K, 0.1, 0.02, score=score, **settings)
+    return fl.LangevinSampler(copy.deepcopy(ENERGY), K, 0.1, 0.02, gradient=gradient, **settings)
 
 
-def differentiate(score: str, checkpoint: str | int) -> list[Tensor]:
-    s, x0 = sampler(score), X0.clone().requires_grad_()
+def differentiate(gradient: str, checkpoint: str | int) -> list[Tensor]:
+    s, x0 = sampler(gradient), X0.clone().requires_grad_()
     x = s(x0, seed=0, differentiable=True, checkpoint=checkpoint)
     wanted = [x0, *(p for p in s.energy.parameters() if p.ndim > 1)]
     return [x, *torch.autograd.grad(x.square().sum(), wanted)]
@@ -190,7 +190,9 @@ TASKS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-JOBS = {f"{score}: {n}": functools.partial(f, score) for score in SCORES for n, f in CALLS.items()}
+JOBS = {
+    f"{score}: {n}": functools.partial(f, score) for score in GRADIENTS for n, f in CALLS.items()
+}
 JOBS |= TASKS
 
 

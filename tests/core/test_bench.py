@@ -38,7 +38,9 @@ def test_every_score_has_a_row_or_a_reason() -> None:
     rows = bench.bench(fl.ConvEnergy(size=8, width=2), images(), (None, "bf16"), seconds=0.0)
     names = {(row.name, row.precision) for row in rows}
     assert names == {(bench.NAIVE, None)} | {
-        (name, precision) for name in ("general", "lean", "fused") for precision in (None, "bf16")
+        (name, precision)
+        for name in ("autograd", "explicit", "fused")
+        for precision in (None, "bf16")
     }
     served = [row for row in rows if row.why_not is None]
     assert rows[0].speedup == 1.0
@@ -53,8 +55,8 @@ def test_scores_that_do_not_serve_say_why() -> None:
     rows = bench.bench(lambda x: x.square().flatten(1).sum(1), images(), seconds=0.0)
     reasons = {row.name: row.why_not for row in rows}
     assert reasons[bench.NAIVE] is None
-    assert reasons["general"] is None
-    assert "cannot be looked into" in str(reasons["lean"])
+    assert reasons["autograd"] is None
+    assert "cannot be looked into" in str(reasons["explicit"])
     assert "no: the energy is a function" in bench.table(rows)
 
 

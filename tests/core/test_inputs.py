@@ -117,7 +117,7 @@ def test_a_scripted_module_in_train_mode_keeps_its_statistics() -> None:
     before = copy.deepcopy(net.state_dict())
     with pytest.warns(UserWarning, match="in train mode"):
         sampler(net)(X0, seed=0)
-    assert torch.equal(sampler(energy)(X0, noise=Z), sampler(net, score="general")(X0, noise=Z))
+    assert torch.equal(sampler(energy)(X0, noise=Z), sampler(net, gradient="autograd")(X0, noise=Z))
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
 

@@ -128,12 +128,12 @@ def beside(energy: Energy, sample: Callable[[], Tensor], act: Callable[[], None]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("score", ["auto", "general"])
+@pytest.mark.parametrize("gradient", ["auto", "autograd"])
 def test_numbers_drawn_in_another_thread_are_those_of_torchs_generator(
-    kind: str, method: Callable[..., Tensor], score: str
+    kind: str, method: Callable[..., Tensor], gradient: str
 ) -> None:
     energy = Energy(kind)
-    alone = method(energy, 5, score=score)
+    alone = method(energy, 5, gradient=gradient)
     torch.manual_seed(11)
     want = [int(torch.randint(2**62, ())) for _ in range(500)]
     torch.manual_seed(11)
@@ -142,7 +142,7 @@ def test_numbers_drawn_in_another_thread_are_those_of_torchs_generator(
     def act() -> None:
         found.extend(int(torch.randint(2**62, ())) for _ in range(7))
 
-    assert torch.equal(beside(energy, lambda: method(energy, 5, score=score), act), alone)
+    assert torch.equal(beside(energy, lambda: method(energy, 5, gradient=gradient), act), alone)
     assert found
     assert found == want[: len(found)]
     assert int(torch.randint(2**62, ())) == want[len(found)]
@@ -150,12 +150,12 @@ def test_numbers_drawn_in_another_thread_are_those_of_torchs_generator(
 
 @pytest.mark.parametrize("kind", ["plain", "dropout"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("score", ["auto", "general"])
+@pytest.mark.parametrize("gradient", ["auto", "autograd"])
 def test_gradients_of_the_same_parameters_in_another_thread_are_all_there(
-    kind: str, method: Callable[..., Tensor], score: str
+    kind: str, method: Callable[..., Tensor], gradient: str
 ) -> None:
     energy = Energy(kind)
-    alone = method(energy, 5, score=score)
+    alone = method(energy, 5, gradient=gradient)
 
     def train() -> list[Tensor]:
         torch.manual_seed(3)
@@ -166,7 +166,8 @@ def test_gradients_of_the_same_parameters_in_another_thread_are_all_there(
 
     want, found = train(), []
     assert torch.equal(
-        beside(energy, lambda: method(energy, 5, score=score), lambda: found.append(train())), alone
+        beside(energy, lambda: method(energy, 5, gradient=gradient), lambda: found.append(train())),
+        alone,
     )
     assert found
     for grads in found:
@@ -208,7 +209,7 @@ def test_steps_computed_again_draw_the_same_numbers(kind: str) -> None:
 
 def test_what_another_thread_writes_to_buffers_between_steps_stays() -> None:
     energy = Energy("batch norm")
-    sampler = LangevinSampler(energy, steps=3, score="general")
+    sampler = LangevinSampler(energy, steps=3, gradient="autograd")
     x, chain = sampler._prepare(start(), seed=0)
     for _ in chain.walk(x):
         energy.net[1].running_mean += 1
@@ -323,7 +324,7 @@ def test_every_operator_of_torchs_that_draws_is_known() -> None:
 
 
 def test_a_sampler_inside_an_energy_has_numbers_of_its_own() -> None:
-    inner = LangevinSampler(Energy("dropout"), steps=2, score="general")
+    inner = LangevinSampler(Energy("dropout"), steps=2, gradient="autograd")
 
     def energy(x: Tensor) -> Tensor:
         y = inner(x, seed=1).detach()
@@ -345,7 +346,7 @@ def test_a_sampled_energy_forms_no_gradient_of_a_weight() -> None:
             return func(*args, **(kwargs or {}))
 
     with Seen():
-        call(Energy(), 0, score="general")
+        call(Energy(), 0, gradient="autograd")
     assert formed == ["[True, False, False]"] * 3
 
 
@@ -369,28 +370,30 @@ def exit_of_child(work: Callable[[], Any], limit: int = 20) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("kind", [*KINDS, "checkpoint"])
-@pytest.mark.parametrize("score", ["auto", "general"])
-def test_a_child_forked_while_a_thread_samples_can_sample(kind: str, score: str) -> None:
+@pytest.mark.parametrize("gradient", ["auto", "autograd"])
+def test_a_child_forked_while_a_thread_samples_can_sample(kind: str, gradient: str) -> None:
     energy, states = Energy(kind), []
-    want, before = call(energy, 5, score=score), torch.get_rng_state()
+    want, before = call(energy, 5, gradient=gradient), torch.get_rng_state()
 
     def work() -> None:
         energy.pause = lambda: None
         assert torch.equal(torch.get_rng_state(), before)
-        assert torch.equal(call(energy, 5, score=score), want)
+        assert torch.equal(call(energy, 5, gradient=gradient), want)
 
     beside(
-        energy, lambda: call(energy, 6, score="general"), lambda: states.append(exit_of_child(work))
+        energy,
+        lambda: call(energy, 6, gradient="autograd"),
+        lambda: states.append(exit_of_child(work)),
     )
     assert states
     assert not any(states)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("score", ["general", "lean", "fused"])
-def test_no_lock_of_the_package_stays_held_in_a_child(score: str) -> None:
+@pytest.mark.parametrize("gradient", ["autograd", "explicit", "fused"])
+def test_no_lock_of_the_package_stays_held_in_a_child(gradient: str) -> None:
     energy = fastlangevin.ConvEnergy(channels=1, size=8, width=8)
-    sampler = LangevinSampler(energy, steps=2, score=score)
+    sampler = LangevinSampler(energy, steps=2, gradient=gradient)
     want = sampler(n=2, seed=0)
     gc.collect()
     held, go = threading.Event(), threading.Event()

@@ -238,7 +238,7 @@ METHODS: dict[str, Callable[[fl.LangevinSampler, Tensor], Any]] = {
 }
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"score": "general"},
+    {"gradient": "autograd"},
     {"noise_order": "before", "grad_clip": ("chain_norm", 1.0), "clamp": (-1, 1)},
 ]
 
@@ -265,10 +265,10 @@ def test_a_chain_of_shapes(
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
-@pytest.mark.parametrize("score", ["lean", "fused"])
-def test_an_engine_asked_for_by_name_says_what_it_needs(score: str) -> None:
+@pytest.mark.parametrize("gradient", ["explicit", "fused"])
+def test_an_engine_asked_for_by_name_says_what_it_needs(gradient: str) -> None:
     with FakeTensorMode():
-        sampler = fl.LangevinSampler(fl.ConvEnergy(1, 8, 4), 2, score=score)
+        sampler = fl.LangevinSampler(fl.ConvEnergy(1, 8, 4), 2, gradient=gradient)
         with pytest.raises(RuntimeError, match="the state is not in memory"):
             sampler(torch.zeros(2, 1, 8, 8), seed=0)
 

@@ -280,7 +280,7 @@ def make_net() -> nn.Sequential:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_lean_and_general_are_the_same_chain(layout: torch.memory_format) -> None:
     x0 = numbers(N, 2, 4, 4).to(memory_format=layout)
-    runs = [mala(make_net(), score=score) for score in ("general", "lean")]
+    runs = [mala(make_net(), gradient=gradient) for gradient in ("autograd", "explicit")]
     general, lean = (run.diagnose(x0, seed=1) for run in runs)
     assert 0.2 < float(general.accepted.mean()) < 0.95
     assert torch.equal(general.accepted, lean.accepted)
@@ -293,8 +293,8 @@ def test_the_score_chosen_for_convolutions_is_the_same_chain() -> None:
     """The fused score where there is a compiler, in float32."""
     net = fl.ConvEnergy(channels=1, size=8, width=4)
     x0 = torch.zeros(3, 1, 8, 8)
-    names = [mala(net).choose_score(x0, {}).name, "general"]
-    runs = [mala(net, score=name, step_size=0.5, noise_std=0.05) for name in names]
+    names = [mala(net).choose_engine(x0, {}).name, "autograd"]
+    runs = [mala(net, gradient=name, step_size=0.5, noise_std=0.05) for name in names]
     found = [run.diagnose(x0, seed=1) for run in runs]
     assert torch.equal(found[0].accepted, found[1].accepted)
     torch.testing.assert_close(found[0].x, found[1].x, atol=1e-4, rtol=0)
@@ -364,7 +364,7 @@ WRONG = [
     ({"noise_order": "before"}, "needs noise_order \"after\", got 'before'"),
     ({"noise_order": "last"}, 'needs noise_order "after"'),
     ({"grad_clip": ("batch_norm", 1.0)}, '"batch_norm" clip ties them'),
-    ({"score": "network"}, "a score network has none"),
+    ({"gradient": "network"}, "a score network has none"),
 ]
 
 

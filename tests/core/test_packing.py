@@ -274,9 +274,11 @@ def test_explain_and_scores_by_name(joint: Joint, x0: dict[str, Tensor]) -> None
     text = fl.LangevinSampler(joint, steps=2).explain(x0)
     assert f"[{N}, {D}]" in text
     assert "not fused, lean: the state has several parts" in text
-    for score in ("lean", "compiled"):
-        with pytest.raises(RuntimeError, match=f'"{score}" cannot run: the state has several part'):
-            fl.LangevinSampler(joint, steps=2, score=score)(x0, seed=0)
+    for gradient in ("explicit", "compiled"):
+        with pytest.raises(
+            RuntimeError, match=f'"{gradient}" cannot run: the state has several part'
+        ):
+            fl.LangevinSampler(joint, steps=2, gradient=gradient)(x0, seed=0)
 
 
 A, B = torch.zeros(4, 2), torch.zeros(4, 3)

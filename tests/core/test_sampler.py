@@ -277,12 +277,12 @@ def test_the_state_is_float32_or_wider(state: torch.dtype, network: torch.dtype)
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1), (-1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("n", [1, 2, N])
 def test_energy_output_shapes(net: nn.Module, x0: Tensor, n: int, shape: tuple) -> None:
-    want = sampler(net, score="general")(x0[:n], seed=0)
+    want = sampler(net, gradient="autograd")(x0[:n], seed=0)
     assert torch.equal(sampler(lambda x: net(x).view(shape))(x0[:n], seed=0), want)
 
 
 def test_one_chain_may_have_a_scalar_energy(net: nn.Module, x0: Tensor) -> None:
-    want = sampler(net, score="general")(x0[:1], seed=0)
+    want = sampler(net, gradient="autograd")(x0[:1], seed=0)
     assert torch.equal(sampler(lambda x: net(x).sum())(x0[:1], seed=0), want)
 
 
@@ -524,19 +524,19 @@ def test_explain_says_what_runs() -> None:
 def test_auto_takes_the_fastest_score_and_says_why_not_another(net: nn.Module, x0: Tensor) -> None:
     run = sampler(net)
     text = run.explain(x0)
-    assert "score      lean" in text
+    assert "gradient   lean" in text
     assert "not fused: " in text
-    assert "general" in sampler(net, score="general").explain(x0)
+    assert "autograd" in sampler(net, gradient="autograd").explain(x0)
     text = sampler(everything()).explain(x0)
-    assert "score      general" in text
-    assert "not fused, lean: BatchNorm2d '1' is in train mode" in text
+    assert "gradient   general" in text
+    assert "not fused, explicit: BatchNorm2d '1' is in train mode" in text
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert 'precision="bf16" needs no autocast' in run.explain(x0)
 
 
 @needs_extension
 def test_auto_takes_the_native_kernels_for_a_stack_of_convolutions() -> None:
-    assert "score      fused" in sampler(fl.ConvEnergy(size=8, width=1)).explain()
+    assert "gradient   fused" in sampler(fl.ConvEnergy(size=8, width=1)).explain()
     x0 = numbers((5, 3, 8, 8), torch.float32)
     text = sampler(fl.ConvEnergy(size=8, width=4)).explain(x0)
     # 3x3 on 64 pixels, 3 to 4 channels; 4x4 on 16, 4 to 8: a multiply-add is two, both ways.
@@ -551,9 +551,9 @@ def test_fused_steps_are_steps_along_the_gradient(noise_order: str, given: bool)
     net = make_net(nn.SiLU(), torch.float32)
     x0 = numbers(SHAPE, torch.float32)
     ends = []
-    for score in ("general", "fused"):
+    for gradient in ("autograd", "fused"):
         run = sampler(
-            net, score=score, noise_order=noise_order, steps=4, clamp=(-0.9, 0.9),
+            net, gradient=gradient, noise_order=noise_order, steps=4, clamp=(-0.9, 0.9),
             grad_clip=("chain_norm", 1.0), step_size=[0.1, 0.2, 0.3, 0.4], noise_std=0.1,
         )  # fmt: skip
         noise = numbers((4, *SHAPE), torch.float32) if given else None
@@ -580,22 +580,11 @@ def test_fused_chains_are_the_same_bits_in_every_batch() -> None:
         assert torch.equal(run(x0[first:last], seed=3, first_chain=first), whole[first:last])
 
 
-def test_the_compiled_score_is_the_general_one(x0: Tensor) -> None:
-    net = make_net(nn.SiLU())
-    general, compiled = (sampler(net, score=score) for score in ("general", "compiled"))
-    for _ in range(2):
-        want = general.diagnose(x0, seed=0)
-        for one, two in zip(want, compiled.diagnose(x0, seed=0), strict=True):
-            assert torch.allclose(one, two, rtol=1e-12, atol=1e-13)
-        assert all(p.requires_grad and p.grad is None for p in net.parameters())
-        net[0].weight.data.mul_(1.5)  # read where it lies, without compiling again
-
-
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
 def test_lean_and_general_are_the_same_chain(method: str, net: nn.Module, x0: Tensor) -> None:
     ends = []
-    for score in ("general", "lean"):
-        got = getattr(sampler(net, score=score, maximize=True), method)(x0, seed=0)
+    for gradient in ("autograd", "explicit"):
+        got = getattr(sampler(net, gradient=gradient, maximize=True), method)(x0, seed=0)
         ends.append(got if isinstance(got, tuple) else (got,))
     for one, two in zip(*ends, strict=True):
         assert torch.allclose(one, two, rtol=1e-12, atol=1e-13)
@@ -603,7 +592,7 @@ def test_lean_and_general_are_the_same_chain(method: str, net: nn.Module, x0: Te
 
 def test_a_recording_is_kept_until_the_energy_changes(x0: Tensor) -> None:
     net = make_net(nn.Tanh())
-    run, general = sampler(net), sampler(net, score="general")
+    run, general = sampler(net), sampler(net, gradient="autograd")
     for change in (
         lambda: net[0].weight.data.mul_(-2.0),
         lambda: net.__setitem__(1, nn.SiLU()),
@@ -619,28 +608,27 @@ def test_a_recording_is_kept_until_the_energy_changes(x0: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("score", "energy", "match"),
+    ("gradient", "energy", "match"),
     [
-        ("lean", double_well, 'score "lean" cannot run: the energy is a function'),
-        ("lean", fl.GaussianEnergy(), 'score "lean" cannot run: '),
-        ("fused", double_well, 'score "fused" cannot run: the energy is a function'),
+        ("explicit", double_well, 'gradient "explicit" cannot run: the energy is a function'),
+        ("explicit", fl.GaussianEnergy(), 'gradient "explicit" cannot run: '),
+        ("fused", double_well, 'gradient "fused" cannot run: the energy is a function'),
         ("fused", nn.Sequential(nn.Flatten(), nn.Linear(30, 1)), "it has no activation"),
-        ("compiled", nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(30, 1)), "train mode"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*in train mode Dropout:UserWarning")
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose", "explain"])
 def test_a_score_that_cannot_run_says_why(
-    method: str, score: str, energy: Callable, match: str
+    method: str, gradient: str, energy: Callable, match: str
 ) -> None:
-    run = getattr(sampler(energy, score=score), method)
+    run = getattr(sampler(energy, gradient=gradient), method)
     with pytest.raises(RuntimeError, match=match):
         run(X0) if method == "explain" else run(X0, seed=0)
 
 
 def test_labels_that_the_energy_multiplies_by_need_the_general_score(x0: Tensor) -> None:
     with pytest.raises(RuntimeError, match="mul is supported with a number alone"):
-        sampler(Conditional(), score="lean")(x0, seed=0, y=LABELS)
+        sampler(Conditional(), gradient="explicit")(x0, seed=0, y=LABELS)
 
 
 def test_train_mode_is_warned_of_once(x0: Tensor) -> None:
@@ -654,12 +642,12 @@ def test_train_mode_is_warned_of_once(x0: Tensor) -> None:
         sampler(everything().eval(), step_size=0.01)(x0, seed=0)
 
 
-@pytest.mark.parametrize("score", ["general", "lean"])
-def test_an_overflow_of_fp16_is_reported(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gradient", ["autograd", "explicit"])
+def test_an_overflow_of_fp16_is_reported(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clamp would turn the infinite gradient into a state like any other."""
     monkeypatch.setattr("fastlangevin.sampler.check_precision", lambda *_: None)
     net, x0 = make_net(nn.ReLU(), torch.float32), numbers(SHAPE, torch.float32)
-    run = sampler(net, precision="fp16", clamp=(-1.0, 1.0), score=score)
+    run = sampler(net, precision="fp16", clamp=(-1.0, 1.0), gradient=gradient)
     assert run(x0, seed=0).isfinite().all()
     net[3].weight.data.mul_(1e7)
     with pytest.raises(FloatingPointError, match='with precision="fp16" at step 0 the gradient'):
@@ -1202,7 +1190,7 @@ SETTINGS = [
     ({"grad_clip": ("l2", 1.0)}, ValueError, "grad_clip must be a number"),
     ({"noise_order": "first"}, ValueError, "noise_order must be one of after, before, last, got"),
     ({"precision": "half"}, ValueError, 'precision must be None, "fp32"'),
-    ({"score": "fast"}, ValueError, "score must be one of auto, general, lean, fused, compiled"),
+    ({"gradient": "fast"}, ValueError, "gradient must be one of auto, autograd, explicit, fused"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, native, triton, reference"),
 ]
 SETTINGS += [

@@ -197,18 +197,18 @@ def test_copies_and_settings_know_what_they_are(net: Net, x0: Tensor) -> None:
         fl.LangevinSampler(net, **run.settings()),
     ):
         assert torch.equal(other(x0, seed=0), want)
-    assert "score='network'" in repr(run)
+    assert "gradient='network'" in repr(run)
     assert "along the score" in run.explain(x0)
     assert "the output of the network itself" in run.explain()
 
 
-@pytest.mark.parametrize("setting", ["maximize", "score"])
+@pytest.mark.parametrize("setting", ["maximize", "gradient"])
 def test_a_score_has_one_direction(net: Net, setting: str) -> None:
     with pytest.raises(TypeError, match=f"takes no {setting}"):
         fl.LangevinSampler.from_score(net, **{setting: True})
 
 
-SCORES = [
+GRADIENTS = [
     (
         lambda x: x.sum(1),
         ValueError,
@@ -223,7 +223,7 @@ SCORES = [
 ]
 
 
-@pytest.mark.parametrize(("net", "error", "match"), SCORES, ids=[s[2] for s in SCORES])
+@pytest.mark.parametrize(("net", "error", "match"), GRADIENTS, ids=[s[2] for s in GRADIENTS])
 def test_what_is_no_score(net: Callable, error: type[Exception], match: str, x0: Tensor) -> None:
     with pytest.raises(error, match=match):
         fl.LangevinSampler.from_score(net, steps=2)(x0, seed=0)
@@ -286,7 +286,7 @@ def test_recognised_energies_are_given_them_as_well() -> None:
     x = run(torch.zeros(1, D), seed=0, step_kwargs={"scale": [2.0, 3.0]})
     torch.testing.assert_close(x, -5 * energy.weight.detach())
     with pytest.raises(RuntimeError, match="the energy is given scale"):
-        fl.LangevinSampler(energy, steps=2, score="lean")(
+        fl.LangevinSampler(energy, steps=2, gradient="explicit")(
             torch.zeros(1, D), seed=0, step_kwargs={"scale": [2.0, 3.0]}
         )
 

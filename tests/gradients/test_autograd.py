@@ -141,7 +141,7 @@ def test_x_enters_as_in_a_plain_loop_or_the_error_says_what_to_do(
 
 def test_a_network_that_refuses_the_states_dtype_is_asked_once_a_call(x: Tensor) -> None:
     net = Half(torch.bfloat16)
-    LangevinSampler(net, steps=3, score="general")(x.float(), seed=0)
+    LangevinSampler(net, steps=3, gradient="autograd")(x.float(), seed=0)
     assert net.seen == [torch.float32, *[torch.bfloat16] * 3]
 
 

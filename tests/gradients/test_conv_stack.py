@@ -321,7 +321,8 @@ def test_what_other_code_reads_is_never_stale(change: str, monkeypatch: pytest.M
     module = Scaled()
     nn.init.ones_(module.net[0].weight)  # no relu is dead everywhere
     run, general = (
-        fl.LangevinSampler(module, 1, noise_std=0.0, score=score) for score in ("lean", "general")
+        fl.LangevinSampler(module, 1, noise_std=0.0, gradient=gradient)
+        for gradient in ("explicit", "autograd")
     )
     x = torch.linspace(-1, 1, X.numel()).view_as(X)
     before = run(x, seed=0)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fastlangevin as fl
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.explicit import LeanScore
+from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.conv_stack import Graph, recognise
 from fastlangevin.kernels.signs import apply_signs_, apply_signs_ref_, pack_signs, pack_signs_ref
 
@@ -25,10 +25,10 @@ def numbers(shape: tuple, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lean(energy: Any, x: Tensor, precision: str | None = None) -> LeanScore:
+def lean(energy: Any, x: Tensor, precision: str | None = None) -> ExplicitGradient:
     graph = recognise(energy, x)
     assert isinstance(graph, Graph), graph
-    return LeanScore(graph, x, precision)
+    return ExplicitGradient(graph, x, precision)
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -368,7 +368,7 @@ def test_threads_share_a_score() -> None:
             nn.GELU(), nn.Flatten(), nn.Linear(32, 1),
         )
     )  # fmt: skip
-    run = fl.LangevinSampler(energy, steps=3, score="lean")
+    run = fl.LangevinSampler(energy, steps=3, gradient="explicit")
     starts = [numbers((2, 3, 8, 8), seed) for seed in range(4)]
     want = [run(x, seed=0) for x in starts]
     found: list[list[Tensor]] = [[] for _ in starts]

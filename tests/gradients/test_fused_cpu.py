@@ -32,13 +32,15 @@ def states(*shape: int, seed: int = 1) -> Tensor:
     return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1
 
 
-def score_of(energy: nn.Module, x: Tensor, precision: str | None = None) -> fused_cpu.ConvNetScore:
+def score_of(
+    energy: nn.Module, x: Tensor, precision: str | None = None
+) -> fused_cpu.ConvNetGradient:
     graph = recognise(energy, x)
     assert not isinstance(graph, str), graph
     stack = conv_stack(graph)
     assert not isinstance(stack, str), stack
     assert fused_cpu.refusal(stack, torch.zeros(1), precision) is None
-    return fused_cpu.ConvNetScore(graph, x.shape[0], precision)
+    return fused_cpu.ConvNetGradient(graph, x.shape[0], precision)
 
 
 def by_autograd(energy: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

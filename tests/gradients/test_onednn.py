@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin.gradients import layers, onednn
-from fastlangevin.gradients.explicit import LeanScore
+from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.conv_stack import Graph, recognise
 
 CPU = torch.device("cpu")
@@ -75,11 +75,11 @@ def test_a_convolution_that_amx_computes_wrongly_is_right(amx, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(9, 31, 10, 1)
     graph = recorded(nn.Conv2d(31, 3, 3, 2, 1), x)
-    want = LeanScore(graph, x, "fp32")(x, True)
+    want = ExplicitGradient(graph, x, "fp32")(x, True)
     names = ("tanh", "tanh_", "tanh_backward")
     others = {name: getattr(torch.ops.aten, name) for name in names}
     monkeypatch.setattr(layers, "aten", SimpleNamespace(convolution=convolution, **others))
-    for got, exact in zip(LeanScore(graph, x, "bf16")(x, True), want, strict=True):
+    for got, exact in zip(ExplicitGradient(graph, x, "bf16")(x, True), want, strict=True):
         assert got is not None
         assert exact is not None
         assert (got - exact).norm() <= 0.02 * exact.norm()

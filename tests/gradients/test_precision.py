@@ -181,13 +181,13 @@ RUNS: dict[str, Callable[[LangevinSampler, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", ["matmul medium", *(["generic bf16", "mkldnn conv tf32"] * NEW)])
-@pytest.mark.parametrize("score", ["general", "lean"])
+@pytest.mark.parametrize("gradient", ["autograd", "explicit"])
 @pytest.mark.parametrize("run", RUNS)
-def test_fp32_is_strict_on_the_cpu_too(run: str, score: str, name: str) -> None:
+def test_fp32_is_strict_on_the_cpu_too(run: str, gradient: str, name: str) -> None:
     for act in settings()[name]:
         act()
     assert not precision._holds("ieee", "cpu")
-    sampler = LangevinSampler(net(), steps=2, precision="fp32", score=score)
+    sampler = LangevinSampler(net(), steps=2, precision="fp32", gradient=gradient)
     x0 = torch.zeros(2, 2, 8, 8, requires_grad=run != "diagnose")
     sampler(x0)  # which may record what the energy computes, and keeps that
     with Products() as products:
@@ -201,6 +201,8 @@ def test_fp32_is_strict_on_the_cpu_too(run: str, score: str, name: str) -> None:
 def test_other_precisions_leave_the_switches_alone(value: str | None) -> None:
     torch.set_float32_matmul_precision("medium")
     with Products() as products:
-        LangevinSampler(net(), steps=2, precision=value, score="general")(torch.zeros(2, 2, 8, 8))
+        LangevinSampler(net(), steps=2, precision=value, gradient="autograd")(
+            torch.zeros(2, 2, 8, 8)
+        )
     assert products.strict
     assert not any(products.strict)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from fastlangevin.gradients import select as choice
-from fastlangevin.gradients.explicit import LeanScore
-from fastlangevin.gradients.fused_cpu import ConvNetScore
+from fastlangevin.gradients.explicit import ExplicitGradient
+from fastlangevin.gradients.fused_cpu import ConvNetGradient
 
 
 class Own(nn.Module):
@@ -50,24 +50,26 @@ def factor(engine: type, size: float) -> Any:
 
 
 @pytest.mark.parametrize("size", [0.0, 0.8, 1.2, -1.0, float("nan")])
-@pytest.mark.parametrize(("engine", "name"), [(LeanScore, "lean"), (ConvNetScore, "fused")])
+@pytest.mark.parametrize(
+    ("engine", "name"), [(ExplicitGradient, "explicit"), (ConvNetGradient, "fused")]
+)
 @pytest.mark.parametrize("make", [Own, lambda: Own().net], ids=["own code", "torch's code"])
 def test_an_engine_with_another_gradient_is_not_used(
     make: Callable[[], nn.Module], engine: type, name: str, size: float
 ) -> None:
     energy, x0 = make(), states(3)
-    if name == "lean":
+    if name == "explicit":
         energy = nn.Sequential(energy, nn.Tanh(), nn.Softplus())  # no stack: lean is the fastest
-    want = sampler(energy, score="general")(x0, seed=0)
-    if sampler(energy).choose_score(x0, {}).name != name:
+    want = sampler(energy, gradient="autograd")(x0, seed=0)
+    if sampler(energy).choose_engine(x0, {}).name != name:
         pytest.skip("the compiled extension is not here")
     with factor(engine, size):
         run = sampler(energy)
         torch.testing.assert_close(run(x0, seed=0), want, rtol=0, atol=0)
         assert "its gradient differs from autograd's by" in run.explain(x0)
         with pytest.raises(RuntimeError, match=r"differs from autograd's by .* in chain 2"):
-            sampler(energy, score=name)(x0, seed=0)
-    assert run.choose_score(x0, {}).name == name  # a refusal is not remembered
+            sampler(energy, gradient=name)(x0, seed=0)
+    assert run.choose_engine(x0, {}).name == name  # a refusal is not remembered
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
@@ -95,9 +97,9 @@ def test_states_without_a_gradient_prove_nothing() -> None:
 
 def test_numbers_among_the_arguments_are_those_of_the_call() -> None:
     energy, x0 = Own(), states(2)
-    run, general = sampler(energy), sampler(energy, score="general")
+    run, general = sampler(energy), sampler(energy, gradient="autograd")
     for scale in (1.0, 3.0, 1.0, -2.0):
-        assert run.choose_score(x0, {"scale": scale}).name != "general"
+        assert run.choose_engine(x0, {"scale": scale}).name != "autograd"
         torch.testing.assert_close(run(x0, seed=0, scale=scale), general(x0, seed=0, scale=scale))
     scales = {"scale": [1.0, 2.0, 3.0]}
     torch.testing.assert_close(
@@ -146,7 +148,7 @@ def test_an_energy_that_raises_leaves_nothing() -> None:
     before = dict(vars(energy))
     assert (
         "it raises ArithmeticError: no energy"
-        in sampler(energy).choose_score(states(2), {}).why_not["fused, lean"]
+        in sampler(energy).choose_engine(states(2), {}).why_not["fused, lean"]
     )
     assert vars(energy) == before
     assert sys.getprofile() is None
@@ -155,4 +157,4 @@ def test_an_energy_that_raises_leaves_nothing() -> None:
 def test_a_chain_that_is_lost_does_not_hide_the_others() -> None:
     x0 = states(3)
     x0[0] = float("nan")
-    assert sampler(Own()).choose_score(x0, {}).name != "general"
+    assert sampler(Own()).choose_engine(x0, {}).name != "autograd"

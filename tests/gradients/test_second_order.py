@@ -15,7 +15,7 @@ from fastlangevin.adjoint.memory import Allocations
 from fastlangevin.gradients.graph.ir import Node
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.layers import Activation
-from fastlangevin.gradients.second_order import SecondOrderScore, derivatives
+from fastlangevin.gradients.second_order import SecondOrderGradient, derivatives
 
 N, K = 3, 4
 SHAPE = (N, 2, 8, 8)
@@ -118,12 +118,12 @@ def check(
     call = {"differentiable": True, "checkpoint": checkpoint, "noise": z}
     straight = options.pop("straight", False)
     sampler = fl.LangevinSampler(energy, K, a, b, **options)
-    begin = SecondOrderScore.begin
-    with mock.patch.object(SecondOrderScore, "begin", autospec=True, side_effect=begin) as begun:
+    begin = SecondOrderGradient.begin
+    with mock.patch.object(SecondOrderGradient, "begin", autospec=True, side_effect=begin) as begun:
         out = sampler(x0, **call, grad_through="straight" if straight else "exact")
         ours = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
     assert begun.called == explicit
-    for name in ("score", "precision"):
+    for name in ("gradient", "precision"):
         options.pop(name, None)
     want = plain(energy, x0, z, a, b, straight=straight, **options)
     wanted = torch.autograd.grad((want * weight).sum(), leaves, allow_unused=True)
@@ -149,7 +149,7 @@ OPTIONS = [
     {"straight": True, "clamp": (-0.9, 0.8)},
     {"straight": True, "noise_order": "before", "coefficients": True},
     {"x_grad": False, "noise_order": "last"},
-    {"score": "lean", "precision": "fp32", "coefficients": True},
+    {"gradient": "explicit", "precision": "fp32", "coefficients": True},
 ]
 
 
@@ -226,7 +226,7 @@ def test_what_a_step_keeps() -> None:
     net, x = fl.ConvEnergy(width=8), torch.zeros(4, 3, 32, 32)
     graph = recognise(net, x)
     assert not isinstance(graph, str)
-    score = SecondOrderScore(graph, x)
+    score = SecondOrderGradient(graph, x)
     score.begin()
     with Allocations() as memory:
         energies, grad, kept = score.first(x + 0.1)
@@ -239,16 +239,16 @@ def test_what_a_step_keeps() -> None:
     assert memory.live == 0
 
 
-@pytest.mark.parametrize("score", ["auto", "general"])
+@pytest.mark.parametrize("gradient", ["auto", "autograd"])
 @pytest.mark.parametrize("checkpoint", ["step", 2, "1MiB"])
-def test_gradients_to_given_noise(checkpoint: Any, score: str) -> None:
+def test_gradients_to_given_noise(checkpoint: Any, gradient: str) -> None:
     """To its own entry from each step; zero where b is, or before grad_steps."""
     energy, x0 = stack(nn.SiLU()).double(), numbers(SHAPE).requires_grad_()
     base = numbers((K, *SHAPE), 1).requires_grad_()
     for options in ({}, {"noise_std": [0.0, 0.1, 0.0, 0.3]}, {"grad_steps": 2}):
         call = {key: options[key] for key in options if key == "grad_steps"}
         std = options.get("noise_std", 0.2)
-        run = fl.LangevinSampler(energy, K, 0.3, std, score=score)
+        run = fl.LangevinSampler(energy, K, 0.3, std, gradient=gradient)
         grads = []
         for schedule in (checkpoint, "none"):
             out = run(x0, noise=2 * base, differentiable=True, checkpoint=schedule, **call)
@@ -279,7 +279,7 @@ def test_energies_when_computed_again_are_the_same(activation: str) -> None:
     energy, x = stack(ACTIVATIONS[activation]()).float(), numbers(SHAPE).float()
     graph = recognise(energy, x)
     assert not isinstance(graph, str)
-    score = SecondOrderScore(graph, x)
+    score = SecondOrderGradient(graph, x)
     score.begin()
     (one, grad), (again, differentiable) = score(x, want_energies=True), score.differentiable(x)
     assert one is not None
@@ -293,7 +293,7 @@ def test_energies_when_computed_again_are_the_same(activation: str) -> None:
 @pytest.mark.parametrize(
     ("energy", "options", "reason"),
     [
-        (lambda: stack(nn.SiLU()), {"score": "general"}, 'the score is "general"'),
+        (lambda: stack(nn.SiLU()), {"gradient": "autograd"}, 'the score is "autograd"'),
         (lambda: stack(nn.Hardtanh(-0.5, 0.5)), {}, "hardtanh is not supported"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 1)).bfloat16(), {}, "half precision"),
         (lambda: stack(nn.SiLU()), {"precision": "bf16"}, "half precision"),
@@ -308,7 +308,7 @@ def test_explain_says_which_pass(energy: Callable, options: dict, reason: str) -
 
 
 def test_the_general_way_where_it_is_asked_for_or_needed() -> None:
-    check(stack(nn.SiLU()), score="general", explicit=False)
+    check(stack(nn.SiLU()), gradient="autograd", explicit=False)
     check(stack(nn.Hardtanh(-0.5, 0.5)), explicit=False)
     computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
     check(Parts(lambda x, net: F.silu(net(x)).sum((1, 2, 3)), computed), explicit=False)

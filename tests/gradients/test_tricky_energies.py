@@ -382,8 +382,8 @@ def run_both(make: Callable[[], Any], n: int) -> str:
     got = run(x0, seed=0)
     found = copy.deepcopy(left(two))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    name = run.choose_score(x0, {}).name
-    assert found == (marks if name == "general" else untouched)
+    name = run.choose_engine(x0, {}).name
+    assert found == (marks if name == "autograd" else untouched)
     return name
 
 
@@ -401,4 +401,4 @@ def test_chains_and_marks_are_those_of_the_energys_own_code(make: Callable) -> N
 @pytest.mark.parametrize("body", PLAIN.values(), ids=PLAIN)
 def test_engines_serve_code_of_other_people_that_keeps_nothing(body: Callable) -> None:
     for n in SIZES:
-        assert run_both(lambda: body, n) != "general"
+        assert run_both(lambda: body, n) != "autograd"

@@ -49,7 +49,7 @@ def launches(precision: str, n: int = 64, width: int = 64) -> dict[str, Recorder
             patches.enter_context(mock.patch.object(module, name, recorder))
         patches.enter_context(mock.patch.object(triton, "available", return_value=None))
         stack = conv_stack(recognise(fl.ConvEnergy(width=width), torch.zeros(1, 3, 32, 32)))
-        score = fused_gpu.FusedScore(stack, n, torch.device("cpu"), precision)
+        score = fused_gpu.FusedGradient(stack, n, torch.device("cpu"), precision)
         score.step_(torch.empty(n, 3, 32, 32), **OPTIONS)
     layers = len(kept) // 2
     names = [f"forward {i}" for i in range(layers)]

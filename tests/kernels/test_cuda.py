@@ -109,8 +109,8 @@ def test_a_graph_is_replayed_with_another_seed_and_step() -> None:
 # Recorded chains ---------------------------------------------------------------------------------
 
 TRITON = triton.available(CUDA) if REASON is None else REASON
-SCORES = [
-    "lean",
+GRADIENTS = [
+    "explicit",
     pytest.param("fused", marks=pytest.mark.skipif(TRITON is not None, reason=f"triton: {TRITON}")),
 ]
 CHAINS: list[dict[str, Any]] = [
@@ -133,12 +133,12 @@ def _the_same_sums() -> Iterator[None]:
 same_sums = pytest.mark.usefixtures("_the_same_sums")
 
 
-def chain(score: str, activation: str = "leaky_relu", **options: Any) -> fl.LangevinSampler:
+def chain(gradient: str, activation: str = "leaky_relu", **options: Any) -> fl.LangevinSampler:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         energy = fl.ConvEnergy(size=16, width=16, activation=activation).to(CUDA)
     defaults = {"steps": 8, "step_size": 0.5, "noise_std": 0.05, "precision": "fp32"}
-    return fl.LangevinSampler(energy, **defaults | {"score": score} | options)
+    return fl.LangevinSampler(energy, **defaults | {"gradient": gradient} | options)
 
 
 def step_by_step(run: fl.LangevinSampler, x: Tensor, **address: int) -> Tensor:
@@ -158,11 +158,11 @@ def graph_line(run: fl.LangevinSampler, x: Tensor) -> str:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_replay_is_the_chain(
-    score: str, activation: str, form: torch.memory_format, options: dict[str, Any]
+    gradient: str, activation: str, form: torch.memory_format, options: dict[str, Any]
 ) -> None:
-    run = chain(score, activation, **options)
+    run = chain(gradient, activation, **options)
     for call, seed in enumerate((0, 0, 0, 5, 2**64 - 1)):
         x = numbers((4, 3, 16, 16), call).to(CUDA).contiguous(memory_format=form)
         before = x.clone()
@@ -174,9 +174,9 @@ def test_a_replay_is_the_chain(
 
 
 @same_sums
-@pytest.mark.parametrize("score", SCORES)
-def test_weights_of_the_moment_without_a_new_recording(score: str) -> None:
-    run, x = chain(score), numbers((4, 3, 16, 16), 0).to(CUDA)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_weights_of_the_moment_without_a_new_recording(gradient: str) -> None:
+    run, x = chain(gradient), numbers((4, 3, 16, 16), 0).to(CUDA)
     for _ in range(2):
         before = run(x, seed=0)
     (recording,) = run._graphs._recordings()
@@ -196,9 +196,9 @@ def test_weights_of_the_moment_without_a_new_recording(score: str) -> None:
 
 
 @same_sums
-@pytest.mark.parametrize("score", SCORES)
-def test_two_shapes_take_turns_in_one_memory(score: str) -> None:
-    run = chain(score)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_two_shapes_take_turns_in_one_memory(gradient: str) -> None:
+    run = chain(gradient)
     batches = [numbers((n, 3, 16, 16), n).to(CUDA) for n in (5, 8)]
     for seed in range(5):
         for x in batches:
@@ -208,9 +208,9 @@ def test_two_shapes_take_turns_in_one_memory(score: str) -> None:
     assert "replayed as one" in graph_line(run, batches[0])
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_the_memory_of_recordings_is_bounded(score: str) -> None:
-    run = chain(score)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_memory_of_recordings_is_bounded(gradient: str) -> None:
+    run = chain(gradient)
     reserved = []
     for _ in range(3):
         for n in (16, 32, 48, 64):
@@ -229,7 +229,7 @@ def test_the_memory_of_recordings_is_bounded(score: str) -> None:
 
 
 def test_an_overflow_is_noticed_in_a_replay() -> None:
-    run = chain("lean", precision="fp16", clamp=(-1.0, 1.0))
+    run = chain("explicit", precision="fp16", clamp=(-1.0, 1.0))
     x = numbers((4, 3, 16, 16), 0).to(CUDA)
     for _ in range(3):
         run(x, seed=0)
@@ -241,8 +241,8 @@ def test_an_overflow_is_noticed_in_a_replay() -> None:
 
 @same_sums
 def test_a_failed_recording_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, x = chain("lean"), numbers((4, 3, 16, 16), 0).to(CUDA)
-    want, score = step_by_step(run, x, seed=0), graphs.LeanScore
+    run, x = chain("explicit"), numbers((4, 3, 16, 16), 0).to(CUDA)
+    want, score = step_by_step(run, x, seed=0), graphs.ExplicitGradient
     call = score.__call__
 
     def looks(self: Any, x: Tensor, want_energies: bool) -> Any:
@@ -260,7 +260,7 @@ def test_a_failed_recording_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPat
 
 @same_sums
 def test_replays_on_streams_of_the_users() -> None:
-    run, x = chain("lean"), numbers((4, 3, 16, 16), 0).to(CUDA)
+    run, x = chain("explicit"), numbers((4, 3, 16, 16), 0).to(CUDA)
     want = [step_by_step(run, x, seed=seed) for seed in range(6)]
     torch.cuda.synchronize()
     for seed in range(6):

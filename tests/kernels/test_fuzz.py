@@ -24,7 +24,7 @@ CPU_PLACES = [
     if device.type == "cpu"
     for isa in (instruction_sets() if name == "native" else [None])
 ]
-ENGINES = [(name, None) for name in ("general", "lean")] + [
+ENGINES = [(name, None) for name in ("autograd", "explicit")] + [
     ("fused", isa) for isa in instruction_sets()
 ]
 
@@ -73,7 +73,7 @@ def test_a_wrong_result_is_noticed(dtype, factor):
     noticed = []
     for seed in range(24):
         energy, x = networks.network_case(seed)
-        exact = bounds.evaluate(energy, x, engines.ROUNDINGS["lean", dtype])
+        exact = bounds.evaluate(energy, x, engines.ROUNDINGS["explicit", dtype])
         pairs = (exact.energies, exact.energy_bound), (exact.grad, exact.grad_bound)
         noticed += [bool((((factor - 1) * v).abs() > bound).any()) for v, bound in pairs]
     assert sum(noticed) >= len(noticed) / 2
@@ -103,7 +103,7 @@ def test_a_missing_tap_is_noticed_in_bfloat16(monkeypatch):
     for seed in range(24):
         weight = next(iter(networks.network_case(seed)[0].weights.values()))
         if bool((weight == weight.round()).all()):
-            noticed.append(max(engines.check_network(seed, "lean", "bf16", None)) > 1)
+            noticed.append(max(engines.check_network(seed, "explicit", "bf16", None)) > 1)
     assert sum(noticed) >= 3
 
 

@@ -18,7 +18,7 @@ import fastlangevin as fl
 from fastlangevin.gradients import fused_gpu
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.fused_gpu import FusedScore
+from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.graph.conv_stack import ConvStack, conv_stack, recognise
 from fastlangevin.kernels import triton
 
@@ -101,9 +101,9 @@ def exact(case: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def fused(case: str, n: int = 5, precision: str = "fp32") -> FusedScore:
+def fused(case: str, n: int = 5, precision: str = "fp32") -> FusedGradient:
     energy, shape = CASES[case]
-    return FusedScore(stack_of(energy, shape), n, DEVICE, precision)
+    return FusedGradient(stack_of(energy, shape), n, DEVICE, precision)
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def test_channels_last_and_other_layouts() -> None:
 def test_sign_words() -> None:
     """Bit c % 32 of word c // 32 is set where channel c is positive before its activation."""
     energy, shape = paper("leaky_relu", width=40), (3, 8, 8)
-    score = FusedScore(stack_of(energy, shape), 2, DEVICE, "fp32")
+    score = FusedGradient(stack_of(energy, shape), 2, DEVICE, "fp32")
     h = torch.rand((2, *shape), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     score(h)
     for i, words in enumerate(score._saved):
@@ -172,7 +172,7 @@ def test_tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of rows and of columns, the last of them partly filled."""
     x, energy = state("leaky_relu", 3), paper(width=24)
     monkeypatch.undo()
-    score = FusedScore(stack_of(energy, (3, 8, 8)), 3, DEVICE, "fp32")
+    score = FusedGradient(stack_of(energy, (3, 8, 8)), 3, DEVICE, "fp32")
     assert [plan.tiles for plan in score._forward] == [1, 2]
     assert score._forward[0].grid[0] > 1
     _, grad = score(x)
@@ -192,14 +192,14 @@ def test_nan_spreads_as_autograds_does(case: str, precision: str) -> None:
 
 def test_new_weights_are_noticed() -> None:
     energy, x = paper(), state("leaky_relu")
-    score = FusedScore(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
+    score = FusedGradient(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
     addresses = [plan.weight.data_ptr() for plan in (*score._forward, *score._backward)]
     for layer, force in ((0, False), (2, False), (4, False), (0, True)):
         weight = energy.layers[layer].weight
         with torch.no_grad():
             (weight.data if force else weight).mul_(2)
         score.pack(force)
-        fresh = FusedScore(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
+        fresh = FusedGradient(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
         for name in ("_forward", "_backward"):
             for got, want in zip(getattr(score, name), getattr(fresh, name), strict=True):
                 assert torch.equal(got.weight, want.weight)
@@ -229,10 +229,10 @@ def test_overflow_is_flagged() -> None:
 def test_gradients_too_small_for_float16() -> None:
     energy, x = paper("silu"), state("silu")
     stack = stack_of(energy, (3, 8, 8))
-    _, large = FusedScore(stack, 5, DEVICE, "fp16")(x)
+    _, large = FusedGradient(stack, 5, DEVICE, "fp16")(x)
     with torch.no_grad():
         energy.layers[-1].weight.mul_(2.0**-30)
-    _, small = FusedScore(stack, 5, DEVICE, "fp16")(x)
+    _, small = FusedGradient(stack, 5, DEVICE, "fp16")(x)
     assert torch.equal(small * 2.0**30, large)
 
 
@@ -332,7 +332,7 @@ def test_refusals() -> None:
     assert "dilation" in str(reason(nn.Conv2d(3, 6, 3, 2, dilation=2), nn.ReLU()))
     assert "17 channels" in str(reason(nn.Conv2d(17, 6, 3), nn.ReLU(), channels=17))
     with pytest.raises(ValueError, match="gelu"):
-        FusedScore(stack_of(nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.Linear(216, 1)),
+        FusedGradient(stack_of(nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.Linear(216, 1)),
                             (3, 8, 8)), 1, DEVICE, "fp32")  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def by_hand(energy: nn.Module, indices: list[Tensor], seed: int, steps: int) -> 
 def test_weights_equal_those_of_a_plain_loop(iterations: int, maximize: bool) -> None:
     energy, data = net(), Recorder(images())
     # Bit for bit takes the loop's own order of operations: autograd's.
-    options = {"maximize": maximize, "score": "general"}
+    options = {"maximize": maximize, "gradient": "autograd"}
     chain = sampler(Negative(energy) if maximize else energy, **options)
     plain = copy.deepcopy(energy)
     learning = learner(chain, data)

@@ -423,7 +423,7 @@ def test_buffers_that_move_in_eval_mode(x0: Tensor, how: str, std: float) -> Non
     torch.manual_seed(0)
     energy = PowerIteration(how).eval()
     buffer, before = energy.u, energy.u.clone()
-    ours = sampler(energy, score="general")
+    ours = sampler(energy, gradient="autograd")
     report = compare(functools.partial(loop, energy, std=std), ours, x0)
     assert report.same == (std == 0.01), report.verdict
     assert energy.u is buffer

@@ -6,17 +6,27 @@ Each takes the recorder, the operator's name, its arguments by name and what it 
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fastlangevin.gradients.graph.ir import Constant, Node
 
-if TYPE_CHECKING:
-    from fastlangevin.gradients.graph.record import Recorder
+
+class Recorder(Protocol):
+    """What the descriptions below ask of the recorder that calls them."""
+
+    def refuse(self, reason: str) -> Exception:
+        """Note why the energy cannot be recorded; returns what is to be raised."""
+
+    def value(self, tensor: Any, name: str) -> int:
+        """The number of a value that is computed from the states; refuses anything else."""
+
+    def constant(self, tensor: Any, name: str) -> Constant | None:
+        """A parameter or buffer, or a view of one, as it lies in memory; None for None."""
 
 
-def _conv(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _conv(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
     if a["transposed"] or out.ndim != 4:
         raise rec.refuse("only 2-D convolutions that are not transposed are supported")
     settings = (*(tuple(a[k]) for k in ("stride", "padding", "dilation")), a["groups"])
@@ -25,7 +35,7 @@ def _conv(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
     return Node("conv", (rec.value(a["input"], name),), _shape(out), settings, constants)
 
 
-def _addmm(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _addmm(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
     if a["beta"] != 1 or a["alpha"] != 1:
         raise rec.refuse("addmm with factors is not supported")
     bias = rec.constant(a["self"], name)
@@ -35,18 +45,18 @@ def _addmm(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
     return Node("linear", (rec.value(a["mat1"], name),), _shape(out), (), (weight, bias))
 
 
-def _mm(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _mm(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
     weight = _transposed(rec, a["mat2"], name)
     return Node("linear", (rec.value(a["self"], name),), _shape(out), (), (weight, None))
 
 
-def _transposed(rec: "Recorder", matrix: Any, name: str) -> Constant:
+def _transposed(rec: Recorder, matrix: Any, name: str) -> Constant:
     found = rec.constant(matrix, name)
     assert found is not None
     return Constant(found.base, found.size[::-1], found.stride[::-1], found.offset)
 
 
-def _view(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node | None:
+def _view(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node | None:
     tensor = a["self"]
     if out.numel() != tensor.numel() or out.dtype != tensor.dtype or out.device != tensor.device:
         raise rec.refuse(f"{name} is supported only where it keeps all elements, and their dtype")
@@ -55,7 +65,7 @@ def _view(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node | 
     return Node("view", (rec.value(tensor, name),), _shape(out))
 
 
-def _reduce(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _reduce(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
     tensor = a["self"]
     dims = tuple(sorted(d % max(tensor.ndim, 1) for d in a.get("dim") or ()))
     if not dims or 0 in dims:
@@ -65,7 +75,7 @@ def _reduce(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
     return Node(name, (rec.value(tensor, name),), _shape(out), (dims, bool(a["keepdim"])))
 
 
-def _avg_pool(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _avg_pool(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
     kernel, padding = _pair(a["kernel_size"]), _pair(a["padding"])
     stride = _pair(a["stride"]) if a["stride"] else kernel
     rest = a["ceil_mode"], a["count_include_pad"], a["divisor_override"]
@@ -73,7 +83,7 @@ def _avg_pool(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Nod
     return Node("avg_pool", (rec.value(a["self"], name),), _shape(out), settings)
 
 
-def _adaptive_pool(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _adaptive_pool(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
     sizes, kept = a["self"].shape[-2:], out.shape[-2:]
     if sizes[0] % kept[0] or sizes[1] % kept[1]:
         raise rec.refuse(f"{name} from {list(sizes)} to {list(kept)} is not supported")
@@ -82,7 +92,7 @@ def _adaptive_pool(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -
     return Node("avg_pool", (rec.value(a["self"], name),), _shape(out), settings)
 
 
-def _scale(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _scale(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
     operands = [a["self"], a.get("other")]
     if isinstance(operands[0], (int, float)) and name == "mul":
         operands.reverse()
@@ -93,7 +103,7 @@ def _scale(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
     return Node("scale", (rec.value(tensor, name),), _shape(out), (factor,))
 
 
-def _add(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _add(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
     one, two = a["self"], a["other"]
     values = rec.value(one, name), rec.value(two, name)
     if one.shape != two.shape or one.dtype != two.dtype:
@@ -103,7 +113,7 @@ def _add(rec: "Recorder", name: str, a: dict[str, Any], out: Tensor) -> Node:
 
 
 def _activation(
-    rec: "Recorder",
+    rec: Recorder,
     name: str,
     a: dict[str, Any],
     out: Tensor,

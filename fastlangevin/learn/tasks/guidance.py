@@ -153,4 +153,4 @@ class _Clamped(_Wrapped):
 
 def _on(sampler: LangevinSampler, energy: nn.Module) -> LangevinSampler:
     # These energies read tensors beside parameters, which only the general score lets them do.
-    return LangevinSampler(energy, **sampler.settings() | {"score": "general"})
+    return LangevinSampler(energy, **sampler.settings() | {"gradient": "autograd"})
