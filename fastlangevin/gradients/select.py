@@ -152,7 +152,7 @@ def choose_engine(
         return choice
     if gradient != "auto":
         raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {choice}')
-    return Choice("autograd", None, {"fused, lean": choice})
+    return Choice("autograd", None, {"fused, explicit": choice})
 
 
 def _explicit(

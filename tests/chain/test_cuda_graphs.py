@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import fastlangevin as fl
 from fastlangevin import step
 from fastlangevin.chain import cuda_graphs as graphs
-from fastlangevin.chain.chain import Chain
 from fastlangevin.chain.cuda_graphs import Graphs, kind_of, refusal
 from fastlangevin.gradients import explicit as lean
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
@@ -165,16 +164,15 @@ def line(run: fl.LangevinSampler, x: Tensor) -> str:
 # What is recorded --------------------------------------------------------------------------------
 
 FITS: dict[str, Any] = {
-    "device": torch.device("cuda", 0), "dtype": torch.float32, "chains": 64, "gradient": "explicit",
+    "device": torch.device("cuda", 0), "dtype": torch.float32, "chains": 64, "engine": "explicit",
     "backend": "native", "steps": 100, "step_size": 1.0, "noise_std": [0.01] * 100,
 }  # fmt: skip
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"device": CPU}, "the states are on cpu"),
     ({"chains": 0}, "the batch is empty"),
     ({"dtype": torch.float64}, "float64 states are updated by the reference"),
-    ({"gradient": "autograd"}, "runs the energy's own code"),
-    ({"gradient": "compiled"}, "the compiled score is not recorded"),
-    ({"gradient": "network"}, "the network score is not recorded"),
+    ({"engine": "autograd"}, "runs the energy's own code"),
+    ({"engine": "network"}, "the network engine is not recorded"),
     ({"metropolis": True}, "accepted by uniforms whose seed is not read from memory"),
     ({"backend": "reference"}, "backend reference reads no seed"),
     ({"noise": torch.zeros(1)}, "noise is given"),
@@ -220,9 +218,7 @@ def test_other_calls_are_not_recorded(options: dict[str, Any]) -> None:
 def key(x: Tensor | None = None, seed: int = 0, first_chain: int = 0, first_step: int = 0,
         **options: Any) -> tuple[Any, ...]:  # fmt: skip
     run = fl.LangevinSampler(net(), **{"steps": K, "backend": "reference"} | options)
-    return kind_of(
-        Chain(run, seed, first_chain, first_step, None, {}), numbers() if x is None else x
-    )
+    return kind_of(run._chain(seed, first_chain, first_step), numbers() if x is None else x)
 
 
 OTHER: list[dict[str, Any]] = [
