@@ -3,15 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastlangevin import anneal, noise
 from fastlangevin._version import __version__
-from fastlangevin.energies import ConvEnergy, GaussianEnergy
-from fastlangevin.replay import ReplayBuffer
-from fastlangevin.sampler import Diagnostics, LangevinSampler
-from fastlangevin.step import langevin_step_
 
 if TYPE_CHECKING:
+    from fastlangevin import anneal, learn, noise, presets, testing  # noqa: F401
+    from fastlangevin.energies import ConvEnergy, GaussianEnergy
     from fastlangevin.learn.checkpoint import load
+    from fastlangevin.replay import ReplayBuffer
+    from fastlangevin.sampler import Diagnostics, LangevinSampler
+    from fastlangevin.step import langevin_step_
 
 __all__ = [
     "ConvEnergy",
@@ -26,19 +26,29 @@ __all__ = [
     "noise",
 ]
 
-_MODULES = ("learn", "presets", "testing")
+# A name is imported when it is first asked for: `fastlangevin --help` must not wait for torch, nor
+# the sampler for what is built on it.
+_HOMES = {
+    "ConvEnergy": "energies",
+    "Diagnostics": "sampler",
+    "GaussianEnergy": "energies",
+    "LangevinSampler": "sampler",
+    "ReplayBuffer": "replay",
+    "langevin_step_": "step",
+    "load": "learn.checkpoint",
+}
+_MODULES = ("anneal", "learn", "noise", "presets", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    # The sampler does not need what is built on it: learning is imported when it is asked for.
-    if name == "load":
-        from fastlangevin.learn.checkpoint import load
-
-        return load
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"fastlangevin.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
     if name in _MODULES:
         return importlib.import_module(f"fastlangevin.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_MODULES]
+    return sorted({*__all__, *_MODULES})

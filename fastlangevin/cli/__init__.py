@@ -1,8 +1,5 @@
 """The `fastlangevin` command."""
 
-from fastlangevin.cli import evaluate, inverse, latent, learning, machine, measures, report, sweep
-from fastlangevin.cli.app import app
+from fastlangevin.cli.app import main
 
-__all__ = [
-    "app", "evaluate", "inverse", "latent", "learning", "machine", "measures", "report", "sweep",
-]  # fmt: skip
+__all__ = ["main"]

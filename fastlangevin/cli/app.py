@@ -1,80 +1,103 @@
-"""The command itself, and what its subcommands share."""
+"""The command itself: its subcommands, how it reports errors, and its exit statuses."""
 
-import contextlib
+import difflib
+import sys
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-import typer
-from rich.console import Console
+from cyclopts import App, CycloptsError, Group, Parameter
 
-if TYPE_CHECKING:
-    from fastlangevin.learn.config import TrainConfig
+from fastlangevin._version import __version__
+from fastlangevin.cli.outputs import EXPECTED, Result, error_line
 
-app = typer.Typer(
-    help="Langevin sampling and short-run MCMC learning of energy-based models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-console = Console(stderr=True)
-
-
-@contextlib.contextmanager
-def errors() -> Iterator[None]:
-    """Expected failures become one readable line and exit status 1."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, ImportError, ArithmeticError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        console.print("error:", message, style="red", markup=False, soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from error
-
-
-@contextlib.contextmanager
-def unless_given(option: str, value: str | None) -> Iterator[None]:
-    """Where a run's own data cannot be read, the error says which option names others."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError) as error:
-        if value is not None:
-            raise
-        raise ValueError(f"{error}; {option} names others") from error
+# Each command is the function of its name in the module of its name. Its summary, the first line of
+# its docstring, stands here too: the list of commands must not wait for torch, which some import.
+COMMANDS = {
+    "Learn": {
+        "train": "Learn an energy from images by short-run MCMC, into a folder.",
+        "configs": "List the training configs in the package, or print one as YAML.",
+        "sweep": "Train over lists of settings and seeds; write tables and a plot of the results.",
+    },
+    "Use a model": {
+        "sample": "Run chains from noise through a trained model and save the images.",
+        "reconstruct": "Fit starting points whose chains end at held-out images.",
+        "interpolate": "Run chains from points between two starting points.",
+        "restore": "Restore held-out images from linear measurements, several answers for each.",
+        "transfer": "Start the chains of one domain's model at images of another.",
+        "export": "Write a run's averaged weights and settings as a small checkpoint.",
+    },
+    "Judge": {
+        "check": "Ask a classifier of the real images whether the samples are recognisable.",
+        "evaluate": "Measure samples beside held-out data, noisy data and uniform noise.",
+        "diagnose": "Say how learning went, if moments match, and what the chains do.",
+        "report": "Write one HTML page: samples, curves, results, diagnosis and settings.",
+    },
+    "Machine": {
+        "doctor": "Say what is installed, which backends run here, and why the others do not.",
+        "bench": "Time a step of an energy's chain with a plain loop and every engine.",
+        "version": "Print the version.",
+    },
+}
+NAMES = [name for commands in COMMANDS.values() for name in commands]
 
 
-@contextlib.contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Warnings of the library become one readable line each, at once and without their source."""
+def make_app(chosen: str | None = None) -> App:
+    """The application, in which the chosen command has the whole help of its docstring."""
+    app = App(
+        name="fastlangevin",
+        help="Langevin sampling and short-run MCMC learning of energy-based models.",
+        version=__version__,
+        help_format="markdown",
+        group_arguments=Group("Arguments", sort_key=0),
+        group_parameters=Group("Options", sort_key=1),
+        default_parameter=Parameter(negative_iterable=(), allow_repeating=True),
+        result_action="return_value",
+    )
+    for title, commands in COMMANDS.items():
+        group = Group.create_ordered(title)
+        for name, summary in commands.items():
+            app.command(
+                f"fastlangevin.cli.{name}:{name}",
+                name=name,
+                group=group,
+                sort_key=NAMES.index(name),
+                help=None if name == chosen else summary,
+            )
+    flags = Group.create_ordered("Help")
+    for flag in (*app.help_flags, *app.version_flags):
+        app[flag].group = (flags,)
+    return app
 
-    def show(message: Warning | str, *_where: Any, **_more: Any) -> None:
-        typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit.
 
-
-def run_config(run: Path, data: str | None = None) -> tuple["TrainConfig", dict[str, Any]]:
-    """The settings of a run, with ``data`` in place of its own, and what else its checkpoint says.
-
-    ValueError for one that names no data, FileError for one that is damaged or another version's.
+    Results go to standard output. Warnings, progress and errors, one line each, go to standard
+    error. The exit status is 0, or the command's own; 1 after an expected failure; 2 after misuse;
+    130 after Ctrl-C.
     """
-    from fastlangevin.learn.checkpoint import iteration_of, read_checkpoint
-    from fastlangevin.learn.config import resolve_saved
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = arguments[0] if arguments else "--help"
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            if first not in NAMES and not first.startswith("-"):
+                near = difflib.get_close_matches(first, NAMES, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
+                raise CycloptsError(f"no command is called {first!r}; {hint}")
+            result = make_app(first)(arguments, exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            error_line(error)
+            sys.exit(2)
+        except EXPECTED as error:
+            error_line(error)
+            sys.exit(1)
+    if isinstance(result, Result):
+        result.print()
+        sys.exit(result.status)
+    sys.exit(0)
 
-    info = read_checkpoint(run)[1]
-    if info.get("config") is None:
-        raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-    config = resolve_saved(info, run, {} if data is None else {"data": data})
-    iteration_of(info, run)
-    return config, info
 
-
-def check_out(out: Path, *suffixes: str) -> None:
-    """ValueError for a folder, or a file that ends in none of the suffixes, if there are any."""
-    if suffixes and out.suffix not in suffixes:
-        known = " or ".join(", ".join(suffixes).rsplit(", ", 1))
-        raise ValueError(f"--out must end in {known}, got {out}")
-    if out.is_dir():
-        raise ValueError(f"--out must be a file, got the folder {out}")
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

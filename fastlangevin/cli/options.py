@@ -1,141 +1,131 @@
-"""Options that several commands take: those of a model, of a run's settings, of a fit."""
+"""Options that several commands take, and the types of options."""
 
-import inspect
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-import typer
+from cyclopts import Group, Parameter, Token
+from cyclopts.validators import Number
+from typing_extensions import TypedDict
 
-Command = Callable[..., None]
 
-Run = Annotated[Path, typer.Argument(help="Folder of a run, a checkpoint, or a model's name.")]
-Held = Annotated[
-    str | None, typer.Option(help="A source of images.", show_default="those the run held out")
+def whole(_: Any, tokens: "tuple[Token, ...]") -> int:
+    """A whole number; cyclopts alone would round 2.5."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"expected a whole number, got {tokens[0].value!r}") from None
+
+
+Int = Annotated[int, Parameter(converter=whole)]
+Count = Annotated[int, Parameter(converter=whole, validator=Number(gte=1))]
+Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+
+Run = Annotated[
+    Path,
+    Parameter(help="Folder of a run, a checkpoint, or a model in the package (digits, cifar10)."),
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Langevin steps.", show_default="the run's")]
-Seed = Annotated[int, typer.Option(help="Of starting points and noise.")]
-Tile = Annotated[int, typer.Option(min=1, help="Enlarge small images to about this.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+HeldOut = Annotated[
+    str | None, Parameter(help="Source of the images (default: those that the run held out).")
+]
+Device = Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda or cuda:N.")]
 Averaged = Annotated[
-    bool, typer.Option(help="Use the weights' moving average, where there is one.")
+    bool, Parameter(help="Use the moving average of the weights, if there is one.")
 ]
-# Options of a fit, by the name of `latent.reconstruct`'s argument: type, help, the rest.
-FIT: dict[str, tuple[type, str, dict[str, Any]]] = {
-    "restarts": (int, "Starts that are fitted to each image; the best counts.", {"min": 1}),
-    "iterations": (int, "Descent steps on the start.", {"min": 1}),
-    "optimizer": (str, "adam, or gd for plain gradient descent.", {}),
-    "lr": (float, "Of the descent.", {"show_default": "0.1 for adam, 0.05 for gd"}),
-    "noise": (str, "In the chain: off, or frozen (always the same).", {}),
-    "grad_through": (
-        str, "exact: unrolled through the chain; straight: d M / d z taken as 1.", {}
-    ),
-    "checkpoint": (str, "none, step, auto, states, or bytes as 2GiB.", {}),
-}  # fmt: skip
 
 
-def with_settings(panel: str, lists: bool = False) -> Callable[[Command], Command]:
-    """Give a command one option per field of TrainConfig, in place of its argument ``settings``.
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Chains:
+    """How a model's chains are run and shown.
 
-    That becomes a mapping of those which the user sets: values of the field's type, with None for
-    "none", or with ``lists`` each the text of a list of values.
+    Args:
+        seed: Seed of the starting points and the noise.
+        steps: Langevin steps, 1 or more (default: the run's).
+        tile: Enlarge small images to about this many pixels a side.
     """
-    from fastlangevin.learn.config import FIELDS
+
+    seed: Int = 0
+    steps: Count | None = None
+    tile: Count = 32
+    device: Device = "auto"
+    averaged: Averaged = True
+
+    def load(self, run: Path) -> Any:
+        """The sampler of a run, a checkpoint or a model in the package."""
+        from fastlangevin.learn.build import choose_device
+        from fastlangevin.learn.checkpoint import load
+
+        changes: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
+        return load(run, device=choose_device(self.device), averaged=self.averaged, **changes)
+
+
+class ShortFit(TypedDict, total=False):
+    """Options of a fit of starting points that the user gave."""
+
+    restarts: Annotated[
+        Count, Parameter(help="Fits per image, of which the best counts (default: 4; restore: 1).")
+    ]
+    iterations: Annotated[Count, Parameter(help="Descent steps of a fit (default: 200).")]
+
+
+class Fit(ShortFit, total=False):
+    """All options of a fit of starting points that the user gave.
+
+    Args:
+        optimizer: Method of the descent: adam, or gd for plain gradient descent (default: adam).
+        lr: Learning rate of the descent (default: 0.1 for adam, 0.05 for gd).
+        noise: Noise in the chain: off, or frozen (always the same) (default: off).
+        grad_through: Gradient of the chain: exact, unrolled through its steps, or straight, as if
+            its derivative were 1 (default: exact).
+        checkpoint: States kept for the gradient: none, step, auto, a number of states, or bytes
+            such as 2GiB (default: auto).
+    """
+
+    optimizer: str
+    lr: float
+    noise: str
+    grad_through: str
+    checkpoint: int | str
+
+
+def more(group: str) -> Parameter:
+    """Makes the keys of a TypedDict options of their own, in a group of the help."""
+    return Parameter(name="*", group=Group(group, sort_key=2))
+
+
+def settings_options(lists: bool = False) -> Any:
+    """A TypedDict of the fields of TrainConfig, each an option; it holds those that the user gave.
+
+    With ``lists``, every value is the text of a list of values.
+    """
+    from fastlangevin.learn.config import FIELDS, TYPES
 
     options = {}
     for name, field in FIELDS.items():
-        kind, metavar = (str, "<v,...>") if lists else _kind(name)
-        options[name] = (
-            kind,
-            typer.Option(
-                help=field.metadata["help"],
-                metavar=metavar,
-                show_default=False,
-                rich_help_panel=panel,
-            ),
-        )
-
-    def read(given: dict[str, Any]) -> dict[str, Any]:
-        return given if lists else {k: None if v == "none" else v for k, v in given.items()}
-
-    return _with("settings", options, read)
+        kind, text = TYPES[name], field.metadata["help"]
+        text = text[0].upper() + text[1:]
+        parameter = Parameter(help=f"{text}.")
+        if lists:
+            kind = str
+        elif type(None) in get_args(kind) and name != "clamp":
+            parameter = Parameter(help=f"{text}; or none.", converter=_or_none)
+        elif kind is int:
+            parameter = Parameter(help=f"{text}.", converter=whole)
+        options[name] = Annotated[kind, parameter]
+    return TypedDict("Settings", options, total=False) | None  # type: ignore[operator]
 
 
-def with_fit(
-    panel: str, names: Iterable[str] = FIT, **defaults: str
-) -> Callable[[Command], Command]:
-    """Give a command options of a fit, in place of its argument ``fit``, and as that those set.
-
-    ``defaults`` are shown where they are not `reconstruct`'s.
-    """
-    from fastlangevin.learn.tasks import reconstruct as latent
-
-    arguments = inspect.signature(latent.reconstruct).parameters
-    options = {}
-    for name in names:
-        kind, text, rest = FIT[name]
-        shown = {"show_default": defaults.get(name, str(arguments[name].default))}
-        options[name] = kind, typer.Option(help=text, rich_help_panel=panel, **shown | rest)
-
-    def read(given: dict[str, Any]) -> dict[str, Any]:
-        if given.get("checkpoint", "").isdecimal():
-            given["checkpoint"] = int(given["checkpoint"])
-        return given
-
-    return _with("fit", options, read)
+def _or_none(kind: Any, tokens: "tuple[Token, ...]") -> Any:
+    """A value of an optional setting, so that a config's number can be taken back by "none"."""
+    value, kinds = tokens[0].value, get_args(kind) or (kind,)
+    if value == "none":
+        return None
+    return whole(kind, tokens) if int in kinds else float(value) if float in kinds else value
 
 
 def belong(names: Iterable[str], owner: str) -> None:
     """ValueError if options were given, by name, that belong to another that was not."""
     if given := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)):
         raise ValueError(f"{given} {'belong' if ',' in given else 'belongs'} to {owner}")
-
-
-def _with(
-    argument: str,
-    options: Mapping[str, tuple[Any, Any]],
-    read: Callable[[dict[str, Any]], dict[str, Any]],
-) -> Callable[[Command], Command]:
-    """Options by name, of (type, typer's option), in place of an argument that is a mapping.
-
-    It holds those that the user sets, as ``read`` makes them.
-    """
-
-    def decorate(command: Command) -> Command:
-        signature = inspect.signature(command)
-        parameters = [p for p in signature.parameters.values() if p.name != argument]
-        for name, (kind, option) in options.items():
-            parameters.append(
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[kind | None, option],
-                )
-            )
-
-        def wrapped(*arguments: Any, **values: Any) -> None:
-            given = {name: values.pop(name, None) for name in options}
-            given = {name: value for name, value in given.items() if value is not None}
-            command(*arguments, **values, **{argument: read(given)})
-
-        wrapped.__doc__ = command.__doc__
-        wrapped.__name__ = command.__name__
-        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-        return wrapped
-
-    return decorate
-
-
-def _kind(name: str) -> tuple[Any, str | None]:
-    """An option's type, and what it shows in place of that."""
-    from fastlangevin.learn.config import TYPES
-
-    kind = TYPES[name]
-    if type(None) in typing.get_args(kind):
-        kind = typing.get_args(kind)[0]
-        if kind in (int, float):  # so that a preset's number can be taken back
-            return str, f"<{kind.__name__}|none>"
-    return kind, None

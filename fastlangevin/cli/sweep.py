@@ -1,4 +1,4 @@
-"""sweep."""
+"""sweep: many runs over lists of settings and seeds."""
 
 import os
 import signal
@@ -6,41 +6,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
-from fastlangevin.cli.app import app, errors
-from fastlangevin.cli.options import with_settings
+from fastlangevin.cli.options import Count, more, settings_options
+from fastlangevin.cli.outputs import Result, note
+
+_GROUP = "Settings: one value each, or several to sweep over, such as 5,10,25"
 
 
-@app.command()
-@with_settings("Settings: one value, or several to sweep over", lists=True)
 def sweep(
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the sweep.")] = Path("runs/sweep"),
-    preset: Annotated[
-        str | None,
-        typer.Option(help="Settings to start from; see `presets`.", show_default="digits"),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="File of settings, and axes (lists by setting), seeds and grid."),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Runs of each point.", show_default="3")
-    ] = None,
-    grid: Annotated[
-        bool | None,
-        typer.Option(
-            "--grid/--axes", help="All combinations, or one axis at a time.", show_default="axes"
-        ),
-    ] = None,
-    settings: dict[str, str],
-) -> None:
-    """Train over lists of settings and seeds; tables and a plot of what comes of it.
+    out: Path = Path("runs/sweep"),
+    config: str | None = None,
+    seeds: Count | None = None,
+    grid: Annotated[bool | None, Parameter(negative="--axes")] = None,
+    lists: "Annotated[settings_options(True), more(_GROUP)]" = None,  # type: ignore[valid-type]
+) -> Result:
+    """Train over lists of settings and seeds; write tables and a plot of the results.
 
     For example `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run is a
-    folder in OUT, as of `train`. The same command goes on where it was stopped. Several processes
-    share the runs by RANK and WORLD_SIZE in their environment, as torchrun sets them.
+    folder in OUT, as by `train`. The same command goes on where it was stopped. Several processes
+    share the runs if RANK and WORLD_SIZE are set in their environment, as torchrun sets them.
+
+    Args:
+        out: Folder of the sweep.
+        config: Settings to start from: a config in the package, see configs, or a YAML, TOML or
+            JSON file, which may hold axes (lists by setting), seeds and grid too (default: digits).
+        seeds: Runs of each point, 1 or more, with consecutive seeds (default: 3).
+        grid: Run all combinations, or one axis at a time (default: --axes).
     """
     from fastlangevin.learn.sweep.plan import describe, read_sweep
     from fastlangevin.learn.sweep.report import write_report
@@ -48,41 +41,34 @@ def sweep(
     from fastlangevin.learn.train import StopRequest
 
     stop = StopRequest()
-    with errors():
-        parsed = {name: _values(name, text) for name, text in settings.items()}
-        plan = read_sweep(preset, config, parsed, seeds, grid)
-        rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-        total, count = len(plan.runs()[rank::world_size]), 0
+    values = {name: _values(name, text) for name, text in (lists or {}).items()}
+    plan = read_sweep(config, values, seeds, grid)
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    total, count = len(plan.runs()[rank::world_size]), 0
 
-        def report(run: Run, result: Mapping[str, Any]) -> None:
-            nonlocal count
-            count += 1
-            where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
-            typer.echo(f"{where}  {_outcome(result)}", err=True)
+    def report(run: Run, result: Mapping[str, Any]) -> None:
+        nonlocal count
+        count += 1
+        where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
+        note(f"{where}  {_outcome(result)}")
 
-        results = run_sweep(
-            plan,
-            out,
-            rank=rank,
-            world_size=world_size,
-            device=_own_device(plan.centre.device),
-            report=report,
-            stop=stop,
-        )
-        written = [] if results is None else write_report(plan, results, out)
-    for path in written:
-        typer.echo(str(path))
-    if written and out / "sweep.svg" not in written:
-        typer.echo('no plot: it needs matplotlib, pip install "fastlangevin[plot]"', err=True)
+    device = _own_device(plan.centre.device)
+    results = run_sweep(
+        plan, out, rank=rank, world_size=world_size, device=device, report=report, stop=stop
+    )
+    files = [] if results is None else write_report(plan, results, out)
+    if files and out / "sweep.svg" not in files:
+        note('no plot: it needs matplotlib, pip install "fastlangevin[plot]"')
     if count < total:
-        typer.echo("stopped; go on with the same command", err=True)
-        raise typer.Exit(128 + (stop.signal or signal.SIGINT))
-    if not written:
-        typer.echo("done; the runs of other processes are not yet", err=True)
+        note("stopped; go on with the same command")
+        return Result(files=files, status=128 + (stop.signal or signal.SIGINT))
+    if not files:
+        note("done; the runs of other processes are not yet")
+    return Result(files=files)
 
 
 def _values(name: str, text: str) -> list[Any]:
-    """A list without its brackets, as YAML: 5,10,25 or [-1, 1],none."""
+    """A list in YAML without its brackets: 5,10,25 or [-1, 1],none."""
     from fastlangevin.learn.bounded_yaml import parse_yaml
 
     try:
@@ -100,7 +86,7 @@ def _number(variable: str, default: int) -> int:
 
 
 def _own_device(device: str) -> str | None:
-    """A process of torchrun's takes its own GPU."""
+    """The GPU of a process of torchrun, unless the user named a device."""
     import torch
 
     if "LOCAL_RANK" not in os.environ or device != "auto" or not torch.cuda.is_available():

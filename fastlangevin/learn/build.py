@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import importlib
+import sys
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from fastlangevin import noise as _noise
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.autograd import check_precision
 from fastlangevin.kernels.devices import indexed
-from fastlangevin.learn.config import TrainConfig
+from fastlangevin.learn.config import TrainConfig, config_names, resolve
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.learner import Images, ShortRunLearner
 from fastlangevin.replay import ReplayBuffer
@@ -126,6 +128,27 @@ def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
             if isinstance(layer, torch.nn.Conv2d):
                 layer.reset_parameters()
     return energy.to(choose_device(config.device))
+
+
+def find_energy(target: str) -> torch.nn.Module:
+    """The energy of a config, or what module:attribute is or makes."""
+    if ":" not in target:
+        if target not in config_names():
+            names = ", ".join(config_names())
+            raise ValueError(f"give a config ({names}) or module:attribute, got {target!r}")
+        config = resolve(target)
+        return build_energy(config, load_data(config))
+    module, _, attribute = target.partition(":")
+    sys.path.insert(0, "")  # as `python -m` would find it
+    value: Any = importlib.import_module(module)
+    for name in attribute.split("."):
+        if not hasattr(value, name):
+            raise ValueError(f"{module} has no attribute {attribute!r}")
+        value = getattr(value, name)
+    energy = value if isinstance(value, torch.nn.Module) else value()
+    if not isinstance(energy, torch.nn.Module):
+        raise TypeError(f"{target} must be or make an nn.Module, got {type(energy).__name__}")
+    return energy
 
 
 def build_sampler(config: TrainConfig, energy: torch.nn.Module) -> LangevinSampler:

@@ -1,6 +1,7 @@
-"""A training run's settings: presets, files and overrides, resolved to one record."""
+"""A training run's settings: a config, changed by options, resolved to one record."""
 
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -30,7 +31,7 @@ else:
 
 # The first line of a run's config; a folder without it is not taken for a run.
 MARK = "# The settings of a fastlangevin run.\n"
-_PRESETS = Path(__file__).parent / "configs"
+_CONFIGS = Path(__file__).parent / "configs"
 _SETTINGS_BYTES = 2**16
 _MOST_DOTS = 300  # in a line of TOML
 _MOST_NAMED = 20  # unknown settings in an error message
@@ -42,11 +43,11 @@ def _option(text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a run; presets state every field, files and options change some."""
+    """Everything that defines a run; configs state every field, files and options change some."""
 
     # data
     data: str | None = _option(
-        "digits, mnist5k, fashion-mnist, hub:NAME, or a path: folder, .npy, .npz, parquet"
+        "images: digits, mnist5k, fashion-mnist, hub:NAME, or a folder, .npy, .npz or parquet"
     )
     size: int | None = _option(
         "resize and crop the images to this power of two; as they are if unset"
@@ -54,22 +55,26 @@ class TrainConfig:
     channels: int | None = _option("convert the images to 1 (grey) or 3 (colour) channels")
     limit: int | None = _option("use the first LIMIT images only")
     flip: bool = _option("mirror half of the images")
-    on_corrupt: str = _option("error, or skip images that cannot be decoded")
+    on_corrupt: str = _option("what to do about images that cannot be decoded: error or skip")
     # energy
     width: int = _option("channels of the first convolution, the paper's n_f")
-    activation: str = _option("leaky_relu, relu, silu, softplus or elu")
+    activation: str = _option("activation: leaky_relu, relu, silu, softplus or elu")
     leak: float = _option("negative slope of leaky_relu")
     # chain
     steps: int = _option("Langevin steps K")
-    step_size: float = _option("a, multiplies the gradient")
-    noise_std: float = _option("b, standard deviation of the noise added per step")
-    clamp: tuple[float, float] | None = _option("bounds on the state")
+    step_size: float = _option("step size a, which multiplies the gradient")
+    noise_std: float = _option("standard deviation b of the noise added per step")
+    clamp: tuple[float, float] | None = _option("bounds on the state, two numbers")
     grad_clip: float | None = _option("elementwise bound on the gradient")
-    noise_order: str = _option("after, before or last, as seen from the gradient step")
-    precision: str | None = _option("of the network in the chain: fp32, tf32, fp16 or bf16")
-    backend: str = _option("of the update: auto, native, triton or reference")
+    noise_order: str = _option(
+        "when noise is added, as seen from the gradient step: after, before or last"
+    )
+    precision: str | None = _option(
+        "precision of the network in the chain: fp32, tf32, fp16 or bf16"
+    )
+    backend: str = _option("backend of the update: auto, native, triton or reference")
     # learning
-    iterations: int = _option("updates of the weights")
+    iterations: int = _option("number of updates of the weights")
     batch_size: int = _option("images, and chains, per iteration")
     data_noise: float = _option("standard deviation sigma of the noise on the data")
     lr: float = _option("Adam's learning rate")
@@ -83,7 +88,8 @@ class TrainConfig:
     ema: float | None = _option("decay of a moving average of the weights")
     buffer_size: int = _option("persistent chains kept; 0 starts every chain from noise")
     buffer_kind: str = _option(
-        "index: chains go back where they were drawn; fifo: the newest are kept; reservoir: any"
+        "chains go back where they came from (index), or replace the oldest (fifo) or any "
+        "(reservoir)"
     )
     reinit: float = _option("fraction of persistent chains started anew")
     max_energy: float = _option("stop as diverged when |energy| passes this")
@@ -91,8 +97,8 @@ class TrainConfig:
         "stop as diverged when this fraction of samples stays at the bounds"
     )
     # run
-    seed: int = _option("of weights, data order and every noise")
-    device: str = _option("auto, cpu, cuda or cuda:N")
+    seed: int = _option("seed of the weights, the data order and every noise")
+    device: str = _option("where to compute: auto, cpu, cuda or cuda:N")
     log_every: int = _option("iterations between records")
     sample_every: int = _option("iterations between sample grids")
     save_every: int = _option("iterations between checkpoints")
@@ -113,58 +119,74 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 
 
-def preset_names() -> list[str]:
-    """The presets in the package."""
-    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+def config_names() -> list[str]:
+    """The configs in the package."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
 
 
-def preset_text(name: str) -> str:
-    """A preset's file, comments and all."""
-    if name not in preset_names():
-        raise ValueError(f"preset must be one of {', '.join(preset_names())}, got {brief(name)}")
-    return (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+def config_text(name: str) -> str:
+    """The file of a config in the package, with its comments."""
+    names = config_names()
+    if name not in names:
+        near = "".join(
+            f"; did you mean {n}?" for n in difflib.get_close_matches(str(name), names, 1)
+        )
+        raise ValueError(
+            f"config must be one of {', '.join(names)}, or a file, got {brief(name)}{near}"
+        )
+    return (_CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _preset(name: str) -> dict[str, Any]:
-    return dict(_parse_preset(preset_text(name)))
+def _config(name: str) -> dict[str, Any]:
+    return dict(_parse_config(config_text(name)))
 
 
 @functools.cache
-def _parse_preset(text: str) -> dict[str, Any]:
-    """Parsed once: a sweep resolves its presets hundreds of times, at 20 ms each."""
+def _parse_config(text: str) -> dict[str, Any]:
+    """Parsed once: a sweep resolves its config hundreds of times, at 20 ms each."""
     return dict(yaml.safe_load(text))
 
 
 def resolve(
-    preset_name: str | None = None,
-    file: str | Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    config: str | Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """A preset, changed by a YAML, TOML or JSON file, changed by ``overrides``.
+    """A config, changed by ``overrides``.
 
-    The file may name its ``preset``; with none named it is "digits". Raises ValueError naming the
-    field and what was expected; FileError, which begins with the path, where the file is at fault.
+    config: the name of a config in the package, "digits" by default; or a YAML, TOML or JSON file,
+        whose settings change the config that it names as its ``config``, again "digits" by default.
+
+    Raises ValueError naming the field and what was expected; FileError, which begins with the
+    path, where the file is at fault.
     """
-    given = {} if file is None else read_settings(file)
-    named = given.pop("preset", None)
+    name, changes = read_config(config)
     try:
-        chosen = "digits" if named is None else named
-        settings = _preset(chosen if preset_name is None else preset_name)
-        settings |= _cast_all(given, str(file))
+        settings = _config(name) | _cast_all(changes, str(config))
     except ValueError as error:
-        if file is None or preset_name is not None:
-            raise
-        raise _of_file(file, error) from error
-    settings = _cast_all(settings | _cast_all(overrides or {}, "options"), "presets")
+        raise error if not changes else _of_file(str(config), error) from error
+    settings = _cast_all(settings | _cast_all(overrides or {}, "options"), "configs")
     if settings["data"] and settings["data"] not in SOURCES and os.path.exists(settings["data"]):
         # A run must find its data again, also from another folder.
         settings["data"] = str(Path(settings["data"]).absolute())
     try:
         return TrainConfig(**settings)
     except (TypeError, ValueError) as error:
-        if file is None or overrides:
-            raise
-        raise _of_file(file, error) from error
+        raise error if overrides or not changes else _of_file(str(config), error) from error
+
+
+def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
+    """The name of the config in the package to start from, and what a file changes in it."""
+    if config is None or str(config) in config_names():
+        return str(config or "digits"), {}
+    if not (Path(config).suffix or os.path.exists(config)):
+        config_text(str(config))  # raises the error that says which names there are
+    changes = read_settings(config)
+    name = changes.pop("config", None)
+    if name is not None and name not in config_names():
+        try:
+            config_text(name)
+        except ValueError as error:
+            raise _of_file(str(config), error) from error
+    return name or "digits", changes
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:

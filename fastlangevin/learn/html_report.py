@@ -98,7 +98,7 @@ def to_html(run: Path, made: Path | None = None) -> str:
     if is_run(run):
         title, learning = f"Run {run.resolve().name}", _curves(run)
         _listed(run, CONFIG)
-        settings = dataclasses.asdict(resolve(file=run / CONFIG))
+        settings = dataclasses.asdict(resolve(run / CONFIG))
     else:
         title, learning = f"Model {run.stem}", f"<p>{_NO_CURVES}</p>"
         saved = weights.info.get("config") is not None

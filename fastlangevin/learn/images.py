@@ -4,11 +4,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from fastlangevin.arguments import check_count
 from fastlangevin.learn.atomic import replacing
+
+_BAND = 16  # images in a row of save_rows
 
 
 def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.ndarray:
@@ -56,3 +59,26 @@ def save_gif(frames: Tensor, path: str | Path, columns: int | None = None, tile:
         first.save(
             temporary, format="GIF", save_all=True, append_images=rest, duration=times, loop=0
         )
+
+
+def save_rows(path: str | Path, tile: int, *rows: Tensor) -> None:
+    """Write rows of images [n, C, H, W], cut into bands, as one :func:`to_grid`, atomically.
+
+    Images of equal index stand one above the other.
+    """
+    width = min(len(rows[0]), _BAND)
+    bands = []
+    for parts in zip(*(row.split(_BAND) for row in rows), strict=True):
+        for part in parts:  # the last band's rows are filled up with white
+            bands += [part, part.new_ones((width - len(part), *part.shape[1:]))]
+    save_grid(torch.cat(bands), path, width, tile)
+
+
+def save_arrays(path: str | Path, *array: Tensor, **arrays: Tensor) -> None:
+    """Write one tensor as .npy, or several by name as .npz, atomically."""
+    values = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        if array:
+            np.save(file, array[0].detach().cpu().numpy())
+        else:
+            np.savez(file, **values)  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def only_writer(out: Path) -> Iterator[None]:
 def check_resumed(config: TrainConfig, out: Path) -> None:
     """ValueError if a run would not go on as it began; FileError if its settings are damaged."""
     try:
-        saved = dataclasses.asdict(resolve(file=out / CONFIG))
+        saved = dataclasses.asdict(resolve(out / CONFIG))
     except FileError:
         raise
     except ValueError as error:

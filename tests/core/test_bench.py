@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import fastlangevin as fl
 from fastlangevin import bench
-from fastlangevin.cli import app
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import extension
 from fastlangevin.roofline import cost
+from tests.command import run_command
 
 
 def images(n: int = 3) -> torch.Tensor:
@@ -78,12 +77,12 @@ not_an_energy = dict
         ([f"{__name__}:not_an_energy"], "must be or make an nn.Module, got dict"),
         (["torch.nn:Identity"], "give --shape"),
         (["nowhere:energy"], "No module named 'nowhere'"),
-        (["none"], "give a preset (anatomy-nonconvergent"),
+        (["none"], "give a config (anatomy-nonconvergent"),
     ],
 )
 def test_the_command(arguments: list[str], expected: str) -> None:
     given = ["bench", *arguments, "--seconds", "0", "--batch", "2", "--steps", "1"]
-    result = CliRunner().invoke(app, given)
+    result = run_command(*given)
     output = " ".join(result.output.split())
     assert expected in output
     assert (result.exit_code == 0) == (expected == "plain loop"), output

@@ -390,4 +390,4 @@ def test_a_command_warns_in_one_line_and_goes_on(config: TrainConfig, copied: Pa
     lines = [line for line in found.stderr.splitlines() if "checksum" in line]
     assert lines[0].startswith(f"warning: train: {newest} is damaged")
     assert len(lines) == 1
-    assert dataclasses.replace(config) == resolve(file=copied / "config.yaml")
+    assert dataclasses.replace(config) == resolve(copied / "config.yaml")

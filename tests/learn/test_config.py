@@ -1,8 +1,9 @@
-"""Settings: presets, files and options, and what they resolve to."""
+"""Settings: configs and options, and what they resolve to."""
 
 import dataclasses
 import json
 import math
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import yaml
 
 from fastlangevin.learn import TrainConfig, resolve
 from fastlangevin.learn.build import build_energy
-from fastlangevin.learn.config import FIELDS, preset_names, preset_text, save_config
+from fastlangevin.learn.config import FIELDS, config_names, config_text, save_config
 
-PRESETS = ["anatomy-nonconvergent", "digits", "paper-64", "paper-cifar10"]
+CONFIGS = ["anatomy-nonconvergent", "digits", "paper-64", "paper-cifar10"]
 
 # The authors' published CIFAR-10 code, and what its authors' Anatomy code does otherwise.
 PAPER = {
@@ -61,13 +62,13 @@ def write(path: Path, settings: dict[str, Any]) -> Path:
 # Presets -----------------------------------------------------------------------------------------
 
 
-def test_the_presets_are_these() -> None:
-    assert preset_names() == PRESETS
+def test_the_configs_are_these() -> None:
+    assert config_names() == CONFIGS
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_states_every_setting_and_no_other(name: str) -> None:
-    stated = yaml.safe_load(preset_text(name))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_states_every_setting_and_no_other(name: str) -> None:
+    stated = yaml.safe_load(config_text(name))
     assert list(stated) == list(FIELDS)
     resolved = dataclasses.asdict(resolve(name))
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in resolved.items()} == stated
@@ -104,11 +105,14 @@ def test_digits_is_the_default() -> None:
     assert resolve().data == "digits"
 
 
-def test_a_preset_that_does_not_exist() -> None:
-    with pytest.raises(
-        ValueError, match=f"preset must be one of {', '.join(PRESETS)}, got 'paper'"
-    ):
-        resolve("paper")
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("paper-46", "; did you mean paper-64?"), ("Digits", "; did you mean digits?"), ("x", "")],
+)
+def test_an_unknown_config_is_refused_with_the_names_and_a_near_one(name: str, near: str) -> None:
+    want = f"config must be one of {', '.join(CONFIGS)}, or a file, got '{name}'{near}"
+    with pytest.raises(ValueError, match=f"^{re.escape(want)}$"):
+        resolve(name)
 
 
 # Files and precedence ----------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def test_a_preset_that_does_not_exist() -> None:
 
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".toml", ".json", ""])
 def test_every_format_says_the_same(suffix: str, tmp_path: Path) -> None:
-    found = resolve(file=write(tmp_path / f"settings{suffix}", SOME))
+    found = resolve(write(tmp_path / f"settings{suffix}", SOME))
     assert found == dataclasses.replace(resolve(), **SOME | {"clamp": (-1.0, 1.5)})
 
 
@@ -124,32 +128,41 @@ def test_every_format_says_the_same(suffix: str, tmp_path: Path) -> None:
 def test_json_with_indentation(indent: int | str, tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(SOME, indent=indent))
-    assert resolve(file=path) == resolve(overrides=SOME)
+    assert resolve(path) == resolve(overrides=SOME)
 
 
-def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.yaml", {"steps": 11, "batch_size": 22})
-    found = resolve("paper-cifar10", file, {"batch_size": 33})
-    assert (found.batch_size, found.steps, found.width) == (33, 11, 64)
-    assert resolve("paper-cifar10", file, {}) == resolve("paper-cifar10", file)
+def test_options_win_over_the_file_and_the_file_over_the_config_it_names(tmp_path: Path) -> None:
+    settings = {"config": "paper-cifar10", "steps": 11, "batch_size": 22}
+    file = write(tmp_path / "a.yaml", settings)
+    changed = resolve(file, {"batch_size": 33})
+    assert (changed.batch_size, changed.steps, changed.width) == (33, 11, 64)
+    assert resolve(file, {}) == resolve(file)
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".toml", ".json"])
-def test_a_file_may_name_its_preset(suffix: str, tmp_path: Path) -> None:
-    file = write(tmp_path / f"a{suffix}", {"preset": "paper-64", "steps": 11})
-    assert resolve(file=file) == dataclasses.replace(resolve("paper-64"), steps=11)
-    assert resolve("digits", file) == dataclasses.replace(resolve("digits"), steps=11)
+def test_a_file_may_name_the_config_that_it_changes(suffix: str, tmp_path: Path) -> None:
+    file = write(tmp_path / f"a{suffix}", {"config": "paper-64", "steps": 11})
+    assert resolve(file) == dataclasses.replace(resolve("paper-64"), steps=11)
 
 
-def test_a_files_preset_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"preset must be one of .*, got 'mine'"):
-        resolve(file=write(tmp_path / "a.yaml", {"preset": "mine"}))
+def test_a_name_in_the_package_wins_over_a_file_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "digits", {"steps": 11})
+    assert resolve("digits") == resolve()
+    assert resolve(tmp_path / "digits").steps == resolve("./digits").steps == 11
 
 
-def test_a_preset_printed_is_a_file_to_start_from(tmp_path: Path) -> None:
-    for name in PRESETS:
-        (tmp_path / "a.yaml").write_text(preset_text(name))
-        assert resolve(file=tmp_path / "a.yaml") == resolve(name)
+def test_a_file_that_names_an_unknown_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config must be one of .*, got 'mine'"):
+        resolve(write(tmp_path / "a.yaml", {"config": "mine"}))
+
+
+def test_a_printed_config_is_a_file_to_start_from(tmp_path: Path) -> None:
+    for name in CONFIGS:
+        (tmp_path / "a.yaml").write_text(config_text(name))
+        assert resolve(tmp_path / "a.yaml") == resolve(name)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +180,7 @@ def test_a_preset_printed_is_a_file_to_start_from(tmp_path: Path) -> None:
 def test_a_saved_config_is_read_back(changes: dict[str, Any], tmp_path: Path) -> None:
     config = dataclasses.replace(resolve("paper-64"), **changes)
     save_config(config, tmp_path / "config.yaml")
-    assert resolve(file=tmp_path / "config.yaml") == config
+    assert resolve(tmp_path / "config.yaml") == config
     assert list(yaml.safe_load((tmp_path / "config.yaml").read_text("utf-8"))) == list(FIELDS)
 
 
@@ -203,7 +216,7 @@ def test_a_value_becomes_its_settings_type(name: str, value: Any, want: Any) -> 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.e-4"])
 def test_numbers_that_yaml_reads_as_text(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(f"lr: {text}\n")
-    assert resolve(file=tmp_path / "a.yaml").lr == 1e-4
+    assert resolve(tmp_path / "a.yaml").lr == 1e-4
 
 
 WRONG = [
@@ -273,7 +286,7 @@ def test_unknown_settings_are_named(where: str, unknown: list[Any], tmp_path: Pa
     source = str(file) if where == "file" else "options"
     match = f"^{source}: no setting is called .*; there are data, .*, samples$"
     with pytest.raises(ValueError, match=match) as caught:
-        resolve(file=file, overrides=settings if where == "options" else None)
+        resolve(file, overrides=settings if where == "options" else None)
     named = str(caught.value).removeprefix(f"{source}: no setting is called ").split(";")[0]
     assert sorted(named.split(", ")) == sorted(map(str, unknown))
 
@@ -300,12 +313,12 @@ def test_unknown_settings_are_named(where: str, unknown: list[Any], tmp_path: Pa
 def test_files_that_hold_no_settings(name: str, content: bytes, match: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{tmp_path / name} .*{match}"):
-        resolve(file=tmp_path / name)
+        resolve(tmp_path / name)
 
 
 def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "a.yaml")):
-        resolve(file=tmp_path / "a.yaml")
+        resolve(tmp_path / "a.yaml")
 
 
 def test_every_setting_is_explained() -> None:

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import fastlangevin as fl
-from fastlangevin import cli
 from fastlangevin.learn import load_images, resolve, train
 from fastlangevin.learn.checkpoint import read_checkpoint, save_checkpoint
 from fastlangevin.learn.diagnosis.correlations import correlations, series_of, temperature_of
 from fastlangevin.learn.diagnosis.diagnose import diagnose, long_run, mixing, noisy_batch, reach
 from fastlangevin.learn.diagnosis.moments import layer_residuals, parameter_residuals, top_layer
 from fastlangevin.learn.diagnosis.report import to_json, to_text
+from tests.command import run_command
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -400,9 +399,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: Any) -> Any:
-    runner = CliRunner(env={"COLUMNS": "300", "TERMINAL_WIDTH": "300", "NO_COLOR": "1"})
-    given = ["diagnose", *arguments, "--n=32", "--long=2", "--starts=3"]
-    return runner.invoke(cli.app, [str(argument) for argument in given])
+    return run_command("diagnose", *arguments, "--n=32", "--long=2", "--starts=3")
 
 
 def test_command(run: Path, tmp_path: Path) -> None:

@@ -15,14 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from typer.testing import CliRunner
 
 import fastlangevin as fl
-from fastlangevin import cli
 from fastlangevin.learn import load_images
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation import evaluate as measures
 from fastlangevin.learn.evaluation import features, metrics
+from tests.command import run_command
 
 RNG = np.random.default_rng(0)
 
@@ -491,8 +490,7 @@ def test_efficientnet_knows_dogs_and_frogs() -> None:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
-    return lambda *arguments: runner.invoke(cli.app, ["evaluate", *map(str, arguments)])
+    return lambda *arguments: run_command("evaluate", *arguments)
 
 
 def test_the_shipped_model(command: Any, tmp_path: Path) -> None:
@@ -592,8 +590,14 @@ def test_refusals(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (("absent",), "models that come with the package: cifar10, digits"),
         (("digits", "--features", "vgg"), "features must be auto, pixels"),
         (("digits", "--images", "absent.npy"), "absent.npy"),
-        (("digits", "--n", "298"), "--n must be at most 297, the held-out data there are, got 298"),
-        (("digits", "--k", "297"), "--k must be less than the 297 images of a set, got 297"),
+        (
+            ("digits", "--n", "298"),
+            "evaluate: n must be at most 297, the held-out data there are, got 298",
+        ),
+        (
+            ("digits", "--k", "297"),
+            "evaluate: k must be less than the 297 images of a set, got 297",
+        ),
         (("digits", "--noise", "-1"), "evaluate: noise must be finite and > 0, got -1"),
         (("digits", "--noise", "nan"), "evaluate: noise must be finite and > 0, got nan"),
         (("digits", "--out", "."), "--out must be a file, got the folder ."),

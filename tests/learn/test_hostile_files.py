@@ -120,7 +120,7 @@ def test_settings_of_a_wrong_type_name_their_file(tmp_path: Path) -> None:
     for name, value in json.loads(json.dumps(vars(resolve("digits")))).items():
         for changed in mutations({name: value}, wrong=(None, [], {}, "x", LARGE)):
             path.write_text(json.dumps(changed))
-            count += outcome(lambda path: resolve(file=path), path) is not None
+            count += outcome(lambda path: resolve(path), path) is not None
     assert count > 100
 
 

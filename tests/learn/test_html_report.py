@@ -14,17 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
-from fastlangevin import cli
 from fastlangevin.cli import report as commands
+from fastlangevin.cli.outputs import Result
 from fastlangevin.learn import html_report as report
 from fastlangevin.learn import load_images, resolve, save_grid, train
 from fastlangevin.learn.checkpoint import export, read_checkpoint, save_checkpoint
 from fastlangevin.learn.evaluation import evaluate as measures
 from fastlangevin.learn.evaluation import features
+from tests.command import run_command
 
 TINY = {
     "width": 2, "steps": 2, "batch_size": 4, "iterations": 20, "save_every": 10, "log_every": 2,
@@ -201,8 +200,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path, trained: Path) -> None:
 
 @pytest.fixture
 def command() -> Any:
-    runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
-    return lambda *arguments: runner.invoke(cli.app, ["report", *map(str, arguments)])
+    return lambda *arguments: run_command("report", *arguments)
 
 
 def test_refusals(command: Any, run: Path, tmp_path: Path) -> None:
@@ -234,7 +232,7 @@ def test_a_model_alone(
     command: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shipped, exported, or one checkpoint: what can be made of it, and why there are no curves."""
-    monkeypatch.setitem(commands._SHORT, "iterations", 2)
+    monkeypatch.setitem(commands._SHORT, "fit", {"restarts": 1, "iterations": 2})
     monkeypatch.chdir(tmp_path)
     export(run, tmp_path / "small.safetensors")
     (checkpoint,) = (run / "checkpoints").glob("*10.safetensors")
@@ -273,19 +271,19 @@ def test_compute_makes_what_is_missing(
 ) -> None:
     """Each command in its turn; what is there stays, and one that fails stops no other."""
 
-    def fails(run: Path, **options: Any) -> None:
-        raise typer.Exit(1)
+    def fails(run: Path, **options: Any) -> Result:
+        raise ValueError("this one fails")
 
-    def fast(run: Path, out: Path, device: str) -> None:
+    def fast(run: Path, out: Path, **options: Any) -> Result:
         save_grid(torch.zeros(1, 1, 8, 8), out)
-        print("ratio 0.123")
-        print(out)
+        return Result("ratio 0.123", [out])
 
     monkeypatch.setattr(commands, "reconstruct", fails)
     monkeypatch.setattr(commands, "restore", fast)
     before = (run / "evaluate.json").read_bytes()
     found = command(run, "--compute", "--device", "cpu")
     assert found.exit_code == 0, found.output
+    assert "error: this one fails" in found.stderr
     assert (run / "evaluate.json").read_bytes() == before
     assert json.loads((run / "diagnose.json").read_text())["iteration"] == 20
     assert not (run / "reconstructed.png").exists()
@@ -301,9 +299,9 @@ def test_compute_makes_again_what_is_of_other_weights(
     made: list[str] = []
 
     def makes(name: str) -> Any:
-        def command(run: Path, out: Path, device: str) -> None:
+        def command(run: Path, out: Path, **options: Any) -> Result:
             made.append(name)
-            print("said\npath")
+            return Result("said", [out])
 
         return command
 

@@ -11,14 +11,13 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner
 
 import fastlangevin as fl
-from fastlangevin import cli
 from fastlangevin.learn import checkpoint, interpolate, load_images, reconstruct, resolve
 from fastlangevin.learn.config import FIELDS
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.images import to_grid
+from tests.command import run_command
 
 MODELS = checkpoint.shipped()
 PACKAGE = Path(fl.__file__).parent
@@ -33,8 +32,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(tmp_path)
-    runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"})
-    return lambda *arguments: runner.invoke(cli.app, [str(argument) for argument in arguments])
+    return run_command
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -47,11 +45,11 @@ def test_its_record_says_how_to_repeat_it(name: str) -> None:
     while left:
         option = left.pop(0).removeprefix("--").replace("-", "_")
         given[option] = "true" if not left or left[0].startswith("--") else left.pop(0)
-    preset = given.pop("preset")
+    config = given.pop("config")
     del given["out"]
     assert set(given) <= set(FIELDS)
     tensors, info = checkpoint.read_checkpoint(name)
-    asked = resolve(preset, overrides={k: yaml.safe_load(v) for k, v in given.items()})
+    asked = resolve(config, overrides={k: yaml.safe_load(v) for k, v in given.items()})
     assert asked == resolve(overrides=info["config"])
     assert info["iteration"] == asked.iterations
     count = sum(tensor.numel() for tensor in tensors.values())
@@ -66,7 +64,7 @@ def test_it_is_small_and_packaged() -> None:
     for path in MODELS.values():
         assert {path, path.with_suffix(".yaml")} <= packaged
         assert path.stat().st_size < 3e6
-    assert PACKAGE / "learn" / "report.html" in packaged
+    assert PACKAGE / "learn" / "html_report.html" in packaged
 
 
 def test_sampling_right_after_install(command: Any, tmp_path: Path) -> None:

@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
-from fastlangevin.cli import app
 from fastlangevin.cli import sweep as sweep_command
 from fastlangevin.learn import load_images, resolve, train
 from fastlangevin.learn.checkpoint import read_checkpoint
@@ -28,6 +26,7 @@ from fastlangevin.learn.sweep import run as sweep_runs
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep.run import run_sweep
+from tests.command import run_command
 
 CENTRE = {
     "limit": 100,
@@ -167,10 +166,10 @@ def test_a_file_and_options(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     content = {**CENTRE, "axes": {"steps": [1, 2], "width": ["2", "4e0"]}, "seeds": 1, "grid": True}
     file.write_text(yaml.safe_dump(content))
-    assert read_sweep(file=file) == Sweep(
+    assert read_sweep(file) == Sweep(
         resolve(overrides=CENTRE), {"steps": [1, 2], "width": [2, 4]}, 1, True
     )
-    changed = read_sweep(file=file, lists={"steps": [7], "width": [3, 5]}, seeds=2, grid=False)
+    changed = read_sweep(file, {"steps": [7], "width": [3, 5]}, seeds=2, grid=False)
     want = Sweep(resolve(overrides=CENTRE | {"steps": 7}), {"width": [3, 5]}, 2)
     assert changed == want
 
@@ -448,7 +447,7 @@ def test_every_point_is_checked_before_any_work(axes: Any, message: str, tmp_pat
 def test_files_that_do_not_serve(content: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=message):
-        read_sweep(file=tmp_path / "plan.yaml")
+        read_sweep(tmp_path / "plan.yaml")
 
 
 def test_folders_that_do_not_serve(
@@ -528,10 +527,7 @@ def test_command(tmp_path: Path) -> None:
     """Two processes by the environment, the second of which writes the report."""
     out = tmp_path / "sweep"
     command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
-    first, second = (
-        CliRunner().invoke(app, command, env={"RANK": str(rank), "WORLD_SIZE": "2"})
-        for rank in (0, 1)
-    )
+    first, second = (run_command(*command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
     assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
     assert "done; the runs of other processes are not yet" in first.output
     assert str(out / "sweep.json") in second.output
@@ -547,7 +543,7 @@ def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     command = ["sweep", *options(steps="1,2"), "--seeds=1", f"--out={out}"]
     stop = interrupted(1, 1, lambda: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(sweep_runs, "train", stop)
-    stopped = CliRunner().invoke(app, command)
+    stopped = run_command(*command)
     assert stopped.exit_code == 128 + signal.SIGTERM
     assert "go on with the same command" in stopped.output
     assert not (out / "sweep.json").exists()
@@ -579,7 +575,7 @@ def test_a_process_of_torchruns_takes_its_own_gpu(
     ],
 )
 def test_command_refuses(given: list[str], message: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["sweep", *given, f"--out={tmp_path / 'sweep'}"])
+    done = run_command("sweep", *given, f"--out={tmp_path / 'sweep'}")
     assert done.exit_code == 1
     assert message in done.output
     assert not (tmp_path / "sweep").exists()

@@ -38,7 +38,7 @@ from fastlangevin.learn.log import RunLog, read_records
 from fastlangevin.learn.run_folder import FREE_SETTINGS, only_writer
 from fastlangevin.learn.train import StopRequest, annealed
 
-# On top of a preset of the paper's. Everything that has a state is on: average, buffer, flips,
+# On top of a config of the paper's. Everything that has a state is on: average, buffer, flips,
 # annealing.
 SETTINGS = {
     "size": None,
@@ -156,7 +156,7 @@ def test_what_a_run_leaves(whole: Path, config: TrainConfig) -> None:
         "samples/00000010.png",
         "series.jsonl",
     ]
-    assert resolve(file=whole / "config.yaml") == config
+    assert resolve(whole / "config.yaml") == config
     names = {name.split(".")[0] for name in read_checkpoint(whole)[0]}
     assert names == {"model", "ema", "ema_updates", "adam", "buffer"}
 
@@ -352,7 +352,7 @@ if sys.argv[1] == "half a checkpoint":
     checkpoint.save_file = half_a_checkpoint
 elif sys.argv[1] == "half a record":
     log.RunLog.record = half_a_record
-train(resolve(file=sys.argv[2]), sys.argv[3], report=lambda *arguments: time.sleep(0.05))
+train(resolve(sys.argv[2]), sys.argv[3], report=lambda *arguments: time.sleep(0.05))
 """
 
 
@@ -396,7 +396,7 @@ def test_a_resumed_run_may_go_on_for_longer(config: TrainConfig, tmp_path: Path)
     train(config, tmp_path / "run", resume=True)
     tensors = [read_checkpoint(tmp_path / name)[0] for name in ("whole", "run")]
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
-    assert resolve(file=tmp_path / "run" / "config.yaml").iterations == 12
+    assert resolve(tmp_path / "run" / "config.yaml").iterations == 12
 
 
 def test_cadence_and_bounds_may_change_and_change_no_number(
@@ -842,7 +842,7 @@ def test_annealing_is_constant_then_linear(start: float, iteration: int, part: f
     assert data_noise == pytest.approx(0.2 + 0.4 * part)
 
 
-def test_presets_do_not_anneal() -> None:
+def test_the_papers_configs_do_not_anneal() -> None:
     config = resolve("paper-cifar10")
     for iteration in (0, 50_000, 99_999):
         assert annealed(config, iteration) == (config.lr, config.data_noise)

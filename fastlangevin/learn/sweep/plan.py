@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlangevin.learn.config import FIELDS, TrainConfig, read_settings, resolve
+from fastlangevin.learn.config import FIELDS, TrainConfig, read_config, resolve
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, called
 
@@ -131,32 +131,30 @@ class Sweep:
 
 
 def read_sweep(
-    preset: str | None = None,
-    file: str | Path | None = None,
+    config: str | Path | None = None,
     lists: Mapping[str, Sequence[Any]] | None = None,
     seeds: int | None = None,
     grid: bool | None = None,
 ) -> Sweep:
-    """A sweep from a preset, a file and lists of values by field.
+    """A sweep from a config and lists of values by field.
 
-    The file holds settings of the centre, as `train` takes them, and ``axes`` (lists by field),
-    ``seeds`` and ``grid``. In ``lists``, a list of one sets the centre; others are axes, in place
-    of the file's. Raises ValueError naming what does not serve; FileError, which begins with the
-    path, where the file is at fault.
+    ``config`` is that of :func:`resolve`; a file may hold ``axes`` (lists by field), ``seeds`` and
+    ``grid`` beside the settings of the centre. In ``lists``, a list of one value sets the centre;
+    the others are axes and replace the file's. Raises ValueError naming the setting that is wrong;
+    FileError, which begins with the path, where the file is at fault.
     """
-    given = {} if file is None else read_settings(file)
+    base, given = read_config(config)
     axes = given.pop("axes", None)
     if not isinstance(axes, dict | None):
-        raise FileError(f"{file}: axes must hold lists of values by setting, got {brief(axes)}")
+        raise FileError(f"{config}: axes must hold lists of values by setting, got {brief(axes)}")
     axes = axes or {}
     of_file = given.pop("seeds", 3), given.pop("grid", False)
     seeds = of_file[0] if seeds is None else seeds
     grid = of_file[1] if grid is None else grid
-    named = given.pop("preset", None)
     for name in given:
         if name not in FIELDS:
-            known = _listed([*FIELDS, "axes", "seeds", "grid", "preset"])
-            raise FileError(f"{file}: no setting is called {called(name)}; there are {known}")
+            known = _listed([*FIELDS, "axes", "seeds", "grid", "config"])
+            raise FileError(f"{config}: no setting is called {called(name)}; there are {known}")
     for name, values in (lists or {}).items():
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")
@@ -166,12 +164,11 @@ def read_sweep(
         else:
             axes[name] = values
     try:
-        centre = resolve(named if preset is None else preset, overrides=given)
-        return Sweep(centre, axes, seeds, grid)
+        return Sweep(resolve(base, given), axes, seeds, grid)
     except ValueError as error:
-        if file is None or lists:
+        if config is None or str(config) == base or lists:
             raise
-        raise FileError(f"{file}: {error}") from error
+        raise FileError(f"{config}: {error}") from error
 
 
 def describe(point: Settings) -> str:

@@ -1,0 +1,52 @@
+"""bench: what a step of a chain costs on this machine."""
+
+from fastlangevin.cli.options import Count, Device
+from fastlangevin.cli.outputs import Result
+
+
+def bench(
+    target: str = "digits",
+    /,
+    *,
+    shape: str | None = None,
+    batch: Count = 64,
+    steps: Count = 4,
+    seconds: float = 10.0,
+    precision: list[str] | None = None,
+    device: Device = "auto",
+) -> Result:
+    """Time a step of an energy's chain with a plain loop and every engine.
+
+    Args:
+        target: A training config, or an energy of your own as module:attribute. The attribute may
+            be a module, or a function or class that makes one.
+        shape: Shape of one chain's state, such as 3,32,32 (default: the energy's).
+        batch: Number of chains, 1 or more.
+        steps: Steps of the chains that are timed, 1 or more.
+        seconds: About how long to measure, 0 or more.
+        precision: Also time this precision: bf16, fp16, tf32 or fp32. Repeatable.
+    """
+    import torch
+
+    from fastlangevin import bench as benchmark
+    from fastlangevin.learn.build import choose_device, find_energy
+    from fastlangevin.sampler import LangevinSampler
+
+    if seconds < 0:
+        raise ValueError(f"--seconds must be at least 0, got {seconds}")
+    energy = find_energy(target).to(choose_device(device))
+    sizes = getattr(energy, "shape", None) if shape is None else _sizes(shape)
+    if sizes is None:
+        raise ValueError(f"{target} has no attribute shape: give --shape, for example 3,32,32")
+    place = choose_device(device)
+    x = 2 * torch.rand((batch, *sizes), dtype=torch.float32, device=place) - 1
+    explanation = LangevinSampler(energy, steps=steps).explain(x)
+    rows = benchmark.bench(energy, x, (None, *(precision or ())), steps, seconds)
+    return Result(f"{explanation}\n\n{benchmark.table(rows)}")
+
+
+def _sizes(shape: str) -> tuple[int, ...]:
+    parts = shape.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--shape must be positive integers like 3,32,32, got {shape!r}")
+    return tuple(map(int, parts))

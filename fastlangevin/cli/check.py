@@ -1,0 +1,45 @@
+"""check: whether a classifier recognises the samples."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fastlangevin.cli.inputs import training
+from fastlangevin.cli.options import Count, Device, Int, Run
+from fastlangevin.cli.outputs import Result, table
+
+
+def check(
+    run: Run,
+    /,
+    *,
+    n: Count = 256,
+    seed: Annotated[Int, Parameter(help="Seed of the samples.")] = 1,
+    sure: float = 0.5,
+    data: str | None = None,
+    device: Device = "auto",
+) -> Result:
+    """Ask a classifier of the real images whether the samples are recognisable.
+
+    The samples pass (exit status 0) if the classifier is more than 90 % sure of enough of them and
+    finds every class among them. Otherwise the exit status is 1.
+
+    Args:
+        n: Number of samples to judge, 1 or more.
+        sure: Fraction of samples that the classifier must be sure of.
+        data: Source of the images (default: the run's).
+    """
+    from fastlangevin.learn.build import choose_device
+    from fastlangevin.learn.checkpoint import load
+    from fastlangevin.learn.evaluation.classifier import ClassifierCheck
+
+    judge = ClassifierCheck(training(run, data)[1])
+    samples = judge(load(run, device=choose_device(device))(n=n, seed=seed))
+    judged = {
+        "real images": judge.of_data(),
+        "samples": samples,
+        "uniform noise": judge.of_noise(n),
+    }
+    passed = samples.sure >= sure and min(samples.classes) > 0
+    lines = [(name, f"sure of {c.sure:4.0%}   per class {c.classes}") for name, c in judged.items()]
+    return Result(f"{table(*lines)}\n{'pass' if passed else 'fail'}", status=0 if passed else 1)

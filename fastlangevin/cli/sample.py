@@ -1,0 +1,38 @@
+"""sample: images from a trained model."""
+
+from pathlib import Path
+
+from fastlangevin.cli.options import Chains, Count, Run
+from fastlangevin.cli.outputs import Result, check_out
+
+_FRAMES = 50  # at most so many in a GIF, beside the start
+
+
+def sample(
+    run: Run = Path("digits"),
+    /,
+    *,
+    n: Count = 64,
+    out: Path = Path("samples.png"),
+    columns: Count | None = None,
+    chains: Chains = Chains(),
+) -> Result:
+    """Run chains from noise through a trained model and save the images.
+
+    Args:
+        n: Number of images, 1 or more.
+        out: A .png for a grid, a .gif of the chains, or a .npy of shape [n, C, H, W].
+        columns: Columns of the grid, 1 or more (default: a square grid).
+    """
+    from fastlangevin.learn.images import save_arrays, save_gif, save_grid
+
+    check_out(out, ".png", ".gif", ".npy")
+    sampler = chains.load(run)
+    if out.suffix == ".gif":
+        states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // _FRAMES))
+        save_gif(states, out, columns, chains.tile)
+    elif out.suffix == ".png":
+        save_grid(sampler(n=n, seed=chains.seed), out, columns, chains.tile)
+    else:
+        save_arrays(out, sampler(n=n, seed=chains.seed))
+    return Result(files=[out])

@@ -1,0 +1,41 @@
+"""The diagnosis of a run, or of one of its checkpoints."""
+
+from pathlib import Path
+
+from fastlangevin.learn.build import choose_device
+from fastlangevin.learn.checkpoint import load, read_checkpoint, run_folder
+from fastlangevin.learn.config import TrainConfig
+from fastlangevin.learn.data.load import ImageData
+from fastlangevin.learn.diagnosis.diagnose import Diagnosis, diagnose, noisy_batch
+from fastlangevin.learn.log import read_records, read_series
+from fastlangevin.learn.train import annealed
+
+
+def diagnose_run(
+    checkpoint: Path,
+    config: TrainConfig,
+    train: ImageData,
+    *,
+    n: int = 256,
+    seed: int = 1,
+    device: str = "auto",
+    averaged: bool = False,
+    long: int = 10,
+    starts: int = 16,
+    lags: int = 15,
+) -> Diagnosis:
+    """Diagnose a checkpoint with the log of its run, if it lies in one, until its iteration.
+
+    config, train: the settings of the run and its training images, of which n are compared with n
+        chains, with the noise on the data that the run had.
+    averaged: look at the moving average of the weights, not at the weights that were learned.
+    seed, long, starts, lags: as for :func:`diagnose`.
+    """
+    iteration, folder = read_checkpoint(checkpoint)[1]["iteration"], run_folder(checkpoint)
+    sampler = load(checkpoint, device=choose_device(device), averaged=averaged)
+    _, data_noise = annealed(config, iteration - 1)
+    images = noisy_batch(train, n, data_noise, seed, choose_device(device))
+    logs = ([], []) if folder is None else (read_records(folder), read_series(folder))
+    # An older checkpoint's run went on: what its log says later is about other weights.
+    until = [[line for line in log if line["iteration"] <= iteration] for log in logs]
+    return diagnose(sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags)

@@ -1,0 +1,119 @@
+"""The evaluation of a run's samples, or of samples in files, against the run's data."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlangevin.learn.build import choose_device, load_held_out
+from fastlangevin.learn.checkpoint import load, read_checkpoint
+from fastlangevin.learn.config import TrainConfig
+from fastlangevin.learn.data.load import ImageData, load_images
+from fastlangevin.learn.evaluation import evaluate as sets
+from fastlangevin.learn.evaluation.features import make_features
+from fastlangevin.sampler import LangevinSampler
+
+_BATCH = 256
+
+
+class RunEvaluation(NamedTuple):
+    """An evaluation, and what it is of."""
+
+    evaluation: sets.Evaluation
+    files: str | None  # the samples, if they were read
+    facts: dict[str, Any]  # JSON-ready
+
+    def text(self) -> str:
+        """The table, under the name of the files if the samples were read."""
+        text = sets.to_text(self.evaluation)
+        return text if self.files is None else f"samples    {self.files}\n{text}"
+
+
+def evaluate_run(
+    checkpoint: str | Path,
+    config: TrainConfig,
+    train: ImageData,
+    *,
+    n: int | None = None,
+    samples: str | None = None,
+    images: str | None = None,
+    features: str = "auto",
+    reference: int = 2048,
+    noise: Sequence[float] = (0.3,),
+    quantise: bool = True,
+    k: int = 3,
+    seed: int = 1,
+    device: str = "auto",
+    averaged: bool = True,
+) -> RunEvaluation:
+    """Evaluate n samples beside as many held-out images, noisy images and uniform noise.
+
+    config, train: the settings of the run and its training images.
+    n: images of each set; by default all that are held out, at most 2048.
+    samples: a source of images to read; by default the checkpoint's model draws them.
+    images: a source of held-out images; by default those that the run held out. If there are none,
+        training images that the reference does not use take their place, with a warning.
+    features, reference, noise, quantise, k, seed: as for :func:`evaluate`, :func:`make_features`
+        and :func:`yardsticks`.
+
+    Raises ValueError naming the argument, before any sample is drawn.
+    """
+    place = choose_device(device)
+    held = _held_out(config, train, images)
+    order = sets.shuffled(train if held is None else held, seed)
+    if held is None:
+        reference = min(reference, len(train) // 2)
+        order = order[reference:]
+    name, source = ("held-out data", held) if held else ("other training images", train)
+    most, read = {name: len(order)}, None
+    if samples is not None:
+        read = load_images(samples, channels=train.shape[0], bounded=False)
+        if read.shape != train.shape:
+            raise ValueError(
+                f"evaluate: samples must be images of {list(train.shape)}, as the data are, got "
+                f"{read.name}"
+            )
+        most["samples"] = len(read)
+    scarce = min(most, key=most.__getitem__)
+    if n is not None and n > most[scarce]:
+        raise ValueError(
+            f"evaluate: n must be at most {most[scarce]}, the {scarce} there are, got {n}"
+        )
+    n = n or min(2048, most[scarce])
+    if n <= k:
+        raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
+    extract = make_features(features, train, place)
+    real = source.batch(order[:n]).to(place)
+    yardsticks = sets.yardsticks(real, list(noise), seed)
+    facts: dict[str, Any] = {"samples": samples}
+    if read is None:
+        sampler = load(checkpoint, device=place, averaged=averaged)
+        judged = _draw(sampler, n, seed)
+        iteration = read_checkpoint(checkpoint)[1].get("iteration")
+        facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
+    else:
+        judged = read.batch(sets.shuffled(read, seed)[:n]).to(place)
+    evaluation = sets.evaluate(
+        {name: real, "samples": judged} | yardsticks, train, extract,
+        held_out=name if held else None, reference=reference, quantised=quantise, k=k, seed=seed,
+    )  # fmt: skip
+    facts |= {"seed": seed, "held_out": held.name if held else None}
+    return RunEvaluation(evaluation, f"{n} of {read.name}" if read else None, facts)
+
+
+def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> ImageData | None:
+    try:
+        return load_held_out(config, train.shape, images)
+    except ValueError as error:
+        if images is not None:
+            raise
+        warnings.warn(f"no held-out images: {error}", stacklevel=3)
+        return None
+
+
+def _draw(sampler: LangevinSampler, n: int, seed: int) -> Tensor:
+    firsts = range(0, n, _BATCH)
+    return torch.cat([sampler(n=min(_BATCH, n - i), seed=seed, first_chain=i) for i in firsts])

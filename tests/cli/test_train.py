@@ -1,0 +1,161 @@
+"""train: what a user types, reads and gets back."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastlangevin.cli import train as train_command
+from fastlangevin.learn import resolve
+from fastlangevin.learn.checkpoint import read_checkpoint
+from tests.cli.shared import TINY, Command, assert_refused, options
+
+
+def test_train(command: Command, tmp_path: Path) -> None:
+    result = command("train", "--out", "run", *options())
+    assert result.exit_code == 0, result.output
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["checkpoint", "run/checkpoints/00000004.safetensors"],
+        ["samples", "run/samples.png"],
+        ["settings", "run/config.yaml"],
+    ]
+    for line in result.stdout.splitlines():
+        assert (tmp_path / line.split()[1]).is_file()
+    assert resolve(tmp_path / "run" / "config.yaml") == resolve(overrides=TINY)
+
+
+def test_without_a_terminal_progress_is_lines(command: Command) -> None:
+    """One for every twentieth of the run, with the gap and, where measured, the gradient norm."""
+    result = command("train", "--out", "run", *options(iterations=40, log_every=4))
+    lines = result.stderr.splitlines()
+    found = [
+        re.match(r"iteration (\d+)/40  gap [+-]\d+\.\d{3}(  \|grad\| \d+\.\d{3})?$", line)
+        for line in lines
+    ]
+    assert all(found), lines
+    assert [int(match[1]) for match in found if match] == list(range(2, 41, 2))
+    assert [bool(match[2]) for match in found if match] == [i % 4 == 0 for i in range(2, 41, 2)]
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    with train_command._progress(3) as report:
+        for iteration, norm in ((1, None), (2, 0.25), (3, None)):
+            report(iteration, {"gap": 1.5 - iteration, "grad_norm": norm})
+            time.sleep(0.01)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "3/3" in shown
+    assert re.search(r"\d+\.\d/s", shown)
+    assert re.search(r"\d:\d\d:\d\d", shown)
+    assert "gap -0.500  |grad| 0.250" in shown
+
+
+def test_options_win_over_the_file_and_the_file_over_the_config_it_names(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'config = "paper-64"\nleak = 0.3\nwidth = 5\nbeta1 = 0.5\ndata = "digits"\n'
+    )
+    changes = {"size": 8, "channels": 1, "beta1": 0.25}
+    arguments = ("--config", "mine.toml", *options(**changes))
+    result = command("train", "--out", "run", *arguments)
+    assert result.exit_code == 0, result.output
+    want = TINY | changes | {"leak": 0.3, "data": "digits"}
+    assert resolve(tmp_path / "run" / "config.yaml") == resolve("paper-64", overrides=want)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--flip"], "flip", True),
+        (["--no-flip"], "flip", False),
+        (["--clamp", "-1", "1"], "clamp", [-1.0, 1.0]),
+        (["--lr", "1e-3"], "lr", 0.001),
+        (["--ema", "0.5"], "ema", 0.5),
+        (["--buffer-size", "8", "--reinit", "0.5"], "reinit", 0.5),
+        (["--seed", str(2**64 - 1)], "seed", 2**64 - 1),
+    ],
+)
+def test_options_of_each_kind(
+    arguments: list[str], name: str, value: Any, command: Command, tmp_path: Path
+) -> None:
+    result = command("train", "--out", "run", *options(iterations=1), *arguments)
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())[name] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [([], "digits"), (["--config", "paper-64"], "paper-64"), (["--config", "mine.yaml"], "mine")],
+    ids=["default", "name", "file"],
+)
+def test_a_folder_is_chosen_where_none_is_named(
+    arguments: list[str], name: str, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("lr: 1e-3")
+    for folder in (f"runs/{name}", f"runs/{name}-2", f"runs/{name}-3"):
+        changes = {"iterations": 1, "data": "digits", "size": 8, "channels": 1}
+        result = command("train", *arguments, *options(**changes))
+        assert f"{folder}/checkpoints" in result.stdout
+        assert (tmp_path / folder / "config.yaml").exists()
+
+
+def test_resume(command: Command, copied: Path, tmp_path: Path) -> None:
+    """The run's own settings, and what it may change."""
+    result = command("train", "--out", copied, "--resume", "--log-every", "1")
+    assert result.exit_code == 0, result.output
+    config = resolve(copied / "config.yaml")
+    assert config == resolve(overrides=TINY | {"ema": 0.9, "log_every": 1})
+    assert read_checkpoint(copied)[1]["iteration"] == 4
+
+
+def test_overwrite(command: Command, copied: Path) -> None:
+    result = command("train", "--out", copied, "--overwrite", *options(iterations=1, seed=5))
+    assert result.exit_code == 0, result.output
+    assert read_checkpoint(copied)[1]["iteration"] == 1
+    assert resolve(copied / "config.yaml").seed == 5
+
+
+def test_a_run_that_diverges(command: Command, tmp_path: Path) -> None:
+    result = command("train", "--out", "run", *options(noise_std=3e38))
+    assert_refused(result, "not finite.*no checkpoint was saved yet")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this is not POSIX")
+def test_ctrl_c_ends_training_with_a_checkpoint_that_resumes(tmp_path: Path) -> None:
+    arguments = options(iterations=100_000, save_every=50_000, log_every=10)
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastlangevin", "train", "--out", str(run), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    reached = read_checkpoint(run)[1]["iteration"]
+    assert f"stopped at {reached} of 100000; go on with --resume" in stderr
+    assert f"{reached:08d}.safetensors" in stdout
+    assert 10 <= reached < 100_000

