@@ -5,7 +5,7 @@
 #
 # Installs this checkout (editable) into the environment of $PYTHON, by default python3, which must
 # hold a CUDA build of torch with triton; numpy, safetensors, pillow, pyyaml, rich, scikit-learn and
-# typer; pytest, pytest-benchmark and, for the fuzz, hypothesis; pip, setuptools >= 77, cmake, ninja
+# cyclopts; pytest, pytest-benchmark and, for the fuzz, hypothesis; pip, setuptools >= 77, cmake, ninja
 # and pybind11. nvcc and a C++ compiler do the rest; compute-sanitizer takes part if it can. Writes
 # gpu.log, tests.xml, chain-cuda.json, step-cuda.json, pytest-benchmark.json and summary.md to OUT.
 # A stage that fails does not stop the others; the exit status then is 1, and 2 where nothing could

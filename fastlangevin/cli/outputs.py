@@ -1,4 +1,4 @@
-"""What commands leave behind: a result, the lines that they print, and pictures and arrays."""
+"""What commands leave behind: a result, and the lines that they print."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ def flush() -> None:
 
 def table(*rows: tuple[str, str]) -> str:
     """Names and what is said of them, one a line, in two columns."""
-    width = max(len(name) for name, _ in rows) + 2
+    width = max((len(name) for name, _ in rows), default=0) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows)
 
 

@@ -969,6 +969,11 @@ def test_transfer_command_warns_of_chains_that_left_the_images(command: Any, run
         assert (warned in result.stderr.splitlines()) == (weight > 1) == (reached > 3)
 
 
+def test_interpolate_command_of_two_frames_prints_the_file_alone(command: Any, run: Path) -> None:
+    done = command("interpolate", run, "--n", 2, "--frames", 2, "--out", "a.npy")
+    assert (done.exit_code, done.stdout) == (0, "a.npy\n"), done.output
+
+
 def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
     assert command("sample", run, "--n", 4, "--steps", 120, "--out", "a.gif").exit_code == 0
     with Image.open("a.gif") as gif:
