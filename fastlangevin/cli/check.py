@@ -4,7 +4,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fastlangevin.cli.inputs import training
 from fastlangevin.cli.options import Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result, table
 
@@ -32,8 +31,9 @@ def check(
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
     from fastlangevin.learn.evaluation.classifier import ClassifierCheck
+    from fastlangevin.learn.run_data import load_training
 
-    judge = ClassifierCheck(training(run, data)[1])
+    judge = ClassifierCheck(load_training(run, data)[1])
     samples = judge(load(run, device=choose_device(device))(n=n, seed=seed))
     judged = {
         "real images": judge.of_data(),

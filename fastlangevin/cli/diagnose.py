@@ -6,7 +6,6 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fastlangevin.cli.inputs import training
 from fastlangevin.cli.options import Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result
 
@@ -41,13 +40,14 @@ def diagnose(
         averaged: Look at the moving average of the weights, not at the weights that were learned.
     """
     from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
-    from fastlangevin.learn.diagnosis import report
     from fastlangevin.learn.diagnosis.of_run import diagnose_run
+    from fastlangevin.learn.diagnosis.report import save, to_text
+    from fastlangevin.learn.run_data import load_training
 
     checkpoint = find_checkpoint(run)
     diagnosis = diagnose_run(
         checkpoint,
-        *training(checkpoint, data),
+        *load_training(checkpoint, data),
         n=n,
         seed=seed,
         device=device,
@@ -60,5 +60,5 @@ def diagnose(
     if (place := out or run_folder(checkpoint)) is not None:
         iteration = read_checkpoint(checkpoint)[1]["iteration"]
         facts = {"iteration": iteration, "averaged": averaged, "seed": seed}
-        files = report.save(diagnosis, place, f"{checkpoint.stem}, {n} chains", **facts)
-    return Result(report.to_text(diagnosis), files)
+        files = save(diagnosis, place, f"{checkpoint.stem}, {n} chains", **facts)
+    return Result(to_text(diagnosis), files)

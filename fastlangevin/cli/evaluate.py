@@ -6,7 +6,6 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fastlangevin.cli.inputs import training
 from fastlangevin.cli.options import Averaged, Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result, check_out
 
@@ -57,6 +56,7 @@ def evaluate(
     from fastlangevin.learn.checkpoint import find_checkpoint, run_folder
     from fastlangevin.learn.evaluation.evaluate import save
     from fastlangevin.learn.evaluation.of_run import evaluate_run
+    from fastlangevin.learn.run_data import load_training
 
     if out is not None:
         check_out(out)
@@ -65,7 +65,7 @@ def evaluate(
     checkpoint = find_checkpoint(run)
     evaluated = evaluate_run(
         checkpoint,
-        *training(checkpoint, data),
+        *load_training(checkpoint, data),
         n=n,
         samples=samples,
         images=images,

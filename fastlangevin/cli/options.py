@@ -125,6 +125,11 @@ def _or_none(kind: Any, tokens: "tuple[Token, ...]") -> Any:
     return whole(kind, tokens) if int in kinds else float(value) if float in kinds else value
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """Those of the options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def belong(names: Iterable[str], owner: str) -> None:
     """ValueError if options were given, by name, that belong to another that was not."""
     if given := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)):

@@ -6,10 +6,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # What a command may fail of: reported in one line, without a traceback.
 EXPECTED = (OSError, ValueError, TypeError, ImportError, ArithmeticError, RuntimeError)
@@ -72,8 +68,3 @@ def check_out(out: Path, *suffixes: str) -> None:
         raise ValueError(f"--out must end in {known}, got {out}")
     if out.is_dir():
         raise ValueError(f"--out must be a file, got the folder {out}")
-
-
-def squares(a: "Tensor", b: "Tensor") -> "Tensor":
-    """Mean squared difference per element: [..., C, H, W] -> [...]."""
-    return (a - b).square().mean((-3, -2, -1))

@@ -47,7 +47,7 @@ def train(
         if run_folder.is_run(out):
             config = str(out / run_folder.CONFIG)
     resolved = resolve(config, settings)
-    folder = out or _free_folder(Path("runs") / name)
+    folder = out or run_folder.free_folder(Path("runs") / name)
     with _progress(resolved.iterations) as report:
         last = learn(resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop)
     text = table(
@@ -134,9 +134,3 @@ def _lines(iterations: int) -> Report:
 def _state(record: Any) -> str:
     norm = record["grad_norm"]
     return f"gap {record['gap']:+.3f}" + ("" if norm is None else f"  |grad| {norm:.3f}")
-
-
-def _free_folder(folder: Path) -> Path:
-    """``folder``, or the first of folder-2, folder-3, ... that is not there yet."""
-    tries = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10**6))
-    return folder if not folder.exists() else next(path for path in tries if not path.exists())

@@ -13,10 +13,10 @@ from fastlangevin._version import __version__
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from fastlangevin.learn.config import resolve, resolve_saved
-from fastlangevin.learn.data.pixels import read_picture
-from fastlangevin.learn.diagnosis import report as diagnose_report
+from fastlangevin.learn.data.pictures import read_picture
+from fastlangevin.learn.diagnosis.report import FORMAT as DIAGNOSIS
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.evaluation import evaluate
+from fastlangevin.learn.evaluation.evaluate import FORMAT as EVALUATION
 from fastlangevin.learn.log import read_records, read_series
 from fastlangevin.learn.reading import (
     brief,
@@ -277,7 +277,7 @@ def _evaluation(run: Path, weights: Weights) -> str:
         rows = [(name, *(row[c] for c in columns)) for name, row in found["figures"].items()]
         return f"<p>{escape(facts)}</p>{_table(heads, rows)}"
 
-    return _shown_as(path, evaluate.FORMAT, show)
+    return _shown_as(path, EVALUATION, show)
 
 
 def _diagnosis(run: Path, weights: Weights) -> str:
@@ -298,7 +298,7 @@ def _diagnosis(run: Path, weights: Weights) -> str:
             + _table(["moments of layer", "elements", "residual", "by chance"], layers)
         )
 
-    return _shown_as(path, diagnose_report.FORMAT, show)
+    return _shown_as(path, DIAGNOSIS, show)
 
 
 def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -> str:

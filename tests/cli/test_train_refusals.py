@@ -34,7 +34,10 @@ BAD_OPTIONS = [
     (["--config", "broken.yaml"], "broken.yaml cannot be read as yaml: "),
     (["--config", "binary.yaml"], "binary.yaml "),
     (["--config", "list.yaml"], "list.yaml must hold settings by name, got list"),
-    (["--config", "unknown.yaml"], "unknown.yaml: no setting is called widht; there are data, "),
+    (
+        ["--config", "unknown.yaml"],
+        "unknown.yaml: no setting is called widht; the settings are data, ",
+    ),
     (["--config", "type.yaml"], r"clamp must be .*, got \['a', 'b'\]"),
 ]
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from fastlangevin.cli import app
-from fastlangevin.cli.app import run_config
 from fastlangevin.learn import TrainConfig, resolve, train
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
@@ -31,6 +30,7 @@ from fastlangevin.learn.checkpoint import (
 )
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.log import RunLog, read_records, read_series
+from fastlangevin.learn.run_data import run_config
 
 SETTINGS = {
     "size": None,

@@ -152,7 +152,7 @@ def test_results_of_wrong_types_name_their_file(name: str, tmp_path: Path) -> No
 
 def test_headers_of_models_of_wrong_types_name_their_file(tmp_path: Path) -> None:
     """Those that commands and reports read: the run's settings, the sampler's, the energy's."""
-    from fastlangevin.cli.app import run_config
+    from fastlangevin.learn.run_data import run_config
 
     path, energy = tmp_path / "m.safetensors", ConvEnergy(1, 8, 1)
     tensors = {f"model.{name}": value for name, value in energy.state_dict().items()}

@@ -17,12 +17,12 @@ import pytest
 import torch
 import yaml
 
-from fastlangevin.cli import sweep as sweep_command
 from fastlangevin.learn import load_images, resolve, train
 from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.data.load import ImageData
-from fastlangevin.learn.evaluation.quality import QualityCheck, coarse
+from fastlangevin.learn.evaluation.classifier import QualityCheck, coarse
 from fastlangevin.learn.sweep import run as sweep_runs
+from fastlangevin.learn.sweep.environment import own_device
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep.run import run_sweep
@@ -562,13 +562,13 @@ def test_a_process_of_torchruns_takes_its_own_gpu(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
-    assert sweep_command._own_device(device) == want
+    assert own_device(device) == want
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--steps=1,["], "--steps is no list of values: '1,['"),
+        (["--steps=1,["], "steps must be values separated by commas, got '1,['"),
         (["--steps="], "steps must have one value or more, got none"),
         (["--steps=5"], "no field is swept"),
         (["--steps=5,ten"], "at steps=ten: steps must be int, got 'ten'"),

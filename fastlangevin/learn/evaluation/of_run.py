@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.learn.build import choose_device, load_held_out
+from fastlangevin.learn.build import choose_device
 from fastlangevin.learn.checkpoint import load, read_checkpoint
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
-from fastlangevin.learn.evaluation import evaluate as sets
+from fastlangevin.learn.evaluation.evaluate import (
+    Evaluation,
+    evaluate,
+    shuffled,
+    to_text,
+    yardsticks,
+)
 from fastlangevin.learn.evaluation.features import make_features
+from fastlangevin.learn.run_data import load_held_out
 from fastlangevin.sampler import LangevinSampler
 
 _BATCH = 256
@@ -22,13 +29,13 @@ _BATCH = 256
 class RunEvaluation(NamedTuple):
     """An evaluation, and what it is of."""
 
-    evaluation: sets.Evaluation
+    evaluation: Evaluation
     files: str | None  # the samples, if they were read
     facts: dict[str, Any]  # JSON-ready
 
     def text(self) -> str:
         """The table, under the name of the files if the samples were read."""
-        text = sets.to_text(self.evaluation)
+        text = to_text(self.evaluation)
         return text if self.files is None else f"samples    {self.files}\n{text}"
 
 
@@ -63,7 +70,7 @@ def evaluate_run(
     """
     place = choose_device(device)
     held = _held_out(config, train, images)
-    order = sets.shuffled(train if held is None else held, seed)
+    order = shuffled(train if held is None else held, seed)
     if held is None:
         reference = min(reference, len(train) // 2)
         order = order[reference:]
@@ -87,7 +94,7 @@ def evaluate_run(
         raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
     extract = make_features(features, train, place)
     real = source.batch(order[:n]).to(place)
-    yardsticks = sets.yardsticks(real, list(noise), seed)
+    marks = yardsticks(real, list(noise), seed)
     facts: dict[str, Any] = {"samples": samples}
     if read is None:
         sampler = load(checkpoint, device=place, averaged=averaged)
@@ -95,9 +102,9 @@ def evaluate_run(
         iteration = read_checkpoint(checkpoint)[1].get("iteration")
         facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
     else:
-        judged = read.batch(sets.shuffled(read, seed)[:n]).to(place)
-    evaluation = sets.evaluate(
-        {name: real, "samples": judged} | yardsticks, train, extract,
+        judged = read.batch(shuffled(read, seed)[:n]).to(place)
+    evaluation = evaluate(
+        {name: real, "samples": judged} | marks, train, extract,
         held_out=name if held else None, reference=reference, quantised=quantise, k=k, seed=seed,
     )  # fmt: skip
     facts |= {"seed": seed, "held_out": held.name if held else None}

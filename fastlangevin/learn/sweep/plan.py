@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.config import FIELDS, TrainConfig, read_config, resolve
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, called
@@ -169,6 +170,15 @@ def read_sweep(
         if config is None or str(config) == base or lists:
             raise
         raise FileError(f"{config}: {error}") from error
+
+
+def parse_values(name: str, text: str) -> list[Any]:
+    """Parse a list of values of a setting, YAML without its brackets: 5,10,25 or [-1, 1],none."""
+    try:
+        values = parse_yaml(f"[{text}]")
+    except ValueError as error:
+        raise ValueError(f"{name} must be values separated by commas, got {text!r}") from error
+    return [None if value == "none" else value for value in values]
 
 
 def describe(point: Settings) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from fastlangevin._version import __version__
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.build import choose_device, load_data
 from fastlangevin.learn.config import TrainConfig
-from fastlangevin.learn.evaluation.quality import QualityCheck
-from fastlangevin.learn.sweep import run as sweep_runs
+from fastlangevin.learn.evaluation.classifier import QualityCheck
+from fastlangevin.learn.sweep import run
 from fastlangevin.learn.sweep.plan import VERSION, Settings, Sweep, describe
-from fastlangevin.learn.sweep.run import MEASURES
 
 Result = Mapping[str, Any]
 
@@ -49,18 +48,18 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
     """
     points = []
     for settings in plan.points():
-        runs = [result for result in results if result["settings"] == _json(settings)]
-        held = [run for run in runs if run["diverged"] is None]
-        measures = {name: _mean([run[name] for run in held]) for name in MEASURES}
-        points.append({"settings": settings, "measures": measures, "runs": runs})
+        own = [result for result in results if result["settings"] == _json(settings)]
+        finished = [result for result in own if result["diverged"] is None]
+        measures = {name: _mean([result[name] for result in finished]) for name in run.MEASURES}
+        points.append({"settings": settings, "measures": measures, "runs": own})
     content = {
         "format": "fastlangevin sweep",
         "version": VERSION,
         "machine": _machine(plan.centre.device),
-        "samples": sweep_runs.SAMPLES,
+        "samples": run.SAMPLES,
         "plan": plan.plan(),
         "lines": {name: plan.lines(name) for name in plan.axes},
-        "marks": marks_of(plan.centre, sweep_runs.SAMPLES),
+        "marks": marks_of(plan.centre, run.SAMPLES),
         "points": points,
     }
     return dict(_json(content))
@@ -93,7 +92,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
             [*(str(point["settings"][name]) for name in axes), *_cells(point).values()]
             for point in content["points"]
         ]
-        parts.append(_table([*axes, *_titles()], rows))
+        parts.append(table([*axes, *_titles()], rows))
     else:
         for name, lines in content["lines"].items():
             cells = [list(_cells(point).values()) for point in _along(content, lines[0])]
@@ -102,13 +101,13 @@ def to_markdown(content: Mapping[str, Any]) -> str:
                 [title, *row]
                 for title, row in zip(_titles(), zip(*cells, strict=True), strict=True)
             ]
-            parts.append(_table(header, rows))
+            parts.append(table(header, rows))
     lost = [
-        f"- {describe(point['settings'])}, seed {run['seed']}: iteration "
-        f"{run['diverged']['iteration']}: {run['diverged']['reason']}"
+        f"- {describe(point['settings'])}, seed {result['seed']}: iteration "
+        f"{result['diverged']['iteration']}: {result['diverged']['reason']}"
         for point in content["points"]
-        for run in point["runs"]
-        if run["diverged"]
+        for result in point["runs"]
+        if result["diverged"]
     ]
     if lost:
         parts.append("Diverged:\n\n" + "\n".join(lost))
@@ -128,7 +127,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 
         axes = content["plan"]["axes"]
         # Where every run diverged there is nothing but the ticks that say so.
-        measured = [name for name in MEASURES if _is_measured(content, name)] or ["frechet"]
+        measured = [name for name in run.MEASURES if _is_measured(content, name)] or ["frechet"]
         figure = Figure(figsize=(3.2 * len(axes), 1.9 * len(measured)), layout="constrained")
         grid = figure.subplots(len(measured), len(axes), squeeze=False, sharey="row")
         for column, (axis, values) in enumerate(axes.items()):
@@ -156,7 +155,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                 if row == len(measured) - 1:
                     place.set_xlabel(axis)
                 if column == 0:
-                    place.set_ylabel(MEASURES[measure], fontsize="small")
+                    place.set_ylabel(run.MEASURES[measure], fontsize="small")
             if content["plan"]["grid"]:
                 grid[0][column].legend(fontsize="xx-small")
         with replacing(path) as temporary:
@@ -169,7 +168,7 @@ def _along(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Map
 
 
 def _titles() -> list[str]:
-    return [*MEASURES.values(), "diverged"]
+    return [*run.MEASURES.values(), "diverged"]
 
 
 def _cells(point: Mapping[str, Any]) -> dict[str, str]:
@@ -182,7 +181,7 @@ def _cells(point: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _lost(point: Mapping[str, Any]) -> int:
-    return sum(run["diverged"] is not None for run in point["runs"])
+    return sum(result["diverged"] is not None for result in point["runs"])
 
 
 def _lost_at(content: Mapping[str, Any], axis: str, value: Any) -> str:
@@ -233,7 +232,8 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first are aligned to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

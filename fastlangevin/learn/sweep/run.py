@@ -21,7 +21,7 @@ from fastlangevin.learn.checkpoint import list_checkpoints, load
 from fastlangevin.learn.config import TrainConfig, read_settings
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.evaluation.quality import QualityCheck
+from fastlangevin.learn.evaluation.classifier import QualityCheck
 from fastlangevin.learn.guard import DivergedError
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.reading import brief, read_bytes, read_json

@@ -13,7 +13,7 @@ from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.gradients.autograd import network_precision
 from fastlangevin.learn.data.arrays import map_npy
-from fastlangevin.learn.data.pixels import ALPHA_MODES, GREY_MODES, open_picture, read_picture
+from fastlangevin.learn.data.pictures import ALPHA_MODES, GREY_MODES, open_picture, read_picture
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import cut, reading
 
