@@ -247,8 +247,8 @@ def test_masks_that_could_mean_either(tmp_path: Path) -> None:
     np.save(tmp_path / "words.npy", np.full((8, 8), "known"))
     (tmp_path / "empty.npy").touch()
     for name, match in (
-        ("alpha.png", "cannot be read as a mask: it is transparent in places"),
-        ("key.png", "cannot be read as a mask: it is transparent in places"),
+        ("alpha.png", "cannot be read as a mask: it has transparent pixels"),
+        ("key.png", "cannot be read as a mask: it has transparent pixels"),
         ("nan.npy", "must hold finite numbers to be a mask, got NaN or infinity"),
         ("words.npy", "must hold finite numbers to be a mask, got <U5"),
         ("empty.npy", "cannot be read as a .npy array: EOF"),
@@ -636,7 +636,7 @@ def test_what_restore_refuses(
     options: Any, error: type[Exception], match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = fl.LangevinSampler(net(), steps=1)
-    monkeypatch.setattr(sampler.energy, "forward", None)  # before any work
+    monkeypatch.setattr(sampler.energy, "forward", lambda x: pytest.fail("work before checks"))
     y, operator = options.pop("y", images(1)), options.pop("operator", BOX)
     with pytest.raises(error, match=match):
         restore(sampler, y, operator, **options)

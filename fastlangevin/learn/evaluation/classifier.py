@@ -1,4 +1,4 @@
-"""Are the samples what the data are? A classifier's opinion."""
+"""Judge samples by a classifier of the real images, and by the Frechet distance of their pixels."""
 
 from typing import NamedTuple
 
@@ -12,24 +12,24 @@ from fastlangevin import noise as _noise
 from fastlangevin.learn.data.load import ImageData, spread
 from fastlangevin.learn.evaluation.metrics import frechet_distance
 
-# To fit more large images than these takes longer than a small run.
+# Fitting a classifier to more images takes longer than a small training run.
 MOST_IMAGES = 5000
 _DRAWS = 10
 
 
 class Confidence(NamedTuple):
-    """What a classifier of the real images makes of a set of images."""
+    """How sure a classifier of the real images is of a set of images."""
 
-    sure: float  # fraction of images with one class's probability above the threshold
-    classes: list[int]  # images per most probable class
+    sure: float  # fraction of images for which one class has a probability above the threshold
+    classes: list[int]  # number of images for which each class is the most probable
 
 
 class ClassifierCheck:
-    """Multinomial logistic regression, fitted to labelled images, asked about others.
+    """A multinomial logistic regression, fitted to labelled images, that judges other images.
 
-    Images are clamped to [-1, 1] first, so that no contrast beyond the
-    data's makes it sure. Of more than 5,000 images in the data, 5,000 spread over their order are
-    used. Raises ValueError for data without labels.
+    Images are first clamped to [-1, 1], so that excess contrast does not make the classifier sure.
+    It is fitted to at most 5,000 images, spread over the order of the data. Raises ValueError for
+    data without labels.
     """
 
     def __init__(self, data: ImageData, threshold: float = 0.9) -> None:
@@ -42,7 +42,7 @@ class ClassifierCheck:
         self._model = LogisticRegression(max_iter=5000).fit(_features(self.images), some.labels)
 
     def __call__(self, images: Tensor) -> Confidence:
-        """:class:`Confidence` in images [n, C, H, W]."""
+        """Return the :class:`Confidence` in images [n, C, H, W]."""
         probabilities = self.probabilities(images)
         best = self._model.classes_[probabilities.argmax(1)]
         return Confidence(
@@ -51,15 +51,15 @@ class ClassifierCheck:
         )
 
     def probabilities(self, images: Tensor) -> np.ndarray:
-        """Of every class that the data have, for images [n, C, H, W]: [n, classes]."""
+        """Return the probabilities [n, classes] of images [n, C, H, W]."""
         return self._model.predict_proba(_features(images))
 
     def of_data(self) -> Confidence:
-        """The upper mark: the real images themselves."""
+        """Return the confidence in the real images, the upper reference."""
         return self(self.images)
 
     def of_noise(self, n: int, seed: int = 0) -> Confidence:
-        """The lower mark: uniform noise."""
+        """Return the confidence in n images of uniform noise, the lower reference."""
         shape = (n, *self.images.shape[1:])
         return self(_noise.initial(shape, seed=seed))
 
@@ -69,14 +69,14 @@ def _features(images: Tensor) -> np.ndarray:
 
 
 class Quality(NamedTuple):
-    """What a :class:`QualityCheck` finds."""
+    """The quality of a set of images, from a :class:`QualityCheck`."""
 
-    sure: float | None  # fraction of images a classifier is sure of; None for data without labels
-    frechet: float  # Frechet distance of coarse pixels to the data's; 0 for equal moments
+    sure: float | None  # fraction that a classifier is sure of; None for data without labels
+    frechet: float  # Frechet distance to the data in coarse pixels; 0 for equal moments
 
 
 class Mark(NamedTuple):
-    """A yardstick of :class:`Quality`, and the counts that its Frechet distance depends on."""
+    """A reference value of :class:`Quality`, with the counts its Frechet distance depends on."""
 
     sure: float | None
     frechet: float
@@ -85,15 +85,15 @@ class Mark(NamedTuple):
 
 
 class QualityCheck:
-    """A classifier's opinion and a Frechet distance, of images [n, C, H, W] against the data's.
+    """Compares images [n, C, H, W] with the data by two figures that need no download.
 
-    ``sure`` is :class:`ClassifierCheck`'s. ``frechet`` is the distance of two Gaussians,
+    ``sure`` is that of :class:`ClassifierCheck`. ``frechet`` is the distance of two Gaussians,
 
         |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)),
 
-    fitted to the pixels, clamped to [-1, 1] and averaged over squares down to 8 x 8 where images
-    are larger. It is no FID, whose features are Inception's, and compares with itself alone. Of
-    more than 5,000 images in the data, 5,000 spread over their order are used.
+    fitted to the pixels, which are clamped to [-1, 1] and, in larger images, averaged down to
+    8 x 8. It is not FID, whose features are Inception's, and is comparable only with itself. At
+    most 5,000 images of the data are used, spread over their order.
     """
 
     def __init__(self, data: ImageData) -> None:
@@ -107,13 +107,14 @@ class QualityCheck:
         return Quality(sure, frechet_distance(coarse(images), self._pixels))
 
     def marks(self, n: int) -> dict[str, Mark]:
-        """What n samples have at best and at worst: as images of the data's law, and as noise.
+        """Return reference values for n samples: those of real images and of uniform noise.
 
-        A Frechet distance of two sets of one law is not 0 but goes about as 1 / n + 1 / m, so the
-        marks have the samples' counts: n, and m images of the data. Few data hold two such sets
-        without a common image: for "real images" both are drawn from the data with replacement,
-        each independently, and the distance is the mean of 10 pairs. They are images that a model
-        of these data trained on, and ``sure`` is of all that the classifier was fitted to.
+        The Frechet distance of two finite sets from the same distribution is not 0 but about
+        proportional to 1 / n + 1 / m. The references therefore use the counts of the samples: n
+        images, and m images of the data. Most data are too small for two such sets without a common
+        image, so both sets of "real images" are drawn independently from the data, with
+        replacement, and the distance is the mean over 10 pairs. ``sure`` of "real images" is that
+        of all images that the classifier was fitted to.
         """
         sure = None if self._judge is None else self._judge.of_data().sure
         m = len(self.images)
@@ -128,13 +129,13 @@ class QualityCheck:
         }
 
     def _drawn(self, count: int, draw: int) -> Tensor:
-        """The coarse pixels of ``count`` images of the data, drawn with replacement."""
+        """Draw the coarse pixels of ``count`` images of the data, with replacement."""
         u = _noise.uniform((count,), seed=0, step=draw, stream=_noise.ORDER)
         return self._pixels[(u.double() * len(self._pixels)).to(torch.int64)]
 
 
 def coarse(images: Tensor) -> Tensor:
-    """The coarse pixels [n, d], float64, of images [n, C, H, W]."""
+    """Return the coarse pixels [n, d], float64, of images [n, C, H, W]."""
     x = images.detach().cpu().double().clamp(-1, 1)
     size = min(8, x.shape[-2]), min(8, x.shape[-1])
     return adaptive_avg_pool2d(x, size).flatten(1)

@@ -1,4 +1,4 @@
-"""The evaluation of a run's samples, or of samples in files, against the run's data."""
+"""Evaluate the samples of a run, or samples in files, against the data of the run."""
 
 import warnings
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ _BATCH = 256
 
 
 class RunEvaluation(NamedTuple):
-    """An evaluation, and what it is of."""
+    """An evaluation, with facts about its samples."""
 
     evaluation: Evaluation
-    files: str | None  # the samples, if they were read
+    files: str | None  # name of the samples if they were read from files
     facts: dict[str, Any]  # JSON-ready
 
     def text(self) -> str:
-        """The table, under the name of the files if the samples were read."""
+        """Return the table, with the name of the samples if they were read from files."""
         text = to_text(self.evaluation)
         return text if self.files is None else f"samples    {self.files}\n{text}"
 
@@ -56,15 +56,17 @@ def evaluate_run(
     device: str = "auto",
     averaged: bool = True,
 ) -> RunEvaluation:
-    """Evaluate n samples beside as many held-out images, noisy images and uniform noise.
+    """Evaluate n samples, and as many held-out images, noisy images and images of uniform noise.
 
     config, train: the settings of the run and its training images.
-    n: images of each set; by default all that are held out, at most 2048.
-    samples: a source of images to read; by default the checkpoint's model draws them.
-    images: a source of held-out images; by default those that the run held out. If there are none,
-        training images that the reference does not use take their place, with a warning.
+    n: number of images of each set (default: all that are held out, at most 2048).
+    samples: source of the samples (default: the model of the checkpoint draws them).
+    images: source of the held-out images (default: those that the run held out). If there are none,
+        training images that are not in the reference take their place, with a warning.
     features, reference, noise, quantise, k, seed: as for :func:`evaluate`, :func:`make_features`
         and :func:`yardsticks`.
+    device: where to compute.
+    averaged: whether to draw the samples with the moving average of the weights.
 
     Raises ValueError naming the argument, before any sample is drawn.
     """
