@@ -1,4 +1,4 @@
-"""A run, or a model alone, as one HTML page that needs nothing else: no network, no script."""
+"""Write a run, or a model alone, as one self-contained HTML page without scripts or network use."""
 
 import base64
 import contextlib
@@ -32,10 +32,10 @@ from fastlangevin.learn.run_folder import CONFIG, is_run
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _TYPES = {".png": "image/png", ".gif": "image/gif"}
 _READ = (*_TYPES, ".txt", ".json", ".jsonl", ".yaml")
-ITERATION = "iteration "  # begins a picture's text, and its number follows
+ITERATION = "iteration "  # the text of a picture begins with this and the number
 _NO_CURVES = (
-    "No curves: this is a model alone. The log of its learning lies in the folder of its run, and "
-    "the page of that has them."
+    "No curves: this is a model alone. The log of its learning is in the folder of its run; the "
+    "page of the run shows the curves."
 )
 _GRIDS = 6
 _POINTS = 800
@@ -53,7 +53,7 @@ _CURVES = {
 
 
 class Weights(NamedTuple):
-    """The newest weights of a run, or a model's: what every result should be of."""
+    """The newest weights of a run or the weights of a model, which all results should match."""
 
     checkpoint: Path | None  # None for a run that has none yet
     info: dict[str, Any]
@@ -65,10 +65,10 @@ class Weights(NamedTuple):
 
 
 def find_weights(run: str | Path) -> Weights:
-    """:class:`Weights` of a run's folder, a checkpoint, or a model that comes with the package.
+    """Return the :class:`Weights` of a run's folder, a checkpoint, or a model in the package.
 
-    Raises FileNotFoundError where there is none of these, and CheckpointError for a file that is
-    damaged or of another version.
+    Raises FileNotFoundError if there is none of these, and CheckpointError for a file that is
+    damaged or from another version.
     """
     if is_run(Path(run)) and not list_checkpoints(Path(run)):
         return Weights(None, {})
@@ -79,13 +79,13 @@ def find_weights(run: str | Path) -> Weights:
 def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> None:
     """Write the page of a run's folder, or of a model alone, atomically.
 
-    Of a run it has the samples and how they came to be, the curves, every picture in the run's
-    folder with the text file of its name, an evaluation and a diagnosis where ``evaluate`` and
-    ``diagnose`` have left one, and the settings. A model alone has no folder, and no log: its page
-    has the settings, and what has just been made of it in the folder ``made``.
+    The page of a run has samples from several iterations, curves, every picture in the folder with
+    the text file of the same name, the results of ``evaluate`` and ``diagnose`` if they exist, and
+    the settings. The page of a model alone, which has no folder and no log, has the settings and
+    the results in the folder ``made``.
 
-    Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged, of
-    another version, or a link to a place outside.
+    Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged,
+    from another version, or a link to a place outside.
     """
     page = to_html(Path(run), made)
     with replacing(Path(out)) as temporary:
@@ -93,7 +93,7 @@ def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> 
 
 
 def to_html(run: Path, made: Path | None = None) -> str:
-    """The page itself; see :func:`write_report`."""
+    """Return the page; see :func:`write_report`."""
     weights = find_weights(run)
     if is_run(run):
         title, learning = f"Run {run.resolve().name}", _curves(run)
@@ -109,7 +109,7 @@ def to_html(run: Path, made: Path | None = None) -> str:
     trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
     folder = made or run
     if made:
-        weights = weights._replace(checkpoint=None)  # there is no older one to be of
+        weights = weights._replace(checkpoint=None)  # the results in ``made`` are new
     sections = [
         f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
         _section("Samples", _samples(folder, weights, iterations)),
@@ -125,7 +125,7 @@ def to_html(run: Path, made: Path | None = None) -> str:
 
 
 def _mapping(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
-    """Settings in a model's header; FileError if they are something else."""
+    """Return settings from the header of a model; FileError if they are not a mapping."""
     found = info.get(name)
     if not isinstance(found, dict | None):
         raise FileError(f"{model} has a damaged header: {name} must be settings by name")
@@ -133,10 +133,10 @@ def _mapping(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
 
 
 def age(path: Path, weights: Weights) -> str:
-    """Words on a result that is of other weights than those; "" of one that is of them.
+    """Say that a result is of other weights; return "" if it is of these.
 
-    By the iteration that it records: JSON by that name, a picture in the first line of its text.
-    Of one that records none the files' times are compared, which a copy may have lost.
+    A result records its iteration: JSON under that name, a picture in the first line of its text.
+    If there is none, the times of the files are compared, although copying may change them.
     """
     if weights.checkpoint is None:
         return ""
@@ -149,7 +149,7 @@ def age(path: Path, weights: Weights) -> str:
 
 
 def _iteration_of(path: Path) -> int | None:
-    """What a result records: JSON, or the text beside a picture."""
+    """Return the iteration that a result records, in JSON or in the text of a picture, or None."""
     text = path if path.suffix == ".json" else path.with_suffix(".txt")
     try:
         if text.suffix == ".txt":
@@ -167,7 +167,7 @@ def _samples(run: Path, weights: Weights, iterations: Any) -> str:
     final = run / "samples.png"
     parts = []
     if final in _listed(run, final.name):
-        # Drawn when a run ends: another end's only where the run has gone on and not ended yet.
+        # It is drawn when a run ends, so it is outdated only while a resumed run is not done.
         old = "" if weights.iteration == iterations else age(final, weights)
         parts.append(_image(final, "the last weights" + old))
     return "".join(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
@@ -192,7 +192,7 @@ def _curves(run: Path) -> str:
 
 
 def curve(points: Sequence[tuple[float, float]]) -> str:
-    """Points (x, y), x ascending, as inline SVG; of many, the extremes of each short stretch."""
+    """Draw points (x, y), with x ascending, as inline SVG; many points are reduced to extremes."""
     points = _thinned(points)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
@@ -249,7 +249,7 @@ def _pictures(run: Path, weights: Weights) -> str:
 
 
 def _listed(folder: Path, pattern: str) -> list[Path]:
-    """Its files by that pattern, sorted; FileError for a link among them that leaves the folder."""
+    """Return the files that match a pattern; FileError for a link that leaves the folder."""
     found = sorted(path for path in folder.glob(pattern) if path.suffix in _READ)
     for path in found:
         check_inside(path, folder)
@@ -302,7 +302,7 @@ def _diagnosis(run: Path, weights: Weights) -> str:
 
 
 def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -> str:
-    """A result's file, if there is one, as ``show`` does; FileError where it cannot be shown."""
+    """Show the file of a result, if there is one; FileError if it is damaged."""
     if path not in _listed(path.parent, path.name):
         return ""
     with contextlib.suppress(
@@ -311,7 +311,9 @@ def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -
         found = read_json(path)
         if (found["format"], found["version"]) == (form, 1):
             return show(found)
-    raise FileError(f"{path} is damaged, or no {form!r} of version 1; write it again or remove it")
+    raise FileError(
+        f"{path} is damaged or not a {form!r} of version 1; write it again or remove it"
+    )
 
 
 def _section(title: str, content: str) -> str:
@@ -344,5 +346,5 @@ def _shown(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it can be drawn: JSON has integers that no float is as large as."""
+    """Return whether a value can be drawn: JSON may hold integers beyond the range of floats."""
     return isinstance(value, int | float) and abs(value) < 1e300

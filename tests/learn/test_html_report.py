@@ -213,7 +213,7 @@ def test_refusals(command: Any, run: Path, tmp_path: Path) -> None:
         (run / "evaluate.json").write_text(damaged)
         found = command(run)
         assert found.exit_code == 1
-        assert "evaluate.json is damaged, or no 'fastlangevin evaluation' of version 1" in (
+        assert "evaluate.json is damaged or not a 'fastlangevin evaluation' of version 1" in (
             found.stderr
         )
     (run / "evaluate.json").unlink()

@@ -405,7 +405,7 @@ def test_quality_of_data_without_labels() -> None:
     [
         ({}, "no field is swept"),
         ({"depth": [1]}, "no setting is called depth"),
-        ({"seed": [1, 2]}, "seed is no axis"),
+        ({"seed": [1, 2]}, "seed cannot be an axis"),
         ({"steps": []}, "steps must have one value or more"),
         ({"steps": 5}, "steps must have a list of values, got 5"),
         ({"steps": [1, 2.5]}, r"at steps=2.5: steps must be int, got 2.5"),
@@ -466,7 +466,7 @@ def test_folders_that_do_not_serve(
     with pytest.raises(ValueError, match=r"sweep\.yaml is damaged, it has no centre"):
         run_sweep(plan, tmp_path)
     (tmp_path / "sweep.yaml").rename(tmp_path / "thesis.tex")
-    with pytest.raises(FileExistsError, match=r"holds thesis\.tex and is no sweep"):
+    with pytest.raises(FileExistsError, match=r"holds thesis\.tex but is not a sweep"):
         run_sweep(plan, tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         run_sweep(plan, tmp_path / "thesis.tex")

@@ -1,4 +1,4 @@
-"""A diagnosis as text, JSON and a picture."""
+"""Write a diagnosis as text, JSON and a picture."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ FORMAT = "fastlangevin diagnosis"
 
 
 def to_text(found: Diagnosis) -> str:
-    """Every figure with what it should be, a few sentences a part."""
+    """Return all figures as text, each with its reference value."""
     reach, long_run, mixing = found.reach, found.long_run, found.mixing
     parts = [
         "Learning",
@@ -46,14 +46,14 @@ def to_text(found: Diagnosis) -> str:
 
 
 def to_json(found: Diagnosis) -> dict[str, Any]:
-    """JSON-ready: the fields by name, numbers that are not finite as null."""
+    """Return a diagnosis, JSON-ready: fields by name, with null for numbers that are not finite."""
     return {"format": FORMAT, "version": 1, **_plain(found)}
 
 
 def save(found: Diagnosis, folder: Path, title: str = "", **facts: Any) -> list[Path]:
-    """Write diagnose.json and, where matplotlib is installed, diagnose.png; their paths.
+    """Write diagnose.json and, if matplotlib is installed, diagnose.png; return their paths.
 
-    The JSON also has ``facts`` about what was diagnosed.
+    The JSON also holds ``facts`` about what was diagnosed.
     """
     paths = [folder / "diagnose.json"]
     with replacing(paths[0]) as temporary:
@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
 
 
 def _plot(found: Diagnosis, path: Path, title: str) -> None:
-    # Without pyplot: a library's picture is no reason to start or change a user's backend.
+    # pyplot is not used, because it would start or change the user's backend.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")

@@ -1,4 +1,4 @@
-"""A sweep's results as a file, a table and a plot: means over seeds, with standard errors."""
+"""Write the results of a sweep as JSON, tables and a plot: means over seeds and standard errors."""
 
 import importlib.util
 import json
@@ -24,9 +24,9 @@ Result = Mapping[str, Any]
 
 
 def write_report(plan: Sweep, results: Sequence[Result], out: Path) -> list[Path]:
-    """Write OUT/sweep.json and sweep.md, and sweep.svg where matplotlib is installed.
+    """Write sweep.json, sweep.md and, if matplotlib is installed, sweep.svg; return their paths.
 
-    ``results`` are those of all of the plan's runs, as :func:`run_sweep` returns them.
+    results: the results of all runs of the plan, from :func:`run_sweep`.
     """
     content = summarise(plan, results)
     texts = {"sweep.json": json.dumps(content, indent=1) + "\n", "sweep.md": to_markdown(content)}
@@ -41,10 +41,10 @@ def write_report(plan: Sweep, results: Sequence[Result], out: Path) -> list[Path
 
 
 def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
-    """JSON-ready: the plan, the machine, the marks of the data, and each point with its runs.
+    """Return the plan, the machine, the marks, and each point with its runs, JSON-ready.
 
-    A point's measures are {"mean", "error", "n"}: over its n runs that did not diverge, error the
-    standard error (the standard deviation over sqrt(n)), None for n = 1.
+    The measures of a point are {"mean", "error", "n"} over its n runs that did not diverge. The
+    error is the standard error, the standard deviation / sqrt(n), and None for n = 1.
     """
     points = []
     for settings in plan.points():
@@ -66,13 +66,13 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def marks_of(centre: TrainConfig, samples: int) -> dict[str, Any]:
-    """The marks of so many samples of the centre's data, JSON-ready."""
+    """Return the reference values for a number of samples of the centre's data, JSON-ready."""
     marks = QualityCheck(load_data(centre)).marks(samples)
     return {name: mark._asdict() for name, mark in marks.items()}
 
 
 def to_markdown(content: Mapping[str, Any]) -> str:
-    """The tables: of each axis, values across and measures down; of a grid, a point a line."""
+    """Return the tables: one per axis with a column per value, or for a grid a row per point."""
     axes, seeds = content["plan"]["axes"], content["plan"]["seeds"]
     centre = content["plan"]["centre"]
     machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items() if value)
@@ -115,18 +115,18 @@ def to_markdown(content: Mapping[str, Any]) -> str:
 
 
 def plot(content: Mapping[str, Any], path: Path) -> None:
-    """Every measure against every axis, as SVG: the mean over seeds, its standard error as bar.
+    """Plot every measure against every axis, as SVG: means over seeds, with standard errors.
 
-    The dotted lines are real images, at the samples' counts.
+    Dotted lines show real images, at the counts of the samples.
     """
     import matplotlib
 
-    # The same file from the same results; letters as text, a tenth of the size of their outlines.
+    # Equal results give equal files. Text is stored as text, a tenth of the size of outlines.
     with matplotlib.rc_context({"svg.hashsalt": "fastlangevin", "svg.fonttype": "none"}):
         from matplotlib.figure import Figure
 
         axes = content["plan"]["axes"]
-        # Where every run diverged there is nothing but the ticks that say so.
+        # If every run diverged, one row of plots shows only tick labels that say so.
         measured = [name for name in run.MEASURES if _is_measured(content, name)] or ["frechet"]
         figure = Figure(figsize=(3.2 * len(axes), 1.9 * len(measured)), layout="constrained")
         grid = figure.subplots(len(measured), len(axes), squeeze=False, sharey="row")
@@ -185,7 +185,7 @@ def _lost(point: Mapping[str, Any]) -> int:
 
 
 def _lost_at(content: Mapping[str, Any], axis: str, value: Any) -> str:
-    """What a tick of the axis says of runs that are not in the means."""
+    """Return the line of a tick label on diverged runs, which are not in the means."""
     lost = sum(
         _lost(point)
         for line in content["lines"][axis]
@@ -208,7 +208,7 @@ def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """What made the times, as far as the last process knows."""
+    """Describe the machine of the last process, on which times depend."""
     where = choose_device(device)
     return {
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu(),
@@ -239,5 +239,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _json(value: Any) -> Any:
-    """As it is read back from JSON: tuples are lists."""
+    """Return a value as it would be read back from JSON, with lists for tuples."""
     return json.loads(json.dumps(value))
