@@ -34,12 +34,12 @@ def bench(
 
     if seconds < 0:
         raise ValueError(f"--seconds must be at least 0, got {seconds}")
-    energy = find_energy(target).to(choose_device(device))
+    torch_device = choose_device(device)
+    energy = find_energy(target).to(torch_device)
     sizes = getattr(energy, "shape", None) if shape is None else _sizes(shape)
     if sizes is None:
         raise ValueError(f"{target} has no attribute shape: give --shape, for example 3,32,32")
-    place = choose_device(device)
-    x = 2 * torch.rand((batch, *sizes), dtype=torch.float32, device=place) - 1
+    x = 2 * torch.rand((batch, *sizes), dtype=torch.float32, device=torch_device) - 1
     explanation = LangevinSampler(energy, steps=steps).explain(x)
     rows = benchmark.bench(energy, x, (None, *(precision or ())), steps, seconds)
     return Result(f"{explanation}\n\n{benchmark.table(rows)}")

@@ -57,8 +57,8 @@ def diagnose(
         lags=lags,
     )
     files: list[Path] = []
-    if (place := out or run_folder(checkpoint)) is not None:
+    if (folder := out or run_folder(checkpoint)) is not None:
         iteration = read_checkpoint(checkpoint)[1]["iteration"]
         facts = {"iteration": iteration, "averaged": averaged, "seed": seed}
-        files = save(diagnosis, place, f"{checkpoint.stem}, {n} chains", **facts)
+        files = save(diagnosis, folder, f"{checkpoint.stem}, {n} chains", **facts)
     return Result(to_text(diagnosis), files)

@@ -132,5 +132,5 @@ def given(**options: Any) -> dict[str, Any]:
 
 def belong(names: Iterable[str], owner: str) -> None:
     """ValueError if options were given, by name, that belong to another that was not."""
-    if given := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)):
-        raise ValueError(f"{given} {'belong' if ',' in given else 'belongs'} to {owner}")
+    if options := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)):
+        raise ValueError(f"{options} {'belong' if ',' in options else 'belongs'} to {owner}")

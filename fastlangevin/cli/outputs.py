@@ -64,7 +64,7 @@ def error_line(error: Exception) -> None:
 def check_out(out: Path, *suffixes: str) -> None:
     """ValueError for a folder, or a file that ends in none of the suffixes, if there are any."""
     if suffixes and out.suffix not in suffixes:
-        known = " or ".join(", ".join(suffixes).rsplit(", ", 1))
-        raise ValueError(f"--out must end in {known}, got {out}")
+        endings = " or ".join(", ".join(suffixes).rsplit(", ", 1))
+        raise ValueError(f"--out must end in {endings}, got {out}")
     if out.is_dir():
         raise ValueError(f"--out must be a file, got the folder {out}")

@@ -40,8 +40,8 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Delete temporary files that dead processes of this host left, for one file name or all."""
     pattern = "*" if name is None else glob.escape(name)
     for path in folder.glob(f".{pattern}.*.tmp"):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found and found["host"] == _host() and not _is_running(int(found["pid"])):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match["host"] == _host() and not _is_running(int(match["pid"])):
             path.unlink(missing_ok=True)
 
 

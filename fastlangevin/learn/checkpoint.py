@@ -66,11 +66,11 @@ def save_checkpoint(
     """
     path = Path(path)
     header = json.dumps({"format": FORMAT, "version": VERSION, **info})
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {_HEADER: header, _CHECKSUM: checksum(header, held)}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {_HEADER: header, _CHECKSUM: checksum(header, on_cpu)}
     with replacing(path) as temporary:
         try:
-            save_file(held, temporary, metadata)
+            save_file(on_cpu, temporary, metadata)
         except OSError as error:
             raise OSError(f"checkpoint {path} could not be written: {error}") from error
 
@@ -191,8 +191,8 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    if found := list_checkpoints(path):
-        return found[-1]
+    if checkpoints := list_checkpoints(path):
+        return checkpoints[-1]
     models = shipped()
     if str(path) in models:
         return models[str(path)]
@@ -223,13 +223,13 @@ def export(run: str | Path, out: str | Path) -> None:
     """
     tensors, info = read_checkpoint(run)
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
-    kept = {
+    weights = {
         f"model.{name.removeprefix(prefix)}": tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    kept |= {name: tensor for name, tensor in tensors.items() if name.startswith("sampler.")}
-    save_checkpoint(out, kept, {k: v for k, v in info.items() if k not in ("format", "version")})
+    weights |= {name: tensor for name, tensor in tensors.items() if name.startswith("sampler.")}
+    save_checkpoint(out, weights, {k: v for k, v in info.items() if k not in ("format", "version")})
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -355,14 +355,14 @@ def check_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any
 ) -> dict[str, Tensor]:
     """Return the tensors under ``prefix``; CheckpointError unless they have the module's shapes."""
-    held = module.state_dict()
-    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    for name in held.keys() | found.keys():
-        want = list(held[name].shape) if name in held else "nothing"
-        got = list(found[name].shape) if name in found else "nothing"
+    expected = module.state_dict()
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for name in expected.keys() | weights.keys():
+        want = list(expected[name].shape) if name in expected else "nothing"
+        got = list(weights[name].shape) if name in weights else "nothing"
         if want != got:
             raise CheckpointError(
                 f"{path} is of another architecture: {type(module).__name__}.{name} "
                 f"needs {want}, the file has {got}"
             )
-    return found
+    return weights

@@ -60,8 +60,8 @@ class Weights(NamedTuple):
 
     @property
     def iteration(self) -> int | None:
-        found = self.info.get("iteration")
-        return found if isinstance(found, int) else None
+        iteration = self.info.get("iteration")
+        return iteration if isinstance(iteration, int) else None
 
 
 def find_weights(run: str | Path) -> Weights:
@@ -76,23 +76,23 @@ def find_weights(run: str | Path) -> Weights:
     return Weights(checkpoint, read_checkpoint(checkpoint)[1])
 
 
-def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> None:
+def write_report(run: str | Path, out: str | Path, results: Path | None = None) -> None:
     """Write the page of a run's folder, or of a model alone, atomically.
 
     The page of a run has samples from several iterations, curves, every picture in the folder with
     the text file of the same name, the results of ``evaluate`` and ``diagnose`` if they exist, and
     the settings. The page of a model alone, which has no folder and no log, has the settings and
-    the results in the folder ``made``.
+    the pictures and results in the folder ``results``.
 
     Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged,
     from another version, or a link to a place outside.
     """
-    page = to_html(Path(run), made)
+    page = to_html(Path(run), results)
     with replacing(Path(out)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def to_html(run: Path, made: Path | None = None) -> str:
+def to_html(run: Path, results: Path | None = None) -> str:
     """Return the page; see :func:`write_report`."""
     weights = find_weights(run)
     if is_run(run):
@@ -107,9 +107,9 @@ def to_html(run: Path, made: Path | None = None) -> str:
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
     iterations = settings.get("iterations")
     trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
-    folder = made or run
-    if made:
-        weights = weights._replace(checkpoint=None)  # the results in ``made`` are new
+    folder = results or run
+    if results:
+        weights = weights._replace(checkpoint=None)  # these results are new
     sections = [
         f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
         _section("Samples", _samples(folder, weights, iterations)),
@@ -126,10 +126,10 @@ def to_html(run: Path, made: Path | None = None) -> str:
 
 def _mapping(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
     """Return settings from the header of a model; FileError if they are not a mapping."""
-    found = info.get(name)
-    if not isinstance(found, dict | None):
+    settings = info.get(name)
+    if not isinstance(settings, dict | None):
         raise FileError(f"{model} has a damaged header: {name} must be settings by name")
-    return found or {}
+    return settings or {}
 
 
 def age(path: Path, weights: Weights) -> str:
@@ -140,10 +140,10 @@ def age(path: Path, weights: Weights) -> str:
     """
     if weights.checkpoint is None:
         return ""
-    made = _iteration_of(path)
-    if made is not None and weights.iteration is not None:
-        other = f"of iteration {made}, the last checkpoint is of {weights.iteration}"
-        return f" ({other})" if made != weights.iteration else ""
+    iteration = _iteration_of(path)
+    if iteration is not None and weights.iteration is not None:
+        other = f"of iteration {iteration}, the last checkpoint is of {weights.iteration}"
+        return f" ({other})" if iteration != weights.iteration else ""
     older = path.stat().st_mtime < weights.checkpoint.stat().st_mtime
     return " (by its file's time older than the last checkpoint)" if older else ""
 
@@ -155,10 +155,10 @@ def _iteration_of(path: Path) -> int | None:
         if text.suffix == ".txt":
             first = read_text(text).splitlines()[0]
             return int(first.removeprefix(ITERATION)) if first.startswith(ITERATION) else None
-        found = read_json(text)["iteration"]
+        iteration = read_json(text)["iteration"]
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
-    return found if isinstance(found, int) else None
+    return iteration if isinstance(iteration, int) else None
 
 
 def _samples(run: Path, weights: Weights, iterations: Any) -> str:
@@ -181,8 +181,8 @@ def _curves(run: Path) -> str:
         series = read_series(run)
     parts = []
     for name, title in _CURVES.items():
-        found = next((rows for rows in (series, records) if rows and name in rows[0]), [])
-        numbers = [r for r in found if _is_number(r.get(name)) and _is_number(r["iteration"])]
+        rows = next((log for log in (series, records) if log and name in log[0]), [])
+        numbers = [r for r in rows if _is_number(r.get(name)) and _is_number(r["iteration"])]
         points = sorted((r["iteration"], r[name]) for r in numbers)
         constant = name in ("lr", "data_noise") and len({y for _, y in points}) == 1
         if len(points) > 1 and not constant:
@@ -228,12 +228,12 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     size = -(-2 * len(points) // _POINTS)
     if size < 3:
         return list(points)
-    kept = []
+    extremes = []
     for i in range(0, len(points), size):
         stretch = points[i : i + size]
         ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
+        extremes += sorted(ends)
+    return extremes
 
 
 def _pictures(run: Path, weights: Weights) -> str:
@@ -250,31 +250,31 @@ def _pictures(run: Path, weights: Weights) -> str:
 
 def _listed(folder: Path, pattern: str) -> list[Path]:
     """Return the files that match a pattern; FileError for a link that leaves the folder."""
-    found = sorted(path for path in folder.glob(pattern) if path.suffix in _READ)
-    for path in found:
+    paths = sorted(path for path in folder.glob(pattern) if path.suffix in _READ)
+    for path in paths:
         check_inside(path, folder)
         check_file(path)
-    return found
+    return paths
 
 
 def _evaluation(run: Path, weights: Weights) -> str:
     path = run / "evaluate.json"
 
-    def show(found: Mapping[str, Any]) -> str:
-        levels = f", rounded to {found['levels']} levels" if found["levels"] else ""
+    def show(record: Mapping[str, Any]) -> str:
+        levels = f", rounded to {record['levels']} levels" if record["levels"] else ""
         facts = (
-            f"Of iteration {found.get('iteration')}{age(path, weights)}. Features: "
-            f"{found['features']}, {found['dimension']}. Reference: {found['reference_images']} of "
-            f"the training images ({found['reference']}), of rank {found['reference_rank']}. "
-            f"Images are clamped to [-1, 1]{levels}; precision and recall have k = {found['k']}; "
-            f"nearest is the median distance of at most {found['neighbours']} images to the "
-            f"nearest of {found['training_images']} training images, close the share nearer to one "
-            "than 95 % of held-out images are."
+            f"Of iteration {record.get('iteration')}{age(path, weights)}. Features: "
+            f"{record['features']}, {record['dimension']}. Reference: {record['reference_images']} "
+            f"of the training images ({record['reference']}), of rank {record['reference_rank']}. "
+            f"Images are clamped to [-1, 1]{levels}; precision and recall have k = {record['k']}; "
+            f"nearest is the median distance of at most {record['neighbours']} images to the "
+            f"nearest of {record['training_images']} training images, close the share nearer to "
+            "one than 95 % of held-out images are."
         )
-        named = {"frechet_distance": "FID"} if found["inception"] else {}
-        columns = list(next(iter(found["figures"].values())))
+        named = {"frechet_distance": "FID"} if record["inception"] else {}
+        columns = list(next(iter(record["figures"].values())))
         heads = ["set", *(named.get(name, name.replace("_", " ")) for name in columns)]
-        rows = [(name, *(row[c] for c in columns)) for name, row in found["figures"].items()]
+        rows = [(name, *(row[c] for c in columns)) for name, row in record["figures"].items()]
         return f"<p>{escape(facts)}</p>{_table(heads, rows)}"
 
     return _shown_as(path, EVALUATION, show)
@@ -283,13 +283,14 @@ def _evaluation(run: Path, weights: Weights) -> str:
 def _diagnosis(run: Path, weights: Weights) -> str:
     path, picture = run / "diagnose.json", run / "diagnose.png"
 
-    def show(found: Mapping[str, Any]) -> str:
+    def show(record: Mapping[str, Any]) -> str:
         old = age(path, weights).strip()
-        lines = [("long run", found["long_run"]["verdict"])]
+        lines = [("long run", record["long_run"]["verdict"])]
         for part in ("reach", "mixing"):
-            lines += [(f"{part}, {name}", value) for name, value in found[part].items()]
+            lines += [(f"{part}, {name}", value) for name, value in record[part].items()]
         layers = [
-            (row["name"], row["elements"], row["residual"], row["floor"]) for row in found["layers"]
+            (row["name"], row["elements"], row["residual"], row["floor"])
+            for row in record["layers"]
         ]
         return (
             (f"<p>{escape(old)}</p>" if old else "")
@@ -308,9 +309,9 @@ def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -
     with contextlib.suppress(
         AttributeError, IndexError, KeyError, OverflowError, StopIteration, TypeError, ValueError
     ):
-        found = read_json(path)
-        if (found["format"], found["version"]) == (form, 1):
-            return show(found)
+        record = read_json(path)
+        if (record["format"], record["version"]) == (form, 1):
+            return show(record)
     raise FileError(
         f"{path} is damaged or not a {form!r} of version 1; write it again or remove it"
     )

@@ -209,20 +209,20 @@ class ShortRunLearner:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights, their average, Adam's moments and the buffer, by name."""
-        found = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
         if self.averaged is not None:
             for name, value in self.averaged.module.state_dict().items():
-                found[f"ema.{name}"] = value
-            found["ema_updates"] = self.averaged.n_averaged
+                tensors[f"ema.{name}"] = value
+            tensors["ema_updates"] = self.averaged.n_averaged
         for name, parameter in self.energy.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"adam.{key}.{name}"] = value
+                tensors[f"adam.{key}.{name}"] = value
         if self.buffer is not None:
-            found["buffer"] = self.buffer.states
+            tensors["buffer"] = self.buffer.states
             if self.buffer.kind != "index":
                 added = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
-                found["buffer_added"] = added
-        return found
+                tensors["buffer_added"] = added
+        return tensors
 
     def load_tensors(
         self, tensors: dict[str, Tensor], iteration: int, path: str | Path = "the checkpoint"
@@ -276,12 +276,12 @@ class ShortRunLearner:
         for name, value in settings.items():
             if isinstance(value, Tensor):
                 tensors[f"sampler.{name}"], settings[name] = value, None
-        known = {
+        header = {
             "iteration": self.iteration,
             "energy": self.energy.settings() if isinstance(self.energy, ConvEnergy) else None,
             "sampler": settings,
         }
-        save_checkpoint(path, tensors, {**info, **known})
+        save_checkpoint(path, tensors, {**info, **header})
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore the state that :meth:`save` wrote and return the header.

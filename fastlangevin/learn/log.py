@@ -87,9 +87,9 @@ def read_series(run: Path) -> list[dict[str, Any]]:
 
 def _reopen(path: Path, iteration: int) -> TextIO:
     """Remove the records after ``iteration`` from a file and open it to append more."""
-    kept = [line for line, record in _records(path) if record["iteration"] <= iteration]
+    lines = [line for line, record in _records(path) if record["iteration"] <= iteration]
     with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
 

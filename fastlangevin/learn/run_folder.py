@@ -158,7 +158,7 @@ def remove_leftovers(out: Path) -> None:
     for folder in (out, out / "checkpoints", out / "samples"):
         atomic.remove_leftovers(folder)
     for pattern in WRITTEN:
-        place, _, name = pattern.rpartition("/")
-        for path in (out / place).glob(f".{name}.*.tmp"):
+        subfolder, _, name = pattern.rpartition("/")
+        for path in (out / subfolder).glob(f".{name}.*.tmp"):
             if re.search(r"\.\d+\.tmp$", path.name):
                 path.unlink(missing_ok=True)

@@ -169,8 +169,12 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
 
 def last_good(out: Path) -> str:
     """Say which checkpoint a run that has stopped can continue from."""
-    found = list_checkpoints(out)
-    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was saved yet"
+    checkpoints = list_checkpoints(out)
+    return (
+        f"the last good checkpoint is {checkpoints[-1]}"
+        if checkpoints
+        else "no checkpoint was saved yet"
+    )
 
 
 def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:

@@ -187,9 +187,11 @@ def _parse_header(
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=0) < 0:
         raise ValueError(f"it must hold numbers, got {cut(str(dtype))} {cut(str(shape))}")
-    claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if claimed > held:
-        raise ValueError(f"it claims {cut(str(shape))} of {cut(str(dtype))}, but has {held} bytes")
+    claimed, stored = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed > stored:
+        raise ValueError(
+            f"it claims {cut(str(shape))} of {cut(str(dtype))}, but has {stored} bytes"
+        )
     return dtype, shape, "F" if fortran else "C", file.tell()
 
 

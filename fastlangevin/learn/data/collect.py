@@ -80,8 +80,8 @@ def collect(
             f"load_images: skipped {len(skipped)} corrupt image(s), the first is {skipped[0]}",
             stacklevel=5,  # the caller of load_images
         )
-    known = None not in labels
-    return writer.finish(), np.array(labels, dtype=np.int64) if known else None
+    labelled = None not in labels
+    return writer.finish(), np.array(labels, dtype=np.int64) if labelled else None
 
 
 def _in_order(

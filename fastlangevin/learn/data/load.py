@@ -170,10 +170,10 @@ def load_images(
         raise ValueError(f"load_images: channels must be 1, 3 or None, got {channels}")
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f'load_images: on_corrupt must be "error" or "skip", got {on_corrupt!r}')
-    found = _open(source, split, limit)
-    if isinstance(found, ArraySource):
-        return _from_array(found, size, channels, limit, bounded)
-    return _from_pictures(found, size, channels, on_corrupt, limit)
+    opened = _open(source, split, limit)
+    if isinstance(opened, ArraySource):
+        return _from_array(opened, size, channels, limit, bounded)
+    return _from_pictures(opened, size, channels, on_corrupt, limit)
 
 
 def _open(
@@ -223,8 +223,8 @@ def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | P
         return open_parquet(chosen, f"{folder.name} {split}")
     if split in subfolders and subfolders <= _SPLITS:
         check_inside(folder / split, folder)
-        found = open_folder(folder / split)
-        return replace(found, name=f"{folder.name} {split}")
+        pictures = open_folder(folder / split)
+        return replace(pictures, name=f"{folder.name} {split}")
     _only_train(split, folder)
     return open_folder(folder)
 
@@ -238,9 +238,9 @@ def _only_train(split: str, source: str | PathLike[str]) -> None:
 
 
 def _from_array(
-    found: ArraySource, size: int | None, channels: int | None, limit: int | None, bounded: bool
+    source: ArraySource, size: int | None, channels: int | None, limit: int | None, bounded: bool
 ) -> ImageData:
-    name, pixels, labels = found
+    name, pixels, labels = source
     low = 0.0
     if pixels.dtype != np.uint8:
         if pixels.shape[1] == 4:
@@ -261,7 +261,7 @@ def _from_array(
 
 
 def _from_pictures(
-    found: PictureSource,
+    source: PictureSource,
     size: int | None,
     channels: int | None,
     on_corrupt: str,
@@ -269,13 +269,13 @@ def _from_pictures(
 ) -> ImageData:
     def read(channels: int | None) -> ImageData:
         pixels, labels = collect(
-            found.items(),
-            found.count,
+            source.items(),
+            source.count,
             partial(decode, size=size, channels=channels),
             on_corrupt=on_corrupt,
             limit=limit,
         )
-        return _image_data(found.name, pixels, labels, signed=False)
+        return _image_data(source.name, pixels, labels, signed=False)
 
     # Pictures are read as grey until one is in colour, so that a grey set needs a single pass.
     with suppress(ColourFoundError):

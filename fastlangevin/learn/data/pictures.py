@@ -160,11 +160,11 @@ def open_hub(name: str, split: str) -> PictureSource:
     if len(rows) == 0:
         raise FileError(f"hub:{name} holds no images in its split {split!r}")
     # The folders in which the package keeps downloaded data.
-    kept = [Path(path) for c in _CACHES if (path := getattr(datasets.config, c, None))]
+    caches = [Path(path) for c in _CACHES if (path := getattr(datasets.config, c, None))]
 
     def items() -> Iterator[Item]:
         for row, record in enumerate(rows):
-            yield _item(f"hub:{name}, row {row}", record, column, kept)
+            yield _item(f"hub:{name}, row {row}", record, column, caches)
 
     return PictureSource(f"{name} {split}", len(rows), items)
 
@@ -206,10 +206,10 @@ def _item(name: str, record: dict[str, Any], column: str, folders: list[Path]) -
 
 def _within(name: str, path: Any, folders: list[Path]) -> Path | FileError:
     with contextlib.suppress(OSError, TypeError, ValueError):  # raised if it cannot be a path
-        found = Path(*folders[:1], path)
-        real = Path(os.path.realpath(found))
+        target = Path(*folders[:1], path)
+        real = Path(os.path.realpath(target))
         if any(real.is_relative_to(os.path.realpath(folder)) for folder in folders):
-            return found
+            return target
     where = " or ".join(map(str, folders)) or "any folder of the data set"
     return FileError(f"{name} has a picture at {brief(path)}, which is outside {where}")
 
@@ -252,9 +252,9 @@ def open_picture(encoded: bytes, upright: bool = False) -> Image.Image:
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad bytes.
     except Exception as error:
         # The text "cannot identify image file <_io.BytesIO object at 0x...>" does not help users.
-        known = not isinstance(error, UnidentifiedImageError)
+        identified = not isinstance(error, UnidentifiedImageError)
         expected = f"it is none of {', '.join(FORMATS)}"
-        raise CorruptImageError(str(error) if known else expected) from error
+        raise CorruptImageError(str(error) if identified else expected) from error
     return image
 
 

@@ -111,13 +111,13 @@ def series_of(
         raise ValueError(
             f"diagnose: the log has records without gap or {name}; is it from another version?"
         )
-    kept = [record for record in records if record[name] is not None]
+    measured = [record for record in records if record[name] is not None]
     scale = temperature_of(sampler) * (-1 if sampler.maximize else 1)
     unit = _mean(sampler.step_size) if name == "grad_norm" else 1.0
-    steps = [b["iteration"] - a["iteration"] for a, b in itertools.pairwise(kept)]
+    steps = [b["iteration"] - a["iteration"] for a, b in itertools.pairwise(measured)]
     # The last record of a run may come sooner than the others.
     spacing = max(set(steps), key=steps.count) if steps else 1
-    return [r["gap"] / scale for r in kept], [unit * r[name] for r in kept], spacing
+    return [r["gap"] / scale for r in measured], [unit * r[name] for r in measured], spacing
 
 
 def _oscillation(d: Tensor, spacing: int) -> Oscillation:
@@ -126,12 +126,12 @@ def _oscillation(d: Tensor, spacing: int) -> Oscillation:
     rest = d - basis @ (basis.T @ d)
     if rest.norm() <= 1e-9 * d.norm():  # only rounding errors are left, and these oscillate
         rest = torch.zeros_like(d)
-    found = [_correlation(rest, rest, lag) for lag in range(1, _SHORT + 1)]
+    autocorrelations = [_correlation(rest, rest, lag) for lag in range(1, _SHORT + 1)]
     bound = 3 / math.sqrt(len(d))
     verdict = None
     if spacing == 1 and len(d) >= _FEWEST_TO_TELL:
-        verdict = "strong" if min(found) < -bound else "weak"
-    return Oscillation(len(d), found, bound, verdict)
+        verdict = "strong" if min(autocorrelations) < -bound else "weak"
+    return Oscillation(len(d), autocorrelations, bound, verdict)
 
 
 def _mean(value: Coefficient | list[float]) -> float:

@@ -103,8 +103,8 @@ def diagnose(
     energy = check_sets(sampler.energy, data, data)
     check_count("diagnose", "long", long)
     with_log = [
-        correlations(*found, lags=lags) if len(found[0]) >= FEWEST else None
-        for found in (
+        correlations(*log, lags=lags) if len(log[0]) >= FEWEST else None
+        for log in (
             series_of(series, "reach", sampler),
             series_of(records, "grad_norm", sampler),
         )
@@ -157,17 +157,17 @@ def long_run(sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 
     x = _starts(data, len(data), seed)
     of_data = sampler.settings() | {"steps": 1}
     energies = LangevinSampler(sampler.energy, **of_data).diagnose(data, seed=seed).energy[0]
-    found: list[list[float]] = []
+    rows: list[list[float]] = []
     for i in range(long):
         chain = sampler.diagnose(x, seed=seed, first_step=i * sampler.steps)
         x = chain.x
         last = (chain.energy[-1], chain.saturation[-1], chain.grad_norm[-1])
-        found.append([float(value.mean()) for value in last])
-        if not math.isfinite(found[-1][0]):
+        rows.append([float(value.mean()) for value in last])
+        if not math.isfinite(rows[-1][0]):
             break
-    energy, saturation, grad_norm = (list(column) for column in zip(*found, strict=True))
+    energy, saturation, grad_norm = (list(column) for column in zip(*rows, strict=True))
     record = LongRun(
-        [(i + 1) * sampler.steps for i in range(len(found))],
+        [(i + 1) * sampler.steps for i in range(len(rows))],
         energy,
         saturation,
         grad_norm,

@@ -94,14 +94,14 @@ def check_sets(energy: Any, data: Tensor, samples: Tensor) -> nn.Module:
 
 
 def _layers(energy: nn.Module, x: Tensor) -> dict[str, _Mean]:
-    found: dict[str, _Mean] = {}
+    means: dict[str, _Mean] = {}
 
     def hook(name: str) -> Any:
         def look(_module: nn.Module, _inputs: Any, out: Any) -> None:
             if isinstance(out, Tensor) and out.ndim > 0 and len(out) == len(x):
                 rows = out.detach().reshape(len(x), -1).float()
                 variance, mean = torch.var_mean(rows, 0)
-                found[name] = _Mean(mean, float(variance.sum(dtype=torch.float64)) / len(x))
+                means[name] = _Mean(mean, float(variance.sum(dtype=torch.float64)) / len(x))
 
         return look
 
@@ -113,7 +113,7 @@ def _layers(energy: nn.Module, x: Tensor) -> dict[str, _Mean]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return means
 
 
 def _gradients(energy: nn.Module, x: Tensor, groups: int) -> dict[str, _Mean]:
@@ -133,12 +133,12 @@ def _gradients(energy: nn.Module, x: Tensor, groups: int) -> dict[str, _Mean]:
             if grad is not None:
                 sums[name] += grad
                 squares[name] += float(grad.double().square().sum())
-    found = {}
+    means = {}
     for name, total in sums.items():
         mean = total / groups
         spread = squares[name] - groups * float(mean.double().square().sum())
-        found[name] = _Mean(mean, max(spread, 0.0) / (groups - 1) / groups)
-    return found
+        means[name] = _Mean(mean, max(spread, 0.0) / (groups - 1) / groups)
+    return means
 
 
 def _residual(name: str, data: _Mean, samples: _Mean) -> Residual:

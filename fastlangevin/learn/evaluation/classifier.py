@@ -118,13 +118,13 @@ class QualityCheck:
         """
         sure = None if self._judge is None else self._judge.of_data().sure
         m = len(self.images)
-        found = [
+        distances = [
             frechet_distance(self._drawn(n, 2 * i), self._drawn(m, 2 * i + 1))
             for i in range(_DRAWS)
         ]
         noise = _noise.initial((n, *self.images.shape[1:]), seed=0)
         return {
-            "real images": Mark(sure, sum(found) / _DRAWS, n, m),
+            "real images": Mark(sure, sum(distances) / _DRAWS, n, m),
             "uniform noise": Mark(*self(noise), n, m),
         }
 

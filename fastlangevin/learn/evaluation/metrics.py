@@ -108,10 +108,10 @@ def nearest(x: Tensor, blocks: Iterable[Tensor]) -> Neighbours:
     for block in blocks:
         ours, theirs = _checked("nearest", x, block, least=1)
         for rows in _blocks(ours, theirs):
-            found = _distances(ours[rows], theirs).min(1)
-            nearer = found.values < distance[rows]
-            which[rows] = torch.where(nearer, found.indices + first, which[rows])
-            distance[rows] = torch.minimum(distance[rows], found.values)
+            closest = _distances(ours[rows], theirs).min(1)
+            nearer = closest.values < distance[rows]
+            which[rows] = torch.where(nearer, closest.indices + first, which[rows])
+            distance[rows] = torch.minimum(distance[rows], closest.values)
         first += len(block)
     return Neighbours(distance, which)
 

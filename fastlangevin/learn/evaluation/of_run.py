@@ -70,13 +70,13 @@ def evaluate_run(
 
     Raises ValueError naming the argument, before any sample is drawn.
     """
-    place = choose_device(device)
-    held = _held_out(config, train, images)
-    order = shuffled(train if held is None else held, seed)
-    if held is None:
+    torch_device = choose_device(device)
+    held_out = _held_out(config, train, images)
+    order = shuffled(train if held_out is None else held_out, seed)
+    if held_out is None:
         reference = min(reference, len(train) // 2)
         order = order[reference:]
-    name, source = ("held-out data", held) if held else ("other training images", train)
+    name, source = ("held-out data", held_out) if held_out else ("other training images", train)
     most, read = {name: len(order)}, None
     if samples is not None:
         read = load_images(samples, channels=train.shape[0], bounded=False)
@@ -94,22 +94,23 @@ def evaluate_run(
     n = n or min(2048, most[scarce])
     if n <= k:
         raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
-    extract = make_features(features, train, place)
-    real = source.batch(order[:n]).to(place)
+    extract = make_features(features, train, torch_device)
+    real = source.batch(order[:n]).to(torch_device)
     marks = yardsticks(real, list(noise), seed)
     facts: dict[str, Any] = {"samples": samples}
     if read is None:
-        sampler = load(checkpoint, device=place, averaged=averaged)
+        sampler = load(checkpoint, device=torch_device, averaged=averaged)
         judged = _draw(sampler, n, seed)
         iteration = read_checkpoint(checkpoint)[1].get("iteration")
         facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
     else:
-        judged = read.batch(shuffled(read, seed)[:n]).to(place)
+        judged = read.batch(shuffled(read, seed)[:n]).to(torch_device)
     evaluation = evaluate(
         {name: real, "samples": judged} | marks, train, extract,
-        held_out=name if held else None, reference=reference, quantised=quantise, k=k, seed=seed,
+        held_out=name if held_out else None, reference=reference, quantised=quantise, k=k,
+        seed=seed,
     )  # fmt: skip
-    facts |= {"seed": seed, "held_out": held.name if held else None}
+    facts |= {"seed": seed, "held_out": held_out.name if held_out else None}
     return RunEvaluation(evaluation, f"{n} of {read.name}" if read else None, facts)
 
 

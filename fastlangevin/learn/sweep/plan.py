@@ -96,23 +96,23 @@ class Sweep:
 
     def points(self) -> list[Settings]:
         """Return each combination of the swept fields once."""
-        found: list[Settings] = []
+        points: list[Settings] = []
         for name in self.axes:
             for point in itertools.chain(*self.lines(name)):
-                if point not in found:
-                    found.append(point)
-        return found
+                if point not in points:
+                    points.append(point)
+        return points
 
     def runs(self) -> list[Run]:
         """Return all runs in a fixed order, with the seeds of a point next to each other."""
-        found: list[Run] = []
+        runs: list[Run] = []
         for point in self.points():
             for seed in range(self.centre.seed, self.centre.seed + self.seeds):
                 words = [f"{name}={value}" for name, value in point.items()]
                 label = re.sub(r"[^\w.+=-]+", "_", "-".join([*words, f"seed={seed}"]))
                 config = dataclasses.replace(self._config(point), seed=seed)
-                found.append(Run(f"{len(found):03d}-{label[:120]}", point, config))
-        return found
+                runs.append(Run(f"{len(runs):03d}-{label[:120]}", point, config))
+        return runs
 
     def plan(self) -> dict[str, Any]:
         """Return the sweep, JSON-ready."""
@@ -152,15 +152,15 @@ def read_sweep(
     Raises ValueError naming the invalid setting, and FileError, whose message begins with the path,
     if the file is at fault.
     """
-    base, given = read_config(config)
-    axes = given.pop("axes", None)
+    base, changes = read_config(config)
+    axes = changes.pop("axes", None)
     if not isinstance(axes, dict | None):
         raise FileError(f"{config}: axes must hold lists of values by setting, got {brief(axes)}")
     axes = axes or {}
-    of_file = given.pop("seeds", 3), given.pop("grid", False)
+    of_file = changes.pop("seeds", 3), changes.pop("grid", False)
     seeds = of_file[0] if seeds is None else seeds
     grid = of_file[1] if grid is None else grid
-    for name in given:
+    for name in changes:
         if name not in FIELDS:
             names = ", ".join([*FIELDS, "axes", "seeds", "grid", "config"])
             raise FileError(
@@ -170,12 +170,12 @@ def read_sweep(
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")
         if len(values) == 1:
-            given[name] = values[0]
+            changes[name] = values[0]
             axes.pop(name, None)
         else:
             axes[name] = values
     try:
-        return Sweep(resolve(base, given), axes, seeds, grid)
+        return Sweep(resolve(base, changes), axes, seeds, grid)
     except ValueError as error:
         if config is None or str(config) == base or lists:
             raise

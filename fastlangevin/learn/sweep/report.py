@@ -48,10 +48,10 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
     """
     points = []
     for settings in plan.points():
-        own = [result for result in results if result["settings"] == _json(settings)]
-        finished = [result for result in own if result["diverged"] is None]
+        of_point = [result for result in results if result["settings"] == _json(settings)]
+        finished = [result for result in of_point if result["diverged"] is None]
         measures = {name: _mean([result[name] for result in finished]) for name in run.MEASURES}
-        points.append({"settings": settings, "measures": measures, "runs": own})
+        points.append({"settings": settings, "measures": measures, "runs": of_point})
     content = {
         "format": "fastlangevin sweep",
         "version": VERSION,
@@ -132,14 +132,14 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
         grid = figure.subplots(len(measured), len(axes), squeeze=False, sharey="row")
         for column, (axis, values) in enumerate(axes.items()):
             for row, measure in enumerate(measured):
-                place = grid[row][column]
+                subplot = grid[row][column]
                 for line in content["lines"][axis]:
-                    found = [point["measures"][measure] for point in _along(content, line)]
-                    held = [(i, one) for i, one in enumerate(found) if one is not None]
-                    place.errorbar(
-                        [i for i, _ in held],
-                        [one["mean"] for _, one in held],
-                        yerr=[one["error"] or 0.0 for _, one in held],
+                    measures = [point["measures"][measure] for point in _along(content, line)]
+                    points = [(i, one) for i, one in enumerate(measures) if one is not None]
+                    subplot.errorbar(
+                        [i for i, _ in points],
+                        [one["mean"] for _, one in points],
+                        yerr=[one["error"] or 0.0 for _, one in points],
                         marker="o",
                         markersize=4,
                         capsize=3,
@@ -147,15 +147,15 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                     )
                 mark = content["marks"]["real images"].get(measure)
                 if mark is not None:
-                    place.axhline(mark, color="black", linestyle=":", linewidth=1)
+                    subplot.axhline(mark, color="black", linestyle=":", linewidth=1)
                 labels = [str(value) + _lost_at(content, axis, value) for value in values]
-                place.set_xticks(range(len(values)), labels, fontsize="small")
-                place.set_xlim(-0.3, len(values) - 0.7)
-                place.grid(alpha=0.3)
+                subplot.set_xticks(range(len(values)), labels, fontsize="small")
+                subplot.set_xlim(-0.3, len(values) - 0.7)
+                subplot.grid(alpha=0.3)
                 if row == len(measured) - 1:
-                    place.set_xlabel(axis)
+                    subplot.set_xlabel(axis)
                 if column == 0:
-                    place.set_ylabel(run.MEASURES[measure], fontsize="small")
+                    subplot.set_ylabel(run.MEASURES[measure], fontsize="small")
             if content["plan"]["grid"]:
                 grid[0][column].legend(fontsize="xx-small")
         with replacing(path) as temporary:
@@ -200,11 +200,11 @@ def _is_measured(content: Mapping[str, Any], measure: str) -> bool:
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
-    held = [value for value in values if value is not None]
-    if not held:
+    finite = [value for value in values if value is not None]
+    if not finite:
         return None
-    error = statistics.stdev(held) / math.sqrt(len(held)) if len(held) > 1 else None
-    return {"mean": statistics.fmean(held), "error": error, "n": len(held)}
+    error = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else None
+    return {"mean": statistics.fmean(finite), "error": error, "n": len(finite)}
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -107,10 +107,10 @@ def _check_folder(plan: Sweep, out: Path) -> None:
         raise FileExistsError(f"sweep: {out} is a file, not a folder for a sweep")
     if not (out / PLAN).exists():
         # Another process may be writing its plan to a hidden temporary file.
-        held = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
-        if held:
+        names = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
+        if names:
             raise FileExistsError(
-                f"sweep: {out} holds {held[0]} but is not a sweep (it has no {PLAN}); "
+                f"sweep: {out} holds {names[0]} but is not a sweep (it has no {PLAN}); "
                 "name another folder"
             )
         return
@@ -163,8 +163,8 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
 def _make(run: Run, folder: Path, judge_of: Judge, stop: StopRequest) -> dict[str, Any] | None:
     """Train or go on, sample, measure, save; None if a signal ended the training early."""
     config = run.config
-    found = list_checkpoints(folder)
-    done = int(found[-1].stem) if found else 0
+    checkpoints = list_checkpoints(folder)
+    done = int(checkpoints[-1].stem) if checkpoints else 0
 
     def follow(iteration: int, _record: Mapping[str, Any]) -> None:
         nonlocal done
@@ -226,24 +226,24 @@ def _result(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        found = read_json(path)
-        known = _is_result(found)
+        result = read_json(path)
+        valid = _is_result(result)
     except FileError:
-        known = False
-    if not known:
+        valid = False
+    if not valid:
         raise FileError(
             f"{path} is damaged or from another version; remove it, and the same command measures "
             "the run again from its checkpoint"
         )
-    return dict(found)
+    return dict(result)
 
 
-def _is_result(found: Any) -> bool:
+def _is_result(result: Any) -> bool:
     """Return whether a value has all entries that tables and plots read."""
-    if not isinstance(found, dict) or not {"settings", "seed", "diverged"} <= found.keys():
+    if not isinstance(result, dict) or not {"settings", "seed", "diverged"} <= result.keys():
         return False
-    numbers = [found.get(name, "missing") for name in MEASURES]
-    lost = found["diverged"]
+    numbers = [result.get(name, "missing") for name in MEASURES]
+    lost = result["diverged"]
     return all(value is None or isinstance(value, int | float) for value in numbers) and (
         lost is None or (isinstance(lost, dict) and {"iteration", "reason"} <= lost.keys())
     )

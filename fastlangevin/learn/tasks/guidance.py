@@ -73,8 +73,8 @@ class StyleTerm(nn.Module):
     ) -> None:
         super().__init__()
         layers = getattr(network, "layers", None)
-        known = list(layers) if isinstance(layers, nn.Sequential) else []
-        if sum(isinstance(layer, nn.Conv2d) for layer in known) < 2:
+        modules = list(layers) if isinstance(layers, nn.Sequential) else []
+        if sum(isinstance(layer, nn.Conv2d) for layer in modules) < 2:
             raise TypeError(
                 "StyleTerm: network must have an nn.Sequential called layers, with two Conv2d or "
                 f"more, got {type(network).__name__}"
@@ -90,23 +90,23 @@ class StyleTerm(nn.Module):
                 f"StyleTerm: style must have shape [m >= 1, {', '.join(map(str, shape))}], "
                 f"got {list(style.shape)}"
             )
-        self.layers, self.statistics = nn.Sequential(*known), statistics
+        self.layers, self.statistics = nn.Sequential(*modules), statistics
         with torch.no_grad():
-            self.targets = [found.mean(0) for found in self._statistics(style)]
+            self.targets = [summary.mean(0) for summary in self._statistics(style)]
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = zip(self._statistics(x), self.targets, strict=True)
-        distances = [_distance(found, target) for found, target in pairs]
+        distances = [_distance(summary, target) for summary, target in pairs]
         return self.weight * torch.stack(distances).sum(0)
 
     def _statistics(self, x: Tensor) -> list[Tensor]:
         convolutions = [i for i, m in enumerate(self.layers) if isinstance(m, nn.Conv2d)]
-        found = []
+        summaries = []
         for i, layer in enumerate(list(self.layers)[: convolutions[-1]]):
             x = layer(x)
             if i in convolutions:
-                found.append(self._summary(x.flatten(2)))
-        return found
+                summaries.append(self._summary(x.flatten(2)))
+        return summaries
 
     def _summary(self, features: Tensor) -> Tensor:
         if self.statistics == "gram":
@@ -115,9 +115,9 @@ class StyleTerm(nn.Module):
         return torch.stack([features.mean(-1), spread.sqrt()], 1)
 
 
-def _distance(found: Tensor, target: Tensor) -> Tensor:
-    size = found.square().flatten(1).sum(1) + target.square().sum()
-    return (found - target).square().flatten(1).sum(1) / size
+def _distance(statistics: Tensor, target: Tensor) -> Tensor:
+    size = statistics.square().flatten(1).sum(1) + target.square().sum()
+    return (statistics - target).square().flatten(1).sum(1) / size
 
 
 class _Wrapped(nn.Module):

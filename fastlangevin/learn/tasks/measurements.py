@@ -126,13 +126,13 @@ def make_operator(
     """
     if name not in OPERATORS:
         raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {name!r}")
-    made: dict[str, Callable[[], Operator]] = {
+    operators: dict[str, Callable[[], Operator]] = {
         "mask": lambda: Mask(_read_mask(mask, shape)),
         "downsample": lambda: Downsample(factor),
         "blur": lambda: Blur(sigma),
         "grey": Grey,
     }
-    operator = made[name]()
+    operator = operators[name]()
     operator(torch.zeros((1, *shape), dtype=torch.float32, device="cpu"))
     return operator
 
@@ -149,15 +149,15 @@ def _read_mask(name: str, shape: tuple[int, ...]) -> Tensor:
         return mask
     path = Path(name)
     try:
-        found = map_npy(path) if path.suffix == ".npy" else _read_picture(path)
+        values = map_npy(path) if path.suffix == ".npy" else _read_picture(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"mask must be box, half or a file, got {name!r}") from None
-    if found.size > math.prod(shape):
-        raise FileError(f"{name} must be a mask {list(shape[-2:])}, got {list(found.shape)}")
-    if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
-        got = "NaN or infinity" if found.dtype.kind == "f" else cut(str(found.dtype))
+    if values.size > math.prod(shape):
+        raise FileError(f"{name} must be a mask {list(shape[-2:])}, got {list(values.shape)}")
+    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+        got = "NaN or infinity" if values.dtype.kind == "f" else cut(str(values.dtype))
         raise FileError(f"{name} must hold finite numbers to be a mask, got {got}")
-    known = torch.from_numpy(np.asarray(found != 0))
+    known = torch.from_numpy(np.asarray(values != 0))
     with reading(path, "a mask"):
         Mask(known)(torch.zeros((1, *shape), dtype=torch.float32, device="cpu"))
     return known

@@ -173,13 +173,13 @@ def check_measurements(
 @contextlib.contextmanager
 def frozen(sampler: LangevinSampler) -> Iterator[None]:
     """Freeze the parameters of the energy, because a fit would also compute their gradients."""
-    found = [p for m in modules_of(sampler.energy) for p in m.parameters() if p.requires_grad]
+    parameters = [p for m in modules_of(sampler.energy) for p in m.parameters() if p.requires_grad]
     try:
-        for parameter in found:
+        for parameter in parameters:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in found:
+        for parameter in parameters:
             parameter.requires_grad_(True)
 
 
@@ -190,6 +190,6 @@ def _better(best: Fit, fit: Fit) -> Fit:
     return Fit(x, z, torch.where(better, fit.error, best.error))
 
 
-def _check_name(op: str, name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
+def _check_name(op: str, name: str, value: str, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(names)}, got {value!r}")

@@ -87,8 +87,8 @@ def restore(
 
     if method == "latent":
         restarts = check_count(op, "restarts", fit.pop("restarts", 1))
-        found = reconstruct(sampler, y, operator, restarts=answers * restarts, seed=seed, **fit)
-        x = Fit(*(part.reshape(-1, restarts, *part.shape[2:]) for part in found)).best().x
+        fits = reconstruct(sampler, y, operator, restarts=answers * restarts, seed=seed, **fit)
+        x = Fit(*(part.reshape(-1, restarts, *part.shape[2:]) for part in fits)).best().x
     target = y.repeat_interleave(answers, 0)
     if method != "latent":
         if method == "posterior":
