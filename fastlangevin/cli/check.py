@@ -1,4 +1,4 @@
-"""check: whether a classifier recognises the samples."""
+"""check: whether a classifier recognises the samples of a run."""
 
 from typing import Annotated
 
@@ -18,13 +18,13 @@ def check(
     data: str | None = None,
     device: Device = "auto",
 ) -> Result:
-    """Ask a classifier of the real images whether the samples are recognisable.
+    """Check, with a classifier of the real images, whether samples are recognisable.
 
-    The samples pass (exit status 0) if the classifier is more than 90 % sure of enough of them and
-    finds every class among them. Otherwise the exit status is 1.
+    The samples pass, with exit status 0, if the classifier is more than 90 % sure of enough of them
+    and finds every class among them. Otherwise the exit status is 1.
 
     Args:
-        n: Number of samples to judge, 1 or more.
+        n: Number of samples, 1 or more.
         sure: Fraction of samples that the classifier must be sure of.
         data: Source of the images (default: the run's).
     """

@@ -1,4 +1,4 @@
-"""diagnose: how a run's learning went, and what its chains do."""
+"""diagnose: how the learning of a run went, and what its chains do."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,20 +24,20 @@ def diagnose(
     device: Device = "auto",
     averaged: bool = False,
 ) -> Result:
-    """Say how learning went, if moments match, and what the chains do.
+    """Show how learning went, whether moments match, and what the chains do.
 
-    The moments are those of the data and of samples, after each layer of the energy. Prints a table
-    and writes diagnose.json and, if matplotlib is installed, diagnose.png. A model without a run
-    has no log and no folder: its files are written only to a folder given by --out.
+    Moments of the data and of samples are compared after each layer of the energy. The command
+    prints a table and writes diagnose.json and, if matplotlib is installed, diagnose.png. A model
+    without a run has no log and no folder, so its files are written only if --out is given.
 
     Args:
         n: Number of images, and of chains, to compare, 16 or more.
-        long: Length of the long run in units of the run's number of steps, 1 or more.
-        starts: Starting points, and noises, to measure mixing with, 2 or more.
-        lags: Lags of the correlations, 1 or more.
+        long: Length of the long run, in units of the run's number of steps, 1 or more.
+        starts: Number of starting points, and of noises, for the mixing, 2 or more.
+        lags: Number of lags of the correlations, 1 or more.
         out: Folder for the files (default: the run's; none for a model without a run).
         data: Source of the images (default: the run's).
-        averaged: Look at the moving average of the weights, not at the weights that were learned.
+        averaged: Diagnose the moving average of the weights instead of the weights.
     """
     from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
     from fastlangevin.learn.diagnosis.of_run import diagnose_run

@@ -1,4 +1,4 @@
-"""interpolate: chains from points between two starting points."""
+"""interpolate: run chains from points between two starting points."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,16 +21,16 @@ def interpolate(
 ) -> Result:
     """Run chains from points between two starting points.
 
-    The points between z1 and z2 are rho z1 + sqrt(1 - rho^2) z2. The two are random. With --images
-    they are fitted to a pair of images, as by reconstruct, and the first and the last frame are
-    reconstructions. If the run's data have labels, a classifier of them says how sure it is of the
-    ends and of the frames between them.
+    The points between z1 and z2 are rho z1 + sqrt(1 - rho^2) z2. By default, z1 and z2 are random.
+    With --images, they are fitted to a pair of images, as by reconstruct, so that the first and the
+    last frame are reconstructions. If the run's data have labels, a classifier of the data reports
+    how sure it is of the ends and of the frames between them.
 
     Args:
         n: Number of pairs, 1 or more.
         out: A .png, a .gif, or a .npy of shape [frames, n, C, H, W].
-        frames: Frames of each pair, 2 or more, the ends included (default: 9; 25 in a .gif).
-        images: Source of images to go between (default: random starting points).
+        frames: Frames of each pair, 2 or more, including the ends (default: 9; 25 in a .gif).
+        images: Source of images to interpolate between (default: random starting points).
         noise: Noise in the chain: off, or frozen (always the same).
     """
     from fastlangevin.learn.tasks.of_run import confidence_rows, interpolate_run

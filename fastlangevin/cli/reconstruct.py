@@ -1,4 +1,4 @@
-"""reconstruct: starting points whose chains end at given images."""
+"""reconstruct: fit starting points whose chains end at given images."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,12 +20,13 @@ def reconstruct(
 ) -> Result:
     """Fit starting points whose chains end at held-out images.
 
-    The picture has rows of images, of reconstructions, and of the nearest random samples.
+    The picture has a row of images, a row of reconstructions, and a row of the nearest random
+    samples.
 
     Args:
         n: Number of images, 1 or more.
         out: A .png, or a .npz of images, x, z and error.
-        samples: Number of random samples, 1 or more; the nearest one is the yardstick.
+        samples: Number of random samples, 1 or more; the nearest one is shown for comparison.
     """
     from fastlangevin.learn.tasks.of_run import reconstruct_run
 

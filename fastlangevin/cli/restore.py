@@ -1,4 +1,4 @@
-"""restore: images from linear measurements of them."""
+"""restore: restore images from linear measurements."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,16 +26,17 @@ def restore(
 ) -> Result:
     """Restore held-out images from linear measurements, several answers for each.
 
-    The measurements are y = A x. The picture has a row per image: the image, the measurement, the
-    answers.
+    The measurements are y = A x. The picture has a row per image, with the image, its measurement
+    and the answers.
 
     Args:
-        operator: What is lost: mask, downsample, blur or grey.
-        method: posterior, clamped (for masks) or latent.
+        operator: The measurement A: mask, downsample, blur or grey.
+        method: Method: posterior, clamped (for masks) or latent.
         n: Number of images, 1 or more.
         answers: Answers per image, 1 or more.
         out: A .png, or a .npz of images, y and x of shape [n, answers, C, H, W].
-        mask: Mask: box, half, or a picture or .npy in which 0 is hidden (default: box).
+        mask: The mask: box, half, or a picture or .npy in which 0 marks hidden pixels (default:
+            box).
         factor: Factor of downsample (default: 2).
         sigma: Standard deviation of blur, in pixels (default: 1.0).
         zeta: Scale of the posterior's term |y - A x|^2 / zeta^2 (default: |A| sqrt(2 a)).

@@ -1,4 +1,4 @@
-"""sweep: many runs over lists of settings and seeds."""
+"""sweep: train over lists of settings and seeds."""
 
 import signal
 from collections.abc import Mapping
@@ -23,16 +23,17 @@ def sweep(
 ) -> Result:
     """Train over lists of settings and seeds; write tables and a plot of the results.
 
-    For example `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run is a
-    folder in OUT, as by `train`. The same command goes on where it was stopped. Several processes
-    share the runs if RANK and WORLD_SIZE are set in their environment, as torchrun sets them.
+    An example is `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run has
+    a folder in OUT, as with `train`. If a sweep is stopped, the same command continues it. Several
+    processes share the runs if RANK and WORLD_SIZE are set in their environment, as by torchrun.
 
     Args:
         out: Folder of the sweep.
-        config: Settings to start from: a config in the package, see configs, or a YAML, TOML or
-            JSON file, which may hold axes (lists by setting), seeds and grid too (default: digits).
-        seeds: Runs of each point, 1 or more, with consecutive seeds (default: 3).
-        grid: Run all combinations, or one axis at a time (default: --axes).
+        config: Settings to start from: a config in the package (see configs), or a YAML, TOML or
+            JSON file, which may also hold axes (lists by setting), seeds and grid (default:
+            digits).
+        seeds: Number of runs of each point, 1 or more, with consecutive seeds (default: 3).
+        grid: Run all combinations of the lists, or sweep one axis at a time (default: --axes).
     """
     from fastlangevin.learn.sweep.environment import own_device, read_number
     from fastlangevin.learn.sweep.plan import describe, parse_values, read_sweep
@@ -60,10 +61,10 @@ def sweep(
     if files and out / "sweep.svg" not in files:
         note('no plot: it needs matplotlib, pip install "fastlangevin[plot]"')
     if count < total:
-        note("stopped; go on with the same command")
+        note("stopped; the same command continues the sweep")
         return Result(files=files, status=128 + (stop.signal or signal.SIGINT))
     if not files:
-        note("done; the runs of other processes are not yet")
+        note("done; runs of other processes are still missing")
     return Result(files=files)
 
 

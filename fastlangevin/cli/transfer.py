@@ -1,11 +1,11 @@
-"""transfer: chains of one domain's model that start at images of another."""
+"""transfer: run the chains of one domain's model from images of another."""
 
 from pathlib import Path
 
 from fastlangevin.cli.options import Chains, Count, Run, belong, given
 from fastlangevin.cli.outputs import Result, check_out, table
 
-_FRAMES = 50  # at most so many in a GIF, beside the start
+_FRAMES = 50  # most frames of a GIF after the first
 
 
 def transfer(
@@ -24,17 +24,18 @@ def transfer(
 ) -> Result:
     """Start the chains of one domain's model at images of another.
 
-    RUN is the model of the target domain. The picture has rows of source images and of the images
-    that their chains ended at.
+    RUN is the model of the target domain. The picture has a row of source images and a row of the
+    ends of their chains.
 
     Args:
         images: The source images.
         n: Number of images, 1 or more.
         out: A .png, a .gif of the chains, or a .npy of shape [n, C, H, W].
-        content: Hold the source's means over squares of this side, 1 or more; 1 holds its pixels.
-        zeta: Scale of the content's term |A x0 - A x|^2 / zeta^2 (default: |A| sqrt(2 a)).
+        content: Preserve the means of the source over squares of this side, 1 or more; 1 preserves
+            its pixels.
+        zeta: Scale of the content term |A x0 - A x|^2 / zeta^2 (default: |A| sqrt(2 a)).
         style: Images whose statistics guide the chains.
-        weight: Weight of the style's term in the energy (default: 1.0).
+        weight: Weight of the style term in the energy (default: 1.0).
         statistics: Statistics of the style: gram or mean-std (default: gram).
     """
     from fastlangevin.learn.tasks.of_run import transfer_images

@@ -529,7 +529,7 @@ def test_command(tmp_path: Path) -> None:
     command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
     first, second = (run_command(*command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
     assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
-    assert "done; the runs of other processes are not yet" in first.output
+    assert "done; runs of other processes are still missing" in first.output
     assert str(out / "sweep.json") in second.output
     plan = yaml.safe_load((out / "sweep.yaml").read_text())
     assert plan["axes"] == {"steps": [1, 2], "clamp": [None, [-1.0, 1.0]]}
@@ -545,7 +545,7 @@ def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sweep_runs, "train", stop)
     stopped = run_command(*command)
     assert stopped.exit_code == 128 + signal.SIGTERM
-    assert "go on with the same command" in stopped.output
+    assert "the same command continues the sweep" in stopped.output
     assert not (out / "sweep.json").exists()
 
 
