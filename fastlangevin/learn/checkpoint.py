@@ -287,7 +287,7 @@ def load(
         raise CheckpointError(f"{path} has invalid settings of the sampler: {error}") from error
     if changes:
         sampler = LangevinSampler(energy, **settings | changes)
-    _serve(sampler, torch.device(device), changes)
+    _replace_unavailable(sampler, torch.device(device), changes)
     return sampler
 
 
@@ -320,7 +320,9 @@ def _build_energy(
     return energy
 
 
-def _serve(sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]) -> None:
+def _replace_unavailable(
+    sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]
+) -> None:
     """Replace the run's precision or backend, with a warning, if this machine does not have it."""
     for name, check, instead in (
         ("precision", check_precision, None),

@@ -113,7 +113,7 @@ def _train(
     except (DivergedError, FloatingPointError) as error:
         raise DivergedError(f"{error}; {last_good(out)}") from error
     except OSError as error:
-        raise OSError(f"{error}; {last_good(out)}, resume goes on from there") from error
+        raise OSError(f"{error}; {last_good(out)}, resume continues from there") from error
     finally:
         log.close()
     return list_checkpoints(out)[-1]
@@ -233,7 +233,7 @@ def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> 
         aside = newer.with_suffix(".damaged")
         newer.replace(aside)
         warnings.warn(
-            f"train: {reason}; it is now {aside.name}, and the run goes on from {path}",
+            f"train: {reason}; it is now {aside.name}, and the run continues from {path}",
             stacklevel=4,
         )
 

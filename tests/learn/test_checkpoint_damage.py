@@ -180,7 +180,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     content = newest.read_bytes()
     damaged = content[:999] if where == "cut" else flipped(content, int(where), 4)
     newest.write_bytes(damaged)
-    with pytest.warns(UserWarning, match=f"{newest} .* goes on from {older}"):
+    with pytest.warns(UserWarning, match=f"{newest} .* continues from {older}"):
         train(config, copied, resume=True)
     assert newest.read_bytes() == content
     assert newest.with_suffix(".damaged").read_bytes() == damaged

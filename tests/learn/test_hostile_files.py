@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.learn import html_report as report
-from fastlangevin.learn import reading
+from fastlangevin.learn import html_report, reading
 from fastlangevin.learn.checkpoint import save_checkpoint
 from fastlangevin.learn.config import resolve
 from fastlangevin.learn.data.load import load_images
@@ -166,7 +165,7 @@ def test_headers_of_models_of_wrong_types_name_their_file(tmp_path: Path) -> Non
         if not isinstance(changed, dict) or "version" in changed:
             continue
         save_checkpoint(path, tensors, changed)
-        outcome(report.to_html, path)
+        outcome(html_report.to_html, path)
         if changed.get("config") is not None and isinstance(changed.get("iteration"), int):
             outcome(run_config, path)
 

