@@ -1,7 +1,8 @@
 """What the tables and plots of all benchmarks share."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
+
+from fastlangevin.learn.sweep.report import table as table
 
 Row = dict[str, Any]
 
@@ -30,11 +31,6 @@ def about(content: Row) -> str:
 def number(value: float) -> str:
     """Three significant digits, without exponents."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def pyplot() -> Any:

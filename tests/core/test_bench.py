@@ -74,7 +74,7 @@ not_an_energy = dict
         ([f"{__name__}:make_energy", "--shape", "1,8,8"], "x must have shape"),
         ([f"{__name__}:make_energy", "--shape", "8;8"], "--shape must be positive integers"),
         ([f"{__name__}:nothing"], "has no attribute 'nothing'"),
-        ([f"{__name__}:not_an_energy"], "must be or make an nn.Module, got dict"),
+        ([f"{__name__}:not_an_energy"], "must be or return an nn.Module, got dict"),
         (["torch.nn:Identity"], "give --shape"),
         (["nowhere:energy"], "No module named 'nowhere'"),
         (["none"], "give a config (anatomy-nonconvergent"),

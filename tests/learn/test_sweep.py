@@ -17,12 +17,11 @@ import pytest
 import torch
 import yaml
 
-from fastlangevin.cli import sweep as sweep_command
-from fastlangevin.learn import load_images, resolve, train
+from fastlangevin.learn import load_images, resolve, sweep, train
 from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.data.load import ImageData
-from fastlangevin.learn.evaluation.quality import QualityCheck, coarse
-from fastlangevin.learn.sweep import run as sweep_runs
+from fastlangevin.learn.evaluation.classifier import QualityCheck, coarse
+from fastlangevin.learn.sweep.environment import own_device
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep.run import run_sweep
@@ -57,7 +56,7 @@ def _light() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", find_spec)
-        patch.setattr(sweep_runs, "SAMPLES", 50)
+        patch.setattr(sweep.run, "SAMPLES", 50)
         yield
 
 
@@ -205,7 +204,7 @@ def test_cut_and_called_again(
     """Finished runs are skipped, the cut one goes on, and the end is that of an uncut sweep."""
     out = tmp_path / "sweep"
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_runs, "train", interrupted(at_run, at_iteration, cut))
+        patch.setattr(sweep.run, "train", interrupted(at_run, at_iteration, cut))
         with pytest.raises(CutError):
             run_sweep(plan, out)
     trained: list[tuple[str, int]] = []
@@ -217,7 +216,7 @@ def test_cut_and_called_again(
 
         return train(config, folder, report=follow, **options)
 
-    monkeypatch.setattr(sweep_runs, "train", counted)
+    monkeypatch.setattr(sweep.run, "train", counted)
     results = run_sweep(plan, out)
     names = [run.name for run in plan.runs()]
     left = [(name, i) for name in names[at_run + 1 :] for i in range(1, 5)]
@@ -233,7 +232,7 @@ def test_a_signal_stops_the_sweep(
     stop = interrupted(1, 2, lambda: signal.raise_signal(signal.SIGTERM))
     seen: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_runs, "train", stop)
+        patch.setattr(sweep.run, "train", stop)
         out = tmp_path / "sweep"
         assert run_sweep(plan, out, report=lambda run, _: seen.append(run.name)) is None
     assert seen == [plan.runs()[0].name]
@@ -266,7 +265,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     assert results[1]["diverged"] is None
     assert run_sweep(plan, tmp_path / "sweep") == results
     content = summarise(plan, results)
-    assert content["points"][0]["measures"] == dict.fromkeys(sweep_runs.MEASURES)
+    assert content["points"][0]["measures"] == dict.fromkeys(sweep.run.MEASURES)
     text = to_markdown(content)
     assert "| diverged | 1 of 1 | 0 of 1 |" in text
     assert "max_energy=1e-09, seed 5: iteration 1: energies run away" in text
@@ -309,7 +308,7 @@ def test_files(plan: Sweep, whole: tuple[Path, Results], tmp_path: Path) -> None
     pytest.importorskip("matplotlib")
     before = (tmp_path / "sweep.svg").read_bytes()
     texts = {e.text for e in ElementTree.fromstring(before).iter() if e.tag.endswith("}text")}
-    assert {"steps", "1", "2", *sweep_runs.MEASURES.values()} <= texts
+    assert {"steps", "1", "2", *sweep.run.MEASURES.values()} <= texts
     write_report(plan, whole[1], tmp_path)
     assert (tmp_path / "sweep.svg").read_bytes() == before
     assert len(written) == 3
@@ -405,7 +404,7 @@ def test_quality_of_data_without_labels() -> None:
     [
         ({}, "no field is swept"),
         ({"depth": [1]}, "no setting is called depth"),
-        ({"seed": [1, 2]}, "seed is no axis"),
+        ({"seed": [1, 2]}, "seed cannot be an axis"),
         ({"steps": []}, "steps must have one value or more"),
         ({"steps": 5}, "steps must have a list of values, got 5"),
         ({"steps": [1, 2.5]}, r"at steps=2.5: steps must be int, got 2.5"),
@@ -459,14 +458,14 @@ def test_folders_that_do_not_serve(
     centre = dataclasses.replace(plan.centre, lr=0.1)
     with pytest.raises(FileExistsError, match=r"another sweep: lr is 0\.005 there, 0\.1 here"):
         run_sweep(dataclasses.replace(plan, centre=centre), whole[0])
-    (tmp_path / "sweep.yaml").write_text(sweep_runs.MARK + "version: 0\n")
+    (tmp_path / "sweep.yaml").write_text(sweep.run.MARK + "version: 0\n")
     with pytest.raises(ValueError, match="of version 0; this fastlangevin reads version 1"):
         run_sweep(plan, tmp_path)
-    (tmp_path / "sweep.yaml").write_text(sweep_runs.MARK + "version: 1\ncentre: 3\n")
+    (tmp_path / "sweep.yaml").write_text(sweep.run.MARK + "version: 1\ncentre: 3\n")
     with pytest.raises(ValueError, match=r"sweep\.yaml is damaged, it has no centre"):
         run_sweep(plan, tmp_path)
     (tmp_path / "sweep.yaml").rename(tmp_path / "thesis.tex")
-    with pytest.raises(FileExistsError, match=r"holds thesis\.tex and is no sweep"):
+    with pytest.raises(FileExistsError, match=r"holds thesis\.tex but is not a sweep"):
         run_sweep(plan, tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         run_sweep(plan, tmp_path / "thesis.tex")
@@ -529,7 +528,7 @@ def test_command(tmp_path: Path) -> None:
     command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
     first, second = (run_command(*command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
     assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
-    assert "done; the runs of other processes are not yet" in first.output
+    assert "done; runs of other processes are still missing" in first.output
     assert str(out / "sweep.json") in second.output
     plan = yaml.safe_load((out / "sweep.yaml").read_text())
     assert plan["axes"] == {"steps": [1, 2], "clamp": [None, [-1.0, 1.0]]}
@@ -542,10 +541,10 @@ def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     out = tmp_path / "sweep"
     command = ["sweep", *options(steps="1,2"), "--seeds=1", f"--out={out}"]
     stop = interrupted(1, 1, lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(sweep_runs, "train", stop)
+    monkeypatch.setattr(sweep.run, "train", stop)
     stopped = run_command(*command)
     assert stopped.exit_code == 128 + signal.SIGTERM
-    assert "go on with the same command" in stopped.output
+    assert "the same command continues the sweep" in stopped.output
     assert not (out / "sweep.json").exists()
 
 
@@ -562,13 +561,13 @@ def test_a_process_of_torchruns_takes_its_own_gpu(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
-    assert sweep_command._own_device(device) == want
+    assert own_device(device) == want
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--steps=1,["], "--steps is no list of values: '1,['"),
+        (["--steps=1,["], "steps must be values separated by commas, got '1,['"),
         (["--steps="], "steps must have one value or more, got none"),
         (["--steps=5"], "no field is swept"),
         (["--steps=5,ten"], "at steps=ten: steps must be int, got 'ten'"),

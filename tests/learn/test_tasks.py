@@ -26,9 +26,9 @@ from fastlangevin.learn import (
     save_gif,
     transfer,
 )
-from fastlangevin.learn.build import load_held_out
 from fastlangevin.learn.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
 from fastlangevin.learn.images import to_grid
+from fastlangevin.learn.run_data import load_held_out
 from fastlangevin.learn.tasks.guidance import StyleTerm
 from fastlangevin.learn.tasks.measurements import (
     Blur,
@@ -247,8 +247,8 @@ def test_masks_that_could_mean_either(tmp_path: Path) -> None:
     np.save(tmp_path / "words.npy", np.full((8, 8), "known"))
     (tmp_path / "empty.npy").touch()
     for name, match in (
-        ("alpha.png", "cannot be read as a mask: it is transparent in places"),
-        ("key.png", "cannot be read as a mask: it is transparent in places"),
+        ("alpha.png", "cannot be read as a mask: it has transparent pixels"),
+        ("key.png", "cannot be read as a mask: it has transparent pixels"),
         ("nan.npy", "must hold finite numbers to be a mask, got NaN or infinity"),
         ("words.npy", "must hold finite numbers to be a mask, got <U5"),
         ("empty.npy", "cannot be read as a .npy array: EOF"),
@@ -861,7 +861,7 @@ def test_a_model_whose_data_are_not_here(command: Any, run: Path) -> None:
         found = command(name, "m.safetensors")
         assert found.exit_code == 1
         assert "m.safetensors has settings that fastlangevin" in found.stderr
-        assert "perhaps another version's: momentum" in found.stderr
+        assert "perhaps from another version: momentum" in found.stderr
     save(info["config"], iteration=None)
     found = command("diagnose", "m.safetensors")
     assert found.exit_code == 1
@@ -985,7 +985,7 @@ def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("reconstruct", "--n", 11), "--n must be at most 10, the images of digits, those past"),
+        (("reconstruct", "--n", 11), "n must be at most 10, the images of digits, those past"),
         (("reconstruct", "--out", "a.gif"), r"--out must end in .png or .npz, got a.gif"),
         (("reconstruct", "--checkpoint", "some", "--n", 1), "checkpoint"),
         (("interpolate", "--out", "a.npz"), "--out must end in .png, .gif or .npy, got a.npz"),

@@ -435,7 +435,7 @@ def test_resume_with_another_setting(name: str, config: TrainConfig, copied: Pat
 def test_resume_an_annealed_run_with_another_length(config: TrainConfig, copied: Path) -> None:
     """Its learning rate would jump back, and no uncut run would have had its numbers."""
     before = snapshot(copied)
-    with pytest.raises(ValueError, match=r"iterations \(12 to 20\), on whose value the annealing"):
+    with pytest.raises(ValueError, match=r"iterations \(12 to 20\); the annealing depends on it"):
         train(dataclasses.replace(config, iterations=20), copied, resume=True)
     assert snapshot(copied) == before
 
@@ -554,7 +554,7 @@ def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
     """It says so, and keeps the damaged file under another name."""
     newest = copied / "checkpoints" / "00000012.safetensors"
     os.truncate(newest, 1000)
-    with pytest.warns(UserWarning, match=rf"{newest} is truncated.* goes on from .*09\.safet"):
+    with pytest.warns(UserWarning, match=rf"{newest} is truncated.* continues from .*09\.safet"):
         train(config, copied, resume=True)
     assert_same_end(copied, whole)
     assert newest.with_suffix(".damaged").stat().st_size == 1000
@@ -792,7 +792,7 @@ def test_the_guard_has_patience_with_saturated_chains() -> None:
 def test_a_full_disk_loses_no_checkpoint(
     config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It fills half way through the checkpoint of iteration 9; the run goes on from 6."""
+    """It fills half way through the checkpoint of iteration 9; the run continues from 6."""
     out, save_file = tmp_path / "run", checkpoint.save_file
 
     def fill_the_disk(tensors: Any, path: Path, metadata: dict[str, str]) -> None:
