@@ -60,7 +60,7 @@ def held_out(config: "TrainConfig", sampler: Any, source: str | None) -> "ImageD
 
 def some(data: "ImageData", n: int, sampler: "LangevinSampler", each: int = 1) -> "Tensor":
     """n times ``each`` images spread evenly over the data, on the sampler's device."""
-    from fastlangevin.gradients.autograd import device_of
+    from fastlangevin.gradients.network import device_of
 
     if n * each > len(data):
         most = f"{len(data) // each}" + (f", of {each} images each" if each > 1 else "")

@@ -41,7 +41,7 @@ def interpolate(
     import torch
 
     from fastlangevin import noise as numbers
-    from fastlangevin.gradients.autograd import device_of
+    from fastlangevin.gradients.network import device_of
     from fastlangevin.learn.evaluation.classifier import ClassifierCheck
     from fastlangevin.learn.images import save_arrays, save_gif, save_grid
     from fastlangevin.learn.tasks import reconstruct as task

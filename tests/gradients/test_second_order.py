@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 import fastlangevin as fl
 from fastlangevin.adjoint.memory import Allocations
+from fastlangevin.gradients.derivatives import derivatives
 from fastlangevin.gradients.graph.ir import Node
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.layers import Activation
-from fastlangevin.gradients.second_order import SecondOrderGradient, derivatives
+from fastlangevin.gradients.second_order import SecondOrderGradient
 
 N, K = 3, 4
 SHAPE = (N, 2, 8, 8)
@@ -293,7 +294,7 @@ def test_energies_when_computed_again_are_the_same(activation: str) -> None:
 @pytest.mark.parametrize(
     ("energy", "options", "reason"),
     [
-        (lambda: stack(nn.SiLU()), {"gradient": "autograd"}, 'the score is "autograd"'),
+        (lambda: stack(nn.SiLU()), {"gradient": "autograd"}, 'the gradient is "autograd"'),
         (lambda: stack(nn.Hardtanh(-0.5, 0.5)), {}, "hardtanh is not supported"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 1)).bfloat16(), {}, "half precision"),
         (lambda: stack(nn.SiLU()), {"precision": "bf16"}, "half precision"),
