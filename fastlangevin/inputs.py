@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin.arguments import check_strided
-from fastlangevin.gradients.autograd import modules_of
+from fastlangevin.gradients.network import modules_of
 
 _ARRAYS = "; torch.as_tensor(numpy.asarray(x0)) makes one of arrays, numbers and pictures"
 

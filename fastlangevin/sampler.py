@@ -26,11 +26,12 @@ from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.explain import explain
-from fastlangevin.gradients.autograd import check_precision, device_of
+from fastlangevin.gradients.engine_cache import EngineCache
+from fastlangevin.gradients.network import device_of
 from fastlangevin.gradients.packing import PackedEnergy, packing_of
+from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import (
-    Choice,
-    Recognised,
+    EngineChoice,
     check_gradient,
 )
 from fastlangevin.inputs import check_energy, check_noise, check_tensors, copy_state
@@ -170,7 +171,7 @@ class LangevinSampler:
         self.backend = backend
         self.gradient = gradient
         self.metropolis = bool(metropolis)
-        self._recognised = Recognised()
+        self._recognised = EngineCache()
         self._graphs = Graphs()
         # Energies move, so only the names are checked here; the device is at each call.
         check_precision(precision)
@@ -329,7 +330,7 @@ class LangevinSampler:
 
     def choose_engine(
         self, x: Tensor, model_kwargs: dict[str, Any], step_kwargs: Mapping[str, Any] | None = None
-    ) -> Choice:
+    ) -> EngineChoice:
         """The engine of a chain from x; RuntimeError where one asked for by name cannot run."""
         return self._chain(model_kwargs=model_kwargs, step_kwargs=step_kwargs or {}).choose(x)
 

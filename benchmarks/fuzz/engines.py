@@ -11,7 +11,8 @@ from benchmarks.fuzz.bounds import BRAIN, SINGLE, Exact, Rounding, evaluate
 from benchmarks.fuzz.machine import instruction_set, threads
 from benchmarks.fuzz.networks import Energy, network_case
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.select import Recognised, choose_engine
+from fastlangevin.gradients.engine_cache import EngineCache
+from fastlangevin.gradients.select import choose_engine
 
 ENGINES = ("autograd", "explicit", "fused")
 DTYPES = ("fp32", "bf16")
@@ -32,7 +33,7 @@ def engine(name: str, energy: Energy, x: Tensor, dtype: str) -> Run:
     """(energies or None, gradient) of states by an engine; RuntimeError where it refuses."""
     if name == "autograd":
         return lambda x, want_energies: energy_and_grad(energy, x, {}, dtype)
-    score = choose_engine(name, energy, x, dtype, {}, Recognised()).run
+    score = choose_engine(name, energy, x, dtype, {}, EngineCache()).engine
     assert score is not None
     score.begin()
     return score

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlangevin.chain.chain import Chain, norms
-from fastlangevin.gradients.autograd import modules_of
 from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.network import modules_of
 from fastlangevin.gradients.second_order import SecondOrderGradient, refusal
 from fastlangevin.gradients.select import proved_graph
 from fastlangevin.kernels import reference

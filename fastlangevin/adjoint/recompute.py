@@ -21,7 +21,8 @@ from fastlangevin.adjoint.one_step import (
 from fastlangevin.adjoint.schedules import Sizes, reverse, sweep
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
-from fastlangevin.gradients.autograd import modules_of, network_precision
+from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.precision import network_precision
 from fastlangevin.gradients.second_order import SecondOrderGradient
 from fastlangevin.kernels import reference
 from fastlangevin.kernels.memory import in_memory

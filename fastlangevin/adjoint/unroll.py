@@ -173,7 +173,7 @@ def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor,
 def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
     """Gradients to x alone where a step's Jacobian is what its clamps let through."""
     state, passed = x.detach(), torch.ones_like(x)
-    engine = chain.choose(x).run
+    engine = chain.choose(x).engine
     last = chain.settings.steps - 1
     if engine is not None:
         engine.begin()

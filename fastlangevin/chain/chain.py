@@ -12,16 +12,17 @@ from torch import Tensor
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.settings import Settings
-from fastlangevin.gradients.autograd import Isolation, energy_and_grad
+from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.engine import Engine
+from fastlangevin.gradients.engine_cache import EngineCache
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.score_network import network_score
 from fastlangevin.gradients.select import (
-    Choice,
-    Recognised,
+    EngineChoice,
     choose_engine,
-    warn_of_modes,
 )
+from fastlangevin.gradients.train_mode import warn_of_train_mode
+from fastlangevin.gradients.untouched import Isolation
 from fastlangevin.kernels import reference
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.step import apply_step_, bind_step, resolve_backend
@@ -76,7 +77,7 @@ class Chain(NamedTuple):
 
     energy: Callable[..., Any]
     settings: Settings
-    recognised: Recognised  # what is remembered of the energy from earlier calls
+    recognised: EngineCache  # what is remembered of the energy from earlier calls
     seed: int
     first_chain: int
     first_step: int
@@ -89,7 +90,7 @@ class Chain(NamedTuple):
     isolation: Isolation | None = None
 
     def walk(
-        self, x: Tensor, want_energies: bool = False, choice: Choice | None = None
+        self, x: Tensor, want_energies: bool = False, choice: EngineChoice | None = None
     ) -> Iterator[Step]:
         """The chain, in place on x: yields after every step. An empty batch takes none.
 
@@ -99,7 +100,7 @@ class Chain(NamedTuple):
         if x.shape[0] == 0:
             return
         settings = self.settings
-        engine = (choice or self.choose(x)).run
+        engine = (choice or self.choose(x)).engine
         half = Overflow(x.device) if settings.precision == "fp16" else None
         if engine is not None:
             engine.begin()
@@ -237,13 +238,13 @@ class Chain(NamedTuple):
         isolation = Isolation(self.energy, device, self.seed, twice)
         return self._replace(isolation=isolation)
 
-    def choose(self, x: Tensor) -> Choice:
+    def choose(self, x: Tensor) -> EngineChoice:
         """The engine of this chain from x, which may run the energy once.
 
         Raises RuntimeError where one asked for by name cannot run.
         """
         if not self.recognised.warned:
-            self.recognised.warned = warn_of_modes(self.energy)
+            self.recognised.warned = warn_of_train_mode(self.energy)
         return choose_engine(
             self.settings.gradient, self.energy, x, self.settings.precision, self.model_kwargs,
             self.recognised, self.step_kwargs,

@@ -21,7 +21,7 @@ from fastlangevin.chain.chain import Chain, Overflow, check_overflow
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.precision import switches
-from fastlangevin.gradients.select import Choice
+from fastlangevin.gradients.select import EngineChoice
 from fastlangevin.locks import new_lock
 from fastlangevin.step import choose_backend
 
@@ -239,13 +239,13 @@ class Graphs:
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
 
-    def run(self, chain: Chain, x: Tensor, choice: Choice) -> Tensor | None:
+    def run(self, chain: Chain, x: Tensor, choice: EngineChoice) -> Tensor | None:
         """The chain, in place on x, and its last energies; None, and x untouched, where it is to be
         run step by step. choice: the chain's, for this x."""
         if x.device.type != self._record.device_type or not x.shape[0]:
             return None
         with self._lock:
-            engine = choice.run
+            engine = choice.engine
             if self._refusal(chain, x, choice) is not None:
                 return None
             assert isinstance(engine, ExplicitGradient | FusedGradient)
@@ -269,9 +269,9 @@ class Graphs:
             return self._run_and_record(chain, x, choice, kind)
 
     def _run_and_record(
-        self, chain: Chain, x: Tensor, choice: Choice, kind: _Kind
+        self, chain: Chain, x: Tensor, choice: EngineChoice, kind: _Kind
     ) -> Tensor | None:
-        engine = choice.run
+        engine = choice.engine
         assert isinstance(engine, ExplicitGradient | FusedGradient)
         start, energies = x.clone(), None
         for step in chain.walk(x, choice=choice):
@@ -307,7 +307,7 @@ class Graphs:
         recorded[0].recording = None
         return True
 
-    def _refusal(self, chain: Chain, x: Tensor, choice: Choice) -> str | None:
+    def _refusal(self, chain: Chain, x: Tensor, choice: EngineChoice) -> str | None:
         settings = chain.settings
         return refusal(
             device=x.device,
@@ -323,14 +323,14 @@ class Graphs:
             device_type=self._record.device_type,
         )
 
-    def explain(self, chain: Chain, x: Tensor, choice: Choice) -> str:
+    def explain(self, chain: Chain, x: Tensor, choice: EngineChoice) -> str:
         """Whether calls like this one are replayed, why not, and what that costs."""
         reason = self._refusal(chain, x, choice)
         if reason is not None:
             return f"no: {reason}"
         with self._lock:
             kind = self._kinds.get(kind_of(chain, x))
-            if kind is not None and kind.engine() is not choice.run:
+            if kind is not None and kind.engine() is not choice.engine:
                 kind = None
             if kind is not None and kind.reason is not None:
                 return f"no: {kind.reason}"

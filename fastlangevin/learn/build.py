@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.autograd import check_precision
+from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig, config_names, resolve
 from fastlangevin.learn.data.load import ImageData, load_images

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.autograd import check_precision
+from fastlangevin.gradients.precision import check_precision
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.run_folder import is_run

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.autograd import call_network
 from fastlangevin.gradients.draws import Draws
+from fastlangevin.gradients.network import call_network
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     iteration_of,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import GradClip
-from fastlangevin.gradients.autograd import modules_of
+from fastlangevin.gradients.network import modules_of
 from fastlangevin.sampler import Diagnostics, LangevinSampler
 from fastlangevin.step import langevin_step_
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import GradClip, check_count
-from fastlangevin.gradients.autograd import energy_and_grad, left_as_found
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.untouched import left_as_found
 from fastlangevin.presets.common import (
     Samplers,
     in_eval_mode,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin import noise as _noise
-from fastlangevin.gradients.autograd import device_of, energy_and_grad
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.network import device_of
 from fastlangevin.presets.common import (
     Samplers,
     Summed,

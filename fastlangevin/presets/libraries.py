@@ -17,7 +17,8 @@ from fastlangevin.arguments import (
     check_number,
     check_schedule,
 )
-from fastlangevin.gradients.autograd import call_network, device_of, left_as_found
+from fastlangevin.gradients.network import call_network, device_of
+from fastlangevin.gradients.untouched import left_as_found
 from fastlangevin.presets.common import Samplers, take_seed
 from fastlangevin.sampler import LangevinSampler
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_clamp, check_count
 from fastlangevin.chain.chain import rows
-from fastlangevin.gradients.autograd import Isolation, energy_and_grad
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.untouched import Isolation
 from fastlangevin.inputs import check_energy, check_noise, copy_state
 from fastlangevin.presets.common import Summed, check_finite, sum_to_chains, take_seed
 from fastlangevin.presets.nae import clip_rows, step_and_noise

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.gradients.autograd import device_of
+from fastlangevin.gradients.network import device_of
 from fastlangevin.presets.common import Samplers, draw_distinct, measure, take_seed
 from fastlangevin.sampler import LangevinSampler
 

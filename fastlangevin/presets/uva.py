@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.gradients.autograd import device_of
+from fastlangevin.gradients.network import device_of
 from fastlangevin.presets.common import Samplers, Summed, in_eval_mode, take_seed
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler

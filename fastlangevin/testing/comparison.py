@@ -10,8 +10,8 @@ from torch import Tensor
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import watching
-from fastlangevin.gradients.autograd import modules_of
 from fastlangevin.gradients.draws import kept_generators
+from fastlangevin.gradients.network import modules_of
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.testing.loop import OP, Record, distance, follow, kind, snapshot, state
 from fastlangevin.testing.measure import left_alone, peak_bytes, times

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
-from fastlangevin.gradients.autograd import network_dtype
+from fastlangevin.gradients.network import network_dtype
 from fastlangevin.step import fold_norm_clip, langevin_step_
 from fastlangevin.testing.loop import Buffers, distance, replay, state
 

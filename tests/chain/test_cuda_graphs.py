@@ -21,7 +21,9 @@ from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients import select as choice
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
-from fastlangevin.gradients.graph.conv_stack import Graph, conv_stack, recognise
+from fastlangevin.gradients.graph.conv_stack import conv_stack
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.layers import Activation
 from fastlangevin.kernels import reference, triton
 
@@ -406,10 +408,10 @@ def test_the_fused_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_plan, "_TILES", ((512, 32, 4),))
     monkeypatch.setattr(conv_plan, "_IEEE_TILES", ((512, 32, 4),))
 
-    def fused(graph: Graph, x: Tensor, precision: str, known: Any, by_name: bool) -> FusedGradient:
+    def fused(graph: Graph, x: Tensor, precision: str, cache: Any, by_name: bool) -> FusedGradient:
         stack = conv_stack(graph)
         make = lambda: FusedGradient(stack, x.shape[0], x.device, precision)  # noqa: E731
-        return known.plan(make, graph, "triton", precision)
+        return cache.engine(make, graph, "triton", precision)
 
     monkeypatch.setattr(choice, "_fused", fused)
     energy = net()

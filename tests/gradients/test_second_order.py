@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 import fastlangevin as fl
 from fastlangevin.adjoint.memory import Allocations
+from fastlangevin.gradients.derivatives import derivatives
 from fastlangevin.gradients.graph.ir import Node
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.layers import Activation
-from fastlangevin.gradients.second_order import SecondOrderGradient, derivatives
+from fastlangevin.gradients.second_order import SecondOrderGradient
 
 N, K = 3, 4
 SHAPE = (N, 2, 8, 8)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.gradients.autograd import call_network, left_as_found
+from fastlangevin.gradients.network import call_network
+from fastlangevin.gradients.untouched import left_as_found
 
 _FEWEST = 16
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count, check_positive
-from fastlangevin.gradients.autograd import network_precision
+from fastlangevin.gradients.precision import network_precision
 from fastlangevin.learn.data.arrays import map_npy
 from fastlangevin.learn.data.pictures import ALPHA_MODES, GREY_MODES, open_picture, read_picture
 from fastlangevin.learn.errors import FileError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.gradients.autograd import device_of
+from fastlangevin.gradients.network import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.images import save_arrays, save_gif, save_grid, save_rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count, check_positive
-from fastlangevin.gradients.autograd import modules_of
+from fastlangevin.gradients.network import modules_of
 from fastlangevin.learn.tasks.measurements import Operator, check_operator, identity
 from fastlangevin.sampler import LangevinSampler
 
