@@ -170,21 +170,21 @@ FITS: dict[str, Any] = {
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"device": CPU}, "the states are on cpu"),
     ({"chains": 0}, "the batch is empty"),
-    ({"dtype": torch.float64}, "float64 states are updated by the reference"),
+    ({"dtype": torch.float64}, "the reference updates float64 states"),
     ({"engine": "autograd"}, "runs the energy's own code"),
     ({"engine": "network"}, "the network engine is not recorded"),
-    ({"metropolis": True}, "accepted by uniforms whose seed is not read from memory"),
+    ({"metropolis": True}, "do not read their seed from memory"),
     ({"backend": "reference"}, "backend reference reads no seed"),
-    ({"noise": torch.zeros(1)}, "noise is given"),
+    ({"noise": torch.zeros(1)}, "noise is given as an argument"),
     ({"step_size": torch.ones(64)}, "step_size is a tensor"),
     ({"noise_std": torch.tensor(0.1)}, "noise_std is a tensor"),
-    ({"steps": 1025}, "1025 steps; up to 1024"),
+    ({"steps": 1025}, "1025 steps, and at most 1024"),
 ]
 
 
 def test_what_fits() -> None:
     assert refusal(**FITS) is None
-    assert refusal(**FITS | {"gradient": "fused", "backend": "triton"}) is None
+    assert refusal(**FITS | {"engine": "fused", "backend": "triton"}) is None
 
 
 @pytest.mark.parametrize(("wrong", "reason"), REFUSALS, ids=[reason for _, reason in REFUSALS])
@@ -345,7 +345,7 @@ def test_a_replay_is_the_chain(activation: str, options: dict[str, Any]) -> None
         assert torch.equal(run(x, seed=seed, first_step=9 * call),
                            want(x, seed=seed, first_step=9 * call))  # fmt: skip
         assert made(run) == min(call, 1)
-    assert line(run, x).startswith(f"yes: all {run.steps} steps replayed as one; recorded in ")
+    assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one; recorded in ")
     assert line(run, x).endswith(", 1 MiB")
 
 
@@ -553,7 +553,7 @@ def test_few_recordings_are_held_and_the_least_recent_gives_way() -> None:
         for x in batches:
             assert torch.equal(run(x, seed=0), want(x, seed=0))
     assert made(run) == 2
-    assert line(run, batches[2]) == "not now: 2 kinds of chains are held, until one rests"
+    assert line(run, batches[2]).startswith("not now: 2 other kinds of chains are recorded")
     assert line(run, batches[1]).startswith("yes: all 3 steps replayed")
     run(batches[0], seed=0)
     for _ in range(graphs._RESTED + 1):
