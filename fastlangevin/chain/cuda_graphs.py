@@ -47,9 +47,9 @@ class Recorder(Protocol):
     device_type: str
 
     def __call__(
-        self, run: Callable[[], None], device: torch.device, beside: Any
+        self, run: Callable[[], None], device: torch.device, shared_with: Any
     ) -> tuple[Any, int]:
-        """(an object with replay(), its bytes); ``beside`` is one to share memory with."""
+        """(an object with replay(), its bytes); ``shared_with`` is one to share memory with."""
 
 
 class CudaRecorder:
@@ -65,7 +65,7 @@ class CudaRecorder:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __call__(
-        self, run: Callable[[], None], device: torch.device, beside: Any
+        self, run: Callable[[], None], device: torch.device, shared_with: Any
     ) -> tuple[Any, int]:
         # The last context restores the stream, which torch does not do if a capture fails.
         with (
@@ -80,7 +80,7 @@ class CudaRecorder:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # A graph's own memory holds nothing between replays, so that two graphs can share it.
-            pool = None if beside is None else beside.pool()
+            pool = None if shared_with is None else shared_with.pool()
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 before = torch.cuda.memory_reserved()
                 run()
@@ -163,7 +163,7 @@ class Recording:
         x: Tensor,
         engine: ExplicitGradient | FusedGradient,
         record: Recorder,
-        beside: Any,
+        shared_with: Any,
     ) -> None:
         start = time.perf_counter()
         self.engine = engine
@@ -188,7 +188,7 @@ class Recording:
             self.energies.copy_(energies)
 
         engine.begin()
-        self.graph, self.bytes = record(run, x.device, beside)
+        self.graph, self.bytes = record(run, x.device, shared_with)
         self.addresses = _addresses(engine)
         self.seconds = time.perf_counter() - start
 
@@ -286,9 +286,9 @@ class Graphs:
             energies = step.energies
         if not bool(torch.isfinite(x).all()):
             return energies  # the caller reports it; there is nothing to compare a replay with
-        beside = next((r.graph for r in self._recordings()), None)
+        shared_with = next((r.graph for r in self._recordings()), None)
         try:
-            recording = Recording(chain, start, engine, self._record, beside)
+            recording = Recording(chain, start, engine, self._record, shared_with)
             replayed = recording.replay(chain, start)
             if replayed is not None and _close(start, x) and _close(replayed, energies):
                 kind.recording = recording

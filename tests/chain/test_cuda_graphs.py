@@ -62,7 +62,7 @@ class Tape:
     def __init__(self) -> None:
         self.made = 0
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
         run()
         tape = Tape()
         Tape.calls = tape.calls = []
@@ -94,7 +94,7 @@ class Rerun:
     def __init__(self) -> None:
         self.made = 0
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
         run()
         self.made += 1
         again = Rerun()
@@ -105,14 +105,14 @@ class Rerun:
 
 
 def taped_step_(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The step of a backend that reads ``state``: interpreted, Triton's takes half a second."""
+    """The step of a backend that reads ``rng_state``: interpreted, Triton's takes half a second."""
     if Tape.calls is not None:
         Tape.calls.append((taped_step_, (x, *args), dict(kwargs), x))
     with _disable_current_modes():
-        state = kwargs.pop("state", None)
-        if state is not None:
-            kwargs["seed"] = int(state[0]) % 2**64
-            kwargs["step"] += int(state[1])
+        rng_state = kwargs.pop("rng_state", None)
+        if rng_state is not None:
+            kwargs["seed"] = int(rng_state[0]) % 2**64
+            kwargs["step"] += int(rng_state[1])
         return reference.step_(x, *args, **kwargs)
 
 
@@ -470,7 +470,7 @@ def test_what_cannot_be_recorded_runs_step_by_step_from_then_on() -> None:
     tries = []
 
     class Failing(Tape):
-        def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+        def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
             tries.append(device)
             raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel")
 
@@ -505,8 +505,8 @@ class Wrong(Tape):
         super().__init__()
         self.drop = drop
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
-        tape, size = super().__call__(run, device, beside)
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
+        tape, size = super().__call__(run, device, shared_with)
         count = len(tape.calls)
         tape.calls = [call for call in tape.calls if not self.drop(call)]
         assert len(tape.calls) < count
