@@ -392,7 +392,7 @@ def test_a_score_that_has_moved_is_recorded_anew() -> None:
     for _ in range(2):
         want = run(x, seed=0)
     (recording,) = run._graphs._recordings()
-    layer = next(iter(recording.score._weighted.values()))
+    layer = next(iter(recording.engine._weighted.values()))
     layer.weight = layer.weight.clone()
     for count in (1, 2, 2):
         assert torch.equal(run(x, seed=0), want)
@@ -532,7 +532,7 @@ def test_a_replay_that_differs_is_never_used(drop: Callable[[Any], bool]) -> Non
 def test_a_seed_that_is_not_read_from_memory_shows(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deaf_step_(*args: Any, state: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def deaf_step_(*args: Any, rng_state: Tensor | None = None, **kwargs: Any) -> Tensor:
         return taped_step_(*args, **kwargs)
 
     monkeypatch.setitem(step._STEPS, "triton", deaf_step_)
@@ -554,14 +554,14 @@ def test_few_recordings_are_held_and_the_least_recent_gives_way() -> None:
             assert torch.equal(run(x, seed=0), want(x, seed=0))
     assert made(run) == 2
     assert line(run, batches[2]).startswith("not now: 2 other kinds of chains are recorded")
-    assert line(run, batches[1]).startswith("yes: all 3 steps replayed")
+    assert line(run, batches[1]).startswith("yes: all 3 steps are replayed")
     run(batches[0], seed=0)
     for _ in range(graphs._RESTED + 1):
         assert torch.equal(run(batches[2], seed=0), want(batches[2], seed=0))
     assert made(run) == 3
     assert len(run._graphs._recordings()) == 2
     assert line(run, batches[1]).startswith("not now")  # used before batches[0] was
-    assert line(run, batches[0]).startswith("yes: all 3 steps replayed")
+    assert line(run, batches[0]).startswith("yes: all 3 steps are replayed")
 
 
 @as_on_cuda
