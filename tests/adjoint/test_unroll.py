@@ -451,7 +451,7 @@ def test_explain_says_what_each_schedule_takes() -> None:
         assert line in text
     assert "identity" not in text
     text = sampler(make_net("relu").requires_grad_(False)).explain(x0)
-    assert "d x_K / d x_0 is the identity where no clamp held" in text
+    assert "d x_K / d x_0 is the identity except where a clamp held" in text
     assert "gradients  not with this energy" in sampler(lambda x, y: x.sum(1)).explain(x0)
 
 
@@ -560,8 +560,8 @@ def test_ddp(tmp_path: Path) -> None:
 # Errors ------------------------------------------------------------------------------------------
 
 WRONG = [
-    ({"checkpoint": 0}, ValueError, "checkpoint must keep at least 1 state"),
-    ({"checkpoint": -3}, ValueError, r"checkpoint must keep at least 1 state \(x0\), got -3"),
+    ({"checkpoint": 0}, ValueError, "checkpoint must store at least 1 state"),
+    ({"checkpoint": -3}, ValueError, r"checkpoint must store at least 1 state \(x0\), got -3"),
     ({"checkpoint": 1.5}, TypeError, "checkpoint must be"),
     ({"checkpoint": True}, TypeError, "checkpoint must be"),
     ({"checkpoint": None}, TypeError, "checkpoint must be"),
@@ -570,7 +570,7 @@ WRONG = [
     ({"checkpoint": "10"}, ValueError, "checkpoint must be"),
     ({"checkpoint": "100B"}, ValueError, 'checkpoint="100B" is not enough .* the least that would'),
     ({"grad_through": "around"}, ValueError, "grad_through must be one of exact, straight"),
-    ({"checkpoint": "none", "offload": True}, ValueError, "offload keeps states elsewhere"),
+    ({"checkpoint": "none", "offload": True}, ValueError, "offload stores states in host memory"),
     ({"differentiable": False, "offload": True}, ValueError, "need differentiable=True"),
     ({"differentiable": False, "grad_through": "straight"}, ValueError, "need differentiable"),
 ]

@@ -64,7 +64,7 @@ class Tape:
     def __init__(self) -> None:
         self.made = 0
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
         run()
         tape = Tape()
         Tape.calls = tape.calls = []
@@ -96,7 +96,7 @@ class Rerun:
     def __init__(self) -> None:
         self.made = 0
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
         run()
         self.made += 1
         again = Rerun()
@@ -172,15 +172,15 @@ FITS: dict[str, Any] = {
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"device": CPU}, "the states are on cpu"),
     ({"chains": 0}, "the batch is empty"),
-    ({"dtype": torch.float64}, "float64 states are updated by the reference"),
+    ({"dtype": torch.float64}, "the reference updates float64 states"),
     ({"engine": "autograd"}, "runs the energy's own code"),
     ({"engine": "network"}, "the network engine is not recorded"),
-    ({"metropolis": True}, "accepted by uniforms whose seed is not read from memory"),
+    ({"metropolis": True}, "do not read their seed from memory"),
     ({"backend": "reference"}, "backend reference reads no seed"),
-    ({"noise": torch.zeros(1)}, "noise is given"),
+    ({"noise": torch.zeros(1)}, "noise is given as an argument"),
     ({"step_size": torch.ones(64)}, "step_size is a tensor"),
     ({"noise_std": torch.tensor(0.1)}, "noise_std is a tensor"),
-    ({"steps": 1025}, "1025 steps; up to 1024"),
+    ({"steps": 1025}, "1025 steps, and at most 1024"),
 ]
 
 
@@ -347,7 +347,7 @@ def test_a_replay_is_the_chain(activation: str, options: dict[str, Any]) -> None
         assert torch.equal(run(x, seed=seed, first_step=9 * call),
                            want(x, seed=seed, first_step=9 * call))  # fmt: skip
         assert made(run) == min(call, 1)
-    assert line(run, x).startswith(f"yes: all {run.steps} steps replayed as one; recorded in ")
+    assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one; recorded in ")
     assert line(run, x).endswith(", 1 MiB")
 
 
@@ -472,7 +472,7 @@ def test_what_cannot_be_recorded_runs_step_by_step_from_then_on() -> None:
     tries = []
 
     class Failing(Tape):
-        def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+        def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
             tries.append(device)
             raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel")
 
@@ -507,8 +507,8 @@ class Wrong(Tape):
         super().__init__()
         self.drop = drop
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
-        tape, size = super().__call__(run, device, beside)
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
+        tape, size = super().__call__(run, device, shared_with)
         count = len(tape.calls)
         tape.calls = [call for call in tape.calls if not self.drop(call)]
         assert len(tape.calls) < count
@@ -555,15 +555,15 @@ def test_few_recordings_are_held_and_the_least_recent_gives_way() -> None:
         for x in batches:
             assert torch.equal(run(x, seed=0), want(x, seed=0))
     assert made(run) == 2
-    assert line(run, batches[2]) == "not now: 2 kinds of chains are held, until one rests"
-    assert line(run, batches[1]).startswith("yes: all 3 steps replayed")
+    assert line(run, batches[2]).startswith("not now: 2 other kinds of chains are recorded")
+    assert line(run, batches[1]).startswith("yes: all 3 steps are replayed")
     run(batches[0], seed=0)
     for _ in range(graphs._RESTED + 1):
         assert torch.equal(run(batches[2], seed=0), want(batches[2], seed=0))
     assert made(run) == 3
     assert len(run._graphs._recordings()) == 2
     assert line(run, batches[1]).startswith("not now")  # used before batches[0] was
-    assert line(run, batches[0]).startswith("yes: all 3 steps replayed")
+    assert line(run, batches[0]).startswith("yes: all 3 steps are replayed")
 
 
 @as_on_cuda

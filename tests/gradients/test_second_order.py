@@ -302,7 +302,7 @@ def test_energies_when_computed_again_are_the_same(activation: str) -> None:
 )
 def test_explain_says_which_pass(energy: Callable, options: dict, reason: str) -> None:
     text = fl.LangevinSampler(energy(), K, **options).explain(torch.zeros(SHAPE))
-    assert "computed again, a step is differentiated by autograd, twice: " in text
+    assert "a recomputed step is differentiated twice by autograd: " in text
     assert reason in text
     text = fl.LangevinSampler(stack(nn.SiLU()), K).explain(torch.zeros(SHAPE))
     assert "differentiated by an explicit second-order pass" in text
