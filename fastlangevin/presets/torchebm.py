@@ -59,7 +59,8 @@ class torchebm(nn.Module):  # lower case, like all presets
             self.register_scheduler(name, value)
         self.model, self.clamp, self.dtype = model, check_clamp("torchebm", clamp), dtype
         # ``to`` moves it, which gives the device of a model without tensors.
-        self.register_buffer("_device_marker", torch.empty(0, device=device), persistent=False)
+        marker = torch.empty(0, dtype=torch.float32, device=device)
+        self.register_buffer("_device_marker", marker, persistent=False)
         self.integrator = _check_integrator(integrator, self.device, dtype)
         self._samplers = Samplers(sums=False)
 
