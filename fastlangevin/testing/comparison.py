@@ -101,7 +101,7 @@ def compare(
     energy = sampler.energy if energy is None and isinstance(sampler, LangevinSampler) else energy
     modules = () if energy is None else modules_of(energy)
     if dtype is not None and not modules:
-        raise ValueError(f"{OP}: dtype converts an energy's module; give it as energy=")
+        raise ValueError(f"{OP}: dtype converts an energy's modules; give the energy as energy=")
     x0 = x0.detach().to(dtype or x0.dtype)
     z = torch.stack(
         [
@@ -178,26 +178,26 @@ def _verdict(
         difference, tolerance = pairs[i]
         where = f"of step {i}" if each and i else "at the start" if each else "at the end"
         return True, (
-            f"the same chain: the largest difference is {difference:.1e}, {where}, where rounding "
-            f"may make {tolerance:.1e}"
+            f"the same chain: the largest difference is {difference:.1e}, {where}; rounding may "
+            f"cause up to {tolerance:.1e}"
         )
     i = beyond[0]
     difference, tolerance = pairs[i]
     k = i if each else steps
-    text = f"another chain: after step {k} the difference is {difference:.1e}, where rounding may "
-    text += f"make {tolerance:.1e}"
+    text = f"another chain: after step {k} the difference is {difference:.1e}; rounding may "
+    text += f"cause up to {tolerance:.1e}"
     if record.draws == 0:
-        text = "no draws of x0's shape were seen, the loop's noise is its own; " + text
+        text = "no draws of x0's shape were seen, so the loop used its own noise; " + text
     elif record.draws != len(z) and record.skip == 0:
         text += f"; the loop drew noise {record.draws} times, the sampler {len(z)} times"
     if not each:
         if z.dtype == torch.float32:
-            text += "; with dtype=torch.float64 it is seen whether that is rounding which grew"
+            text += "; dtype=torch.float64 shows whether this is accumulated rounding"
         return False, text
     if k == 0:
         return False, text + (
-            "; the first gradients are taken at different states: is the noise added before the "
-            "gradient in one of them (noise_order), or x0 clamped?"
+            "; the first gradients are taken at different states: does one of them add noise "
+            "before the gradient (noise_order), or clamp x0?"
         )
     grad, start = record.grads[k - 1], record.points[k - 1]
     if grad is not None:
@@ -233,7 +233,7 @@ def _notes(record: Record, steps: int, by_step: bool) -> tuple[str, ...]:
     if record.skip:
         notes.append(
             f"the loop drew normals {record.draws} times for {steps} steps; the first "
-            f"{record.skip} were left to itself"
+            f"{record.skip} draws were not replaced"
         )
     elif record.draws != steps:
         notes.append(f"the loop drew normals of x0's shape {record.draws} times for {steps} steps")
@@ -258,5 +258,5 @@ def _check_steps(sampler: Callable[..., Any], steps: int | None) -> int:
     if not callable(sampler):
         raise TypeError(f"{OP}: sampler must be callable, got {type(sampler).__name__}")
     if steps is None:
-        raise TypeError(f"{OP}: give steps, the number of them that a function takes")
+        raise TypeError(f"{OP}: give steps, because sampler is a function")
     return check_count(OP, "steps", steps)

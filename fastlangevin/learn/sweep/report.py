@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
             [*(str(point["settings"][name]) for name in axes), *_cells(point).values()]
             for point in content["points"]
         ]
-        parts.append(_table([*axes, *_titles()], rows))
+        parts.append(table([*axes, *_titles()], rows))
     else:
         for name, lines in content["lines"].items():
             cells = [list(_cells(point).values()) for point in _along(content, lines[0])]
@@ -102,7 +102,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
                 [title, *row]
                 for title, row in zip(_titles(), zip(*cells, strict=True), strict=True)
             ]
-            parts.append(_table(header, rows))
+            parts.append(table(header, rows))
     lost = [
         f"- {describe(point['settings'])}, seed {run['seed']}: iteration "
         f"{run['diverged']['iteration']}: {run['diverged']['reason']}"
@@ -233,7 +233,8 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first are aligned to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
