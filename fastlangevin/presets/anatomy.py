@@ -7,14 +7,8 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.gradients.autograd import device_of
-from fastlangevin.presets.common import (
-    Randomness,
-    Samplers,
-    draw_distinct,
-    measure,
-    random_keywords,
-)
-from fastlangevin.sampler import LangevinSampler
+from fastlangevin.presets.common import Randomness, Samplers, check_finite, random_keywords
+from fastlangevin.sampler import Diagnostics, LangevinSampler
 
 INITS = ("persistent", "data", "uniform", "gaussian")
 
@@ -65,7 +59,10 @@ def anatomy(
             raise ValueError(f"anatomy: init_type {init_type!r} needs {name}")
         if bank.shape[0] < n:
             raise ValueError(f"anatomy: {name} holds {bank.shape[0]} states for a batch of {n}")
-        slots = draw_distinct(n, bank.shape[0], seed, first_chain).to(bank.device)
+        words = _noise.words(
+            (1, bank.shape[0]), seed=seed, step=0, stream=_noise.ORDER, first_chain=first_chain
+        )
+        slots = words[0].argsort(stable=True)[:n].to(bank.device)
         x = bank[slots].to(device or bank.device)
         if init_type == "persistent":
             return x, slots
@@ -81,7 +78,7 @@ def anatomy(
     ) -> tuple[Tensor, Tensor]:
         x, slots = start(init_type, random.seed, random.first_chain)
         sampler = samplers(f, steps=L, step_size=1.0, noise_std=epsilon)
-        chains = measure(sampler, x, **random._asdict())
+        chains = _diagnose(sampler, x, random)
         if slots is not None and update_s_t_0:
             assert s_t_0 is not None
             s_t_0.data[slots] = chains.x.to(s_t_0)
@@ -118,10 +115,16 @@ def anatomy_eval(
 
     @random_keywords
     def langevin_grad(*, random: Randomness) -> tuple[Tensor, ...]:
-        chains = measure(sampler, x_s_t_0, **random._asdict())
+        chains = _diagnose(sampler, x_s_t_0, random)
         records = [(chains.energy / temperature).cpu(), (chains.grad_norm * scale).cpu()]
         if adjusted:
             records.append(chains.accepted.mean(1).cpu())
         return chains.x, *records
 
     return langevin_grad
+
+
+def _diagnose(sampler: LangevinSampler, x: Tensor, random: Randomness) -> Diagnostics:
+    chains = sampler.diagnose(x, **random._asdict())
+    check_finite(chains.x, sampler.steps)
+    return chains

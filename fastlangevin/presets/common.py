@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import GradClip
 from fastlangevin.gradients.autograd import modules_of
-from fastlangevin.sampler import Diagnostics, LangevinSampler
+from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import langevin_step_
 
 T = TypeVar("T")
@@ -69,20 +69,6 @@ def draw_slots(n: int, size: int, seed: int, first_chain: int = 0) -> Tensor:
     """Draw n of the slots 0..size-1 with repetition."""
     words = _noise.words((n, 1), seed=seed, step=0, stream=_noise.ORDER, first_chain=first_chain)
     return words[:, 0] * size >> 32
-
-
-def draw_distinct(n: int, size: int, seed: int, first_chain: int = 0) -> Tensor:
-    """Draw n distinct slots of 0..size-1."""
-    words = _noise.words((1, size), seed=seed, step=0, stream=_noise.ORDER, first_chain=first_chain)
-    return words[0].argsort(stable=True)[:n]
-
-
-def draw_coins(n: int, rate: float, seed: int, device: Any = None, first_chain: int = 0) -> Tensor:
-    """Draw n booleans [n], each True with probability ``rate``."""
-    u = _noise.uniform(
-        (n, 1), seed=seed, step=0, stream=_noise.USER, device=device, first_chain=first_chain
-    )
-    return u[:, 0] < rate
 
 
 class Wrapper(nn.Module):
@@ -198,13 +184,6 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is b
     return bool(np.array_equal(a, b)) if isinstance(a, np.ndarray) else bool(np.all(a == b))
-
-
-def measure(sampler: LangevinSampler, x: Tensor, **options: Any) -> Diagnostics:
-    """sampler.diagnose(x, **options); raises FloatingPointError unless the chains end finite."""
-    diagnostics = sampler.diagnose(x, **options)
-    check_finite(diagnostics.x, sampler.steps)
-    return diagnostics
 
 
 def check_finite(x: Tensor, steps: int) -> None:

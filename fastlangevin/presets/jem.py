@@ -13,7 +13,6 @@ from fastlangevin.presets.common import (
     Samplers,
     Summed,
     Wrapper,
-    draw_coins,
     draw_slots,
     in_eval_mode,
     random_keywords,
@@ -186,9 +185,11 @@ def _start(
     slots = (draw_slots(n, block, seed, first_chain) + first).to(replay_buffer.device)
     x = replay_buffer[slots].to(device or replay_buffer.device)
     fresh = _noise.initial(x.shape, seed=seed, first_chain=first_chain, device=x.device)
-    fresh = fresh.to(x.dtype)
-    coins = draw_coins(n, args.reinit_freq, seed, x.device, first_chain)
-    return torch.where(coins.view(n, *[1] * (x.ndim - 1)), fresh, x), slots
+    u = _noise.uniform(
+        (n, *[1] * (x.ndim - 1)), seed=seed, step=0, stream=_noise.USER, device=x.device,
+        first_chain=first_chain,
+    )  # fmt: skip
+    return torch.where(u < args.reinit_freq, fresh.to(x.dtype), x), slots
 
 
 def _label(y: Tensor | None) -> dict[str, Any]:
