@@ -1,13 +1,14 @@
-"""The fixtures of the step."""
+"""Fixtures of the tests of the step and of the sampler."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastlangevin as fl
+from tests.core.sampler_shared import SHAPE, make_net, numbers
 from tests.core.step_shared import A, B
 
 
@@ -24,3 +25,13 @@ def step_(backend: str, device: torch.device) -> Iterator[Callable[..., Tensor]]
 
     with device:
         yield run
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    return make_net(nn.Tanh())
+
+
+@pytest.fixture
+def x0() -> Tensor:
+    return 0.7 * numbers(SHAPE)
