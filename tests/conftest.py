@@ -1,7 +1,9 @@
 """What several test files share: the backends that can run here, and where."""
 
+import importlib.util
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 # Everything here is small: several threads would only wait for one another. Also in subprocesses.
@@ -77,6 +79,19 @@ def _bfloat16_of_tritons_interpreter() -> None:
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_tensorboard() -> Iterator[None]:
+    """Training runs write no TensorBoard events: importing it takes seconds in every process."""
+    find_spec = importlib.util.find_spec
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *more: None if name == "tensorboard" else find_spec(name, *more),
+        )
+        yield
 
 
 def instruction_sets() -> list[str]:

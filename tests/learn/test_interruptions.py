@@ -2,7 +2,6 @@
 
 import ast
 import errno
-import importlib.util
 import os
 import shutil
 import stat
@@ -45,14 +44,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:
-    """Without TensorBoard, whose import takes seconds, and without waiting for the disk."""
-    find_spec = importlib.util.find_spec
+    """Without waiting for the disk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, *more: None if name == "tensorboard" else find_spec(name, *more),
-        )
         patch.setattr(os, "fsync", lambda handle: None)
         yield
 

@@ -40,7 +40,6 @@ CENTRE = {
     "device": "cpu",
     "seed": 5,
 }
-FIND_SPEC = importlib.util.find_spec
 Results = list[dict[str, Any]]
 
 
@@ -50,13 +49,8 @@ class CutError(Exception):
 
 @pytest.fixture(scope="module", autouse=True)
 def _light() -> Iterator[None]:
-    """Few samples, and no TensorBoard, whose import takes seconds."""
-
-    def find_spec(name: str, package: str | None = None) -> Any:
-        return None if name == "tensorboard" else FIND_SPEC(name, package)
-
+    """Few samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", find_spec)
         patch.setattr(sweep_runs, "SAMPLES", 50)
         yield
 
