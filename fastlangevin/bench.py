@@ -85,7 +85,7 @@ def bench(
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as text."""
-    lines = [f"{'score':<12}{'precision':<12}{'ms a step':>10}{'speed':>9}{'of the limit':>14}"]
+    lines = [f"{'engine':<12}{'precision':<12}{'ms a step':>10}{'speed':>9}{'of the limit':>14}"]
     for row in rows:
         name = f"{row.name:<12}{row.precision or 'as set':<12}"
         if row.why_not is not None:

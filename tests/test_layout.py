@@ -22,6 +22,7 @@ FLOORS = [
     ("",),  # fastlangevin itself: the list of public names
     ("bench", "doctor", "learn", "models", "presets", "testing"),
     ("cli",),
+    ("__main__",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -102,7 +102,7 @@ class Draws:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if device not in self._own:
-            generator = self._own[device] = torch.Generator(device)
+            generator = self._own[device] = torch.Generator(device=device)
             if self._seed is None:
                 generator.set_state(_global_generator(device).get_state())
             else:

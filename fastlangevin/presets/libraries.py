@@ -96,7 +96,9 @@ class torchebm(nn.Module):  # lower case, as all presets are called
             self.register_scheduler(name, value)
         self.model, self.clamp, self.dtype = model, check_clamp("torchebm", clamp), dtype
         # It follows the sampler where the model has no tensors to tell the device by.
-        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
+        self.register_buffer(
+            "_place", torch.empty(0, dtype=torch.float32, device=device), persistent=False
+        )
         self.integrator = _check_integrator(integrator, self.device, dtype)
         self._samplers = Samplers(sums=False)
 

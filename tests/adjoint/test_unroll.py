@@ -338,9 +338,9 @@ def test_piecewise_linear_energies_pass_gradients_by_their_masks(
     through = {"noise_order": noise_order, "clamp": (-0.9, 0.8)} | options
     z, calls = numbers((K, *SHAPE), 1), Calls(nn.Identity())
     call = {name: through.pop(name) for name in CALL if name in through}
-    own = {name: value for name, value in through.items() if name != "score"}
+    own = {name: value for name, value in through.items() if name != "gradient"}
     want = gradients(plain_unroll(net, x0, z, **own), [x0])[0]
-    if "score" in options:
+    if "gradient" in options:
         calls = Calls(net)
     out = sampler(net, **through)(x0, noise=z, differentiable=True, **call)
     calls.since()

@@ -105,14 +105,14 @@ class Rerun:
 
 
 def taped_step_(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The step of a backend that reads ``state``: interpreted, Triton's takes half a second."""
+    """The step of a backend that reads ``rng_state``: interpreted, Triton's takes half a second."""
     if Tape.calls is not None:
         Tape.calls.append((taped_step_, (x, *args), dict(kwargs), x))
     with _disable_current_modes():
-        state = kwargs.pop("state", None)
-        if state is not None:
-            kwargs["seed"] = int(state[0]) % 2**64
-            kwargs["step"] += int(state[1])
+        rng_state = kwargs.pop("rng_state", None)
+        if rng_state is not None:
+            kwargs["seed"] = int(rng_state[0]) % 2**64
+            kwargs["step"] += int(rng_state[1])
         return reference.step_(x, *args, **kwargs)
 
 
@@ -184,7 +184,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 
 def test_what_fits() -> None:
     assert refusal(**FITS) is None
-    assert refusal(**FITS | {"gradient": "fused", "backend": "triton"}) is None
+    assert refusal(**FITS | {"engine": "fused", "backend": "triton"}) is None
 
 
 @pytest.mark.parametrize(("wrong", "reason"), REFUSALS, ids=[reason for _, reason in REFUSALS])
@@ -392,7 +392,7 @@ def test_a_score_that_has_moved_is_recorded_anew() -> None:
     for _ in range(2):
         want = run(x, seed=0)
     (recording,) = run._graphs._recordings()
-    layer = next(iter(recording.score._weighted.values()))
+    layer = next(iter(recording.engine._weighted.values()))
     layer.weight = layer.weight.clone()
     for count in (1, 2, 2):
         assert torch.equal(run(x, seed=0), want)
@@ -532,7 +532,7 @@ def test_a_replay_that_differs_is_never_used(drop: Callable[[Any], bool]) -> Non
 def test_a_seed_that_is_not_read_from_memory_shows(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deaf_step_(*args: Any, state: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def deaf_step_(*args: Any, rng_state: Tensor | None = None, **kwargs: Any) -> Tensor:
         return taped_step_(*args, **kwargs)
 
     monkeypatch.setitem(step._STEPS, "triton", deaf_step_)

@@ -18,8 +18,8 @@ COMMAND = """
 import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *m: None if name == "tensorboard" else find_spec(name, *m)
-from fastlangevin.cli import app
-app()
+from fastlangevin.cli import main
+main()
 """
 SETTINGS = {
     "data": "digits",

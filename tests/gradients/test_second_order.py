@@ -293,7 +293,7 @@ def test_energies_when_computed_again_are_the_same(activation: str) -> None:
 @pytest.mark.parametrize(
     ("energy", "options", "reason"),
     [
-        (lambda: stack(nn.SiLU()), {"gradient": "autograd"}, 'the score is "autograd"'),
+        (lambda: stack(nn.SiLU()), {"gradient": "autograd"}, 'the gradient is "autograd"'),
         (lambda: stack(nn.Hardtanh(-0.5, 0.5)), {}, "hardtanh is not supported"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 1)).bfloat16(), {}, "half precision"),
         (lambda: stack(nn.SiLU()), {"precision": "bf16"}, "half precision"),

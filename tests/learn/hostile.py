@@ -136,7 +136,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "config.yaml": (write_settings, lambda path: resolve(path)),
     "config.json": (write_settings, lambda path: resolve(path)),
     "config.toml": (write_settings, lambda path: resolve(path)),
-    "plan.yaml": (write_sweep, lambda path: read_sweep(file=path)),
+    "plan.yaml": (write_sweep, lambda path: read_sweep(path)),
     "evaluate.json": (write_run, page),
     "metrics.jsonl": (write_run, page),
 }

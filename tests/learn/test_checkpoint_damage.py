@@ -17,7 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from fastlangevin.cli import app
-from fastlangevin.cli.app import run_config
+from fastlangevin.cli.inputs import run_config
 from fastlangevin.learn import TrainConfig, resolve, train
 from fastlangevin.learn.checkpoint import (
     CheckpointError,

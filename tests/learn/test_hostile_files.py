@@ -126,15 +126,15 @@ def test_settings_of_a_wrong_type_name_their_file(tmp_path: Path) -> None:
 
 def test_sweeps_of_wrong_types_name_their_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    plan = {"axes": {"steps": [1, 2]}, "seeds": 2, "grid": True, "preset": "digits", "width": 4}
+    plan = {"axes": {"steps": [1, 2]}, "seeds": 2, "grid": True, "config": "digits", "width": 4}
     found = []
     for changed in mutations(plan):
         path.write_text(json.dumps(changed))
-        found.append(outcome(lambda path: read_sweep(file=path), path))
+        found.append(outcome(lambda path: read_sweep(path), path))
     assert sum(error is not None for error in found) > len(found) / 2
     plan["axes"] = {name: list(range(1, 200)) for name in ("steps", "width", "samples", "limit")}
     path.write_text(json.dumps(plan))
-    assert "at most 10000 runs" in str(outcome(lambda path: read_sweep(file=path), path))
+    assert "at most 10000 runs" in str(outcome(lambda path: read_sweep(path), path))
 
 
 @pytest.mark.parametrize("name", ["evaluate.json", "metrics.jsonl"])
@@ -152,7 +152,7 @@ def test_results_of_wrong_types_name_their_file(name: str, tmp_path: Path) -> No
 
 def test_headers_of_models_of_wrong_types_name_their_file(tmp_path: Path) -> None:
     """Those that commands and reports read: the run's settings, the sampler's, the energy's."""
-    from fastlangevin.cli.app import run_config
+    from fastlangevin.cli.inputs import run_config
 
     path, energy = tmp_path / "m.safetensors", ConvEnergy(1, 8, 1)
     tensors = {f"model.{name}": value for name, value in energy.state_dict().items()}

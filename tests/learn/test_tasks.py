@@ -340,7 +340,7 @@ def test_what_restore_refuses(
     options: Any, error: type[Exception], match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = fl.LangevinSampler(net(), steps=1)
-    monkeypatch.setattr(sampler.energy, "forward", None)  # before any work
+    monkeypatch.setattr(sampler.energy, "forward", lambda x: pytest.fail("work before checks"))
     y, operator = options.pop("y", images(1)), options.pop("operator", BOX)
     with pytest.raises(error, match=match):
         restore(sampler, y, operator, **options)

@@ -143,7 +143,7 @@ def test_a_network_that_cannot_do_without_a_label_gets_none(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [name for name in SUMMED if "inner" not in name])
-def test_a_bound_methods_network_is_frozen_meanwhile_and_left_as_it_was(case: str) -> None:
+def test_a_bound_methods_network_keeps_its_flags_at_every_step(case: str) -> None:
     owner = Owner()
     _, x0, preset = CASES[case]
     z = numbers(K, *x0.shape, seed=3)
@@ -153,9 +153,8 @@ def test_a_bound_methods_network_is_frozen_meanwhile_and_left_as_it_was(case: st
     )
     got = preset(owner.energy, x0, z)
     assert seen
-    # What is differentiable in the network is so at the end alone (improved_cd's last step).
-    assert not any(seen[: K - 1])
-    assert all(p.requires_grad for p in owner.parameters())
+    assert all(seen)
+    assert all(p.requires_grad and p.grad is None for p in owner.parameters())
     assert torch.equal(got, preset(owner.net, x0, z))
 
 

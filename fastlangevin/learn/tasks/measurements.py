@@ -153,7 +153,7 @@ def _read_mask(name: str, shape: tuple[int, ...]) -> Tensor:
         raise FileError(f"{name} must hold finite numbers to be a mask, got {got}")
     known = torch.from_numpy(np.asarray(found != 0))
     with reading(path, "a mask"):
-        Mask(known)(torch.zeros((1, *shape)))
+        Mask(known)(torch.zeros((1, *shape), dtype=torch.float32, device="cpu"))
     return known
 
 
