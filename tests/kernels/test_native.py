@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlangevin import langevin_step_, noise
 from fastlangevin.kernels import extension, native, reference
 from fastlangevin.step import choose_backend
-from tests.conftest import choose, instruction_sets
+from tests.backends import choose, instruction_sets
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
