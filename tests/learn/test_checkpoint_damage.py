@@ -14,9 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
-from fastlangevin.cli import app
 from fastlangevin.cli.inputs import run_config
 from fastlangevin.learn import TrainConfig, resolve, train
 from fastlangevin.learn.checkpoint import (
@@ -30,6 +28,7 @@ from fastlangevin.learn.checkpoint import (
 )
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.log import RunLog, read_records, read_series
+from tests.command import run_command
 
 SETTINGS = {
     "size": None,
@@ -362,7 +361,7 @@ def test_commands_say_it_in_one_line(copied: Path) -> None:
     newest = list_checkpoints(copied)[-1]
     newest.write_bytes(flipped(newest.read_bytes(), -1, 0))
     for command in (["sample", "--n", "1", "--out", str(copied / "x.png")], ["export"]):
-        found = CliRunner().invoke(app, [command[0], str(copied), *command[1:]])
+        found = run_command(command[0], copied, *command[1:])
         assert found.exit_code == 1
         assert found.stderr.count("\n") == 1
         assert f"{newest} is damaged: its checksum" in found.stderr
@@ -371,7 +370,7 @@ def test_commands_say_it_in_one_line(copied: Path) -> None:
 def test_a_command_warns_in_one_line_and_goes_on(config: TrainConfig, copied: Path) -> None:
     newest = list_checkpoints(copied)[-1]
     newest.write_bytes(flipped(newest.read_bytes(), -1, 0))
-    found = CliRunner().invoke(app, ["train", "--out", str(copied), "--resume"])
+    found = run_command("train", "--out", copied, "--resume")
     assert found.exit_code == 0, found.output
     lines = [line for line in found.stderr.splitlines() if "checksum" in line]
     assert lines[0].startswith(f"warning: train: {newest} is damaged")
