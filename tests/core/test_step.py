@@ -1,5 +1,6 @@
 """The step contract: every backend that runs here against the reference in float64."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from fastlangevin.step import (
     backend_status,
 )
 from tests.core.step_shared import DTYPES, A, B, error, numbers
+from tests.pairwise import pairwise
 
 # Around a block of four normals, a prime-like odd number, a vector length + 1, several rows, and
 # more than one grid or thread's share.
@@ -87,12 +89,15 @@ def test_sizes(step_: Callable[..., Tensor], shape: tuple, dtype: torch.dtype) -
     check(step_(x, grad, noise=z), exact, eager)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("per_chain", ["", "step_size", "noise_std", "step_size noise_std"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("chosen", "per_chain", "dtype"),
+    pairwise(OPTIONS, ["", "step_size", "noise_std", "step_size noise_std"], DTYPES),
+    ids=str,
+)
 def test_options(
-    step_: Callable[..., Tensor], options: dict, per_chain: str, dtype: torch.dtype
+    step_: Callable[..., Tensor], chosen: str, per_chain: str, dtype: torch.dtype
 ) -> None:
+    options = OPTIONS[chosen]
     x, grad, z = (numbers((4, 3, 5, 7), dtype, seed) for seed in range(3))
     coefficients = {"step_size": A, "noise_std": B} | {
         name: torch.tensor([0.1, 0.0, 0.3, 0.7]) for name in per_chain.split()
@@ -133,7 +138,7 @@ def test_gradient_dtypes(
 
 
 @pytest.mark.parametrize("first_chain", [0, 2**31 - 1, 2**32 - 8])
-def test_the_contracts_noise(step_: Callable[..., Tensor], first_chain: int) -> None:
+def test_noise_equals_the_contracts_normals(step_: Callable[..., Tensor], first_chain: int) -> None:
     """From x = 0 with b = 1 the state is the noise: 2e-6 from the formula in float64."""
     address = {"seed": 2**64 - 3, "step": 2**32 - 1, "first_chain": first_chain}
     z = fl.noise.normal((8, 3, 37, 41), **address, dtype=torch.float64)
@@ -141,11 +146,14 @@ def test_the_contracts_noise(step_: Callable[..., Tensor], first_chain: int) -> 
     assert error(x, z) <= 2e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("chosen", "dtype"), zip(OPTIONS, itertools.cycle(DTYPES), strict=False), ids=str
+)
 def test_contract_noise_and_gradient(
-    step_: Callable[..., Tensor], options: dict, dtype: torch.dtype
+    step_: Callable[..., Tensor], chosen: str, dtype: torch.dtype
 ) -> None:
+    """Each option once: test_options pairs them with dtypes."""
+    options = OPTIONS[chosen]
     x, grad = numbers((4, 3, 5, 7), dtype), numbers((4, 3, 5, 7), dtype, 1)
     z = fl.noise.normal(x.shape, seed=3, step=5, first_chain=9, dtype=torch.float64)
     exact = langevin_step(x.double(), grad.double(), z, step_size=A, noise_std=B, **options)
@@ -171,17 +179,19 @@ def clipped(grad: Tensor, kind: str, bound: float) -> Tensor:
     return torch.stack([g * min(1, bound / n) for g, n in zip(rows, norms, strict=True)])
 
 
-@pytest.mark.parametrize("step_size", [A, torch.tensor([0.1, 0.5, 0.0, 0.3])], ids=["", "chain"])
-@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["chain_norm", "batch_norm"])
-@pytest.mark.parametrize("bound", [0.3, 3.0, 300.0])
+@pytest.mark.parametrize(
+    ("bound", "kind", "grad_dtype", "step_sizes"),
+    pairwise([0.3, 3.0, 300.0], ["chain_norm", "batch_norm"], DTYPES, [None, (0.1, 0.5, 0.0, 0.3)]),
+    ids=str,
+)
 def test_norm_clips(
     step_: Callable[..., Tensor],
-    kind: str,
     bound: float,
+    kind: str,
     grad_dtype: torch.dtype,
-    step_size: float | Tensor,
+    step_sizes: tuple[float, ...] | None,
 ) -> None:
+    step_size = A if step_sizes is None else torch.tensor(step_sizes)
     x, z = numbers((4, 3, 5, 7)), numbers((4, 3, 5, 7), seed=2)
     grad = numbers((4, 3, 5, 7), grad_dtype, 1) * torch.tensor([0.1, 1, 0.4, 2]).to(
         grad_dtype

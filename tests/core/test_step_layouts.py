@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.core.step_shared import DTYPES, numbers
+from tests.pairwise import pairwise
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -29,9 +30,9 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 LAYOUTS = ["contiguous", *layouts(torch.zeros(2, 3, 5, 7))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grad_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "grad_layout", "dtype"), pairwise(LAYOUTS, LAYOUTS, DTYPES), ids=str
+)
 def test_memory_layouts(
     step_: Callable[..., Tensor], layout: str, grad_layout: str, dtype: torch.dtype
 ) -> None:
@@ -62,9 +63,11 @@ def test_a_slice_is_written_and_nothing_beside_it(step_: Callable[..., Tensor]) 
     assert torch.equal(around, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("clip", [None, 0.4, ("chain_norm", 5.0)], ids=str)
-@pytest.mark.parametrize("elements", [1, 5, 1023, 1024])
+@pytest.mark.parametrize(
+    ("elements", "clip", "dtype"),
+    pairwise([1, 5, 1023, 1024], [None, 0.4, ("chain_norm", 5.0)], DTYPES),
+    ids=str,
+)
 def test_batch_split(
     step_: Callable[..., Tensor], elements: int, clip: Any, dtype: torch.dtype
 ) -> None:

@@ -14,6 +14,7 @@ from fastlangevin.step import (
     resolve_backend,
 )
 from tests.core.step_shared import DTYPES, A, B, numbers
+from tests.pairwise import pairwise
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,10 +57,11 @@ def test_zero_dimensional_coefficients(step_: Callable[..., Tensor], coefficient
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("noise_last", [False, True])
-@pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("where", ["x", "grad"])
+@pytest.mark.parametrize(
+    ("where", "clip", "noise_last", "dtype"),
+    pairwise(["x", "grad"], [None, 0.1], [False, True], DTYPES),
+    ids=str,
+)
 def test_nan_stays_nan(
     step_: Callable[..., Tensor], where: str, clip: float | None, noise_last: bool, dtype: Any
 ) -> None:
