@@ -157,6 +157,7 @@ def test_a_learner_refuses_another_kind_of_buffer(tmp_path: Path) -> None:
         learner(dtype=torch.uint8).load(tmp_path / "saved.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX has SIGKILL")
 def test_a_run_of_the_command_that_is_killed_is_resumed_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ def run(*command: object) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not run from a checkout")
 def test_cpp_tests_pass_under_sanitizers(tmp_path):
@@ -60,6 +61,7 @@ def test_cuda_architectures_are_those_that_nvcc_knows(tmp_path, listed, chosen, 
     assert f"CUDA architectures: {want}\n" in done.stdout
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_cuda_kernels_compile_everywhere_without_spills(tmp_path):
     architectures = [80, 90, 100, 120]

@@ -344,6 +344,7 @@ def test_hub(monkeypatch, tmp_path):
         load_images("hub:owner/name")
 
 
+@pytest.mark.slow
 def test_cifar10():
     root = os.environ.get("FASTLANGEVIN_DATA")
     if root is None or not (Path(root) / "cifar10").is_dir():

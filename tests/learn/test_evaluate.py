@@ -246,6 +246,7 @@ def cifar(split: str, limit: int) -> ImageData:
     return load_images(folder, split=split, limit=limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixels", "efficientnet-lite0"])
 @pytest.mark.filterwarnings("ignore:evaluate:UserWarning")  # few images for 1280 features
 def test_real_samples_noisy_and_uniform_cifar(name: str) -> None:
