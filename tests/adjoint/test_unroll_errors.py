@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.adjoint.shared import (
     sampler,
     starts,
 )
+from tests.processes import start
 
 
 class Generator(nn.Module):
@@ -110,11 +110,7 @@ def test_ddp(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=chain_of_a_rank, args=(r, address, tmp_path)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
+    for process in [start(chain_of_a_rank, rank, address, tmp_path) for rank in range(2)]:
         process.join(120)
         assert process.exitcode == 0
     net = make_net()

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastlangevin.learn import (
 from fastlangevin.learn.config import FIELDS
 from fastlangevin.learn.run_folder import FREE_SETTINGS, only_writer
 from tests.learn.train_shared import OTHER, assert_same_end, snapshot
+from tests.processes import start
 
 
 def test_every_setting_is_free_or_fixed() -> None:
@@ -85,24 +86,27 @@ def test_a_folder_that_holds_a_run(lost: str, config: TrainConfig, copied: Path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+def hold(run: Path) -> None:
+    """Be the only writer in a run's folder, until killed."""
+    with only_writer(run):
+        run.with_name("held").touch()
+        time.sleep(600)
+
+
 def test_two_processes_in_one_folder(config: TrainConfig, whole: Path, copied: Path) -> None:
-    script = (
-        "import pathlib, sys; from fastlangevin.learn.run_folder import only_writer\n"
-        "with only_writer(pathlib.Path(sys.argv[1])): print('ready', flush=True); sys.stdin.read()"
-    )
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(copied)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as other:  # fmt: skip
-        assert other.stdout is not None
-        assert other.stdout.readline() == "ready\n"
-        for option in ("resume", "overwrite"):
-            with pytest.raises(FileExistsError, match=f"another process is training in {copied}"):
-                train(config, copied, **{option: True})
-        assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
-        other.kill()
-        other.wait()
+    other = start(hold, copied)
+    deadline = time.monotonic() + 60
+    while not copied.with_name("held").exists():
+        assert other.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for option in ("resume", "overwrite"):
+        with pytest.raises(FileExistsError, match=f"another process is training in {copied}"):
+            train(config, copied, **{option: True})
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    other.kill()
+    other.join(60)
     train(config, copied, resume=True)  # the lock went with the process
 
 

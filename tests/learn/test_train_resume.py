@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,11 @@ from fastlangevin.learn import (
     train,
 )
 from fastlangevin.learn.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+from fastlangevin.learn.log import RunLog
 from fastlangevin.learn.run_folder import FREE_SETTINGS
 from fastlangevin.learn.train import StopRequest
 from tests.learn.train_shared import CutError, assert_same_end, cut_at, snapshot
+from tests.processes import start
 
 # Windows has no SIGHUP.
 STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -81,36 +81,32 @@ def test_a_second_signal_acts_at_once(config: TrainConfig, whole: Path, tmp_path
     assert_same_end(tmp_path / "run", whole)
 
 
-VICTIM = """
-import json, os, signal, sys, time
-from pathlib import Path
-from fastlangevin.learn import checkpoint, log, resolve, train
-
-log._summary_writer = lambda *arguments: None
-save_file, write_record = checkpoint.save_file, log.RunLog.record
-
-def die():
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
-def half_a_checkpoint(tensors, path, metadata):
-    save_file(tensors, path, metadata)
-    if json.loads(metadata["fastlangevin"])["iteration"] == 9:
-        os.truncate(path, os.path.getsize(path) // 2)
-        die()
 
-def half_a_record(self, values):
-    if values["iteration"] == 8:
-        self._file.write(json.dumps(values)[:40])
-        self._file.flush()
-        die()
-    write_record(self, values)
+def victim(moment: str, config: TrainConfig, out: Path) -> None:
+    """A run that kills itself in the middle of a file, or is slow enough to be killed."""
+    save_file, write_record = checkpoint.save_file, RunLog.record
 
-if sys.argv[1] == "half a checkpoint":
-    checkpoint.save_file = half_a_checkpoint
-elif sys.argv[1] == "half a record":
-    log.RunLog.record = half_a_record
-train(resolve(sys.argv[2]), sys.argv[3], report=lambda *arguments: time.sleep(0.05))
-"""
+    def half_a_checkpoint(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata)
+        if json.loads(metadata["fastlangevin"])["iteration"] == 9:
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    def half_a_record(self: RunLog, values: Any) -> None:
+        if values["iteration"] == 8:
+            self._file.write(json.dumps(values)[:40])
+            self._file.flush()
+            die()
+        write_record(self, values)
+
+    if moment == "half a checkpoint":
+        checkpoint.save_file = half_a_checkpoint
+    elif moment == "half a record":
+        RunLog.record = half_a_record  # type: ignore[method-assign]
+    train(config, out, report=lambda *arguments: time.sleep(0.05))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX has SIGKILL")
@@ -118,17 +114,16 @@ train(resolve(sys.argv[2]), sys.argv[3], report=lambda *arguments: time.sleep(0.
 def test_kill_9(moment: str, config: TrainConfig, whole: Path, tmp_path: Path) -> None:
     """Another process, killed where it hurts, or from outside in the middle of the run."""
     out, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    arguments = [sys.executable, "-c", VICTIM, moment, str(whole / "config.yaml"), str(out)]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as victim:
-        if moment == "whenever":
-            deadline = time.monotonic() + 60
-            while not (log.exists() and len(log.read_text().splitlines()) >= 3):
-                assert victim.poll() is None, victim.communicate()[1]
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            victim.kill()
-        errors = victim.communicate(timeout=60)[1]
-    assert victim.returncode == -signal.SIGKILL, errors
+    process = start(victim, moment, config, out)
+    if moment == "whenever":
+        deadline = time.monotonic() + 60
+        while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert not (out / "samples.png").exists()
     fl.load(out)
     train(config, out, resume=True)
