@@ -1,10 +1,10 @@
-"""How long does a step of a chain take, network and all? Ours and the peers, interleaved.
+"""How long does a step of a chain take, including the network? Ours and the peers, interleaved.
 
     python -m benchmarks.chain --out DIR [--device cpu|cuda] [--threads 2] [--only width-32]
         [--seconds 60] [--compile] [--quick]
 
-writes DIR/chain-DEVICE.json: milliseconds a step, ratios to the paper's loop taken round by round,
-part of the rate of torch's matrix product, and the memory of one step by counting allocations.
+writes DIR/chain-DEVICE.json: seconds per step, ratios to the paper's loop taken round by round, the
+share of the rate of torch's matrix product, and the memory of one step by counting allocations.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from torch.profiler import profile
 
 import fastlangevin as fl
 from benchmarks import timing
+from benchmarks.originals import torchebm_model
 from fastlangevin.bench import plain_loop
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.roofline import cost, matrix_rate
@@ -32,7 +33,7 @@ _CUDA_CASES = tuple((width, batch) for width in (32, 64, 128) for batch in (64, 
 
 
 class Case(NamedTuple):
-    """One of the paper's networks, on 3 x size x size."""
+    """One of the paper's networks, on images 3 x size x size."""
 
     width: int
     batch: int
@@ -84,30 +85,30 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def variants(case: Case, steps: int, compiled: bool) -> dict[str, Callable[[], Any]]:
-    """Chains of ``steps``, by name; those whose package is missing are left out."""
+    """Chains of ``steps`` by name. A peer whose package is not installed is left out."""
     energy, x = case.energy(), case.states()
-    found: dict[str, Callable[[], Any]] = {
+    runs: dict[str, Callable[[], Any]] = {
         PAPER: functools.partial(plain_loop, energy, x, steps, STEP_SIZE, NOISE_STD)
     }
     if importlib.util.find_spec("torchebm"):
-        found["torchebm"] = _torchebm(energy, x, steps)
+        runs["torchebm"] = _torchebm(energy, x, steps)
     if importlib.util.find_spec("ebm"):
         import ebm
 
         dynamics = ebm.LangevinDynamics(step_size=STEP_SIZE, steps=steps, noise_scale=NOISE_STD)
-        found["ebmkit"] = functools.partial(dynamics.sample, energy, x)
+        runs["ebmkit"] = functools.partial(dynamics.sample, energy, x)
     precisions = (None, "bf16", "fp16") if case.device.type == "cuda" else (None, "bf16")
     if compiled:
         loop = torch.compile(energy, dynamic=False)
-        found["compiled loop"] = functools.partial(plain_loop, loop, x, steps, STEP_SIZE, NOISE_STD)
+        runs["compiled loop"] = functools.partial(plain_loop, loop, x, steps, STEP_SIZE, NOISE_STD)
     for precision in precisions:
         for gradient in ("autograd", "explicit", "fused"):
             if precision == "bf16" and gradient != "fused" and not _has_bfloat16(case.device):
-                continue  # ten times slower than the loop, where the processor has none
+                continue  # without bfloat16 instructions it is ten times slower than the loop
             sampler = fl.LangevinSampler(energy, steps, precision=precision, gradient=gradient)
             name = f"{gradient} {precision or 'fp32'}"
-            found[name] = functools.partial(sampler, x, seed=0)
-    return found
+            runs[name] = functools.partial(sampler, x, seed=0)
+    return runs
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -115,27 +116,18 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _torchebm(energy: fl.ConvEnergy, x: Tensor, steps: int) -> Callable[[], Any]:
-    from torchebm.core import BaseModel
     from torchebm.samplers import LangevinDynamics
-
-    class Model(BaseModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.energy = energy
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.energy(x)
 
     # Its noise is multiplied by sqrt(2 step_size).
     scale = NOISE_STD / (2 * STEP_SIZE) ** 0.5
     dynamics = LangevinDynamics(
-        Model().to(x.device), step_size=STEP_SIZE, noise_scale=scale, device=x.device
+        torchebm_model(energy).to(x.device), step_size=STEP_SIZE, noise_scale=scale, device=x.device
     )
     return functools.partial(dynamics.sample, x=x, n_steps=steps)
 
 
 def measure(case: Case, steps: int, budget: float, compiled: bool) -> list[dict[str, Any]]:
-    """One row per variant."""
+    """Time all variants; returns one row per variant."""
     check(case)
     runs = variants(case, steps, compiled)
     errors = {}
@@ -153,10 +145,10 @@ def measure(case: Case, steps: int, budget: float, compiled: bool) -> list[dict[
     threads = torch.get_num_threads() if case.device.type == "cpu" else 0
     about = {"width": case.width, "batch": case.batch, "size": case.size, "steps": steps}
     rows = []
-    for name, found in seconds.items():
-        each = [value / steps for value in found]
+    for name, samples in seconds.items():
+        each = [value / steps for value in samples]
         spread = timing.summary(each)
-        ratios = [base / own for base, own in zip(seconds[PAPER], found, strict=True)]
+        ratios = [loop / ours for loop, ours in zip(seconds[PAPER], samples, strict=True)]
         precision = name.split()[-1] if name.endswith(("bf16", "fp16")) else None
         rate = matrix_rate(case.device, precision, threads)
         rows.append({
@@ -172,13 +164,13 @@ def measure(case: Case, steps: int, budget: float, compiled: bool) -> list[dict[
 
 
 def check(case: Case) -> None:
-    """That all compute the same chain, without noise: float32 is far enough from its kinks."""
+    """SystemExit unless every engine takes the loop's step without noise, within 0.1 %."""
     energy, x = case.energy(), case.states()
     want = plain_loop(energy, x, 1, STEP_SIZE, 0.0)
     for gradient in ("autograd", "explicit", "fused"):
         try:
             got = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, gradient=gradient)(x, seed=0)
-        except RuntimeError:  # it has a row that says why
+        except RuntimeError:  # its row gives the reason
             continue
         error = float((got - want).norm() / (want - x).norm())
         if error > 1e-3:
@@ -186,7 +178,7 @@ def check(case: Case) -> None:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory that a first run holds at a time: what it keeps for the next ones counts."""
+    """The most memory that a first run holds at a time, including what it keeps for later runs."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -197,16 +189,16 @@ def peak_bytes(run: Callable[[], Any]) -> int:
             return torch.cuda.max_memory_allocated() - before
     with profile(profile_memory=True) as events:
         run()
-    held = peak = 0
+    allocated = peak = 0
     for event in events.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
     return peak
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> timing.Sampler:
-    """Seconds of a whole chain as people call it: captured in no graph but its own."""
+    """Time a whole chain as users call it, without capturing it in a CUDA graph."""
 
     def wait() -> float:
         if device.type == "cuda":
@@ -225,12 +217,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chain")
     parser.add_argument("--out", type=Path, required=True, help="folder for chain-DEVICE.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=None, help="of the CPU; default: torch's")
-    parser.add_argument("--only", default="", help="cases like width-32-batch-64")
-    parser.add_argument("--steps", type=int, default=None, help="of a chain; default 10, CUDA 20")
-    parser.add_argument("--seconds", type=float, default=None, help="per case; default 60")
-    parser.add_argument("--quick", action="store_true", help="one tiny network, seconds in all")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile as a score too")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases by part of their name: width-32-batch-64",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=None, help="of a chain; default 10, on CUDA 20"
+    )
+    parser.add_argument("--seconds", type=float, default=None, help="seconds per case; default 60")
+    parser.add_argument("--quick", action="store_true", help="one tiny network; takes seconds")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")

@@ -2,13 +2,14 @@
 
     python -m benchmarks.chain_memory --out DIR [--device cpu|cuda] [--quick] [--long]
 
-writes DIR/chain_memory-DEVICE.json: of the plain loop, of torch.utils.checkpoint around each of its
-steps and of our schedules, the peak of the bytes of tensors allocated in a forward and backward
-pass, seconds (rounds interleaved) and evaluations of the energy, against K. Gradients go to x0 and
-all parameters of the paper's net with SiLU, at batch 8 and width 32. Beside them: what "step" costs
-over the plain loop at K = 16, and s states against what their count of evaluations predicts from
-the two passes of "step". ``--long``: K = 1000 with 20 states as well, and at batch 64 and width 16
-with the memory of the process.
+writes DIR/chain_memory-DEVICE.json. For the plain loop, for torch.utils.checkpoint around each of
+its steps and for our schedules, it records against K: the peak bytes of the tensors allocated in a
+forward and backward pass, the seconds (rounds interleaved) and the evaluations of the energy.
+Gradients go to x0 and all parameters of the paper's net with SiLU, at batch 8 and width 32. Two
+more figures: the cost of "step" relative to the plain loop at K = 16, and the time of s states
+relative to the prediction from their number of evaluations and the two passes of "step".
+``--long`` adds K = 1000 with 20 states, and once more at batch 64 and width 16 with the memory of
+the process.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
 
     def add(row: dict[str, Any]) -> None:
-        # After every row: a run that is cut short has still measured something.
+        # Written after every row, so that an interrupted run keeps its results.
         content["results"].append(row)
         content["machine"]["load_at_end"] = timing.machine()["load"]
         timing.write_json(path, content)
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     figures = content["figures"]
     if options.long:
-        # Before all else, which would leave the process larger than this makes it.
+        # First, because the other runs would leave the process larger than this one makes it.
         figures["long"] = long_chain(Case(1000, 64, 16, 32, device), 20)
     for steps in (6,) if options.quick else (4, 16, 50, 100):
         for row in compare(case(steps), rounds=1 if options.quick or steps > 16 else 3):
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def chains(case: Case, net: fl.ConvEnergy, x0: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Everyone's forward pass, by name."""
+    """The forward pass of every variant, by name."""
     run = fl.LangevinSampler(net, case.steps, STEP_SIZE, NOISE_STD)
     ours = functools.partial(run, x0, seed=0, differentiable=True)
     return {
@@ -101,7 +102,7 @@ def chains(case: Case, net: fl.ConvEnergy, x0: Tensor) -> dict[str, Callable[[],
 
 
 def plain_loop(case: Case, net: fl.ConvEnergy, x: Tensor, checkpointed: bool = False) -> Tensor:
-    """The loop that people write, with the contract's noise."""
+    """The loop that users write, with the noise contract's numbers."""
 
     def step(x: Tensor, k: int) -> Tensor:
         (grad,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
@@ -114,26 +115,26 @@ def plain_loop(case: Case, net: fl.ConvEnergy, x: Tensor, checkpointed: bool = F
 
 
 def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """One row per variant; all must have the plain loop's gradients."""
+    """One row per variant, after a check that it has the plain loop's gradients."""
     net, x0 = case.make()
-    everyone = chains(case, net, x0)
+    variants = chains(case, net, x0)
     leaves = [x0, *net.parameters()]
     rows, want = [], None
-    for name, chain in everyone.items():
+    for name, chain in variants.items():
         grads = torch.autograd.grad(chain().square().sum(), leaves, allow_unused=True)[:-1]
         want = want or grads
         for ours, plain in zip(grads, want, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
         rows.append({**memory(case, name), "variant": name})
     seconds = timing.interleave(
-        {name: functools.partial(_seconds, chain, leaves) for name, chain in everyone.items()},
+        {name: functools.partial(_seconds, chain, leaves) for name, chain in variants.items()},
         rounds,
     )
     return [{**row, "seconds": timing.summary(seconds[row["variant"]])} for row in rows]
 
 
 def memory(case: Case, name: str, states: int | None = None) -> dict[str, Any]:
-    """Peak bytes and evaluations of one variant, or of a number of states."""
+    """Peak bytes and evaluations of one variant, or of a schedule with so many states."""
     net, x0 = case.make()
     if states is None:
         chain = chains(case, net, x0)[name]
@@ -142,29 +143,29 @@ def memory(case: Case, name: str, states: int | None = None) -> dict[str, Any]:
         chain = functools.partial(run, x0, seed=0, differentiable=True, checkpoint=states)
     calls: list[int] = []
     net.register_forward_pre_hook(lambda module, inputs: calls.append(1))
-    with Allocations() as counted:
+    with Allocations() as allocations:
         torch.autograd.grad(chain().square().sum(), [x0, *net.parameters()], allow_unused=True)
     return {
         "steps": case.steps,
         "variant": name,
-        "peak_bytes": counted.peak,
+        "peak_bytes": allocations.peak,
         "evaluations": len(calls),
     }
 
 
 def times(case: Case, states: int, rounds: int) -> dict[str, Any]:
-    """Ratios, taken round by round, of "step" to the plain loop and of revolve to its prediction.
+    """Ratios, round by round, of "step" to the plain loop and of s states to their prediction.
 
-    "step" takes F seconds forward, one evaluation a step, and B back. With s states R evaluations
-    are repeated: F (K + R) / K + B.
+    "step" takes F seconds for its forward pass, with one evaluation per step, and B seconds for its
+    backward pass. With s states R evaluations are repeated: the prediction is F (K + R) / K + B.
     """
     net, x0 = case.make()
-    everyone, leaves = chains(case, net, x0), [x0, *net.parameters()]
+    variants, leaves = chains(case, net, x0), [x0, *net.parameters()]
     chosen = "plain loop", "step", f"{states} states"
     passes: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
 
     def sample(name: str) -> float:
-        passes[name].append(_passes(everyone[name], leaves))
+        passes[name].append(_passes(variants[name], leaves))
         return sum(passes[name][-1])
 
     timing.interleave({name: functools.partial(sample, name) for name in chosen}, 1 + rounds)
@@ -183,7 +184,7 @@ def times(case: Case, states: int, rounds: int) -> dict[str, Any]:
 
 
 def long_chain(case: Case, states: int) -> dict[str, Any]:
-    """A long chain to its end: seconds, and what the process grew to from before the chain."""
+    """Run a long chain forward and backward: seconds, and the process's size before and at most."""
     net, x0 = case.make()
     run = fl.LangevinSampler(net, case.steps, STEP_SIZE, NOISE_STD)
     before, start = _resident(), time.perf_counter()

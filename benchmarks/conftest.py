@@ -1,4 +1,4 @@
-"""What pytest-benchmark's files say about the machine, beside its own account."""
+"""Adds our description of the machine to pytest-benchmark's files."""
 
 from typing import Any
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Builds, tests, sanitizes and benchmarks on a CUDA machine, within ten minutes and without network:
+# Builds, tests, sanitizes and benchmarks on a CUDA machine, in ten minutes and without a network:
 #
 #     benchmarks/gpu.sh OUT
 #
 # Installs this checkout (editable) into the environment of $PYTHON, by default python3, which must
 # hold a CUDA build of torch with triton; numpy, safetensors, pillow, pyyaml, rich, scikit-learn and
 # cyclopts; pytest, pytest-benchmark and, for the fuzz, hypothesis; pip, setuptools >= 77, cmake, ninja
-# and pybind11. nvcc and a C++ compiler do the rest; compute-sanitizer takes part if it can. Writes
+# and pybind11. It also needs nvcc and a C++ compiler, and uses compute-sanitizer if it works. Writes
 # gpu.log, tests.xml, chain-cuda.json, step-cuda.json, pytest-benchmark.json and summary.md to OUT.
-# A stage that fails does not stop the others; the exit status then is 1, and 2 where nothing could
-# be run.
+# A failed stage does not stop the others. The exit status is 1 if a stage failed, and 2 if nothing
+# could be run.
 set -uo pipefail
 
 BUDGET=570 # seconds in all
@@ -22,7 +22,7 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 python=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: no ${PYTHON:-python3}" >&2 && exit 2; }
-# Its cmake and ninja lie beside it, also where its environment has not been activated.
+# Its cmake and ninja are in the same folder, also if its environment has not been activated.
 python_folder=$(cd "$(dirname "$python")" && pwd)
 python=$python_folder/$(basename "$python")
 export PATH=$python_folder:$PATH
@@ -71,7 +71,7 @@ find_sanitizer() {
     done
 }
 
-# Why compute-sanitizer cannot watch this device: it is refused in some virtual machines.
+# Prints why compute-sanitizer cannot run on this device; some virtual machines do not allow it.
 why_no_sanitizer() { # SANITIZER
     local nvcc folder
     [ -n "$1" ] || { echo "compute-sanitizer not found" && return; }
@@ -94,27 +94,28 @@ END
     rm -r "$folder"
 }
 
-# Triton must compile here, not interpret.
+# Triton must compile its kernels here and not interpret them.
 unset TRITON_INTERPRET
 
 FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
     stage build 150 "$python" -m pip install -e . --no-build-isolation --no-deps
-# What runs on the device, and what it is held to; the rest of the suite needs none.
-stage tests 240 "$python" -m pytest --junitxml="$out/tests.xml" tests/test_cuda.py \
-    tests/test_triton_conv.py tests/test_triton.py tests/test_dispatch.py tests/test_noise.py \
-    tests/test_step.py tests/test_native.py tests/test_fuzz.py
+# The tests of what runs on the device and of its references; the other tests need no device.
+stage tests 240 "$python" -m pytest --junitxml="$out/tests.xml" tests/kernels/test_cuda.py \
+    tests/kernels/test_triton_conv.py tests/kernels/test_triton.py tests/kernels/test_dispatch.py \
+    tests/core/test_noise.py tests/core/test_step*.py tests/kernels/test_native.py \
+    tests/kernels/test_fuzz.py
 
 stage chains 150 "$python" -m benchmarks.chain --device cuda --out "$out" --seconds 3
 stage steps 120 "$python" -m benchmarks.step --device cuda --out "$out" --seconds 0.3
-# The same variants, timed above, at the one size that most people have.
+# The variants timed above, at the most common size.
 stage pytest-benchmark 75 "$python" -m pytest benchmarks -k "64x3x32x32-fp32-contiguous" \
     --benchmark-json="$out/pytest-benchmark.json" --benchmark-max-time=0.2
 
-# After the figures, which need the time more.
+# After the benchmarks, which come first if time is short.
 sanitizer=$(find_sanitizer)
 reason=$(why_no_sanitizer "$sanitizer")
 if [ -z "$reason" ]; then
-    # Once without, so that Triton's compiler, slower by far under the sanitizer, has done its work.
+    # First without the sanitizer, under which Triton's compiler would be much slower.
     stage kernels 90 "$python" -m benchmarks.sanitize
 fi
 for tool in memcheck racecheck initcheck; do

@@ -1,9 +1,10 @@
-"""Is each preset its original's chain, and what does it save? One case per codebase.
+"""Is each preset the same chain as its original, and how much does it save?
 
     python -m benchmarks.migrate --out DIR [--rounds 15] [--threads 1] [--only jem] [--quick]
 
-writes DIR/migrate-DEVICE.json: the largest differences with equal noise in float32 and float64,
-times taken in turns and bytes of tensors, all by fl.testing.compare, on the paper's net.
+writes DIR/migrate-cpu.json with a row per preset, measured on the paper's net by
+fl.testing.compare: the largest differences with equal noise in float32 and float64, times taken in
+turns, and bytes of tensors.
 """
 
 import argparse
@@ -51,36 +52,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     single: originals.Case, double: originals.Case, steps: int, rounds: int
 ) -> dict[str, Any]:
-    """A row; SystemExit where the chains differ, of which times would say nothing."""
-    options: dict[str, Any] = {"steps": steps}
+    """A row; SystemExit if the chains differ, because their times would then mean nothing."""
     exact = fl.testing.compare(
         double.loop, double.ours, double.x0, energy=double.energy, dtype=torch.float64, rounds=1,
-        **options,
+        steps=steps,
     )  # fmt: skip
-    found = fl.testing.compare(
-        single.loop, single.ours, single.x0, energy=single.energy, rounds=rounds, **options
+    timed = fl.testing.compare(
+        single.loop, single.ours, single.x0, energy=single.energy, rounds=rounds, steps=steps
     )
     if not exact.same:
         raise SystemExit(f"migrate: {single.name}: {exact}")
     return {
         "name": single.name,
         "difference_float64": max(exact.apart),
-        "difference_float32": max(found.apart),
+        "difference_float32": max(timed.apart),
         "compared": len(exact.differences),
-        "seconds": found.seconds,
-        "speedup": found.speedup,
-        "peak_bytes": found.peak_bytes,
-        "notes": found.notes,
+        "seconds": timed.seconds,
+        "speedup": timed.speedup,
+        "peak_bytes": timed.peak_bytes,
+        "notes": timed.notes,
     }
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.migrate")
     parser.add_argument("--out", type=Path, required=True, help="folder for migrate-cpu.json")
-    parser.add_argument("--rounds", type=int, default=15, help="of timing, in turns")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of timing, in turns")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="one case")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, seconds in all")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="tiny networks; takes seconds")
     return parser.parse_args(arguments)
 
 

@@ -1,7 +1,7 @@
-"""The sampling loops of published codebases, in our words, beside the presets that replace them.
+"""The sampling loops of published codebases, rewritten, and the presets that replace them.
 
-Each is the loop as its users run it, with its own random numbers, buffers and side effects, less
-what prints and logs. Sources stand in the presets' docstrings.
+Each is the loop as its users run it, with its own random numbers, buffers and side effects, but
+without printing and logging. The presets' docstrings name the sources.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ _DTYPES = torch.float32, torch.float64
 
 
 class Case(NamedTuple):
-    """A loop of x0, its replacement as a function of (x0, noise=), and the chains' start."""
+    """A loop(x0), its replacement ours(x0, noise=), and the chains' initial states."""
 
     name: str
     loop: Callable[[Tensor], Any]
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 class Net(nn.Module):
-    """An energy (or a negative one) whose first layer stands where JEM++ looks for it."""
+    """An energy (or its negative) with its first layer at ``f.layer_one``, as JEM++ needs it."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class ScoreNet(nn.Module):
 
 
 def cases(steps: int, size: int, width: int, batch: int, dtype: torch.dtype) -> list[Case]:
-    """Every codebase's; those whose package is missing are left out."""
+    """The cases of every codebase, except of those whose package is not installed."""
     torch.manual_seed(0)
     net = Net(size, width)
     x0 = (2 * torch.rand(batch, 3, size, size) - 1).to(dtype)
-    # Loops that draw their starts from a buffer: whichever they draw, it is this.
+    # For loops that draw their starts from a buffer: every state is the same.
     same = x0[:1].expand_as(x0).clone()
-    found = [
+    chosen = [
         Case("short_run", *short_run(net, steps), x0, net),
         Case("anatomy", *anatomy(net, steps, size, batch), same, net),
         Case("anatomy_eval", *anatomy_eval(net, steps), x0, net),
@@ -75,12 +75,12 @@ def cases(steps: int, size: int, width: int, batch: int, dtype: torch.dtype) -> 
         Case("ula", *ula(net, steps), x0, net),
     ]
     score = ScoreNet(width)
-    found.append(Case("ncsn", *ncsn(score, steps), x0, score))
+    chosen.append(Case("ncsn", *ncsn(score, steps), x0, score))
     if importlib.util.find_spec("torchebm"):
-        found.append(Case("torchebm", *torchebm(net, steps), x0, net))
+        chosen.append(Case("torchebm", *torchebm(net, steps), x0, net))
     if importlib.util.find_spec("ebm"):
-        found.append(Case("ebmkit", *ebmkit(net, steps), x0, net))
-    return found
+        chosen.append(Case("ebmkit", *ebmkit(net, steps), x0, net))
+    return chosen
 
 
 def short_run(f: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -147,11 +147,11 @@ def jem_args(batch: int) -> SimpleNamespace:
 
 
 def draw(buffer: Tensor, args: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """JEM's start: states of the buffer, or fresh ones at a rate."""
+    """JEM's start: states of the buffer, each replaced by a new one at a rate."""
     slots = torch.randint(0, len(buffer), (args.batch_size,))
     fresh = torch.empty(args.batch_size, *buffer.shape[1:], dtype=buffer.dtype).uniform_(-1, 1)
-    anew = (torch.rand(args.batch_size) < args.reinit_freq).to(buffer.dtype)[:, None, None, None]
-    return anew * fresh + (1 - anew) * buffer[slots], slots
+    is_new = (torch.rand(args.batch_size) < args.reinit_freq).to(buffer.dtype)[:, None, None, None]
+    return is_new * fresh + (1 - is_new) * buffer[slots], slots
 
 
 def jem(f: nn.Module, steps: int, batch: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -180,7 +180,7 @@ def jempp(f: nn.Module, steps: int, batch: int) -> tuple[Callable[..., Any], Cal
     def sample_q(buffer: Tensor) -> Tensor:
         x, slots = draw(buffer, args)
         layer, seen = f.f.layer_one, []
-        hook = layer.register_forward_hook(lambda module, given, out: seen.append(out))
+        hook = layer.register_forward_hook(lambda module, inputs, out: seen.append(out))
         for _ in range(steps):
             x = x.detach().requires_grad_()
             seen.clear()
@@ -283,7 +283,7 @@ def uva(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[...,
         model.train(was_training)
         return inp_imgs
 
-    # The sampler of the tutorial is made once; this is what its sample_new_exmps runs.
+    # The loop that the tutorial's sample_new_exmps runs.
     def ours(x: Tensor, noise: Tensor | None) -> Tensor:
         return fl.presets.uva.generate_samples(model, x, steps, 10, noise=noise)
 
@@ -360,9 +360,9 @@ def ncsn(net: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., 
     return anneal, replacement
 
 
-def torchebm(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def torchebm_model(energy: nn.Module) -> Any:
+    """An energy as torchebm's samplers take it."""
     from torchebm.core import BaseModel
-    from torchebm.samplers import LangevinDynamics
 
     class Model(BaseModel):
         def __init__(self) -> None:
@@ -372,11 +372,18 @@ def torchebm(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callabl
         def forward(self, x: Tensor) -> Tensor:
             return self.energy(x)
 
+    return Model()
+
+
+def torchebm(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from torchebm.samplers import LangevinDynamics
+
     options: dict[str, Any] = {"step_size": 0.1, "noise_scale": 0.1}
 
     def theirs(x: Tensor) -> Tensor:
-        # Made here: it takes the dtype that its model has now.
-        return LangevinDynamics(Model(), dtype=x.dtype, **options).sample(x=x, n_steps=steps)
+        # Made here, because it takes the dtype that its model has at the time.
+        dynamics = LangevinDynamics(torchebm_model(energy), dtype=x.dtype, **options)
+        return dynamics.sample(x=x, n_steps=steps)
 
     ours = {d: fl.presets.torchebm(energy, dtype=d, **options) for d in _DTYPES}
     return theirs, lambda x, noise: ours[x.dtype].sample(x=x, n_steps=steps, noise=noise)

@@ -1,10 +1,11 @@
-"""Result files to markdown tables and plots; nothing in them is typed by hand.
+"""Make Markdown tables and plots from result files.
 
     python -m benchmarks.report RESULT.json... [--short] [--readme README.md] [--plots docs/]
 
-prints every table, or the short ones (fp32, contiguous). ``--readme`` puts the short ones between
-the lines ``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` of a file. ``--plots`` draws
-BENCHMARK-DEVICE.svg (needs matplotlib). Figures that no file holds read "not measured".
+prints every table, or with ``--short`` those of contiguous fp32 states only. ``--readme`` writes
+the short tables between the lines ``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` of a file.
+``--plots`` draws BENCHMARK-DEVICE.svg (needs matplotlib). A figure that is in no file reads
+"not measured".
 """
 
 import argparse
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import report_chain, report_memory, report_migrate, report_train
-from benchmarks.tables import MISSING, TITLES, Row, about, number, pyplot, table
+from benchmarks.tables import MISSING, TITLES, Row, about, number, pyplot, save_plot
+from fastlangevin.learn.sweep.report import table
 
 MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 BASELINES = {
@@ -41,9 +43,11 @@ _OTHERS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
-    parser.add_argument("--short", action="store_true", help="print fp32, contiguous alone")
-    parser.add_argument("--readme", type=Path, help="write the short tables between its markers")
-    parser.add_argument("--plots", type=Path, help="folder for plots")
+    parser.add_argument("--short", action="store_true", help="print contiguous fp32 states only")
+    parser.add_argument(
+        "--readme", type=Path, help="write the short tables between a file's markers"
+    )
+    parser.add_argument("--plots", type=Path, help="folder to write the plots to")
     options = parser.parse_args(arguments)
     files = [json.loads(path.read_text()) for path in options.results]
     print(report(files, options.short))
@@ -51,16 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = options.readme.read_text()
         options.readme.write_text(insert(text, report(files, short=True)))
     if options.plots:
-        options.plots.mkdir(parents=True, exist_ok=True)
         for content in files:
             if content["benchmark"] == "migrate":
-                continue  # a table alone
+                continue  # it has a table only
             draw = plot if content["benchmark"] == "step" else _OTHERS[content["benchmark"]].plot
             draw(content, options.plots / f"{content['benchmark']}-{content['device']}.svg")
 
 
 def insert(text: str, tables: str, markers: tuple[str, str] = MARKERS) -> str:
-    """``text`` with ``tables`` between the markers, in place of what is there."""
+    """Replace what is between the markers in ``text`` by ``tables``."""
     begin, end = markers
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise SystemExit(f"report: expected one line {begin} and, below it, one line {end}")
@@ -69,15 +72,15 @@ def insert(text: str, tables: str, markers: tuple[str, str] = MARKERS) -> str:
 
 
 def report(files: Sequence[Row], short: bool = False) -> str:
-    """A section for each file, and one that says so for a device that no file is about."""
+    """A section per file, and a line for each device that has not been measured."""
     sections = []
     for benchmark, title in _BENCHMARKS.items():
-        about_it = [content for content in files if content["benchmark"] == benchmark]
-        if not about_it:
+        contents = [content for content in files if content["benchmark"] == benchmark]
+        if not contents:
             continue
         sections.append(f"### {title}")
         for device in TITLES:
-            chosen = [content for content in about_it if content["device"] == device]
+            chosen = [content for content in contents if content["device"] == device]
             for content in chosen:
                 if benchmark == "step":
                     sections.append(section(content, short))
@@ -89,7 +92,7 @@ def report(files: Sequence[Row], short: bool = False) -> str:
 
 
 def section(content: Row, short: bool) -> str:
-    """The times of everyone, and ours beside the limit and the baselines."""
+    """Two tables: everyone's times, and ours relative to the limit and the baselines."""
     device = content["device"]
     cases = group(content["results"], short)
     names = ("copy", *BASELINES[device], *OURS[device])
@@ -110,24 +113,24 @@ def section(content: Row, short: bool) -> str:
             *(f"over {name}" for name in RATIOS),
         ],
         (
-            [label(key), name, *beside(rows.get(name))]
+            [label(key), name, *relative(rows.get(name))]
             for key, rows in cases.items()
             for name in FAST[device]
         ),
     )
     return "\n\n".join((
         about(content),
-        "Microseconds per step (quartiles as a spread, in percent of the median); `copy` moves as "
-        "many bytes as the step must: x and g read, x written.",
+        "Microseconds per step, with the distance between the quartiles in percent of the median. "
+        "`copy` moves as many bytes as the step must: it must read x and g and write x.",
         times,
-        "The step's own bytes per second, and how many times faster it is than what it replaces "
+        "The step's bytes per second, and how many times faster it is than what it replaces "
         "(medians of ratios taken round by round).",
         limits,
     ))  # fmt: skip
 
 
 def group(results: Iterable[Row], short: bool) -> dict[tuple, dict[str, Row]]:
-    """Rows by case, in the file's order, then by variant."""
+    """Rows by case and variant, in the file's order."""
     cases: dict[tuple, dict[str, Row]] = {}
     for row in results:
         if short and (row["dtype"], row["layout"]) != ("fp32", "contiguous"):
@@ -154,8 +157,8 @@ def microseconds(row: Row | None) -> str:
     return f"{number(time['median'] * 1e6)} ({spread:.0f} %)"
 
 
-def beside(row: Row | None) -> list[str]:
-    """Bandwidth, part of the copy's, time per element, and ratios to the baselines."""
+def relative(row: Row | None) -> list[str]:
+    """Bandwidth, its share of the copy's, time per element, and ratios to the baselines."""
     if row is None or "error" in row:
         return [MISSING if row is None else "failed"] * (3 + len(RATIOS))
     over = row["speedup_over"]
@@ -168,7 +171,7 @@ def beside(row: Row | None) -> list[str]:
 
 
 def plot(content: Row, path: Path) -> None:
-    """Time per element of every variant beside that of the copy, fp32 and contiguous, by size."""
+    """Time per element of every variant and of the copy, by size, for contiguous fp32 states."""
     cases = group(content["results"], short=True)
     most = max((key[4] or 0 for key in cases), default=0)
     cases = {key: rows for key, rows in cases.items() if key[3] and (key[4] or 0) == most}
@@ -178,13 +181,13 @@ def plot(content: Row, path: Path) -> None:
     )  # fmt: skip
     names = BASELINES[content["device"]] + OURS[content["device"]]
     for axis, (key, rows) in zip(axes[0], cases.items(), strict=False):
-        for place, name in enumerate(names):
+        for height, name in enumerate(names):
             row = rows.get(name, {"error": MISSING})
             if "error" in row:
-                axis.text(0.02, place, MISSING, transform=axis.get_yaxis_transform(), va="center")
+                axis.text(0.02, height, MISSING, transform=axis.get_yaxis_transform(), va="center")
                 continue
             color = "tab:orange" if name in FAST[content["device"]] else "tab:gray"
-            axis.plot(row["ns_per_element"], place, "o", color=color)
+            axis.plot(row["ns_per_element"], height, "o", color=color)
         axis.axvline(rows["copy"]["ns_per_element"], color="black", linestyle=":", label="copy")
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
@@ -193,8 +196,7 @@ def plot(content: Row, path: Path) -> None:
         axis.set_title(label(key), fontsize=9)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot().close(figure)
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Tables and the plot of chain-DEVICE.json: a step of a chain, network and all."""
+"""Tables and the plot of chain-DEVICE.json: a step of a chain, including the network."""
 
 from pathlib import Path
 
-from benchmarks.tables import MISSING, Row, about, number, pyplot, table
+from benchmarks.tables import MISSING, Row, about, number, pyplot, save_plot
+from fastlangevin.learn.sweep.report import table
 
 PAPER = "paper's loop"
 OURS = ("autograd", "explicit", "fused")
 
 
 def section(content: Row) -> str:
-    """Times beside the paper's loop, and memory."""
+    """Two tables: times relative to the paper's loop, and memory."""
     cases: dict[tuple[int, int, int], Row] = {}
     for row in content["results"]:
         cases.setdefault((row["width"], row["batch"], row["size"]), {})[row["variant"]] = row
@@ -17,19 +18,18 @@ def section(content: Row) -> str:
     header = ["a step", *(f"width {w}, batch {n}" for w, n, _ in cases)]
     times, memory = [], []
     for name in names:
-        rows = [found.get(name) for found in cases.values()]
+        rows = [variants.get(name) for variants in cases.values()]
         times.append([label(name), *map(speed, rows)])
         memory.append([label(name), *map(peak, rows)])
-    rate = [cell for cell in [best(found) for found in cases.values()]]
+    rates = [best(variants) for variants in cases.values()]
     return "\n\n".join((
-        f"{about(content)[:-1]}, {content['threads']} threads." if content["threads"] > 1
-        else about(content),
-        "Milliseconds a step of a chain of the paper's networks on 3x32x32, and how many times "
-        "faster than the paper's five-line loop in the same run (medians of ratios taken round by "
-        "round).",
-        table(header, [*times, ["part of the matrix rate, best fp32", *rate]]),
-        "Memory: the most that one step holds at a time beside the energy's own weights, by "
-        "counting allocations, packed copies of weights included.",
+        about(content),
+        "Milliseconds per step of a chain on the paper's networks for 3x32x32 images, and how many "
+        "times faster this is than the paper's five-line loop in the same run (medians of ratios "
+        "taken round by round).",
+        table(header, [*times, ["share of the matrix rate, best fp32", *rates]]),
+        "Memory: the most that one step holds at a time, without the energy's weights, by "
+        "counting allocations. Packed copies of weights are included.",
         table(header, memory),
     ))  # fmt: skip
 
@@ -50,28 +50,27 @@ def peak(row: Row | None) -> str:
     return f"{number(row['peak_bytes'] / 2**20)} MiB"
 
 
-def best(found: Row) -> str:
-    rates = [r["percent_of_matrix_rate"] for n, r in found.items() if n.endswith("fp32")]
+def best(variants: Row) -> str:
+    rates = [r["percent_of_matrix_rate"] for n, r in variants.items() if n.endswith("fp32")]
     return f"{max(rates):.0f} %" if rates else MISSING
 
 
 def plot(content: Row, path: Path) -> None:
-    """How many times faster than the paper's loop, by network."""
+    """Speed relative to the paper's loop, by network."""
     rows = [row for row in content["results"] if "error" not in row]
     cases = list(dict.fromkeys((row["width"], row["batch"]) for row in rows))
     names = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != PAPER))
     figure, axis = pyplot().subplots(figsize=(2.2 * max(2, len(cases)), 3.2))
     thickness = 0.8 / max(1, len(names))
     colors = dict(zip(names, pyplot().get_cmap("tab10").colors, strict=False))
-    for place, name in enumerate(names):
-        own = {(r["width"], r["batch"]): r for r in rows if r["variant"] == name}
-        heights = [own[c]["speedup"]["median"] if c in own else 0.0 for c in cases]
-        at = [k + (place - (len(names) - 1) / 2) * thickness for k in range(len(cases))]
+    for i, name in enumerate(names):
+        by_case = {(r["width"], r["batch"]): r for r in rows if r["variant"] == name}
+        heights = [by_case[c]["speedup"]["median"] if c in by_case else 0.0 for c in cases]
+        at = [k + (i - (len(names) - 1) / 2) * thickness for k in range(len(cases))]
         axis.bar(at, heights, thickness, label=name, color=colors.get(name))
     axis.axhline(1.0, color="black", linestyle=":")
     axis.set_xticks(range(len(cases)), [f"width {w}\nbatch {n}" for w, n in cases])
     axis.set_ylabel("times the paper's loop")
     axis.legend(fontsize=7, ncols=2)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot().close(figure)
+    save_plot(figure, path)

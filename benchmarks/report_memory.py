@@ -2,20 +2,21 @@
 
 from pathlib import Path
 
-from benchmarks.tables import MISSING, Row, about, number, pyplot, table
+from benchmarks.tables import MISSING, Row, about, number, pyplot, save_plot
+from fastlangevin.learn.sweep.report import table
 
 BASELINES = ("plain loop", "torch checkpoint")
 
 
 def section(content: Row) -> str:
-    """Peak memory and seconds of both passes by schedule and K."""
+    """A table of peak memory and seconds of both passes, by schedule and K."""
     rows = {(row["variant"], row["steps"]): row for row in content["results"]}
     names = list(dict.fromkeys(name for name, _ in rows))
     lengths = sorted({steps for _, steps in rows})
     return "\n\n".join((
         about(content),
-        "Peak MiB of tensors in a forward and backward pass, and seconds, of the paper's net with "
-        f"SiLU at width {content['width']}, batch {content['batch']}.",
+        "Peak MiB of tensors in a forward and backward pass, and its seconds, for the paper's net "
+        f"with SiLU at width {content['width']}, batch {content['batch']}.",
         table(
             ["`checkpoint=`", *(f"K = {steps}" for steps in lengths)],
             ([name, *(cell(rows.get((name, steps))) for steps in lengths)] for name in names),
@@ -47,5 +48,4 @@ def plot(content: Row, path: Path) -> None:
         axis.set_ylabel(label)
     memory.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot().close(figure)
+    save_plot(figure, path)

@@ -1,16 +1,18 @@
-"""Table of migrate-DEVICE.json: loops of published codebases beside their presets."""
+"""Table of migrate-DEVICE.json: loops of published codebases and the presets that replace them."""
 
-from benchmarks.tables import Row, about, number, table
+from benchmarks.tables import Row, about, number
+from fastlangevin.learn.sweep.report import table
 
 
 def section(content: Row) -> str:
-    """Times, memory and the largest differences of every codebase."""
+    """A table of times, memory and the largest differences, by codebase."""
     return "\n\n".join((
-        about(content).removesuffix(".") + f", {content['threads']} thread.",
-        f"Milliseconds of a call of K = {content['steps']} steps on `ConvEnergy(3, "
-        f"{content['size']}, width={content['width']})`, batch {content['batch']}, medians (ratio: "
-        "median of the rounds'); MiB of tensors at most at a time; the largest difference between "
-        "loop and preset in any state, with equal noise, in float64 and in float32.",
+        about(content),
+        f"One call takes K = {content['steps']} steps on `ConvEnergy(3, {content['size']}, "
+        f"width={content['width']})` with batch {content['batch']}. Times are medians in "
+        "milliseconds; `speed` is the median of ratios taken round by round. MiB are the most that "
+        "a call's tensors take at a time. The last columns are the largest difference between loop "
+        "and preset in any state, with equal noise.",
         table(
             ["preset", "loop ms", "preset ms", "speed", "loop MiB", "preset MiB", "in float64",
              "in float32"],

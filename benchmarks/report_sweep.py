@@ -1,12 +1,12 @@
-"""Sweeps' result files to the tables of a page and their plots; nothing there is typed by hand.
+"""Make a page's tables and plots from the result files of sweeps.
 
     python -m benchmarks.report_sweep RESULT.json... [--marks] [--docs docs/sweep.md] \\
         [--plots docs/]
 
-prints every table. ``--docs`` puts each between the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``
-of a page, NAME.json being the file, and ``--plots`` draws NAME.svg of those whose picture the page
-shows (of all, without a page). ``--marks`` first measures the marks again, which takes the data
-and no training, and writes them to the file.
+prints every table. ``--docs`` writes the tables of NAME.json between the lines ``<!-- NAME -->``
+and ``<!-- /NAME -->`` of a page. ``--plots`` draws NAME.svg for the files whose picture the page
+shows, or for all of them without a page. ``--marks`` first measures the marks again, which needs
+the data but no training, and writes them to the file.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--marks", action="store_true", help="measure the marks again")
     parser.add_argument("--docs", type=Path, help="write the tables between a page's markers")
-    parser.add_argument("--plots", type=Path, help="folder for plots")
+    parser.add_argument("--plots", type=Path, help="folder to write the plots to")
     options = parser.parse_args(arguments)
     page = options.docs.read_text("utf-8") if options.docs else ""
     for path in options.results:

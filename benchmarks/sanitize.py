@@ -1,9 +1,9 @@
-"""Every kernel with every option at small odd sizes, for compute-sanitizer to watch.
+"""Run every kernel with every option at small odd sizes, under compute-sanitizer.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.sanitize
 
-Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: else tensors lie side by side in torch's own pools, where an
-access beyond one of them is no error. What numbers come out is for the tests to say.
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1. Otherwise tensors are adjacent in torch's memory pools, where
+an access beyond a tensor is no error. The numbers themselves are checked by the tests.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ADDRESS = {"seed": 2**63 + 11, "step": 5, "first_chain": 3}
 
 
 def options(n: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Options of a step on n chains, every one in some company."""
+    """Options of a step on n chains; every option is in at least one of these."""
     rows = torch.linspace(0.1, 1.0, n, device=device)
     yield {}
     yield {"noise_std": 0.0}
@@ -38,7 +38,7 @@ def options(n: int, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def take(run: Callable[..., Tensor], x: Tensor, g: Tensor, **chosen: Any) -> None:
-    """One step, and a look at all that it wrote (initcheck then reports what it did not)."""
+    """Take a step and read all of x, so that initcheck reports elements that were not written."""
     chosen = {"step_size": 0.5, "noise_std": 0.1, **ADDRESS, **chosen}
     grad = chosen.pop("grad", g)
     z = torch.randn_like(x) if chosen.pop("z", False) else None
@@ -48,10 +48,10 @@ def take(run: Callable[..., Tensor], x: Tensor, g: Tensor, **chosen: Any) -> Non
 
 
 def steps(run: Callable[..., Tensor], device: torch.device) -> int:
-    """All combinations worth having; how many."""
+    """Take a step with every combination of the test set; returns their number."""
     count = 0
     for shape, dtype in itertools.product(SHAPES, DTYPES):
-        # Every option in float32; in the others, dtypes and tails are what differs.
+        # All options in float32. In the other dtypes only loads, stores and tails differ.
         for chosen in itertools.islice(
             options(shape[0], device), None if dtype.itemsize == 4 else 1
         ):
@@ -65,7 +65,7 @@ def steps(run: Callable[..., Tensor], device: torch.device) -> int:
         take(run, x.to(memory_format=torch.channels_last), g.bfloat16())
         take(run, *(v.transpose(1, 2) for v in (x, g)))
         count += 2
-    for offset in (1, 2, 3):  # not on 16 bytes
+    for offset in (1, 2, 3):  # not aligned to 16 bytes
         x, g = tensors((1, 1029), torch.float32, device)
         take(run, x[:, offset:], g[:, offset:])
         count += 1
@@ -93,7 +93,7 @@ def main() -> None:
         else:
             print(f"{name}: cannot run: {reason}")
     if all(kernels.values()):
-        raise SystemExit(f"sanitize: no kernels serve {device}")
+        raise SystemExit(f"sanitize: no kernels run on {device}")
     makers = {"native": extension, "triton": triton}
     address = {"seed": 1, "step": 2, "stream": 0, "first_chain": 3, "device": device}
     for name in (name for name, reason in kernels.items() if reason is None):

@@ -1,4 +1,4 @@
-"""How long does a Langevin step take, and beside what? All variants, interleaved.
+"""How long does a Langevin step take, compared with other ways to take it? All interleaved.
 
     python -m benchmarks.step --out DIR [--device cpu|cuda] [--threads 1,2] [--only 64x3x32x32]
         [--quick]
@@ -36,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in chosen:
             for row in measure(case, options.seconds, options.compile):
                 content["results"].append({**row, "threads": threads})
-            # After every case: a run that is cut short has still measured something.
+            # Written after every case, so that an interrupted run keeps its results.
             content["machine"]["load_at_end"] = timing.machine()["load"]
             timing.write_json(path, content)
             print(case if threads is None else f"{case}, {threads} threads", flush=True)
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # what the case's graphs have held
+                torch.cuda.empty_cache()  # the memory of the case's graphs
     failed = [row for row in content["results"] if "error" in row]
     for row in failed:
         print(f"failed: {row['variant']} {row['size']} {row['dtype']}: {row['error']}")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(case: Case, budget: float, compiled: bool) -> list[dict[str, Any]]:
-    """One row per variant, and one for the copy that moves as many bytes."""
+    """Time all variants; returns a row for each, and one for a copy of as many bytes."""
     ready, errors, sets = samplers(case, variants(case, compiled), least=budget / 1000)
     seconds = timing.interleave(ready, timing.rounds_within(ready, budget, least=5, most=200))
     about = {
@@ -68,7 +68,7 @@ def measure(case: Case, budget: float, compiled: bool) -> list[dict[str, Any]]:
 
 
 def figures(case: Case, name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """A variant's time with its spread, and the same time in other units."""
+    """A variant's time with its spread, the same time in other units, and ratios."""
     time = timing.summary(seconds[name])
     return {
         "seconds": time,
@@ -89,15 +89,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step")
     parser.add_argument("--out", type=Path, required=True, help="folder for step-DEVICE.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", default=None, help="of the CPU, as in 1,2; default: torch's")
-    parser.add_argument("--only", default="", help="cases like 64x3x32x32-fp32-contiguous-noise")
-    parser.add_argument("--seconds", type=float, default=None, help="per case; default 2")
-    parser.add_argument("--quick", action="store_true", help="one small size, seconds in all")
+    parser.add_argument("--threads", default=None, help="CPU threads, as in 1,2; default: torch's")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases by part of their name: 64x3x32x32-fp32",
+    )
+    parser.add_argument("--seconds", type=float, default=None, help="seconds per case; default 2")
+    parser.add_argument("--quick", action="store_true", help="one small size; takes seconds")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="time torch.compile too; default: unless --quick",
+        help="also time torch.compile; the default unless --quick",
     )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():

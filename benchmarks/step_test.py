@@ -1,7 +1,7 @@
 """The step's time per variant, for pytest-benchmark: ``pytest benchmarks -k 64x3x32x32``.
 
-Cases run one after the other here, which suits comparing one variant with its own past
-(``--benchmark-autosave``, ``--benchmark-compare``). Ratios come from ``python -m benchmarks.step``.
+Cases run one after another here, which suits comparing a variant with its earlier times
+(``--benchmark-autosave``, ``--benchmark-compare``). ``python -m benchmarks.step`` measures ratios.
 """
 
 import functools
@@ -42,7 +42,7 @@ def test_step(case: Case, name: str, benchmark: BenchmarkFixture) -> None:
 
 
 def _repeated(steps: list) -> tuple:
-    """A function that takes steps and waits for them, and how many it takes."""
+    """Return a function that takes steps and waits for them, and how many steps it takes."""
     if DEVICE.type == "cpu":
         return steps[0], 1
     replay, count = timing.capture(steps)
@@ -51,7 +51,7 @@ def _repeated(steps: list) -> tuple:
     start = time.perf_counter()
     replay()
     torch.cuda.synchronize()
-    # At least 2 ms, beside which some 10 us for a launch and a wait do not show.
+    # At least 2 ms, so that some 10 us for a launch and a wait are negligible.
     replays = 1 + int(2e-3 / (time.perf_counter() - start))
 
     def run() -> None:

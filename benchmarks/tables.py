@@ -1,7 +1,9 @@
-"""What the tables and plots of all benchmarks share."""
+"""Code shared by the tables and plots of all benchmarks."""
 
-from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from fastlangevin.learn.sweep.report import table as table
 
 Row = dict[str, Any]
 
@@ -10,7 +12,7 @@ TITLES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def about(content: Row) -> str:
-    """What was measured, on what, when."""
+    """Describe the machine, the versions, the commit and the date of a result file."""
     machine = content["machine"]
     on_cpu = content["device"] == "cpu"
     parts = [f"{machine['cpu']}, {machine['cores']} cores" if on_cpu else machine["gpu"]]
@@ -24,6 +26,9 @@ def about(content: Row) -> str:
     parts.append(machine["date"][:10])
     if on_cpu and machine["load"] is not None:
         parts.append(f"load before the run {machine['load']:.1f}")
+    threads = content.get("threads", 1)
+    if threads > 1 or content["benchmark"] in ("migrate", "train_peers"):
+        parts.append(f"{threads} thread{'s' * (threads > 1)}")
     return f"**{TITLES[content['device']]}**: {', '.join(parts)}."
 
 
@@ -32,19 +37,21 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def pyplot() -> Any:
-    """matplotlib's, set to draw the same file from the same results."""
+    """Return matplotlib.pyplot, set up to draw identical files from identical results."""
     try:
         import matplotlib
     except ImportError:
         raise SystemExit('report: --plots needs matplotlib: pip install -e ".[bench]"') from None
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "fastlangevin"
-    from matplotlib import pyplot as found
+    from matplotlib import pyplot as module
 
-    return found
+    return module
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    """Write a figure as SVG without a date, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot().close(figure)

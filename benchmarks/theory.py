@@ -2,7 +2,8 @@
 
     python -m benchmarks.theory [--plots docs/]
 
-prints the table, and draws theory.svg (needs matplotlib). Nothing is timed; a minute on one core.
+prints the table, and draws theory.svg (needs matplotlib). It times nothing and takes a minute on
+one core.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from benchmarks.tables import pyplot, table
+from benchmarks.tables import pyplot, save_plot
 from benchmarks.theory_laws import (
     Grid,
     entropy,
@@ -28,6 +29,7 @@ from benchmarks.theory_laws import (
     stationary,
     transition,
 )
+from fastlangevin.learn.sweep.report import table
 
 STEP = {"step_size": 0.02, "noise_std": 0.2}  # T = 1
 LINE, PLANE = Grid(-4, 4, 320), Grid(-3, 3, 36, dim=2)
@@ -36,7 +38,7 @@ SHOWN = 20
 
 
 class Polynomial(nn.Module):
-    """f = <theta, h(x)>, h all monomials of degree 1 to 4."""
+    """f = <theta, h(x)>, where h are all monomials of degree 1 to 4."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -53,11 +55,11 @@ class Polynomial(nn.Module):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.theory")
-    parser.add_argument("--plots", type=Path, help="folder for the figure")
+    parser.add_argument("--plots", type=Path, help="folder to write the figure to")
     options = parser.parse_args(arguments)
     data = mixture(LINE, [(0.65, (1.0,), 0.4), (0.35, (-1.2,), 0.3)])
     laws = learned(LINE, data)
-    print(table(HEADER, [row(steps, LINE, data, *found) for steps, found in laws.items()]))
+    print(table(HEADER, [row(steps, LINE, data, *law) for steps, law in laws.items()]))
     if options.plots:
         plot(data, laws, options.plots / "theory.svg")
 
@@ -74,16 +76,16 @@ def mixture(grid: Grid, modes: Sequence[tuple[float, Sequence[float], float]]) -
 def learned(
     grid: Grid, data: Tensor, lengths: Sequence[int] = LENGTHS
 ) -> dict[int, tuple[Any, Tensor, Tensor, Tensor]]:
-    """By K: the sampler at the learner's fixed point, q, p_theta and p_MLE."""
-    energy, found = Polynomial(grid.dim), {}
+    """For each K: the sampler at the learner's fixed point, q, p_theta and p_MLE."""
+    energy, laws = Polynomial(grid.dim), {}
     h = energy.features(grid.points)
     mle, _ = fit_moments(h, data @ h, grid)
     for steps in lengths:
-        energy = copy.deepcopy(energy)  # the next K starts from here
+        energy = copy.deepcopy(energy)  # the next K starts from this one's parameters
         sampler = fl.LangevinSampler(energy, steps, maximize=True, **STEP)
         q = solve(sampler, grid, grid.points, data)
-        found[steps] = sampler, q, gibbs(sampler, grid), mle
-    return found
+        laws[steps] = sampler, q, gibbs(sampler, grid), mle
+    return laws
 
 
 HEADER = (
@@ -102,21 +104,18 @@ def row(
 
 
 def rough(x: Tensor) -> Tensor:
-    """A double well with bumps on it."""
+    """A double well with bumps."""
     return (x.square() - 1).square().sum(1) - 0.3 * x.sum(1) + 0.2 * torch.sin(3 * x).sum(1)
 
 
 def plot(data: Tensor, laws: dict[int, tuple[Any, Tensor, Tensor, Tensor]], path: Path) -> None:
-    pyplot_ = pyplot()
-    figure = pyplot_.figure(figsize=(13, 7.5), layout="constrained")
+    figure = pyplot().figure(figsize=(13, 7.5), layout="constrained")
     axes = figure.subplots(2, 3)
     _laws(axes[0, 0], data, *laws[SHOWN])
     _divergences(axes[0, 1], laws)
     _kernels(axes[0, 2])
     _planes(axes[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot_.close(figure)
+    save_plot(figure, path)
 
 
 def _laws(axes: Any, data: Tensor, sampler: Any, q: Tensor, p: Tensor, mle: Tensor) -> None:

@@ -1,14 +1,13 @@
-"""The paper's theory on toys of one or two dimensions, where every law is known exactly.
+"""The paper's theory in one or two dimensions, where every law can be computed exactly.
 
-A law is a vector of masses on a regular grid, a chain's kernel a matrix. Sums over the grid are
-midpoint rules, which for smooth laws that vanish at its edge converge faster than any power of its
-spacing. Everything is float64. Source: arXiv 1904.09770, section 4.
+A law is a vector of masses on a regular grid, and a chain's kernel is a matrix. Sums over the grid
+are midpoint rules. For smooth laws that vanish at the grid's edge, they converge faster than any
+power of its spacing. Everything is float64. Source: arXiv 1904.09770, section 4.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fastlangevin.arguments import at_step, check_count
 from fastlangevin.sampler import LangevinSampler
 
-# A Gaussian this many spacings wide loses 2 exp(-2 pi^2 0.75^2) = 3e-5 of its mass to the midpoint
-# rule at each step, one of one spacing 5e-9, one of 1.2 spacings 1e-12.
+# At a standard deviation of this many spacings, the midpoint rule's relative error of a Gaussian's
+# mass is 2 exp(-2 pi^2 0.75^2) = 3e-5 per step. It is 5e-9 for one spacing and 1e-12 for 1.2.
 _FINEST = 0.75
 
 
@@ -26,8 +25,8 @@ _FINEST = 0.75
 class Grid:
     """The midpoints of n cells along each axis of [lo, hi]^dim.
 
-    With ``atoms`` lo and hi themselves come before and after each axis' midpoints: that is where a
-    clamp leaves mass that no density has.
+    With ``atoms`` each axis also has the points lo, before its midpoints, and hi, after them. A
+    clamp leaves mass there that no density describes.
     """
 
     lo: float
@@ -57,25 +56,25 @@ class Grid:
 
     @property
     def points(self) -> Tensor:
-        """[m, dim], the last coordinate running fastest."""
+        """All points [m, dim]; the last coordinate varies fastest."""
         return torch.cartesian_prod(*[self.axis] * self.dim).reshape(-1, self.dim)
 
     @property
     def volumes(self) -> Tensor:
-        """[m], the volume of each point's cell, which is 0 for atoms."""
+        """The volumes [m] of the points' cells; those of atoms are 0."""
         lengths = torch.full((self.n,), self.spacing, dtype=torch.float64, device="cpu")
         if self.atoms:
             lengths = torch.cat((lengths.new_zeros(1), lengths, lengths.new_zeros(1)))
         return torch.cartesian_prod(*[lengths] * self.dim).reshape(-1, self.dim).prod(1)
 
     def law(self, log_density: Tensor) -> Tensor:
-        """The masses [m] of a density known up to a constant, given its logarithm [m]."""
+        """The masses [m] of a density from its logarithm [m], up to an additive constant."""
         return torch.softmax(log_density + self.volumes.log(), 0)
 
     def uniform(self, lo: float = -1.0, hi: float = 1.0) -> Tensor:
-        """The masses of U(lo, hi)^dim, the paper's p0, for lo and hi between two cells.
+        """The masses of U(lo, hi)^dim, the paper's p0. lo and hi must be boundaries of cells.
 
-        Raises ValueError where they cut a cell: its mass would be wrong by a part of it.
+        Raises ValueError if they cut a cell, because part of its mass would then be wrong.
         """
         for end in (lo, hi):
             cells = (end - self.lo) / self.spacing
@@ -89,9 +88,9 @@ class Grid:
 
 
 def temperature(sampler: LangevinSampler, k: int = 0) -> float:
-    """T = b^2 / 2a of step k: the chain's density is near p ~ exp(-E / T).
+    """T = b^2 / 2a of step k: the chain's density is close to p ~ exp(-E / T).
 
-    Raises ValueError for step sizes or noise that differ between chains.
+    Raises ValueError if step sizes or noise differ between chains.
     """
     step_size, noise_std = _coefficients(sampler, k)
     return noise_std**2 / (2 * step_size)
@@ -112,14 +111,15 @@ def transition(
 
         N(y; x + s a clip(g(x)), b^2),        g = dE/dx, s = -1, or +1 with maximize
 
-    where the mean is the sampler's own step without its noise, so that every setting of its counts.
-    With the sampler's ``clamp``, mass beyond a bound is an atom there, and the grid needs atoms.
-    With ``metropolis``, by default the sampler's own, a move is a proposal, accepted with
-    probability min(1, p(y) q(x | y) / p(x) q(y | x)) and never beyond the grid or a clamp, which
-    leaves :func:`gibbs` invariant. Otherwise rows sum to 1 less what leaves the grid.
+    The mean is the sampler's own step without its noise, so all of its settings apply. With the
+    sampler's ``clamp`` the mass beyond a bound is an atom at the bound, and the grid needs atoms.
+    With ``metropolis``, by default the sampler's setting, the move is a proposal. It is accepted
+    with probability min(1, p(y) q(x | y) / p(x) q(y | x)), and never beyond the grid or a clamp;
+    this leaves :func:`gibbs` invariant. Otherwise rows sum to 1 less the mass that leaves the grid.
 
-    Raises ValueError for a grid too coarse for the noise or not made for the clamp, and for what
-    has no kernel on one chain: clips by the batch's norm, noise_order other than "after".
+    Raises ValueError for a grid that is too coarse for the noise or does not match the clamp, and
+    for settings that have no kernel on one chain: clips by the batch's norm and a noise_order other
+    than "after".
     """
     step_size, noise_std = _coefficients(sampler, k)
     if metropolis is None:
@@ -160,32 +160,31 @@ def short_run(
 
 
 def stationary(kernel: Tensor) -> Tensor:
-    """The law [m] that a kernel [m, m] leaves as it is."""
+    """The law [m] that a kernel [m, m] leaves invariant."""
     m = kernel.shape[0]
-    place: dict[str, Any] = {"dtype": kernel.dtype, "device": kernel.device}
-    system = torch.eye(m, **place) - kernel.T + 1 / m
-    # Where the law is all but 0 rounding may leave less than that.
-    law = torch.linalg.solve(system, torch.full((m,), 1 / m, **place)).clamp(min=0)
+    system = torch.eye(m, dtype=kernel.dtype, device=kernel.device) - kernel.T + 1 / m
+    # Rounding may make masses that are almost 0 negative.
+    law = torch.linalg.solve(system, kernel.new_full((m,), 1 / m)).clamp(min=0)
     return law / law.sum()
 
 
 def kl(q: Tensor, p: Tensor) -> float:
-    """KL(q | p) = sum q log(q / p) in nats; infinite where q has mass and p has none."""
+    """KL(q | p) = sum q log(q / p) in nats; infinite if q has mass at a point where p has none."""
     return float((torch.special.xlogy(q, q) - torch.special.xlogy(q, p)).sum())
 
 
 def entropy(p: Tensor, grid: Grid) -> float:
-    """H(p), the density's differential entropy in nats; minus infinity with atoms."""
+    """H(p), the density's differential entropy in nats; minus infinity if atoms have mass."""
     return -kl(p, grid.volumes)
 
 
 def fit_moments(features: Tensor, target: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """(p_MLE, theta) of the exponential family p ~ exp(<theta, h>) with E_p[h] = target.
 
-    It is the maximum likelihood law for data of those moments, and of all laws with them that of
-    the largest entropy. features: h on the grid [m, j], linearly independent of one another and of
-    1; target [j]. Newton's method on the convex log Z(theta) - <theta, target>. Raises ValueError
-    if no law on the grid has these moments.
+    It is the maximum likelihood law for data with these moments, and the law of largest entropy
+    among all laws that have them. features: h on the grid [m, j], linearly independent of one
+    another and of 1; target [j]. Uses Newton's method on the convex log Z(theta) - <theta, target>.
+    Raises ValueError if no law on the grid has these moments.
     """
     theta = torch.zeros_like(target)
     base = grid.volumes.log()
@@ -202,7 +201,7 @@ def fit_moments(features: Tensor, target: Tensor, grid: Grid) -> tuple[Tensor, T
         hessian = centred.T @ (law[:, None] * centred)
         direction = torch.linalg.lstsq(hessian, -residual[:, None]).solution[:, 0]
         before, slope, length = log_partition(theta), residual @ direction, 1.0
-        # Below a decrease that float64 can see the full step is Newton's last.
+        # If the expected decrease is below float64's resolution, the full step is taken.
         while (
             -slope > 1e-12
             and log_partition(theta + length * direction) > before + 1e-4 * length * slope
@@ -215,21 +214,21 @@ def fit_moments(features: Tensor, target: Tensor, grid: Grid) -> tuple[Tensor, T
     if (law @ features - target).abs().max() < 1e-9 * (1 + target.abs().max()):
         return law, theta
     raise ValueError(
-        f"fit_moments: no law on the grid has the moments {target.tolist()}, or its features "
-        "depend on one another linearly"
+        f"fit_moments: no law on the grid has the moments {target.tolist()}, or the features are "
+        "linearly dependent"
     )
 
 
 def mean_gradient(energy: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
-    """E[dE(x) / dtheta] as one vector, for points x [n, ...] of probabilities weights [n]."""
+    """E[dE(x) / dtheta] as one vector, for points x [n, ...] with probabilities weights [n]."""
     parameters = [p for p in energy.parameters() if p.requires_grad]
     with torch.enable_grad():
         mean = energy(x).reshape(-1) @ weights
-        found = torch.autograd.grad(mean, parameters, allow_unused=True)
+        grads = torch.autograd.grad(mean, parameters, allow_unused=True)
     return torch.cat(
         [
             torch.zeros_like(p).flatten() if g is None else g.flatten()
-            for g, p in zip(found, parameters, strict=True)
+            for g, p in zip(grads, parameters, strict=True)
         ]
     )
 
@@ -239,7 +238,7 @@ def estimating_equation(
 ) -> tuple[Tensor, Tensor]:
     """(E_data[dE / dtheta] - E_q[dE / dtheta], q): algorithm 1's expected update, and its law q.
 
-    q is the law after the sampler's K steps from U(-1, 1); the data are points x [n, dim] of
+    q is the law after the sampler's K steps from U(-1, 1). The data are points x [n, dim] with
     probabilities weights [n].
     """
     energy = _module(sampler)
@@ -256,23 +255,23 @@ def solve(
     tolerance: float = 1e-9,
     iterations: int = 100,
 ) -> Tensor:
-    """Set the energy's parameters to a fixed point of algorithm 1 in expectation; returns q there.
+    """Set the energy's parameters to a fixed point of algorithm 1 in expectation, and return its q.
 
         E_data[dE / dtheta] = E_q(theta)[dE / dtheta]
 
-    by Newton's method with differences for the derivative. It finds what a converged run of
-    ShortRunLearner found, without its noise. Raises ValueError where it does not get there; the
-    parameters are then as they were. They should be float64.
+    Uses Newton's method with finite differences for the derivative. The result is that of a
+    converged run of ShortRunLearner, without its noise. The parameters should be float64. Raises
+    ValueError if no fixed point is found; the parameters are then unchanged.
     """
     parameters = [p for p in _module(sampler).parameters() if p.requires_grad]
-    found = parameters_to_vector(parameters).detach()
+    initial = parameters_to_vector(parameters).detach()
 
     def at(theta: Tensor) -> Tensor:
         vector_to_parameters(theta, parameters)
         return estimating_equation(sampler, grid, x, weights)[0]
 
     with torch.no_grad():
-        theta, gap = found.clone(), at(found)
+        theta, gap = initial.clone(), at(initial)
         for _ in range(iterations):
             if gap.abs().max() <= tolerance:
                 at(theta)
@@ -281,7 +280,7 @@ def solve(
                 (at(theta + step) - at(theta - step)) / 2e-5
                 for step in 1e-5 * torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
             ]
-            # Least squares: some directions, such as an energy's constant, change nothing.
+            # Least squares, because some directions, such as an energy's constant, have no effect.
             jacobian = torch.stack(columns, 1)
             step = torch.linalg.lstsq(jacobian, -gap[:, None], driver="gelsd").solution[:, 0]
             length, new = 1.0, at(theta + step)
@@ -289,15 +288,15 @@ def solve(
                 length /= 2
                 new = at(theta + length * step)
             theta, gap = theta + length * step, new
-        at(found)
+        at(initial)
     raise ValueError(
-        f"solve: no fixed point found in {iterations} iterations, the largest moment is still "
-        f"{float(gap.abs().max()):.2g} off; start from other parameters"
+        f"solve: no fixed point found in {iterations} iterations: a moment is still off by "
+        f"{float(gap.abs().max()):.2g}; start from other parameters"
     )
 
 
 def _axis_law(mean: Tensor, noise_std: float, grid: Grid) -> Tensor:
-    """The law of one coordinate, clamped where the grid has atoms, for each mean: [m, axis]."""
+    """The law of one coordinate for each mean [m, axis], clamped if the grid has atoms."""
     inside = grid.axis[1:-1] if grid.atoms else grid.axis
     z = (inside - mean[:, None]) / noise_std
     masses = (-z.square() / 2).exp() * (grid.spacing / noise_std / math.sqrt(2 * math.pi))
@@ -316,13 +315,13 @@ def _log_density(sampler: LangevinSampler, grid: Grid, k: int) -> Tensor:
 
 def _coefficients(sampler: LangevinSampler, k: int) -> tuple[float, float]:
     """(step_size, noise_std) of step k, as numbers."""
-    found = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
-    for name, value in zip(("step_size", "noise_std"), found, strict=True):
+    values = at_step(sampler.step_size, k), at_step(sampler.noise_std, k)
+    for name, value in zip(("step_size", "noise_std"), values, strict=True):
         if isinstance(value, Tensor) and value.numel() > 1:
             raise ValueError(
                 f"theory: {name} must be the same for every chain, got {list(value.shape)} values"
             )
-    return float(found[0]), float(found[1])
+    return float(values[0]), float(values[1])
 
 
 def _check_kernel(sampler: LangevinSampler, grid: Grid, noise_std: float, metropolis: bool) -> None:
@@ -339,8 +338,9 @@ def _check_kernel(sampler: LangevinSampler, grid: Grid, noise_std: float, metrop
         sampler.clamp is not None and tuple(sampler.clamp) != (grid.lo, grid.hi)
     ):
         raise ValueError(
-            "theory: a clamp needs a grid with atoms at its bounds, with metropolis=True one that "
-            f"ends there without atoms, and no clamp one without; got clamp={sampler.clamp}, {grid}"
+            "theory: with a clamp the grid must end at its bounds, with atoms there unless "
+            f"metropolis=True; without a clamp it must have no atoms; got clamp={sampler.clamp}, "
+            f"{grid}"
         )
 
 

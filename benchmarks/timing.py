@@ -1,4 +1,4 @@
-"""Interleaved timing on CPU and CUDA, the copy bandwidth beside it, and files of results."""
+"""Interleaved timing on CPU and CUDA, copies to compare with, and result files."""
 
 import functools
 import importlib.metadata
@@ -18,15 +18,16 @@ import torch
 
 Sampler = Callable[[], float]
 
-# Of steps held by one graph: enough to make the launch of the graph itself, some 10 us, invisible.
+# Steps in one CUDA graph: enough to make the launch of the graph itself, some 10 us, negligible.
 MIN_GRAPH_STEPS, MAX_GRAPH_STEPS = 16, 256
 
 
 def interleave(samplers: dict[str, Sampler], rounds: int) -> dict[str, list[float]]:
-    """Seconds per step of each sampler, all of them called once a round.
+    """Seconds per step of each sampler. Every sampler is called once per round.
 
-    Slow phases of a shared machine then fall on all alike, and figures of one round can be divided
-    by each other. The order changes from round to round: none runs always in the wake of another.
+    Slow phases of a shared machine then affect all of them, and figures of one round can be divided
+    by each other. The order changes from round to round, so that no sampler always runs after the
+    same other one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in samplers}
     shuffle = random.Random(0).shuffle
@@ -39,14 +40,17 @@ def interleave(samplers: dict[str, Sampler], rounds: int) -> dict[str, list[floa
 
 
 def rounds_within(samplers: dict[str, Sampler], budget: float, least: int, most: int) -> int:
-    """How many rounds take about ``budget`` seconds, from one that also warms everything up."""
+    """How many rounds take about ``budget`` seconds. Runs one round, which is also the warm-up."""
     start = time.perf_counter()
     interleave(samplers, 1)
     return max(least, min(most, round(budget / (time.perf_counter() - start))))
 
 
 def sampler(steps: Sequence[Callable[[], Any]], device: torch.device, least: float) -> Sampler:
-    """A function that runs the steps, for about ``least`` seconds or once, and returns s a step."""
+    """Return a function that runs the steps for about ``least`` seconds, or once if that is longer.
+
+    It returns seconds per step.
+    """
     return (_cuda_sampler if device.type == "cuda" else _cpu_sampler)(steps, least)
 
 
@@ -62,7 +66,7 @@ def _cpu_sampler(steps: Sequence[Callable[[], Any]], least: float) -> Sampler:
     loops = max(1, round(least / (run(1) * len(steps))))
 
     def sample() -> float:
-        # Untimed: what ran before has left caches and threads in its own state.
+        # Untimed: restores the caches and threads that other samplers have left in another state.
         run(1)
         return run(loops)
 
@@ -73,7 +77,7 @@ def _cuda_sampler(steps: Sequence[Callable[[], Any]], least: float) -> Sampler:
     replay, count = capture(steps)
 
     def run(loops: int) -> float:
-        # An untimed replay first: it hides the launch of the timed ones from the clock.
+        # An untimed replay first: it keeps the launch of the timed ones out of the measurement.
         replay()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -88,9 +92,10 @@ def _cuda_sampler(steps: Sequence[Callable[[], Any]], least: float) -> Sampler:
 
 
 def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int]:
-    """A CUDA graph of the steps, in order and repeated to at least MIN_GRAPH_STEPS; their number.
+    """Capture the steps in a CUDA graph. Returns its replay function and its number of steps.
 
-    Launched one by one, small steps would be timed by the Python that launches them.
+    The steps run in order and are repeated to at least MIN_GRAPH_STEPS. If small steps were
+    launched one by one, the measurement would be of the Python code that launches them.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -108,10 +113,10 @@ def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int
 
 
 def buffer_sets(set_bytes: int, device: torch.device) -> int:
-    """How many sets of buffers to go round, so that CUDA finds none of them in its L2 cache.
+    """How many sets of buffers to use in turn, so that none is in the GPU's L2 cache when used.
 
-    In a chain the network's activations sweep x out between steps. On the CPU one set: what fits
-    in a cache is timed there, as is the copy that it is compared to.
+    In a chain the network's activations displace x from the cache between steps. On the CPU there
+    is one set: sizes that fit in a cache are timed in it, and so is the copy to compare with.
     """
     if device.type == "cpu":
         return 1
@@ -120,7 +125,7 @@ def buffer_sets(set_bytes: int, device: torch.device) -> int:
 
 
 def copy_steps(bytes_moved: int, device: torch.device) -> list[Callable[[], Any]]:
-    """``out.copy_(in)`` that reads and writes ``bytes_moved`` in all: what memory can do."""
+    """``out.copy_(in)`` that reads and writes ``bytes_moved`` in all: the limit set by memory."""
     half = bytes_moved // 2
     sets = buffer_sets(bytes_moved, device)
     pairs = [torch.zeros(2, half, dtype=torch.uint8, device=device) for _ in range(sets)]
@@ -128,7 +133,7 @@ def copy_steps(bytes_moved: int, device: torch.device) -> list[Callable[[], Any]
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and the least; of a single figure, itself."""
+    """Median, quartiles, minimum and number of samples."""
     low, middle, high = (
         statistics.quantiles(seconds, n=4, method="inclusive")
         if len(seconds) > 1
@@ -139,7 +144,7 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, versions, commit, date and load: what a figure means nothing without."""
+    """Hardware, versions, commit, date and load, without which a figure has no meaning."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -156,14 +161,14 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "torchebm", "fastlangevin")},
-        # GIT_COMMIT: for copies of the tree that came without their history.
+        # GIT_COMMIT is for copies of the tree without its history.
         "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
         "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
     }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of results, whole or not at all."""
+    """Write a result file, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(content) + "\n")
@@ -187,7 +192,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints about this checkout or machine; None where it cannot run."""
+    """What a command prints about this checkout or machine, or None if it fails."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent

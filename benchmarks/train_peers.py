@@ -1,16 +1,18 @@
-"""Is a training run the same with its loop swapped for ours, and how much faster? On digits.
+"""Is a training run the same if its sampling loop is replaced by ours, and how much faster?
 
     python -m benchmarks.train_peers --out DIR [--iterations 200] [--seeds 3] [--quick]
 
-Three published ways to learn an energy: the short-run paper's (chains from noise), JEM's (a
-classifier, class-conditional chains in a replay buffer) and that of the UvA tutorial (a fifo of
-chains, noise before the gradient, clamp, elementwise clip). Each is one training loop, run with the
-original's sampling loop, with that again on other noise, with ours, and with ours at half of the
-steps: the second says how far noise alone moves a run, the last what the comparison can tell apart.
-The four start from equal weights and see equal batches; they take their iterations in turn, so that
-a busy phase of the machine falls on all of them.
+Three published ways to learn an energy, on digits: the short-run paper's (chains from noise), JEM's
+(a classifier with class-conditional chains in a replay buffer) and the UvA tutorial's (a first-in
+first-out buffer, noise before the gradient, clamp, elementwise clip). Each is one training loop,
+run four times: with the original's sampling loop, with the same loop on other noise, with our
+sampler, and with our sampler at half of the steps. The second run shows how much noise alone
+changes a run, and the last one which differences the comparison can detect. The four runs start
+from equal weights, see equal batches and take their iterations in turn, so that slow phases of the
+machine affect all of them.
 
-writes DIR/train_peers-cpu.json: every iteration's gap, seconds, and how far the curves lie apart.
+writes DIR/train_peers-cpu.json: the gap and the seconds of every iteration, and the distance
+between the curves.
 """
 
 import argparse
@@ -33,20 +35,18 @@ from benchmarks import timing
 from fastlangevin.learn import load_images
 
 BATCH, STEPS, WIDTH, CLASSES, SHAPE = 64, 20, 8, 10, (1, 8, 8)
-CAPACITY = 1000  # of the buffers: the originals' 10,000 and 8192 would not fill in these few steps
+# The originals' buffers of 10,000 and 8,192 would not fill in so few iterations.
+CAPACITY = 1000
 REINIT = 0.05
 LOOP, AGAIN = "original loop", "original loop again"
 OURS, CONTROL = "fastlangevin", "half of the steps"
 WARM_UP = 10  # iterations that are not timed
 
-Sample = Callable[[Tensor], Tensor]
-
-
-# Networks: each returns f = -energy, as the three codebases have it ------------------------------
+Sample = Callable[[Tensor], Tensor]  # (labels of the batch) -> samples
 
 
 class Classifier(nn.Module):
-    """JEM's: logits, read as f(x, y) = logits[y] and f(x) = logsumexp(logits)."""
+    """JEM's network: f(x, y) = logits[y] and f(x) = logsumexp(logits). Here f = -energy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,9 +61,6 @@ class Classifier(nn.Module):
         return logits.logsumexp(1) if y is None else logits.gather(1, y[:, None]).squeeze(1)
 
 
-# The originals' chains, from their equations ------------------------------------------------------
-
-
 def langevin(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -71,7 +68,7 @@ def langevin(
     generator: torch.Generator,
     noise_std: float = 0.01,
 ) -> Tensor:
-    """The short-run paper's and JEM's: x <- x + (df/dx + noise_std z)."""
+    """The short-run paper's and JEM's chain: x <- x + (df/dx + noise_std z)."""
     x = x.clone().requires_grad_()
     for _ in range(steps):
         (grad,) = torch.autograd.grad(f(x).sum(), x, retain_graph=True)
@@ -82,7 +79,10 @@ def langevin(
 def uva_chain(
     f: nn.Module, x: Tensor, steps: int, generator: torch.Generator, noise_std: float = 0.005
 ) -> Tensor:
-    """x <- clamp(x + noise_std z), then x <- clamp(x + 10 clip(df/dx, 0.03)), in [-1, 1]."""
+    """The UvA tutorial's chain, in [-1, 1].
+
+    x <- clamp(x + noise_std z), then x <- clamp(x + 10 clip(df/dx, 0.03))
+    """
     for parameter in f.parameters():
         parameter.requires_grad_(False)
     x = x.clone().requires_grad_()
@@ -93,9 +93,6 @@ def uva_chain(
     for parameter in f.parameters():
         parameter.requires_grad_(True)
     return x.detach()
-
-
-# Where negative samples come from: (labels of the batch) -> samples -------------------------------
 
 
 def paper_loop(f: nn.Module, seed: int) -> Sample:
@@ -185,9 +182,6 @@ def noise(n: int, generator: torch.Generator) -> Tensor:
     return 2 * torch.rand((n, *SHAPE), generator=generator) - 1
 
 
-# Losses on data x with labels y, and samples ------------------------------------------------------
-
-
 def paper_loss(f: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
     gap = f(x).mean() - f(samples).mean()
     return -gap, gap
@@ -205,7 +199,7 @@ def uva_loss(f: nn.Module, x: Tensor, y: Tensor, samples: Tensor) -> tuple[Tenso
 
 
 class Style(NamedTuple):
-    """One way to train."""
+    """One way to train. ``loss`` of (f, x, labels of x, samples) returns (loss, gap)."""
 
     network: Callable[[], nn.Module]
     loop: Callable[..., Sample]
@@ -229,7 +223,7 @@ STYLES = {
 
 
 def train(style: Style, variant: str, seed: int) -> Iterator[tuple[float, float, float]]:
-    """The training loop: (gap, seconds of the sampling, seconds in all) of every iteration."""
+    """Run a training loop; yields (gap, sampling seconds, all seconds) of every iteration."""
     torch.manual_seed(seed)
     f = style.network()
     chains = seed + (2000 if variant == AGAIN else 1000)
@@ -244,9 +238,9 @@ def train(style: Style, variant: str, seed: int) -> Iterator[tuple[float, float,
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
         x = images[chosen]
         x = x + style.data_noise * torch.randn(x.shape, generator=generator)
-        asked = torch.randint(CLASSES, (BATCH,), generator=generator)
+        sampled_labels = torch.randint(CLASSES, (BATCH,), generator=generator)
         sampling = time.perf_counter()
-        samples = sample(asked)
+        samples = sample(sampled_labels)
         sampled = time.perf_counter()
         loss, gap = style.loss(f, x, labels[chosen], samples)
         optimizer.zero_grad()
@@ -264,14 +258,14 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def check() -> None:
-    """That each loop and our sampler compute the same chain, without noise in float64."""
+    """SystemExit unless each loop and our sampler compute the same noiseless chain in float64."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     x, y = noise(BATCH, generator), torch.arange(BATCH) % CLASSES
     for name, style in STYLES.items():
         f = style.network().double()
         for parameter in f.parameters():
-            parameter.data *= 3  # as they are at first, no gradient would reach the clip
+            parameter.data *= 3  # with the initial weights no gradient would reach the clip
         start = x.double()
         if name == "UvA":
             want = uva_chain(f, start, 5, generator, noise_std=0.0)
@@ -286,11 +280,11 @@ def check() -> None:
 
 
 def same(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Whether runs a and b have one level: the difference over the spread between seeds.
+    """Student's test that runs a and b have equal means over the seeds.
 
-    t = (mean b - mean a) / (s sqrt(1 / n_a + 1 / n_b)), s the pooled standard deviation, and p, the
-    probability of a larger |t| were the means equal (Student's test). A run's number is its mean
-    gap over the last third of the iterations.
+    t = (mean b - mean a) / (s sqrt(1 / n_a + 1 / n_b)) with the pooled standard deviation s; p is
+    the probability of a larger |t| if the means are equal. A run is represented by its mean gap
+    over the last third of the iterations.
     """
     freedom = len(a) + len(b) - 2
     difference = statistics.fmean(b) - statistics.fmean(a)
@@ -306,7 +300,7 @@ def same(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
 
 
 def distance(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
-    """Root mean square, over a run's iterations, of the curves' difference; mean over the seeds."""
+    """The curves' root mean square difference over the iterations, averaged over the seeds."""
     return statistics.fmean(
         math.sqrt(statistics.fmean((u - v) ** 2 for u, v in zip(*pair, strict=True)))
         for pair in zip(a, b, strict=True)
@@ -314,7 +308,7 @@ def distance(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> floa
 
 
 def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
-    """One row per variant of a style."""
+    """Run all variants of a style; returns one row per variant."""
     variants = (LOOP, AGAIN, OURS, CONTROL)
     gaps: dict[str, list[list[float]]] = {variant: [] for variant in variants}
     seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
@@ -332,9 +326,9 @@ def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
     late = {variant: [last_third(run) for run in gaps[variant]] for variant in variants}
     rows = []
     for variant in variants:
-        own, base = (list(zip(*seconds[each], strict=True)) for each in (variant, LOOP))
+        times, base = (list(zip(*seconds[each], strict=True)) for each in (variant, LOOP))
         ratios = [
-            [b / o for b, o in zip(*pair, strict=True)] for pair in zip(base, own, strict=True)
+            [b / o for b, o in zip(*pair, strict=True)] for pair in zip(base, times, strict=True)
         ]
         rows.append({
             "style": name,
@@ -343,8 +337,8 @@ def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
             "late_gap": late[variant],
             "distance": distance(gaps[LOOP], gaps[variant]),
             "same_as_loop": None if variant == LOOP else same(late[LOOP], late[variant]),
-            "sampling": timing.summary(own[0]),
-            "iteration": timing.summary(own[1]),
+            "sampling": timing.summary(times[0]),
+            "iteration": timing.summary(times[1]),
             "sampling_speedup": timing.summary(ratios[0]),
             "iteration_speedup": timing.summary(ratios[1]),
         })  # fmt: skip
@@ -361,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="three iterations of two seeds")
+    parser.add_argument("--quick", action="store_true", help="three iterations with two seeds")
     options = parser.parse_args(arguments)
     if options.quick:
         options.iterations, options.seeds = 3, 2

@@ -1,8 +1,8 @@
-"""The step's cases, everyone who can take it, and the check that they all take the same step.
+"""Cases of the step, the variants that can take it, and a check that all take the same step.
 
     x <- clamp(x + g + b z, -1, 1)
 
-It is the paper's update up to the sign of g, and what people write by hand.
+This is the paper's update up to the sign of g, and the one that users write by hand.
 """
 
 import functools
@@ -24,11 +24,12 @@ OURS = ("reference", "native", "triton")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# One rounding to the state's dtype at |x| <= 1, and in bf16 nothing else that shows beside it.
+# One rounding to the state's dtype at |x| <= 1. In bf16 all other errors are negligible.
 _TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 2.0e-3}
-# On mean and standard deviation of (noise / b); bf16 states of up to 0.5 round b z by up to 0.05 b.
+# For the mean and standard deviation of noise / b. States |x| <= 0.5 in bf16 round b z by up to
+# 0.05 b.
 _STATISTICS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-# The reference is a specification, and takes some 50 int64 temporaries: small sizes only.
+# The reference is a specification and makes some 50 int64 temporaries: it is timed at small sizes.
 _REFERENCE_BYTES = 2**23
 
 
@@ -48,8 +49,8 @@ class Case(NamedTuple):
 
     @property
     def bytes_moved(self) -> int:
-        # Read x, read g, write x: no step can move less. What a variant moves beyond that, such as
-        # noise through memory, counts as time and not as bytes.
+        # Read x, read g, write x: no step can move less. Other traffic of a variant, such as noise
+        # written to memory, counts as time and not as bytes.
         return 3 * self.elements * _DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -66,7 +67,7 @@ class Case(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One way to take the step: take(x, g) changes x or returns a new state."""
+    """One way to take the step: take(x, g) returns x, changed in place, or a new state."""
 
     name: str
     take: Callable[[Tensor, Tensor], Tensor]
@@ -80,14 +81,14 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
             Case("64x1x8x8", (64, 1, 8, 8), "fp32", "contiguous", noise_std, device)
             for noise_std in (0.01, 0.0)
         ]
-    found = []
+    chosen = []
     for size in ("64x1x8x8", "64x3x32x32", "256 MB" if device.type == "cuda" else "64 MB"):
         for dtype in _DTYPES:
             shape = _shape(size, _DTYPES[dtype].itemsize)
             # With one channel both layouts are the same memory.
             for layout in _LAYOUTS if shape[1] > 1 else ["contiguous"]:
-                found += [Case(size, shape, dtype, layout, b, device) for b in (0.01, 0.0)]
-    return found
+                chosen += [Case(size, shape, dtype, layout, b, device) for b in (0.01, 0.0)]
+    return chosen
 
 
 def _shape(size: str, itemsize: int) -> tuple[int, ...]:
@@ -98,22 +99,22 @@ def _shape(size: str, itemsize: int) -> tuple[int, ...]:
 
 
 def variants(case: Case, compiled: bool = True) -> list[Variant]:
-    """All that can take this step here; a slow reference and a costly compiler only if asked."""
+    """All variants that can take this step here. The slow reference only takes small ones."""
     b = case.noise_std
-    found = [Variant("eager", _eager(b)), Variant("eager in place", _in_place(b))]
+    chosen = [Variant("eager", _eager(b)), Variant("eager in place", _in_place(b))]
     if compiled:
-        # The caches of earlier cases count against the limit on recompilations, and the number of
-        # threads is compiled in.
+        # Earlier cases count against the limit on recompilations, and the number of threads is
+        # compiled in.
         torch._dynamo.reset()
         compiled_step = torch.compile(_in_place(b), dynamic=False, fullgraph=True)
-        found.append(Variant("torch.compile", compiled_step))
-    if _torchebm_serves(case):
-        found.append(Variant("torchebm", _torchebm(b), sign=-1.0))
+        chosen.append(Variant("torch.compile", compiled_step))
+    if _torchebm_supports(case):
+        chosen.append(Variant("torchebm", _torchebm(b), sign=-1.0))
     for name, reason in backend_status(case.device).items():
         small = case.elements * _DTYPES[case.dtype].itemsize <= _REFERENCE_BYTES
         if reason is None and (name != "reference" or small):
-            found.append(Variant(name, _ours(b, name)))
-    return found
+            chosen.append(Variant(name, _ours(b, name)))
+    return chosen
 
 
 def _eager(b: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -128,10 +129,10 @@ def _in_place(b: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, g: x.add_(g).add_(torch.randn_like(x), alpha=b).clamp_(*CLAMP)
 
 
-def _torchebm_serves(case: Case) -> bool:
+def _torchebm_supports(case: Case) -> bool:
     return (
         (case.device.type, case.dtype, case.layout) == ("cuda", "fp32", "contiguous")
-        and case.noise_std > 0  # it draws its noise in any case
+        and case.noise_std > 0  # its kernel always draws noise
         and all(importlib.util.find_spec(name) for name in ("torchebm", "triton"))
     )
 
@@ -152,19 +153,22 @@ def _ours(b: float, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def check(case: Case, variant: Variant) -> None:
-    """AssertionError unless the variant takes the step that the float64 reference takes.
+    """AssertionError unless the variant takes the float64 reference's step.
 
-    Ours make the contract's noise and are held to it, element by element. The others' noise must
-    have mean 0 and standard deviation b, at 5 standard errors. On the first and last 8 chains.
+    Our backends are compared with the noise contract, element by element. The noise of other
+    variants must have mean 0 and standard deviation b within 5 standard errors. The first and last
+    8 chains are checked.
     """
     foreign = case.noise_std > 0 and variant.name not in OURS
-    # Other people's noise shows only where nothing is clamped.
+    # The statistics of foreign noise hold only if nothing is clamped.
     x, g = case.tensors(scale=0.5 if foreign else 1.1)
     rows = torch.arange(case.shape[0], device=case.device)
     rows = torch.cat((rows[:8], rows[-8:])).unique()
     before, grad = x[rows].double(), variant.sign * g[rows].double()
     after = variant.take(x, g)
-    assert after.shape == x.shape, f"{variant.name} made {list(after.shape)} of {list(x.shape)}"
+    assert after.shape == x.shape, (
+        f"{variant.name}: expected shape {list(x.shape)}, got {list(after.shape)}"
+    )
     got = after[rows].double()
     if foreign:
         z = (got - before - grad) / case.noise_std
@@ -192,8 +196,11 @@ def _contract_noise(case: Case, rows: Tensor) -> Tensor:
 def samplers(
     case: Case, chosen: list[Variant], least: float
 ) -> tuple[dict[str, timing.Sampler], dict[str, str], int]:
-    """Checked variants ready to be timed, with the copy; errors by name; the sets of buffers."""
-    # x and g are read, x is written: two tensors that a cache can hold.
+    """Check variants and prepare their timing, and that of the copy.
+
+    Returns functions to time by name, errors by name, and the number of sets of buffers.
+    """
+    # A step touches two tensors that a cache can hold, x and g.
     sets = timing.buffer_sets(case.bytes_moved * 2 // 3, case.device)
     buffers = [case.tensors() for _ in range(sets)]
     ready = {"copy": timing.sampler(
@@ -207,6 +214,6 @@ def samplers(
                 functools.partial(variant.take, x, g) for x, g in buffers
             ]
             ready[variant.name] = timing.sampler(steps, case.device, least)
-        except Exception as error:  # one that fails must not cost the others' figures
+        except Exception as error:  # the other variants are still timed
             errors[variant.name] = f"{type(error).__name__}: {error}"
     return ready, errors, sets

@@ -1,5 +1,5 @@
-// The module fastlangevin._native: addresses, sizes and strides in, nothing out. No torch header is
-// included, so that one binary serves every version of torch.
+// The module fastlangevin._native. Its functions take addresses, sizes and strides instead of
+// tensors. No header of torch is included, so that one binary works with every version of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

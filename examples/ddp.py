@@ -1,9 +1,9 @@
-"""Short-run learning on several processes: plain DDP around the energy, chains split by rank.
+"""Short-run learning in several processes: DDP around the energy, and chains split by rank.
 
     torchrun --nproc-per-node 2 examples/ddp.py
 
-The energy goes into the sampler without DDP: sampling needs no synchronisation, and its gradients
-none of DDP's hooks. ``first_chain`` gives every process its own part of one batch of chains.
+The sampler gets the energy without DDP, because sampling needs neither synchronisation nor DDP's
+hooks. ``first_chain`` gives every process its own part of one batch of chains.
 """
 
 import torch
@@ -25,18 +25,18 @@ def main(iterations: int = 3, n: int = 8) -> None:
     for iteration in range(iterations):
         x = sampler(n=n, seed=iteration, first_chain=rank * n)
         optimizer.zero_grad()
-        # One forward pass of the DDP module, of both batches, before its backward pass.
+        # DDP needs a single forward pass, of both batches, before the backward pass.
         real, fake = model(torch.cat([data, x])).split(n)
         (real.mean() - fake.mean()).backward()
         optimizer.step()
-    # The same weights everywhere, and other chains.
+    # All processes have the same weights and different chains.
     total = torch.cat([p.detach().flatten() for p in model.parameters()]).sum()
-    found = [torch.zeros(2, dtype=torch.float64) for _ in range(world)]
-    dist.all_gather(found, torch.stack([total, x.sum()]).double())
+    pairs = [torch.zeros(2, dtype=torch.float64) for _ in range(world)]
+    dist.all_gather(pairs, torch.stack([total, x.sum()]).double())
     if rank == 0:
-        print("weights", [float(pair[0]) for pair in found])
-        print("chains ", [float(pair[1]) for pair in found])
-    dist.barrier()  # nobody leaves while another still talks to it
+        print("weights", [float(pair[0]) for pair in pairs])
+        print("chains ", [float(pair[1]) for pair in pairs])
+    dist.barrier()  # no process exits while another still communicates with it
     dist.destroy_process_group()
 
 

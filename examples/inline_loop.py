@@ -1,4 +1,4 @@
-"""An inline Langevin loop that stays a loop: its two lines of noise and update become one call.
+"""Keep an inline Langevin loop, and replace its two lines of noise and update by one call.
 
 python examples/inline_loop.py
 """

@@ -1,4 +1,4 @@
-"""A LightningModule that learns an energy: the sampler takes the place of its inline loop.
+"""A LightningModule that learns an energy with a sampler in place of an inline loop.
 
 pip install lightning && python examples/lightning_module.py
 """
@@ -15,13 +15,13 @@ class ShortRun(lightning.LightningModule):
     def __init__(self, width: int = 16, steps: int = 30) -> None:
         super().__init__()
         self.energy = fl.ConvEnergy(channels=1, size=8, width=width)
-        # No module of its own: parameters, devices and checkpoints stay those of self.energy.
+        # The sampler is no module: parameters, devices and checkpoints are those of self.energy.
         self.sampler = fl.LangevinSampler(self.energy, steps=steps)
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         (x,) = batch
-        # The seed counts batches: global_step counts the optimizer's steps, and stands still while
-        # gradients accumulate.
+        # The seed counts batches. global_step would not do: it counts the optimizer's steps, and
+        # does not change while gradients accumulate.
         seed = fl.noise.fold_in(self.current_epoch, index)
         chains = self.sampler(n=len(x), seed=seed, first_chain=self.global_rank * len(x))
         gap = self.energy(x).mean() - self.energy(chains).mean()

@@ -26,8 +26,8 @@ __all__ = [
     "noise",
 ]
 
-# A name is imported when it is first asked for: `fastlangevin --help` must not wait for torch, nor
-# the sampler for what is built on it.
+# A name is imported at its first use, so that `fastlangevin --help` does not wait for torch, and
+# the sampler does not wait for the packages that are built on it.
 _HOMES = {
     "ConvEnergy": "energies",
     "Diagnostics": "sampler",

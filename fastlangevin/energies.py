@@ -1,4 +1,4 @@
-"""Energies: the paper's ConvNets, and a law that is known exactly."""
+"""Energies: the ConvNets of the short-run paper, and a Gaussian whose chains have a known law."""
 
 import itertools
 import math
@@ -9,16 +9,25 @@ ACTIVATIONS = ("leaky_relu", "relu", "silu", "softplus", "elu")
 
 
 class ConvEnergy(nn.Module):
-    """The short-run paper's ConvNet as an energy, for images [n, channels, size, size] -> [n].
+    """The short-run paper's ConvNet as an energy: images [n, channels, size, size] -> [n].
 
-        Conv 3x3 s1 -> w, then Conv 4x4 s2 -> 2w, 4w, 8w, 8w, ... until 4 x 4 is left,
-        then Conv 4x4 s1 without padding -> 1; an activation between, biases, no normalisation.
+        Conv 3x3 s1 -> w,  then Conv 4x4 s2 -> 2w, 4w, 8w, 8w, ... down to 4 x 4 pixels,
+        then Conv 4x4 s1 without padding -> 1
 
-    Low energy means likely: the paper's f is -energy. ``size`` is a power of two from 8 to 256
-    (32 and 64 are the paper's, the others their continuation), ``width`` the paper's n_f, ``leak``
-    the negative slope of leaky_relu (0.2 in the paper's code, 0.05 and 0.01 in its authors' other
-    work). ``activation``: leaky_relu, relu, silu, softplus or elu. Raises ValueError naming the
-    argument; forward raises it for images of another shape. Source: arXiv 1904.09770, app. 7.3.
+    There is an activation between the layers, with biases and without normalisation. A low energy
+    means a likely image: the paper's f is -energy. Source: arXiv 1904.09770, app. 7.3.
+
+    Args:
+        channels: The number of channels of an image.
+        size: Height and width, a power of two from 8 to 256. The paper has 32 and 64; the other
+            sizes continue the pattern.
+        width: w, the paper's n_f.
+        leak: The negative slope of leaky_relu: 0.2 in the paper's code, 0.05 and 0.01 in other work
+            of its authors.
+        activation: "leaky_relu", "relu", "silu", "softplus" or "elu".
+
+    Raises:
+        ValueError: An argument does not fit or, in ``forward``, the shape of the images.
     """
 
     def __init__(
@@ -59,7 +68,7 @@ class ConvEnergy(nn.Module):
         return self.channels, self.size, self.size
 
     def settings(self) -> dict[str, int | float | str]:
-        """The constructor's arguments, JSON-ready."""
+        """The constructor's arguments, in a form that JSON can hold."""
         return {
             "channels": self.channels,
             "size": self.size,
@@ -90,8 +99,8 @@ class ConvEnergy(nn.Module):
 class GaussianEnergy(nn.Module):
     """U(x) = |x|^2 / (2 variance), summed over a chain's elements: [n, ...] -> [n].
 
-    The unadjusted chain x <- x - h dU/dx + sqrt(2 h T) z has the exact stationary variance
-    T variance / (1 - h / (2 variance)) and, with a = h, b = sqrt(2 h T), the step's own constants.
+    The unadjusted chain x <- x - h dU/dx + sqrt(2 h T) z, which is the sampler's for a = h and
+    b = sqrt(2 h T), has exactly the stationary variance T variance / (1 - h / (2 variance)).
     """
 
     def __init__(self, variance: float = 1.0) -> None:
@@ -104,7 +113,7 @@ class GaussianEnergy(nn.Module):
         return x.square().reshape(x.shape[0], math.prod(x.shape[1:])).sum(1) / (2 * self.variance)
 
     def stationary_variance(self, step_size: float, noise_std: float) -> float:
-        """The chain's variance after infinitely many steps, b^2 / (1 - (1 - a / variance)^2)."""
+        """The variance of the chain after many steps, b^2 / (1 - (1 - a / variance)^2)."""
         contraction = 1 - step_size / self.variance
         if not abs(contraction) < 1:
             raise ValueError(

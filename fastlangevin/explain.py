@@ -1,4 +1,4 @@
-"""The plan of a call as readable text: what will run, on what, and why nothing faster."""
+"""The plan of a call as text: which engine and backend run, and why nothing faster does."""
 
 import torch
 from torch import Tensor
@@ -7,33 +7,36 @@ from fastlangevin.adjoint.unroll import explain as explain_gradients
 from fastlangevin.chain.chain import Chain
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings
-from fastlangevin.gradients.autograd import check_precision, device_of
+from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.gradients.select import Choice
-from fastlangevin.roofline import HALVES, copy_bandwidth, cost, matrix_rate
+from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.precision import HALVES, check_precision
+from fastlangevin.gradients.select import EngineChoice
+from fastlangevin.roofline import Cost, copy_bandwidth, cost, matrix_rate
 from fastlangevin.step import backend_status, choose_backend
 
 _ORDER_TEXT = {
-    "after": "noise together with the gradient step",
-    "before": "noise before the gradient is taken",
-    "last": "noise after the clamp",
+    "after": "noise is added with the gradient step",
+    "before": "noise is added before the gradient is computed",
+    "last": "noise is added after the clamp",
 }
-_GRADIENT_TEXT = {
-    "autograd": "forward and input gradient by autograd",
-    "explicit": "an explicit forward and input gradient, no gradient of weights, no graph",
-    "fused": "the same in kernels of our own, a few chains through the whole network at a time",
-    "network": "the output of the network itself; no energies",
+_ENGINE_TEXT = {
+    "autograd": "forward pass and input gradient by autograd",
+    "explicit": "explicit forward pass and input gradient in torch operators, no weight gradients",
+    "fused": "kernels that take a few chains at a time through the whole network and back",
+    "network": "the output of the network itself, without energies",
 }
-# Part of the rate of torch's matrix products that a chain reaches, in float32 and on the CPU, as
+# The fraction of the rate of torch's matrix product that a chain reaches in float32 on a CPU, as
 # measured for the paper's networks of width 16 to 64 at batch 64 with AVX2 and with AVX-512.
-_EXPECTED = {"autograd": (0.3, 0.8), "explicit": (0.4, 1.0), "fused": (0.55, 1.0)}
+_FRACTIONS = {"autograd": (0.3, 0.8), "explicit": (0.4, 1.0), "fused": (0.55, 1.0)}
+_INDENT = " " * 11
 
 
 def explain(chain: Chain, x: Tensor | None, started: bool, graphs: Graphs) -> str:
-    """The plan of a chain from x, or of what is known without it.
+    """Describe the plan of a chain from x, or as much of it as is known if x is None.
 
-    ``started``: whether x is a caller's state, with which costs and gradients are told as well,
-    rather than zeros in the energy's shape. Raises as a call does.
+    ``started`` is whether x is a caller's state and not zeros in the energy's shape. Only then are
+    costs and gradients described. Raises the errors that a call raises.
     """
     device = x.device if x is not None else device_of(chain.energy) or torch.device("cpu")
     settings = chain.settings
@@ -42,12 +45,12 @@ def explain(chain: Chain, x: Tensor | None, started: bool, graphs: Graphs) -> st
     lines = [
         f"chain      {settings.steps} steps, {_direction(settings)}, "
         f"{_ORDER_TEXT[settings.noise_order]}"
-        + (", accepted or rejected (MALA)" if settings.metropolis else ""),
-        *_explain_gradient(chain, x, started, graphs),
-        f"update     backend {backend} on {device}; reference with differentiable=True",
+        + (", each step is accepted or rejected (MALA)" if settings.metropolis else ""),
+        *_explain_engine(chain, x, started, graphs),
+        f"update     backend {backend} on {device}; with differentiable=True, backend reference",
     ]
     lines += [
-        f"           not {name}: {reason}"
+        f"{_INDENT}not {name}: {reason}"
         for name, reason in backend_status(device).items()
         if reason is not None
     ]
@@ -67,57 +70,63 @@ def _direction(settings: Settings) -> str:
     return "ascending f" if settings.maximize else "descending E"
 
 
-def _explain_gradient(chain: Chain, x: Tensor | None, started: bool, graphs: Graphs) -> list[str]:
+def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graphs) -> list[str]:
     name, precision = chain.settings.gradient, chain.settings.precision
-    as_set = f"precision {precision or 'as torch is set'}"
+    precision_text = f"precision {precision or 'as set in torch'}"
     if x is None:
-        known = name in ("autograd", "network")
-        text = _GRADIENT_TEXT[name] if known else "depends on the state's shape; give x0"
-        return [f"gradient   {name}: {text}, {as_set}"]
+        fixed = name in ("autograd", "network")
+        text = _ENGINE_TEXT[name] if fixed else "depends on the state's shape; pass x0"
+        return [f"gradient   {name}: {text}; {precision_text}"]
     choice = chain.choose(x)
-    lines = [f"gradient   {choice.name}: {_GRADIENT_TEXT[choice.name]}, {as_set}"]
-    lines += [f"           not {name}: {why}" for name, why in choice.why_not.items()]
+    lines = [f"gradient   {choice.name}: {_ENGINE_TEXT[choice.name]}; {precision_text}"]
+    lines += [f"{_INDENT}not {name}: {reason}" for name, reason in choice.why_not.items()]
     if started and x.shape[0] and choice.name != "network":
         graph = choice.graph or recognise(chain.energy, x, chain.model_kwargs)
-        known_graph = None if isinstance(graph, str) else graph
-        lines += _explain_cost(choice._replace(graph=known_graph), x, precision)
+        lines += _explain_cost(choice, None if isinstance(graph, str) else graph, x, precision)
     lines.append(f"graph      {graphs.explain(chain, x, choice)}")
     return lines
 
 
-def _explain_cost(choice: Choice, x: Tensor, precision: str | None) -> list[str]:
-    """Lines of a plan: work and memory of a step of these states, and the machine's limit."""
-    lines = []
-    graph, chains, threads = choice.graph, x.shape[0], torch.get_num_threads()
+def _explain_cost(
+    choice: EngineChoice, graph: Graph | None, x: Tensor, precision: str | None
+) -> list[str]:
+    """Describe the work and the memory of a step from x, as far as they are known."""
+    lines, held_bytes = [], None
     if graph is not None:
-        each = cost(graph)
-        item = 2 if precision in HALVES else graph.dtype.itemsize
-        flops = each.flops * chains
-        # Weights once each way; the state and its gradient read, the state written.
-        least = 2 * item * each.weights + 3 * 4 * x.numel()
-        rate = matrix_rate(x.device, precision, threads if x.device.type == "cpu" else 0)
-        limit = max(flops / rate, least / copy_bandwidth(x.device, threads))
-        text = (
-            f"work       {flops / 1e9:.3g} GFLOP a step, at least {least / 2**20:.3g} MiB to move; "
-            f"at this machine's {rate / 1e9:.3g} GFLOP/s (torch's matrix product) "
-            f"{limit * 1e3:.3g} ms"
-        )
-        lines.append(text)
-        expected = _EXPECTED.get(choice.name) if x.device.type == "cpu" else None
-        if expected is None or precision in HALVES:
-            lines.append(
-                "           distance from that limit: not measured; fastlangevin bench does"
-            )
-        else:
-            low, high = expected
-            lines.append(
-                f"           expected {limit / high * 1e3:.3g} to {limit / low * 1e3:.3g} ms, "
-                "as seen elsewhere; fastlangevin bench measures it here"
-            )
-    held = None if choice.run is None else choice.run.held_bytes()
-    if held is None and graph is not None and choice.run is None:
-        # Autograd keeps what every activation reads and what it puts out.
-        held = 2 * each.activations * chains * graph.dtype.itemsize
-    if held is not None:
-        lines.append(f"memory     about {held / 2**20:.3g} MiB held by the engine")
+        costs = cost(graph)
+        lines = _explain_work(choice.name, graph, costs, x, precision)
+        if choice.engine is None:
+            # Autograd saves the input and the output of every activation.
+            held_bytes = 2 * costs.activations * x.shape[0] * graph.dtype.itemsize
+    if choice.engine is not None:
+        held_bytes = choice.engine.held_bytes()
+    if held_bytes is not None:
+        lines.append(f"memory     the engine holds about {held_bytes / 2**20:.3g} MiB")
     return lines
+
+
+def _explain_work(
+    engine: str, graph: Graph, costs: Cost, x: Tensor, precision: str | None
+) -> list[str]:
+    """Describe the work of a step, the least time for it, and the time to expect."""
+    threads = torch.get_num_threads()
+    item = 2 if precision in HALVES else graph.dtype.itemsize
+    flops = costs.flops * x.shape[0]
+    # Each pass reads the weights; the step reads x and its gradient in float32, and writes x.
+    least_bytes = 2 * item * costs.weights + 3 * 4 * x.numel()
+    rate = matrix_rate(x.device, precision, threads if x.device.type == "cpu" else 0)
+    limit = max(flops / rate, least_bytes / copy_bandwidth(x.device, threads))
+    work = (
+        f"work       {flops / 1e9:.3g} GFLOP a step and at least {least_bytes / 2**20:.3g} MiB of "
+        f"memory traffic; with this machine's rates ({rate / 1e9:.3g} GFLOP/s in torch's matrix "
+        f"product) the least time is {limit * 1e3:.3g} ms"
+    )
+    fractions = _FRACTIONS.get(engine) if x.device.type == "cpu" else None
+    if fractions is None or precision in HALVES:
+        return [work, f"{_INDENT}the actual time is not known; fastlangevin bench measures it"]
+    low, high = fractions
+    return [
+        work,
+        f"{_INDENT}expect {limit / high * 1e3:.3g} to {limit / low * 1e3:.3g} ms, as on other "
+        "machines; fastlangevin bench measures it here",
+    ]

@@ -1,12 +1,12 @@
-"""The noise contract: every random number is a pure function of where it is used.
+"""The noise: every random number is a pure function of its address.
 
-A number is addressed by (seed, stream, chain, step, element), and nothing else enters: not the
-batch, the device, the dtype of the network, the number of threads or the memory format.
-:mod:`fastlangevin.kernels.philox` defines the numbers; the functions here take them from the
-fastest kernel that runs on a device.
+The address is (seed, stream, chain, step, element). Nothing else has an influence: not the batch,
+the device, the dtype of the network, the number of threads or the memory format.
+:mod:`fastlangevin.kernels.philox` defines the numbers; the functions here compute them with the
+fastest kernel that can run on a device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fastlangevin.kernels.philox import (
     LANGEVIN,
     ORDER,
     USER,
+    Address,
     check_address,
     check_range,
     check_request,
@@ -64,15 +65,20 @@ def normal(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normals [n, ...] of chains first_chain .. first_chain + n - 1 at one step.
+    """Standard normals [n, ...] of chains first_chain, ..., first_chain + n - 1 at one step.
 
-    Row i, element e is the normal at (seed, stream, first_chain + i, step, e); |z| <= 5.77.
-    ``dtype`` is float32 (within 2e-6 of the exact formula) or float64; ``device`` is the CPU unless
-    given, whatever torch's default device. Draws nothing from torch's generators. Raises ValueError
-    for a seed outside [0, 2**64) or an address word outside [0, 2**32).
+    Element e of row i is the normal at (seed, stream, first_chain + i, step, e); |z| <= 5.77.
+
+    Args:
+        shape: [n, ...], at most 2**34 elements per chain.
+        seed: An integer in [0, 2**64).
+        step, stream, first_chain: Integers in [0, 2**32).
+        device: The CPU by default, even if torch has another default device.
+        dtype: torch.float32 (within 2e-6 of the exact formula) or torch.float64.
+
+    Raises TypeError or ValueError for other arguments. torch's generators are left alone.
     """
-    address = dict(seed=seed, step=step, stream=stream, first_chain=first_chain)
-    return _draw("normal", normal_ref, shape, address, device, dtype)
+    return _draw(shape, Address(seed, step, stream, first_chain), device, dtype, uniform=False)
 
 
 def uniform(
@@ -85,9 +91,8 @@ def uniform(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Uniforms [n, ...] in [0, 1), multiples of 2**-24, addressed as in :func:`normal`."""
-    address = dict(seed=seed, step=step, stream=stream, first_chain=first_chain)
-    return _draw("uniform", uniform_ref, shape, address, device, dtype)
+    """Uniforms [n, ...] in [0, 1), multiples of 2**-24; arguments as for :func:`normal`."""
+    return _draw(shape, Address(seed, step, stream, first_chain), device, dtype, uniform=True)
 
 
 def initial(
@@ -97,17 +102,18 @@ def initial(
     first_chain: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """U(-1, 1), float32 [n, ...]: p0, the states from which the seed's chains start.
+    """The states [n, ...] from which the chains of a seed start: U(-1, 1), in float32.
 
-    2 u - 1 with the uniforms of the stream of initial states at step 0.
+    They are 2 u - 1, where u are the uniforms of the stream of initial states at step 0.
     """
     return 2 * uniform(shape, seed=seed, step=0, first_chain=first_chain, device=device) - 1
 
 
 def fold_in(seed: int, number: int) -> int:
-    """A new 64-bit seed from a seed and a number in [0, 2**64).
+    """A new 64-bit seed, derived from a seed and a number in [0, 2**64).
 
-    Words 0 and 1 (low, high) of the block at counter (number low, number high, 0, 255).
+    It consists of words 0 (low) and 1 (high) of the Philox block at the counter
+    (low word of number, high word of number, 0, 255).
     """
     seed, number = check_seed(seed), check_range("number", number, 64)
     low, high, _, _ = philox((number & 0xFFFFFFFF, number >> 32, 0, FOLD_IN), seed)
@@ -115,40 +121,40 @@ def fold_in(seed: int, number: int) -> int:
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
-    """A seed in [0, 2**63 - 1): one draw from ``generator``, by default from torch's own."""
+    """A seed in [0, 2**63 - 1), drawn from ``generator`` or, by default, torch's own."""
     device = "cpu" if generator is None else generator.device
     drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator, device=device)
-    # Under FakeTensorMode there is no number to read, and the noise will have none either.
+    # Under FakeTensorMode there is no number to read, and the noise has no values either.
     return int(drawn) if has_values(drawn) else 0
 
 
 def _draw(
-    kind: str,
-    reference: Callable[..., Tensor],
     shape: Sequence[int],
-    address: dict[str, Any],
+    address: Address,
     device: torch.device | str | None,
     dtype: torch.dtype,
+    *,
+    uniform: bool,
 ) -> Tensor:
-    # Halves cannot hold 24 bits: uniforms would reach 1, and the normals' logarithm 0.
+    # Half precisions do not hold 24 bits: uniforms would reach 1, and normals the logarithm of 0.
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"noise: dtype must be torch.float32 or torch.float64, got {dtype}")
-    # None is the CPU: torch's default device must not change what is drawn.
-    place = torch.device("cpu") if device is None else torch.device(device)
-    kernels = _kernels(place) if dtype == torch.float32 else None
+    # None means the CPU: torch's default device must not change the numbers.
+    device = torch.device("cpu" if device is None else device)
+    kernels = _kernels(device) if dtype == torch.float32 else None
     if kernels is not None:
-        seed, step, stream, first_chain = check_request(shape, **address)
-        made: Tensor | None = getattr(kernels, kind)(
-            shape, seed=seed, step=step, stream=stream, first_chain=first_chain, device=place
+        values: Tensor | None = kernels.fill(
+            shape, check_request(shape, address), device, uniform=uniform
         )
-        if made is not None:  # None under modes of torch's that make tensors without memory
-            return made
-    return reference(shape, **address, device=place, dtype=dtype)
+        if values is not None:
+            return values
+    reference = uniform_ref if uniform else normal_ref
+    return reference(shape, *address, device=device, dtype=dtype)
 
 
 def _kernels(device: torch.device) -> Any:
-    """The module whose kernels fill float32 tensors on a device, or None."""
+    """The module whose ``fill`` makes float32 noise on a device, or None."""
     if extension.available(device) is None:
         return extension
-    # On a CPU Triton's kernels are interpreted: slower than plain torch.
+    # On a CPU, Triton's interpreter is slower than plain torch.
     return triton if device.type != "cpu" and triton.available(device) is None else None

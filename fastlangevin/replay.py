@@ -1,4 +1,4 @@
-"""ReplayBuffer: persistent chains that live on the device."""
+"""ReplayBuffer: persistent chains, stored on the device."""
 
 import math
 from typing import Any
@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.arguments import check_count
+from fastlangevin.arguments import (
+    check_count,
+    check_device,
+    check_floating,
+    check_shape,
+    check_tensor,
+)
 
 KINDS = ("index", "fifo", "reservoir")
 VERSION = 1
@@ -15,35 +21,47 @@ _OP = "ReplayBuffer"
 
 
 class ReplayBuffer:
-    """States [slots, *shape] of persistent chains: ``draw`` a batch, walk on it, ``put`` it back.
+    """Stores the states [slots, *shape] of persistent chains between training steps.
 
-    kind: what ``put`` does with the batch, and what ``draw`` therefore finds.
-        "index"      every state goes back to the slot that it was drawn from (JEM, Grathwohl et
-                     al. 2020; with ``draw(index=)`` one chain per datum, as the persistent bank of
-                     Nijkamp et al. 2020, "anatomy").
-        "fifo"       the newest ``capacity`` states are kept (UvA deep learning tutorial 8).
-        "reservoir"  a uniform sample of all states ever put is kept (Vitter 1985, algorithm R; Du
-                     et al. 2021, "improved contrastive divergence").
-        The latter two start empty, and until the first ``put`` every chain of a draw is a new one;
-        then each is drawn on its own, so that a state may come more than once. Of an "index"
-        buffer, all slots of which start as noise, a draw has no slot twice.
-    reinit: probability with which each drawn chain starts anew, from U(lo, hi).
-    dtype: torch.float32, or torch.uint8 for a quarter of the memory: of x is kept in which 256th of
-        value_range it lies (the nearest, if outside), and a uniform point of that is drawn.
-    value_range: (lo, hi) of new chains and of uint8 storage; float32 states are not clipped.
-    n_classes: of an "index" buffer: slots / n_classes slots for each class, those of class 0 first;
-        ``draw(y=)`` takes each chain from its label's (JEM's class-conditional samples).
-    rank, world_size: this process keeps capacity / world_size slots, numbered from 0, and takes its
-        numbers from fold_in(seed, rank) in place of seed, so that no two ranks share a chain (the
-        sampler's noise needs ``first_chain=rank * n``). With another world size all draws are
-        others, and what was saved cannot be loaded.
+    ``draw`` returns a batch of states; after the chains have moved on, ``put`` stores them. Every
+    choice and every number is a pure function of the seed and the step or, in ``put``, of the seed
+    and the number of states put so far. It is therefore the same on every device, and
+    :meth:`state_dict` saves everything.
 
-    An "index" buffer's first states are U(lo, hi) at the seed's initial states: in (-1, 1) the same
-    numbers as the starts of ``sampler(n=capacity, seed=seed)``; give the two different seeds.
+    Args:
+        capacity: The number of slots, over all processes.
+        shape: The shape of one chain's state.
+        seed: Seed of all choices and new chains. Use another seed for the sampler: in (-1, 1) the
+            first states of an "index" buffer are those of ``sampler(n=capacity, seed=seed)``.
+        kind: What ``put`` does with a batch.
 
-    Every choice is a function of (seed, step) or, in ``put``, of (seed, states put so far) through
-    the noise contract: the same on every device, and :meth:`state_dict` is all there is to save.
-    Raises TypeError or ValueError naming the argument.
+            - "index" writes every state to the slot that it was drawn from (JEM, Grathwohl et al.
+              2020; with ``draw(index=)`` there is one chain per datum, as in the persistent bank
+              of Nijkamp et al. 2020, "anatomy"). All slots start as U(lo, hi), and a draw takes no
+              slot twice.
+            - "fifo" keeps the newest ``capacity`` states (UvA deep learning tutorial 8).
+            - "reservoir" keeps a uniform sample of all states ever put (Vitter 1985, algorithm R;
+              Du et al. 2021, "improved contrastive divergence").
+
+            The last two start empty: before the first ``put`` every drawn chain is new. After it,
+            chains are drawn independently, so that a draw may return a state twice.
+        reinit: The probability with which each drawn chain restarts from U(lo, hi).
+        dtype: torch.float32, or torch.uint8 to use a quarter of the memory. In uint8 the buffer
+            stores which 256th of ``value_range`` x lies in (the nearest one if x is outside), and a
+            draw returns a uniform point of it.
+        value_range: (lo, hi), the range of new chains and of uint8 storage. float32 states are not
+            clipped.
+        n_classes: For an "index" buffer, divides the slots into equal blocks, one for each class
+            and class 0 first; ``draw(y=)`` takes each chain from its label's block (JEM's
+            class-conditional samples).
+        rank, world_size: This process holds capacity / world_size slots, numbered from 0, and uses
+            the seed fold_in(seed, rank), so that no two ranks share a chain (the sampler's noise
+            also needs ``first_chain=rank * n``). With another world size every draw differs, and a
+            saved buffer cannot be loaded.
+        device: Where the states are; by default the CPU.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit. The message names it.
     """
 
     def __init__(
@@ -104,13 +122,22 @@ class ReplayBuffer:
     def draw(
         self, n: int, step: int, y: Tensor | None = None, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(slots [n] int64, states [n, ...] float32) of one step; changes nothing.
+        """Draws a batch of chains for one training step, and changes nothing.
 
-        y: labels [n] in 0..n_classes - 1, on any device: each chain comes from its label's slots,
-        without repetition. index: slots [n] to take as they are, one chain per datum; of a slot
-        that is there twice, ``put`` keeps the last. Neither: any slots.
+        Args:
+            n: The number of chains.
+            step: The number of the training step.
+            y: Labels [n] in 0..n_classes - 1 on any device; each chain comes from its label's
+                slots, without repetition.
+            index: The slots [n] to take, one chain per datum. If a slot is there twice, ``put``
+                keeps the last state for it. Without y and index any slots are drawn.
 
-        Raises ValueError if there are fewer slots than chains, in all or of one class.
+        Returns:
+            (slots [n] in int64, states [n, ...] in float32).
+
+        Raises:
+            TypeError, ValueError: An argument does not fit, or there are fewer slots than chains,
+                in total or for a class.
         """
         capacity, device = self.states.shape[0], self.states.device
         if isinstance(n, str):
@@ -133,7 +160,7 @@ class ReplayBuffer:
             )
             slots = words[0] * min(self.added, capacity) >> 32
         x = self.states[slots]
-        # step + 1: step 0 of this stream made the slots' first states.
+        # Step 0 of this stream made the first states of the slots, hence step + 1.
         u = _noise.uniform(x.shape, seed=self._seed, step=step + 1, device=device)
         if self.kind != "index" and self.added == 0:
             return slots, self._scaled(u)
@@ -145,36 +172,42 @@ class ReplayBuffer:
         return slots, torch.where(coin < self.reinit, self._scaled(u), x)
 
     def put(self, slots: Tensor | None, x: Tensor) -> None:
-        """Take states x [n, ...] of any floating dtype, for the slots [n] that they came from.
+        """Stores a batch of states.
 
-        Only an "index" buffer reads ``slots``. Raises TypeError or ValueError, before anything is
-        written, for an x of another shape, device or kind of numbers, and in uint8 for NaN.
+        Args:
+            slots: The slots [n] that the states were drawn from. Only an "index" buffer reads them.
+            x: The states [n, ...], of any floating dtype.
+
+        Raises:
+            TypeError, ValueError: x has another shape, another device or no floating dtype, or is
+                NaN for a uint8 buffer. Nothing has been written.
         """
         capacity, device = self.states.shape[0], self.states.device
         if self.kind == "index":
-            where = check_numbers(_OP, "slots", slots, None, capacity).to(device)
-            self._check_states(x, len(where))
-            rows = torch.arange(len(where), dtype=torch.int64, device=device)
+            slots = check_numbers(_OP, "slots", slots, None, capacity).to(device)
+            self._check_states(x, len(slots))
+            rows = torch.arange(len(slots), dtype=torch.int64, device=device)
         else:
             self._check_states(x, None)
-            where, rows = (numbers.to(device) for numbers in self._admit(x.shape[0]))
+            slots, rows = (numbers.to(device) for numbers in self._admit(x.shape[0]))
             self.added += x.shape[0]
-        write_last(self.states, where, self._stored(x.detach()[rows]))
+        write_last(self.states, slots, self._stored(x.detach()[rows]))
 
     def to(self, device: torch.device | str) -> "ReplayBuffer":
-        """This buffer, its states moved to ``device``; what it draws stays the same."""
+        """Moves the states to a device and returns the buffer. Its draws stay the same."""
         self.states = self.states.to(device)
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the states, the number put so far, and the settings; for ``torch.save``."""
-        held = {"added": self.added, "states": self.states.clone()}
-        return {"version": VERSION, **self._settings(), **held}
+        """Returns a copy of the states, the number put so far and the settings, to be saved."""
+        contents = {"added": self.added, "states": self.states.clone()}
+        return {"version": VERSION, **self._settings(), **contents}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken, in a buffer made alike, on any device.
+        """Restores what :meth:`state_dict` returned for a buffer with equal settings.
 
-        Raises ValueError, before anything is changed, naming what is missing or differs.
+        The buffer may be on another device. Raises TypeError or ValueError, before anything is
+        changed, and names what is missing or differs.
         """
         if not isinstance(state, dict):
             raise TypeError(f"{_OP}: state_dict must be a dict, got {type(state).__name__}")
@@ -203,7 +236,7 @@ class ReplayBuffer:
         return settings | {"shape": tuple(self.states.shape[1:]), "dtype": str(self.dtype)}
 
     def _distinct(self, n: int, step: int, y: Tensor | None) -> Tensor:
-        """Slots without repetition: of all, or of each label's own."""
+        """n slots without repetition, from all slots or from the block of each label."""
         capacity, device = self.states.shape[0], self.states.device
         keys = _noise.words(
             (1, capacity), seed=self._seed, step=step, stream=_noise.ORDER, device=device
@@ -213,30 +246,30 @@ class ReplayBuffer:
         y, block = check_numbers(_OP, "y", y, n, self.n_classes), capacity // self.n_classes
         order = y.argsort(stable=True)
         grouped = y[order]
-        # turn: how many chains of the same label stand before this one.
+        # turn: how many chains before this one have the same label.
         turn = torch.empty_like(y)
         rank = torch.arange(n, dtype=torch.int64, device=y.device)
         turn[order] = rank - torch.searchsorted(grouped, grouped)
         if int(turn.max()) >= block:
             raise ValueError(
-                f"{_OP}: y must have each label at most {block} times, as many slots as a class "
-                f"has, got one {int(turn.max()) + 1} times"
+                f"{_OP}: y must have each label at most {block} times, since a class has {block} "
+                f"slots, got one {int(turn.max()) + 1} times"
             )
         y, turn = y.to(device), turn.to(device)
         return y * block + keys.view(self.n_classes, block).argsort(stable=True)[y, turn]
 
     def _admit(self, n: int) -> tuple[Tensor, Tensor]:
-        """(slots, rows) of those of the next n states that are kept.
+        """(slots, rows) of the next n states that the buffer keeps.
 
-        On the CPU: how many they are would have to be waited for on a device.
+        Computed on the CPU: the host would have to wait for a device to know how many there are.
         """
         capacity = self.states.shape[0]
         rows = torch.arange(n, dtype=torch.int64, device="cpu")
         count = self.added + rows
         if self.kind == "fifo":
             return count % capacity, rows
-        # Addressed by the state's own number: how many are put at a time changes nothing. Chain 0
-        # is the draws'. A word's 31 upper bits times up to 2**32 states stay below 2**63.
+        # The address is the number of the state, so that the size of a batch does not matter. Chain
+        # 0 belongs to the draws. The upper 31 bits of a word times up to 2**32 states fit 2**63.
         words = _noise.words(
             (n, 1), seed=self._seed, step=0, stream=_noise.ORDER, first_chain=1 + self.added,
             device="cpu",
@@ -246,7 +279,7 @@ class ReplayBuffer:
         return slots[slots < capacity], rows[slots < capacity]
 
     def _scaled(self, u: Tensor) -> Tensor:
-        """From [0, 1) to value_range."""
+        """Maps [0, 1) to value_range."""
         lo, hi = self.value_range
         return (hi - lo) * u + lo
 
@@ -258,17 +291,12 @@ class ReplayBuffer:
         return ((x - lo) * (256 / (hi - lo))).floor().clamp(0, 255).to(torch.uint8)
 
     def _check_states(self, x: Tensor, n: int | None) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
+        check_tensor(_OP, "x", x)
         if n is None:
             n = x.shape[0] if x.ndim else 0
-        if x.shape != (n, *self.states.shape[1:]):
-            expected = [n, *self.states.shape[1:]]
-            raise ValueError(f"{_OP}: x must have shape {expected}, got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{_OP}: x must be of floating dtype, got {x.dtype}")
-        if x.device != self.states.device:
-            raise ValueError(f"{_OP}: x must be on {self.states.device}, got {x.device}")
+        check_shape(_OP, "x", x, (n, *self.states.shape[1:]))
+        check_floating(_OP, "x", x)
+        check_device(_OP, "x", x, self.states.device, "the buffer")
         if n > self.states.shape[0]:
             raise ValueError(
                 f"{_OP}: x must have at most capacity={self.states.shape[0]} states, got {n}"
@@ -278,7 +306,7 @@ class ReplayBuffer:
 
 
 def write_last(states: Tensor, slots: Tensor, x: Tensor) -> None:
-    """states[slots] = x; of rows for one slot the last is written, on every device."""
+    """states[slots] = x, where the last of several rows for one slot wins on every device."""
     last = torch.zeros(len(states), dtype=torch.int64, device=slots.device)
     rows = torch.arange(len(slots), dtype=torch.int64, device=slots.device)
     last.scatter_reduce_(0, slots, rows, "amax")
@@ -286,7 +314,7 @@ def write_last(states: Tensor, slots: Tensor, x: Tensor) -> None:
 
 
 def check_numbers(op: str, name: str, value: Any, n: int | None, bound: int) -> Tensor:
-    """Integers in 0..bound - 1, n of them or any number, as int64."""
+    """The value as int64 [n], or of any length if n is None, with numbers in 0..bound - 1."""
     kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
     if kind not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"{op}: {name} must be a tensor of integers, got {kind}")

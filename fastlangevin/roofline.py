@@ -1,4 +1,4 @@
-"""What a step costs at least: operations, bytes, and the rates at which a machine does them."""
+"""The least cost of a step in operations and bytes, and the rates that a machine reaches."""
 
 import functools
 import math
@@ -11,23 +11,23 @@ from torch import Tensor
 
 from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
 from fastlangevin.gradients.graph.ir import Graph
-
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from fastlangevin.gradients.precision import HALVES
 
 
 class Cost(NamedTuple):
-    """Of one step of one chain, and of the network that all chains share."""
+    """The operations and activations of a step of one chain, and the network's weights."""
 
-    flops: int  # of the forward pass and the input gradient, a multiply-add as two
-    activations: int  # elements that activations put out
+    flops: int  # in the forward pass and the input gradient; a multiply-add counts as two
+    activations: int  # elements of the outputs of all activations
     weights: int  # elements of all weights
 
 
 def cost(graph: Graph) -> Cost:
-    """The cost of a graph's step; what is linear after the last activation counts for nothing.
+    """Return the cost of a step of a graph.
 
-    Weights of a convolution [out, in, kh, kw] take 2 in kh kw operations for each number that it
-    puts out, once forward and once in the input gradient.
+    A convolution with weights [out, in, kh, kw] takes 2 in kh kw operations per output element, in
+    the forward pass and again in the input gradient. The linear part after the last activation is
+    not counted.
     """
     last = max((k for k, n in enumerate(graph.nodes) if n.kind in ACTIVATIONS), default=-1)
     flops = activations = weights = 0
@@ -44,10 +44,11 @@ def cost(graph: Graph) -> Cost:
 
 @functools.lru_cache
 def matrix_rate(device: torch.device, precision: str | None, threads: int) -> float:
-    """FLOP/s of torch's product of two square matrices, the best of some; measured once.
+    """Return the FLOP/s of torch's product of two square matrices, the best of several runs.
 
-    In a half precision, or in float32 where that is faster: some CPUs have no bfloat16. threads:
-    torch's, a part of the key alone.
+    In a half precision, float32 counts too if it is faster, since some CPUs lack bfloat16. The rate
+    is measured once per set of arguments; ``threads`` is torch's number of threads and serves only
+    to tell these sets apart.
     """
     size = 1024 if device.type == "cpu" else 8192
     rates = []
@@ -59,14 +60,17 @@ def matrix_rate(device: torch.device, precision: str | None, threads: int) -> fl
 
 @functools.lru_cache
 def copy_bandwidth(device: torch.device, threads: int) -> float:
-    """Bytes/s that a copy of 64 MiB reads and writes together, the best of some; measured once."""
+    """Return the bytes/s that a copy of 64 MiB reads and writes, the best of several runs.
+
+    The bandwidth is measured once per set of arguments.
+    """
     source = torch.ones(2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _best(lambda: target.copy_(source), device)
 
 
 def _best(run: Callable[[], Tensor], device: torch.device, budget: float = 0.1) -> float:
-    """The least seconds of the runs that fit in a budget, at least three."""
+    """Return the fewest seconds of the runs that fit into a budget; there are at least three."""
 
     def timed() -> float:
         begin = time.perf_counter()

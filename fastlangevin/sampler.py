@@ -1,9 +1,10 @@
-"""LangevinSampler: the K-step loop."""
+"""LangevinSampler: K Langevin steps on a batch of chains."""
 
 import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -26,11 +27,12 @@ from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.explain import explain
-from fastlangevin.gradients.autograd import check_precision, device_of
+from fastlangevin.gradients.engine_cache import EngineCache
+from fastlangevin.gradients.network import device_of
 from fastlangevin.gradients.packing import PackedEnergy, packing_of
+from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import (
-    Choice,
-    Recognised,
+    EngineChoice,
     check_gradient,
 )
 from fastlangevin.inputs import check_energy, check_noise, check_tensors, copy_state
@@ -43,25 +45,22 @@ _R = TypeVar("_R")
 
 
 class Diagnostics(NamedTuple):
-    """What a chain did, per step and chain [K, n], and where it ended."""
+    """The last state, and measurements of every chain at every step as tensors [K, n]."""
 
-    x: Any  # [n, ...] the last state, as the sampler itself returns it
-    energy: Tensor  # the energy's output where the gradient was taken; NaN of a score network
-    grad_norm: Tensor  # |d energy / d x|, L2 over a chain's elements, before any clip
+    x: Any  # [n, ...] the last state, in the form in which the sampler returns it
+    energy: Tensor  # at the state where the gradient was taken; NaN for a score network
+    grad_norm: Tensor  # |dE/dx|, the L2 norm over the chain's elements, before any clip
     displacement: Tensor  # |x after the step - x before it|
     saturation: Tensor  # fraction of elements at or beyond clamp, or (-1, 1) without one
-    accepted: Tensor  # 1 where the step was taken, 0 where metropolis rejected it
+    accepted: Tensor  # 1 if the step was taken, 0 if metropolis rejected it
 
 
 def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make a method work under torch.inference_mode, which would deny it the gradient, and for
-    states of several tensors, as one of one."""
+    """Makes a method work in torch.inference_mode, which has no gradients, and on packed states."""
 
     @functools.wraps(method)
     def entry(sampler: "LangevinSampler", x0: Any = None, **options: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return _packed(method, sampler, x0, options)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             return _packed(method, sampler, x0, options)
 
     return cast("Callable[_P, _R]", entry)
@@ -70,6 +69,7 @@ def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:
 def _packed(
     method: Callable[..., Any], sampler: "LangevinSampler", x0: Any, options: dict[str, Any]
 ) -> Any:
+    """Calls the method with a state of several tensors packed into one."""
     packing = packing_of(x0, sampler.energy)
     if packing is None:
         return method(sampler, x0, **options)
@@ -81,61 +81,69 @@ def _packed(
         x0 = packing.pack("x0", x0, (n,))
     if options.get("noise") is not None:
         options["noise"] = packing.pack("noise", options["noise"], (sampler.steps, n))
-    found = method(flat, x0, **options)
-    if isinstance(found, Diagnostics):
-        return found._replace(x=packing.unpack(found.x))
-    return packing.unpack(found) if isinstance(found, Tensor) else found
+    result = method(flat, x0, **options)
+    if isinstance(result, Diagnostics):
+        return result._replace(x=packing.unpack(result.x))
+    return packing.unpack(result) if isinstance(result, Tensor) else result
 
 
 class LangevinSampler:
-    """K Langevin steps on a batch of chains, as one call.
+    """Runs K Langevin steps on a batch of chains.
 
         x <- clamp(x + (s a clip(dE/dx) + b z)),      s = -1, or +1 with maximize
 
-    energy: an nn.Module or callable, energy(x [n, ...], **model_kwargs) -> [n], [n, 1],
-        [n, 1, 1, 1] or, for n = 1, []. A call leaves the flags, modes and .grads alone of a
-        module, its bound method or a partial of them, and the buffers of its parts in train mode;
-        buffers that a part changes in eval mode move with every evaluation, as in a plain loop.
-        Other callables are not looked into.
-    steps: K >= 1.
-    step_size: a, multiplies the gradient: a float, a sequence of K floats, a tensor [n] (one value
-        per chain), or a tensor [K, n] or [K, 1].
-    noise_std: b, the standard deviation of the noise added per step, in the same forms; 0 is legal.
-    maximize: False, the chain descends an energy; True, it ascends f = -energy.
-    clamp: (lo, hi) on the state, or None.
-    grad_clip: a bound on each element, ("chain_norm", c), ("batch_norm", c), or None.
-    noise_order: "after", the noise is added together with the gradient step; "before", it is added
-        (and the state clamped) before the gradient is taken; "last", it is added after the clamp.
-    precision: of the network alone: None (as torch is set), "fp32" (strict on every device),
-        "tf32", "fp16" or "bf16". The state stays float32, or float64 for a float64 x0. The network
-        is given x in the state's dtype. One that refuses it, and whose floating parameters and
-        buffers are all of one other dtype, is given x in that; one with several dtypes has to cast
-        x itself. "fp32" and "tf32" set torch's precision switches, which other threads share,
-        during each evaluation, where they differ. With checkpoint="none" the backward pass of a
-        differentiable chain runs as torch is set.
-    backend: of the update: "auto", "native", "triton" or "reference".
-    gradient: how d energy / d x is computed: "autograd", by autograd on the energy as it is;
-        "explicit", by an explicit forward pass and input gradient, for modules made of 2-D
-        convolutions, linear layers, common activations, average pools and sums; "fused", by custom
-        kernels, for plain stacks of convolutions (native on the CPU; in Triton on GPUs, by name
-        alone until it has been measured there); "auto", by the fastest that serves, which explain()
-        tells. Differentiable chains use the explicit engine, with a second-order pass of its own,
-        in place of the fused one, and autograd for checkpoint="none" and half precisions.
-        "network": the callable's own output is the gradient; see :meth:`from_score`.
-    metropolis: accept or reject each step (MALA), so that chains sample exp(-E / T) exactly,
-        T = b^2 / (2 a), within clamp if there is one: proposals outside are rejected, as are those
-        of NaN energy. Needs a > 0 and b > 0 (not looked at on CUDA tensors), noise_order "after",
-        no "batch_norm" clip, and an energy that is the same function at every step.
+    E is the energy, a the step size, b the standard deviation of the noise and z a standard normal.
+    Chains at temperature T have b = sqrt(2 a T). The defaults are those of the short-run paper
+    (arXiv 1904.09770, app. 7.3), whose f is -E.
 
-    A state may be a list, a tuple or a dict of tensors [n, ...], of one device: the energy receives
-    such a one, and calls return one. It is one flat state [n, D] to the chain, of which the parts
-    are elements in their order: one noise, one clamp, one chain's norm. Such energies may have a
-    list or dict of shapes as ``shape``. All parts float64, or none: then the state is float32.
+    A state is a tensor [n, ...] of n chains, or a list, a tuple or a dict of such tensors on one
+    device. In the second case the energy receives the same structure, and calls return it; the
+    chain itself treats all parts as the elements, in order, of one flat state [n, D], so that the
+    noise, the clamp and a chain's norm span them. The parts must be all float64 or none.
 
-    A chain of temperature T has noise_std = sqrt(2 a T); a tensor [n] gives each chain its own.
+    Args:
+        energy: An nn.Module or another callable energy(x, **model_kwargs). It returns one value
+            per chain, as [n], [n, 1] or [n, 1, 1, 1], or as [] for n = 1. An attribute ``shape``
+            (one chain's shape, or a list or dict of shapes) lets calls start chains from noise. A
+            call leaves unchanged the flags, modes and ``.grad`` of a module, of a bound method of
+            one or of a partial of them, and the buffers of submodules in train mode. Buffers that a
+            submodule changes in eval mode change with every evaluation, as they do in a plain loop.
+            Other callables are opaque: their state is neither saved nor restored.
+        steps: K >= 1.
+        step_size: a >= 0: a number, a sequence of K numbers, a tensor [n] with one value per chain,
+            or a tensor [K, n] or [K, 1].
+        noise_std: b >= 0, in the same forms. With 0 the chain is gradient descent.
+        maximize: Whether chains ascend f = -E instead of descending E.
+        clamp: Bounds (lo, hi) of the state, or None.
+        grad_clip: A bound on each element of the gradient, ("chain_norm", c) for a bound on the L2
+            norm of each chain, ("batch_norm", c) for a bound on that of the batch, or None.
+        noise_order: "after" adds the noise together with the gradient step. "before" adds it, and
+            clamps the state, before the gradient is taken. "last" adds it after the clamp.
+        precision: Precision of the network: None (as torch is set), "fp32" (strict on every
+            device), "tf32", "fp16" or "bf16". The state itself is float32, or float64 for a float64
+            x0, and the network receives it in that dtype. A network that refuses it, and whose
+            floating parameters and buffers all have one other dtype, receives x in that dtype; a
+            network with several dtypes must cast x itself. "fp32" and "tf32" set torch's precision
+            switches during each evaluation if they differ; other threads share these switches. With
+            ``checkpoint="none"`` the backward pass of a differentiable chain runs as torch is set.
+        backend: Backend of the update: "auto", "native", "triton" or "reference".
+        gradient: Engine that computes dE/dx. "autograd" differentiates any energy. "explicit" runs
+            an explicit forward pass and input gradient; it supports modules made of 2-D
+            convolutions, linear layers, common activations, average pools and sums. "fused" runs
+            custom kernels; it supports plain stacks of convolutions, natively on the CPU and in
+            Triton on GPUs, where it must be named because it has not been measured there. "auto"
+            takes the fastest engine that supports the energy; :meth:`explain` says which.
+            Differentiable chains use the explicit engine, with its second-order pass, in place of
+            the fused one, and autograd with checkpoint="none" and in half precision. "network"
+            takes the callable's output as the gradient; see :meth:`from_score`.
+        metropolis: Whether to accept or reject each step (MALA), so that chains sample exp(-E / T)
+            exactly, with T = b^2 / (2 a). Within a clamp they sample its restriction to the box:
+            proposals outside are rejected, as are those with a NaN energy. Requires a > 0 and
+            b > 0 (not checked for CUDA tensors), noise_order "after", no "batch_norm" clip, and an
+            energy that is the same function at every step.
 
-    The defaults are the paper's (arXiv 1904.09770, app. 7.3), up to its sign: there f = -energy.
-    Raises TypeError or ValueError naming the argument; RuntimeError for a backend that cannot run.
+    Raises:
+        TypeError, ValueError: A setting does not fit. The message names it.
     """
 
     def __init__(
@@ -170,9 +178,9 @@ class LangevinSampler:
         self.backend = backend
         self.gradient = gradient
         self.metropolis = bool(metropolis)
-        self._recognised = Recognised()
+        self._recognised = EngineCache()
         self._graphs = Graphs()
-        # Energies move, so only the names are checked here; the device is at each call.
+        # An energy can move to another device, so only the names are checked before a call.
         check_precision(precision)
         check_backend(backend)
         check_gradient(gradient)
@@ -183,20 +191,29 @@ class LangevinSampler:
     def from_score(
         cls, net: Callable[..., Tensor], steps: int = 100, **settings: Any
     ) -> "LangevinSampler":
-        """A sampler along a score network: net(x, **model_kwargs) -> d log p / d x, in x's shape.
+        """Makes a sampler that follows a score network instead of an energy.
 
             x <- clamp(x + (a clip(net(x)) + b z))
 
-        ``settings`` are the constructor's, less maximize and gradient, in which the sampler differs
-        from that of an energy: they are True and "network". There is no energy: that of
-        :meth:`diagnose` is NaN, and checks are of x alone. The net runs under torch.no_grad, or,
-        with ``differentiable``, in the graph of the chain. Raises TypeError for those two settings;
-        calls raise ValueError for a net that returns energies. Of states [n] or [n, 1] a score
-        has an energy's shape: there neither is noticed in the place of the other.
+        Chains of a score network have no energies: :meth:`diagnose` reports NaN for them, and only
+        x is checked to be finite at the end.
+
+        Args:
+            net: net(x, **model_kwargs) returns the score d log p / dx in x's shape. It runs under
+                torch.no_grad or, with ``differentiable``, in the graph of the chain. For states
+                [n] or [n, 1] the outputs of an energy and of a score have the same shape, so that
+                a mistake there is not noticed.
+            steps: K >= 1.
+            **settings: The other arguments of :class:`LangevinSampler`, except ``maximize`` and
+                ``gradient``, which are True and "network".
+
+        Raises:
+            TypeError: ``maximize`` or ``gradient`` is given.
+            ValueError: A setting does not fit or, at a call, the net returns energies.
         """
         for name in ("maximize", "gradient"):
             if name in settings:
-                raise TypeError(f"{_OP}.from_score: takes no {name}; chains go along the score")
+                raise TypeError(f"{_OP}.from_score: takes no {name}; chains follow the score")
         return cls(net, steps, maximize=True, gradient="network", **settings)
 
     @_entry
@@ -218,37 +235,53 @@ class LangevinSampler:
         step_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """The state after K steps, [n, ...].
+        """Runs the chains and returns the state after K steps.
 
-        x0 [n, ...] is read, never changed; or ``n`` chains start from U(-1, 1) in the energy's
-        ``shape``. Noise is a function of (seed, chain = first_chain + row, step = first_step + k);
-        without ``seed`` one is drawn from ``generator``, by default torch's. ``noise`` [K, n, ...]
-        replaces it with given standard normals. ``model_kwargs`` go to the energy, as do those that
-        differ from step to step: ``step_kwargs`` {name: tensor [K, ...] or sequence of K}, of
-        which the k-th step of the call gets entry k.
+        The noise is a pure function of (seed, chain, step, element), where row i is chain
+        first_chain + i and the call's k-th step is step first_step + k. A chain can therefore be
+        split over calls, batches and devices without a change of its noise.
 
-        The result is detached, in float32 (float64 for a float64 x0) and in x0's memory format.
-        With ``differentiable`` it carries gradients to x0, the energy's parameters, step_size,
-        noise_std and whatever else a step reads, through the last ``grad_steps`` steps or all. The
-        update is then the reference's, whatever the backend. Beside one step's graph its memory
-        is what ``checkpoint`` keeps for the backward pass, which computes the rest again:
+        Args:
+            x0: The starting state [n, ...], which is copied, or None to give ``n``.
+            n: How many chains to start from U(-1, 1) in the energy's ``shape``.
+            seed: Seed of the noise, in [0, 2**64). By default one is drawn from ``generator``.
+            generator: Source of the seed; torch's default generator if None.
+            first_chain, first_step: Numbers of the first chain and step, in [0, 2**32).
+            noise: Standard normals [K, n, ...] to use instead of those of the seed.
+            differentiable: Whether the result carries gradients: to x0, the energy's parameters,
+                step_size, noise_std and every other tensor that a step reads. The update is then
+                the reference's, whichever backend is set.
+            checkpoint: What the forward pass stores for the backward pass, which recomputes the
+                rest. The memory is this and the graph of one step.
 
-            "none"    every step's graph: a plain unroll
-            "step"    every state; each step is evaluated once more
-            s >= 1    s states at a time, x0 among them: the fewest evaluations there can be
-            "2GiB"    as many as fit in so many bytes, and a step's graph; or every graph
-            "auto"    "step", unless the states took over a quarter of free memory: then that many
+                - "none": the graph of every step, as in a plain unrolled loop;
+                - "step": every state, so that each step is evaluated once more;
+                - an integer s >= 1: s states at a time, including x0, with the fewest evaluations
+                  that are possible;
+                - bytes such as "2GiB": every graph if they fit, else as many states as fit along
+                  with the graph of one step;
+                - "auto": every state, or as many as fit into a quarter of the free memory.
+            grad_steps: How many of the last steps gradients pass through; all K if None.
+            grad_through: "exact", or "straight" to take each gradient dE/dx as if at a constant x.
+                Then d x_K / d x_0 is the identity except where a clamp held, and parameters get
+                only the mixed derivative of each step. "straight" is exact, except at kinks, for an
+                energy that is piecewise linear in x.
+            offload: Whether to store the states in host memory. No effect on a CPU.
+            step_kwargs: Keyword arguments of the energy that change from step to step, as
+                {name: tensor [K, ...] or sequence of K}; the k-th step receives entry k.
+            **model_kwargs: Further keyword arguments of the energy.
 
-        ``offload`` keeps the states in host memory (on a CPU that is where they are anyway).
-        ``grad_through`` "straight" takes each gradient of the energy as if at a constant x:
-        d x_K / d x_0 is the identity where no clamp held, and parameters get each step's mixed
-        derivative alone. Exact, but for kinks, where the energy is piecewise linear in x.
+        Returns:
+            The state [n, ...] in x0's memory format, in float32, or float64 for a float64 x0. It is
+            detached unless ``differentiable``.
 
-        Raises TypeError or ValueError for arguments and energies that do not fit, among them
-        differentiable chains in which nothing requires grad, and FloatingPointError if at the end
-        a chain is not finite or its energy is NaN. RuntimeError, in the backward pass too, for an
-        energy that cannot be differentiated twice, gives other values when computed again, or has
-        been changed in place since.
+        Raises:
+            TypeError, ValueError: An argument or the energy does not fit, or the chain is
+                differentiable and nothing in it requires grad.
+            FloatingPointError: At the end a chain is not finite, or its energy is NaN.
+            RuntimeError: A backend or engine cannot run. With ``differentiable`` also, possibly
+                during the backward pass: the energy cannot be differentiated twice, returns other
+                values when a step is recomputed, or has been changed in place in the meantime.
         """
         x, chain = self._prepare(
             x0,
@@ -263,8 +296,8 @@ class LangevinSampler:
         )
         if differentiable and self.metropolis:
             raise ValueError(
-                f"{_OP}: differentiable=True cannot be had with metropolis=True, as accepting has "
-                "no derivative"
+                f"{_OP}: differentiable=True is not supported with metropolis=True: accepting or "
+                "rejecting a step is not differentiable"
             )
         if differentiable:
             start = x if x0 is None else x0.to(x.dtype)
@@ -284,28 +317,45 @@ class LangevinSampler:
 
     @_entry
     def trajectory(self, x0: Any = None, *, every: int = 1, **options: Any) -> Tensor:
-        """The states after steps 0, every, 2 every, ...: [1 + K // every, n, ...], x0 first.
+        """Runs the chains and returns x0 and the state after every ``every``-th step.
 
-        Options as for a call, less the differentiable ones. Raises as a call does.
+        Args:
+            x0: The starting state [n, ...], or None to give ``n``.
+            every: The number of steps between two states.
+            **options: Those of a call, except those of differentiable chains.
+
+        Returns:
+            The states [1 + K // every, n, ...].
+
+        Raises:
+            The errors of a call.
         """
         every = check_count(_OP, "every", every)
         x, chain = self._prepare(x0, **options)
-        kept = x.new_empty((1 + self.steps // every, *x.shape))
-        kept[0] = x
+        states = x.new_empty((1 + self.steps // every, *x.shape))
+        states[0] = x
         energies: Tensor | None = None
         for step in chain.walk(x):
             energies = step.energies
             if (step.k + 1) % every == 0:
-                kept[(step.k + 1) // every] = x
+                states[(step.k + 1) // every] = x
         chain.check_finite(x, energies)
-        return kept
+        return states
 
     @_entry
     def diagnose(self, x0: Any = None, **options: Any) -> Diagnostics:
-        """Run the chain and measure every step of it: :class:`Diagnostics`.
+        """Runs the chains and measures every step.
 
-        Options as for a call, less the differentiable ones. Chains that are not finite raise
-        nothing here: the record shows where that began.
+        Args:
+            x0: The starting state [n, ...], or None to give ``n``.
+            **options: Those of a call, except those of differentiable chains.
+
+        Returns:
+            The :class:`Diagnostics`.
+
+        Raises:
+            The errors of a call, except for chains that are not finite: the diagnostics show at
+            which step they ceased to be.
         """
         x, chain = self._prepare(x0, **options)
         records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(5)]
@@ -329,12 +379,12 @@ class LangevinSampler:
 
     def choose_engine(
         self, x: Tensor, model_kwargs: dict[str, Any], step_kwargs: Mapping[str, Any] | None = None
-    ) -> Choice:
-        """The engine of a chain from x; RuntimeError where one asked for by name cannot run."""
+    ) -> EngineChoice:
+        """The engine of a chain from x; RuntimeError if one that was named cannot run."""
         return self._chain(model_kwargs=model_kwargs, step_kwargs=step_kwargs or {}).choose(x)
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments, less the energy."""
+        """The constructor's arguments except the energy, as a dict."""
         return self._settings()._asdict()
 
     def _settings(self) -> Settings:
@@ -356,7 +406,7 @@ class LangevinSampler:
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_graphs": Graphs()}  # a copy, also a shallow one, has its own
+        return self.__dict__ | {"_graphs": Graphs()}  # every copy, even a shallow one, has its own
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
@@ -364,11 +414,18 @@ class LangevinSampler:
 
     @_entry
     def explain(self, x0: Any = None) -> str:
-        """What a call will run, and on what, as readable text.
+        """Describes what a call will run and on which device, and why nothing faster.
 
-        With x0 also what gradients through the chain take by each ``checkpoint``, in evaluations of
-        the energy and its gradient and in bytes, found by differentiating one step from there.
-        Raises as a call does for an x0 that does not fit.
+        Args:
+            x0: A starting state. With it the text also lists what gradients through the chain cost
+                for each ``checkpoint``, in bytes and in evaluations of the energy and its gradient.
+                For this, one step is run and differentiated.
+
+        Returns:
+            Text of several lines.
+
+        Raises:
+            The errors of a call with this x0.
         """
         if x0 is not None:
             x, chain = self._prepare(x0, seed=0)
@@ -392,20 +449,22 @@ class LangevinSampler:
         step_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor, Chain]:
-        """Check a call before any work; return the state to walk on (a copy) and the rest."""
+        """Checks a call before any work, and returns a copy of the state and the call's chain."""
         for name in ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload"):
             if name in model_kwargs:
-                raise TypeError(f"{_OP}: {name} is an option of a call, not of this method")
+                raise TypeError(
+                    f"{_OP}: {name} is an option of a call to the sampler, not of this method"
+                )
         by_step = check_step_kwargs(_OP, step_kwargs, self.steps, model_kwargs)
         if by_step and self.metropolis:
             raise ValueError(
-                f"{_OP}: metropolis=True compares energies of two steps, which step_kwargs would "
-                "make different functions"
+                f"{_OP}: step_kwargs are not supported with metropolis=True, which compares the "
+                "energies of two steps and needs one function for both"
             )
         for kwargs in (model_kwargs, by_step):
             for name, value in kwargs.items():
                 if isinstance(value, Tensor) and value.is_inference():
-                    kwargs[name] = value.clone()  # autograd saves no inference tensors
+                    kwargs[name] = value.clone()  # autograd cannot save inference tensors
         if seed is not None and generator is not None:
             raise ValueError(f"{_OP}: give seed or generator, not both")
         if (x0 is None) == (n is None):
@@ -425,11 +484,11 @@ class LangevinSampler:
         return x, chain
 
     def _initial(self, n: Any, seed: int, first_chain: int) -> Tensor:
-        """x0 ~ U(-1, 1) from the seed's own stream."""
+        """n states from U(-1, 1), drawn from the seed's stream of initial states."""
         shape = getattr(self.energy, "shape", None)
         if shape is None:
             raise ValueError(
-                f"{_OP}: n needs an energy with an attribute shape (of one chain's state); give x0"
+                f"{_OP}: n needs an energy with an attribute shape (one chain's shape); give x0"
             )
         n = 0 if n == 0 else check_count(_OP, "n", n)
         device = device_of(self.energy)

@@ -1,4 +1,4 @@
-"""The fused Langevin step: argument checks and the choice of who runs it."""
+"""The fused Langevin step: the checks of its arguments and the choice of its backend."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,14 +12,18 @@ from fastlangevin import noise as _noise
 from fastlangevin.arguments import (
     Coefficient,
     GradClip,
+    check_chain_dimension,
     check_clamp,
     check_coefficient,
+    check_device,
     check_grad_clip,
+    check_shape,
     check_strided,
+    check_tensor,
     check_values,
 )
 from fastlangevin.kernels import native, reference, triton
-from fastlangevin.kernels.memory import in_memory
+from fastlangevin.kernels.memory import check_injective, check_overlap, in_memory
 
 BACKENDS = ("auto", "native", "triton", "reference")
 _OP = "langevin_step_"
@@ -42,24 +46,42 @@ def langevin_step_(
     noise: Tensor | None = None,
     noise_last: bool = False,
 ) -> Tensor:
-    """One Langevin step on a batch of chains, in place.
+    """Takes one Langevin step on a batch of chains, in place.
 
-        x <- clamp(x + (s a clip(g) + b z)),      s = -1 (descend) or +1 (maximize)
+        x <- clamp(x + (s a clip(g) + b z)),      s = -1, or +1 with maximize
 
-    x [n, ...]: float32, float64, bfloat16 or float16, of any memory format; computed in float32
-    (float64 for a float64 x). grad: d energy / d x in x's shape and any of those dtypes, or None
-    for a step of noise alone. a = step_size and b = noise_std: floats, or tensors [n] with one
-    value per chain, independent of each other; the noise is b times a standard normal.
-    ``noise_std=0`` skips the generator and is gradient descent exactly. z is ``noise`` where
-    given, else the contract's normals at (seed, chain = first_chain + row, step). ``grad_clip``:
-    a bound on each element, ("chain_norm", c) on each chain's L2 norm, or ("batch_norm", c) on
-    that of the whole batch. ``noise_last`` adds the noise after the clamp. NaN stays NaN.
+    Every random number is a function of (seed, chain, step, element) alone, so that the result
+    does not depend on the device, the batch, the memory format or the number of threads. A NaN in
+    x stays NaN.
 
-    Works under torch.compile(fullgraph=True). There seed and step may change from call to call;
-    a float among the coefficients is a constant, so one that changes is best a 0-d tensor.
+    The function works under torch.compile(fullgraph=True). There seed and step may change from
+    call to call without a new compilation. A float step_size or noise_std is compiled in as a
+    constant, so give one that changes as a 0-d tensor.
 
-    Returns x. Raises TypeError or ValueError naming the argument, before x is touched;
-    RuntimeError where the backend cannot run here.
+    Args:
+        x: The states [n, ...], in float32, float64, bfloat16 or float16 and any memory format. The
+            step is computed in float32, or in float64 for a float64 x.
+        grad: g = dE/dx, with x's shape and any of those dtypes, or None for a step of noise alone.
+        step_size: a >= 0, a number or a tensor [n] with one value per chain.
+        noise_std: b >= 0, the standard deviation of the noise, in the same forms. The number 0
+            skips the generator, and the step is plain gradient descent.
+        seed: An integer in [0, 2**64).
+        step: The step's number, an integer in [0, 2**32).
+        first_chain: The number of the first row's chain; row i is chain first_chain + i.
+        clamp: Bounds (lo, hi) of x after the step, or None.
+        grad_clip: A bound on each element of g, ("chain_norm", c) for a bound on the L2 norm of
+            each chain, ("batch_norm", c) for a bound on that of the whole batch, or None.
+        maximize: Whether to ascend.
+        backend: "auto" (the fastest that can run), "native", "triton" or "reference".
+        noise: Standard normals z in x's shape, to use instead of those of the seed.
+        noise_last: Whether to add the noise after the clamp instead of before it.
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit. The message names it, and x is unchanged.
+        RuntimeError: The backend cannot run on x's device.
     """
     _check_state(x)
     if grad is not None:
@@ -69,7 +91,7 @@ def langevin_step_(
     seed = _noise.check_seed(seed)
     first_chain, step = _noise.check_address(first_chain, x.shape[0], step, 1)
     check_backend(backend)
-    # Schemas hold no unions and only signed 64-bit integers.
+    # The op's schema has no unions, and its integers are signed with 64 bits.
     a, step_sizes = _split(check_coefficient(_OP, "step_size", step_size, x.shape[0]))
     b, noise_stds = _split(check_coefficient(_OP, "noise_std", noise_std, x.shape[0]))
     clip = check_grad_clip(_OP, grad_clip)
@@ -102,13 +124,13 @@ def _langevin_step_(
     noise_last: bool,
     backend: str,
 ) -> None:
-    """The op behind :func:`langevin_step_`: what torch.compile sees as one call."""
-    read = {"grad": grad, "noise": noise, "step_size": step_sizes, "noise_std": noise_stds}
-    # What is not in memory goes through the reference, which writes only once it has read.
+    """The op behind :func:`langevin_step_`, which torch.compile sees as one call."""
+    operands = {"grad": grad, "noise": noise, "step_size": step_sizes, "noise_std": noise_stds}
+    # Operands that are not in memory go through the reference, which reads all before it writes.
     if in_memory(x):
-        for name, operand in read.items():
+        for name, operand in operands.items():
             if operand is not None and in_memory(operand):
-                _check_overlap(name, operand, x)
+                check_overlap(_OP, name, operand, x)
     apply_step_(
         resolve_backend(backend, x.device),
         x,
@@ -126,8 +148,8 @@ def _langevin_step_(
     )
 
 
-# The op reads any strides, hence the tag. Without it Inductor (torch 2.13) hands over a copy of a
-# lazily computed grad, and computes it again for its later users once x has changed.
+# The tag says that the op reads any strides. Without it Inductor (torch 2.13) passes a copy of a
+# lazily computed grad and recomputes grad for later users, from an x that has changed by then.
 torch.library.define(
     "fastlangevin::langevin_step_",
     "(Tensor(a!) x, Tensor? grad, Tensor? noise, float step_size, Tensor? step_sizes, "
@@ -136,7 +158,7 @@ torch.library.define(
     "-> ()",
     tags=(torch.Tag.flexible_layout,),
 )
-# define and impl take 4 us a call where torch.library.custom_op takes 60 (torch 2.13, one core).
+# define and impl cost 4 us per call; torch.library.custom_op costs 60 (torch 2.13, one core).
 torch.library.impl("fastlangevin::langevin_step_", "CompositeExplicitAutograd", _langevin_step_)
 torch.library.register_fake("fastlangevin::langevin_step_", lambda *_: None)
 
@@ -152,10 +174,10 @@ def apply_step_(
     grad_clip: GradClip | None,
     **options: Any,
 ) -> Tensor:
-    """Run a backend (or the reference function) on checked arguments."""
+    """Calls a backend's step function on checked arguments, with a norm clip folded in."""
     if reference.is_zero(noise_std):
         z = None
-    # The kernels read memory as it is; torch may have noted there that its sign is to be changed.
+    # The kernels read raw memory, where a negation that torch has deferred is not applied yet.
     grad = None if grad is None else grad.resolve_neg()
     z = None if z is None else z.resolve_neg()
     step_size, grad_clip = fold_norm_clip(grad, step_size, grad_clip)
@@ -173,11 +195,12 @@ def bind_step(
     maximize: bool,
     noise_last: bool,
 ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
-    """:func:`apply_step_` for a loop: one x, always changed in place, and constant options.
+    """:func:`apply_step_` for a loop that always changes the same x with the same options.
 
     Returns a function of (grad, step_size, noise_std, step). With the native kernels, numbers as
-    coefficients and no norm clip, a call on 64 elements takes 2.6 us where :func:`apply_step_`
-    takes 7.0, 0.9 of it in the extension (AVX2, one core); else it is that function.
+    coefficients and no norm clip, a call on 64 elements takes 2.6 us instead of the 7.0 us of
+    :func:`apply_step_`; the extension itself takes 0.9 us (AVX2, one core). In all other cases it
+    calls :func:`apply_step_`.
     """
     options: dict[str, Any] = {
         "seed": seed,
@@ -211,9 +234,12 @@ def bind_step(
 def fold_norm_clip(
     grad: Tensor | None, step_size: Coefficient, grad_clip: GradClip | None
 ) -> tuple[Coefficient, float | None]:
-    """Turn a norm clip into per-chain step sizes, so that kernels know elementwise clips only.
+    """(step_size, elementwise grad_clip), with a norm clip turned into step sizes per chain.
 
-    a clip(g) = (a min(1, c / |g|)) g, with |g| over a chain or over the batch, in fp32 or wider.
+        a clip(g) = (a min(1, c / |g|)) g
+
+    where |g| is the norm of a chain or of the batch, computed in float32 or wider. Kernels
+    therefore need to know elementwise clips only.
     """
     if not isinstance(grad_clip, tuple):
         return step_size, grad_clip
@@ -225,23 +251,23 @@ def fold_norm_clip(
     norms = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)), dtype=compute)
     if kind == "batch_norm":
         norms = torch.linalg.vector_norm(norms).expand_as(norms)
-    # Not min(1, c / |g|): its derivative is NaN at g = 0.
+    # c / max(|g|, c) equals min(1, c / |g|), but its derivative at g = 0 is not NaN.
     if isinstance(step_size, Tensor):
         step_size = step_size.to(norms.device)
     return bound / norms.clamp(min=bound) * step_size, None
 
 
 def resolve_backend(backend: str, device: torch.device) -> Callable[..., Tensor]:
-    """The step function of a backend; "auto" is the best that serves the device."""
+    """The step function of a backend; "auto" is the fastest that can run on the device."""
     return _STEPS[choose_backend(backend, device)]
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """The name that ``backend`` stands for on a device; RuntimeError where it cannot run."""
+    """The name of the backend that runs on a device; RuntimeError if the named one cannot."""
     check_backend(backend)
     if backend == "auto":
         for name in _STEPS:
-            # On a CPU Triton is interpreted, thousands of times slower: for tests, which name it.
+            # On a CPU Triton is interpreted and thousands of times slower; only tests use it.
             interpreted = name == "triton" and device.type == "cpu"
             if not interpreted and _why_not(name, device) is None:
                 return name
@@ -252,13 +278,13 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 def check_backend(backend: str) -> None:
-    """ValueError unless the name is a backend's, or "auto"."""
+    """ValueError unless ``backend`` is "auto" or the name of a backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def backend_status(device: torch.device) -> dict[str, str | None]:
-    """Per backend, fastest first: None where it serves the device, else why not."""
+    """For each backend, fastest first: None if it can run on the device, else the reason."""
     return {name: _why_not(name, device) for name in _STEPS}
 
 
@@ -272,26 +298,23 @@ def _why_not(backend: str, device: torch.device) -> str | None:
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether someone watches the operators, and must be shown one; it costs 4 us a call."""
+    """Whether something observes operators, so that the step must be one; that costs 4 us."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
-        or x.is_neg()  # the dispatcher resolves it
+        or x.is_neg()  # the dispatcher resolves the negation
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
 def _split(coefficient: Coefficient) -> tuple[float, Tensor | None]:
-    """As a number and, in its place where given, a tensor."""
+    """(number, None) or, for a tensor, (0.0, tensor)."""
     return (0.0, coefficient) if isinstance(coefficient, Tensor) else (coefficient, None)
 
 
 def _check_state(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{_OP}: x must be a tensor, got {type(x).__name__}")
-    _check_kind("x", x)
-    if x.ndim == 0:
-        raise ValueError(f"{_OP}: x must have a leading chain dimension, got shape []")
+    _check_operand("x", x)
+    check_chain_dimension(_OP, "x", x)
     if x.numel() > 2**34 and x.numel() // x.shape[0] > 2**34:
         raise ValueError(
             f"{_OP}: x must have at most 2**34 elements per chain, got {list(x.shape)}"
@@ -299,83 +322,24 @@ def _check_state(x: Tensor) -> None:
     if x.requires_grad:
         raise ValueError(f"{_OP}: x requires grad and cannot be changed in place; use x.detach()")
     if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
-        return  # its strides are those of no memory
-    # The usual memory formats need no look at the strides, which takes some 4 us.
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if not last and not x.is_contiguous():
-        _check_places(x)
+        return  # its strides do not describe memory
+    # The usual memory formats pass without the check of the strides, which takes about 4 us.
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not channels_last and not x.is_contiguous():
+        check_injective(_OP, "x", x)
 
 
-def _check_kind(name: str, value: Tensor) -> None:
+def _check_like(name: str, value: Tensor, x: Tensor) -> None:
+    _check_operand(name, value)
+    check_shape(_OP, name, value, x.shape, "x's shape")
+    check_device(_OP, name, value, x.device, "x")
+
+
+def _check_operand(name: str, value: Tensor) -> None:
+    check_tensor(_OP, name, value)
     if value.dtype not in _DTYPES:
         raise TypeError(
             f"{_OP}: {name} must be of dtype float32, float64, bfloat16 or float16, "
             f"got {value.dtype}"
         )
     check_strided(_OP, name, value)
-
-
-def _check_places(x: Tensor) -> None:
-    """ValueError if several elements of x have one place in memory."""
-    dims = [(s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1]
-    if any(s == 0 for s, _ in dims):
-        raise ValueError(f"{_OP}: x is an expanded view (stride 0); use x.clone()")
-    if torch.compiler.is_compiling():
-        return  # to sort symbolic strides would make constants of them
-    reach = 0  # of the dimensions before: nearly always the next one steps over all of it
-    for s, n in sorted(dims):
-        if s <= reach and not _is_injective(x):
-            raise ValueError(f"{_OP}: elements of x share memory; use x.clone()")
-        reach += (n - 1) * s
-
-
-def _is_injective(x: Tensor) -> bool:
-    if x.numel() == 0 or not in_memory(x):
-        return True
-    reach = (_extent(x)[1] - _extent(x)[0]) // x.element_size()
-    taken = torch.zeros(reach, dtype=torch.bool, device="cpu")
-    taken.as_strided(x.shape, x.stride()).fill_(True)
-    return int(taken.sum()) == x.numel()
-
-
-def _check_overlap(name: str, value: Tensor, x: Tensor) -> None:
-    """ValueError if x is written where ``value`` is still to be read."""
-    if value.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
-        return
-    if (value.data_ptr(), value.stride(), value.dtype) == (x.data_ptr(), x.stride(), x.dtype):
-        return
-    (first, last), (start, end) = _extent(value), _extent(x)
-    if first < end and start < last and (value.dtype != x.dtype or _meet(value, x)):
-        raise ValueError(
-            f"{_OP}: {name} shares memory with x in another layout; use {name}.clone()"
-        )
-
-
-def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether two views of one storage, of one dtype, have an element in common."""
-    first = min(a.storage_offset(), b.storage_offset())
-    last = max(_extent(a)[1], _extent(b)[1]) - a.untyped_storage().data_ptr()
-    taken = torch.zeros(last // a.element_size() - first, dtype=torch.bool, device="cpu")
-    taken.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
-    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte and after its last."""
-    if tensor.numel() == 0:
-        return 0, 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = sum((size - 1) * stride for size, stride in steps) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
-
-
-def _check_like(name: str, value: Tensor, x: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{_OP}: {name} must be a tensor, got {type(value).__name__}")
-    _check_kind(name, value)
-    if value.shape != x.shape:
-        raise ValueError(
-            f"{_OP}: {name} must have x's shape {list(x.shape)}, got {list(value.shape)}"
-        )
-    if value.device != x.device:
-        raise ValueError(f"{_OP}: {name} must be on x's device {x.device}, got {value.device}")

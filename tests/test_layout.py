@@ -11,8 +11,8 @@ import fastlangevin
 PACKAGE = Path(fastlangevin.__file__).parent
 # From the bottom up. A module imports from its own floor and from those below it.
 FLOORS = [
-    ("_version", "kernels", "locks"),
-    ("noise", "arguments", "energies"),
+    ("_version", "arguments", "kernels", "locks"),
+    ("noise", "energies"),
     ("anneal", "replay", "step"),
     ("gradients",),
     ("chain", "roofline"),

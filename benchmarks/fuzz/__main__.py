@@ -1,9 +1,9 @@
-"""Try random steps and random energies against float64, on everything that runs here.
+"""Compare random steps and random energies with float64, on every backend that runs here.
 
     python -m benchmarks.fuzz --steps 2000 --networks 500
 
-Case k of a run has the number seed + k, and is the same wherever it is run. A failure is printed
-with the command that repeats it alone, and the exit status is 1.
+Case k of a run has the number seed + k and is the same on every machine. A failure is printed with
+the command that repeats it alone, and the exit status is then 1.
 """
 
 import argparse
@@ -23,7 +23,7 @@ _CPU = torch.device("cpu")
 
 
 class Report:
-    """The worst ratio of an error to its bound for every place, and the failures."""
+    """The worst ratio of an error to its bound for every backend or engine, and the failures."""
 
     def __init__(self) -> None:
         self.cases: dict[str, int] = defaultdict(int)
@@ -33,14 +33,14 @@ class Report:
 
     def add(self, place: str, check: Callable[[], Any], command: str, about: Any) -> None:
         try:
-            found = check()
+            result = check()
         except AssertionError as error:
             self.fail(place, str(error), command, about)
             return
-        if found is None:
+        if result is None:
             self.refused[place] += 1
             return
-        ratios = found if isinstance(found, tuple) else (found,)
+        ratios = result if isinstance(result, tuple) else (result,)
         self.cases[place] += 1
         self.worst[place] = [
             max(pair) for pair in zip(ratios, self.worst.get(place, ratios), strict=True)
@@ -79,7 +79,7 @@ def fuzz_networks(
     report: Report, numbers: range, engines: list[str], dtypes: list[str], sets: list[str]
 ) -> None:
     for number, name, dtype in itertools.product(numbers, engines, dtypes):
-        # The other engines' convolutions are torch's.
+        # The other engines use torch's convolutions, which have no choice of instruction set.
         for isa in sets if name == "fused" else [None]:
             chosen = f"--engine {name} --dtype {dtype}" + (f" --instruction-set {isa}" * bool(isa))
             command = f"python -m benchmarks.fuzz --steps 0 --networks 1 --seed {number} {chosen}"

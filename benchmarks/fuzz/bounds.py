@@ -1,17 +1,17 @@
-"""An energy and its input gradient in float64, with a bound on what rounding may do to them.
+"""An energy and its input gradient in float64, with bounds on an engine's rounding errors.
 
-A running error analysis: every value v comes with a bound e on the error of what an engine holds in
-its place. A sum of n products |W| |v| adds n units of float32, whatever the dtype of its operands
-(autocast's sums alone may be in bfloat16); each result that is stored adds one unit of its dtype.
-Weights and states are rounded beforehand, as the engine does, so that the bound is about values
-alone. Torch's own results in the engine's dtype play no part: a mistake of torch's is a mistake.
+This is a running error analysis: every value v has a bound e on the error of the value that an
+engine computes for it. A sum of n products |W| |v| adds n units of float32 for operands of any
+dtype (only autocast may sum in bfloat16), and each stored result adds one unit of its dtype.
+Weights and states are rounded first, as the engine rounds them, so that the bounds are about values
+only. Torch's results in the engine's dtype are not used, so errors of torch are found too.
 
-Where all terms of a sum are multiples of one power of two and the sum is small, nothing is rounded
-in any order, and nothing is added; nor is it where a result has few enough digits to be stored. So
-energies of small whole numbers must be exact, in bfloat16 as well.
+If all terms of a sum are multiples of one power of two and the sum is small, nothing is rounded in
+any order of summation, and the bound does not grow. The same holds if a result has few enough
+digits to be stored exactly. So energies of small whole numbers must be exact, also in bfloat16.
 
-At a kink closer to a value than its error, the derivative may be that of either side. The bound of
-the gradient has their difference there, and only there.
+If a value is closer to a kink than its error, the derivative may be that of either side. The bound
+of the gradient then includes their difference, and only then.
 """
 
 import math
@@ -49,7 +49,7 @@ class Rounding:
 
 @dataclass
 class Exact:
-    """Energies [n] and the gradient, and for each element how far from it an engine may end."""
+    """Energies [n] and the gradient, and for each element a bound on an engine's error."""
 
     energies: Tensor
     grad: Tensor
@@ -58,7 +58,7 @@ class Exact:
 
 
 def evaluate(energy: Energy, x: Tensor, rounding: Rounding) -> Exact:
-    """All of it in float64, where nothing that happens here can matter."""
+    """Evaluate everything in float64, whose own rounding is negligible here."""
     return _Tape(energy, x, rounding).result()
 
 
@@ -68,7 +68,7 @@ class _Tape:
         tail = _tail(self.ops)
         self.units = [rounding.tail if t else rounding.values for t in tail]
         self.sums = rounding.sums
-        # What enters the gradient of a value: the tail's is rounded once more where it ends.
+        # The unit of the gradient of each value: the tail's is rounded once more where it ends.
         self.entering = [rounding.values, *self.units]
         self.constants = [
             _rounded_constants(energy, k, unit, rounding.bias) for k, unit in enumerate(self.units)
@@ -156,7 +156,7 @@ class _Tape:
             grads[i], errors[i] = part, bound
 
     def _slope(self, k: int, op: Op, unit: float) -> tuple[Tensor, Tensor]:
-        """An activation's derivative, and a bound on the error of what stands for it.
+        """An activation's derivative, and a bound on the error of the engine's value for it.
 
         Engines compute it from the input or from the output, or store it.
         """
@@ -166,7 +166,7 @@ class _Tape:
         doubt = _CURVATURE[op.kind](op) * e + unit * slope.abs() + _EVALUATION * (1 + y.abs())
         if op.kind in _PIECEWISE:
             other = op.settings[0] if op.settings else 0.0
-            # Bits or signs: nothing to round. Without an error, 0 is on one side for all engines.
+            # Engines store signs, which need no rounding. An exact 0 is on the same side in all.
             doubt = (1 - other) * ((z.abs() <= e) & (e > 0))
         elif op.kind == "softplus":
             jump = 1 / (1 + math.exp(op.settings[1]))
@@ -189,7 +189,7 @@ _LIPSCHITZ: dict[str, Callable[[Op], float]] = {
     "gelu": lambda op: 1.13,
     "tanh": lambda op: 1.0,
 }
-# The largest second derivatives, but for kinks.
+# The largest second derivatives, except at kinks.
 _CURVATURE: dict[str, Callable[[Op], float]] = {
     "leaky_relu": lambda op: 0.0,
     "relu": lambda op: 0.0,
@@ -202,13 +202,13 @@ _CURVATURE: dict[str, Callable[[Op], float]] = {
 
 
 def _near_threshold(op: Op, z: Tensor, e: Tensor) -> Tensor:
-    """Where softplus may be taken for the identity or the other way round."""
+    """1 where rounding may move softplus across the threshold beyond which it is the identity."""
     beta, threshold = op.settings
     return ((beta * z - threshold).abs() <= beta * e + _EVALUATION * threshold).double()
 
 
 def _magnitude(op: Op, weight: Tensor | None, bias: Tensor | None, *inputs: Tensor) -> Tensor:
-    """A linear operation with the absolute values of all that it multiplies by."""
+    """A linear operation with the absolute values of its weights and factors."""
     if op.kind in ("add", "scale"):
         op = Op(op.kind, op.inputs, (abs(op.settings[0]),))
     weight, bias = (None if v is None else v.abs() for v in (weight, bias))
@@ -228,12 +228,12 @@ def _whole(op: Op, weight: Tensor | None, *others: Tensor | None) -> bool:
 
 def _stored(value: Tensor, error: Tensor, unit: float, times: int = 1) -> Tensor:
     """The error after a result has been rounded to a dtype."""
-    kept = (error == 0) & (_rounded(value, unit) == value)
-    return error + ~kept * (unit * times) * (value.abs() + error)
+    exact = (error == 0) & (_rounded(value, unit) == value)
+    return error + ~exact * (unit * times) * (value.abs() + error)
 
 
 def _terms(op: Op, weight: Tensor | None, x: Tensor) -> int:
-    """Of the sum that an element of the output is, with the bias, and a rounded factor."""
+    """Roundings in an element of the output: its terms, the bias, and a rounded factor."""
     if weight is not None:
         return math.prod(weight.shape[1:]) + 2
     if op.kind in ("mean", "sum"):
@@ -244,7 +244,7 @@ def _terms(op: Op, weight: Tensor | None, x: Tensor) -> int:
 
 
 def _terms_back(op: Op, weight: Tensor | None, x: Tensor) -> int:
-    """Of the sum that an element of the input's gradient is."""
+    """Roundings in an element of the input's gradient."""
     if op.kind == "conv":
         assert weight is not None
         return weight.shape[0] // op.settings[3] * math.prod(weight.shape[2:]) + 2
@@ -255,19 +255,19 @@ def _terms_back(op: Op, weight: Tensor | None, x: Tensor) -> int:
 
 
 def _stores(op: Op) -> int:
-    """How often a result of an operation is rounded to its dtype: a mean may be a sum before."""
+    """How often a result is rounded to its dtype: a mean may be stored as a sum first."""
     return 0 if op.kind == "flatten" else 2 if op.kind in ("mean", "sum") else 1
 
 
 def _pulled(f: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The gradients of the inputs, of an output with this gradient."""
+    """The gradients of the inputs of f for an output with the gradient ``grad``."""
     with torch.enable_grad():
         leaves = [v.detach().requires_grad_() for v in inputs]
         return list(torch.autograd.grad(f(*leaves), leaves, grad))
 
 
 def _tail(ops: list[Op]) -> list[bool]:
-    """Whether an operation and all that read it, directly or not, are linear."""
+    """For each operation, whether it and all that depend on it are linear."""
     tail = [False] * len(ops)
     for k in range(len(ops) - 1, -1, -1):
         readers = [r for r, op in enumerate(ops) if k + 1 in op.inputs]

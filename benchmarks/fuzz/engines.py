@@ -1,4 +1,4 @@
-"""The engines on a random energy, held to the bounds of their own roundings."""
+"""Compare the engines on a random energy with float64, within the bounds of their rounding."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from benchmarks.fuzz.bounds import BRAIN, SINGLE, Exact, Rounding, evaluate
 from benchmarks.fuzz.machine import instruction_set, threads
 from benchmarks.fuzz.networks import Energy, network_case
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.select import Recognised, choose_engine
+from fastlangevin.gradients.engine_cache import EngineCache
+from fastlangevin.gradients.select import choose_engine
 
 ENGINES = ("autograd", "explicit", "fused")
 DTYPES = ("fp32", "bf16")
@@ -29,19 +30,22 @@ Run = Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
 
 
 def engine(name: str, energy: Energy, x: Tensor, dtype: str) -> Run:
-    """(energies or None, gradient) of states by an engine; RuntimeError where it refuses."""
+    """An engine's function of states that returns (energies or None, gradient).
+
+    RuntimeError if the engine does not support the energy.
+    """
     if name == "autograd":
         return lambda x, want_energies: energy_and_grad(energy, x, {}, dtype)
-    score = choose_engine(name, energy, x, dtype, {}, Recognised()).run
-    assert score is not None
-    score.begin()
-    return score
+    run = choose_engine(name, energy, x, dtype, {}, EngineCache()).engine
+    assert run is not None
+    run.begin()
+    return run
 
 
 def check_network(seed: int, name: str, dtype: str, isa: str | None) -> tuple[float, float] | None:
-    """The largest errors of the energies and of the gradient, as parts of their bounds.
+    """The largest errors of the energies and of the gradient, relative to their bounds.
 
-    None where the engine refuses the network. AssertionError where calls differ between themselves.
+    None if the engine does not support the network. AssertionError if two calls differ.
     """
     energy, x = network_case(seed)
     draw = random.Random(seed)

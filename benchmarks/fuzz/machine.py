@@ -1,4 +1,4 @@
-"""The instruction sets of the extension, and a number of threads for one case."""
+"""Choose the extension's instruction set and the number of threads for one case."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def instruction_sets() -> list[str]:
 
 @contextlib.contextmanager
 def instruction_set(name: str | None) -> Iterator[None]:
-    """Run the extension with an instruction set; None leaves its choice alone."""
+    """Run the extension with an instruction set; None keeps its own choice."""
     if name is None:
         yield
         return

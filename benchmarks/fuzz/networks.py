@@ -1,4 +1,4 @@
-"""Random energies: a list of operations, as a module in plain torch."""
+"""Random energies: lists of operations, run by a module in plain torch."""
 
 import math
 import random
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: value k + 1 is the output of op k, value 0 the state."""
+    """One operation. Value 0 is the state, and value k + 1 is the output of op k."""
 
     kind: str
     inputs: tuple[int, ...]
@@ -32,7 +32,7 @@ class Op:
 
 
 def run(op: Op, weight: Tensor | None, bias: Tensor | None, *inputs: Tensor) -> Tensor:
-    """An operation on a batch, in the dtype of its operands."""
+    """Run an operation on a batch, in the dtype of its operands."""
     x = inputs[0]
     if op.kind in ACTIVATIONS:
         return ACTIVATIONS[op.kind](x, *op.settings)
@@ -55,7 +55,7 @@ def run(op: Op, weight: Tensor | None, bias: Tensor | None, *inputs: Tensor) -> 
 
 
 class Energy(nn.Module):
-    """The operations one after another; the output of the last one is [n] or [n, 1]."""
+    """Runs operations one after another; the output of the last one is [n] or [n, 1]."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Energy(nn.Module):
 
 
 def network_case(seed: int) -> tuple[Energy, Tensor]:
-    """The energy and states x [n, ...] of a number; the same at every call."""
+    """The energy and states x [n, ...] of a case; the same at every call."""
     draw = random.Random(seed)
     n = draw.choice([1, 2, 3, 5, 8, 33])
     style = draw.choice(["stack", "stack", "stack", "graph", "graph", "graph", "vector"])
@@ -116,9 +116,9 @@ _MOST = 4000  # elements of a chain's value
 
 
 class _Builder:
-    """An energy in the making; ``at`` is the last value and ``shape`` its shape in one chain.
+    """Builds an energy. ``at`` is the index of the last value, ``shape`` its shape in one chain.
 
-    whole: of weights -1, 0 and 1, few of which are not 0, and activations that halve at most.
+    whole: weights are -1, 0 and 1, and mostly 0; activations multiply by no less than a half.
     """
 
     def __init__(self, draw: random.Random, shape: tuple[int, ...], whole: bool) -> None:
@@ -135,12 +135,12 @@ class _Builder:
         self.at = len(self.energy.ops)
 
     def weigh(self, *size: int) -> None:
-        """Weights of the op to come: its outputs are about as large as its inputs."""
+        """Add weights for the next op that make its outputs about as large as its inputs."""
         key, reads = str(len(self.energy.ops)), math.prod(size[1:])
         weight = self.draw.choice([0.7, 1.4]) / math.sqrt(reads) * self.normal(*size)
         bias = 0.3 * self.normal(size[0])
         if self.whole:
-            # The normal numbers of which some three of an output's are above the bound.
+            # About three of the weights of an output exceed this bound and become nonzero.
             bound = 0.0 if reads <= 3 else NormalDist().inv_cdf(1 - 1.5 / reads)
             weight = weight.sign() * (self.normal(*size).abs() > bound)
             bias = bias.sign()
@@ -169,7 +169,7 @@ class _Builder:
             self.op(kind, *settings)
 
     def conv(self, groups: bool | None = None) -> None:
-        """A convolution of odd settings that leaves at least one pixel."""
+        """Add a convolution with unusual settings that leaves at least one pixel."""
         draw, (channels, *size) = self.draw, self.shape
         if draw.random() < 0.3 if groups is None else groups:
             count = draw.choice([g for g in range(1, channels + 1) if channels % g == 0])
@@ -192,7 +192,7 @@ class _Builder:
         self.shape = (out, *after)
 
     def block(self) -> None:
-        """x + factor convolution(activation(convolution(x)))."""
+        """Add x + factor convolution(activation(convolution(x)))."""
         start, channels = self.at, self.shape[0]
         for last in (False, True):
             out = channels if last else self.draw.choice([1, 4, 9])
@@ -215,10 +215,10 @@ class _Builder:
         self.shape = (channels, *after[2:])
 
     def head(self) -> None:
-        """One number a chain."""
+        """Add operations that reduce the value to one number per chain."""
         draw = self.draw
         if len(self.shape) == 3:
-            # A mean has to be rounded.
+            # A mean has to be rounded, so whole energies have none.
             heads = ["flat", "flat", "mean", "sum", "global pool", "conv"]
             last = draw.choice(["flat", "sum", "sum"] if self.whole else heads)
             if last in ("mean", "sum"):

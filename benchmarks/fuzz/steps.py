@@ -1,8 +1,8 @@
-"""Random steps: any shape, layout, dtype and option, on every backend that runs here.
+"""Random steps with any shape, layout, dtype and options, on every backend that runs here.
 
-A backend must be as close to the reference in float64 as float32 arithmetic allows, must give a
-shard of the chains the same bits as the whole batch, and the native kernels must equal the float32
-reference bit for bit.
+A backend must be as close to the float64 reference as float32 arithmetic allows, and must compute
+the same bits for a shard of the chains as for the whole batch. The native kernels must equal the
+float32 reference bit for bit.
 """
 
 import random
@@ -19,7 +19,7 @@ from fastlangevin.step import apply_step_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _UNIT = 2.0**-24  # half a spacing of float32 at 1
-# A coefficient in float32, products and sums: less than eight roundings.
+# A coefficient in float32, products and sums are less than eight roundings.
 _ROUNDINGS = 8 * _UNIT
 _NORMALS = 2e-6  # the noise contract
 
@@ -33,7 +33,7 @@ class StepCase:
 
 
 def step_case(seed: int) -> StepCase:
-    """The case of a number; the same tensors and options at every call."""
+    """The case with this number; the same tensors and options at every call."""
     draw = random.Random(seed)
     shape = [draw.randint(1, 9) for _ in range(draw.randint(1, 5))]
     if draw.random() < 0.5:
@@ -42,8 +42,8 @@ def step_case(seed: int) -> StepCase:
     grad, z = (_tensor(draw, shape) if draw.random() < 0.6 else None for _ in range(2))
     for value in (x, grad, z):
         if value is not None and draw.random() < 0.1:
-            place = tuple(draw.randrange(size) for size in shape)
-            value[place] = draw.choice([float("nan"), float("inf"), -float("inf")])
+            index = tuple(draw.randrange(size) for size in shape)
+            value[index] = draw.choice([float("nan"), float("inf"), -float("inf")])
     options = {
         "step_size": _coefficient(draw, shape[0]),
         "noise_std": _coefficient(draw, shape[0]),
@@ -59,9 +59,10 @@ def step_case(seed: int) -> StepCase:
 
 
 def check_step(case: StepCase, run: Callable[..., Tensor]) -> float:
-    """The largest error of a backend's step, as a part of its bound; AssertionError for the rest.
+    """The largest error of a backend's step, relative to its bound.
 
-    The rest: what a call returns, shards, and bits where they are fixed.
+    AssertionError if it does not return x, a shard differs from the whole batch, or the native step
+    differs from the reference.
     """
     x = case.x.clone()
     got = apply_step_(run, x, case.grad, case.z, **case.options)
@@ -84,7 +85,7 @@ def check_step(case: StepCase, run: Callable[..., Tensor]) -> float:
 
 def _check_shard(case: StepCase, run: Callable[..., Tensor], whole: Tensor) -> None:
     first = case.x.shape[0] // 2
-    # A norm is torch's, and sums in an order that depends on the whole shape.
+    # Torch sums a norm in an order that depends on the whole shape.
     if first == 0 or isinstance(case.options["grad_clip"], tuple):
         return
     options = {**case.options, "first_chain": case.options["first_chain"] + first}
@@ -98,7 +99,7 @@ def _check_shard(case: StepCase, run: Callable[..., Tensor], whole: Tensor) -> N
 
 
 def _exact(case: StepCase) -> tuple[Tensor, Tensor]:
-    """The step in float64, and how far from it float32 arithmetic may end."""
+    """The step in float64, and a bound on the error of float32 arithmetic."""
     options, shape = case.options, case.x.shape
     grad, z = (None if v is None else v.double() for v in (case.grad, case.z))
     drawn = z is None and not reference.is_zero(options["noise_std"])
@@ -124,19 +125,19 @@ def _exact(case: StepCase) -> tuple[Tensor, Tensor]:
         bound = bound + _finite(roundings * a * grad.abs())
     if z is not None:
         bound = bound + _finite(_ROUNDINGS * b * z.abs() + _NORMALS * b * drawn)
-    kept = torch.finfo(case.x.dtype)
-    # Half a spacing, which below the smallest normal number does not shrink any more.
-    stored = kept.eps / 2 * (exact.abs() + bound) + kept.tiny * kept.eps / 2
+    dtype = torch.finfo(case.x.dtype)
+    # Half a spacing, which is constant below the smallest normal number.
+    stored = dtype.eps / 2 * (exact.abs() + bound) + dtype.tiny * dtype.eps / 2
     return exact, bound + stored
 
 
 def _finite(bound: Tensor) -> Tensor:
-    """Without terms of infinities: where the result is finite, a clamp has taken them away."""
+    """Remove terms that are infinite or NaN: if the result is finite, a clamp has removed them."""
     return bound.nan_to_num(0.0, 0.0)
 
 
 def _tensor(draw: random.Random, shape: list[int], dtypes: Any = DTYPES) -> Tensor:
-    """A tensor of some dtype in some layout: dimensions permuted, padded or at an offset."""
+    """A tensor of a random dtype and layout: dimensions permuted, padded or at an offset."""
     order = draw.sample(range(len(shape)), len(shape))
     sizes = [shape[d] + draw.randint(0, 1) for d in order]
     offset = draw.randint(0, 3)
@@ -157,5 +158,5 @@ def _normal(draw: random.Random, shape: list[int]) -> Tensor:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether all elements are equal, NaN beside NaN."""
+    """Whether all elements are equal; NaN equals NaN."""
     return bool(((one == other) | (one.isnan() & other.isnan())).all())

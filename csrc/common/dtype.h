@@ -1,4 +1,4 @@
-// The dtypes of a tensor's storage and their conversions to and from float32.
+// The dtypes in which tensors are stored, and their conversions to and from float32.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ namespace fastlangevin {
 
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// bfloat16 and float16 as bits, to float32 and back (to nearest, ties to even; NaN stays NaN).
+// Converts bfloat16 and float16, as bits, to float32 and back. Rounding is to nearest, ties to
+// even, and NaN stays NaN.
 FASTLANGEVIN_INLINE float from_bfloat16(uint16_t value) {
   return Scalar::from_bits(static_cast<uint32_t>(value) << 16);
 }
@@ -28,7 +29,7 @@ FASTLANGEVIN_INLINE float from_float16(uint16_t value) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(value));
 #else
-  // The exponent moves from bias 15 to 127 by a product, which also normalises subnormals.
+  // The product moves the exponent from bias 15 to 127 and normalises subnormals.
   const float magnitude = Scalar::from_bits((value & 0x7fffu) << 13) * 0x1p112f;
   const uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;  // infinity, NaN
   return Scalar::from_bits(Scalar::bits(magnitude) | special | (value & 0x8000u) << 16);
@@ -43,7 +44,7 @@ FASTLANGEVIN_INLINE uint16_t to_float16(float value) {
   const uint32_t sign = bits >> 16 & 0x8000u;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds above 65504
-  if (magnitude < 0x38800000u) {  // subnormal: let an addition align and round the mantissa
+  if (magnitude < 0x38800000u) {  // subnormal: an addition aligns and rounds the mantissa
     const uint32_t aligned = Scalar::bits(Scalar::from_bits(magnitude) + 0.5f);
     return static_cast<uint16_t>(sign | (aligned - 0x3f000000u));
   }
@@ -52,7 +53,7 @@ FASTLANGEVIN_INLINE uint16_t to_float16(float value) {
 #endif
 }
 
-// How a dtype is stored, and its conversions.
+// The storage type of a dtype, and its conversions.
 template <Dtype kDtype>
 struct Storage {
   using Type = uint16_t;

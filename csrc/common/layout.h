@@ -1,4 +1,4 @@
-// The dimensions of a step, put in the order of memory and merged wherever all operands allow.
+// Puts the dimensions of a step in the order of memory and merges them if all operands allow it.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ inline void remove_dim(Step& step, int d) {
 
 }  // namespace detail
 
-// Sorts the dimensions of a chain by some strides of the step's, largest first.
+// Sorts the dimensions of a chain by one of the step's arrays of strides, largest first.
 inline void sort_by(Step& step, const int64_t* strides) {
   for (int d = 2; d < step.dims; ++d) {
     for (int q = d; q > 1 && strides[q - 1] < strides[q]; --q) detail::swap_dims(step, q - 1, q);
@@ -39,9 +39,9 @@ inline void sort_by(Step& step, const int64_t* strides) {
 }
 
 // Fills `positions` for a contiguous logical order, then sorts the dimensions of a chain by x's
-// strides and merges neighbours: contiguous operands end as [chains, elements], channels_last ones
-// as [chains, pixels, channels] (or [chains, elements] when no noise has to know the position).
-// Where chains need not be told apart either, they are merged too, into shape[0] = 1.
+// strides and merges neighbours. Contiguous operands become [chains, elements], and channels_last
+// ones [chains, pixels, channels], or [chains, elements] if no noise needs the position. If chains
+// need not be distinguished, they are merged too, with shape[0] = 1.
 inline void collapse(Step& step) {
   int64_t elements = 1;
   for (int d = step.dims - 1; d > 0; --d) {

@@ -1,26 +1,26 @@
-// The noise contract, once, for scalars (host and device) and for vectors of any width.
+// The random numbers, for scalars (host and device) and for vectors of any width.
 //
-// A number is addressed by (seed, stream, chain, step, element). One Philox4x32-10 block, with
-// counter (element / 4, chain, step, stream) and the 64-bit seed as key (low word first), serves
-// four elements of a chain, counted in logical (C, H, W) order:
+// The address of a number is (seed, stream, chain, step, element). A Philox4x32-10 block, with the
+// counter (element / 4, chain, step, stream) and the 64-bit seed as its key (low word first),
+// belongs to four elements of a chain, counted in logical (C, H, W) order:
 //
 //     u(w) = (w >> 8) 2^-24  in [0, 1)        v(w) = ((w >> 8) + 1) 2^-24  in (0, 1]
 //     z0 = sqrt(-2 ln v(w0)) cos(2 pi u(w1))  z1 = sqrt(-2 ln v(w0)) sin(2 pi u(w1))
 //
-// and z2, z3 alike from w2, w3.
+// and z2, z3 likewise from w2, w3.
 //
-// The normals use correctly rounded operations only (+, *, sqrt, conversions) and must be compiled
-// without contraction to fused multiply-adds, on the host and on the device: then every instruction
-// set gives the same bits. The polynomials are minimax fits; checked over all 2^24 arguments
-// (csrc/tests/test_philox.cpp), the radius is within 4.6e-7 and sine and cosine are within 2.1e-7
-// of the truth, which bounds the error of a normal by 1.9e-6. The contract allows 2e-6.
+// The normals use only correctly rounded operations (+, *, sqrt, conversions), and must be compiled
+// without contraction to fused multiply-adds on the host and on the device. Then every instruction
+// set gives the same bits. The polynomials are minimax fits. Over all 2^24 arguments, the error of
+// the radius is at most 4.6e-7 and that of sine and cosine 2.1e-7 (csrc/tests/test_philox.cpp), so
+// that the error of a normal is at most 1.9e-6. Its specified bound is 2e-6.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// Forced inlining is not for speed alone: the same header is compiled for several instruction sets,
-// and a copy out of line could be shared by the linker with code for a lesser processor.
+// Forced inlining is not only for speed. This header is compiled for several instruction sets, and
+// the linker could otherwise use one out-of-line copy in code for a processor that cannot run it.
 #ifdef __CUDACC__
 #define FASTLANGEVIN_INLINE __host__ __device__ __forceinline__
 #else
@@ -31,7 +31,7 @@ namespace fastlangevin {
 
 enum Stream : uint32_t { kLangevin = 0, kInitial = 1 };
 
-// How to compute with one number at a time. simd.h gives the same for many.
+// Arithmetic on one number at a time; simd.h has the same interface for vectors.
 struct Scalar {
   using Float = float;
   using Int = int32_t;
@@ -63,7 +63,7 @@ struct Scalar {
     return value;
 #endif
   }
-  // Comparisons with NaN are false, which keeps it; plain min and max would lose it.
+  // Comparisons with NaN are false, so that NaN stays; plain min and max would drop it.
   static FASTLANGEVIN_INLINE Float clamp(Float x, Float lo, Float hi) {
 #ifdef __CUDA_ARCH__
     asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(lo));
@@ -83,7 +83,7 @@ struct Scalar {
   }
 };
 
-// The keys of the ten rounds, two each, from the seed.
+// The two keys of each of the ten rounds, from the seed.
 template <class N>
 struct KeySchedule {
   typename N::Counter keys[20];
@@ -99,7 +99,7 @@ struct KeySchedule {
   }
 };
 
-// Philox4x32-10 (Salmon et al. 2011, constants of Random123) of the counter, in place.
+// Philox4x32-10 (Salmon et al. 2011, constants of Random123), in place on the counter.
 template <class N>
 FASTLANGEVIN_INLINE void philox(typename N::Counter (&counter)[4], const KeySchedule<N>& schedule) {
 #if defined(__CUDA_ARCH__)
@@ -152,8 +152,8 @@ FASTLANGEVIN_INLINE void box_muller(typename N::Word w_radius, typename N::Word 
                                     typename N::Float& z0, typename N::Float& z1) {
   using Word = typename N::Word;
   using Float = typename N::Float;
-  // Half turns are taken out exactly: read as a signed number, u's bits without the first are
-  // y = 4 (u - half turns) in [-1, 1), and an odd number of half turns changes both signs.
+  // Half turns are removed exactly: the bits of u without the first, read as a signed number, are
+  // y = 4 (u - half turns) in [-1, 1), and an odd number of half turns flips both signs.
   const Word shifted = w_angle << 1;
   const Word sign = (w_angle ^ shifted) & 0x80000000u;
   const Float y = N::to_float((typename N::Int)(shifted & 0xfffffe00u)) * 0x1p-31f;

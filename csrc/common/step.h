@@ -1,10 +1,10 @@
-// The step contract, once, for the CPU (scalars and vectors) and CUDA, and the arguments of a step.
+// The arithmetic of a step, for the CPU (scalars and vectors) and CUDA, and its arguments.
 //
 //     x <- clamp(x + (s a clip(g) + b z))             s = -1 (descend) or +1 (maximize)
 //     x <- clamp(x + s a clip(g)) + b z               noise_last
 //
-// It is computed in float32 whatever the storage, and every operation is rounded once (no fused
-// multiply-adds).
+// It is computed in float32 for every storage dtype, and every operation is rounded once, without
+// fused multiply-adds.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,11 @@
 
 namespace fastlangevin {
 
-// Enough for a chain dimension and any layout of a chain of up to seven dimensions; torch tensors
-// of more are rare enough to be copied.
+// Enough for the chains and any layout of up to seven further dimensions. Tensors with more are
+// rare and fall back to the reference.
 constexpr int kMaxDims = 8;
 
-// A tensor of the step: where it is (null: absent) and its strides, in elements.
+// A tensor of the step: its address (null if absent) and its strides in elements.
 struct Operand {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
@@ -27,8 +27,8 @@ struct Operand {
 
 struct Step {
   int dims = 1;                        // shape[0] counts chains
-  int64_t shape[kMaxDims] = {};        // of every operand
-  int64_t positions[kMaxDims] = {};    // strides of an element's number within its chain
+  int64_t shape[kMaxDims] = {};        // the shape of every operand
+  int64_t positions[kMaxDims] = {};    // strides of an element's index within its chain
   Operand x, grad, noise;              // x is read and written
 
   float scale = 0;                     // s a
@@ -36,15 +36,15 @@ struct Step {
   const float* scales = nullptr;       // per chain: a, to be multiplied by `scale` = s
   const float* noise_stds = nullptr;   // per chain: b
   int64_t scales_stride = 1, noise_stds_stride = 1;
-  float clip = __builtin_inff();       // bounds at infinity bound nothing, and cost nothing
+  float clip = __builtin_inff();       // infinite bounds have no effect and no cost
   float lo = -__builtin_inff(), hi = __builtin_inff();
   bool noise_last = false;
 
-  bool draw = false;                   // z from the generator, at the address that follows
+  bool draw = false;                   // whether to draw z, at the following address
   uint64_t seed = 0;
   uint32_t step = 0, first_chain = 0;
-  const int64_t* rng_state = nullptr;  // CUDA: {seed, first step} in device memory, read at launch,
-                                       // replacing `seed` and added to `step`
+  const int64_t* rng_state = nullptr;  // CUDA: {seed, first step} in device memory; the kernel
+                                       // takes this seed and adds the first step to `step`
 
   FASTLANGEVIN_INLINE bool noisy() const { return draw || noise.data != nullptr; }
   FASTLANGEVIN_INLINE int64_t elements() const {
@@ -56,7 +56,7 @@ struct Step {
 
 enum class Fill : int32_t { kNormal = 0, kUniform = 1 };
 
-// Noise of one step for chains [first_chain, first_chain + chains), contiguous.
+// The contiguous noise of one step for chains [first_chain, first_chain + chains).
 struct Noise {
   uint64_t seed;
   uint32_t step, stream, first_chain;
@@ -71,7 +71,8 @@ struct Bounds {
       : clip(step.clip), lo(step.lo), hi(step.hi) {}
 };
 
-// One element of a step (or N of them). a carries the sign s; kGrad, kNoise: which terms there are.
+// The step of one element or of a vector N of them. a includes the sign s; kGrad and kNoise say
+// which terms are present.
 template <class N, bool kGrad, bool kNoise, bool kNoiseLast>
 FASTLANGEVIN_INLINE typename N::Float langevin(typename N::Float x, typename N::Float g,
                                                typename N::Float z, typename N::Float a,
@@ -94,7 +95,7 @@ FASTLANGEVIN_INLINE typename N::Float langevin(typename N::Float x, typename N::
   }
 }
 
-// Calls f(grad, noise, noise_last) with the step's form as compile-time constants.
+// Calls f(grad, noise, noise_last) with the form of the step as compile-time constants.
 template <bool kValue>
 struct Constant {
   static constexpr bool value = kValue;
@@ -110,7 +111,7 @@ inline void with_form(const Step& step, F&& f) {
   if (grad) return f(True{}, False{}, False{});
   if (noise && last) return f(False{}, True{}, True{});
   if (noise) return f(False{}, True{}, False{});
-  return f(False{}, False{}, True{});  // only clamps
+  return f(False{}, False{}, True{});  // the step only clamps
 }
 
 }  // namespace fastlangevin

@@ -1,4 +1,4 @@
-// Activations and their derivatives on vectors of float32, without a call into libm.
+// Activations and their derivatives on vectors of float32, without calls into libm.
 #pragma once
 
 #include "cpu/convnet_plan.h"
@@ -8,12 +8,12 @@ namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
 namespace {
 
-// e^x to about 1e-7 relative; 0 below, and finite above, what float32 holds.
+// e^x with a relative error of about 1e-7; 0 below the range of float32 and finite above it.
 FASTLANGEVIN_INLINE Vector::Float exponential(Vector::Float x) {
   using Float = Vector::Float;
   using Int = Vector::Int;
   x = Vector::clamp(x, Vector::broadcast(-87.3f), Vector::broadcast(88.3f));
-  // To the nearest integer: adding 1.5 * 2^23 leaves no bits for a fraction.
+  // Rounds to the nearest integer: after adding 1.5 * 2^23, no bits are left for a fraction.
   const Float shift = Vector::broadcast(12582912.0f);
   const Float shifted = x * 1.44269504f + shift;
   const Float whole = shifted - shift;
@@ -28,7 +28,7 @@ FASTLANGEVIN_INLINE Vector::Float exponential(Vector::Float x) {
   return p * (Float)(((Int)shifted + (127 - 0x4b400000)) << 23);
 }
 
-// log(1 + v) for v in [0, 1], as 2 atanh(v / (2 + v)).
+// log(1 + v) for v in [0, 1], computed as 2 atanh(v / (2 + v)).
 FASTLANGEVIN_INLINE Vector::Float log1p(Vector::Float v) {
   const Vector::Float s = v / (v + 2.0f), t = s * s;
   Vector::Float p = t * (2.0f / 15) + 2.0f / 13;
@@ -41,8 +41,9 @@ FASTLANGEVIN_INLINE Vector::Float log1p(Vector::Float v) {
   return p * s;
 }
 
-// Each: operator()(z, slope) -> the activation at z and its derivative there. That of a piecewise
-// linear one is read off the sign of its value instead, and nothing but the value is kept.
+// For each activation, operator()(z, slope) returns its value at z and, if it is smooth, sets slope
+// to its derivative there. The derivative of a piecewise linear activation follows from the sign of
+// its value, so that only the value is stored.
 struct LeakyReLU {
   static constexpr bool kSmooth = false;
   float leak;
@@ -51,7 +52,7 @@ struct LeakyReLU {
   }
 };
 
-// A product with a leak of 0 would make NaN of an infinity.
+// The product of a leak of 0 and an infinity would be NaN.
 struct ReLU {
   static constexpr bool kSmooth = false;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float&) const {
@@ -113,8 +114,9 @@ void with_activation(const ConvLayer& layer, const F& f) {
   }
 }
 
-// f(times): times(grad, value) -> grad times the derivative where the activation's value is; the
-// smooth ones' derivatives stand `slopes` elements further on. NaN goes where autograd's goes.
+// Calls f(times), where times(grad, value) is grad times the derivative that belongs to the stored
+// value. Derivatives of smooth activations are stored `slopes` elements after the values. NaN
+// propagates as it does in autograd.
 template <class N, class F>
 void with_slope(const ConvLayer& layer, int64_t slopes, const F& f) {
   using Float = Vector::Float;

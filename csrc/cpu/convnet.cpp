@@ -1,4 +1,4 @@
-// Planning a conv net's passes, packing its weights, and sharing its chains among threads.
+// Plans the passes of a conv net, packs its weights and distributes its chains over threads.
 #include "cpu/convnet.h"
 
 #include <algorithm>
@@ -18,13 +18,13 @@ int outputs(const ConvLayer& layer, int axis, int inputs) {
   return (inputs + 2 * layer.padding[axis] - reach) / layer.stride[axis] + 1;
 }
 
-// Where output o of a layer's axis begins to read, and where its last tap does.
+// The positions of the first and the last tap of output o along an axis of a layer.
 int first_read(const ConvLayer& layer, int axis, int o) {
   return o * layer.stride[axis] - layer.padding[axis];
 }
 
-// For an input position that is `residue` modulo the stride: which kernel positions reach it, and
-// from which output, counted from position / stride.
+// The kernel positions that reach an input position with this residue modulo the stride, and the
+// outputs from which they do, counted from position / stride.
 struct Reach {
   int kernel, offset;
 };
@@ -39,7 +39,7 @@ std::vector<Reach> reaches(const ConvLayer& layer, int axis, int residue) {
   return found;
 }
 
-// Widens a frame until positions first..last of an axis are inside.
+// Widens a frame until positions first..last of an axis are inside it.
 void widen(int32_t& before, int32_t& after, int extent, int first, int last) {
   before = std::max(before, -first);
   after = std::max(after, last - (extent - 1));
@@ -103,7 +103,7 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
   return passes;
 }
 
-// Runs of taps next to each other in memory become one, where all runs are of one length.
+// Merges runs of taps that are adjacent in memory into one tap each, if all runs have one length.
 void join_taps(ConvPass& pass, int step) {
   const int channels = round_up(static_cast<int>(pass.in), step);
   const std::vector<int32_t> taps = std::move(pass.taps);
@@ -120,12 +120,12 @@ void join_taps(ConvPass& pass, int step) {
   pass.steps = static_cast<int64_t>(run) * channels / step;
 }
 
-// The products of a layer's spread gradient, where that takes fewer than its passes; these then
-// read them.
+// Plans the products of a layer's spread gradient if they are fewer than those of its passes. The
+// passes then read these products.
 void plan_spread(const ConvLayer& layer, const ConvBuffer& out, int lanes,
                  std::vector<ConvPass>& passes, ConvSpread& spread) {
   const int positions = layer.kernel[0] * layer.kernel[1];
-  const int64_t pixel = round_up(positions * layer.in + 3, lanes);  // read by fours
+  const int64_t pixel = round_up(positions * layer.in + 3, lanes);  // read four at a time
   int64_t multiplied = 0;
   for (const ConvPass& pass : passes) {
     multiplied += static_cast<int64_t>(pass.to.size() * pass.rows.size()) *
@@ -150,8 +150,9 @@ void plan_spread(const ConvLayer& layer, const ConvBuffer& out, int lanes,
   }
 }
 
-// [block of output channels][kernel position][input channels, by one or two][output channel of the
-// block][which], from weights at(input channel, output channel)[position]; null beyond the last.
+// Packs the weights at(input channel, output channel)[position], or null beyond the last, as [block
+// of output channels][kernel position][one or two input channels][output channel of the
+// block][which of the two].
 template <class At>
 void pack_pass(const ConvNet& net, const ConvPass& pass, int threads, const At& at,
                float* packed) {
@@ -164,8 +165,8 @@ void pack_pass(const ConvNet& net, const ConvPass& pass, int threads, const At& 
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * whole, block = pass.out - begin > lanes ? whole : lanes;
       float* to = packed + begin * rows * steps;
-      // A few steps at a time, through memory that stays in the cache: a kernel position's words
-      // are a power of two from the next one's as a rule, and would drive each other out.
+      // A few steps at a time, through memory that stays in the cache: the words of two kernel
+      // positions are usually a power of two apart and would evict each other.
       std::vector<float> few(rows * kFew * block);
       for (int64_t s = 0; s < steps; s += kFew) {
         const int64_t count = std::min(kFew, steps - s);
@@ -209,9 +210,9 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool 
   }
   for (size_t k = 0; k < net.buffers.size(); ++k) {
     ConvBuffer& buffer = net.buffers[k];
-    // No vector is written to the first buffer, and all are read one number or pair at a time.
+    // No vector is written to the first buffer, which is read one number or pair at a time.
     buffer.pixel = round_up(buffer.channels, k == 0 ? step : kernels.lanes);
-    // Pixels a power of two apart would share a few sets of the first-level cache.
+    // Pixels that are a power of two apart would share a few sets of the first-level cache.
     if (buffer.pixel % 256 == 0) buffer.pixel += kernels.lanes;
     buffer.row = buffer.pixel * (buffer.left + buffer.width + buffer.right);
     buffer.chain =

@@ -1,4 +1,5 @@
-// The conv net's score on the CPU: entry points, and what the instruction sets provide to them.
+// Input gradients of conv nets on the CPU: the entry points, and the interface that every
+// instruction set implements.
 #pragma once
 
 #include <vector>
@@ -9,9 +10,9 @@ namespace fastlangevin {
 namespace cpu {
 
 struct ConvKernels {
-  int lanes;    // of a vector: channels are padded to whole ones
-  int vectors;  // as many output channels as fill so many are computed together
-  // On float32 and on bfloat16 values.
+  int lanes;    // of a vector; channels are padded to whole vectors
+  int vectors;  // how many vectors of output channels are computed together
+  // For float32 and for bfloat16 values.
   using Score = void(const ConvNet& net, const ConvBatch& batch, int64_t first_chain,
                      int64_t last_chain, void* workspace);
   Score *score, *score_bfloat16;
@@ -24,17 +25,17 @@ extern const ConvKernels kConvAvx512;
 extern const ConvKernels kConvAvx512Bf16;
 #endif
 
-// The kernels of the instruction set in use.
+// The kernels of the active instruction set.
 const ConvKernels& conv_kernels();
 
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool bfloat16);
 
-// Weights [out, in, kh, kw] and biases [out] (or null), contiguous, into net.packed words.
+// Packs contiguous weights [out, in, kh, kw] and biases [out] (or null) into net.packed words.
 void pack_weights(const ConvNet& net, const std::vector<const float*>& weights,
                   const std::vector<const float*>& biases, float* packed, int threads);
 
-// workspace: net.workspace * batch.chunk + net.scratch bytes for each thread, zero before its
-// first use.
+// workspace has net.workspace * batch.chunk + net.scratch bytes for each thread, all zero before
+// the first use.
 void convnet_score(const ConvNet& net, const ConvBatch& batch, void* workspace, int threads);
 
 }  // namespace cpu

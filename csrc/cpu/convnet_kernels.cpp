@@ -1,7 +1,9 @@
-// A conv net's score with one instruction set, FASTLANGEVIN_ISA: this file is compiled once for each.
+// Input gradients of conv nets with one instruction set, FASTLANGEVIN_ISA. This file is compiled
+// once for each.
 //
-// A thread takes its chains a chunk at a time through the whole net and back, so that what a layer
-// writes is still in its cache when the next one reads it, and no thread waits for another.
+// A thread takes its chains, a chunk at a time, forward and backward through the whole net. The
+// output of a layer is then still in its cache when the next layer reads it, and no thread waits
+// for another.
 #include <algorithm>
 #include <type_traits>
 
@@ -15,8 +17,8 @@ namespace {
 
 using Float = Vector::Float;
 
-// A tile of pixels x kV vectors of output channels is summed in registers: as many sums as these
-// hold beside the operands, and enough to hide the latency of the multiply-adds.
+// A tile of pixels x kV vectors of output channels is summed in registers. It has as many sums as
+// fit there along with the operands, and enough to hide the latency of the multiply-adds.
 constexpr int kVectors = 2;
 #if defined(__AVX512F__)
 constexpr int kSums = 24;
@@ -24,8 +26,8 @@ constexpr int kSums = 24;
 constexpr int kSums = 12;
 #endif
 
-// Of one vector of 512 bits alone, two halves: every multiply-add needs a number broadcast from
-// memory then, which comes twice as fast to registers of half the width.
+// A single vector of 512 bits is processed as two halves: every multiply-add then needs a number
+// broadcast from memory, and broadcasts to registers of half the width are twice as fast.
 template <int kV>
 using Sum = Register<kLanes == 16 && kV == 1 ? 8 : kLanes>;
 template <int kV>
@@ -33,11 +35,11 @@ constexpr int kSumsOfPixel = kV * kLanes * 4 / sizeof(typename Sum<kV>::Float);
 template <int kV>
 constexpr int kTilePixels = kSums / kSumsOfPixel<kV>;
 
-// Weights are used kBlock words at a time by kTiles tiles.
+// kTiles tiles use kBlock words of weights at a time.
 constexpr int kTiles = 8, kBlock = 16384;
 
-// sums (+)= a tile's products over some taps and some steps of N::kStep input channels each; w as
-// packed by pack_weights.
+// Sets or adds to sums the products of a tile over some taps and some steps of N::kStep input
+// channels each; w is packed by pack_weights.
 template <class N, int kV, int kPixels>
 __attribute__((noinline)) void multiply(const typename N::Type* const* from, const int32_t* taps,
                                         int64_t tap_count, int64_t first_step, int64_t steps,
@@ -61,7 +63,7 @@ __attribute__((noinline)) void multiply(const typename N::Type* const* from, con
       }
     }
   }
-  // Blocks are summed by themselves and then together, which keeps the rounding of long sums small.
+  // Blocks are summed separately and then added, which keeps the rounding error of long sums small.
   for (int p = 0; p < kPixels; ++p) {
     for (int r = 0; r < kR; ++r, sums += kWide) {
       R::store(sums, add ? R::load(sums) + acc[p][r] : acc[p][r]);
@@ -69,15 +71,15 @@ __attribute__((noinline)) void multiply(const typename N::Type* const* from, con
   }
 }
 
-// What a pass reads, and how far apart the chains of a chunk are there and where it writes.
+// The source of a pass, and the strides between the chains of a chunk in its source and target.
 template <class N>
 struct Ends {
   const typename N::Type* in;
   int64_t in_chain, out_chain;
 };
 
-// All pixels of one block of kV vectors of output channels, from channel `first` on.
-// finish(to, channel, sum) takes one vector, and where it belongs.
+// Computes all pixels of one block of kV vectors of output channels, from channel `first` on.
+// finish(to, channel, sum) receives each vector and its target.
 template <class N, int kV, class Finish>
 void run_block(const ConvPass& pass, const Ends<N>& ends, int64_t chains, const float* weights,
                int first, const Finish& finish) {
@@ -141,7 +143,7 @@ void run_pass(const ConvPass& pass, const Ends<N>& ends, int64_t chains, const f
   }
 }
 
-// One chunk of chains, on its way through the net.
+// The passes of one chunk of chains through the net.
 template <class N>
 struct Chunk {
   using Type = typename N::Type;
@@ -152,7 +154,7 @@ struct Chunk {
   int64_t chains;
 
   Type* values(size_t k) const { return workspace + net.buffers[k].values * batch.chunk; }
-  // From a value to its slope, for smooth activations.
+  // The distance from a value to its slope, for smooth activations.
   int64_t slopes(size_t k) const {
     return (net.buffers[k].slopes - net.buffers[k].values) * batch.chunk;
   }
@@ -178,7 +180,7 @@ struct Chunk {
     each_pixel(buffer, [&](int64_t n, int64_t y, int64_t x, int64_t at) {
       const float* from = batch.x + (first + n) * s[0] + y * s[2] + x * s[3];
       for (int c = 0; c < buffer.channels; ++c) to[at + c] = N::narrow(from[c * s[1]]);
-      // Steps of two channels read one more than there is, and what is there may be a NaN by now.
+      // Steps of two channels read one channel too many, where a NaN may have been left.
       for (int c = buffer.channels; c % N::kStep != 0; ++c) to[at + c] = Type{};
     });
   }
@@ -204,7 +206,7 @@ struct Chunk {
     const ConvBuffer& buffer = net.buffers[top];
     const Type* features = values(top);
     for (int64_t n = 0; n < chains; ++n) {
-      double total = batch.offset;  // of many terms that may cancel
+      double total = batch.offset;  // a sum of many terms that may cancel
       const float* head = batch.head;
       for (int64_t y = 0; y < buffer.height; ++y) {
         for (int64_t x = 0; x < buffer.width; ++x, head += buffer.pixel) {
@@ -216,7 +218,7 @@ struct Chunk {
     }
   }
 
-  // The head's gradient becomes that before the last activation, in place of the latter's values.
+  // Replaces the values of the last activation by the gradient before it, from that of the head.
   void turn() const {
     const size_t top = net.layers.size();
     const ConvBuffer& buffer = net.buffers[top];
@@ -231,8 +233,8 @@ struct Chunk {
     });
   }
 
-  // The gradient after layer k's convolution becomes that before it and, in place of the values
-  // that its slopes come from, before the activation below.
+  // Takes the gradient after layer k's convolution to the gradient before the activation below it,
+  // which replaces the values that determine this activation's slopes.
   void backward(size_t k) const {
     with_slope<N>(net.layers[k - 1], slopes(k), [&](const auto& times_slope) {
       Type* values = this->values(k);
@@ -244,7 +246,7 @@ struct Chunk {
     });
   }
 
-  // The first layer's: in float32, to where the caller wants it.
+  // Writes the gradient before the first layer, in float32, to the caller's memory.
   void write(int64_t first) const {
     if (net.spread.pixel > 0) {
       for (int64_t n = 0; n < chains; ++n) collect(first, n);
@@ -271,7 +273,7 @@ struct Chunk {
     return batch.grad + (first + chain) * s[0] + y * s[2] + x * s[3];
   }
 
-  // One chain's, where it is spread.
+  // Writes the gradient of one chain if it is spread.
   void collect(int64_t first, int64_t n) const {
     using Four = Register<4>;
     const ConvBuffer& buffer = net.buffers[0];

@@ -1,4 +1,4 @@
-// The instruction set in use: the best that this processor runs, or the one that was chosen.
+// The active instruction set: the best that this processor runs, or the one that was chosen.
 #include <atomic>
 #include <cstring>
 
@@ -24,7 +24,7 @@ bool has_avx512() {
 }
 #endif
 
-// Best first.
+// From best to worst.
 const InstructionSet kInstructionSets[] = {
 #ifdef FASTLANGEVIN_X86
     {"avx512_bf16", &kAvx512, &kConvAvx512Bf16,

@@ -1,4 +1,4 @@
-// Drawing noise on the CPU, kLanes Philox blocks at a time, with one instruction set.
+// Draws noise on the CPU, kLanes Philox blocks at a time, with one instruction set.
 #pragma once
 
 #include "cpu/simd.h"
@@ -13,17 +13,17 @@ using Float = Vector::Float;
 using Counter = Vector::Counter;
 using Keys = KeySchedule<Vector>;
 
-constexpr int kGroup = 4 * kLanes;  // numbers made at a time
+constexpr int kGroup = 4 * kLanes;  // numbers drawn at a time
 static_assert(kTile % kGroup == 0, "a tile holds whole groups");
 
-// Where the blocks of a group are: two vectors for the even and the odd lanes.
+// The addresses of the blocks of a group, as two vectors for the even and the odd lanes.
 struct Blocks {
   Counter block[2], chain[2];
 };
 
-// Groups are made in two passes, their words waiting where the numbers will be: each pass is one
-// long chain of dependent operations, and the shorter its code, the more groups of it a processor
-// overlaps (1.2 times faster than one pass, on Zen 5 with AVX-512).
+// Groups are computed in two passes, and the first stores the words where the numbers will be. Each
+// pass is one long chain of dependent operations. The shorter its code is, the more groups a
+// processor overlaps (1.2 times faster than a single pass, on Zen 5 with AVX-512).
 FASTLANGEVIN_INLINE void draw_words(const Blocks& at, const Noise& noise, const Keys& keys,
                                     float* out) {
   Counter words[2][4];
@@ -73,7 +73,7 @@ FASTLANGEVIN_INLINE void copy(float* to, const float* from, int64_t count) {
   for (int64_t k = 0; k < count; ++k) to[k] = from[k];
 }
 
-// Elements [first, first + count) of one chain.
+// Draws elements [first, first + count) of one chain.
 void draw_span(const Noise& noise, const Keys& keys, uint32_t chain, int64_t first, int64_t count,
                float* out) {
   float group[kGroup];
@@ -98,7 +98,8 @@ void draw_span(const Noise& noise, const Keys& keys, uint32_t chain, int64_t fir
   }
 }
 
-// All elements of some small chains: lanes take blocks across chains. `spare` holds kTile numbers.
+// Draws all elements of several small chains; the lanes take blocks of different chains. `spare`
+// has room for kTile numbers.
 void draw_chains(const Noise& noise, const Keys& keys, uint32_t first_chain, int64_t chains,
                  float* spare, float* out) {
   const int64_t elements = noise.elements, blocks = (elements + 3) / 4;

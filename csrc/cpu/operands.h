@@ -1,4 +1,4 @@
-// The numbers that a conv net's products are made of, float32 or bfloat16; sums are float32.
+// The operands of a conv net's products, in float32 or bfloat16. Sums are float32.
 #pragma once
 
 #include "cpu/simd.h"
@@ -7,8 +7,8 @@ namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
 namespace {
 
-// kStep input channels are multiplied at a time. Weights come in words of 32 bits, one for each
-// output channel: kStep weights of it.
+// kStep input channels are multiplied at a time. A 32-bit word of weights holds kStep weights of
+// one output channel.
 struct Float32 {
   using Type = float;
   static constexpr int kStep = 1;
@@ -34,8 +34,8 @@ struct Float32 {
   static FASTLANGEVIN_INLINE float widen(float value) { return value; }
 };
 
-// In pairs: by the processor's own dot product where it has one, which also rounds the sums of a
-// pair, else as two products of their values.
+// Pairs of bfloat16 are multiplied by the processor's dot product if it has one, which also rounds
+// the sum of a pair, and as two float32 products otherwise.
 struct BFloat16 {
   using Type = uint16_t;
   using Halves __attribute__((vector_size(2 * kLanes))) = uint16_t;
@@ -71,7 +71,7 @@ struct BFloat16 {
     return Vector::from_bits(__builtin_convertvector(halves, Vector::Word) << 16);
   }
   static FASTLANGEVIN_INLINE void store(uint16_t* to, Vector::Float value) {
-    // To nearest, ties to even; a NaN stays one.
+    // Rounds to nearest, ties to even; NaN stays NaN.
     const Vector::Word bits = Vector::bits(value);
     const Vector::Word rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     const Vector::Word kept = value == value ? rounded : bits >> 16 | 0x40u;

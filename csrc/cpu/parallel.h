@@ -1,4 +1,4 @@
-// Sharing work among the threads that the process already has.
+// Distributes work over the threads that the process already has.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@
 
 namespace fastlangevin {
 
-// The OpenMP runtime that torch has brought into the process, if one can be found. Its threads are
-// awake between torch's operators; a pool of our own, or a second OpenMP runtime, would compete
-// with them for the same cores, and starting threads costs more than a small step takes.
+// The OpenMP runtime that torch has loaded into the process, if one can be found. Its threads stay
+// awake between torch's operators. Another pool of threads or a second OpenMP runtime would compete
+// with them for the same cores, and starting threads takes longer than a small step.
 struct OpenMP {
   using Body = void (*)(void*);
   void (*parallel)(Body, void*, unsigned threads, unsigned flags) = nullptr;
@@ -29,7 +29,7 @@ struct OpenMP {
  private:
   OpenMP() {
 #if defined(__linux__)
-    // GNU's and LLVM's runtimes both answer to these names.
+    // The runtimes of GNU and LLVM both export these names.
     parallel = reinterpret_cast<decltype(parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     thread_number = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
     team_size = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
@@ -37,7 +37,7 @@ struct OpenMP {
   }
 };
 
-// body(first, last) on disjoint ranges that cover [0, total), on at most `threads` threads.
+// Calls body(first, last) on disjoint ranges that cover [0, total), on at most `threads` threads.
 template <class Body>
 void parallel_for(int64_t total, int threads, const Body& body) {
   struct Team {

@@ -1,5 +1,5 @@
-// Eight values make a byte. AVX2 is enough here: both directions run at the speed of memory, so
-// that wider registers gain nothing.
+// Eight values make a byte. AVX2 is enough: both directions run at the speed of memory, and wider
+// registers gain nothing.
 #include "cpu/signs.h"
 
 #include "cpu/parallel.h"
@@ -13,7 +13,7 @@ namespace fastlangevin {
 namespace cpu {
 namespace {
 
-// Below this many bytes of bits a thread, waking one costs more than it saves.
+// With fewer bytes of bits per thread, waking a thread costs more than it saves.
 constexpr int64_t kBytesPerThread = 4096;
 
 template <Dtype kDtype>
@@ -47,7 +47,7 @@ FASTLANGEVIN_AVX2 inline __m256 read_eight(const typename Storage<kDtype>::Type*
   }
 }
 
-// Rounds to nearest even; bfloat16's NaN keeps its upper bits and stays quiet.
+// Rounds to nearest, ties to even. A NaN in bfloat16 keeps its upper bits and stays quiet.
 template <Dtype kDtype>
 FASTLANGEVIN_AVX2 inline void write_eight(__m256 value, typename Storage<kDtype>::Type* to) {
   if constexpr (kDtype == Dtype::kFloat32) {

@@ -1,7 +1,7 @@
-// As many numbers at a time as the instruction set at hand holds in a register: Scalar's interface
-// over the compiler's vector types, with intrinsics only for what those cannot express.
+// Vectors as wide as a register of the instruction set: the interface of Scalar over the compiler's
+// vector types, with intrinsics only for operations that these cannot express.
 //
-// Included by one source file, which is compiled once per instruction set, in that set's namespace.
+// Source files that include this are compiled once per instruction set, in the set's namespace.
 #pragma once
 
 #if defined(__SSE2__)
@@ -21,7 +21,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// A register of some lanes.
+// A register with several lanes.
 template <int kWide>
 struct Register {
   using Float __attribute__((vector_size(4 * kWide))) = float;
@@ -42,8 +42,8 @@ struct Register {
 
 struct Vector : Register<kLanes> {
   using Int __attribute__((vector_size(4 * kLanes))) = int32_t;
-  // A word in the low half of each 64-bit lane: the form that multiplies without any shuffle. What
-  // is in the high half does not matter.
+  // A word in the low half of each 64-bit lane, which can be multiplied without a shuffle. The high
+  // half is ignored.
   using Counter __attribute__((vector_size(4 * kLanes))) = uint64_t;
 
   static FASTLANGEVIN_INLINE void multiply(Counter a, uint32_t b, Counter& high, Counter& low) {
@@ -79,18 +79,18 @@ struct Vector : Register<kLanes> {
   }
 };
 
-// Even and odd lanes, as words in 64-bit lanes, side by side.
+// Interleaves even and odd lanes, which are words in 64-bit lanes.
 FASTLANGEVIN_INLINE Vector::Word interleave(Vector::Counter even, Vector::Counter odd) {
   return (Vector::Word)((even & 0xffffffffu) | odd << 32);
 }
 
-// Writes 4 kLanes numbers, the four of each block next to each other, from z[k] = the k-th of each.
-// Only groups of four lanes are transposed, which takes no move across them; the lane of a block
-// (lane_block) is chosen so that the result comes out in order.
+// Writes 4 kLanes numbers with the four of each block next to each other; z[k] holds the k-th of
+// each block. Only groups of four lanes are transposed, which needs no move between groups. The
+// lane of a block (lane_block) is chosen so that the result is in order.
 FASTLANGEVIN_INLINE void store_blocks(float* out, const Vector::Float (&z)[4]) {
   using Index = Vector::Int;
   Index low, high, first, second;
-  for (int k = 0; k < kLanes; ++k) {  // constants once unrolled
+  for (int k = 0; k < kLanes; ++k) {  // the indices are constants once this is unrolled
     const int base = k & ~3, in = k & 3;
     low[k] = base + in / 2 + (in % 2) * kLanes;
     high[k] = low[k] + 2;

@@ -1,4 +1,4 @@
-// The CPU backend's entry points: how a step is cut into tiles and shared among threads.
+// The entry points of the CPU backend: divides a step into tiles and distributes them over threads.
 #include "cpu/step.h"
 
 #include <algorithm>
@@ -10,16 +10,16 @@ namespace fastlangevin {
 namespace cpu {
 namespace {
 
-// Below this many elements a thread, waking one costs more than it saves (about 5 us against 1 ns
-// an element drawn).
+// With fewer elements per thread, waking a thread costs more than it saves (about 5 us, compared
+// with 1 ns for each element drawn).
 constexpr int64_t kElementsPerThread = 16384;
 
 int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
 int64_t whole_blocks(int64_t elements) { return elements < 4 ? elements : elements / 4 * 4; }
 
-// Columns run along x's memory; rows along the noise's order where that is another one, else along
-// the next dimension, or over chains where these are small.
+// Columns follow the memory order of x. Rows follow the order of the noise if that is a different
+// one, else the next dimension, or the chains if these are small.
 Tiling cut(const Step& step) {
   Tiling tiling{{-1, -1}, {1, 1}, {1, 1}, 1};
   const int inner = step.dims - 1;
@@ -36,8 +36,8 @@ Tiling cut(const Step& step) {
     for (int d = 1; step.draw && d < inner; ++d) {
       if (step.positions[d] == 1) tiling.dims[0] = d;
     }
-    // Operands in several orders are read about a square at a time, so that no order is slow; cuts
-    // fall between the generator's blocks where the sizes allow.
+    // Operands in different orders are read roughly a square at a time, so that no order is slow.
+    // Tiles end at the generator's blocks if the sizes allow it.
     tiling.tile[1] = std::min<int64_t>(columns, 64);
     tiling.tile[0] = std::min(step.shape[tiling.dims[0]], whole_blocks(kTile / tiling.tile[1]));
     tiling.tile[1] = std::min(columns, whole_blocks(kTile / tiling.tile[0]));

@@ -1,9 +1,9 @@
-// The CPU kernels of one instruction set, FASTLANGEVIN_ISA: this file is compiled once for each.
+// The CPU kernels of one instruction set, FASTLANGEVIN_ISA. This file is compiled once for each.
 //
-// A tile of a step passes through buffers in the first-level cache: its normals are drawn in their
-// own order, four per Philox block, and turned into x's order; whatever is not float32 in that
-// order already is converted into it; then one loop over float32 does the arithmetic. The same loop
-// thus serves every dtype and layout, and what passes through a buffer costs a load and a store.
+// A tile of a step passes through buffers in the first-level cache. Its normals are drawn in
+// logical order, four per Philox block, and transposed to x's order; operands that are not float32
+// in this order are converted to it; then one loop over float32 does the arithmetic. The same loop
+// handles every dtype and layout, and each buffer costs a load and a store per element.
 #include "cpu/draw.h"
 #include "cpu/tile.h"
 
@@ -13,7 +13,7 @@ namespace {
 
 using cpu::Tiling;
 
-// Where a tile is: its first index in every dimension and how far it reaches.
+// The first index of a tile in every dimension, and its extent.
 struct Place {
   int64_t index[kMaxDims];
   int64_t rows, columns;
@@ -56,7 +56,7 @@ struct Buffers {
   alignas(64) float x[kTile], grad[kTile], noise[kTile], spare[kTile];
 };
 
-// A tile of an operand as contiguous float32: in place if it is that already, else in the buffer.
+// A tile of an operand as contiguous float32: the operand itself if it is that, else the buffer.
 float* fetch(const Operand& operand, const Step& step, const Tiling& tiling, const Place& place,
              float* buffer) {
   if (operand.data == nullptr) return buffer;
@@ -78,7 +78,7 @@ void put(const Operand& operand, const Step& step, const Tiling& tiling, const P
              [&](auto d) { write_tile<decltype(d)::value>(values, tile, operand.data, offset); });
 }
 
-// The normals of a tile, in x's order.
+// Draws the normals of a tile, in x's order.
 void draw_tile(const Step& step, const Noise& noise, const Keys& keys, const Tiling& tiling,
                const Place& place, Buffers& buffers) {
   const uint32_t chain = step.first_chain + static_cast<uint32_t>(place.index[0]);
@@ -92,7 +92,7 @@ void draw_tile(const Step& step, const Noise& noise, const Keys& keys, const Til
                 buffers.noise + r * tile.columns);
     }
   } else {
-    // The rows are neighbours in logical order: draw along them, then transpose.
+    // The rows are neighbours in logical order, so draw along them and then transpose.
     for (int64_t c = 0; c < tile.columns; ++c) {
       draw_span(noise, keys, chain, first + c * tile.column_stride, tile.rows, buffers.spare);
       for (int64_t r = 0; r < tile.rows; ++r) {
@@ -102,7 +102,7 @@ void draw_tile(const Step& step, const Noise& noise, const Keys& keys, const Til
   }
 }
 
-// count elements that share a and b.
+// Steps count elements that share a and b.
 template <bool kGrad, bool kNoise, bool kNoiseLast>
 void update(float* x, const float* g, const float* z, float a, float b, const Bounds& bounds,
             int64_t count) {

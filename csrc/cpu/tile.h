@@ -1,4 +1,4 @@
-// Tiles of an operand, of any layout and dtype, to and from contiguous float32.
+// Converts tiles of an operand of any layout and dtype to contiguous float32 and back.
 #pragma once
 
 #include "cpu/simd.h"
@@ -10,7 +10,7 @@ namespace {
 
 using cpu::kTile;
 
-// One tile of an operand: rows x columns elements, and their strides there.
+// One tile of an operand: rows x columns elements and their strides.
 struct Tile {
   int64_t rows, columns, row_stride, column_stride;
 
@@ -18,7 +18,7 @@ struct Tile {
   Tile merged() const { return contiguous() ? Tile{1, rows * columns, 0, 1} : *this; }
 };
 
-// One row, float16 by the processor's own conversions where it has them.
+// Converts one row; float16 uses the processor's conversions if it has them.
 template <Dtype kDtype>
 void read_row(const typename Storage<kDtype>::Type* from, int64_t count, float* to) {
   int64_t k = 0;

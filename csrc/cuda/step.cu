@@ -1,4 +1,4 @@
-// The CUDA backend's entry points: which kernel serves a step, and its launch.
+// The entry points of the CUDA backend: the choice of a step's kernel, and its launch.
 #include "cuda/step.h"
 
 #include <stdexcept>
@@ -15,7 +15,7 @@ void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current, and the one before it again.
+// Makes a device current, and restores the previous one at the end of its scope.
 class OnDevice {
  public:
   explicit OnDevice(int device) {

@@ -1,4 +1,4 @@
-// The CUDA backend's entry points. They throw std::runtime_error where CUDA reports an error.
+// The entry points of the CUDA backend. They throw std::runtime_error if CUDA reports an error.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,10 +8,10 @@
 namespace fastlangevin {
 namespace cuda {
 
-// Why the kernels cannot run on a device; empty where they can.
+// The reason why the kernels cannot run on a device; empty if they can.
 const char* reason(int device);
 
-// out must be of x's dtype and given noise of float32.
+// out must have x's dtype, and given noise must be float32.
 void langevin_step(Step step, int device, cudaStream_t stream);
 void fill_noise(const Noise& noise, float* out, int device, cudaStream_t stream);
 

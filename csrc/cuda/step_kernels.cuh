@@ -1,8 +1,8 @@
-// The CUDA kernels. A thread makes the numbers of one Philox block, or of two where the state has
-// 2-byte elements, so that it moves 16 bytes of the state at a time either way.
+// The CUDA kernels. A thread computes the numbers of one Philox block, or of two if the elements of
+// x have 2 bytes, so that it moves 16 bytes of x at a time in both cases.
 //
-// Compiled with -fmad=false: contracted products would give other bits than the CPU's. That costs 8
-// of about 70 instructions an element.
+// They are compiled with -fmad=false, since contracted products would give other bits than the CPU.
+// That costs 8 of about 70 instructions per element.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 
-// Division by a number known at launch: a product with floor(2^64 / d) is at most one too small.
+// Division by a number that is known at launch: the product with floor(2^64 / d) gives the quotient
+// or one less.
 struct Divisor {
   uint64_t divisor = 1, magic = ~uint64_t{0};
 
@@ -39,14 +40,14 @@ struct Divisor {
 };
 
 struct Launch {
-  Divisor items;              // of a thread each, in a chain
-  int64_t threads;            // that have work
+  Divisor items;              // of a chain; a thread takes one at a time
+  int64_t threads;            // with work
   int64_t elements;           // of a chain
   Divisor shape[kMaxDims];    // of a chain's dimensions
   bool aligned;               // every item of every chain starts at a multiple of 16 bytes
 };
 
-// Where a thread works and with which coefficients.
+// The element of a thread and its coefficients.
 struct Item {
   int64_t chain, first;  // element
   float a, b;
@@ -76,7 +77,7 @@ __device__ __forceinline__ int64_t thread_number() {
   return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
 }
 
-// kSize neighbouring elements, by accesses of 16 bytes where they are aligned and all there.
+// Moves kSize neighbouring elements, by accesses of 16 bytes if they are aligned and complete.
 template <class T, int kSize>
 union Pack {
   using Vector = std::conditional_t<(sizeof(T) * kSize < kVectorBytes), uint2, uint4>;
@@ -115,7 +116,7 @@ __device__ __forceinline__ void write(const Operand& operand, int64_t offset, in
   for (int k = 0; k < kSize; ++k) pack.values[k] = Storage<kDtype>::write(values[k]);
   if (whole) {
     auto* vectors = reinterpret_cast<typename Numbers::Vector*>(to);
-    // By name: nvcc 13.0 splits a plain assignment into four stores here.
+    // The fields are named because nvcc 13.0 splits a plain assignment into four stores here.
     for (int v = 0; v < Numbers::kVectors; ++v) __stwb(vectors + v, pack.vectors[v]);
   } else {
     for (int k = 0; k < kSize; ++k) {
@@ -127,7 +128,7 @@ __device__ __forceinline__ void write(const Operand& operand, int64_t offset, in
 template <Dtype kX>
 constexpr int kItem = kVectorBytes / static_cast<int>(sizeof(typename Storage<kX>::Type));
 
-// All operands have a chain's elements next to each other, in the order of the noise.
+// For operands that store the elements of a chain contiguously, in the order of the noise.
 template <Dtype kX, Dtype kGrad>
 __global__ void __launch_bounds__(kThreads) linear_step(const Step step, const Launch launch) {
   constexpr int kSize = kItem<kX>;
@@ -170,7 +171,7 @@ __device__ __forceinline__ void write_one(const Operand& operand, int64_t offset
   }
 }
 
-// Any layouts. The dimensions are in logical order, and four neighbours in it are a thread's item.
+// For any layouts. The dimensions are in logical order, and an item is four neighbours in it.
 __global__ void __launch_bounds__(kThreads) strided_step(const Step step, const Launch launch) {
   if (thread_number() >= launch.threads) return;
   const Item item(step, launch, thread_number(), 4);

@@ -1,4 +1,4 @@
-// Steps to try: sizes around every boundary, layouts, dtypes, options, in guarded memory.
+// Test cases of steps: sizes around every boundary, layouts, dtypes and options, in guarded memory.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fastlangevin {
 
-// A tensor of shape [chains, channels, pixels] in memory of its own, exactly as large as needed.
+// A tensor of shape [chains, channels, pixels] in its own memory of exactly the size it needs.
 class Tensor {
  public:
   Tensor(int64_t chains, int64_t channels, int64_t pixels, Dtype dtype, bool channels_last,
@@ -58,13 +58,13 @@ class Tensor {
 
 struct Case {
   int64_t chains, channels, pixels;
-  Dtype dtypes[2];         // of x and the gradient
+  Dtype dtypes[2];         // of x and of the gradient
   bool channels_last[2];
-  int offset;              // of all of them, in elements: misaligned where it is not 0
+  int offset;              // of all operands, in elements; they are misaligned unless it is 0
   bool grad, given_noise, draw, per_chain, noise_last;
 };
 
-// Runs one case and returns the bytes of the state.
+// Runs one case and returns the bytes of x.
 template <class Run>
 std::vector<unsigned char> outcome(const Case& c, Run&& run) {
   const auto tensor = [&](int which, uint32_t salt) {
@@ -92,7 +92,7 @@ std::vector<unsigned char> outcome(const Case& c, Run&& run) {
   return x.bytes();
 }
 
-// All combinations would be millions: options are drawn from a counter, and every size sees many.
+// There are millions of combinations, so options are drawn from a counter; every size gets many.
 template <class F>
 void each_case(F&& f) {
   const int64_t sizes[][3] = {{0, 1, 5},  {1, 1, 1},   {3, 1, 3},    {2, 1, 4},    {5, 1, 5},

@@ -1,4 +1,4 @@
-// The smallest test harness that says what failed and where.
+// A minimal test harness that reports what failed and where.
 #pragma once
 
 #include <cstdio>

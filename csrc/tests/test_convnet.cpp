@@ -1,4 +1,4 @@
-// The conv net's score against plain loops in double, with buffers that end where they must.
+// Input gradients of conv nets against plain loops in double, with buffers of exact size.
 #include <cmath>
 #include <vector>
 
@@ -10,7 +10,7 @@ using namespace fastlangevin;
 
 namespace {
 
-// Numbers that look random, in [-0.5, 0.5).
+// Pseudorandom numbers in [-0.5, 0.5).
 struct Numbers {
   uint32_t state = 1;
   float next() {
@@ -39,7 +39,7 @@ Image after(const ConvLayer& layer, const Image& in) {
   return {layer.out, size(0, in.height), size(1, in.width)};
 }
 
-// f(input index, output index, weight index) for every product of a convolution.
+// Calls f(input index, output index, weight index) for every product of a convolution.
 template <class F>
 void each_product(const ConvLayer& layer, const Image& in, const Image& out, const F& f) {
   for (int o = 0; o < out.channels; ++o)
@@ -62,7 +62,7 @@ struct Case {
 };
 
 void check(Case test, int threads, int64_t chunk, bool bfloat16) {
-  // Rounded to 8 bits, sums fall on the other side of a kink too often to compare: none, then.
+  // Sums that are rounded to 8 bits cross a kink too often for a comparison, so there are no kinks.
   for (ConvLayer& layer : test.layers) layer.settings[0] = bfloat16 ? 1.0f : 0.2f;
   Numbers numbers;
   const int64_t chains = 5;

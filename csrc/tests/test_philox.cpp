@@ -1,4 +1,4 @@
-// The noise contract: Random123's known answers, and every radius and angle there is.
+// The random numbers: the known answers of Random123, and all radii and angles.
 #include <algorithm>
 #include <cmath>
 
@@ -29,8 +29,8 @@ void known_answers() {
   }
 }
 
-// A normal is a radius times a sine or cosine; bounding the errors of each bounds its own. The low
-// byte of a word must not matter.
+// A normal is a radius times a sine or cosine, so that bounds of their errors bound its error. The
+// low byte of a word must have no effect.
 void every_argument() {
   const double two_pi = 2 * std::acos(-1.0);
   const uint32_t unit_radius = 0x9b4597e4;  // sqrt(-2 ln v) is nearly 1
@@ -49,7 +49,7 @@ void every_argument() {
   }
   std::printf("radius within %.3g, sine and cosine within %.3g\n", radius_error, angle_error);
   CHECK(radius_error < 4.6e-7);
-  CHECK(angle_error < 2.7e-7);  // 2.1e-7 and the rounding of the product
+  CHECK(angle_error < 2.7e-7);  // 2.1e-7, plus the rounding of the product
   CHECK(radius_error + 5.7682 * angle_error < 2.0e-6);
 }
 

@@ -1,4 +1,4 @@
-// The CPU step: conversions over all values, and instruction sets and thread counts held together.
+// The CPU step: conversions of all values, and equality over instruction sets and thread counts.
 #include <cmath>
 
 #include "cases.h"

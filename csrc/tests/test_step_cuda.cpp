@@ -1,4 +1,4 @@
-// The CUDA kernels, run on the host (cuda_shim), give the CPU's bits.
+// The CUDA kernels, run on the host (cuda_shim), give the same bits as the CPU.
 #include <stdexcept>
 #include <string>
 
@@ -9,7 +9,7 @@
 
 using namespace fastlangevin;
 
-// What a launch that fails says. More blocks than a grid can have are refused before any runs.
+// The error of a launch that fails. More blocks than a grid can have are rejected before any runs.
 template <class Launch>
 std::string failure(Launch&& launch) {
   try {
@@ -46,7 +46,7 @@ int main() {
     const auto expected = outcome(c, [](const Step& step) { cpu::langevin_step(step, 1); });
     const auto run = [](const Step& step) { cuda::langevin_step(step, 0, nullptr); };
     CHECK(outcome(c, run) == expected);
-    // The seed and the first step from memory.
+    // The seed and the first step are read from memory.
     const auto replay = [](Step step) {
       const int64_t rng_state[2] = {static_cast<int64_t>(step.seed), 40};
       step.rng_state = rng_state, step.seed = 0, step.step = 1;

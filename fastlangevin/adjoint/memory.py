@@ -1,4 +1,4 @@
-"""Where a chain's states lie between the forward and the backward pass, and how much fits there."""
+"""Storage of a chain's states between forward and backward pass, and measurements of memory."""
 
 import os
 import weakref
@@ -11,21 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class States:
-    """States of a chain by index, on their device or, with ``offload``, in host memory.
+    """Stores states of a chain by index, on their device or, with ``offload``, in host memory.
 
-    From CUDA they are copied through pinned memory on a stream of their own, beside the chain's
-    work; dropping one begins to fetch the next below it, which a backward pass will want.
+    From CUDA they are copied to pinned memory on a separate stream, in parallel to the chain's
+    work. Dropping a state starts to fetch the stored state with the highest index, which the
+    backward pass needs next.
     """
 
     def __init__(self, device: torch.device, offload: bool) -> None:
-        self._kept: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}
         self._fetched: tuple[int, Tensor] | None = None
         self._device = device
-        # What is on the CPU is in host memory already.
+        # The states of a CPU are in host memory already.
         self._stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._kept)
+        return iter(self._states)
 
     def put(self, k: int, x: Tensor) -> None:
         if self._stream is not None:
@@ -35,11 +36,11 @@ class States:
                 host.copy_(x, non_blocking=True)
             x.record_stream(self._stream)
             x = host
-        self._kept[k] = x
+        self._states[k] = x
 
     def get(self, k: int) -> Tensor:
         if self._stream is None:
-            return self._kept[k]
+            return self._states[k]
         if self._fetched is None or self._fetched[0] != k:
             self._fetch(k)
         assert self._fetched is not None
@@ -51,34 +52,37 @@ class States:
         return x
 
     def drop(self, k: int) -> None:
-        del self._kept[k]
-        if self._stream is not None and self._kept:
-            self._fetch(max(self._kept))
+        del self._states[k]
+        if self._stream is not None and self._states:
+            self._fetch(max(self._states))
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._states.clear()
         self._fetched = None
 
     def _fetch(self, k: int) -> None:
         with torch.cuda.stream(self._stream):
-            self._fetched = k, self._kept[k].to(self._device, non_blocking=True)
+            self._fetched = k, self._states[k].to(self._device, non_blocking=True)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, for a CPU those available in the machine; None if unknown."""
+    """The free bytes of a device, or the available bytes of the machine for a CPU; None if unknown.
+
+    What torch has reserved but not allocated counts as free.
+    """
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as lines:
-            for line in lines:
+        with open("/proc/meminfo") as file:
+            for line in file:
                 if line.startswith("MemAvailable:"):
                     return 1024 * int(line.split()[1])
     return None
 
 
 class Allocations(TorchDispatchMode):
-    """Counts, inside ``with``, the bytes of the tensors that torch makes there: live and peak."""
+    """A context that counts the live and peak bytes of the tensors that torch makes in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,27 +91,27 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {_memory(t)[0] for t in _tensors((*args, *(kwargs or {}).values()))}
+        inputs = {_memory(t)[0] for t in _tensors((*args, *(kwargs or {}).values()))}
         for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
             key, owner = _memory(tensor)
-            if key not in self._storages and key not in given:
+            if key not in self._storages and key not in inputs:
                 self._add(key, owner)
         return out
 
     def _add(self, key: int, storage: Any) -> None:
         size = storage.nbytes() if isinstance(storage, torch.UntypedStorage) else storage.nbytes
 
-        def gone(_: Any) -> None:
+        def remove(_: Any) -> None:
             self.live -= size
             del self._storages[key]
 
-        self._storages[key] = weakref.ref(storage, gone)
+        self._storages[key] = weakref.ref(storage, remove)
         self.live += size
         self.peak = max(self.peak, self.live)
 
 
 def _memory(tensor: Tensor) -> tuple[int, Any]:
-    """What owns a tensor's memory, with a key: itself, where oneDNN has packed it."""
+    """A key and the owner of a tensor's memory: its storage, or itself if oneDNN has packed it."""
     if tensor.is_mkldnn:
         return id(tensor), tensor
     storage = tensor.untyped_storage()
@@ -115,6 +119,7 @@ def _memory(tensor: Tensor) -> tuple[int, Any]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values and in their tuples and lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

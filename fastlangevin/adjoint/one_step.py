@@ -1,4 +1,4 @@
-"""A chain's step as a function to differentiate, and what autograd's graph of it goes back to."""
+"""A step of a chain as a differentiable function, and the leaves of its autograd graph."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlangevin.chain.chain import Chain, norms
-from fastlangevin.gradients.autograd import modules_of
 from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.network import modules_of
 from fastlangevin.gradients.second_order import SecondOrderGradient, refusal
 from fastlangevin.gradients.select import proved_graph
 from fastlangevin.kernels import reference
@@ -24,10 +24,10 @@ def transition(
     straight: bool = False,
     explicit: SecondOrderGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(state after step k, energies before it) as a function of x and all that a step reads.
+    """(state after step k, energies before it) as a function of x and all tensors of the step.
 
-    In place of energies, along a score network, the norms of its scores. explicit: what to take
-    the gradient and its derivatives by; else they are autograd's.
+    A score network has no energies, and the norms of its scores take their place. ``explicit``
+    computes the gradient and its derivatives; if it is None, autograd does.
     """
 
     def constant(at: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -50,7 +50,7 @@ def transition(
 
 
 class _Constant(torch.autograd.Function):
-    """x, through which no gradient passes, though autograd sees one: detach() would be a leaf."""
+    """The identity with no gradient. Unlike the result of detach(), its output is not a leaf."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def advance(
 
 
 def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
-    """The graph that has an explicit second-order pass, or why autograd is to differentiate."""
+    """The graph for an explicit second-order pass, or the reason why autograd differentiates."""
     settings = chain.settings
     if settings.gradient not in ("auto", "explicit", "fused"):
         return f'the gradient is "{settings.gradient}"'
@@ -83,12 +83,12 @@ def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
     return refusal(graph, settings.precision) or graph
 
 
-def given(chain: Chain) -> list[Tensor]:
-    """The tensors among a chain's arguments."""
+def arguments_of(chain: Chain) -> list[Tensor]:
+    """The tensors among the arguments of a chain."""
     settings = chain.settings
-    listed = [v for v in chain.step_kwargs.values() if not isinstance(v, Tensor)]
+    sequences = [v for v in chain.step_kwargs.values() if not isinstance(v, Tensor)]
     values = [settings.step_size, settings.noise_std, chain.noise, *chain.all_kwargs().values()]
-    values += [entry for entries in listed for entry in entries]
+    values += [entry for entries in sequences for entry in entries]
     return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -98,24 +98,24 @@ def parameters_of(energy: Callable[..., Tensor]) -> list[Tensor]:
 
 
 def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:
-    """RuntimeError if a step's graph has no derivative, which autograd may pass over in silence."""
+    """RuntimeError if the graph of a step has no derivative, which autograd may not report."""
     if chain.settings.gradient == "network":
-        return  # differentiated but once
+        return  # it is differentiated only once
     for node in nodes:
-        # once_differentiable's wrapper leaves a node only where the incoming gradient has a graph.
+        # once_differentiable's wrapper leaves a node only if the incoming gradient has a graph.
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         code = getattr(backward, "__code__", None)
         once = code is not None and code.co_filename == torch.autograd.function.__file__
         if once or node.name() in ("torch::autograd::Error", "NotImplemented"):
             raise RuntimeError(
                 f"{_OP}: the energy cannot be differentiated twice, which gradients through a "
-                "chain need: it contains a function whose backward pass has no derivative (one "
-                "marked once_differentiable, for instance)"
+                "chain require: it contains a function whose backward pass has no derivative (for "
+                "instance one marked once_differentiable)"
             )
 
 
 def nodes_of(out: Tensor) -> list[Any]:
-    """The nodes of a tensor's graph, in an order that is the same for the same graph."""
+    """The nodes of a tensor's graph, in an order that only the graph determines."""
     nodes = [] if out.grad_fn is None else [out.grad_fn]
     seen = set(nodes)
     for node in nodes:
@@ -127,5 +127,5 @@ def nodes_of(out: Tensor) -> list[Any]:
 
 
 def leaves_of(nodes: Iterable[Any]) -> list[Tensor]:
-    """The leaf tensors that a graph goes back to."""
+    """The leaf tensors of a graph."""
     return [node.variable for node in nodes if hasattr(node, "variable")]

@@ -1,4 +1,4 @@
-"""One chain's differentiable steps, kept as states and computed again for the backward pass."""
+"""Differentiable steps of a chain that are stored as states and recomputed by the backward pass."""
 
 import contextlib
 import functools
@@ -11,8 +11,8 @@ from torch import Tensor
 from fastlangevin.adjoint.memory import Allocations, States
 from fastlangevin.adjoint.one_step import (
     advance,
+    arguments_of,
     explicit_graph,
-    given,
     leaves_of,
     nodes_of,
     parameters_of,
@@ -21,7 +21,8 @@ from fastlangevin.adjoint.one_step import (
 from fastlangevin.adjoint.schedules import Sizes, reverse, sweep
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
-from fastlangevin.gradients.autograd import modules_of, network_precision
+from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.precision import network_precision
 from fastlangevin.gradients.second_order import SecondOrderGradient
 from fastlangevin.kernels import reference
 from fastlangevin.kernels.memory import in_memory
@@ -30,30 +31,30 @@ _OP = "LangevinSampler"
 
 
 class Trace:
-    """Some steps of a chain, of which states are kept for a backward pass by a schedule.
+    """The last steps of a chain, with the states that a schedule stores for the backward pass.
 
-    explicit: whether a second-order pass of our own may serve, rather than autograd's.
+    ``explicit`` allows the package's second-order pass in place of autograd's.
     """
 
     def __init__(
         self, chain: Chain, first: int, straight: bool, x: Tensor, explicit: bool = True
     ) -> None:
         self.chain, self.first, self.straight = chain, first, straight
-        self.graph = explicit_graph(chain, x) if explicit else "it is not wanted"
+        self.graph = explicit_graph(chain, x) if explicit else "it is not requested"
         self.explicit: SecondOrderGradient | None = None  # while steps are taken
-        # Of given noise that gets a gradient a step reads its own entry, as a leaf: the gradient of
-        # all of it, once a step, would take K^2 in all.
+        # If the given noise needs a gradient, each step reads its own entry as a leaf. A gradient
+        # of the whole noise at every step would cost K^2 in total.
         stds = (at_step(chain.settings.noise_std, k) for k in range(first, chain.settings.steps))
-        asked = chain.noise is not None and chain.noise.requires_grad
-        self.noise = chain.noise if asked and not all(map(reference.is_zero, stds)) else None
+        wanted = chain.noise is not None and chain.noise.requires_grad
+        self.noise = chain.noise if wanted and not all(map(reference.is_zero, stds)) else None
         self.autocast = _autocast_state(x.device)
-        self.mark = object()  # left on the nodes of the first step
-        # torch.func.functional_call has put its tensors here, and they are gone by the backward.
+        self.mark = object()  # marks the nodes of the first step
+        # torch.func.functional_call puts its tensors into these tables only for the forward pass.
         self.tables: list[tuple[dict[str, Any], str, Tensor]] = [
             (table, name, tensor)
             for root in modules_of(chain.energy)
             for module in root.modules()
-            # Of scripted modules, which functional_call does not take, the tables are views.
+            # functional_call does not support scripted modules, whose tables are views.
             if not isinstance(module, torch.jit.ScriptModule)
             for table in (module._parameters, module._buffers)
             for name, tensor in table.items()
@@ -61,16 +62,17 @@ class Trace:
         ]
         self.versions = [
             (tensor, tensor._version)
-            for tensor in (x, *parameters_of(chain.energy), *given(chain))
+            for tensor in (x, *parameters_of(chain.energy), *arguments_of(chain))
             if not tensor.is_inference()
         ]
 
     def begin(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Any]]:
-        """The first step, to read off its graph which tensors gradients go to, lost by no closure.
+        """Runs the first step with a graph and collects every tensor that receives a gradient.
 
-        Returns the state after it, energies, those tensors and the nodes of both graphs.
-        (torch.utils.checkpoint needs no such list, but evaluates each step twice in the forward
-        pass: the gradient taken inside needs what it has just thrown away.)
+        The graph also shows the tensors that closures read. Returns the state after the step, its
+        energies, those tensors and the nodes of both graphs. (torch.utils.checkpoint needs no such
+        list, but it evaluates each step twice in the forward pass, because the inner gradient needs
+        the values that it has just discarded.)
         """
         self.pack(x)
         start, z = x.detach().requires_grad_(), self._noise(0)
@@ -81,11 +83,11 @@ class Trace:
             node.metadata[self.mark] = True
         tensors = [leaf for leaf in leaves_of(nodes) if leaf is not start and leaf is not z]
         if self.noise is not None:
-            tensors.append(self.noise)  # the last one, wherever there is any
+            tensors.append(self.noise)  # always the last one
         return after.detach(), energies.detach(), tensors, nodes + nodes_of(energies)
 
     def measure(self, x: Tensor) -> Sizes:
-        """Runs one step, and its backward pass, for the bytes that they take."""
+        """Runs one step and its backward pass to measure their memory."""
         with Allocations() as first:
             *_, tensors, nodes = self.begin(x)
             graph = first.live
@@ -94,17 +96,17 @@ class Trace:
             self.pack(x)
             wanted = (True,) * (1 + len(tensors))
             self._step_back(x, tensors, 0, torch.ones_like(x), wanted)
-        # Beside the gradients of a step there are their sums over the steps.
+        # In addition to the gradients of a step there are their sums over the steps.
         sums = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        found = Sizes(x.numel() * x.element_size(), graph, both.peak + sums)
+        sizes = Sizes(x.numel() * x.element_size(), graph, both.peak + sums)
         if self.explicit is None:
-            return found
-        # A graph that is kept is autograd's.
-        general = Trace(self.chain, self.first, self.straight, x, explicit=False).measure(x)
-        return general._replace(again=found.step)
+            return sizes
+        # Graphs are stored by autograd alone; the explicit pass only recomputes steps.
+        stored = Trace(self.chain, self.first, self.straight, x, explicit=False).measure(x)
+        return stored._replace(again=sizes.step)
 
     def pack(self, x: Tensor) -> None:
-        """Read the weights, where the second-order pass is explicit."""
+        """Reads the weights, if the second-order pass is explicit."""
         if not isinstance(self.graph, str):
             self.explicit = None
             self.explicit = SecondOrderGradient(self.graph, x, self.chain.settings.precision)
@@ -120,18 +122,21 @@ class Trace:
         states: int,
         offload: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The rest of the chain, given its first step; keeps what the backward pass begins with."""
-        self.steps, self.states = steps, states
-        # Not among autograd's saved tensors: hooks, such as a checkpoint of the user's around the
-        # chain, give back copies of those, and gradients must go to these.
+        """Runs the rest of the chain after its first step and stores ``states`` states.
+
+        Returns the last state and its energies.
+        """
+        self.steps, self.capacity = steps, states
+        # autograd's saved tensors would not do: hooks, such as those of a checkpoint around the
+        # chain, return copies of them, and the gradients must go to these very tensors.
         self.tensors = tensors
         self.versions += [(tensor, tensor._version) for tensor in tensors]
-        self.kept = States(x.device, offload)
+        self.states = States(x.device, offload)
         self.energies = [energies]
         state = x.detach()
         for kind, k in sweep(0, steps, states - 1):
             if kind == "store":
-                self.kept.put(k, state)
+                self.states.put(k, state)
             else:
                 state = after if k == 0 else self._advance(state, k)
         self.last: Tensor | None = state
@@ -140,27 +145,27 @@ class Trace:
         return out, self.energies[-1]
 
     def backward(self, x: Tensor, grad: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
-        """The gradients of x and the tensors, those ``wanted``, from that of the last state."""
+        """The ``wanted`` gradients of x and the tensors, from the gradient of the last state."""
         state: Tensor | None
         state, self.last = self.last, None
-        # A second backward pass has x alone: the first took the places of the other states.
-        stored = [0, *self.kept] if state is not None else [0]
+        # A second backward pass starts from x alone, since the first has replaced the other states.
+        stored = [0, *self.states] if state is not None else [0]
         if state is None:
-            self.kept.clear()
-        found: list[Tensor | None] = [None] * len(self.tensors)
+            self.states.clear()
+        sums: list[Tensor | None] = [None] * len(self.tensors)
         gaps = []
         self.pack(x)
-        for kind, k in reverse(self.steps, self.states, stored, state is not None):
+        for kind, k in reverse(self.steps, self.capacity, stored, state is not None):
             if kind == "restore":
-                state = x.detach() if k == 0 else self.kept.get(k)
+                state = x.detach() if k == 0 else self.states.get(k)
                 continue
             if kind == "drop":
                 if k:
-                    self.kept.drop(k)
+                    self.states.drop(k)
                 continue
             assert state is not None
             if kind == "store":
-                self.kept.put(k, state)
+                self.states.put(k, state)
             elif kind == "advance":
                 with self.autocast():
                     state = advance(self.chain, state, self.first + k, self.explicit)[0]
@@ -169,22 +174,23 @@ class Trace:
                 back, parts, energies = self._step_back(state, self.tensors, k, grad, need)
                 grad = torch.zeros_like(grad) if back is None else back
                 for i, part in enumerate(parts):
-                    known = found[i]
-                    if self.noise is not None and i == len(found) - 1 and part is not None:
-                        found[i] = known = torch.zeros_like(self.noise) if known is None else known
-                        known[self.first + k] = part
+                    total = sums[i]
+                    if self.noise is not None and i == len(sums) - 1 and part is not None:
+                        sums[i] = total = torch.zeros_like(self.noise) if total is None else total
+                        total[self.first + k] = part
                     elif part is not None:
-                        # A copy first: autograd may have given one tensor to several.
-                        found[i] = part.clone() if known is None else known.add_(part)
+                        # The first part is copied: autograd may return one tensor several times.
+                        sums[i] = part.clone() if total is None else total.add_(part)
                 del parts
                 gaps.append((energies - self.energies[k]).abs().max())
         self.explicit = None
         self._check_again(gaps[::-1])
-        return [grad if wanted[0] else None, *found]
+        return [grad if wanted[0] else None, *sums]
 
     def _step_back(
         self, x: Tensor, tensors: list[Tensor], k: int, grad: Tensor, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, list[Tensor | None], Tensor]:
+        """The gradients of step k with respect to x and the tensors, and its energies."""
         inputs, z = [x.detach().requires_grad_(), *tensors], self._noise(k)
         if z is not None:
             inputs[-1] = z
@@ -193,11 +199,11 @@ class Trace:
         nodes = nodes_of(after)
         if {id(leaf) for leaf in leaves_of(nodes)} - {id(tensor) for tensor in inputs}:
             raise RuntimeError(
-                f"{_OP}: the energy reads other tensors at step {self.first + k} than at the "
-                'first one; use checkpoint="none"'
+                f"{_OP}: at step {self.first + k} the energy reads other tensors than at the "
+                'first step; use checkpoint="none"'
             )
-        # Parameters, coefficients and what closures hold may have graphs of their own, which all
-        # steps share: those were there before. Else memory is freed on the way, a third of it.
+        # Parameters, coefficients and tensors of closures may have graphs of their own, which all
+        # steps share and which must survive. Otherwise the pass frees a third of its memory early.
         shared = any(self.mark in node.metadata for node in nodes if not hasattr(node, "variable"))
         del nodes
         chosen = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
@@ -213,7 +219,7 @@ class Trace:
         return back, rest, energies.detach()
 
     def _noise(self, k: int) -> Tensor | None:
-        """Step k's noise as a leaf, if it gets a gradient."""
+        """The noise of step k as a leaf, if it needs a gradient."""
         return None if self.noise is None else self.noise[self.first + k].detach().requires_grad_()
 
     def _step(self, x: Tensor, k: int, z: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -230,48 +236,49 @@ class Trace:
 
     @contextlib.contextmanager
     def tables_put_back(self) -> Iterator[None]:
-        """The energy with the tensors that it had in the forward pass."""
-        found = [(table, name, table.get(name)) for table, name, _ in self.tables]
+        """A context in which the energy has the tensors that it had in the forward pass."""
+        current = [(table, name, table.get(name)) for table, name, _ in self.tables]
         try:
             for table, name, tensor in self.tables:
                 table[name] = tensor
             yield
         finally:
-            for table, name, now in found:
+            for table, name, now in current:
                 table[name] = now
 
     def check_versions(self) -> None:
+        """RuntimeError if a tensor that a step reads has changed since the forward pass."""
         if any(tensor._version != version for tensor, version in self.versions):
             raise RuntimeError(
                 f"{_OP}: x0, a parameter of the energy or an argument of the chain has been "
                 "modified by an inplace operation between the chain and its backward pass, which "
-                "computes the chain again"
+                "recomputes the chain"
             )
 
     def _check_again(self, gaps: list[Tensor]) -> None:
-        """RuntimeError if energies differ from the forward pass's by far more than rounding."""
+        """RuntimeError if energies differ from the forward pass by much more than rounding."""
         before = torch.stack(self.energies)
         if not in_memory(before):
-            return  # shapes alone, or a transform's tensors, which Python cannot branch on
+            return  # Python cannot branch on tensors without values, or on those of transforms
         half = before.dtype.itemsize < 4 or self.chain.settings.precision in ("fp16", "bf16")
         half |= self.autocast.keywords["enabled"]
-        # 2^-10: TF32, which CUDA may use in one kernel and not in another.
+        # 2^-10 allows for TF32, which CUDA may use in one kernel and not in another.
         eps = 2**-7 if half else max(torch.finfo(before.dtype).eps, 2**-10 * before.is_cuda)
         wrong = torch.stack(gaps) > eps**0.5 * before.abs().max()
         if bool(wrong.any()):
             k = int(wrong.nonzero()[0])
-            found = "scores' norms" if self.chain.settings.gradient == "network" else "energies"
+            values = "scores' norms" if self.chain.settings.gradient == "network" else "energies"
             raise RuntimeError(
-                f"{_OP}: computed again for the backward pass, the {found} of step "
+                f"{_OP}: recomputed for the backward pass, the {values} of step "
                 f"{self.first + k} differ by up to {float(gaps[k]):.3g} from those of the forward "
-                "pass. Does the energy draw random numbers other than torch's, which are seeded "
-                "at every step, keep a state between calls, or run in another mode (train, eval) "
-                'or with other weights now? checkpoint="none" computes nothing again'
+                "pass. Does the energy draw random numbers that are not torch's (those are seeded "
+                "at every step), keep a state between calls, or run in another mode (train, eval) "
+                'or with other weights now? checkpoint="none" recomputes nothing'
             )
 
 
 class Adjoint(torch.autograd.Function):
-    """A traced chain's last state; its backward pass runs the chain again."""
+    """The last state of a trace; its backward pass runs the chain again."""
 
     @staticmethod
     def forward(ctx: Any, trace: Trace, out: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -283,18 +290,18 @@ class Adjoint(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.trace.check_versions()
         (x,) = ctx.saved_tensors
-        again = torch.is_grad_enabled()
+        create_graph = torch.is_grad_enabled()
         with torch.no_grad(), ctx.trace.tables_put_back():
-            found = ctx.trace.backward(x, grad, ctx.needs_input_grad[2:])
-        if again:
-            known = [part for part in found if part is not None]
-            guarded = iter(_Once.apply(len(known), *known, grad, x, *ctx.trace.tensors))
-            found = [part if part is None else next(guarded) for part in found]
-        return None, None, *found
+            grads = ctx.trace.backward(x, grad, ctx.needs_input_grad[2:])
+        if create_graph:
+            present = [part for part in grads if part is not None]
+            guarded = iter(_Once.apply(len(present), *present, grad, x, *ctx.trace.tensors))
+            grads = [part if part is None else next(guarded) for part in grads]
+        return None, None, *grads
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, made under create_graph: differentiating them says why it fails."""
+    """Gradients made under create_graph; differentiating them raises an error that explains why."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -303,13 +310,13 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            f"{_OP}: a chain whose steps are computed again can be differentiated once; second "
+            f"{_OP}: a chain whose steps are recomputed can be differentiated once; second "
             'derivatives of a chain need checkpoint="none"'
         )
 
 
 def _autocast_state(device: torch.device) -> functools.partial[torch.autocast]:
-    """Autocast as it is now, to be entered again."""
+    """A context manager that restores the current autocast settings."""
     kind = "cpu" if device.type == "meta" else device.type  # torch has no autocast for meta
     return functools.partial(
         torch.autocast,

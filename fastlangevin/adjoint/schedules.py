@@ -1,16 +1,18 @@
-"""Which states of a chain to keep for its backward pass, and which to compute again.
+"""Schedules: which states of a chain to store for its backward pass, and which to recompute.
 
-The backward pass takes the steps last to first, and each needs the state before it. With room for
-s of K states, x_0 among them, Griewank & Walther's revolve (Algorithm 799, ACM TOMS 26, 2000)
-computes the fewest steps again that any schedule can. The state in hand takes no place.
+The backward pass takes the steps from last to first, and each needs the state before it. With room
+for s of the K states, including x_0, Griewank & Walther's revolve (Algorithm 799, ACM TOMS 26,
+2000) recomputes as few steps as any schedule can. The current state is not counted in s.
 
-Let beta(s, r) = (s + r)! / (s! r!), the longest chain that can be reversed when no step is advanced
-over more than r times, and r the least with beta(s, r) >= l. Then reversing l steps takes
+Let beta(s, r) = (s + r)! / (s! r!). This is the length of the longest chain that can be reversed if
+no step is advanced over more than r times. Let r be the least number with beta(s, r) >= l. Then the
+reversal of l steps takes
 
     t(l, s) = r l - beta(s + 1, r - 1) = min_j  j + t(l - j, s - 1) + t(j, s)
 
-advances: j to the next state that is kept, the rest from there, then the first j. The sum is least
-for every j that lets both parts keep to their r: l - j <= beta(s - 1, r), j <= beta(s, r - 1).
+advances: j advances to the next stored state, then the reversal of the rest from there, then that
+of the first j steps. The sum is least for every j for which neither part needs a larger r, that is
+l - j <= beta(s - 1, r) and j <= beta(s, r - 1).
 """
 
 import math
@@ -22,15 +24,16 @@ from typing import NamedTuple
 
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
-# Of free memory, what "auto" lets the states have: the rest of a training step needs some as well.
+# "auto" gives the states 1 / _SHARE of the free memory; the rest of a training step needs some too.
 _SHARE = 4
 
 
 class Action(NamedTuple):
-    """One thing to do about state k: the state in hand is x_k, but before "restore".
+    """One action of a schedule. Except before "restore", the current state is x_k.
 
-    advance: x_{k + 1} in its place. store: keep it. restore: take the one kept. drop: keep it no
-    longer. backward: d / d x_{k + 1} becomes d / d x_k by evaluating step k again.
+    "advance" replaces it by x_{k + 1}, "store" stores it, "restore" makes the stored x_k current,
+    "drop" deletes the stored x_k, and "backward" turns d / d x_{k + 1} into d / d x_k by evaluating
+    step k again.
     """
 
     kind: str
@@ -38,16 +41,16 @@ class Action(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """A number of bytes, as it was written."""
+    """A number of bytes, and the text that stated it."""
 
     bytes: int
     text: str
 
 
 class Sizes(NamedTuple):
-    """Bytes: of a chain's state, of one step's graph, and of all its backward pass needs beside.
+    """Sizes in bytes: of a state, of the graph of one step, and of the backward pass of a step.
 
-    again: that of a step that is computed again, where it is another than ``step``.
+    ``again`` is the last one for a recomputed step, if that differs from ``step``.
     """
 
     state: int
@@ -64,7 +67,7 @@ Checkpoint = str | int | Budget
 
 
 def sweep(start: int, stop: int, free: int) -> Iterator[Action]:
-    """From x_start, which is kept, to x_{stop - 1}, storing up to ``free`` states on the way."""
+    """From the stored x_start to x_{stop - 1}, storing up to ``free`` states on the way."""
     while stop - start > 1:
         ahead = start + _split(stop - start, free + 1)
         yield from (Action("advance", k) for k in range(start, ahead))
@@ -77,33 +80,33 @@ def sweep(start: int, stop: int, free: int) -> Iterator[Action]:
 def reverse(
     steps: int, states: int, stored: Sequence[int], in_hand: bool = True
 ) -> Iterator[Action]:
-    """The backward pass of ``steps`` steps in room for ``states`` states, x_0 among them.
+    """The backward pass of ``steps`` steps with room for ``states`` states, including x_0.
 
-    stored: those that ``sweep(0, steps, states - 1)`` has kept, or x_0 alone, in ascending order.
-    in_hand: whether the sweep's last state, x_{steps - 1}, is at hand.
+    ``stored`` lists, in ascending order, the states that ``sweep(0, steps, states - 1)`` has
+    stored, or x_0 alone. ``in_hand`` says whether the sweep's last state x_{steps - 1} is current.
     """
-    kept = list(stored)
+    indices = list(stored)
     for k in range(steps - 1, -1, -1):
         if not (in_hand and k == steps - 1):
-            yield Action("restore", kept[-1])
-            for action in sweep(kept[-1], k + 1, states - len(kept)):
+            yield Action("restore", indices[-1])
+            for action in sweep(indices[-1], k + 1, states - len(indices)):
                 if action.kind == "store":
-                    kept.append(action.k)
+                    indices.append(action.k)
                 yield action
-        if kept[-1] == k:
-            yield Action("drop", kept.pop())
+        if indices[-1] == k:
+            yield Action("drop", indices.pop())
         yield Action("backward", k)
 
 
 def recomputed(steps: int, states: int) -> int:
-    """How many advances the backward pass repeats: t(steps, states) less the first sweep's."""
+    """The number of advances in the backward pass: t(steps, states) without the first sweep."""
     states = min(states, steps)
     repeats = _repeats(steps, states)
     return repeats * steps - comb(states + repeats, repeats - 1) - (steps - 1)
 
 
 def states_for(steps: int, repeats: int = 2) -> int:
-    """The least room in which no step is advanced over more than ``repeats`` times."""
+    """The fewest states with which no step is advanced over more than ``repeats`` times."""
     states = 1
     while comb(states + repeats, states) < steps:
         states += 1
@@ -111,7 +114,7 @@ def states_for(steps: int, repeats: int = 2) -> int:
 
 
 def _split(steps: int, states: int) -> int:
-    """How far ahead of a kept state to keep the next; all the way, where there is no room."""
+    """The distance from a stored state to the next one to store, or to the end without room."""
     repeats = _repeats(steps, states)
     return min(
         comb(states + repeats - 1, states),
@@ -120,6 +123,7 @@ def _split(steps: int, states: int) -> int:
 
 
 def _repeats(steps: int, states: int) -> int:
+    """The least r with beta(states, r) >= steps."""
     repeats = 1
     while comb(states + repeats, states) < steps:
         repeats += 1
@@ -127,7 +131,10 @@ def _repeats(steps: int, states: int) -> int:
 
 
 def check_checkpoint(op: str, checkpoint: str | int) -> Checkpoint:
-    """A schedule's name, a count >= 1, or a :class:`Budget`; else TypeError or ValueError."""
+    """The checkpoint as the name of a schedule, a count >= 1 or a :class:`Budget`.
+
+    Raises TypeError or ValueError for anything else.
+    """
     forms = '"none", "step", "auto", a number of states or bytes such as "512MiB"'
     if not isinstance(checkpoint, str):
         try:
@@ -137,25 +144,24 @@ def check_checkpoint(op: str, checkpoint: str | int) -> Checkpoint:
         if isinstance(checkpoint, bool):
             raise TypeError(f"{op}: checkpoint must be {forms}, got {checkpoint!r}")
         if states < 1:
-            raise ValueError(f"{op}: checkpoint must keep at least 1 state (x0), got {states}")
+            raise ValueError(f"{op}: checkpoint must store at least 1 state (x0), got {states}")
         return states
     if checkpoint in ("none", "step", "auto"):
         return checkpoint
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", checkpoint)
-    if found is None:
+    budget = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", checkpoint)
+    if budget is None:
         raise ValueError(f"{op}: checkpoint must be {forms}, got {checkpoint!r}")
-    number, prefix = found.groups()
+    number, prefix = budget.groups()
     return Budget(int(float(number) * _UNITS[f"{prefix}B" if prefix else ""]), checkpoint)
 
 
 def choose_states(
     op: str, checkpoint: Checkpoint, steps: int, sizes: Sizes, free: int | None, offload: bool
 ) -> int | None:
-    """How many states to keep, or None to keep every step's graph instead.
+    """The number of states to store, or None to store the graph of every step instead.
 
-    free: bytes of memory that are free where states are kept, None where that cannot be known.
-    offload: states are kept elsewhere than a budget is about. Raises ValueError for a budget in
-    which no schedule fits.
+    ``free`` is the number of free bytes on the device, or None if it is unknown. With ``offload``
+    the states do not count towards a budget. Raises ValueError if no schedule fits the budget.
     """
     if checkpoint == "none":
         return None
@@ -166,14 +172,14 @@ def choose_states(
     if isinstance(checkpoint, Budget):
         if unrolled_bytes(steps, sizes) <= checkpoint.bytes:
             return None
-        if kept_bytes(1, sizes, offload) > checkpoint.bytes:
-            least = text_of(kept_bytes(1, sizes, offload))
+        least = recomputed_bytes(1, sizes, offload)
+        if least > checkpoint.bytes:
             raise ValueError(
                 f'{op}: checkpoint="{checkpoint.text}" is not enough for these chains: '
                 f"differentiating one step takes {text_of(sizes.recomputed)} and a state "
-                f"{text_of(sizes.state)}; the least that would do is {least}"
+                f"{text_of(sizes.state)}; the least that would do is {text_of(least)}"
             )
-        left = checkpoint.bytes - kept_bytes(1, sizes, offload)
+        left = checkpoint.bytes - least
         return steps if offload else min(1 + left // max(sizes.state, 1), steps)
     if free is None or steps * sizes.state <= free // _SHARE:
         return steps
@@ -181,26 +187,26 @@ def choose_states(
 
 
 def unrolled_bytes(steps: int, sizes: Sizes) -> int:
-    """What an unrolled chain of ``steps`` steps takes, at most."""
+    """The most bytes that an unrolled chain of ``steps`` steps takes."""
     return (steps - 1) * sizes.graph + sizes.step
 
 
-def kept_bytes(states: int, sizes: Sizes, offload: bool = False) -> int:
-    """What a chain takes with so many states kept, at most; two are in the hands of a step."""
+def recomputed_bytes(states: int, sizes: Sizes, offload: bool = False) -> int:
+    """The most bytes that a chain with ``states`` stored states takes; a step uses two more."""
     return sizes.recomputed + (2 + (0 if offload else states)) * sizes.state
 
 
 def cost_text(steps: int, states: int | None, sizes: Sizes) -> str:
-    """What keeping so many states, or every graph, takes, to read."""
+    """The cost of storing ``states`` states, or every graph if it is None, as readable text."""
     if states is None:
         return f"{steps} graphs, {steps} evaluations, {text_of(unrolled_bytes(steps, sizes))}"
-    states = min(states, max(steps - 1, 1))  # the last one is in hand
+    states = min(states, max(steps - 1, 1))  # the last state is current and needs no room
     evaluations = 2 * steps + recomputed(steps, states)
-    size = text_of(kept_bytes(states, sizes))
+    size = text_of(recomputed_bytes(states, sizes))
     return f"{states} state{'s' * (states > 1)}, {evaluations} evaluations, {size}"
 
 
 def text_of(size: int) -> str:
-    """A number of bytes to read; rounded up, so that a budget of it is enough."""
+    """A number of bytes as readable text, rounded up so that it suffices as a budget."""
     power = max(i for i in range(4) if size >= 1024**i or i == 0)
     return f"{math.ceil(10 * size / 1024**power) / 10:.1f}{('', 'Ki', 'Mi', 'Gi')[power]}B"

@@ -1,13 +1,13 @@
-"""Differentiating through the chain: unrolled, or with steps computed again.
+"""Gradients through the chain: unrolled, or with steps that are recomputed.
 
-Backward through x' = x_K(x_0, theta) takes, at each step's own x, one product of a vector v with
-the step's Jacobian, by differentiating d E / d x once more:
+The backward pass through x_K(x_0, theta) takes one product of a vector v with the Jacobian of each
+step, at the step's own x. It differentiates dE/dx once more:
 
     d / d x     = M v + s a M (d^2 E / d x^2) C v          (M, C: what clamp and clip let through)
     d / d theta = s a (d^2 E / d theta d x) C M v          (and likewise a, b and the noise)
 
 ``grad_through="straight"`` drops the Hessian from the first line, as if each gradient were taken at
-a constant: exact where the energy is piecewise linear in x, almost everywhere.
+a constant x. For an energy that is piecewise linear in x this is exact almost everywhere.
 """
 
 import functools
@@ -19,8 +19,8 @@ from torch import Tensor
 from fastlangevin.adjoint.memory import free_memory
 from fastlangevin.adjoint.one_step import (
     advance,
+    arguments_of,
     check_graph,
-    given,
     leaves_of,
     nodes_of,
     parameters_of,
@@ -55,27 +55,29 @@ def unroll(
     grad_through: str = "exact",
     offload: bool = False,
 ) -> Tensor:
-    """The chain from x as a differentiable function of x0 and of all tensors that a step reads.
+    """The last state of the chain, differentiable in x and in all tensors that a step reads.
 
-    Raises TypeError or ValueError for options that cannot be, for a budget that is too small and
-    for a chain in which nothing requires grad; RuntimeError for an energy that autograd cannot
+    Raises TypeError or ValueError for options that do not fit, for a budget that is too small and
+    for a chain in which nothing requires grad, and RuntimeError for an energy that autograd cannot
     differentiate twice.
     """
     steps = chain.settings.steps
     schedule = check_checkpoint(_OP, checkpoint)
-    traced = steps if grad_steps is None else check_count(_OP, "grad_steps", grad_steps)
-    if traced > steps:
-        raise ValueError(f"{_OP}: grad_steps must be at most steps={steps}, got {traced}")
+    grad_steps = steps if grad_steps is None else check_count(_OP, "grad_steps", grad_steps)
+    if grad_steps > steps:
+        raise ValueError(f"{_OP}: grad_steps must be at most steps={steps}, got {grad_steps}")
     if grad_through not in GRAD_THROUGH:
         raise ValueError(
             f"{_OP}: grad_through must be one of {', '.join(GRAD_THROUGH)}, got {grad_through!r}"
         )
     if offload and schedule == "none":
-        raise ValueError(f'{_OP}: offload keeps states elsewhere; checkpoint="none" keeps none')
+        raise ValueError(
+            f'{_OP}: offload stores states in host memory, and checkpoint="none" stores no states'
+        )
     if x.numel() == 0:
         return x.clone()
     chain = chain.isolated(x.device, twice=True)
-    straight, first = grad_through == "straight", steps - traced
+    straight, first = grad_through == "straight", steps - grad_steps
     if not torch.is_grad_enabled():
         first = steps
     elif not _something_requires_grad(chain, x, first):
@@ -94,24 +96,24 @@ def unroll(
 
 
 def only_masks(chain: Chain, x: Tensor) -> bool:
-    """Whether x alone requires grad, and the energy is known to be piecewise linear in it."""
-    others = (*parameters_of(chain.energy), *given(chain))
+    """Whether only x requires grad and the energy is known to be piecewise linear in it."""
+    others = (*parameters_of(chain.energy), *arguments_of(chain))
     if not x.requires_grad or any(tensor.requires_grad for tensor in others):
         return False
-    # None for energies that may read other tensors than their parameters.
+    # The graph is None for an energy that may read tensors other than its parameters.
     graph = chain.choose(x).graph
     return graph is not None and all(node.kind in _PIECEWISE_LINEAR for node in graph.nodes)
 
 
 def explain(chain: Chain, x: Tensor) -> list[str]:
-    """What each schedule takes, from x: lines of text. Runs a step and its backward pass."""
+    """Lines of text with the cost of each schedule from x. Runs a step and its backward pass."""
     x, steps = x.detach().requires_grad_(), chain.settings.steps
     try:
         chain = chain.isolated(x.device, twice=True)
         trace = Trace(chain, 0, False, x)
         check_graph(chain, trace.begin(x)[-1])
         sizes = trace.measure(x)
-    except Exception as error:  # whatever an energy raises: a call without gradients may serve
+    except Exception as error:  # of any kind; calls without gradients may still work
         return [f"gradients  not with this energy: {error}"]
     free = free_memory(x.device)
     rows = []
@@ -120,19 +122,19 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
         rows.append(f"checkpoint {checkpoint!r}: {cost_text(steps, states, sizes)}")
     rows = list(dict.fromkeys(rows))
     rows.append(
-        f"computed again, a step is differentiated by autograd, twice: {trace.graph}"
+        f"a recomputed step is differentiated twice by autograd: {trace.graph}"
         if isinstance(trace.graph, str)
-        else "computed again, a step is differentiated by an explicit second-order pass"
+        else "a recomputed step is differentiated by an explicit second-order pass"
     )
     if only_masks(chain, x):
-        rows.append("d x_K / d x_0 is the identity where no clamp held: no step is run for it")
+        rows.append("d x_K / d x_0 is the identity except where a clamp held; no step is rerun")
     return [f"{'' if i else 'gradients':11}{row}" for i, row in enumerate(rows)]
 
 
 def _traced(
     chain: Chain, x: Tensor, first: int, schedule: Checkpoint, straight: bool, offload: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Steps first, first + 1, ... by a schedule: the last state, with its graph, and energies."""
+    """(last state with its graph, energies) of the steps from ``first`` on, by a schedule."""
     steps = chain.settings.steps - first
     if schedule == "none":
         return _plain(chain, x, first, straight)
@@ -157,6 +159,7 @@ def _traced(
 
 
 def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor, Tensor]:
+    """(last state with its graph, energies) of the steps from ``first`` on, with every graph."""
     start = x if x.requires_grad else x.detach().requires_grad_()
     state = start
     for k in range(first, chain.settings.steps):
@@ -171,9 +174,9 @@ def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor,
 
 
 def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
-    """Gradients to x alone where a step's Jacobian is what its clamps let through."""
+    """(last state with its graph, energies), if the Jacobian of a step is the mask of its clamp."""
     state, passed = x.detach(), torch.ones_like(x)
-    engine = chain.choose(x).run
+    engine = chain.choose(x).engine
     last = chain.settings.steps - 1
     if engine is not None:
         engine.begin()
@@ -200,8 +203,8 @@ class _Masked(torch.autograd.Function):
 
 
 def _something_requires_grad(chain: Chain, x: Tensor, first: int) -> bool:
-    """Whether the traced steps can have a gradient; runs one only if none is in sight."""
-    others = (*parameters_of(chain.energy), *given(chain))
+    """Whether the steps from ``first`` on have a gradient; runs one of them only if unsure."""
+    others = (*parameters_of(chain.energy), *arguments_of(chain))
     if any(tensor.requires_grad for tensor in others):
         return True
     if x.requires_grad and first == 0:
@@ -213,7 +216,7 @@ def _something_requires_grad(chain: Chain, x: Tensor, first: int) -> bool:
 
 def _nothing_requires_grad() -> ValueError:
     return ValueError(
-        f"{_OP}: differentiable=True, but the chain depends on nothing that requires grad: not "
-        "x0 (or grad_steps cuts it off), nor what the energy's gradient is computed from (is it "
+        f"{_OP}: differentiable=True, but the chain depends on nothing that requires grad: "
+        "neither x0 (or grad_steps cuts it off), nor a tensor that the energy reads (is one "
         "detached inside the energy?), nor step_size or noise_std"
     )

@@ -1,1 +1,1 @@
-"""One call's chain: its values, its loop, and its captured graphs."""
+"""The chain of one call: its values, its loop, Metropolis adjustment and CUDA graphs."""

@@ -1,4 +1,4 @@
-"""One call's chain: its values, and the loop over its steps."""
+"""The chain of one call: its values, and the loop over its steps."""
 
 import contextlib
 import functools
@@ -12,16 +12,17 @@ from torch import Tensor
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.settings import Settings
-from fastlangevin.gradients.autograd import Isolation, energy_and_grad
+from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.engine import Engine
+from fastlangevin.gradients.engine_cache import EngineCache
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.score_network import network_score
 from fastlangevin.gradients.select import (
-    Choice,
-    Recognised,
+    EngineChoice,
     choose_engine,
-    warn_of_modes,
 )
+from fastlangevin.gradients.train_mode import warn_of_train_mode
+from fastlangevin.gradients.untouched import Isolation
 from fastlangevin.kernels import reference
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.step import apply_step_, bind_step, resolve_backend
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Where someone watches (fl.testing.compare): of each call here the state that it walks on, as it
-# was at its start, and the chain.
+# The list of the innermost watching(), which fl.testing.compare uses: for each call the state that
+# it changes, a copy of that state at its start, and the chain.
 _watched: ContextVar[list[tuple[Tensor, Tensor, "Chain"]] | None] = ContextVar(
     "watched", default=None
 )
@@ -39,7 +40,7 @@ _watched: ContextVar[list[tuple[Tensor, Tensor, "Chain"]] | None] = ContextVar(
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[tuple[Tensor, Tensor, "Chain"]]]:
-    """Yield a list to which every sampler's call in here adds (x, x at the start, its chain)."""
+    """Yields a list to which each sampler call in the context adds (x, a copy of x0, its chain)."""
     runs: list[tuple[Tensor, Tensor, Chain]] = []
     token = _watched.set(runs)
     try:
@@ -49,6 +50,7 @@ def watching() -> Iterator[list[tuple[Tensor, Tensor, "Chain"]]]:
 
 
 def note(x: Tensor, chain: "Chain") -> None:
+    """Adds a call that begins to the list of :func:`watching`, if there is one."""
     runs = _watched.get()
     if runs is not None:
         runs.append((x, x.clone(), chain))
@@ -58,48 +60,48 @@ Evaluated = tuple[Tensor | None, Tensor]  # energies [n] if known, and the gradi
 
 
 class Step(NamedTuple):
-    """One step's results: its index, the state after it, energies [n] and gradient before it.
+    """The results of one step: its index, the state after it, energies [n] and gradient before it.
 
-    Energies are None if not requested and not computed anyway, and along a score network; the
-    gradient is None where it never reached memory.
+    Energies are None if they were not requested and not computed anyway, and along a score network.
+    The gradient is None if a kernel used it without storing it.
     """
 
     k: int
     x: Tensor
     energies: Tensor | None
     grad: Tensor | None
-    accepted: Tensor | None = None  # bool [n], of chains that may reject a step
+    accepted: Tensor | None = None  # bool [n], for chains that can reject a step
 
 
 class Chain(NamedTuple):
-    """One call's values: what a sampler was set to and what its call was given, all checked."""
+    """The checked values of one call: the sampler's settings and the call's arguments."""
 
     energy: Callable[..., Any]
     settings: Settings
-    recognised: Recognised  # what is remembered of the energy from earlier calls
+    recognised: EngineCache  # what earlier calls found out about the energy
     seed: int
     first_chain: int
     first_step: int
     noise: Tensor | None
     model_kwargs: dict[str, Any]
-    step_kwargs: Mapping[str, Any] = {}  # by name, what has an entry for every step
-    # int64 [2] on the device, read there in place of the seed and added to every step's number.
+    step_kwargs: Mapping[str, Any] = {}  # by name, values with one entry per step
+    # int64 [2] on the device: a seed to use instead, and a number to add to every step's number.
     rng_state: Tensor | None = None
-    # Of the energy's own code, wherever that runs; shared by all steps of a call.
+    # Guards the energy's own code; made once and shared by all steps of a call.
     isolation: Isolation | None = None
 
     def walk(
-        self, x: Tensor, want_energies: bool = False, choice: Choice | None = None
+        self, x: Tensor, want_energies: bool = False, choice: EngineChoice | None = None
     ) -> Iterator[Step]:
-        """The chain, in place on x: yields after every step. An empty batch takes none.
+        """Runs the chain in place on x and yields after every step; an empty batch has no steps.
 
-        Energies come with the last step, and with all others where they are wanted.
-        choice: the result of :meth:`choose` for this x, if it is known.
+        The last step comes with energies, and every step does with ``want_energies``. ``choice`` is
+        the result of :meth:`choose` for this x, if it is known.
         """
         if x.shape[0] == 0:
             return
         settings = self.settings
-        engine = (choice or self.choose(x)).run
+        engine = (choice or self.choose(x)).engine
         half = Overflow(x.device) if settings.precision == "fp16" else None
         if engine is not None:
             engine.begin()
@@ -109,8 +111,10 @@ class Chain(NamedTuple):
     def stride(
         self, engine: Engine | None, x: Tensor, half: "Overflow | None", want_energies: bool = False
     ) -> Iterator[Step]:
-        """The steps of :meth:`walk` alone, along an engine that has begun: launches, and no reading
-        of what they find."""
+        """The steps of :meth:`walk` with an engine that has begun.
+
+        They only launch work and never wait for its results.
+        """
         run = resolve_backend(self.settings.backend, x.device)
         if engine is None:
             chain = self.isolated(x.device)
@@ -128,7 +132,7 @@ class Chain(NamedTuple):
     def _strides(
         self, run: Callable[..., Tensor], x: Tensor, evaluate: Callable[[int], Evaluated]
     ) -> Iterator[Step]:
-        """Steps along what ``evaluate`` finds at x, as a function of the step's index."""
+        """Steps along the gradient at x that ``evaluate`` returns for a step's index."""
         settings, update = self.settings, self._bound(run, x)
         for k in range(settings.steps):
             with torch.no_grad():
@@ -146,7 +150,7 @@ class Chain(NamedTuple):
     def _bound(
         self, run: Callable[..., Tensor], x: Tensor
     ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
-        """The update of x, in place, as a function of (grad, step_size, noise_std, k)."""
+        """The in-place update of x as a function of (grad, step_size, noise_std, k)."""
         options = self._options()
         noise, first = self.noise, self.first_step
         if noise is None and self.rng_state is None:
@@ -158,11 +162,11 @@ class Chain(NamedTuple):
         )  # fmt: skip
 
     def _fuses(self) -> bool:
-        """Whether the Triton step may be the update, and comes after the gradient."""
+        """Whether the settings allow a kernel that computes the gradient and then steps."""
         return self.settings.noise_order != "before" and self.settings.backend in ("auto", "triton")
 
     def _fused_strides(self, engine: FusedGradient, x: Tensor) -> Iterator[Step]:
-        """Steps whose gradient never reaches memory."""
+        """Steps of kernels that use the gradient without storing it."""
         settings, options = self.settings, self._options()
         for k in range(settings.steps):
             energies = engine.step_(
@@ -177,10 +181,10 @@ class Chain(NamedTuple):
             yield Step(k, x, energies, None)
 
     def _options(self) -> dict[str, Any]:
-        """What is the same at every step."""
+        """The options of the update that are the same at every step."""
         settings = self.settings
-        in_memory = {} if self.rng_state is None else {"rng_state": self.rng_state}
-        return in_memory | {
+        rng_state = {} if self.rng_state is None else {"rng_state": self.rng_state}
+        return rng_state | {
             "seed": self.seed,
             "first_chain": self.first_chain,
             "clamp": settings.clamp,
@@ -197,16 +201,16 @@ class Chain(NamedTuple):
         evaluate: Callable[[Tensor], Evaluated] | None = None,
         create_graph: bool = False,
     ) -> Step:
-        """Step k by ``run``: in place on x for a backend, pure for ``reference.step``.
+        """Step k by ``run``, in place on x for a backend and pure for ``reference.step``.
 
-        evaluate: x -> (energies or None, gradient); by default autograd's.
+        ``evaluate`` maps x to (energies or None, gradient); by default it uses autograd.
         """
         settings = self.settings
         step_size, noise_std = at_step(settings.step_size, k), at_step(settings.noise_std, k)
         options = {"step": self.first_step + k} | self._options()
         z = None if self.noise is None else self.noise[k]
         if z is None and run is reference.step and not reference.is_zero(noise_std):
-            # The kernels' normals, as in a chain without gradients: they are faster to draw.
+            # The normals of the kernels, as in a chain without gradients, are faster to draw.
             z = _noise.normal(
                 x.shape, seed=self.seed, step=self.first_step + k, first_chain=self.first_chain,
                 device=x.device, dtype=x.dtype,
@@ -221,7 +225,7 @@ class Chain(NamedTuple):
         return Step(k, x, energies, grad)
 
     def evaluate(self, x: Tensor, k: int, create_graph: bool = False) -> Evaluated:
-        """(energies or None, gradient) at step k by the energy's, or score network's, own code."""
+        """(energies or None, gradient) at step k, by the code of the energy or score network."""
         settings = self.settings
         run = network_score if settings.gradient == "network" else energy_and_grad
         kwargs = self.model_kwargs
@@ -232,50 +236,54 @@ class Chain(NamedTuple):
             return run(isolation.network, x, kwargs, settings.precision, create_graph)
 
     def isolated(self, device: torch.device, twice: bool = False) -> "Self":
-        """The chain with what its evaluations have in common made once; ``twice``: for steps that
-        are differentiated twice."""
+        """The chain with an isolation that all its evaluations share.
+
+        ``twice`` is for steps that are differentiated twice.
+        """
         isolation = Isolation(self.energy, device, self.seed, twice)
         return self._replace(isolation=isolation)
 
-    def choose(self, x: Tensor) -> Choice:
-        """The engine of this chain from x, which may run the energy once.
+    def choose(self, x: Tensor) -> EngineChoice:
+        """The engine of this chain from x; the choice may run the energy once.
 
-        Raises RuntimeError where one asked for by name cannot run.
+        Raises RuntimeError if an engine that was named cannot run.
         """
         if not self.recognised.warned:
-            self.recognised.warned = warn_of_modes(self.energy)
+            self.recognised.warned = warn_of_train_mode(self.energy)
         return choose_engine(
             self.settings.gradient, self.energy, x, self.settings.precision, self.model_kwargs,
             self.recognised, self.step_kwargs,
         )  # fmt: skip
 
     def all_kwargs(self) -> dict[str, Any]:
-        """What the energy is given beside x, that of all steps at once."""
+        """The keyword arguments of the energy, with those of all steps together."""
         return {**self.model_kwargs, **self.step_kwargs}
 
     def check_finite(self, x: Tensor, energies: Tensor | None) -> None:
-        """FloatingPointError if a chain is not finite at its end, or its last energy NaN."""
+        """FloatingPointError if a chain is not finite at its end, or its last energy is NaN."""
         if not in_memory(x):
-            return  # shapes alone, or a transform's tensors, which Python cannot branch on
-        chains = torch.isfinite(rows(x)).all(1)
+            return  # Python cannot branch on tensors without values, or on those of transforms
+        finite = torch.isfinite(rows(x)).all(1)
         if energies is not None and energies.numel():
-            chains &= ~torch.isnan(energies)
-        if not bool(chains.all()):
-            lost = int((~chains).sum())
+            finite &= ~torch.isnan(energies)
+        if not bool(finite.all()):
             raise FloatingPointError(
-                f"LangevinSampler: {lost} of {x.shape[0]} chains are not finite after "
-                f"{self.settings.steps} steps, or their energy is NaN; diagnose() shows at which "
-                "step it began, and a smaller step_size, clamp or grad_clip may help"
+                f"LangevinSampler: {int((~finite).sum())} of {x.shape[0]} chains are not finite "
+                f"after {self.settings.steps} steps, or their energy is NaN; diagnose() shows at "
+                "which step this began, and a smaller step_size, clamp or grad_clip may help"
             )
 
 
 _OVERFLOW = (
-    "the gradient is not finite: float16 ends at 65504. bf16 and tf32 reach as far as float32"
+    "the gradient is not finite: float16 ends at 65504. bf16 and tf32 have the range of float32"
 )
 
 
 class Overflow:
-    """The first step whose gradient is not finite: a clamp would hide that from the end state."""
+    """Finds the first step whose gradient is not finite; a clamp can hide this in the last state.
+
+    The step's number stays on the device until :meth:`check`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.first = torch.full((), 2**32, device=device, dtype=torch.int64)
@@ -285,8 +293,8 @@ class Overflow:
 
     def look_at(self, step: Step) -> None:
         assert step.grad is not None
-        lost = ~torch.isfinite(step.grad).all()
-        torch.where(lost, self.first.clamp(max=step.k), self.first, out=self.first)
+        overflows = ~torch.isfinite(step.grad).all()
+        torch.where(overflows, self.first.clamp(max=step.k), self.first, out=self.first)
 
     def check(self) -> None:
         first = int(self.first)
@@ -297,7 +305,7 @@ class Overflow:
 
 
 def check_overflow(engine: Engine | None, half: Overflow | None) -> None:
-    """FloatingPointError if float16 has been left in a chain that has ended."""
+    """FloatingPointError if a gradient left the range of float16 in a chain that has ended."""
     if half is not None:
         half.check()
     if isinstance(engine, FusedGradient) and engine.overflow is not None and bool(engine.overflow):

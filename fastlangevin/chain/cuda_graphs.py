@@ -1,10 +1,11 @@
-"""Chains as CUDA graphs: the launches of all K steps are recorded once, and repeated by one call.
+"""Chains as CUDA graphs: the launches of all K steps are recorded once and replayed by one call.
 
-A graph repeats launches as they were, on the memory that they were given. What may change from call
-to call is therefore in memory that stays: the state, the packed weights, and the seed and first
-step, which the kernels of the step read there. All else is part of a recording's key. A recording
-is made when a kind of chain comes for the second time, as a single call would pay for it and gain
-nothing, and is used only once it has repeated a chain that was also run step by step.
+A graph repeats the same launches on the same memory. Values that may change from call to call are
+therefore kept in fixed memory: the state, the packed weights, and the seed and first step, which
+the step's kernels read from there. Everything else is part of a recording's key. A chain is
+recorded when its key occurs for the second time, since a single call would pay for the recording
+and gain nothing. A recording is used only after its replay has reproduced a chain that was also run
+step by step.
 """
 
 import time
@@ -21,40 +22,41 @@ from fastlangevin.chain.chain import Chain, Overflow, check_overflow
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.precision import switches
-from fastlangevin.gradients.select import Choice
+from fastlangevin.gradients.select import EngineChoice
 from fastlangevin.locks import new_lock
 from fastlangevin.step import choose_backend
 
-# A recording holds its chain's state, and the network's values for the time of a step.
+# The most recordings at a time. Each holds its chain's state and the network's values in a step.
 _RECORDINGS = 2
-# A recording gives way to another kind of chain only after so many calls without it: kinds that
-# take turns would else be recorded at every call, which takes longer than running them.
+# A recording is dropped for another kind of chain only after this many calls without it. Otherwise
+# kinds that alternate would be recorded at every call, which takes longer than running them.
 _RESTED = 8
-# Kinds of chains that are remembered, recorded or not.
+# The most kinds of chains that are remembered, recorded or not.
 _KINDS = 16
-# Some 25 launches a step, of a kilobyte or two each and 10 us to instantiate.
+# A step has about 25 launches, and each takes one or two kilobytes and 10 us to instantiate.
 _MAX_STEPS = 1024
-# Equal bits are expected, except where cuDNN sums in an order that changes from run to run.
+# Equal bits are expected, except that cuDNN may sum in an order that changes from run to run.
 _TOLERANCE = 1e-5
-# CUDA graphs may be captured by one thread of a process at a time.
+# Only one thread of a process may capture a CUDA graph at a time.
 _CAPTURING = new_lock()
 
 
 class Recorder(Protocol):
-    """Records what ``run`` launches; :class:`CudaRecorder`, and in tests one for the CPU."""
+    """Records the launches of ``run``: :class:`CudaRecorder`, or one for the CPU in tests."""
 
     device_type: str
 
     def __call__(
-        self, run: Callable[[], None], device: torch.device, beside: Any
+        self, run: Callable[[], None], device: torch.device, shared_with: Any
     ) -> tuple[Any, int]:
-        """(what has replay(), bytes of memory that it took); ``beside``: one to share it with."""
+        """(an object with replay(), its bytes); ``shared_with`` is one to share memory with."""
 
 
 class CudaRecorder:
-    """``run`` as a CUDA graph, after a run that compiles and loads what it needs.
+    """Records ``run`` as a CUDA graph, after a first run that compiles and loads its kernels.
 
-    On one stream per device: cuBLAS keeps a workspace, of 32 MiB on newer GPUs, for every stream.
+    It uses one stream per device, since cuBLAS keeps a workspace for every stream, which has 32 MiB
+    on newer GPUs.
     """
 
     device_type = "cuda"
@@ -63,9 +65,9 @@ class CudaRecorder:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __call__(
-        self, run: Callable[[], None], device: torch.device, beside: Any
+        self, run: Callable[[], None], device: torch.device, shared_with: Any
     ) -> tuple[Any, int]:
-        # The inner context puts the stream back, which torch does not where a capture fails.
+        # The last context restores the stream, which torch does not do if a capture fails.
         with (
             _CAPTURING,
             torch.cuda.device(device),
@@ -77,8 +79,8 @@ class CudaRecorder:
                 run()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Between replays nothing lives in a graph's own memory, so that two may share it.
-            pool = None if beside is None else beside.pool()
+            # A graph's own memory holds nothing between replays, so that two graphs can share it.
+            pool = None if shared_with is None else shared_with.pool()
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 before = torch.cuda.memory_reserved()
                 run()
@@ -99,44 +101,45 @@ def refusal(
     metropolis: bool = False,
     device_type: str = "cuda",
 ) -> str | None:
-    """None where a chain may be recorded, else why not.
+    """None if a chain can be recorded, else the reason.
 
-    device, dtype and chains: of the state. engine and backend: names as chosen, not "auto".
+    ``device``, ``dtype`` and ``chains`` are those of the state; ``engine`` and ``backend`` are the
+    chosen names, not "auto".
     """
     if device.type != device_type:
         return f"the states are on {device}; only CUDA has graphs"
     if not chains:
         return "the batch is empty"
     if dtype == torch.float64:
-        return "float64 states are updated by the reference, which reads no seed from memory"
+        return "the reference updates float64 states, and it reads no seed from memory"
     if metropolis:
-        return "steps are accepted by uniforms whose seed is not read from memory"
+        return "the uniforms that accept or reject a step do not read their seed from memory"
     if engine == "autograd":
-        return "autograd runs the energy's own code, whose branches a graph cannot follow"
+        return "autograd runs the energy's own code, and a graph cannot follow its branches"
     if engine not in ("explicit", "fused"):
         return f"the {engine} engine is not recorded"
     if backend not in ("native", "triton"):
         return f"backend {backend} reads no seed from memory"
     if noise is not None:
-        return "noise is given"
+        return "noise is given as an argument"
     for name, value in (("step_size", step_size), ("noise_std", noise_std)):
         if isinstance(value, Tensor):
-            return f"{name} is a tensor, whose values may change; numbers are recorded"
+            return f"{name} is a tensor, whose values may change; only numbers are recorded"
     if steps > _MAX_STEPS:
-        return f"{steps} steps; up to {_MAX_STEPS} are recorded"
+        return f"the chain has {steps} steps, and at most {_MAX_STEPS} are recorded"
     return None
 
 
 def kind_of(chain: Chain, x: Tensor) -> tuple[Any, ...]:
-    """What a recording holds fixed: all but the chain's engine, x, seed and step."""
+    """The key of a recording: all that it holds fixed, except the engine."""
     settings = chain.settings._replace(backend=choose_backend(chain.settings.backend, x.device))
     values = (tuple(v) if isinstance(v, list) else v for v in settings)
-    place = x.shape, x.stride(), x.dtype, x.device
-    return (*place, chain.first_chain, *values, *_torch_settings(x.device.type))
+    layout = x.shape, x.stride(), x.dtype, x.device
+    return (*layout, chain.first_chain, *values, *_torch_settings(x.device.type))
 
 
 def _torch_settings(device_type: str) -> tuple[Any, ...]:
-    """Those by which torch chooses its kernels."""
+    """The settings by which torch chooses its kernels."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
         *switches(),
@@ -152,7 +155,7 @@ def _torch_settings(device_type: str) -> tuple[Any, ...]:
 
 
 class Recording:
-    """A chain's launches, from any state, seed and first step, with the weights of the moment."""
+    """The launches of a chain, for any state, seed and first step and the current weights."""
 
     def __init__(
         self,
@@ -160,15 +163,15 @@ class Recording:
         x: Tensor,
         engine: ExplicitGradient | FusedGradient,
         record: Recorder,
-        beside: Any,
+        shared_with: Any,
     ) -> None:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         self.engine = engine
         self.overflow = Overflow(x.device) if chain.settings.precision == "fp16" else None
         self.x = x.clone()
         self.rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)
         self.energies: Tensor | None = None
-        # Numbers other than the first replay's, which is checked: were they used, it would show.
+        # Numbers that differ from those of the first replay, whose check would detect their use.
         other = chain._replace(
             seed=(chain.seed + 1) % 2**64, first_step=0, rng_state=self.rng_state
         )
@@ -185,20 +188,22 @@ class Recording:
             self.energies.copy_(energies)
 
         engine.begin()
-        self.graph, self.bytes = record(run, x.device, beside)
+        self.graph, self.bytes = record(run, x.device, shared_with)
         self.addresses = _addresses(engine)
-        self.seconds = time.perf_counter() - begin
+        self.seconds = time.perf_counter() - start
 
     def replay(self, chain: Chain, x: Tensor) -> Tensor | None:
-        """The chain, in place on x, and its last energies. None, and x untouched, where the engine
-        has moved to other memory. Returns when the device is done."""
+        """Runs the chain in place on x, waits for the device and returns the last energies.
+
+        Returns None and leaves x unchanged if the engine has moved to other memory.
+        """
         self.engine.begin()
         if _addresses(self.engine) != self.addresses:
             return None
         assert self.energies is not None
         seed = chain.seed if chain.seed < 2**63 else chain.seed - 2**64
-        for place, number in zip(self.rng_state, (seed, chain.first_step), strict=True):
-            place.fill_(number)
+        self.rng_state[0].fill_(seed)
+        self.rng_state[1].fill_(chain.first_step)
         self.x.copy_(x)
         self.graph.replay()
         x.copy_(self.x)
@@ -215,48 +220,51 @@ def _addresses(engine: ExplicitGradient | FusedGradient) -> list[int]:
 
 @dataclass
 class _Kind:
-    """What is known of a kind of chain."""
+    """What is remembered of the chains with one key."""
 
     engine: "weakref.ref[Any]"
-    used: int = 0  # the number of the last call
+    last_call: int = 0
     recording: Recording | None = None
-    reason: str | None = None  # why it is not to be recorded
+    reason: str | None = None  # why it cannot be recorded
 
 
 class Graphs:
-    """A sampler's recordings. A copy of a sampler starts anew.
+    """The recordings of a sampler. A copy of a sampler starts without any.
 
-    One thread at a time records or replays, until the device is done: another thread's stream
-    would write to the same memory.
+    Only one thread at a time records or replays, and it waits for the device, since the stream of
+    another thread would write to the same memory.
     """
 
     def __init__(self, record: Recorder | None = None) -> None:
         self._record = record or CudaRecorder()
         self._lock = new_lock()
-        self._kinds: dict[tuple[Any, ...], _Kind] = {}  # the last used last
+        self._kinds: dict[tuple[Any, ...], _Kind] = {}  # the most recently used one is last
         self._calls = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
 
-    def run(self, chain: Chain, x: Tensor, choice: Choice) -> Tensor | None:
-        """The chain, in place on x, and its last energies; None, and x untouched, where it is to be
-        run step by step. choice: the chain's, for this x."""
+    def run(self, chain: Chain, x: Tensor, choice: EngineChoice) -> Tensor | None:
+        """Runs the chain in place on x and returns the last energies, if it can be replayed.
+
+        Returns None and leaves x unchanged if the caller has to run it step by step. ``choice`` is
+        the engine of the chain for this x.
+        """
         if x.device.type != self._record.device_type or not x.shape[0]:
             return None
         with self._lock:
-            engine = choice.run
+            engine = choice.engine
             if self._refusal(chain, x, choice) is not None:
                 return None
             assert isinstance(engine, ExplicitGradient | FusedGradient)
             self._calls += 1
             key = kind_of(chain, x)
             kind = self._kinds.pop(key, None)
-            again = kind is not None and kind.engine() is engine
-            if kind is None or not again:
+            seen_before = kind is not None and kind.engine() is engine
+            if kind is None or not seen_before:
                 kind = _Kind(weakref.ref(engine))
             self._kinds[key] = kind
-            kind.used = self._calls
+            kind.last_call = self._calls
             if len(self._kinds) > _KINDS:
                 self._kinds.pop(next(iter(self._kinds)))
             if kind.recording is not None:
@@ -264,31 +272,31 @@ class Graphs:
                 if energies is None:
                     kind.recording = None
                 return energies
-            if not again or kind.reason is not None or not self._make_room():
+            if not seen_before or kind.reason is not None or not self._make_room():
                 return None
             return self._run_and_record(chain, x, choice, kind)
 
     def _run_and_record(
-        self, chain: Chain, x: Tensor, choice: Choice, kind: _Kind
+        self, chain: Chain, x: Tensor, choice: EngineChoice, kind: _Kind
     ) -> Tensor | None:
-        engine = choice.run
+        engine = choice.engine
         assert isinstance(engine, ExplicitGradient | FusedGradient)
         start, energies = x.clone(), None
         for step in chain.walk(x, choice=choice):
             energies = step.energies
         if not bool(torch.isfinite(x).all()):
-            return energies  # of which the caller will tell; there is nothing to compare with
-        beside = next((r.graph for r in self._recordings()), None)
+            return energies  # the caller reports it; there is nothing to compare a replay with
+        shared_with = next((r.graph for r in self._recordings()), None)
         try:
-            recording = Recording(chain, start, engine, self._record, beside)
-            found = recording.replay(chain, start)
-            if found is not None and _alike(start, x) and _alike(found, energies):
+            recording = Recording(chain, start, engine, self._record, shared_with)
+            replayed = recording.replay(chain, start)
+            if replayed is not None and _close(start, x) and _close(replayed, energies):
                 kind.recording = recording
             else:
                 kind.reason = "its replay differs from the chain run step by step"
-        except Exception as error:  # whatever it is, the chain has been run
+        except Exception as error:  # the chain itself has been run, so no error is fatal
             first: BaseException = error
-            while first.__context__ is not None:  # the end of a capture raises an error of its own
+            while first.__context__ is not None:  # leaving a failed capture raises another error
                 first = first.__context__
             text = str(first).strip().split("\n")[0]
             kind.reason = f"its launches could not be recorded: {type(first).__name__}: {text}"
@@ -298,16 +306,16 @@ class Graphs:
         return [k.recording for k in self._kinds.values() if k.recording is not None]
 
     def _make_room(self) -> bool:
-        """Whether there is room for one more recording, the least recently used being dropped."""
+        """Whether there is room for another recording, after dropping the least recently used."""
         recorded = [kind for kind in self._kinds.values() if kind.recording is not None]
         if len(recorded) < _RECORDINGS:
             return True
-        if self._calls - recorded[0].used <= _RESTED:
+        if self._calls - recorded[0].last_call <= _RESTED:
             return False
         recorded[0].recording = None
         return True
 
-    def _refusal(self, chain: Chain, x: Tensor, choice: Choice) -> str | None:
+    def _refusal(self, chain: Chain, x: Tensor, choice: EngineChoice) -> str | None:
         settings = chain.settings
         return refusal(
             device=x.device,
@@ -323,29 +331,32 @@ class Graphs:
             device_type=self._record.device_type,
         )
 
-    def explain(self, chain: Chain, x: Tensor, choice: Choice) -> str:
-        """Whether calls like this one are replayed, why not, and what that costs."""
+    def explain(self, chain: Chain, x: Tensor, choice: EngineChoice) -> str:
+        """A line of text: whether such calls are replayed, and what that costs or why not."""
         reason = self._refusal(chain, x, choice)
         if reason is not None:
             return f"no: {reason}"
         with self._lock:
             kind = self._kinds.get(kind_of(chain, x))
-            if kind is not None and kind.engine() is not choice.run:
+            if kind is not None and kind.engine() is not choice.engine:
                 kind = None
             if kind is not None and kind.reason is not None:
                 return f"no: {kind.reason}"
             if kind is not None and kind.recording is not None:
-                made = kind.recording
+                recording = kind.recording
                 return (
-                    f"yes: all {chain.settings.steps} steps replayed as one; recorded in "
-                    f"{made.seconds:.2g} s, {made.bytes / 2**20:.3g} MiB"
+                    f"yes: all {chain.settings.steps} steps are replayed as one; recorded in "
+                    f"{recording.seconds:.2g} s, {recording.bytes / 2**20:.3g} MiB"
                 )
             if len(self._recordings()) == _RECORDINGS:
-                return f"not now: {_RECORDINGS} kinds of chains are held, until one rests"
-            return "yes: all steps recorded at the second call of a kind, then replayed as one"
+                return (
+                    f"not now: {_RECORDINGS} other kinds of chains are recorded, until one has not "
+                    f"been run for {_RESTED} calls"
+                )
+            return "yes: the second such call records all steps, and later ones replay them as one"
 
 
-def _alike(a: Tensor, b: Tensor | None) -> bool:
+def _close(a: Tensor, b: Tensor | None) -> bool:
     if b is None:
         return False
     return torch.equal(a, b) or torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE)

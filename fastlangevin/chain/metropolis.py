@@ -1,19 +1,20 @@
-"""Metropolis adjustment: every Langevin step is a proposal, and accepted or rejected (MALA).
+"""Metropolis adjustment (MALA): every Langevin step is a proposal that is accepted or rejected.
 
-From x, with G(x) = s a clip(g(x)) the move of a step,
+From x, let G(x) = s a clip(g(x)) be the move of a step. Then
 
     y = x + G(x) + b z
     accept with probability min(1, exp(-(E(y) - E(x)) / T) q(x | y) / q(y | x)),   T = b^2 / (2 a)
 
-where q(. | x) is normal about x + G(x) with standard deviation b. The chain's law is then exactly
-exp(-E / T), restricted to the clamp's box: proposals outside it are rejected. With d = y - x
+where q(. | x) is a normal density about x + G(x) with standard deviation b. The law of the chain is
+then exactly exp(-E / T), restricted to the box of the clamp; proposals outside it are rejected.
+With d = y - x,
 
     log q(x | y) / q(y | x) = -(G(x) + G(y)) . (2 d - G(x) + G(y)) / (2 b^2)
 
-which unlike the difference of two squares loses no digits where b is small. E(y) - E(x) has the
-digits of the network's output: bfloat16 rounds energies about 256 to whole numbers. The uniforms
-are those of the noise contract's stream 3 at (seed, chain, step). Source: Roberts & Tweedie 1996,
-"Exponential convergence of Langevin distributions and their discrete approximations".
+which, unlike a difference of two squares, loses no digits for a small b. E(y) - E(x) has only the
+digits of the network's output: bfloat16 rounds energies near 256 to whole numbers. The uniforms are
+those of stream 3 at (seed, chain, step). Source: Roberts & Tweedie 1996, "Exponential convergence
+of Langevin distributions and their discrete approximations".
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from fastlangevin.step import apply_step_, fold_norm_clip, resolve_backend
 
 
 class AdjustedChain(Chain):
-    """A chain whose steps are accepted or rejected; x0's energy and gradient are the K + 1st."""
+    """A chain whose steps are accepted or rejected; it evaluates K + 1 gradients, one at x0."""
 
     def stride(
         self, engine: Engine | None, x: Tensor, half: Overflow | None, want_energies: bool = False
@@ -40,7 +41,7 @@ class AdjustedChain(Chain):
         if in_memory(x) and not bool(_inside(x, settings.clamp).all()):
             raise ValueError(
                 "LangevinSampler: with metropolis=True x0 must lie within clamp="
-                f"{settings.clamp}, outside of which proposals are rejected"
+                f"{settings.clamp}, since proposals outside are rejected"
             )
         run = resolve_backend(settings.backend, x.device)
         chain = self if engine is not None else self.isolated(x.device)
@@ -49,11 +50,11 @@ class AdjustedChain(Chain):
             step = Step(k, x, energies, grad)
             with torch.no_grad():
                 y = self._propose(run, x, grad, k)
-                there = chain._evaluate(engine, y, k)
-                accepted = self._accept(x, y, (energies, grad), there, k)
+                at_y = chain._evaluate(engine, y, k)
+                accepted = self._accept(x, y, (energies, grad), at_y, k)
                 x.copy_(torch.where(_like(accepted, x), y, x))
-                energies = torch.where(accepted, there[0], energies)
-                grad = torch.where(_like(accepted, x), there[1], grad)
+                energies = torch.where(accepted, at_y[0], energies)
+                grad = torch.where(_like(accepted, x), at_y[1], grad)
             if half is not None:
                 half.look_at(step)
             yield step._replace(accepted=accepted)
@@ -77,16 +78,19 @@ class AdjustedChain(Chain):
         self,
         x: Tensor,
         y: Tensor,
-        here: tuple[Tensor, Tensor],
-        there: tuple[Tensor, Tensor],
+        at_x: tuple[Tensor, Tensor],
+        at_y: tuple[Tensor, Tensor],
         k: int,
     ) -> Tensor:
-        """Whether each chain moves to y, bool [n]; a proposal whose energy is NaN is rejected."""
+        """Whether each chain moves to y, bool [n], from (energies, gradient) at x and y.
+
+        A proposal with a NaN energy is rejected.
+        """
         settings = self.settings
         a, b = at_step(settings.step_size, k), at_step(settings.noise_std, k)
         sign = 1 if settings.maximize else -1
-        forth, back = (sign * self._move(grad.to(x.dtype), a) for grad in (here[1], there[1]))
-        gain = sign * (there[0].double() - here[0].double())
+        forth, back = (sign * self._move(grad.to(x.dtype), a) for grad in (at_x[1], at_y[1]))
+        gain = sign * (at_y[0].double() - at_x[0].double())
         product = rows((forth + back) * (2 * (y - x) - forth + back)).sum(1, dtype=torch.float64)
         a, b = (per_chain(value, gain, torch.float64) for value in (a, b))
         ratio = (2 * a * gain - product / 2) / b**2
@@ -97,7 +101,7 @@ class AdjustedChain(Chain):
         return (u.double().log() < ratio) & _inside(y, settings.clamp)
 
     def _move(self, grad: Tensor, a: Coefficient) -> Tensor:
-        """a clip(g)."""
+        """The move a clip(g)."""
         a, bound = fold_norm_clip(grad, a, self.settings.grad_clip)
         clipped = grad if bound is None else grad.clamp(-bound, bound)
         return per_chain(a, grad, grad.dtype) * clipped
@@ -110,4 +114,5 @@ def _inside(x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
 
 
 def _like(accepted: Tensor, x: Tensor) -> Tensor:
+    """[n] as [n, 1, ...], which broadcasts over x."""
     return accepted.view(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""The settings of a sampler, as one record."""
+"""The settings of a sampler."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from fastlangevin.kernels.memory import in_memory
 
 
 class Settings(NamedTuple):
-    """The constructor's arguments of LangevinSampler, checked, less the energy."""
+    """The checked arguments of LangevinSampler's constructor, except the energy."""
 
     steps: int
     step_size: Coefficient | list[float]
@@ -25,7 +25,7 @@ class Settings(NamedTuple):
 
 
 def check_metropolis(op: str, settings: Settings) -> None:
-    """ValueError for settings under which a proposal's density is not known."""
+    """ValueError for settings with which the density of a proposal is not known."""
     for name in ("step_size", "noise_std"):
         value = getattr(settings, name)
         zero = (
@@ -41,7 +41,8 @@ def check_metropolis(op: str, settings: Settings) -> None:
         )
     if isinstance(settings.grad_clip, tuple) and settings.grad_clip[0] == "batch_norm":
         raise ValueError(
-            f'{op}: metropolis=True accepts each chain by itself; a "batch_norm" clip ties them'
+            f"{op}: metropolis=True accepts or rejects each chain on its own, but a "
+            '"batch_norm" clip ties them together'
         )
     if settings.gradient == "network":
-        raise ValueError(f"{op}: metropolis=True compares energies; a score network has none")
+        raise ValueError(f"{op}: metropolis=True compares energies, and a score network has none")

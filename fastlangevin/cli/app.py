@@ -1,4 +1,4 @@
-"""The command itself: its subcommands, how it reports errors, and its exit statuses."""
+"""The `fastlangevin` command: its subcommands, error reports and exit statuses."""
 
 import difflib
 import sys
@@ -11,8 +11,9 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from fastlangevin._version import __version__
 from fastlangevin.cli.outputs import EXPECTED, Result, error_line
 
-# Each command is the function of its name in the module of its name. Its summary, the first line of
-# its docstring, stands here too: the list of commands must not wait for torch, which some import.
+# Each command is a function in a module, both of its name. Its summary, the first line of the
+# function's docstring, is repeated here so that the list of commands can be shown without importing
+# torch.
 COMMANDS = {
     "Learn": {
         "train": "Learn an energy from images by short-run MCMC, into a folder.",
@@ -28,14 +29,14 @@ COMMANDS = {
         "export": "Write a run's averaged weights and settings as a small checkpoint.",
     },
     "Judge": {
-        "check": "Ask a classifier of the real images whether the samples are recognisable.",
-        "evaluate": "Measure samples beside held-out data, noisy data and uniform noise.",
-        "diagnose": "Say how learning went, if moments match, and what the chains do.",
+        "check": "Check, with a classifier of the real images, whether samples are recognisable.",
+        "evaluate": "Compare samples with held-out data, noisy data and uniform noise.",
+        "diagnose": "Show how learning went, whether moments match, and what the chains do.",
         "report": "Write one HTML page: samples, curves, results, diagnosis and settings.",
     },
     "Machine": {
-        "doctor": "Say what is installed, which backends run here, and why the others do not.",
-        "bench": "Time a step of an energy's chain with a plain loop and every engine.",
+        "doctor": "Show what is installed, which backends run here, and why the others do not.",
+        "bench": "Time a step of an energy's chain with a plain loop and with every engine.",
         "version": "Print the version.",
     },
 }
@@ -43,7 +44,7 @@ NAMES = [name for commands in COMMANDS.values() for name in commands]
 
 
 def make_app(chosen: str | None = None) -> App:
-    """The application, in which the chosen command has the whole help of its docstring."""
+    """Build the application. Only the chosen command is imported, for the help in its docstring."""
     app = App(
         name="fastlangevin",
         help="Langevin sampling and short-run MCMC learning of energy-based models.",

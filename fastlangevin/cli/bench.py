@@ -1,4 +1,4 @@
-"""bench: what a step of a chain costs on this machine."""
+"""bench: time a step of a chain on this machine."""
 
 from fastlangevin.cli.options import Count, Device
 from fastlangevin.cli.outputs import Result
@@ -15,15 +15,15 @@ def bench(
     precision: list[str] | None = None,
     device: Device = "auto",
 ) -> Result:
-    """Time a step of an energy's chain with a plain loop and every engine.
+    """Time a step of an energy's chain with a plain loop and with every engine.
 
     Args:
-        target: A training config, or an energy of your own as module:attribute. The attribute may
-            be a module, or a function or class that makes one.
-        shape: Shape of one chain's state, such as 3,32,32 (default: the energy's).
+        target: A training config, or your own energy as module:attribute. The attribute may be an
+            nn.Module, or a function or class that returns one.
+        shape: Shape of the state of one chain, such as 3,32,32 (default: the energy's).
         batch: Number of chains, 1 or more.
-        steps: Steps of the chains that are timed, 1 or more.
-        seconds: About how long to measure, 0 or more.
+        steps: Number of steps of the timed chains, 1 or more.
+        seconds: Approximate duration of the measurement, 0 or more.
         precision: Also time this precision: bf16, fp16, tf32 or fp32. Repeatable.
     """
     import torch
@@ -34,12 +34,12 @@ def bench(
 
     if seconds < 0:
         raise ValueError(f"--seconds must be at least 0, got {seconds}")
-    energy = find_energy(target).to(choose_device(device))
+    torch_device = choose_device(device)
+    energy = find_energy(target).to(torch_device)
     sizes = getattr(energy, "shape", None) if shape is None else _sizes(shape)
     if sizes is None:
         raise ValueError(f"{target} has no attribute shape: give --shape, for example 3,32,32")
-    place = choose_device(device)
-    x = 2 * torch.rand((batch, *sizes), dtype=torch.float32, device=place) - 1
+    x = 2 * torch.rand((batch, *sizes), dtype=torch.float32, device=torch_device) - 1
     explanation = LangevinSampler(energy, steps=steps).explain(x)
     rows = benchmark.bench(energy, x, (None, *(precision or ())), steps, seconds)
     return Result(f"{explanation}\n\n{benchmark.table(rows)}")

@@ -1,10 +1,9 @@
-"""check: whether a classifier recognises the samples."""
+"""check: whether a classifier recognises the samples of a run."""
 
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from fastlangevin.cli.inputs import training
 from fastlangevin.cli.options import Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result, table
 
@@ -19,21 +18,22 @@ def check(
     data: str | None = None,
     device: Device = "auto",
 ) -> Result:
-    """Ask a classifier of the real images whether the samples are recognisable.
+    """Check, with a classifier of the real images, whether samples are recognisable.
 
-    The samples pass (exit status 0) if the classifier is more than 90 % sure of enough of them and
-    finds every class among them. Otherwise the exit status is 1.
+    The samples pass, with exit status 0, if the classifier is more than 90 % sure of enough of them
+    and finds every class among them. Otherwise the exit status is 1.
 
     Args:
-        n: Number of samples to judge, 1 or more.
+        n: Number of samples, 1 or more.
         sure: Fraction of samples that the classifier must be sure of.
         data: Source of the images (default: the run's).
     """
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
     from fastlangevin.learn.evaluation.classifier import ClassifierCheck
+    from fastlangevin.learn.run_data import load_training
 
-    judge = ClassifierCheck(training(run, data)[1])
+    judge = ClassifierCheck(load_training(run, data)[1])
     samples = judge(load(run, device=choose_device(device))(n=n, seed=seed))
     judged = {
         "real images": judge.of_data(),

@@ -6,10 +6,10 @@ from fastlangevin.cli.outputs import Result
 def configs(name: str | None = None, /) -> Result:
     """List the training configs in the package, or print one as YAML.
 
-    The YAML states every setting, with comments: a file to start your own config from.
+    The YAML has every setting, with comments, and can serve as a start for your own config.
 
     Args:
-        name: Print this config.
+        name: Config to print (default: list the names of all configs).
     """
     from fastlangevin.learn.config import config_names, config_text
 

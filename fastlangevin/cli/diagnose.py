@@ -1,4 +1,4 @@
-"""diagnose: how a run's learning went, and what its chains do."""
+"""diagnose: how the learning of a run went, and what its chains do."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,6 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fastlangevin.cli.inputs import training
 from fastlangevin.cli.options import Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result
 
@@ -25,29 +24,30 @@ def diagnose(
     device: Device = "auto",
     averaged: bool = False,
 ) -> Result:
-    """Say how learning went, if moments match, and what the chains do.
+    """Show how learning went, whether moments match, and what the chains do.
 
-    The moments are those of the data and of samples, after each layer of the energy. Prints a table
-    and writes diagnose.json and, if matplotlib is installed, diagnose.png. A model without a run
-    has no log and no folder: its files are written only to a folder given by --out.
+    Moments of the data and of samples are compared after each layer of the energy. The command
+    prints a table and writes diagnose.json and, if matplotlib is installed, diagnose.png. A model
+    without a run has no log and no folder, so its files are written only if --out is given.
 
     Args:
         n: Number of images, and of chains, to compare, 16 or more.
-        long: Length of the long run in units of the run's number of steps, 1 or more.
-        starts: Starting points, and noises, to measure mixing with, 2 or more.
-        lags: Lags of the correlations, 1 or more.
+        long: Length of the long run, in units of the run's number of steps, 1 or more.
+        starts: Number of starting points, and of noises, for the mixing, 2 or more.
+        lags: Number of lags of the correlations, 1 or more.
         out: Folder for the files (default: the run's; none for a model without a run).
         data: Source of the images (default: the run's).
-        averaged: Look at the moving average of the weights, not at the weights that were learned.
+        averaged: Diagnose the moving average of the weights instead of the weights.
     """
     from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
-    from fastlangevin.learn.diagnosis import report
     from fastlangevin.learn.diagnosis.of_run import diagnose_run
+    from fastlangevin.learn.diagnosis.report import save, to_text
+    from fastlangevin.learn.run_data import load_training
 
     checkpoint = find_checkpoint(run)
     diagnosis = diagnose_run(
         checkpoint,
-        *training(checkpoint, data),
+        *load_training(checkpoint, data),
         n=n,
         seed=seed,
         device=device,
@@ -57,8 +57,8 @@ def diagnose(
         lags=lags,
     )
     files: list[Path] = []
-    if (place := out or run_folder(checkpoint)) is not None:
+    if (folder := out or run_folder(checkpoint)) is not None:
         iteration = read_checkpoint(checkpoint)[1]["iteration"]
         facts = {"iteration": iteration, "averaged": averaged, "seed": seed}
-        files = report.save(diagnosis, place, f"{checkpoint.stem}, {n} chains", **facts)
-    return Result(report.to_text(diagnosis), files)
+        files = save(diagnosis, folder, f"{checkpoint.stem}, {n} chains", **facts)
+    return Result(to_text(diagnosis), files)

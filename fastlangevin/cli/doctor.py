@@ -1,10 +1,10 @@
-"""doctor: what is installed, and what runs on this machine."""
+"""doctor: show what is installed and what runs on this machine."""
 
 from fastlangevin.cli.outputs import Result
 
 
 def doctor() -> Result:
-    """Say what is installed, which backends run here, and why the others do not."""
+    """Show what is installed, which backends run here, and why the others do not."""
     from fastlangevin.doctor import report
 
     return Result(report())

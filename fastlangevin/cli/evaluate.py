@@ -1,4 +1,4 @@
-"""evaluate: how good a run's samples are, and whether they are new."""
+"""evaluate: how good the samples of a run are, and whether they are new."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,6 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fastlangevin.cli.inputs import training
 from fastlangevin.cli.options import Averaged, Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result, check_out
 
@@ -33,30 +32,32 @@ def evaluate(
     device: Device = "auto",
     averaged: Averaged = True,
 ) -> Result:
-    """Measure samples beside held-out data, noisy data and uniform noise.
+    """Compare samples with held-out data, noisy data and uniform noise.
 
-    The table has the Frechet and kernel distances, precision and recall, the inception score, and
-    the nearest training image. Every figure depends on the features that the table names; only with
-    those of Inception is the Frechet distance FID. Images are clamped to [-1, 1], and the table
-    says how much of each set was outside.
+    The table shows the Frechet and kernel distances, precision and recall, the inception score, and
+    the distance to the nearest training image. Every figure depends on the features, so the table
+    names them. The Frechet distance is FID only with the features of Inception. Images are clamped
+    to [-1, 1], and the table shows which share of each set was outside.
 
     Args:
-        n: Images per set, 8 or more (default: all that are held out, at most 2048).
-        samples: Read the samples from a folder of pictures, a .npy or a .npz (default: the run's
-            model draws them).
-        features: auto, pixels, classifier, efficientnet-lite0, inception or module:attribute.
+        n: Number of images per set, 8 or more (default: all that are held out, at most 2048).
+        samples: Folder of pictures, .npy or .npz to read the samples from (default: the run's model
+            draws them).
+        features: Features to compare: auto, pixels, classifier, efficientnet-lite0, inception or
+            module:attribute.
         reference: Number of training images to compare with, 8 or more.
-        noise: Standard deviation of noise on data, as a yardstick; repeatable (default: 0.3).
+        noise: Standard deviation of the noise on the noisy data; repeatable (default: 0.3).
         quantise: Round all images to 256 levels, as in picture files.
         k: Neighbours counted for precision and recall, 1 or more.
-        out: Write the figures to this JSON file (default: evaluate.json in the run's folder; none
-            for a model without a run or with --samples).
+        out: JSON file for the figures (default: evaluate.json in the run's folder; none for a model
+            without a run or with --samples).
         data: Source of the training images (default: the run's).
         images: Source of the held-out images (default: those that the run held out).
     """
     from fastlangevin.learn.checkpoint import find_checkpoint, run_folder
     from fastlangevin.learn.evaluation.evaluate import save
     from fastlangevin.learn.evaluation.of_run import evaluate_run
+    from fastlangevin.learn.run_data import load_training
 
     if out is not None:
         check_out(out)
@@ -65,7 +66,7 @@ def evaluate(
     checkpoint = find_checkpoint(run)
     evaluated = evaluate_run(
         checkpoint,
-        *training(checkpoint, data),
+        *load_training(checkpoint, data),
         n=n,
         samples=samples,
         images=images,

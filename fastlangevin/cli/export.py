@@ -1,4 +1,4 @@
-"""export: a run's weights as a small checkpoint."""
+"""export: write the weights of a run as a small checkpoint."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def export(run: Run, /, *, out: Path = Path("model.safetensors")) -> Result:
     The checkpoint can be sampled from, but training cannot be resumed from it.
 
     Args:
-        out: A .safetensors file.
+        out: The file, a .safetensors.
     """
     from fastlangevin.learn import checkpoint
 

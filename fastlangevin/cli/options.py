@@ -1,4 +1,4 @@
-"""Options that several commands take, and the types of options."""
+"""The types of options, and options that several commands share."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 
 def whole(_: Any, tokens: "tuple[Token, ...]") -> int:
-    """A whole number; cyclopts alone would round 2.5."""
+    """Convert to a whole number; cyclopts alone would round 2.5."""
     try:
         return int(tokens[0].value)
     except ValueError:
@@ -38,12 +38,12 @@ Averaged = Annotated[
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Chains:
-    """How a model's chains are run and shown.
+    """Options for running a model's chains and showing the images.
 
     Args:
         seed: Seed of the starting points and the noise.
-        steps: Langevin steps, 1 or more (default: the run's).
-        tile: Enlarge small images to about this many pixels a side.
+        steps: Number of Langevin steps, 1 or more (default: the run's).
+        tile: Enlarge small images to about this many pixels per side.
     """
 
     seed: Int = 0
@@ -53,7 +53,7 @@ class Chains:
     averaged: Averaged = True
 
     def load(self, run: Path) -> Any:
-        """The sampler of a run, a checkpoint or a model in the package."""
+        """Load the sampler of a run, a checkpoint or a model in the package."""
         from fastlangevin.learn.build import choose_device
         from fastlangevin.learn.checkpoint import load
 
@@ -62,7 +62,7 @@ class Chains:
 
 
 class ShortFit(TypedDict, total=False):
-    """Options of a fit of starting points that the user gave."""
+    """The options of a fit of starting points that the user gave."""
 
     restarts: Annotated[
         Count, Parameter(help="Fits per image, of which the best counts (default: 4; restore: 1).")
@@ -71,15 +71,15 @@ class ShortFit(TypedDict, total=False):
 
 
 class Fit(ShortFit, total=False):
-    """All options of a fit of starting points that the user gave.
+    """All options of a fit of starting points, as far as the user gave them.
 
     Args:
         optimizer: Method of the descent: adam, or gd for plain gradient descent (default: adam).
         lr: Learning rate of the descent (default: 0.1 for adam, 0.05 for gd).
         noise: Noise in the chain: off, or frozen (always the same) (default: off).
-        grad_through: Gradient of the chain: exact, unrolled through its steps, or straight, as if
-            its derivative were 1 (default: exact).
-        checkpoint: States kept for the gradient: none, step, auto, a number of states, or bytes
+        grad_through: Gradient of the chain: exact, through all its steps, or straight, with the
+            derivative taken as 1 (default: exact).
+        checkpoint: States kept for the gradient: none, step, auto, a number of states, or a size
             such as 2GiB (default: auto).
     """
 
@@ -91,12 +91,12 @@ class Fit(ShortFit, total=False):
 
 
 def more(group: str) -> Parameter:
-    """Makes the keys of a TypedDict options of their own, in a group of the help."""
+    """Make each key of a TypedDict an option, in a group of the help."""
     return Parameter(name="*", group=Group(group, sort_key=2))
 
 
 def settings_options(lists: bool = False) -> Any:
-    """A TypedDict of the fields of TrainConfig, each an option; it holds those that the user gave.
+    """Return a TypedDict of the fields of TrainConfig, for the options that the user gives.
 
     With ``lists``, every value is the text of a list of values.
     """
@@ -118,14 +118,19 @@ def settings_options(lists: bool = False) -> Any:
 
 
 def _or_none(kind: Any, tokens: "tuple[Token, ...]") -> Any:
-    """A value of an optional setting, so that a config's number can be taken back by "none"."""
+    """Convert the value of an optional setting; "none" unsets the value of the config."""
     value, kinds = tokens[0].value, get_args(kind) or (kind,)
     if value == "none":
         return None
     return whole(kind, tokens) if int in kinds else float(value) if float in kinds else value
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """Return those of the options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def belong(names: Iterable[str], owner: str) -> None:
-    """ValueError if options were given, by name, that belong to another that was not."""
-    if given := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)):
-        raise ValueError(f"{given} {'belong' if ',' in given else 'belongs'} to {owner}")
+    """Raise ValueError if there are names: of options that need ``owner``, which is missing."""
+    if options := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)):
+        raise ValueError(f"{options} {'belong' if ',' in options else 'belongs'} to {owner}")

@@ -1,11 +1,10 @@
-"""reconstruct: starting points whose chains end at given images."""
+"""reconstruct: fit starting points whose chains end at given images."""
 
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.inputs import held_out, run_config, some
 from fastlangevin.cli.options import Chains, Count, Fit, HeldOut, Run, more
-from fastlangevin.cli.outputs import Result, check_out, squares, table
+from fastlangevin.cli.outputs import Result, check_out, table
 
 
 def reconstruct(
@@ -21,32 +20,19 @@ def reconstruct(
 ) -> Result:
     """Fit starting points whose chains end at held-out images.
 
-    The picture has rows of images, of reconstructions, and of the nearest random samples.
+    The picture has a row of images, a row of reconstructions, and a row of the nearest random
+    samples.
 
     Args:
         n: Number of images, 1 or more.
         out: A .png, or a .npz of images, x, z and error.
-        samples: Number of random samples, 1 or more; the nearest one is the yardstick.
+        samples: Number of random samples, 1 or more; the nearest one is shown for comparison.
     """
-    from fastlangevin.learn.images import save_arrays, save_rows
-    from fastlangevin.learn.tasks import reconstruct as task
+    from fastlangevin.learn.tasks.of_run import reconstruct_run
 
     check_out(out, ".png", ".npz")
-    sampler, (config, _) = chains.load(run), run_config(run)
-    data = held_out(config, sampler, images)
-    truth = some(data, n, sampler)
-    fitted = task.reconstruct(sampler, truth, seed=chains.seed, **fit or {}).best()
-    drawn = sampler(n=samples, seed=chains.seed)
-    error_of_drawn, nearest = squares(truth[:, None], drawn[None]).min(1)
-    if out.suffix == ".png":
-        save_rows(out, chains.tile, truth, fitted.x, drawn[nearest])
-    else:
-        save_arrays(out, images=truth, x=fitted.x, z=fitted.z, error=fitted.error)
-    ours, theirs = float(fitted.error.mean()), float(error_of_drawn.mean())
-    text = table(
-        ("images", f"{n} of {data.name}"),
-        ("reconstruction", f"{ours:.5f}   mean squared error per element, in [-1, 1]"),
-        (f"best of {samples}", f"{theirs:.5f}   the same of the nearest random sample"),
-        ("ratio", f"{ours / theirs:.3f}"),
+    result = reconstruct_run(
+        run, chains.load(run), n=n, images=images, samples=samples, seed=chains.seed, **fit or {}
     )
-    return Result(text, [out])
+    result.save(out, chains.tile)
+    return Result(table(*result.rows()), [out])

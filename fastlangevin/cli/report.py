@@ -1,4 +1,4 @@
-"""report: a run, or a model, as one page."""
+"""report: write a run, or a model, as one HTML page."""
 
 import functools
 import tempfile
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Commands = dict[str, Callable[..., Result]]
 
-# Sixteen times fewer evaluations than the command's own: seconds for a model in the package.
+# A sixteenth of the default number of evaluations: seconds for a model in the package.
 _SHORT: dict[str, Any] = {"n": 8, "fit": {"restarts": 1, "iterations": 100}}
 
 
@@ -33,16 +33,15 @@ def report(
 ) -> Result:
     """Write one HTML page: samples, curves, results, diagnosis and settings.
 
-    The page needs no other file and no network. Pictures in RUN are shown with the text file of
-    their name. --compute makes those of reconstruct, interpolate and restore, the evaluation and
-    the diagnosis, each as its command would, and says which of them failed and why. The page of a
-    model without a run has samples, interpolations and short fits of reconstructions, which are
-    always made, but no curves.
+    The page needs no other file and no network. Each picture in RUN is shown with the text file of
+    the same name. --compute runs reconstruct, interpolate, restore, evaluate and diagnose, and
+    reports which of them failed and why. The page of a model without a run has no curves, but
+    samples, interpolations and short fits of reconstructions, which are always computed.
 
     Args:
         out: The page (default: report.html in RUN; in the working directory for a model without a
             run).
-        compute: First make what RUN lacks, or has of other weights.
+        compute: First compute the results that RUN lacks or has only for other weights.
     """
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
@@ -90,7 +89,7 @@ def _compute(run: Path, folder: Path, weights: "Weights", commands: Commands) ->
         note(f"computing {name}")
         try:
             result = command(run, out=folder if name == "diagnose.json" else path)
-        except EXPECTED as error:  # the page is made of the others
+        except EXPECTED as error:  # the page is written without this result
             error_line(error)
             continue
         if path.suffix == ".png":

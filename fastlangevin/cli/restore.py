@@ -1,11 +1,10 @@
-"""restore: images from linear measurements of them."""
+"""restore: restore images from linear measurements."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastlangevin.cli.inputs import held_out, run_config, some
-from fastlangevin.cli.options import Chains, Count, Fit, HeldOut, Int, Run, belong, more
-from fastlangevin.cli.outputs import Result, check_out, squares, table
+from fastlangevin.cli.options import Chains, Count, Fit, HeldOut, Int, Run, belong, given, more
+from fastlangevin.cli.outputs import Result, check_out, table
 
 
 def restore(
@@ -27,55 +26,42 @@ def restore(
 ) -> Result:
     """Restore held-out images from linear measurements, several answers for each.
 
-    The measurements are y = A x. The picture has a row per image: the image, the measurement, the
-    answers.
+    The measurements are y = A x. The picture has a row per image, with the image, its measurement
+    and the answers.
 
     Args:
-        operator: What is lost: mask, downsample, blur or grey.
-        method: posterior, clamped (for masks) or latent.
+        operator: The measurement A: mask, downsample, blur or grey.
+        method: Method: posterior, clamped (for masks) or latent.
         n: Number of images, 1 or more.
         answers: Answers per image, 1 or more.
         out: A .png, or a .npz of images, y and x of shape [n, answers, C, H, W].
-        mask: Mask: box, half, or a picture or .npy in which 0 is hidden (default: box).
+        mask: The mask: box, half, or a picture or .npy in which 0 marks hidden pixels (default:
+            box).
         factor: Factor of downsample (default: 2).
         sigma: Standard deviation of blur, in pixels (default: 1.0).
         zeta: Scale of the posterior's term |y - A x|^2 / zeta^2 (default: |A| sqrt(2 a)).
     """
-    import torch
-
-    from fastlangevin.learn.images import save_arrays, save_grid
-    from fastlangevin.learn.tasks import measurements
-    from fastlangevin.learn.tasks import restore as task
+    from fastlangevin.learn.tasks.measurements import make_operator
+    from fastlangevin.learn.tasks.of_run import restore_run
 
     check_out(out, ".png", ".npz")
-    given = {"mask": mask, "factor": factor, "sigma": sigma}
-    options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    options = given(mask=mask, factor=factor, sigma=sigma)
     own = {"mask": "mask", "downsample": "factor", "blur": "sigma"}.get(operator)
     belong(options.keys() - {own}, f"another operator than {operator}")
     if method != "latent":
         belong(fit or (), f"--method latent, got {method!r}")
-    sampler, (config, _) = chains.load(run), run_config(run)
-    shape = sampler.energy.shape
-    measure = measurements.make_operator(operator, shape, **options)
-    data = held_out(config, sampler, images)
-    truth = some(data, n, sampler)
-    y = measure(truth)
-    how: dict[str, Any] = {"method": method, "answers": answers, "zeta": zeta, **(fit or {})}
-    x, residual = task.restore(sampler, y, measure, seed=chains.seed, **how)
-    seen = measurements.picture(measure, y, shape)
-    if out.suffix == ".png":
-        rows = torch.cat([truth[:, None], seen[:, None], x], 1)
-        save_grid(rows.flatten(0, 1), out, 2 + answers, chains.tile)
-    else:
-        save_arrays(out, images=truth, y=y, x=x)
-    error, spread = squares(truth[:, None], x), x.var(1, correction=0).mean()
-    text = table(
-        ("images", f"{n} of {data.name}"),
-        ("answers", f"{error.mean():.5f}   mean squared error per element, in [-1, 1]"),
-        ("best", f"{error.amin(1).mean():.5f}   of the {answers} for each image"),
-        ("their mean", f"{squares(truth, x.mean(1)).mean():.5f}"),
-        ("measurement", f"{squares(truth, seen).mean():.5f}   as the picture shows it"),
-        ("residual", f"{residual.mean():.5f}   mean of (y - A x)^2"),
-        ("spread", f"{spread:.5f}   mean variance of an element over the answers"),
+    sampler = chains.load(run)
+    result = restore_run(
+        run,
+        sampler,
+        make_operator(operator, sampler.energy.shape, **options),
+        n=n,
+        images=images,
+        seed=chains.seed,
+        method=method,
+        answers=answers,
+        zeta=zeta,
+        **fit or {},
     )
-    return Result(text, [out])
+    result.save(out, chains.tile)
+    return Result(table(*result.rows()), [out])

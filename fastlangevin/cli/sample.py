@@ -1,11 +1,11 @@
-"""sample: images from a trained model."""
+"""sample: draw images from a trained model."""
 
 from pathlib import Path
 
 from fastlangevin.cli.options import Chains, Count, Run
 from fastlangevin.cli.outputs import Result, check_out
 
-_FRAMES = 50  # at most so many in a GIF, beside the start
+_FRAMES = 50  # most frames of a GIF after the first
 
 
 def sample(

@@ -1,6 +1,5 @@
-"""sweep: many runs over lists of settings and seeds."""
+"""sweep: train over lists of settings and seeds."""
 
-import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,26 +23,28 @@ def sweep(
 ) -> Result:
     """Train over lists of settings and seeds; write tables and a plot of the results.
 
-    For example `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run is a
-    folder in OUT, as by `train`. The same command goes on where it was stopped. Several processes
-    share the runs if RANK and WORLD_SIZE are set in their environment, as torchrun sets them.
+    An example is `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run has
+    a folder in OUT, as with `train`. If a sweep is stopped, the same command continues it. Several
+    processes share the runs if RANK and WORLD_SIZE are set in their environment, as by torchrun.
 
     Args:
         out: Folder of the sweep.
-        config: Settings to start from: a config in the package, see configs, or a YAML, TOML or
-            JSON file, which may hold axes (lists by setting), seeds and grid too (default: digits).
-        seeds: Runs of each point, 1 or more, with consecutive seeds (default: 3).
-        grid: Run all combinations, or one axis at a time (default: --axes).
+        config: Settings to start from: a config in the package (see configs), or a YAML, TOML or
+            JSON file, which may also hold axes (lists by setting), seeds and grid (default:
+            digits).
+        seeds: Number of runs of each point, 1 or more, with consecutive seeds (default: 3).
+        grid: Run all combinations of the lists, or sweep one axis at a time (default: --axes).
     """
-    from fastlangevin.learn.sweep.plan import describe, read_sweep
+    from fastlangevin.learn.sweep.environment import own_device, read_number
+    from fastlangevin.learn.sweep.plan import describe, parse_values, read_sweep
     from fastlangevin.learn.sweep.report import write_report
     from fastlangevin.learn.sweep.run import Run, run_sweep
     from fastlangevin.learn.train import StopRequest
 
     stop = StopRequest()
-    values = {name: _values(name, text) for name, text in (lists or {}).items()}
+    values = {name: parse_values(name, text) for name, text in (lists or {}).items()}
     plan = read_sweep(config, values, seeds, grid)
-    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    rank, world_size = read_number("RANK", 0), read_number("WORLD_SIZE", 1)
     total, count = len(plan.runs()[rank::world_size]), 0
 
     def report(run: Run, result: Mapping[str, Any]) -> None:
@@ -52,7 +53,7 @@ def sweep(
         where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
         note(f"{where}  {_outcome(result)}")
 
-    device = _own_device(plan.centre.device)
+    device = own_device(plan.centre.device)
     results = run_sweep(
         plan, out, rank=rank, world_size=world_size, device=device, report=report, stop=stop
     )
@@ -60,38 +61,11 @@ def sweep(
     if files and out / "sweep.svg" not in files:
         note('no plot: it needs matplotlib, pip install "fastlangevin[plot]"')
     if count < total:
-        note("stopped; go on with the same command")
+        note("stopped; the same command continues the sweep")
         return Result(files=files, status=128 + (stop.signal or signal.SIGINT))
     if not files:
-        note("done; the runs of other processes are not yet")
+        note("done; runs of other processes are still missing")
     return Result(files=files)
-
-
-def _values(name: str, text: str) -> list[Any]:
-    """A list in YAML without its brackets: 5,10,25 or [-1, 1],none."""
-    from fastlangevin.learn.bounded_yaml import parse_yaml
-
-    try:
-        values = parse_yaml(f"[{text}]")
-    except ValueError as error:
-        raise ValueError(f"--{name.replace('_', '-')} is no list of values: {text!r}") from error
-    return [None if value == "none" else value for value in values]
-
-
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal():
-        raise ValueError(f"{variable} must be a whole number, got {text!r}")
-    return int(text)
-
-
-def _own_device(device: str) -> str | None:
-    """The GPU of a process of torchrun, unless the user named a device."""
-    import torch
-
-    if "LOCAL_RANK" not in os.environ or device != "auto" or not torch.cuda.is_available():
-        return None
-    return f"cuda:{_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
 
 
 def _outcome(result: Mapping[str, Any]) -> str:

@@ -22,14 +22,14 @@ def train(
 ) -> Result:
     """Learn an energy from images by short-run MCMC, into a folder.
 
-    Options change the settings of the config; all settings of the run are saved as OUT/config.yaml.
-    Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop; the exit status is then 130, 143 or 129.
+    Options change settings of the config. All settings of the run are saved as OUT/config.yaml.
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop the run, with exit status 130, 143 or 129.
 
     Args:
-        out: Folder of the run (default: runs/CONFIG, or runs/CONFIG-2, ... if that is taken).
-        config: Settings to start from: a config in the package, see configs, or a YAML, TOML or
+        out: Folder of the run (default: runs/CONFIG, or runs/CONFIG-2, ... if that exists).
+        config: Settings to start from: a config in the package (see configs), or a YAML, TOML or
             JSON file (default: digits).
-        resume: Go on with the run in OUT.
+        resume: Continue the run in OUT.
         overwrite: Delete the run in OUT first.
     """
     from fastlangevin.learn import run_folder
@@ -43,11 +43,11 @@ def train(
         if out is None:
             raise ValueError("--resume needs --out, the folder of the run")
         if config is not None:
-            raise ValueError("--resume takes the run's own settings: no --config")
+            raise ValueError("--resume uses the settings of the run: do not give --config")
         if run_folder.is_run(out):
             config = str(out / run_folder.CONFIG)
     resolved = resolve(config, settings)
-    folder = out or _free_folder(Path("runs") / name)
+    folder = out or run_folder.free_folder(Path("runs") / name)
     with _progress(resolved.iterations) as report:
         last = learn(resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop)
     text = table(
@@ -57,7 +57,7 @@ def train(
     )
     if (reached := int(last.stem)) < resolved.iterations:
         with _shown():
-            note(f"stopped at {reached} of {resolved.iterations}; go on with --resume")
+            note(f"stopped at {reached} of {resolved.iterations}; continue with --resume")
         if stop.signal is not None:
             return Result(text, status=128 + stop.signal)
     return Result(text)
@@ -65,7 +65,7 @@ def train(
 
 @contextlib.contextmanager
 def _progress(iterations: int) -> Iterator[Report]:
-    """A progress bar on a terminal, else a line now and then."""
+    """Yield a function that shows progress: as a bar on a terminal, else as occasional lines."""
     if not sys.stderr.isatty():
         lines = _lines(iterations)
 
@@ -112,9 +112,9 @@ def _progress(iterations: int) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def _shown() -> Iterator[None]:
-    """Print, or go on in silence where the terminal or the reader of a pipe is gone.
+    """Ignore errors of printing if the terminal or the reader of a pipe is gone.
 
-    A run outlives them: it has a checkpoint to save.
+    The run must continue, because it has a checkpoint to save.
     """
     with contextlib.suppress(OSError):
         yield
@@ -134,9 +134,3 @@ def _lines(iterations: int) -> Report:
 def _state(record: Any) -> str:
     norm = record["grad_norm"]
     return f"gap {record['gap']:+.3f}" + ("" if norm is None else f"  |grad| {norm:.3f}")
-
-
-def _free_folder(folder: Path) -> Path:
-    """``folder``, or the first of folder-2, folder-3, ... that is not there yet."""
-    tries = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10**6))
-    return folder if not folder.exists() else next(path for path in tries if not path.exists())

@@ -1,4 +1,4 @@
-"""version: which fastlangevin this is."""
+"""version: print the version."""
 
 from fastlangevin._version import __version__
 from fastlangevin.cli.outputs import Result

@@ -1,4 +1,4 @@
-"""What a gradient engine is: energies and input gradients of batches of one shape."""
+"""The interface of a gradient engine."""
 
 from typing import Protocol
 
@@ -9,10 +9,10 @@ class Engine(Protocol):
     """Computes energies and d energy / d x for batches of one shape."""
 
     def begin(self) -> None:
-        """Read the weights, before a chain."""
+        """Read the weights, before a chain starts."""
 
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
-        """(energies [n] or None, d energy / d x) of x [n, ...]."""
+        """Return (energies [n] or None, d energy / d x) for x [n, ...]."""
 
     def held_bytes(self) -> int | None:
-        """The most bytes held between and during calls, besides the gradient, if known."""
+        """Return the most bytes held during and between calls, without the gradient, if known."""

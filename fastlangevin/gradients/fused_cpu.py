@@ -1,9 +1,9 @@
-"""A conv net's score by the compiled extension, on the CPU, a few chains at a time.
+"""The fused engine on the CPU: the compiled extension runs a conv net a few chains at a time.
 
-Each thread takes some chains through the whole network and back before it takes the next: what a
-layer writes is still in the cache when the next one reads it, no thread waits for another, and the
-memory needed does not grow with the batch. A chain's numbers are the same bit for bit in every
-batch and on any number of threads. csrc/convnet.h says how.
+Each thread takes some chains forward and backward through the whole network before it takes the
+next ones. A layer's output is still in the cache when the next layer reads it, no thread waits for
+another, and the memory does not grow with the batch. A chain's results are the same bit for bit in
+every batch and for any number of threads. csrc/cpu/convnet.h describes how.
 """
 
 import functools
@@ -18,20 +18,20 @@ from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.kernels import extension
 from fastlangevin.locks import new_lock
 
-# Chains that a thread takes at a time: enough that a read of the weights serves several, and
-# weights of deep layers are the larger part of what is read; not more than a cache holds.
+# The chains that a thread takes at a time. Several chains share each read of the weights, which
+# dominate the reads in deep layers; their values must still fit in the cache.
 _CHUNK, _CHUNK_BYTES = 8, 2**21
 _MAX_ELEMENTS = 2**31 - 2**16
 
 
 def _activations() -> dict[str, int]:
-    """The activations that the kernels have, and their numbers there."""
+    """Return the numbers of the activations that the kernels have."""
     numbers: dict[str, int] = extension.library.ACTIVATIONS
-    return numbers | {"relu": numbers["leaky_relu"]}  # with a leak of 0
+    return numbers | {"relu": numbers["leaky_relu"]}  # with slope 0
 
 
 def refusal(stack: ConvStack, x: Tensor, precision: str | None) -> str | None:
-    """None where this score serves a stack on states like x on the CPU, else why not."""
+    """Return why this engine cannot run a stack on states like x, or None if it can."""
     reason = extension.available(x.device)
     if reason is not None:
         return reason
@@ -46,41 +46,41 @@ def refusal(stack: ConvStack, x: Tensor, precision: str | None) -> str | None:
             return f"a convolution has {conv.groups} groups"
         if conv.activation.kind not in _activations():
             return f"no kernel has the activation {conv.activation.kind}"
-    return _why_wasteful(stack)
+    return _waste(stack)
 
 
-def _why_wasteful(stack: ConvStack) -> str | None:
-    """Every pixel that a convolution reads meets every weight of its residue on the way back."""
+def _waste(stack: ConvStack) -> str | None:
+    """Return a reason if the backward pass would multiply too much in vain.
+
+    In it, each pixel that a convolution reads meets all weights of its residue modulo the stride,
+    including those that fall outside the output.
+    """
     useful = planned = 0
     height, width = stack.shape[1:]
     for conv in stack.convs:
         out, channels, *kernel = conv.weight.shape
-        after = [
-            (size + 2 * conv.padding[i] - conv.dilation[i] * (kernel[i] - 1) - 1) // conv.stride[i]
-            + 1
-            for i, size in enumerate((height, width))
-        ]
+        written = conv.output_size((height, width))
         weights = out * channels * math.prod(kernel)
-        useful += 2 * math.prod(after) * weights
-        planned += math.prod(after) * weights
+        useful += 2 * math.prod(written) * weights
+        planned += math.prod(written) * weights
         planned += height * width * weights // math.prod(conv.stride)
         if max(out, channels) * (height + 2 * kernel[0]) * (width + 2 * kernel[1]) > _MAX_ELEMENTS:
-            return "a chain is too large: its values are numbered in 31 bits"
-        height, width = after
+            return "a chain is too large: its elements are indexed in 31 bits"
+        height, width = written
     if planned > 2 * useful:
         ratio = planned / useful
-        return f"its way back would take {ratio:.1f} times the products there are (wide kernels)"
+        return f"its backward pass would take {ratio:.1f} times the products needed (wide kernels)"
     return None
 
 
 class ConvNetGradient:
-    """Energies and d energy / d x of batches x [n, C, H, W] in float32, in their layout.
+    """Energies and d energy / d x of batches x [n, C, H, W] in float32, in x's layout.
 
-    With precision "bf16" the weights, activations and gradients between layers are bfloat16, their
-    products are summed in float32, and the gradient of x is what was summed.
+    With precision "bf16" the weights, activations and gradients between layers are bfloat16,
+    products are summed in float32, and the gradient of x is not rounded.
 
-    Weights are read at :meth:`begin`, and again at a call before which their version counters or
-    addresses show that one has changed.
+    The weights are read by :meth:`begin`, and again by a call if a version counter or an address
+    shows that one has changed.
     """
 
     def __init__(self, graph: Graph, chains: int, precision: str | None = None) -> None:
@@ -94,7 +94,7 @@ class ConvNetGradient:
         self.threads = max(1, min(torch.get_num_threads(), chains))
         share = -(-chains // self.threads)
         self.chunk = max(1, min(_CHUNK, _CHUNK_BYTES // self.net.workspace, share))
-        # Zeros: the frames around the values are read, and never written.
+        # Zeros, because the borders around the values are read but never written.
         self.workspace = torch.zeros(
             self.threads * (self.chunk * self.net.workspace + self.net.scratch),
             dtype=torch.uint8,
@@ -102,18 +102,20 @@ class ConvNetGradient:
         )
         self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
         self.head = torch.zeros(self.net.head, dtype=torch.float32, device="cpu")
-        self._bases = graph.bases
         self._seen: list[tuple[int, int]] = []
-        # A sampler may be called from several threads, and the workspace is one.
+        # Threads may share a sampler, but there is only one workspace.
         self._lock = new_lock()
 
     def begin(self) -> None:
-        """Read the weights: for every chain, as a write through .data leaves no other trace."""
+        """Read the weights.
+
+        This is needed before every chain: a write through ``.data`` leaves no other trace.
+        """
         with self._lock:
             self._read()
 
     def _read(self) -> None:
-        self._seen = self._state()
+        self._seen = self.graph.versions()
         stack = self._stack()
         weights = [conv.weight.contiguous() for conv in stack.convs]
         biases = [None if conv.bias is None else conv.bias.contiguous() for conv in stack.convs]
@@ -132,15 +134,12 @@ class ConvNetGradient:
         assert isinstance(stack, ConvStack), stack
         return stack
 
-    def _state(self) -> list[tuple[int, int]]:
-        return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._bases]
-
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
-        """(energies [n] or None, d energy / d x in x's layout)."""
+        """Return (energies [n] or None, d energy / d x in x's layout)."""
         grad = torch.empty_like(x)
         energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
-            if self._seen != self._state():
+            if self._seen != self.graph.versions():
                 self._read()
             self.net.score(
                 x.shape[0],

@@ -1,11 +1,14 @@
-"""The fused score: a convolutional energy's input gradient, and the step along it, on a GPU.
+"""The fused engine on a GPU: a conv net's input gradient and the Langevin step along it.
 
-A step is one Triton launch per convolution forward, one per convolution back, and nothing else: the
-first reads the float32 state as it lies, the last convolution writes the gradient of <h, v> instead
-of h, and the last launch moves the state, so that neither the network's input nor the gradient of x
-is ever stored. Kept between the two ways: a bit per activation where it is piecewise linear, else
-its derivative. A step at batch 64, width 64 and 3x32x32, in useful products and in what each launch
-reads and writes once in fp16 (weights included; taps read again come from cache):
+A step is one Triton launch per convolution forward and one per convolution backward. The first
+launch reads the float32 state in its own layout, the last forward launch writes the gradient of
+<h, v> instead of h, and the last launch moves the state, so neither a copy of the network's input
+nor the gradient of x is stored. The backward pass needs one saved bit per value of a piecewise
+linear activation, or else its derivative.
+
+The table shows a step at batch 64 and width 64 on 3x32x32 states: the products that are needed,
+and the bytes that each launch reads and writes once in fp16. The bytes include the weights;
+repeated reads are assumed to come from cache.
 
     convolution        forward                   input gradient
     3 ->  64, 3x3/1    0.23 GFLOP    9.7 MB      0.23 GFLOP   10.0 MB (and the step)
@@ -13,10 +16,11 @@ reads and writes once in fp16 (weights included; taps read again come from cache
     128 -> 256, 4x4/2  4.29 GFLOP    7.5 MB      4.29 GFLOP    7.6 MB
     256 -> 512, 4x4/2  4.29 GFLOP    7.4 MB      4.29 GFLOP    7.5 MB
 
-An H200 needs 33 us for the 26.2 GFLOP (at 790 TFLOP/s, a good fp16 matrix product's rate) and 16 us
-for the 76 MB (at 4.8 TB/s; most of it stays in the 50 MB of cache). At batch 64 the deeper layers
-have fewer tiles of 128 x 128 than there are multiprocessors, and get smaller ones, which read more
-per product; 60 to 90 us is what to expect. None of this has been measured, hence :data:`OFF`.
+An H200 needs 33 us for the 26.2 GFLOP at 790 TFLOP/s, the rate of a good fp16 matrix product, and
+16 us for the 76 MB at 4.8 TB/s, although most of them stay in the 50 MB of cache. At batch 64 the
+deeper layers have fewer tiles of 128 x 128 than there are multiprocessors. They get smaller tiles,
+which read more per product, so a step should take 60 to 90 us. None of this has been measured,
+which is why :data:`OFF` exists.
 """
 
 import math
@@ -35,18 +39,18 @@ from fastlangevin.step import apply_step_
 if TYPE_CHECKING:
     from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv
 
-OFF = 'not measured on a GPU yet, so never chosen by itself; gradient="fused" runs it'
+OFF = 'not measured on a GPU yet, so "auto" never chooses it; gradient="fused" runs it'
 
-_LINEAR = ("leaky_relu", "relu")  # piecewise: their derivatives are kept as bits
-_ACTIVATIONS = (*_LINEAR, "silu", "softplus", "elu")
-# The last launch holds all channels of a tile of pixels, and their noise.
+_PIECEWISE_LINEAR = ("leaky_relu", "relu")  # piecewise linear: their derivatives are saved as bits
+_ACTIVATIONS = (*_PIECEWISE_LINEAR, "silu", "softplus", "elu")
+# The last launch holds all channels of a tile of pixels, with their noise, in registers.
 _MAX_CHANNELS = 16
-# Pixels of a batch are numbered in 32 bits.
+# The kernels index the pixels of a batch in 32 bits.
 _MAX_PIXELS = 2**31 - 2**16
 
 
 def refusal(stack: "ConvStack", device: torch.device, precision: str | None) -> str | None:
-    """None where a stack can run fused on a device in a precision, else why not."""
+    """Return why a stack cannot run fused on a device in a precision, or None if it can."""
     missing = triton.available(device)
     if missing is not None:
         return missing
@@ -55,7 +59,7 @@ def refusal(stack: "ConvStack", device: torch.device, precision: str | None) -> 
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "its kernels are for GPUs of compute capability 8.0 and later"
     if stack.shape[0] > _MAX_CHANNELS:
-        return f"states of {stack.shape[0]} channels; it takes up to {_MAX_CHANNELS}"
+        return f"the states have {stack.shape[0]} channels; it takes up to {_MAX_CHANNELS}"
     for i, conv in enumerate(stack.convs):
         reason = _refused(conv, device)
         if reason is not None:
@@ -65,32 +69,34 @@ def refusal(stack: "ConvStack", device: torch.device, precision: str | None) -> 
 
 def _refused(conv: "StackedConv", device: torch.device) -> str | None:
     if conv.groups != 1:
-        return f"{conv.groups} groups; its matrix products need one"
+        return f"it has {conv.groups} groups; the kernels need one"
     if max(conv.dilation) > 1 and max(conv.stride) > 1:
-        return "a stride beside a dilation"
+        return "it has both a stride and a dilation"
     if conv.activation.kind not in _ACTIVATIONS:
-        return f"{conv.activation.kind}; it knows {', '.join(_ACTIVATIONS)}"
+        return (
+            f"its activation is {conv.activation.kind}; the kernels have {', '.join(_ACTIVATIONS)}"
+        )
     if conv.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"weights of {conv.weight.dtype}"
+        return f"its weights are {conv.weight.dtype}"
     if indexed(conv.weight.device) != indexed(device):
-        return f"weights on {conv.weight.device}, states on {device}"
+        return f"its weights are on {conv.weight.device}, the states on {device}"
     return None
 
 
 class FusedGradient:
-    """Energies and d energy / d x of n chains, for the stacks that :func:`refusal` lets pass.
+    """Energies and d energy / d x of n chains, for a stack that :func:`refusal` accepts.
 
-    ``precision``: of the operands, "fp32" (strict, without matrix instructions), "tf32", "fp16" or
-    "bf16"; sums are float32. Every buffer is allocated here, once. The weights are copied by
-    :meth:`pack`, to be called before a chain; it writes where they were, so that captured graphs
-    see the new ones.
+    ``precision`` is that of the operands: "fp32" (strict, without matrix instructions), "tf32",
+    "fp16" or "bf16". Sums are float32. All buffers are allocated once, by the constructor.
+    :meth:`pack` copies the weights and must be called before a chain. It writes to the same memory
+    every time, so captured graphs see the new weights.
 
-    ``overflow``: int32 [1] on the device for fp16, else None. Becomes 1 when a value or the
-    gradient leaves float16's range or is NaN, and stays so until it is zeroed. Small gradients are
-    no concern: the way back starts from v times the power of two that brings its largest element
-    to [1, 2), which the last launch takes out again.
+    ``overflow`` is an int32 tensor [1] on the device for fp16, and None otherwise. It becomes 1
+    when a value or the gradient leaves float16's range or is NaN, and stays 1 until it is zeroed.
+    Small gradients do not underflow: the backward pass starts from v times the power of two that
+    brings its largest element into [1, 2), and the last launch divides by that power.
 
-    Raises ValueError where :func:`refusal` gives a reason.
+    Raises ValueError if :func:`refusal` returns a reason.
     """
 
     def __init__(self, stack: "ConvStack", n: int, device: torch.device, precision: str) -> None:
@@ -100,23 +106,23 @@ class FusedGradient:
         sizes = _sizes(stack)
         if n * max(h * w for _, h, w in sizes) > _MAX_PIXELS:
             raise ValueError(
-                f"FusedGradient: {n} chains have 2**31 pixels or more; split the batch"
+                f"FusedGradient: {n} chains have more than {_MAX_PIXELS} pixels; split the batch"
             )
         self.stack, self.n, self.precision = stack, n, precision
-        around = list(zip(stack.convs, sizes, sizes[1:], strict=False))
-        self._forward = [conv_plan.forward_plan(*a, n, precision) for a in around]
-        self._backward = [conv_plan.backward_plan(*a, n, precision) for a in around[1:]]
-        self._image = conv_plan.image_plan(*around[0], n, precision)
+        layers = list(zip(stack.convs, sizes, sizes[1:], strict=False))
+        self._forward = [conv_plan.forward_plan(*a, n, precision) for a in layers]
+        self._backward = [conv_plan.backward_plan(*a, n, precision) for a in layers[1:]]
+        self._image = conv_plan.image_plan(*layers[0], n, precision)
 
         def empty(*shape: int, dtype: torch.dtype = conv_plan.DTYPES[precision]) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        # Layers write to the two in turns; a layer's gradient takes the place of its values.
+        # Layers alternate between the two; a layer's gradient overwrites its values.
         images = [n * math.prod(size) for size in sizes[1:]]
         self._arenas = [empty(max(images[i::2], default=0)) for i in (0, 1)]
         self._saved = [
             empty(n * h * w, -(-c // 32), dtype=torch.int32)
-            if conv.activation.kind in _LINEAR
+            if conv.activation.kind in _PIECEWISE_LINEAR
             else empty(n * h * w, c)
             for conv, (c, h, w) in zip(stack.convs[:-1], sizes[1:], strict=False)
         ]
@@ -132,7 +138,10 @@ class FusedGradient:
         self.pack()
 
     def begin(self) -> None:
-        """Read the weights: for every chain, as a write through .data leaves no other trace."""
+        """Read the weights.
+
+        This is needed before every chain: a write through ``.data`` leaves no other trace.
+        """
         if self.overflow is not None:
             self.overflow.zero_()
         self.pack(force=True)
@@ -141,17 +150,17 @@ class FusedGradient:
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def buffers(self) -> list[Tensor]:
-        """What a chain's launches read and write that is held between them."""
+        """Return the tensors that a chain's launches use and that outlive a call."""
         weights = [plan.weight for plan in (*self._forward, *self._backward, self._image)]
         small = [*self._biases, self._head, self._unscale, self._offset]
         flag = [] if self.overflow is None else [self.overflow]
         return [*self._arenas, *self._saved, self._partial, *weights, *small, *flag]
 
     def pack(self, force: bool = False) -> None:
-        """Copy the weights as they are now, if they changed: noticed by their version counters.
+        """Copy the current weights if their version counters show a change, or with ``force``.
 
-        Writing through ``.data`` does not count a version, nor do inference tensors have one: those
-        need ``force``. The head, which is small, is always read anew.
+        A write through ``.data`` does not change the version counter, and inference tensors have
+        none, so both need ``force``. The head is small and always copied.
         """
         v, offset = (part.detach().float() for part in self.stack.head())
         v = v.permute(1, 2, 0)
@@ -174,13 +183,16 @@ class FusedGradient:
         self._packed = versions
 
     def __call__(self, x: Tensor, want_energies: bool = False) -> tuple[Tensor | None, Tensor]:
-        """(energies [n] or None, the gradient in x's layout), both float32, of x [n, C, H, W]."""
+        """Return (energies [n] or None, d energy / d x in x's layout) for x [n, C, H, W].
+
+        Both are float32.
+        """
         self._check(x)
         if not _is_dense(x):
             x = x.contiguous()
         grad = torch.empty_like(x)
         with torch.no_grad(), torch.cuda.device_of(x):
-            energies = self._down_and_up(x, want_energies)
+            energies = self._passes(x, want_energies)
             self._finish(x, grad=grad)
         return energies, grad
 
@@ -195,41 +207,44 @@ class FusedGradient:
         want_energies: bool = False,
         **options: Any,
     ) -> Tensor | None:
-        """A Langevin step, in place on x: the gradient there, and :func:`triton.step_` along it.
+        """Take a Langevin step in place on x, with the gradient at x and :func:`triton.step_`.
 
-        Returns the energies of x as it was, where wanted. Arguments as there, checked, and norm
-        clips. The step is part of the last launch, unless its gradient must first be known (norm
-        clips), x or z is of no layout of its kernel, or noise is drawn for pixels that do not lie
-        in fours: then it is a launch of its own. Either way x is the same, bit for bit.
+        Returns the energies of x before the step, or None unless they are wanted. The other
+        arguments are those of :func:`triton.step_`, and ``grad_clip`` may also be a norm.
+
+        The step is part of the last launch, with three exceptions that take a launch of its own: a
+        norm clip, which needs the whole gradient first; a layout of x or z that the kernel lacks;
+        and noise for images whose pixels cannot be drawn in fours. The result is the same bit for
+        bit.
         """
         self._check(x)
         draws = z is None and not reference.is_zero(noise_std)
-        apart = (
+        separate = (
             isinstance(grad_clip, tuple)
             or not _is_dense(x)
             or (z is not None and z.stride() != x.stride())
             or (draws and not self._draws_in_fours())
         )
-        step = {"step_size": step_size, "noise_std": noise_std, "grad_clip": grad_clip} | options
-        if apart:
+        options |= {"step_size": step_size, "noise_std": noise_std, "grad_clip": grad_clip}
+        if separate:
             energies, grad = self(x, want_energies)
-            apply_step_(triton.step_, x, grad, z, **step)
+            apply_step_(triton.step_, x, grad, z, **options)
             return energies
         with torch.no_grad(), torch.cuda.device_of(x):
-            energies = self._down_and_up(x, want_energies)
-            self._finish(x, z=z, DRAW=draws, **step)
+            energies = self._passes(x, want_energies)
+            self._finish(x, z=z, DRAW=draws, **options)
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
         return energies
 
     def plan(self) -> str:
-        """What a step runs, as text for people."""
-        # Both ways every pixel of a convolution's result meets every weight once.
+        """Describe what a step runs, in one line of text."""
+        # In each pass every pixel of a convolution's output meets every weight once.
         pixels = [plan.constants["OUT_H"] * plan.constants["OUT_W"] for plan in self._forward]
         weights = [conv.weight.numel() for conv in self.stack.convs]
         work = 4e-9 * self.n * sum(map(operator.mul, pixels, weights))
-        held = (*self._arenas, *self._saved, self._partial)
-        size = sum(b.numel() * b.element_size() for b in held) / 2**20
+        buffers = (*self._arenas, *self._saved, self._partial)
+        size = sum(b.numel() * b.element_size() for b in buffers) / 2**20
         return (
             f"fused: {len(self._forward) + len(self._backward) + 1} launches a step, operands "
             f"{self.precision}, {work:.1f} GFLOP, {size:.1f} MiB of buffers; {OFF}"
@@ -246,8 +261,8 @@ class FusedGradient:
         c = self._image.constants
         return c["STRIDE_Y"] == c["STRIDE_X"] == 1 and c["OUT_H"] * c["OUT_W"] % 4 == 0
 
-    def _down_and_up(self, x: Tensor, want_energies: bool) -> Tensor | None:
-        """All launches but the last, which finds the gradient of the first layer's result."""
+    def _passes(self, x: Tensor, want_energies: bool) -> Tensor | None:
+        """Run all launches but the last, down to the gradient of the first layer's output."""
         if self.n == 0:
             return x.new_zeros(0) if want_energies else None
         from fastlangevin.kernels.triton_conv import forward_kernel
@@ -272,7 +287,7 @@ class FusedGradient:
             backward_kernel[plan.grid](
                 self._arenas[i % 2], plan.weight, self._saved[i - 1], self._arenas[(i - 1) % 2],
                 plan.rows, plan.source_chain, (*activation.settings, 0.0)[0],
-                SIGNS=activation.kind in _LINEAR, **plan.constants, **plan.options,
+                SIGNS=activation.kind in _PIECEWISE_LINEAR, **plan.constants, **plan.options,
             )  # fmt: skip
         if not want_energies:
             return None
@@ -296,7 +311,7 @@ class FusedGradient:
         noise_last: bool = False,
         rng_state: Tensor | None = None,
     ) -> None:
-        """The last launch: the gradient with respect to x, to ``grad`` or into a step on x."""
+        """Run the last launch: write the gradient with respect to x to ``grad``, or move x."""
         if self.n == 0:
             return
         from fastlangevin.kernels.triton_conv_grad import image_kernel
@@ -319,21 +334,15 @@ class FusedGradient:
 
 
 def _sizes(stack: "ConvStack") -> list[tuple[int, int, int]]:
-    """The shapes of the state and of every layer's result."""
+    """Return the shapes of the state and of every layer's output."""
     sizes = [stack.shape]
     for conv in stack.convs:
-        h, w = (
-            (size + 2 * conv.padding[i] - conv.dilation[i] * (conv.weight.shape[2 + i] - 1) - 1)
-            // conv.stride[i]
-            + 1
-            for i, size in enumerate(sizes[-1][1:])
-        )
-        sizes.append((conv.weight.shape[0], h, w))
+        sizes.append((conv.weight.shape[0], *conv.output_size(sizes[-1][1:])))
     return sizes
 
 
 def _versions(stack: "ConvStack") -> list[tuple[int, int]] | None:
-    """What tells whether weights have changed; None where nothing does."""
+    """Return what changes with the weights, or None if nothing shows that they change."""
     tensors = [t for conv in stack.convs for t in (conv.weight, conv.bias) if t is not None]
     if any(t.is_inference() for t in tensors):
         return None
@@ -341,7 +350,7 @@ def _versions(stack: "ConvStack") -> list[tuple[int, int]] | None:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether a state is laid out in one of the ways its kernels read."""
+    """Return whether a state has one of the layouts that the kernels read."""
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -353,5 +362,5 @@ def _strides(x: Tensor) -> dict[str, int]:
 
 
 def _dense_strides(channels: int, width: int) -> dict[str, int]:
-    """Of [chain, y, x, channel]."""
+    """Return the strides of a layout [chain, y, x, channel]."""
     return {"Y_STRIDE": width * channels, "X_STRIDE": channels, "C_STRIDE": 1}

@@ -1,4 +1,4 @@
-"""How the convolution kernels are launched: tiles, what they are compiled for, packed weights."""
+"""Launch plans of the convolution kernels: tiles, compile-time constants and packed weights."""
 
 import math
 from dataclasses import dataclass
@@ -18,18 +18,22 @@ DTYPES = {
 }
 Image = tuple[int, int, int]  # channels, height, width
 
-# (BM, BN, warps), of the most products per byte read first. The choice is not timed but what the
-# shape says: the first with tiles for three multiprocessors in four. With 256 columns, the epilogue
-# of forward_kernel spills.
+# (BM, BN, warps), with the most products per byte read first. The choice is not timed: it is the
+# first entry that gives tiles to at least three quarters of the multiprocessors. With 256 columns
+# the epilogue of forward_kernel spills registers.
 _TILES = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4))
-# Strict float32 has no matrix instructions: each thread adds its products by itself.
+# Strict float32 has no matrix instructions: each thread adds up its own products.
 _IEEE_TILES = ((64, 64, 4), (64, 32, 4))
-_MULTIPROCESSORS = 132  # where there is no device to ask: an H100's or H200's
+_MULTIPROCESSORS = 132  # those of an H100 or H200, for use without a device
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One convolution, one way: its kernel's constants, its rows of one class, its weights."""
+    """The launch of one convolution in one direction.
+
+    ``rows`` counts the output pixels of one class. A forward pass has one class. In an input
+    gradient the pixels form a class for each residue modulo the stride.
+    """
 
     constants: dict[str, Any]
     options: dict[str, Any]
@@ -39,7 +43,7 @@ class Plan:
 
     @property
     def tiles(self) -> int:
-        """Tiles of columns."""
+        """The number of tiles of columns."""
         return _quotient(self.constants["COLUMNS"], self.constants["BN"])
 
     @property
@@ -48,7 +52,7 @@ class Plan:
 
 
 def forward_plan(conv: "StackedConv", source: Image, result: Image, n: int, precision: str) -> Plan:
-    """The convolution from its input to its result."""
+    """Plan the convolution from its input to its output."""
     rows, taps = n * result[1] * result[2], conv.weight.shape[2] * conv.weight.shape[3]
     tile = _tile(rows, source[0], result[0], precision, conv.weight.device)
     return _plan(conv, source, result, rows, 1, taps, tile, precision)
@@ -57,17 +61,17 @@ def forward_plan(conv: "StackedConv", source: Image, result: Image, n: int, prec
 def backward_plan(
     conv: "StackedConv", source: Image, result: Image, n: int, precision: str
 ) -> Plan:
-    """The input gradient, from the gradient of the result to that of the input."""
+    """Plan the input gradient, from the gradient of the output to that of the input."""
     rows, classes, taps = _classes(conv, source, n)
     tile = _tile(rows * classes, result[0], source[0], precision, conv.weight.device)
     return _plan(conv, result, source, rows, classes, taps, tile, precision)
 
 
 def image_plan(conv: "StackedConv", source: Image, result: Image, n: int, precision: str) -> Plan:
-    """The input gradient of the first convolution, for all channels of an image at once.
+    """Plan the input gradient of the first convolution, for all channels of an image at once.
 
-    Three columns make a tile of four, of which a matrix instruction makes eight: 2.7 products for
-    one, in a launch that reads much more than it multiplies.
+    Three columns take a tile of four, and a matrix instruction computes eight. The 2.7 products for
+    each one needed do not matter in a launch that is bound by its reads.
     """
     rows, classes, taps = _classes(conv, source, n)
     tile = 64 if precision == "fp32" else 128, _power_of_2(source[0]), 4
@@ -75,7 +79,7 @@ def image_plan(conv: "StackedConv", source: Image, result: Image, n: int, precis
 
 
 def _classes(conv: "StackedConv", source: Image, n: int) -> tuple[int, int, int]:
-    """Of an input gradient: the rows of one class, how many there are, and the taps of the most."""
+    """Return an input gradient's rows per class, classes, and the most taps of a class."""
     (y, x), (taps_y, taps_x) = conv.stride, conv.weight.shape[2:]
     rows = n * _quotient(source[1], y) * _quotient(source[2], x)
     return rows, y * x, _quotient(taps_y, y) * _quotient(taps_x, x)
@@ -91,8 +95,8 @@ def _plan(
     tile: tuple[int, int, int],
     precision: str,
 ) -> Plan:
-    """A gather from a source for a result, with ``taps`` of the weights' in each of its classes."""
-    # Whatever n is, BK is the same, and so is the order of a sum: no chain depends on its batch.
+    """Plan a gather from a source for a result, with ``taps`` kernel positions in each class."""
+    # BK and the order of a sum do not depend on n, so no chain depends on its batch.
     steps = _steps(source[0], precision)
     bk = steps[0] if steps else 16 if precision == "fp32" else 32
     k = _quotient(taps * source[0], bk) * bk
@@ -120,12 +124,12 @@ def _plan(
 
 
 def pack_forward(plan: Plan, conv: "StackedConv") -> None:
-    """Copy a convolution's weights to where its forward plan has them."""
+    """Copy a convolution's weights into its forward plan."""
     _fill(plan, 0, conv.weight.permute(0, 2, 3, 1))
 
 
 def pack_backward(plan: Plan, conv: "StackedConv") -> None:
-    """Copy a convolution's weights to where its backward plan has them, class by class."""
+    """Copy a convolution's weights into its backward plan, class by class."""
     (stride_y, stride_x), (pad_y, pad_x) = conv.stride, conv.padding
     for rest_y in range(stride_y):
         for rest_x in range(stride_x):
@@ -137,7 +141,7 @@ def pack_backward(plan: Plan, conv: "StackedConv") -> None:
 def _fill(plan: Plan, number: int, weight: Tensor) -> None:
     rows = weight.detach().flatten(1).float()
     if plan.constants["PRECISION"] == "tf32":
-        # To nearest, as the kernels do with values; the matrix instructions would cut.
+        # Round to nearest, as the kernels round values; matrix instructions would truncate.
         bits = (rows.contiguous().view(torch.int32) + 0x1000) & -0x2000
         rows = torch.where(rows == rows, bits.view(torch.float32), rows)
     plan.weight[number, :, : rows.shape[1]].copy_(rows)
@@ -146,10 +150,10 @@ def _fill(plan: Plan, number: int, weight: Tensor) -> None:
 def _tile(
     rows: int, channels: int, columns: int, precision: str, device: torch.device
 ) -> tuple[int, int, int]:
-    """BM, BN and warps."""
+    """Return BM, BN and the number of warps."""
     widest = max(32, _power_of_2(columns))  # a word of signs holds 32 channels
     if not _steps(channels, precision):
-        widest = min(widest, 64)  # an address per element: beside 128 columns, registers run out
+        widest = min(widest, 64)  # an address per element and 128 columns need too many registers
     tiles = [t for t in (_IEEE_TILES if precision == "fp32" else _TILES) if t[1] <= widest]
     wanted = 0.75 * _multiprocessors(device)
     for bm, bn, warps in tiles:
@@ -159,9 +163,10 @@ def _tile(
 
 
 def _steps(channels: int, precision: str) -> list[int]:
-    """The BK, largest first, that divide a source's channels, so that a step is of one tap.
+    """Return the BK, largest first, that divide the source's channels.
 
-    64 elements of two bytes, or 32 of four, are the 128 bytes of a swizzled row.
+    With such a BK a step reads a single tap. 64 elements of two bytes, or 32 of four, fill the 128
+    bytes of a swizzled row.
     """
     widest = 16 if precision == "fp32" else 128 // DTYPES[precision].itemsize
     return [bk for bk in (64, 32, 16) if bk <= widest and channels % bk == 0]
@@ -174,10 +179,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _quotient(number: int, by: int) -> int:
-    """number / by, rounded up."""
+    """Return number / by, rounded up."""
     return -(-number // by)
 
 
 def _power_of_2(number: int) -> int:
-    """The least one >= number."""
+    """Return the smallest power of 2 that is >= number."""
     return 1 << (number - 1).bit_length()

@@ -1,7 +1,7 @@
-"""The operations of a lean score: forward on a batch, and the gradient of what was read.
+"""The layers of the explicit engine: each has a forward pass and an input gradient.
 
-Values of four dimensions are in channels_last, others contiguous. A layer owns the gradient it is
-given, and may return it changed in place.
+Values of four dimensions are in channels_last, others contiguous. A layer owns the gradient that
+it is given, so it may change it in place and return it.
 """
 
 import math
@@ -9,197 +9,43 @@ import math
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients import onednn
-from fastlangevin.gradients.graph.ir import Constant, Node
+from fastlangevin.gradients.graph.ir import Node
 from fastlangevin.kernels.signs import apply_signs_, pack_signs
 
 aten = torch.ops.aten
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """As all values are: a copy only where it is not yet."""
+    """Return x in the memory format of all values, copied only if it has another one."""
     if x.ndim == 4:
         return x.contiguous(memory_format=torch.channels_last)
     return x.contiguous()
 
 
-def read_weight(value: Tensor, dtype: torch.dtype, held: Tensor | None, inplace: bool) -> Tensor:
-    """A weight in a dtype, which may be the weight itself.
+def read_weight(value: Tensor, dtype: torch.dtype, target: Tensor | None, inplace: bool) -> Tensor:
+    """Return a weight in a dtype, possibly as the weight itself.
 
-    In place: laid out in memory of its own, that of ``held`` where something was read before, so
-    that a captured graph, which knows addresses alone, sees new values there.
+    With ``inplace`` it is copied to ``target``, or to new memory if that is None: a captured graph
+    reads fixed addresses, and so sees new values there.
     """
     if not inplace:
         return value.to(dtype)
-    if held is None:
+    if target is None:
         layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
-        held = torch.empty(value.shape, dtype=dtype, device=value.device, memory_format=layout)
-    return held.copy_(value)
+        target = torch.empty(value.shape, dtype=dtype, device=value.device, memory_format=layout)
+    return target.copy_(value)
 
 
 def spread(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A new tensor of a shape, laid out, of the values of x, which are broadcast."""
+    """Return x broadcast to a shape, as a new tensor in the memory format of all values."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     return out.copy_(x)
 
 
-class Conv:
-    """A convolution by torch's operators.
-
-    ``dtype`` is what its weights are rounded to, and that of what it reads and returns. The
-    operators run in :func:`onednn.product_dtype`, which may be wider.
-    """
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    def __init__(
-        self, node: Node, read: tuple[int, ...], dtype: torch.dtype, inplace: bool = False
-    ) -> None:
-        self.weight_read, self.bias_read = node.constants
-        self.stride, self.padding, self.dilation, self.groups = node.settings
-        self.dtype, self.inplace = dtype, inplace
-        assert self.weight_read is not None
-        self.product_dtype = onednn.product_dtype(node, dtype, self.weight_read.base.device)
-        kernel, out = self.weight_read.size[2:], node.shape[1:]
-        # What a transposed convolution cannot tell from its own input: rows that no window reached.
-        self.left_over = [
-            read[d + 1] - (out[d] - 1) * self.stride[d] + 2 * self.padding[d]
-            - self.dilation[d] * (kernel[d] - 1) - 1
-            for d in range(2)
-        ]  # fmt: skip
-
-    def pack(self) -> None:
-        self.weight = self._read(self.weight_read, self.weight)
-        # oneDNN reads a bias as if it were contiguous.
-        self.bias = self._read(self.bias_read, self.bias)
-
-    def _read(self, constant: Constant | None, held: Tensor | None) -> Tensor | None:
-        if constant is None:
-            return None
-        value = constant.tensor()
-        if self.product_dtype != self.dtype:
-            value = value.to(self.dtype)
-        return laid_out(read_weight(value, self.product_dtype, held, self.inplace))
-
-    def _result(self, sums: Tensor) -> Tensor:
-        return laid_out(sums).to(self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._result(
-            aten.convolution(
-                x.to(self.product_dtype), self.weight, self.bias, self.stride, self.padding,
-                self.dilation, False, (0, 0), self.groups,
-            )
-        )  # fmt: skip
-
-    def tangent(self, x: Tensor) -> Tensor:
-        return self._result(
-            aten.convolution(
-                x.to(self.product_dtype), self.weight, None, self.stride, self.padding,
-                self.dilation, False, (0, 0), self.groups,
-            )
-        )  # fmt: skip
-
-    def backward(self, grad: Tensor) -> Tensor:
-        return self._result(
-            aten.convolution(
-                grad.to(self.product_dtype), self.weight, None, self.stride, self.padding,
-                self.dilation, True, self.left_over, self.groups,
-            )
-        )  # fmt: skip
-
-    def weight_grad(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of the weight alone, from what was read and the gradient of the output."""
-        assert self.weight_read is not None
-        few = grad.numel() < grad.shape[1] ** 2  # places, against channels
-        if few and self.groups == 1 and grad.device.type == "cpu":
-            return self._weight_grad_by_windows(x, grad)
-        found: Tensor = aten.convolution_backward(
-            grad, x, self.weight_read.tensor().to(self.dtype), None, self.stride, self.padding,
-            self.dilation, False, (0, 0), self.groups, (False, True, False),
-        )[1]  # fmt: skip
-        return found
-
-    def _weight_grad_by_windows(self, x: Tensor, grad: Tensor) -> Tensor:
-        """As one matrix product: oneDNN puts weights in order and back, 3/4 of its time where few
-        places make a large weight (128 and [256, 128, 4, 4]: 7 ms, and 1.9 here; one core)."""
-        assert self.weight_read is not None
-        (n, out, *places), kernel = grad.shape, self.weight_read.size[2:]
-        vertical, horizontal = self.padding
-        padded = torch.nn.functional.pad(
-            x.permute(0, 2, 3, 1), (0, 0, horizontal, horizontal, vertical, vertical)
-        ).contiguous()
-        chain, row, column, _ = padded.stride()
-        (up, along), (down, right) = self.stride, self.dilation
-        windows = padded.as_strided(
-            (n, *places, *kernel, x.shape[1]),
-            (chain, row * up, column * along, row * down, column * right, 1),
-        )
-        rows = grad.permute(0, 2, 3, 1).reshape(-1, out)
-        product = rows.t().mm(windows.reshape(rows.shape[0], -1))
-        return product.view(out, *kernel, -1).permute(0, 3, 1, 2)
-
-
-class PackedConv(Conv):
-    """A convolution on a CPU, with weights in oneDNN's own order and an activation at its end.
-
-    The numbers are those of :class:`Conv`, bit for bit. Packed once, a kernel is not put in order
-    again by every call: 16 % of a width-64 chain's time at batch 8.
-    """
-
-    def __init__(self, node: Node, read: tuple[int, ...], dtype: torch.dtype, chains: int) -> None:
-        super().__init__(node, read, dtype)
-        self.sizes = [chains, *read], [chains, *node.shape]
-
-    def pack(self) -> None:
-        super().pack()
-        mkldnn, (read, out) = torch.ops.mkldnn, self.sizes
-        settings = self.stride, self.dilation, self.groups
-        assert self.weight is not None
-        weight = self.weight.contiguous()
-        self.weight = mkldnn._reorder_convolution_weight(weight, self.padding, *settings, read)
-        self.transposed = mkldnn._reorder_convolution_transpose_weight(
-            weight, self.padding, self.left_over, *settings, out
-        )
-
-    def forward(self, x: Tensor, slope: float | None = None) -> Tensor:
-        after = ("none", [], "") if slope is None else ("leaky_relu", [slope], "")
-        return self._run(x, self.bias, after)
-
-    def tangent(self, x: Tensor) -> Tensor:
-        return self._run(x, None, ("none", [], ""))
-
-    def _run(self, x: Tensor, bias: Tensor | None, after: tuple[str, list[float], str]) -> Tensor:
-        return self._result(
-            torch.ops.mkldnn._convolution_pointwise(
-                x.to(self.product_dtype), self.weight, bias, self.padding, self.stride,
-                self.dilation, self.groups, *after,
-            )
-        )  # fmt: skip
-
-    def backward(self, grad: Tensor) -> Tensor:
-        return self._result(
-            torch.ops.mkldnn._convolution_transpose_pointwise(
-                grad.to(self.product_dtype), self.transposed, None, self.padding, self.left_over,
-                self.stride, self.dilation, self.groups, "none", [], "",
-            )
-        )  # fmt: skip
-
-
-def packs(node: Node, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether :class:`PackedConv` serves a node with operands in ``dtype``."""
-    return (
-        node.kind == "conv"
-        and device.type == "cpu"
-        and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
-        and (product := onednn.product_dtype(node, dtype, device)) != torch.float16
-        and onednn.runs(product)
-    )
-
-
 class Linear:
+    """x W^T + b."""
+
     weight: Tensor | None = None
     bias: Tensor | None = None
 
@@ -209,11 +55,10 @@ class Linear:
 
     def pack(self) -> None:
         assert self.weight_read is not None
-        how = self.dtype, self.weight, self.inplace
-        self.weight = read_weight(self.weight_read.tensor(), *how)
-        if self.bias_read is not None:
-            how = self.dtype, self.bias, self.inplace
-            self.bias = read_weight(self.bias_read.tensor(), *how)
+        weight, bias = self.weight_read.tensor(), self.bias_read
+        self.weight = read_weight(weight, self.dtype, self.weight, self.inplace)
+        if bias is not None:
+            self.bias = read_weight(bias.tensor(), self.dtype, self.bias, self.inplace)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -234,7 +79,7 @@ class Linear:
 
 
 class View:
-    """Another shape of the same values, in their logical order."""
+    """The same values in another shape, in their logical order."""
 
     def __init__(self, node: Node, read: tuple[int, ...]) -> None:
         self.shape, self.read = node.shape, read
@@ -247,13 +92,13 @@ class View:
 
 
 class Reduction:
-    """A sum or mean over dimensions of a chain."""
+    """The sum or mean over dimensions of each chain."""
 
     def __init__(self, node: Node, read: tuple[int, ...]) -> None:
         self.dims, self.keepdim = node.settings
         self.read = read
-        self.kept = tuple(1 if d + 1 in self.dims else size for d, size in enumerate(read))
-        count = math.prod(read) // max(math.prod(self.kept), 1)
+        self.reduced = tuple(1 if d + 1 in self.dims else size for d, size in enumerate(read))
+        count = math.prod(read) // max(math.prod(self.reduced), 1)
         self.factor = 1 / count if node.kind == "mean" and count else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,11 +106,11 @@ class Reduction:
 
     def backward(self, grad: Tensor) -> Tensor:
         chains = grad.shape[0]
-        return spread(grad.reshape(chains, *self.kept) * self.factor, (chains, *self.read))
+        return spread(grad.reshape(chains, *self.reduced) * self.factor, (chains, *self.read))
 
 
 class LogSumExp:
-    """Of a classifier's logits, say: what an energy by JEM ends in. It keeps their softmax."""
+    """logsumexp over dimensions, as an energy by JEM takes it of logits. It saves the softmax."""
 
     def __init__(self, node: Node, read: tuple[int, ...]) -> None:
         self.dims, self.keepdim = node.settings
@@ -284,6 +129,8 @@ class LogSumExp:
 
 
 class AvgPool:
+    """aten.avg_pool2d."""
+
     def __init__(self, node: Node, read: tuple[int, ...]) -> None:
         self.settings, self.read = node.settings, read
 
@@ -291,11 +138,13 @@ class AvgPool:
         return laid_out(aten.avg_pool2d(x, *self.settings))
 
     def backward(self, grad: Tensor) -> Tensor:
-        x = grad.new_empty(1).expand(grad.shape[0], *self.read)  # of which the sizes are read
+        x = grad.new_empty(1).expand(grad.shape[0], *self.read)  # only its sizes are read
         return laid_out(aten.avg_pool2d_backward(grad, x, *self.settings))
 
 
 class Scale:
+    """factor x."""
+
     def __init__(self, node: Node) -> None:
         (self.factor,) = node.settings
 
@@ -320,20 +169,21 @@ class Add:
 
 
 class Activation:
-    """An activation, and what it keeps between the passes.
+    """An activation, and what it saves for the backward pass.
 
-    wanted: whether its output is needed at all, or its derivative alone. ``keeps`` says which of
-    its "input" and "output" must not be changed after it, if any. inplace and fused are set by
-    whoever knows who else reads the input.
+    ``wanted`` is whether its output is needed, and not only its derivative. ``keeps`` is "input"
+    or "output" if that tensor is saved and must not be changed later, or None if signs are saved.
+    :class:`~fastlangevin.gradients.passes.Passes` sets ``inplace`` and ``fused``, since it knows
+    what else reads the input.
     """
 
     def __init__(self, node: Node, device: torch.device, wanted: bool) -> None:
         self.kind, self.settings, self.wanted = node.kind, node.settings, wanted
         self.inplace = False
-        self.fused = False  # the convolution before it has applied it already
-        self.kept: Tensor | None = None
+        self.fused = False  # the convolution before it has already applied it
+        self.saved: Tensor | None = None
         piecewise = node.kind in ("leaky_relu", "relu")
-        # A bit a value where packing it is one pass; elsewhere the output, which costs no pass.
+        # On a CPU one pass packs the signs, a bit per value. Elsewhere saving the output is free.
         self.bits = piecewise and wanted and device.type == "cpu"
         self.keeps: str | None = None
         if not self.bits:
@@ -342,11 +192,11 @@ class Activation:
 
     def forward(self, x: Tensor) -> Tensor | None:
         if self.keeps == "input":
-            self.kept = x
+            self.saved = x
             return self.value(x) if self.wanted else None
         out = x if self.fused else self.value(x)
-        # Autograd lets the gradient pass where a relu has read NaN, and not where a leaky one has.
-        self.kept = pack_signs(out, self.kind == "relu") if self.bits else out
+        # At NaN, autograd passes the gradient of a relu on, but not that of a leaky relu.
+        self.saved = pack_signs(out, self.kind == "relu") if self.bits else out
         return out
 
     def value(self, x: Tensor) -> Tensor:
@@ -360,23 +210,25 @@ class Activation:
         return "tanh" if self.settings[0] else "none"
 
     def backward(self, grad: Tensor) -> Tensor:
-        kept, self.kept = self.kept, None
-        assert kept is not None
-        return self.scale_(grad, kept)
+        saved, self.saved = self.saved, None
+        assert saved is not None
+        return self.scale_(grad, saved)
 
-    def scale_(self, grad: Tensor, kept: Tensor) -> Tensor:
-        """In place: times the derivative, by what :meth:`forward` has kept."""
+    def scale_(self, grad: Tensor, saved: Tensor) -> Tensor:
+        """Multiply grad in place by the derivative, from what :meth:`forward` has saved."""
         s = self.settings
         if self.bits:
-            return apply_signs_(grad, kept, s[0] if s else 0.0)
+            return apply_signs_(grad, saved, s[0] if s else 0.0)
         if self.kind == "leaky_relu":
             by_output = self.keeps == "output"
-            return aten.leaky_relu_backward.grad_input(grad, kept, *s, by_output, grad_input=grad)
+            return aten.leaky_relu_backward.grad_input(grad, saved, *s, by_output, grad_input=grad)
         if self.kind == "relu":
-            return aten.threshold_backward.grad_input(grad, kept, 0, grad_input=grad)
+            return aten.threshold_backward.grad_input(grad, saved, 0, grad_input=grad)
         if self.kind == "elu":
-            return aten.elu_backward.grad_input(grad, *s, 1, 1, True, kept, grad_input=grad)
+            return aten.elu_backward.grad_input(grad, *s, 1, 1, True, saved, grad_input=grad)
         if self.kind == "gelu":
-            return aten.gelu_backward.grad_input(grad, kept, approximate=self.form, grad_input=grad)
+            return aten.gelu_backward.grad_input(
+                grad, saved, approximate=self.form, grad_input=grad
+            )
         run = getattr(aten, f"{self.kind}_backward").grad_input
-        return run(grad, kept, *s, grad_input=grad)
+        return run(grad, saved, *s, grad_input=grad)

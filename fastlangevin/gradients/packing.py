@@ -1,4 +1,4 @@
-"""States of several tensors: one flat state [n, D] for the chain, its parts for the energy."""
+"""States of several tensors: the chain moves one flat state [n, D], the energy gets its parts."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,11 @@ _OP = "LangevinSampler"
 
 
 class Packing(NamedTuple):
-    """How the parts of a list, tuple or dict follow one another in a chain's D elements."""
+    """The order and shapes of the parts of a list, tuple or dict in a chain's D elements."""
 
     kind: type
     keys: tuple[Any, ...]
-    shapes: tuple[tuple[int, ...], ...]  # of one chain's parts
+    shapes: tuple[tuple[int, ...], ...]  # shapes of the parts of one chain
 
     @property
     def shape(self) -> tuple[int]:
@@ -23,26 +23,27 @@ class Packing(NamedTuple):
         return (sum(math.prod(shape) for shape in self.shapes),)
 
     def pack(self, name: str, parts: Any, lead: tuple[int, ...]) -> Tensor:
-        """Parts [*lead, ...] as one tensor [*lead, D], differentiably; else TypeError, ValueError.
+        """Return parts [*lead, ...] as one tensor [*lead, D], differentiably.
 
-        float64 if all parts are, float32 if none is; a mix is an error.
+        The tensor is float64 if all parts are, and float32 if none is. Raises TypeError for a mix
+        of the two, and TypeError or ValueError for parts that do not fit.
         """
-        found = self._checked(name, parts, lead)
-        doubles = [part.dtype == torch.float64 for part in found]
+        tensors = self._checked(name, parts, lead)
+        doubles = [part.dtype == torch.float64 for part in tensors]
         if any(doubles) and not all(doubles):
             kinds = ", ".join(f"{key!r} {parts[key].dtype}" for key in self.keys)
             raise TypeError(f"{_OP}: {name} must be float64 in all parts or in none, got {kinds}")
         dtype = torch.float64 if doubles[0] else torch.float32
         sizes = [math.prod(shape) for shape in self.shapes]
         rows = [
-            part.reshape(*lead, size).to(dtype) for part, size in zip(found, sizes, strict=True)
+            part.reshape(*lead, size).to(dtype) for part, size in zip(tensors, sizes, strict=True)
         ]
         return torch.cat(rows, dim=-1)
 
     def unpack(self, flat: Tensor) -> Any:
-        """The parts of a tensor [..., D], in the kind and under the keys that they came in."""
+        """Return the parts of a tensor [..., D] in the original container and under its keys."""
         sizes = [math.prod(shape) for shape in self.shapes]
-        # Contiguous, as code expects of its inputs that takes views of them.
+        # Energies often take views of their inputs, so the parts are contiguous.
         parts = [
             part.reshape(*flat.shape[:-1], *shape).contiguous()
             for part, shape in zip(flat.split(sizes, dim=-1), self.shapes, strict=True)
@@ -52,7 +53,7 @@ class Packing(NamedTuple):
         return self.kind(*parts) if hasattr(self.kind, "_fields") else self.kind(parts)
 
     def may_be_images(self) -> bool:
-        """Whether the parts are alike, as the images of a list would be."""
+        """Return whether the parts have one shape, as the images of a list would."""
         return self.kind is not dict and len(set(self.shapes)) == 1
 
     def _checked(self, name: str, parts: Any, lead: tuple[int, ...]) -> list[Tensor]:
@@ -66,24 +67,24 @@ class Packing(NamedTuple):
             if self.kind is not dict:
                 want = f"list or tuple of {len(self.keys)} tensors"
             raise ValueError(f"{_OP}: {name} must be a {want}, got {got}")
-        found = [parts[key] for key in self.keys]
-        for key, part, shape in zip(self.keys, found, self.shapes, strict=True):
+        tensors = [parts[key] for key in self.keys]
+        for key, part, shape in zip(self.keys, tensors, self.shapes, strict=True):
             called = _part(name, key)
             _check_part(called, part)
             if part.shape != (*lead, *shape):
                 raise ValueError(
                     f"{_OP}: {called} must have shape {[*lead, *shape]}, got {list(part.shape)}"
                 )
-            if part.device != found[0].device:
+            if part.device != tensors[0].device:
                 raise ValueError(
                     f"{_OP}: {called} is on {part.device}, {_part(name, self.keys[0])} on "
-                    f"{found[0].device}; move one of them"
+                    f"{tensors[0].device}; move one of them"
                 )
-        return found
+        return tensors
 
 
 class PackedEnergy:
-    """An energy, or a score network, of parts as one of flat states [n, D]."""
+    """An energy or a score network of several parts, called with flat states [n, D]."""
 
     def __init__(self, func: Callable[..., Any], packing: Packing, is_score: bool) -> None:
         self.func, self.packing, self.is_score = func, packing, is_score
@@ -103,8 +104,8 @@ class PackedEnergy:
             ) from error
         if not self.is_score and isinstance(out, list | tuple | dict) and _as_parts(out, parts):
             raise TypeError(
-                f"{_OP}: energy must return a tensor [n], got parts as the state's: those are a "
-                "score, LangevinSampler.from_score"
+                f"{_OP}: energy must return a tensor [n], got {type(out).__name__}; parts like the "
+                "state's are a score: use LangevinSampler.from_score"
             )
         if not self.is_score or isinstance(out, Tensor):
             return out
@@ -112,7 +113,10 @@ class PackedEnergy:
 
 
 def packing_of(x0: Any, energy: Callable[..., Any]) -> Packing | None:
-    """The packing of x0, or without one of what the energy's ``shape`` tells; None for a tensor."""
+    """Return the packing of x0, or None if it is a tensor.
+
+    If x0 is None, the packing is that of the energy's ``shape``, or None if this is no container.
+    """
     if x0 is None:
         shapes: Any = getattr(energy, "shape", None)
         keys = _keys(shapes)
@@ -136,7 +140,7 @@ def packing_of(x0: Any, energy: Callable[..., Any]) -> Packing | None:
 
 def _kind(parts: Any) -> type:
     if hasattr(parts, "_fields"):
-        return type(parts)  # a named tuple's own
+        return type(parts)  # a named tuple
     return dict if isinstance(parts, Mapping) else list if isinstance(parts, list) else tuple
 
 
@@ -160,7 +164,7 @@ def _check_part(called: str, part: Any) -> None:
     if not isinstance(part, Tensor):
         raise TypeError(
             f"{_OP}: {called} must be a tensor, got {type(part).__name__}; a list, tuple or dict "
-            "is a state of several tensors. One of many images is a tensor [n, ...], such as "
+            "is a state of several tensors. A batch of images is a tensor [n, ...], such as "
             "torch.stack([torch.as_tensor(numpy.asarray(image)) for image in x0])"
         )
     if not part.is_floating_point():

@@ -1,14 +1,18 @@
-"""Torch's switches for float32 products: TF32 on GPUs, bfloat16 and TF32 in oneDNN on CPUs.
+"""The precision of a network: "fp32", "tf32", "fp16", "bf16", or None for torch as it is set.
+
+"fp16" and "bf16" run the forward pass under autocast. "fp32" and "tf32" set torch's switches for
+float32 products, which allow TF32 on GPUs and bfloat16 and TF32 in oneDNN on CPUs.
 
 Torch 2.9 replaced the old switches (``allow_tf32``, ``set_float32_matmul_precision``) by a tree of
-``fp32_precision`` values: "generic" above "cuda" and "mkldnn", and those above "matmul", "conv" and
-"rnn". "none" takes the value above. Once the new switches are used, reading the old ones raises an
-error, so this module uses the new ones wherever torch has them, and nothing else reads either.
+``fp32_precision`` values: "generic" at the root, "cuda" and "mkldnn" below it, and "matmul",
+"conv" and "rnn" below each of these. The value "none" stands for the value one level up. Once the
+new switches have been used, reading the old ones raises an error. This module therefore uses the
+new ones if torch has them, and no other module reads either kind.
 
 The switches belong to the process: while a call with precision="fp32" or "tf32" evaluates its
-network, other threads see them changed. They are changed only where they differ from what the call
-needs. Calls that overlap in time share them: the last one to begin decides, and the last one to end
-puts back what was there before the first.
+network, other threads see them changed. They are changed only if they differ from what the call
+needs. Calls that overlap in time share them: the call that began last decides, and the call that
+ends last restores the values from before the first.
 """
 
 import contextlib
@@ -19,21 +23,73 @@ import torch
 
 from fastlangevin.locks import in_forked_child, new_rlock
 
+PRECISIONS = (None, "fp32", "tf32", "fp16", "bf16")
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 _NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 _OPS = ("matmul", "conv", "rnn")
 _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
 
 _lock = new_rlock()
-_wanted: dict[str, list[str]] = {"cpu": [], "cuda": []}  # of the calls in progress, oldest first
-_undo: dict[str, contextlib.ExitStack] = {}  # by device type, where switches have been changed
+_wanted: dict[str, list[str]] = {"cpu": [], "cuda": []}  # by the calls in progress, oldest first
+_undo: dict[str, contextlib.ExitStack] = {}  # by device type, if switches have been changed
+
+
+def check_precision(precision: str | None, device: torch.device | None = None) -> None:
+    """Raise ValueError unless the precision exists and the device, if given, supports it."""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f'precision must be None, "fp32", "tf32", "fp16" or "bf16", got {precision!r}'
+        )
+    if device is not None and device.type == "cpu" and precision in ("tf32", "fp16"):
+        raise ValueError(f'precision "{precision}" needs a CUDA device; on a CPU use "bf16"')
+
+
+def half_name(dtype: torch.dtype) -> str | None:
+    """Return the precision of a 16-bit dtype, or None for another dtype."""
+    return next((name for name, half in HALVES.items() if half == dtype), None)
+
+
+def network_precision(
+    precision: str | None, device: torch.device
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context for a network's forward and backward pass.
+
+    None leaves torch as it is set. Any other precision turns autocast off; "fp32" and "tf32" also
+    compute float32 products strictly or in TF32, on any device.
+    """
+    return contextlib.nullcontext() if precision is None else _precision(precision, device)
+
+
+@contextlib.contextmanager
+def _precision(precision: str, device: torch.device) -> Iterator[None]:
+    products = {"fp32": "ieee", "tf32": "tf32"}.get(precision)
+    with torch.autocast(device.type, enabled=False):
+        if products is None:
+            yield
+            return
+        with float32_products(products, device.type):
+            yield
+
+
+def network_autocast(
+    precision: str | None, device: torch.device
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context for the forward pass alone: autocast in "fp16" or "bf16".
+
+    The backward pass runs outside it, as autocast requires, in the dtypes of the forward pass.
+    """
+    if precision not in HALVES:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=HALVES[precision])
 
 
 @contextlib.contextmanager
 def float32_products(wanted: str, device_type: str) -> Iterator[None]:
     """Compute float32 products on a device as "ieee" (strict float32) or as "tf32".
 
-    Afterwards every switch of torch's, old and new, is as it was. Devices other than CPU and CUDA
-    have no switches.
+    On exit every switch, old and new, has its previous value. Devices other than CPU and CUDA have
+    no switches.
     """
     if device_type not in _wanted:
         yield
@@ -46,14 +102,14 @@ def float32_products(wanted: str, device_type: str) -> Iterator[None]:
 
 
 def convolutions_use_tf32() -> bool:
-    """Whether torch computes float32 convolutions in TF32 on CUDA devices."""
+    """Return whether torch computes float32 convolutions in TF32 on CUDA devices."""
     if _NEW:
         return bool(_get("cuda", "conv") == "tf32")
     return torch.backends.cudnn.allow_tf32
 
 
 def switches() -> tuple[Any, ...]:
-    """All switches by which torch chooses how to compute float32 products on CUDA devices."""
+    """Return all switches that decide how torch computes float32 products on CUDA devices."""
     if _NEW:
         return tuple(_get("cuda", op) for op in _OPS)
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
@@ -72,7 +128,7 @@ def _enter(wanted: str, device_type: str) -> None:
 def _leave(wanted: str, device_type: str) -> None:
     with _lock:
         calls = _wanted[device_type]
-        if wanted in calls:  # not in a child forked meanwhile
+        if wanted in calls:  # false in a child that was forked during the call
             calls.remove(wanted)
         if not calls:
             _restore(device_type)
@@ -85,7 +141,7 @@ def _restore(device_type: str) -> None:
 
 
 def _holds(wanted: str, device_type: str) -> bool:
-    """Whether float32 products are computed as wanted without any change."""
+    """Return whether float32 products are already computed as wanted."""
     if not _NEW:
         matmul = torch.get_float32_matmul_precision() != "highest"
         if device_type == "cpu":
@@ -97,15 +153,15 @@ def _holds(wanted: str, device_type: str) -> bool:
 
 
 def _change(wanted: str, device_type: str) -> contextlib.ExitStack:
-    """Set the new switches; the stack, once closed, puts them back.
+    """Set the new switches, and return a stack that restores them when it is closed.
 
-    A switch that takes the value above it cannot be told by its value from one that has been set to
-    the same, and cuDNN's begin in a third state that no setter restores. So only those are set that
-    have a value of their own: it alone does not follow when the one above is changed.
+    A switch that inherits its value reads the same as one that was set to that value, and cuDNN's
+    switches start in a third state that no setter restores. So the backend's switch is set first,
+    and below it only those switches that do not follow the change: they have a value of their own.
     """
     backend, stack = _BACKENDS[device_type], contextlib.ExitStack()
-    own = _get(backend, "all") if _has_own_value(backend) else "none"
-    stack.callback(_set, backend, "all", own)
+    before = _get(backend, "all") if _has_own_value(backend) else "none"
+    stack.callback(_set, backend, "all", before)
     _set(backend, "all", wanted)
     for op in _OPS:
         value = _get(backend, op)
@@ -116,17 +172,17 @@ def _change(wanted: str, device_type: str) -> contextlib.ExitStack:
 
 
 def _has_own_value(backend: str) -> bool:
-    """Whether a backend's switch has been set, rather than taking the generic one's value."""
-    generic, found = _get("generic", "all"), []
+    """Return whether a backend's switch has been set, so that it ignores the generic one."""
+    generic, values = _get("generic", "all"), []
     for value in ("ieee", "tf32"):
         _set("generic", "all", value)
-        found.append(_get(backend, "all"))
+        values.append(_get(backend, "all"))
     _set("generic", "all", generic)
-    return found != ["ieee", "tf32"]
+    return values != ["ieee", "tf32"]
 
 
 def _change_old(wanted: str, device_type: str) -> contextlib.ExitStack:
-    """Set the switches of torch before 2.9; the stack, once closed, puts them back."""
+    """Set the switches of torch before 2.9, and return a stack that restores them."""
     stack, tf32 = contextlib.ExitStack(), wanted == "tf32"
     stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -136,8 +192,8 @@ def _change_old(wanted: str, device_type: str) -> contextlib.ExitStack:
     return stack
 
 
-# torch.backends.mkldnn.fp32_precision = ... sets the generic switch (torch 2.9 to 2.13), so the
-# functions behind these attributes are called instead.
+# In torch 2.9 to 2.13, assigning torch.backends.mkldnn.fp32_precision sets the generic switch, so
+# these call the functions behind the attributes.
 def _get(backend: str, op: str) -> str:
     return torch._C._get_fp32_precision_getter(backend, op)
 
@@ -147,7 +203,7 @@ def _set(backend: str, op: str, value: str) -> None:
 
 
 def _restore_in_child() -> None:
-    """The threads whose calls had changed the switches do not exist in a forked child."""
+    """Restore the switches in a forked child, which lacks the threads that changed them."""
     for device_type, calls in _wanted.items():
         calls.clear()
         _restore(device_type)

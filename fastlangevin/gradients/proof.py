@@ -1,4 +1,4 @@
-"""Whether an engine's gradient is the one that autograd takes of the energy's own code."""
+"""Compares an engine's gradient with the one that autograd computes from the energy's own code."""
 
 from typing import NamedTuple
 
@@ -6,47 +6,50 @@ import torch
 from torch import Tensor
 
 from fastlangevin.gradients.engine import Engine
-from fastlangevin.gradients.graph.record import Recording, no_hooks
+from fastlangevin.gradients.graph.record import RecordedRun, no_hooks
 
-# How far two gradients of a chain may be apart, over their norm. In float32 a unit within rounding
-# of a kink may take the other slope, and moves a gradient by some 1 / sqrt(units): 0.3 % in a
-# network of 10^5 units, where it happens often. What a proof is to find is as large as a gradient.
+# The largest distance between two gradients of a chain, relative to the norm. In float32, a unit
+# within rounding of a kink may take the other slope, which moves a gradient by about
+# 1 / sqrt(units): 0.3 % in a network of 10^5 units, where this is common. The errors that a proof
+# must find are as large as the gradient.
 _BOUNDS = {torch.float64: 1e-6, torch.float32: 0.05}
-_HALF = 0.3
+_HALF_BOUND = 0.3
 
 
 class Verdict(NamedTuple):
-    """reason: why the engine is not to be used, or None. shown: whether any chain had a gradient to
-    compare; where all are zero or not finite, other states may tell more."""
+    """Why an engine is not to be used (``reason``), and whether the comparison means anything.
+
+    ``shown`` is False if every gradient is zero or not finite: other states may show more.
+    """
 
     reason: str | None
     shown: bool
 
 
-def prove(found: Recording, engine: Engine, x: Tensor) -> Verdict:
+def prove(run: RecordedRun, engine: Engine, x: Tensor) -> Verdict:
     """Compare an engine's energies and gradients at x with autograd's, chain by chain."""
     with torch.enable_grad(), no_hooks():
-        energies = found.out.reshape(-1)
-        (grad,) = torch.autograd.grad(energies.sum(), found.start, allow_unused=True)
+        energies = run.out.reshape(-1)
+        (grad,) = torch.autograd.grad(energies.sum(), run.x, allow_unused=True)
     energies = energies.detach()
     engine.begin()
     engine_energies, engine_grad = engine(x, True)
     assert engine_energies is not None
     if grad is None:
         return Verdict("autograd finds no gradient", True)
-    want, got = (_rows(g) for g in (grad, engine_grad))
-    norms = want.norm(dim=1)
-    bound = _BOUNDS.get(found.graph.dtype, _HALF)
-    away = (got - want).norm(dim=1)
+    expected, computed = (_rows(g) for g in (grad, engine_grad))
+    norms = expected.norm(dim=1)
+    bound = _BOUNDS.get(run.graph.dtype, _HALF_BOUND)
+    distances = (computed - expected).norm(dim=1)
     finite = norms.isfinite() & energies.isfinite()
-    # An energy may be a small difference of large terms, whose size the gradient knows.
+    # An energy may be a small difference of large terms, and the gradient shows how large.
     sizes = energies.double().abs() + norms * _rows(x).norm(dim=1)
     size = torch.where(finite, sizes, 0.0).max()
-    apart = (engine_energies.double() - energies.double()).abs()
-    wrong = finite & ~((away <= bound * norms) & (apart <= bound * size))
+    energy_errors = (engine_energies.double() - energies.double()).abs()
+    wrong = finite & ~((distances <= bound * norms) & (energy_errors <= bound * size))
     if bool(wrong.any()):
         chain = int(wrong.nonzero()[0])
-        share = float(away[chain] / norms[chain])
+        share = float(distances[chain] / norms[chain])
         return Verdict(
             f"its gradient differs from autograd's by {share:.2g} of the norm in chain {chain}",
             True,

@@ -1,4 +1,4 @@
-"""Score networks: a module whose own output is the gradient, with no energy behind it."""
+"""Score networks, whose output is used as the gradient: there is no energy behind it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients.autograd import call_network, network_autocast, network_precision
+from fastlangevin.gradients.network import call_network
+from fastlangevin.gradients.precision import network_autocast, network_precision
 from fastlangevin.kernels.memory import all_in_memory
 
 
@@ -17,24 +18,24 @@ def network_score(
     precision: str | None = None,
     create_graph: bool = False,
 ) -> tuple[None, Tensor]:
-    """(None, net(x) in x's dtype): the score of a batch x [n, ...], which has no energies.
+    """Return (None, net(x) in x's dtype) for a batch x [n, ...]; a score has no energies.
 
-    Runs under torch.no_grad, but with ``create_graph`` the score is differentiable. Raises
-    TypeError or ValueError for an output that is no score of x, RuntimeError for a net that
-    changes x in place.
+    The network runs under torch.no_grad unless ``create_graph`` makes the score differentiable.
+    Raises TypeError or ValueError for an output that cannot be a score of x, and RuntimeError for a
+    network that changes x in place.
     """
     version = x._version
     with torch.set_grad_enabled(create_graph), network_precision(precision, x.device):
         with network_autocast(precision, x.device):
             out = call_network(net, x, model_kwargs)
         if x._version != version:
-            raise RuntimeError("score: the network changed x in place; give it x.clone() there")
+            raise RuntimeError("score: the network changed x in place; it must use x.clone()")
         score = _check(out, x).to(x.dtype)
-    # The step writes to x while it reads the score.
-    apart = all_in_memory(x, score) and (
+    # The step writes to x while it reads the score, so they must not share memory.
+    separate = all_in_memory(x, score) and (
         score.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     )
-    return None, score if apart else score.clone()
+    return None, score if separate else score.clone()
 
 
 def _check(out: Any, x: Tensor) -> Tensor:

@@ -1,19 +1,19 @@
-"""Checks of ``rng_state``, which only the backends' own step functions accept."""
+"""The check of ``rng_state``, an argument of the kernels' step functions alone."""
 
 import torch
 from torch import Tensor
 
+from fastlangevin.arguments import check_device
+
 _OP = "langevin_step_"
 
 
-def check_rng_state(x: Tensor, rng_state: Tensor | None, unread: str | None) -> None:
-    """TypeError or ValueError unless ``rng_state`` holds {seed, step} where kernels read it.
+def check_rng_state(x: Tensor, rng_state: Tensor, unread: str | None) -> None:
+    """TypeError or ValueError unless ``rng_state`` holds {seed, step} where the kernels read it.
 
-    ``unread``: why the kernels for x would not read it, or None. Ignoring it would repeat the same
-    noise at every replay of a captured graph.
+    ``unread`` is the reason why the kernels for x would not read it, or None. A step that ignored
+    it would repeat the same noise at every replay of a captured graph.
     """
-    if rng_state is None:
-        return
     if unread is not None:
         raise ValueError(f"{_OP}: rng_state cannot be used: {unread}")
     if not isinstance(rng_state, Tensor) or rng_state.dtype != torch.int64:
@@ -25,7 +25,4 @@ def check_rng_state(x: Tensor, rng_state: Tensor | None, unread: str | None) -> 
         raise ValueError(
             f"{_OP}: rng_state must be contiguous and of shape [2], got {list(rng_state.shape)}"
         )
-    if rng_state.device != x.device:
-        raise ValueError(
-            f"{_OP}: rng_state must be on x's device {x.device}, got {rng_state.device}"
-        )
+    check_device(_OP, "rng_state", rng_state, x.device, "x")

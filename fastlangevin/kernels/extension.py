@@ -1,6 +1,7 @@
-"""The compiled extension: whether it serves a device, and the noise that it makes.
+"""The compiled extension: which devices it supports, and its noise.
 
-It sees addresses, sizes and strides, no tensors; one binary serves every version of torch.
+The extension receives addresses, sizes and strides instead of tensors, so that one binary works
+with every version of torch.
 """
 
 import functools
@@ -14,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.kernels.memory import in_memory
+from fastlangevin.kernels.philox import Address
 
 library: Any = None
 _why_missing = ""
@@ -22,35 +24,35 @@ try:
 except ImportError as error:
     _why_missing = str(error)
 
-# The dtypes that the kernels read and write, and their numbers there.
+# The dtypes that the kernels read and write, and the extension's numbers for them.
 DTYPES: dict[torch.dtype, int] = (
     {} if library is None else {getattr(torch, name): k for name, k in library.DTYPES.items()}
 )
 
 
 def available(device: torch.device) -> str | None:
-    """None where the extension serves the device, else why not and what to do."""
+    """None if the extension can run on the device, else the reason and the remedy."""
     if library is None:
         return (
-            f"the extension is not built ({_why_missing}); with a C++ compiler at hand, "
+            f"the extension is not built ({_why_missing}); install a C++ compiler and "
             "reinstall fastlangevin"
         )
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
-        here = "ROCm" if device.type == "cuda" else device.type
-        return f"its kernels are for the CPU and CUDA, not for {here}"
+        platform = "ROCm" if device.type == "cuda" else device.type
+        return f"its kernels are for the CPU and CUDA, not for {platform}"
     if not library.CUDA:
         return (
             f"the extension was built without CUDA ({library.WHY_NO_CUDA}); reinstall with nvcc "
             "and FASTLANGEVIN_CUDA=1"
         )
-    # Without a driver there is no current device, and the reason is the same for all.
+    # Without a driver there is no current device, and every index has the same reason.
     return _cuda_reason(indexed(device).index or 0)
 
 
 def contents() -> str:
-    """What was built, for which devices, and why not for others."""
+    """A line of text: what the extension was built for, and why not for more."""
     if library is None:
         return f"not built ({_why_missing})"
     cpu = f"for CPUs (here {library.instruction_set()})"
@@ -58,46 +60,28 @@ def contents() -> str:
 
 
 def device_and_queue(x: Tensor) -> tuple[int, int]:
-    """The CUDA device and its current stream; for the CPU, -1 and how many threads to use."""
+    """The CUDA device's index and its current stream or, on the CPU, -1 and a thread count."""
     if not x.is_cuda:
         return -1, torch.get_num_threads()
     index = x.get_device()
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def normal(shape: Sequence[int], **address: Any) -> Tensor | None:
-    """:func:`fastlangevin.noise.normal` in float32, on checked arguments.
-
-    None where the reference must make it: torch's tensors are not in memory, as under
-    FakeTensorMode, or make_fx records its operators.
-    """
-    return _fill(shape, uniform=False, **address)
-
-
-def uniform(shape: Sequence[int], **address: Any) -> Tensor | None:
-    """:func:`fastlangevin.noise.uniform`, as :func:`normal`."""
-    return _fill(shape, uniform=True, **address)
-
-
-def _fill(
-    shape: Sequence[int],
-    *,
-    uniform: bool,
-    seed: int,
-    step: int,
-    stream: int,
-    first_chain: int,
-    device: torch.device,
+def fill(
+    shape: Sequence[int], address: Address, device: torch.device, *, uniform: bool
 ) -> Tensor | None:
+    """The normals, or uniforms, of a checked address, in float32.
+
+    None if the reference must compute them: torch makes tensors without memory, as it does under
+    FakeTensorMode, or make_fx records its operators and would not see what the kernel writes.
+    """
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    # make_fx records torch's operators, and would not see what is written here.
     if not in_memory(out) or get_proxy_mode() is not None:
         return None
     chains = out.shape[0]
     index, queue = device_and_queue(out)
     library.fill_noise(
-        out.data_ptr(), uniform, chains, out.numel() // max(chains, 1), seed, step, stream,
-        first_chain, index, queue,
+        out.data_ptr(), uniform, chains, out.numel() // max(chains, 1), *address, index, queue,
     )  # fmt: skip
     return out
 

@@ -1,10 +1,10 @@
-"""Which tensors compiled code may read: it is given an address and strides, and trusts both.
+"""Which tensors compiled code may read and write, given only an address and strides.
 
-Many of torch's tensors have no elements at their address, or none at all: fake and meta tensors,
-those of functional transforms (vmap, grad, functionalize), subclasses with operators of their own,
-sparse, nested, quantised and oneDNN's tensors, and the zeros that forward-mode differentiation
-never writes down. A tensor's dispatch keys, the list of those who handle its operators, tell all of
-these from an ordinary tensor.
+Many tensors have no elements at their address, or none at all: fake and meta tensors, the tensors
+of functional transforms (vmap, grad, functionalize), subclasses with their own operators, sparse,
+nested, quantised and oneDNN tensors, and the zeros that forward-mode differentiation never
+allocates. The dispatch keys of a tensor, which list the handlers of its operators, distinguish all
+of these from an ordinary tensor.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def _ordinary() -> int:
-    """The dispatch keys of ordinary tensors, as bits. No device is probed."""
+    """The dispatch keys of ordinary tensors, as bits. This probes no device."""
     bits = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
     for device in ("CPU", "CUDA", "XPU", "MPS", "HPU", "MTIA", "PrivateUse1"):
         for name in (device, f"Autograd{device}", f"Autocast{device}"):
@@ -30,11 +30,11 @@ _dispatch_keys = torch._C._dispatch_keys
 
 
 def in_memory(tensor: Tensor) -> bool:
-    """Whether every element of a tensor lies at its address plus strides; so for an empty one.
+    """Whether the address and strides of a tensor locate all its elements, if it has any.
 
-    False also for a tensor whose sign is still to be changed: ``resolve_neg()`` does that. Raises
-    RuntimeError for one whose storage was freed, on which torch's own operators crash. A call takes
-    some 0.2 us.
+    False also for a tensor with a deferred negation, which ``resolve_neg()`` applies. Raises
+    RuntimeError for a tensor whose storage was freed: torch's own operators crash on it. A call
+    takes about 0.2 us.
     """
     if _dispatch_keys(tensor).raw_repr() & _OTHER_KEYS:
         return False
@@ -47,10 +47,63 @@ def in_memory(tensor: Tensor) -> bool:
 
 
 def all_in_memory(*tensors: Any) -> bool:
-    """Whether those of the arguments that are tensors are :func:`in_memory`."""
+    """Whether all the tensors among the arguments are :func:`in_memory`."""
     return all(in_memory(value) for value in tensors if isinstance(value, Tensor))
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers behind a tensor: fake and meta tensors have a shape alone."""
+    """Whether a tensor has values; fake and meta tensors have only a shape."""
     return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
+def check_injective(op: str, name: str, x: Tensor) -> None:
+    """ValueError if several elements of a tensor have the same address."""
+    dims = [(s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1]
+    if any(s == 0 for s, _ in dims):
+        raise ValueError(f"{op}: {name} is an expanded view (stride 0); use {name}.clone()")
+    if torch.compiler.is_compiling():
+        return  # sorting symbolic strides would make them constants
+    # How far the dimensions with smaller strides reach; nearly always, the next stride is larger.
+    reach = 0
+    for s, n in sorted(dims):
+        if s <= reach and not _is_injective(x):
+            raise ValueError(f"{op}: elements of {name} share memory; use {name}.clone()")
+        reach += (n - 1) * s
+
+
+def check_overlap(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    """ValueError if writing to x could overwrite elements of ``value`` that are not read yet."""
+    if value.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return
+    if (value.data_ptr(), value.stride(), value.dtype) == (x.data_ptr(), x.stride(), x.dtype):
+        return
+    (first, last), (start, end) = _extent(value), _extent(x)
+    if first < end and start < last and (value.dtype != x.dtype or _intersect(value, x)):
+        raise ValueError(f"{op}: {name} shares memory with x in another layout; use {name}.clone()")
+
+
+def _is_injective(x: Tensor) -> bool:
+    if x.numel() == 0 or not in_memory(x):
+        return True
+    start, end = _extent(x)
+    taken = torch.zeros((end - start) // x.element_size(), dtype=torch.bool, device="cpu")
+    taken.as_strided(x.shape, x.stride()).fill_(True)
+    return int(taken.sum()) == x.numel()
+
+
+def _intersect(a: Tensor, b: Tensor) -> bool:
+    """Whether two views of one storage, with the same dtype, share an element."""
+    first = min(a.storage_offset(), b.storage_offset())
+    last = max(_extent(a)[1], _extent(b)[1]) - a.untyped_storage().data_ptr()
+    taken = torch.zeros(last // a.element_size() - first, dtype=torch.bool, device="cpu")
+    taken.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The address of a tensor's first byte and the one after its last byte."""
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = sum((size - 1) * stride for size, stride in steps) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()

@@ -1,8 +1,8 @@
-"""The step by the compiled extension: on the CPU, and on CUDA where it was built with nvcc.
+"""The step in the compiled extension: on the CPU, and on CUDA if it was built with nvcc.
 
-It computes the operations of :mod:`fastlangevin.kernels.reference` with the same roundings, so that
-a step with given noise is equal to the reference's bit for bit. Its own normals differ from the
-reference's by less than the contract's 2e-6, and are equal on all instruction sets and GPUs.
+It performs the operations of :mod:`fastlangevin.kernels.reference` with the same roundings, so that
+a step with given noise equals the reference's bit for bit. Its own normals differ from the
+reference's by less than 2e-6, and are equal on all instruction sets and GPUs.
 """
 
 from collections.abc import Callable
@@ -36,11 +36,11 @@ def step_(
     noise_last: bool = False,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """:func:`reference.step_` on checked arguments: in place on x, in any memory format.
+    """:func:`reference.step_` on checked arguments, in place on x in any memory format.
 
-    ``rng_state``: int64 [2] on x's CUDA device, the seed and a number added to ``step``, read when
-    the kernel runs, so that writing to it gives a replayed graph other noise. Raises ValueError
-    where no CUDA kernel would read it.
+    ``rng_state`` is an int64 tensor [2] on x's CUDA device: the seed, and a number that is added to
+    ``step``. The kernel reads it when it runs, so that writing to it gives a replayed graph other
+    noise. Raises ValueError if no CUDA kernel would read it.
 
     A float64 x, an x of more than MAX_DIMS dimensions and operands that are not
     :func:`~fastlangevin.kernels.memory.in_memory` fall back to the reference; a float64 grad or z
@@ -62,8 +62,8 @@ def step_(
     lo, hi = clamp or (-_INF, _INF)
     grad, z = _as_float(grad), _as_float(z)
     if z is not None and x.is_cuda:
-        z = z.float()  # the CUDA kernels read given noise, a rarity, in float32 only
-    # Converted values must live until the kernel has been launched.
+        z = z.float()  # given noise is rare, and the CUDA kernels read it in float32 only
+    # Converted values must stay alive until the kernel is launched.
     if isinstance(step_size, Tensor):
         step_size = _as_values(step_size, x)
     if isinstance(noise_std, Tensor):
@@ -106,9 +106,9 @@ def bind(
 ) -> Callable[[Tensor | None, float, float, int], Tensor] | None:
     """:func:`step_` on one x, in place, as a function of (grad, step_size, noise_std, step).
 
-    What stays the same from step to step is read here, once: x must keep its memory meanwhile. The
-    function draws its own noise; its coefficients are numbers, its step a checked integer, and its
-    gradient must be in memory. None for an x that goes through the reference.
+    Everything that stays the same from step to step is read once, here, and x must keep its memory.
+    The function draws its own noise. Its coefficients are numbers, its step is a checked integer,
+    and its gradient must be in memory. Returns None for an x that falls back to the reference.
     """
     if x.dtype not in extension.DTYPES or x.dim() > extension.library.MAX_DIMS or not in_memory(x):
         return None
@@ -117,21 +117,21 @@ def bind(
     lo, hi = clamp or (-_INF, _INF)
     clip = _INF if grad_clip is None else grad_clip
     device_and_queue = extension.device_and_queue
-    counted, count = not x.is_inference(), torch.autograd.graph.increment_version
+    has_version, increment = not x.is_inference(), torch.autograd.graph.increment_version
 
     def bound(grad: Tensor | None, step_size: float, noise_std: float, step: int) -> Tensor:
-        read = None
+        grad_operand = None
         if grad is not None:
             g = grad if grad.dtype in dtypes else grad.float()
-            read = g.data_ptr(), dtypes[g.dtype], g.stride()
+            grad_operand = g.data_ptr(), dtypes[g.dtype], g.stride()
         device, queue = device_and_queue(x)
-        # Positional, unlike in step_: names would take longer to read than the rest of the call.
+        # By position, unlike in step_: keywords would take longer to parse than all the rest.
         run(
-            shape, operand, read, None, step_size, noise_std, maximize, clip, lo, hi,
+            shape, operand, grad_operand, None, step_size, noise_std, maximize, clip, lo, hi,
             noise_last, noise_std != 0, seed, step, first_chain, 0, device, queue,
         )  # fmt: skip
-        if counted:
-            count(x)
+        if has_version:
+            increment(x)
         return x
 
     return bound
@@ -142,7 +142,7 @@ def _operand(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 
 def _coefficient(value: reference.Coefficient) -> float | tuple[int, int]:
-    """A number, or the address and stride of per-chain float32 values."""
+    """A number, or the address and stride of float32 values per chain."""
     return (value.data_ptr(), value.dim()) if isinstance(value, Tensor) else value
 
 
@@ -162,5 +162,5 @@ def _as_float(value: Tensor | None) -> Tensor | None:
 
 
 def _as_values(value: Tensor, x: Tensor) -> Tensor:
-    """Per-chain coefficients as the kernels read them: float32, contiguous, where x is."""
+    """Coefficients per chain as the kernels read them: float32, contiguous, on x's device."""
     return value.to(device=x.device, dtype=torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""The generator of the noise contract in plain torch: the specification of every random number.
+"""The random number generator in plain torch, which specifies every random number.
 
 Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", constants of
 Random123), keyed by a 64-bit seed, low word first, at the counter
@@ -17,6 +17,7 @@ and z2, z3 likewise from w2, w3.
 import math
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,15 @@ _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 
 
+class Address(NamedTuple):
+    """Where the numbers of a batch are; its row i is chain first_chain + i."""
+
+    seed: int
+    step: int
+    stream: int
+    first_chain: int = 0
+
+
 def normal(
     shape: Sequence[int],
     seed: int,
@@ -39,10 +49,11 @@ def normal(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normals [n, ...]; see :func:`fastlangevin.noise.normal`."""
-    u0, u1, u2, u3 = _units(shape, seed, step, stream, first_chain, device, dtype)
+    address = Address(seed, step, stream, first_chain)
+    u0, u1, u2, u3 = _units(shape, address, device, dtype)
     radius = torch.stack((u0, u2), dim=-1).add_(2.0**-24).log_().mul_(-2.0).sqrt_()
     turn = torch.stack((u1, u3), dim=-1)
-    # Half turns are taken out exactly, so that the angle's own rounding stays below 1.1e-7 in fp32.
+    # Half turns are removed exactly, so that the angle's rounding error is below 1.1e-7 in float32.
     half_turns = (turn * 2).round_()
     radius *= 1 - 2 * (half_turns == 1).to(dtype)
     angle = (turn - half_turns / 2).mul_(2 * math.pi)
@@ -60,7 +71,7 @@ def uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniforms [n, ...] in [0, 1); see :func:`fastlangevin.noise.uniform`."""
-    units = _units(shape, seed, step, stream, first_chain, device, dtype)
+    units = _units(shape, Address(seed, step, stream, first_chain), device, dtype)
     return _rows(torch.stack(units, dim=-1), shape)
 
 
@@ -74,13 +85,14 @@ def words(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The 32-bit words behind :func:`uniform`, as int64 [n, ...] in [0, 2**32)."""
-    return _rows(torch.stack(_words(shape, seed, step, stream, first_chain, device), -1), shape)
+    address = Address(seed, step, stream, first_chain)
+    return _rows(torch.stack(_words(shape, address, device), dim=-1), shape)
 
 
 def philox(counter: tuple, seed: int) -> tuple:
     """Philox4x32-10 of four counter words, each an int or an int64 tensor in [0, 2**32).
 
-    Tensors broadcast. 64-bit products wrap around in int64, which keeps all their bits.
+    Tensors broadcast. 64-bit products wrap around in int64, which preserves all their bits.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, seed >> 32
@@ -96,16 +108,14 @@ def philox(counter: tuple, seed: int) -> tuple:
     return c0, c1, c2, c3
 
 
-def check_request(
-    shape: Sequence[int], seed: int, step: int, stream: int, first_chain: int
-) -> tuple[int, int, int, int]:
-    """Seed, step, stream and first chain as Python ints; errors where they address nothing."""
+def check_request(shape: Sequence[int], address: Address) -> Address:
+    """The address in Python ints; TypeError or ValueError if ``shape`` does not fit there."""
     if len(shape) == 0:
         raise ValueError("noise: shape must have a leading chain dimension, got ()")
-    seed = check_seed(seed)
-    first_chain, step = check_address(first_chain, shape[0], step, 1)
+    seed = check_seed(address.seed)
+    first_chain, step = check_address(address.first_chain, shape[0], address.step, 1)
     check_range("the number of blocks of four elements", -(-math.prod(shape[1:]) // 4), 32)
-    return seed, step, check_range("stream", stream, 32), first_chain
+    return Address(seed, step, check_range("stream", address.stream, 32), first_chain)
 
 
 def check_seed(seed: int) -> int:
@@ -114,7 +124,7 @@ def check_seed(seed: int) -> int:
 
 
 def check_address(first_chain: int, chains: int, first_step: int, steps: int) -> tuple[int, int]:
-    """(first_chain, first_step) as Python ints; ValueError unless all of them fit 32-bit words."""
+    """(first_chain, first_step) as Python ints; ValueError unless all numbers fit 32-bit words."""
     first_chain = check_range("first_chain", first_chain, 32)
     first_step = check_range("step", first_step, 32)
     check_range("the last chain", first_chain + max(chains - 1, 0), 32)
@@ -123,46 +133,39 @@ def check_address(first_chain: int, chains: int, first_step: int, steps: int) ->
 
 
 def _words(
-    shape: Sequence[int],
-    seed: int,
-    step: int,
-    stream: int,
-    first_chain: int,
-    device: torch.device | str | None,
+    shape: Sequence[int], address: Address, device: torch.device | str | None
 ) -> tuple[Tensor, ...]:
     """Words w0..w3 of every block, each int64 [n, ceil(elements / 4)]."""
-    seed, step, stream, first_chain = check_request(shape, seed, step, stream, first_chain)
+    seed, step, stream, first_chain = check_request(shape, address)
     chains, blocks = shape[0], -(-math.prod(shape[1:]) // 4)
-    # None is the CPU: torch's default device must not change what is drawn.
-    place, int64 = torch.device("cpu" if device is None else device), torch.int64
-    block = torch.arange(blocks, dtype=int64, device=place)[None, :]
-    chain = torch.arange(first_chain, first_chain + chains, dtype=int64, device=place)[:, None]
-    return philox((block, chain, step, stream), seed)
+    # None means the CPU: torch's default device must not change the numbers.
+    device = torch.device("cpu" if device is None else device)
+    block = torch.arange(blocks, dtype=torch.int64, device=device)
+    chain = torch.arange(first_chain, first_chain + chains, dtype=torch.int64, device=device)
+    return philox((block[None, :], chain[:, None], step, stream), seed)
 
 
 def _units(
     shape: Sequence[int],
-    seed: int,
-    step: int,
-    stream: int,
-    first_chain: int,
+    address: Address,
     device: torch.device | str | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """u(w0)..u(w3) of every block, each [n, ceil(elements / 4)]."""
-    rounds = _words(shape, seed, step, stream, first_chain, device)
-    return tuple((word >> 8).to(dtype).mul_(2.0**-24) for word in rounds)
+    words = _words(shape, address, device)
+    return tuple((word >> 8).to(dtype).mul_(2.0**-24) for word in words)
 
 
 def _rows(blocks: Tensor, shape: Sequence[int]) -> Tensor:
-    """Cut [n, blocks, ...] to the chain's elements and give it its shape."""
+    """Blocks [n, blocks, ...] cut to the elements of a chain and reshaped to ``shape``."""
     elements = math.prod(shape[1:])
     return blocks.flatten(1)[:, :elements].reshape(tuple(shape))
 
 
 def check_range(name: str, value: int, bits: int) -> int:
+    """The value as a Python int; TypeError or ValueError unless it is in [0, 2**bits)."""
     try:
-        # torch.compile would compile anew for every number that operator.index sees.
+        # operator.index would make torch.compile compile again for every number.
         number = value if isinstance(value, int) else operator.index(value)
     except TypeError:
         raise TypeError(f"noise: {name} must be an integer, got {value!r}") from None

@@ -1,4 +1,4 @@
-"""The step contract in plain torch: the specification that every other backend is held to."""
+"""The step in plain torch, which specifies the result of every other backend."""
 
 from typing import Any
 
@@ -26,11 +26,11 @@ def langevin_step(
 
         x' = clamp(x + (s a clip(g) + b z)),      s = -1 (descend) or +1 (maximize)
 
-    and, with ``noise_last``, x' = clamp(x + s a clip(g)) + b z. x [n, ...] of any floating dtype;
+    With ``noise_last`` it is x' = clamp(x + s a clip(g)) + b z. x [n, ...] has any floating dtype;
     grad and z have its shape, or are None for a step without that term. a = step_size and
-    b = noise_std are floats or tensors [n], one value per chain; clip bounds g elementwise by
-    ``grad_clip``. Computed in float32, in float64 for a float64 x, and returned in x's dtype.
-    NaN stays NaN.
+    b = noise_std are floats, or tensors [n] with one value per chain. ``grad_clip`` bounds each
+    element of g. The step is computed in float32, or in float64 for a float64 x, and returned in
+    x's dtype. NaN stays NaN.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     state = x.to(compute)
@@ -62,7 +62,7 @@ def step(
     first_chain: int,
     **options: Any,
 ) -> Tensor:
-    """:func:`langevin_step`, with z from the noise contract where none is given."""
+    """:func:`langevin_step`, with z drawn from its address if it is not given."""
     if z is None and not is_zero(noise_std):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         z = philox.normal(
@@ -77,17 +77,17 @@ def step_(
     z: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    """:func:`step` in place on x: the entry that every backend provides. Returns x."""
+    """:func:`step` in place on x, as every backend provides it. Returns x."""
     return x.copy_(step(x, grad, z, **options))
 
 
 def is_zero(coefficient: Coefficient) -> bool:
-    """Whether a coefficient is the number 0 (tensors never are: looking would wait for them)."""
+    """Whether a coefficient is the number 0. False for tensors: reading them could mean waiting."""
     return not isinstance(coefficient, Tensor) and coefficient == 0
 
 
 def per_chain(value: Coefficient, x: Tensor, dtype: torch.dtype) -> Coefficient:
-    """A coefficient in a form that broadcasts over x: floats as they are, [n] as [n, 1, ...]."""
+    """A coefficient that broadcasts over x: a float unchanged, a tensor [n] as [n, 1, ...]."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(device=x.device, dtype=dtype)

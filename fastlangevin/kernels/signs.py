@@ -1,7 +1,7 @@
-"""Signs of activations, one bit each, and their use in the gradient: reference and native.
+"""Signs of activations as one bit each, and their use in the gradient: native and reference.
 
-The bits follow the order of memory, which must be dense: a tensor and the gradient that its bits
-are applied to must be laid out alike.
+The bits follow the order of memory, which must be dense. A tensor and the gradient that its bits
+are applied to must have the same layout.
 """
 
 import torch
@@ -12,14 +12,14 @@ from fastlangevin.kernels.memory import in_memory
 
 
 def pack_signs(values: Tensor, unordered: bool = False) -> Tensor:
-    """uint8 [ceil(numel / 8)]: bit k % 8 of byte k // 8 is value k > 0, in the order of memory.
+    """uint8 [ceil(numel / 8)], where bit k % 8 of byte k // 8 is value k > 0, in memory order.
 
-    ``unordered``: !(value <= 0) instead, which is true of NaN as well.
+    With ``unordered`` it is !(value <= 0) instead, which is also true for NaN.
     """
     if not _is_native(values):
         return pack_signs_ref(values, unordered)
     bits = torch.empty((values.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
-    if not in_memory(bits):  # a mode of torch's makes other tensors
+    if not in_memory(bits):  # in some modes torch makes tensors without memory
         return pack_signs_ref(values, unordered)
     extension.library.pack_signs(
         values.data_ptr(), extension.DTYPES[values.dtype], values.numel(), unordered,
@@ -29,7 +29,7 @@ def pack_signs(values: Tensor, unordered: bool = False) -> Tensor:
 
 
 def apply_signs_(grad: Tensor, bits: Tensor, slope: float) -> Tensor:
-    """In place: grad where a bit is set, else slope grad (0 for slope 0, whatever grad is)."""
+    """In place: grad if a bit is set, else slope * grad; with slope 0 that is 0 even for NaN."""
     if not (_is_native(grad) and in_memory(bits)):
         return apply_signs_ref_(grad, bits, slope)
     extension.library.apply_signs(

@@ -1,8 +1,8 @@
-"""The step and the noise in Triton: CUDA and ROCm, and any CPU under Triton's interpreter.
+"""The step and the noise in Triton, for CUDA, ROCm and any CPU under Triton's interpreter.
 
-Steps with given noise equal the reference bit for bit. The kernels' own normals differ from the
-reference's by less than the contract's 2e-6, and are those of the native backend. Triton is
-imported when a kernel is first asked for.
+A step with given noise equals the reference's bit for bit. The kernels' own normals equal the
+native backend's and differ from the reference's by less than 2e-6. Triton is imported at the first
+launch.
 """
 
 import functools
@@ -19,30 +19,31 @@ from torch import Tensor
 from fastlangevin.kernels import reference
 from fastlangevin.kernels.checks import check_rng_state
 from fastlangevin.kernels.memory import all_in_memory, in_memory
+from fastlangevin.kernels.philox import Address
 
-# 16 bytes of the state for each of a program's 4 warps of 32 threads: one load, one store.
+# A program has 4 warps of 32 threads; each thread takes 16 bytes of x, by one load and one store.
 _WARPS = 4
 _TILE_BYTES = _WARPS * 32 * 16
-# Of one program, when lines are channels; 16 float32 channels are two 32-byte sectors of memory.
+# The most channels of one program when lines are channels: 16 in float32 fill two 32-byte sectors.
 _MAX_CHANNELS = 16
-# CUDA's limit on all dimensions of a grid but the first.
+# CUDA's limit on every dimension of a grid except the first.
 _MAX_GRID = 65535
-# Every operation is rounded once, as in the other backends: see triton_kernels.
+# Every operation is rounded once, as in the other backends; see triton_step.
 _COMPILE = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
 
 def available(device: torch.device) -> str | None:
-    """None where Triton serves the device, else why not and what to do."""
+    """None if Triton can run on the device, else the reason and the remedy."""
     if device.type not in ("cpu", "cuda"):
         return f"its kernels are for CUDA and ROCm devices, not {device.type}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "on a CPU it only runs interpreted, for tests; start Python with TRITON_INTERPRET=1"
+        return "on a CPU it runs interpreted, for tests only; start Python with TRITON_INTERPRET=1"
     if not _installed():
         return "triton is not installed; pip install triton"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device.type == "cuda" and not _compiler():
-        return "its launcher is compiled at run time; install gcc or clang, or set CC"
+        return "it compiles its launcher at run time; install gcc or clang, or set CC"
     return None
 
 
@@ -64,16 +65,17 @@ def step_(
     rng_state: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """:func:`reference.step_` on checked arguments: in place on x, in any memory format.
+    """:func:`reference.step_` on checked arguments, in place on x in any memory format.
 
-    ``rng_state``: int64 [2] on x's device, the seed and a number added to ``step``, read when the
-    kernel runs, so that writing to it gives a replayed graph other noise.
+    ``rng_state`` is an int64 tensor [2] on x's device: the seed, and a number that is added to
+    ``step``. The kernel reads it when it runs, so that writing to it gives a replayed graph other
+    noise.
 
-    Chains that are contiguous or channels_last, each tensor as it likes, are read and written as
-    they are. Others, and channels_last ones with noise to draw whose channels are not multiples of
-    4 elements, take contiguous copies. A float64 x and operands that are not
-    :func:`~fastlangevin.kernels.memory.in_memory` fall back to the reference, which has no
-    ``rng_state``: ValueError. Returns x.
+    Chains that are contiguous or channels_last are read and written as they are, and x and grad
+    may differ in this. Other chains take contiguous copies, and so do channels_last chains whose
+    noise is drawn here and whose channels have a number of elements that 4 does not divide. A
+    float64 x and operands that are not :func:`~fastlangevin.kernels.memory.in_memory` fall back to
+    the reference, which cannot read an ``rng_state`` and then raises ValueError. Returns x.
     """
     fallback = None
     if x.dtype == torch.float64:
@@ -117,7 +119,7 @@ def _step(
     noise_last: bool = False,
     rng_state: Tensor | None = None,
 ) -> None:
-    """Launch the step on tensors whose chains are made of ``lines`` (channels, pixels)."""
+    """Launches the step on tensors whose chains consist of ``lines`` = (channels, pixels)."""
     from fastlangevin.kernels.triton_step import step_kernel
 
     chains, (channels, pixels) = x.shape[0], lines
@@ -137,29 +139,13 @@ def _step(
         )  # fmt: skip
 
 
-def normal(shape: Sequence[int], **address: Any) -> Tensor | None:
-    """:func:`fastlangevin.noise.normal` in float32, on checked arguments.
-
-    None under modes of torch's that make tensors without memory.
-    """
-    return _fill(shape, uniform=False, **address)
-
-
-def uniform(shape: Sequence[int], **address: Any) -> Tensor | None:
-    """:func:`fastlangevin.noise.uniform` in float32, on checked arguments."""
-    return _fill(shape, uniform=True, **address)
-
-
-def _fill(
-    shape: Sequence[int],
-    *,
-    uniform: bool,
-    seed: int,
-    step: int,
-    stream: int,
-    first_chain: int,
-    device: torch.device,
+def fill(
+    shape: Sequence[int], address: Address, device: torch.device, *, uniform: bool
 ) -> Tensor | None:
+    """The normals, or uniforms, of a checked address, in float32.
+
+    None if torch makes tensors without memory, as it does under FakeTensorMode.
+    """
     from fastlangevin.kernels.triton_step import fill_kernel
 
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
@@ -172,17 +158,18 @@ def _fill(
     with torch.cuda.device_of(out):
         fill_kernel[grid](
             out, chains, elements,
-            signed(seed), signed(seed >> 32), signed(step), signed(stream),
-            signed(first_chain), UNIFORM=uniform, **tile, **_COMPILE,
+            signed(address.seed), signed(address.seed >> 32), signed(address.step),
+            signed(address.stream), signed(address.first_chain),
+            UNIFORM=uniform, **tile, **_COMPILE,
         )  # fmt: skip
     return out
 
 
 def _lines(x: Tensor, grad: Tensor | None, z: Tensor | None, draws: bool) -> tuple[int, int] | None:
-    """How a chain divides into lines of evenly spaced elements, in every tensor alike.
+    """(channels, pixels): how a chain divides into lines of evenly spaced elements in all tensors.
 
-    (1, elements) where all chains are contiguous, (channels, pixels) where some are channels_last,
-    None where a tensor is neither. z must be laid out as x is.
+    (1, elements) if all chains are contiguous, the real channels and pixels if some chains are
+    channels_last, and None if a chain is neither. z must be laid out as x is.
     """
     if z is not None and z.stride() != x.stride():
         return None
@@ -193,7 +180,7 @@ def _lines(x: Tensor, grad: Tensor | None, z: Tensor | None, draws: bool) -> tup
     if not all(_planar(v) or _channels_last(v) for v in tensors):
         return None
     if not draws and all(v.stride() == x.stride() for v in tensors):
-        return 1, elements  # without noise to draw, an element's number does not matter
+        return 1, elements  # the number of an element matters only to draw its noise
     pixels = elements // x.shape[1]
     return None if draws and pixels % 4 else (x.shape[1], pixels)
 
@@ -207,7 +194,7 @@ def _channels_last(v: Tensor) -> bool:
 
 
 def _strides(v: Tensor | None, channels: int, pixels: int) -> tuple[int, int, int]:
-    """Between chains, channels and pixels, in elements."""
+    """The strides between chains, channels and pixels, in elements."""
     if v is None:
         return 0, 0, 0
     if channels == 1:
@@ -218,7 +205,7 @@ def _strides(v: Tensor | None, channels: int, pixels: int) -> tuple[int, int, in
 def _grid(
     chains: int, channels: int, pixels: int, itemsize: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The programs, lines by pixels, and the shape of their tiles: powers of 2."""
+    """The grid of programs (lines by pixels), and the shape of their tiles in powers of 2."""
     tile = _TILE_BYTES // itemsize
     if channels > 1:
         lines = min(_MAX_CHANNELS, _power_of_2(channels))
@@ -234,20 +221,20 @@ def _grid(
 
 
 def _power_of_2(number: int) -> int:
-    """The least one >= number."""
+    """The least power of 2 that is >= number."""
     return 1 << (number - 1).bit_length()
 
 
 def coefficient(value: reference.Coefficient, x: Tensor) -> tuple[float, Tensor | None]:
-    """A coefficient as a number times float32 values per chain."""
+    """A coefficient as a number and, if it is a tensor, float32 factors [n] of that number."""
     if not isinstance(value, Tensor):
         return float(value), None
     return 1.0, value.to(device=x.device, dtype=torch.float32).expand(x.shape[0]).contiguous()
 
 
 def signed(number: int) -> int:
-    """The low word of a number as the signed int32 with its bits.
+    """The low 32-bit word of a number, as the signed int32 with the same bits.
 
-    Triton would compile anew for a number that needs another integer type.
+    For a number that needs another integer type, Triton would compile the kernel again.
     """
     return ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000

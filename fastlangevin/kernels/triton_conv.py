@@ -1,12 +1,14 @@
-"""Convolutions in Triton, forward: the kernel, and what it shares with those of the way back.
+"""Forward convolutions in Triton, and the functions that the backward kernels share with them.
 
-Every convolution here is an implicit matrix product. A row is a pixel of the result, a column one
-of its channels, and the sum runs over taps and channels of the source: [BM, BK] values gathered
-from the source times [BK, BN] weights, accumulated in float32. Images lie as [chain, y, x, channel]
-and weights as [column, tap, channel], so that both tiles are read along their contiguous axis.
+Every convolution is an implicit matrix product. A row is a pixel of the result, a column is one of
+its channels, and the sum runs over the taps and channels of the source: [BM, BK] values gathered
+from the source, times [BK, BN] weights, accumulated in float32. Images are stored as
+[chain, y, x, channel] and weights as [column, tap, channel], so that both tiles are read along
+their contiguous axis.
 
-Where BK does not divide the source's channels, the sum runs over (tap, channel) pairs (FLAT): an
-image's 27 are padded to 32, where the 16 channels of a matrix instruction would make them 144.
+If BK does not divide the channels of the source, the sum runs over (tap, channel) pairs (FLAT). The
+27 pairs of an image are then padded to 32; padding its channels to the 16 of a matrix instruction
+would make them 144.
 """
 
 import triton
@@ -15,8 +17,8 @@ import triton.language as tl
 
 @triton.jit
 def operand(value, dtype: tl.constexpr, TF32: tl.constexpr):
-    """Float32 as the matrix instructions are to read it: rounded to TF32, where they would cut."""
-    if TF32:  # ties away from zero; NaN is left alone, for adding to its bits could end it
+    """Float32 in the form that matrix instructions read; TF32 is rounded, since they truncate."""
+    if TF32:  # ties away from zero; NaN stays as it is, since adding to its bits could change it
         bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)
@@ -32,8 +34,9 @@ def products(
 ):  # fmt: skip
     """acc [BM, BN] + source [BM, K] weight [K, BN], K = taps_y taps_x C padded to a multiple of BK.
 
-    source [BM, 1] points to each row's chain and weight [1, BN] to each column's first tap. Tap
-    (i, j) reads the pixel (y + i TAP_Y, x + j TAP_X), zero outside of H x W. A STATE is float32.
+    source [BM, 1] points to the chain of each row and weight [1, BN] to the first tap of each
+    column. Tap (i, j) reads the pixel (y + i TAP_Y, x + j TAP_X), which is zero outside H x W.
+    STATE means that the source is x, which is read as float32 and rounded to the weights' dtype.
     """
     inner = tl.arange(0, BK)
     for k in range(0, tl.cdiv(taps_y * taps_x * C, BK)):
@@ -45,8 +48,8 @@ def products(
             inside = live
         from_y, from_x = y + tap // taps_x * TAP_Y, x + tap % taps_x * TAP_X
         inside &= (from_y >= 0) & (from_y < H) & (from_x >= 0) & (from_x < W)
-        place = from_y * Y_STRIDE + from_x * X_STRIDE + (c * C_STRIDE)[None, :]
-        a = tl.load(source + place, mask=inside, other=0.0)
+        at = from_y * Y_STRIDE + from_x * X_STRIDE + (c * C_STRIDE)[None, :]
+        a = tl.load(source + at, mask=inside, other=0.0)
         if STATE:
             a = operand(a.to(tl.float32), weight.dtype.element_ty, PRECISION == "tf32")
         b = tl.load(weight + (k * BK + inner)[:, None], mask=filled, other=0.0)
@@ -56,11 +59,11 @@ def products(
 
 @triton.jit
 def _activate(value, ACTIVATION: tl.constexpr, p, q):
-    """An activation of settings p and q: its value and its derivative."""
+    """(value, derivative) of an activation with the parameters p and q."""
     if ACTIVATION == "silu":
         s = 1.0 / (1.0 + tl.exp(-value))
         return value * s, s * (1.0 + value * (1.0 - s))
-    elif ACTIVATION == "softplus":  # beta, and the threshold above which it is the identity
+    elif ACTIVATION == "softplus":  # p is beta, and above the threshold q it is the identity
         scaled = value * p
         linear = scaled > q
         soft = tl.log(1.0 + tl.exp(scaled)) / p
@@ -70,16 +73,16 @@ def _activate(value, ACTIVATION: tl.constexpr, p, q):
         e = p * tl.exp(value)
         return tl.where(value > 0, value, e - p), tl.where(value > 0, 1.0, e)
     elif ACTIVATION == "relu":
-        kept = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        return kept, tl.where(value > 0, 1.0, 0.0)
-    else:  # leaky_relu; as torch's, of slope p at zero and at NaN
+        positive = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return positive, tl.where(value > 0, 1.0, 0.0)
+    else:  # leaky_relu; as in torch, the slope at zero and at NaN is p
         slope = tl.where(value > 0, 1.0, p)
         return value * slope, slope
 
 
 @triton.jit
 def _packed(positive, BM: tl.constexpr, BN: tl.constexpr):
-    """Signs [BM, BN] as words [BM, BN / 32], the first channel in the lowest bit."""
+    """Signs [BM, BN] as words [BM, BN / 32], with the first channel in the lowest bit."""
     bits = tl.reshape(positive.to(tl.int32), [BM, BN // 32, 32])
     return tl.sum(bits << tl.arange(0, 32)[None, None, :], axis=2)
 
@@ -96,13 +99,14 @@ def forward_kernel(
     K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """h = activation(conv(source) + bias) [rows, COLUMNS], and what its derivative needs.
+    """h = activation(conv(source) + bias) [rows, COLUMNS], and the values its derivative needs.
 
-    saved: int32 sign words [rows, COLUMNS / 32] where the activation is piecewise linear, else its
-    derivative in out's dtype. With head (v [pixels, COLUMNS], the gradient of the energy <h, v>) h
-    is the last: out becomes v times the derivative, the first gradient of the way back, nothing is
-    saved, and energies [rows, tiles of columns] takes <h, v> of the tile's columns where it is not
-    None. overflow [1] is set where a value is too large for float16, or NaN.
+    saved receives int32 sign words [rows, COLUMNS / 32] if the activation is piecewise linear, and
+    its derivative in out's dtype otherwise. With head = v [pixels, COLUMNS] this is the last
+    layer, and the energy is <h, v>. Then out receives v times the derivative, which is the first
+    gradient of the backward pass, nothing is saved, and energies [rows, tiles of columns], unless
+    None, receives <h, v> over the tile's columns. overflow [1] is set if a value is NaN or too
+    large for float16.
     """
     tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
     row = tl.program_id(0) // tiles * BM + tl.arange(0, BM)[:, None]
@@ -118,23 +122,24 @@ def forward_kernel(
     )  # fmt: skip
     value += tl.load(bias + column, mask=filled, other=0.0)
     if overflow is not None:  # 65520 rounds to infinity
-        lost = tl.max((~(tl.abs(value) < 65520.0)).to(tl.int32), axis=1, keep_dims=True)
-        tl.store(overflow + row * 0, lost, mask=live & (lost != 0))
+        overflows = tl.max((~(tl.abs(value) < 65520.0)).to(tl.int32), axis=1, keep_dims=True)
+        tl.store(overflow + row * 0, overflows, mask=live & (overflows != 0))
     h, slope = _activate(value, ACTIVATION, p, q)
-    place, mask = row.to(tl.int64) * COLUMNS + column, live & filled
+    at, mask = row.to(tl.int64) * COLUMNS + column, live & filled
     if head is None:
-        tl.store(out + place, operand(h, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
+        tl.store(out + at, operand(h, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
         if ACTIVATION == "leaky_relu" or ACTIVATION == "relu":
             words: tl.constexpr = (COLUMNS + 31) // 32
             word = tl.program_id(0) % tiles * (BN // 32) + tl.arange(0, BN // 32)[None, :]
-            there = row.to(tl.int64) * words + word
-            tl.store(saved + there, _packed(value > 0, BM, BN), mask=live & (word < words))
+            signs_at = row.to(tl.int64) * words + word
+            tl.store(saved + signs_at, _packed(value > 0, BM, BN), mask=live & (word < words))
         else:
-            tl.store(saved + place, slope.to(saved.dtype.element_ty), mask=mask)
+            tl.store(saved + at, slope.to(saved.dtype.element_ty), mask=mask)
     else:
         v = tl.load(head + pixel * COLUMNS + column, mask=mask, other=0.0)
         g = operand(v * slope, out.dtype.element_ty, PRECISION == "tf32")
-        tl.store(out + place, g, mask=mask)
+        tl.store(out + at, g, mask=mask)
         if energies is not None:
-            there = energies + row.to(tl.int64) * tiles + tl.program_id(0) % tiles
-            tl.store(there, tl.sum(tl.where(mask, h * v, 0.0), axis=1, keep_dims=True), mask=live)
+            energy = tl.sum(tl.where(mask, h * v, 0.0), axis=1, keep_dims=True)
+            tile = row.to(tl.int64) * tiles + tl.program_id(0) % tiles
+            tl.store(energies + tile, energy, mask=live)

@@ -1,8 +1,9 @@
 """Input gradients of convolutions in Triton, and the Langevin step at the end of the last one.
 
-Gathers, as forward in triton_conv. Pixels of x whose coordinates leave the same remainders by the
-stride meet the same taps, so each such class is a dense convolution with its own share of the taps:
-four of 2x2 in place of one of 4x4 at stride 2, with no product with an inserted zero.
+The kernels gather, as the forward kernel in triton_conv does. Pixels of x whose coordinates have
+the same remainders modulo the stride meet the same taps. Each such class of pixels is a dense
+convolution with its own part of the taps: four of 2x2 instead of one of 4x4 at stride 2, without
+products with inserted zeros.
 """
 
 import triton
@@ -22,19 +23,19 @@ def _input_gradient(
     K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient [BM, BN] of one class's rows, with their chains, pixels and whether they live.
+    """(gradient [BM, BN], chain, pixel, live) of the rows of one class; live says if a row exists.
 
-    The class is program_id(1), its rows are numbered by themselves. source is the gradient of the
-    convolution's result, H x W x C, and OUT_H x OUT_W the convolution's own input.
+    The class is program_id(1), and each class numbers its own rows. source is the gradient of the
+    convolution's result, H x W x C; OUT_H x OUT_W is the size of the convolution's input.
     """
     class_h: tl.constexpr = (OUT_H + STRIDE_Y - 1) // STRIDE_Y
     class_w: tl.constexpr = (OUT_W + STRIDE_X - 1) // STRIDE_X
     rest_y, rest_x = tl.program_id(1) // STRIDE_X, tl.program_id(1) % STRIDE_X
-    chain, place = row // (class_h * class_w), row % (class_h * class_w)
-    y, x = place // class_w, place % class_w
+    chain, pixel = row // (class_h * class_w), row % (class_h * class_w)
+    y, x = pixel // class_w, pixel % class_w
     to_y, to_x = y * STRIDE_Y + rest_y, x * STRIDE_X + rest_x
     live = (row < rows) & (to_y < OUT_H) & (to_x < OUT_W)
-    # to_y = (source's y) STRIDE_Y - PAD_Y + tap DILATION_Y, and a stride has no dilation beside it.
+    # to_y = (source's y) STRIDE_Y - PAD_Y + tap DILATION_Y; a stride never occurs with a dilation.
     tap_y, tap_x = (rest_y + PAD_Y) % STRIDE_Y, (rest_x + PAD_X) % STRIDE_X
     acc = products(
         tl.zeros([BM, BN], tl.float32),
@@ -67,8 +68,9 @@ def backward_kernel(
 ):  # fmt: skip
     """out [chain, pixel, COLUMNS] = input gradient times the derivative of the activation below.
 
-    saved is what that activation's forward_kernel saved: SIGNS of slope 1 or p, or derivatives.
-    rows are those of one class of the grid's second axis.
+    saved is what forward_kernel saved for that activation: with SIGNS the signs, which select the
+    slope 1 or p, else derivatives. rows counts the rows of one class, and the classes are the
+    grid's second axis.
     """
     tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
     row = tl.program_id(0) // tiles * BM + tl.arange(0, BM)[:, None]
@@ -79,15 +81,15 @@ def backward_kernel(
         DILATION_Y, DILATION_X, K, PRECISION, FLAT, BM, BN, BK,
     )  # fmt: skip
     line = chain.to(tl.int64) * (OUT_H * OUT_W) + pixel
-    place, mask = line * COLUMNS + column, live & (column < COLUMNS)
+    at, mask = line * COLUMNS + column, live & (column < COLUMNS)
     if SIGNS:
         words: tl.constexpr = (COLUMNS + 31) // 32
         word = tl.program_id(0) % tiles * (BN // 32) + tl.arange(0, BN // 32)[None, :]
         signs = tl.load(saved + line * words + word, mask=live & (word < words), other=0)
         g = tl.where(_unpacked(signs, BM, BN), g, g * p)
     else:
-        g *= tl.load(saved + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, operand(g, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
+        g *= tl.load(saved + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, operand(g, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "first_chain"])
@@ -104,12 +106,13 @@ def image_kernel(
     K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the energy with respect to x, times unscale [1]; stored, or stepped along.
+    """Stores the gradient of the energy with respect to x, times unscale [1], or steps along it.
 
-    With grad (x's layout, chains x_chain apart, float32) it goes there and x may be None; without,
-    x takes the step of step_kernel, whose arguments these are, and the gradient stays in registers.
-    Noise is drawn for four neighbouring pixels at once: DRAW needs strides of 1 and 4 to divide a
-    channel's pixels. overflow [1] is set where the gradient is not finite.
+    With grad (float32, in x's layout with x_chain between chains) the gradient is stored there, and
+    x may be None. Otherwise x takes the step of step_kernel, with its arguments, and the gradient
+    stays in registers. Noise is drawn for four neighbouring pixels at once: DRAW requires a
+    convolution of stride 1 and a number of pixels per channel that 4 divides. overflow [1] is set
+    if the gradient is not finite.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     g, chain, pixel, live = _input_gradient(
@@ -117,17 +120,17 @@ def image_kernel(
         H, W, C, OUT_H, OUT_W, COLUMNS, TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X,
         DILATION_Y, DILATION_X, K, PRECISION, FLAT, BM, BN, BK,
     )  # fmt: skip
-    # As the step's tiles: lines are channels, and four neighbours along one share a Philox block.
+    # As in the tiles of the step, lines are channels, and four neighbours share a Philox block.
     g = tl.trans(g) * tl.load(unscale)
     chain, pixel, live = tl.trans(chain), tl.trans(pixel), tl.trans(live)
     channel = tl.arange(0, BN)[:, None]
     mask = live & (channel < COLUMNS)
     if overflow is not None:
-        lost = mask & ~(tl.abs(g) < float("inf"))
-        tl.store(overflow + tl.zeros([BN, BM], tl.int32), 1, mask=lost)
-    place = chain.to(tl.int64) * x_chain + channel * CHANNEL_STRIDE + pixel * PIXEL_STRIDE
+        infinite = mask & ~(tl.abs(g) < float("inf"))
+        tl.store(overflow + tl.zeros([BN, BM], tl.int32), 1, mask=infinite)
+    at = chain.to(tl.int64) * x_chain + channel * CHANNEL_STRIDE + pixel * PIXEL_STRIDE
     if grad is not None:
-        tl.store(grad + place, g, mask=mask)
+        tl.store(grad + at, g, mask=mask)
     else:
         a = step_size
         if step_sizes is not None:
@@ -148,11 +151,11 @@ def image_kernel(
                 quads: tl.constexpr = OUT_H * OUT_W // 4
                 quad = tl.program_id(0) * (BM // 4) + tl.arange(0, BM // 4)[None, :]
                 block = (channel * quads + quad % quads).to(tl.uint32)
-                of_chain = (quad // quads).to(tl.uint32) + word(first_chain)
-                z = draw(block, of_chain, number, word(0), low, high, False)
+                drawn_chain = (quad // quads).to(tl.uint32) + word(first_chain)
+                z = draw(block, drawn_chain, number, word(0), low, high, False)
             else:
-                z = tl.load(noise + place, mask=mask).to(tl.float32)
+                z = tl.load(noise + at, mask=mask).to(tl.float32)
             kick = b * z
-        value = tl.load(x + place, mask=mask).to(tl.float32)
+        value = tl.load(x + at, mask=mask).to(tl.float32)
         value = update(value, a * g, kick, lo, hi, NOISE_LAST)
-        tl.store(x + place, value.to(x.dtype.element_ty), mask=mask)
+        tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)

@@ -1,11 +1,12 @@
-"""The noise contract and the step contract in Triton: the kernels alone.
+"""The Triton kernels of the noise and the step.
 
-They mirror csrc/philox.h and csrc/step.h operation by operation, each rounded once (compile with
-enable_fp_fusion=False), so that their normals and steps equal the native ones bit for bit.
+They mirror csrc/common/philox.h and csrc/common/step.h operation by operation, with each operation
+rounded once (compile with enable_fp_fusion=False). Their normals and steps therefore equal the
+native ones bit for bit.
 
-A program owns a tile of LINES x PIXELS elements. A line is a chain, or one channel of a chain where
-an operand is channels_last; a pixel is an element of it. Four neighbours along a line share a
-Philox block, so tiles draw each block once, whatever the order of the elements in memory.
+A program processes a tile of LINES x PIXELS elements. A line is a chain, or one channel of a chain
+if an operand is channels_last; a pixel is an element of a line. Four neighbours along a line share
+a Philox block, so that a tile draws each block once in any order of the elements in memory.
 """
 
 import triton
@@ -14,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def word(number):
-    """An int32 argument as the 32-bit word that it stands for."""
+    """The 32-bit word with the bits of an int32 argument."""
     return tl.full([1, 1], number, tl.int32).to(tl.uint32, bitcast=True)
 
 
@@ -39,15 +40,15 @@ def _uniform(w):
 
 @triton.jit
 def _radius(w):
-    """sqrt(-2 ln v(w)), from (w >> 8) + 1 = m 2**e with m in [sqrt(1/2), sqrt(2)).
+    """sqrt(-2 ln v(w)), computed from (w >> 8) + 1 = m 2**e with m in [sqrt(1/2), sqrt(2)).
 
-    A polynomial, since the hardware's logarithm is off by 5e-4 in the radius near v = 1.
+    It uses a polynomial: with the hardware's logarithm the radius near v = 1 is wrong by 5e-4.
     """
     number = ((w >> 8) + 1).to(tl.int32, bitcast=True).to(tl.float32)
     offset = number.to(tl.int32, bitcast=True) - 0x4B3504F3  # the bits of 2**24 sqrt(1/2)
     exponent = (offset >> 23).to(tl.float32)
     f = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0  # m - 1
-    p = f * -0.17444715 + 0.2873369  # towards -2 ln(1 + f) / f
+    p = f * -0.17444715 + 0.2873369  # approximates -2 ln(1 + f) / f
     p = p * f + -0.29904532
     p = p * f + 0.33124787
     p = p * f + -0.39913666
@@ -60,7 +61,7 @@ def _radius(w):
 
 @triton.jit
 def _box_muller(w_radius, w_angle):
-    """Two normals. Half turns are taken out exactly; an odd number of them changes both signs."""
+    """Two normals. Half turns are removed exactly; an odd number of them flips both signs."""
     shifted = w_angle << 1
     sign = (w_angle ^ shifted) & 0x80000000
     # y = 4 (u - half turns) in [-1, 1)
@@ -80,7 +81,7 @@ def _box_muller(w_radius, w_angle):
 
 @triton.jit
 def draw(block, chain, step, stream, seed_low, seed_high, UNIFORM: tl.constexpr):
-    """The numbers of blocks [LINES, PIXELS / 4], as [LINES, PIXELS]."""
+    """The numbers [LINES, PIXELS] of the blocks [LINES, PIXELS / 4]."""
     w0, w1, w2, w3 = _words(block, chain, step, stream, seed_low, seed_high)
     if UNIFORM:
         z0, z1, z2, z3 = _uniform(w0), _uniform(w1), _uniform(w2), _uniform(w3)
@@ -93,7 +94,7 @@ def draw(block, chain, step, stream, seed_low, seed_high, UNIFORM: tl.constexpr)
 
 @triton.jit
 def clamp(x, lo, hi):
-    """x in [lo, hi], NaN staying NaN."""
+    """x clamped to [lo, hi]; NaN stays NaN."""
     return tl.clamp(x, lo, hi, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -101,7 +102,7 @@ def clamp(x, lo, hi):
 def update(value, move, kick, lo, hi, NOISE_LAST: tl.constexpr):
     """clamp(value + (move + kick)) or, with NOISE_LAST, clamp(value + move) + kick.
 
-    Terms are None where absent.
+    A term that is absent is None.
     """
     if NOISE_LAST:
         if move is not None:
@@ -125,8 +126,8 @@ def update(value, move, kick, lo, hi, NOISE_LAST: tl.constexpr):
 def _tile(channels, LINES: tl.constexpr, PIXELS: tl.constexpr, BY_CHANNEL: tl.constexpr):
     """A program's chains and channels [LINES, 1] and its first pixel, in 64 bits.
 
-    A tile takes LINES chains or, by channel, LINES channels of one chain: then one program touches
-    every byte of a run of pixels, in either order of memory.
+    A tile has LINES chains or, with BY_CHANNEL, LINES channels of one chain. In the second case one
+    program touches every byte of a run of pixels in either order of memory.
     """
     column = tl.program_id(1) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
     line = tl.arange(0, LINES)[:, None].to(tl.int64)
@@ -142,7 +143,7 @@ def _tile(channels, LINES: tl.constexpr, PIXELS: tl.constexpr, BY_CHANNEL: tl.co
 
 @triton.jit
 def _blocks(channel, first_pixel, pixels, PIXELS: tl.constexpr):
-    """The blocks of four elements of a tile, [LINES, PIXELS / 4]; by channel, 4 divides pixels."""
+    """The Philox blocks [LINES, PIXELS / 4] of a tile. By channel, 4 must divide pixels."""
     quad = first_pixel // 4 + tl.arange(0, PIXELS // 4)[None, :]
     return (channel * (pixels // 4) + quad).to(tl.uint32)
 
@@ -179,27 +180,27 @@ def step_kernel(
     PIXELS: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
 ):
-    """x <- clamp(x + (a clip(g) + b z)), a signed; pointers are None where a term is absent.
+    """x <- clamp(x + (a clip(g) + b z)), where a is signed. The pointer of an absent term is None.
 
-    Tensors [chains, channels, pixels] are addressed by their strides; noise has x's.
+    Tensors [chains, channels, pixels] are addressed by their strides; noise has the strides of x.
     step_sizes and noise_stds hold float32 factors of step_size and noise_std per chain. The words
-    of the seed, step and first_chain come as signed int32; rng_state holds {seed, a number added to
-    step} in int64. Bounds at infinity bound nothing.
+    of the seed, step and first_chain are passed as signed int32. rng_state holds {seed, a number
+    that is added to step} in int64. Infinite bounds have no effect.
     """
     chain, channel, first_pixel = _tile(channels, LINES, PIXELS, BY_CHANNEL)
     pixel = first_pixel + tl.arange(0, PIXELS)[None, :]
-    here = chain < chains
-    mask = here & (channel < channels) & (pixel < pixels)
-    place = chain * x_chain + channel * x_channel + pixel * x_pixel
-    value = tl.load(x + place, mask=mask).to(tl.float32)
+    live = chain < chains
+    mask = live & (channel < channels) & (pixel < pixels)
+    at = chain * x_chain + channel * x_channel + pixel * x_pixel
+    value = tl.load(x + at, mask=mask).to(tl.float32)
 
     move = None
     if grad is not None:
         a = step_size
         if step_sizes is not None:
-            a *= tl.load(step_sizes + chain, mask=here)
-        there = chain * grad_chain + channel * grad_channel + pixel * grad_pixel
-        g = tl.load(grad + there, mask=mask).to(tl.float32)
+            a *= tl.load(step_sizes + chain, mask=live)
+        grad_at = chain * grad_chain + channel * grad_channel + pixel * grad_pixel
+        g = tl.load(grad + grad_at, mask=mask).to(tl.float32)
         if clip is not None:
             g = clamp(g, -clip, clip)
         move = a * g
@@ -208,7 +209,7 @@ def step_kernel(
     if DRAW or noise is not None:
         b = noise_std
         if noise_stds is not None:
-            b *= tl.load(noise_stds + chain, mask=here)
+            b *= tl.load(noise_stds + chain, mask=live)
         if DRAW:
             low, high, number = word(seed_low), word(seed_high), word(step)
             if rng_state is not None:
@@ -219,11 +220,11 @@ def step_kernel(
             row = chain.to(tl.uint32) + word(first_chain)
             z = draw(block, row, number, word(0), low, high, False)
         else:
-            z = tl.load(noise + place, mask=mask).to(tl.float32)
+            z = tl.load(noise + at, mask=mask).to(tl.float32)
         kick = b * z
 
     value = update(value, move, kick, lo, hi, NOISE_LAST)
-    tl.store(x + place, value.to(x.dtype.element_ty), mask=mask)
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream", "first_chain"])
@@ -240,7 +241,7 @@ def fill_kernel(
     LINES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """out [chains, elements], contiguous float32 <- the contract's normals or uniforms."""
+    """Fills out [chains, elements], contiguous and float32, with normals or uniforms."""
     chain, channel, first_pixel = _tile(1, LINES, PIXELS, False)
     pixel = first_pixel + tl.arange(0, PIXELS)[None, :]
     block = _blocks(channel, first_pixel, elements, PIXELS)

@@ -5,7 +5,8 @@ from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.guard import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_gif, save_grid
 from fastlangevin.learn.learner import Metrics, ShortRunLearner
-from fastlangevin.learn.tasks.reconstruct import interpolate, reconstruct
+from fastlangevin.learn.tasks.interpolate import interpolate
+from fastlangevin.learn.tasks.reconstruct import reconstruct
 from fastlangevin.learn.tasks.restore import restore
 from fastlangevin.learn.tasks.transfer import transfer
 from fastlangevin.learn.train import train

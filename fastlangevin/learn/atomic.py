@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process is killed or the power fails."""
+"""Write files atomically: complete or not at all, even if the process or the power fails."""
 
 import contextlib
 import errno
@@ -9,19 +9,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# .NAME.HOST.PID.tmp: the host too, as several may share the folder.
+# .NAME.HOST.PID.tmp, with the host because several hosts may share a folder.
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)\.(?P<pid>\d+)\.tmp")
-# What file systems that cannot sync a folder, or do not let it be opened, answer.
+# Errors of file systems that cannot sync a folder or do not allow it to be opened.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it takes ``path``'s place in one move.
+    """Yield a temporary path in the folder of ``path``; on success, move that file to ``path``.
 
-    The content reaches the disk before the move, and the move before the return. If the body
-    raises (a full disk, say), the temporary file is removed and ``path`` is as it was. What
-    processes that were killed left of the same file is removed first.
+    The content reaches the disk before the move, and the move before this function returns. If
+    the body raises, for example because the disk is full, the temporary file is removed and
+    ``path`` is unchanged. Temporary files that killed processes left for ``path`` are removed
+    first.
     """
     make_folder(path.parent)
     remove_leftovers(path.parent, path.name)
@@ -36,16 +37,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete the temporary files, of ``name`` or of any file, of this host's dead processes."""
+    """Delete temporary files that dead processes of this host left, for one file name or all."""
     pattern = "*" if name is None else glob.escape(name)
     for path in folder.glob(f".{pattern}.*.tmp"):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found and found["host"] == _host() and not _is_running(int(found["pid"])):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match["host"] == _host() and not _is_running(int(match["pid"])):
             path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, so that a power cut does not take them away again."""
+    """Create a folder and its parents, and sync them to the disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -53,9 +54,9 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when the content of a file, or a folder's list of names, is on the disk."""
+    """Return once the content of a file, or the list of names in a folder, is on the disk."""
     if not path.is_dir():
-        with path.open("r+b") as file:  # Windows syncs no file that is open for reading only
+        with path.open("r+b") as file:  # Windows cannot sync a file that is open only for reading
             os.fsync(file.fileno())
     elif os.name == "posix":  # elsewhere a folder cannot be opened
         try:
@@ -74,12 +75,12 @@ def _host() -> str:
 
 
 def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # os.kill would send Ctrl-C there
+    if os.name != "posix":  # on Windows, os.kill would send Ctrl-C
         return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # it runs as another user
     return True

@@ -1,4 +1,4 @@
-"""YAML whose aliases cannot make a small file large."""
+"""Parse YAML with bounds, so that nesting or aliases in a small file cannot exhaust memory."""
 
 from itertools import chain
 from typing import Any
@@ -11,17 +11,17 @@ _MOST_LEVELS = 50
 
 class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
-        # Its time grows with the square of the depth: 6 s for 60 KB of brackets.
+        # The parser's time grows with the square of the depth: 6 s for 60 KB of brackets.
         if self.flow_level >= _MOST_LEVELS:
             raise ValueError("it is nested too deeply")
         super().fetch_flow_collection_start(TokenClass)
 
 
 def parse_yaml(text: str) -> Any:
-    """What safe YAML holds; ValueError if it is none, or holds too many values.
+    """Parse safe YAML; ValueError if it is invalid or holds too many values.
 
-    Aliases count as often as they are written out: ten lines, each of ten aliases of the line
-    before, are ten billion values, which merge keys and error messages would spell out.
+    An alias counts as many values as it stands for. Ten lines, each with ten aliases of the line
+    before, stand for ten billion values, which merge keys and error messages would write out.
     """
     loader = _Loader(text)
     try:
@@ -41,11 +41,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, counts: dict[int, int]) -> int:
-    """The number of values in a node, each alias as large as what it stands for."""
+    """Count the values in a node; an alias counts as many values as it stands for."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in counts:
-        counts[id(node)] = _MOST_NODES + 1  # what a node that holds itself finds in itself
+        counts[id(node)] = _MOST_NODES + 1  # the count that a node which contains itself will find
         mapping = isinstance(node, yaml.MappingNode)
         children = chain.from_iterable(node.value) if mapping else node.value
         counts[id(node)] = 1 + sum(_count(child, counts) for child in children)

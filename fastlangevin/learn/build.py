@@ -1,6 +1,5 @@
-"""From a config to the things it describes: energy, sampler, learner, samples."""
+"""Build what a config describes: data, energy, sampler, learner and samples."""
 
-import dataclasses
 import hashlib
 import importlib
 import sys
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.autograd import check_precision
+from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig, config_names, resolve
 from fastlangevin.learn.data.load import ImageData, load_images
@@ -20,12 +19,12 @@ from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
 
-# Numbers folded into the run's seed; those below 2**32 are iterations.
+# Numbers folded into the run's seed. Numbers below 2**32 are iterations.
 _WEIGHTS, _BUFFER, _GRID = 2**32, 2**32 + 1, 2**32 + 2
 
 
 def load_data(config: TrainConfig) -> ImageData:
-    """The config's images."""
+    """Load the training images of a config."""
     if config.data is None:
         raise ValueError("data is not set: give a name or a path, for example data=digits")
     return load_images(
@@ -37,46 +36,12 @@ def load_data(config: TrainConfig) -> ImageData:
     )
 
 
-def load_held_out(
-    config: TrainConfig, shape: tuple[int, ...], source: str | None = None
-) -> ImageData:
-    """Images that a run of ``config`` did not train on, as (C, H, W) = ``shape``.
-
-    Those of ``source`` if it is given, else those past the run's ``limit``, else the test split of
-    its data. ValueError where there are none.
-    """
-    channels, size = shape[0], shape[-1]
-    options: dict[str, Any] = {"size": size, "channels": channels, "on_corrupt": config.on_corrupt}
-    if source is not None:
-        return load_images(source, **options)
-    if config.data is None:
-        raise ValueError("the run names no data: give images")
-    if config.limit is None:
-        try:
-            return load_images(config.data, split="test", **options)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(
-                f"the run trained on every image of {config.data}: train with limit=N to hold "
-                f"the others out, or give images ({error})"
-            ) from error
-    found = load_images(config.data, **options)
-    if len(found) <= config.limit:
-        raise ValueError(
-            f"the run's limit={config.limit} holds out none of the {len(found)} images of "
-            f"{config.data}: give images"
-        )
-    return dataclasses.replace(
-        found,
-        pixels=found.pixels[config.limit :],
-        labels=None if found.labels is None else found.labels[config.limit :],
-        name=f"{config.data}, those past the run's limit of {config.limit}",
-    )
-
-
 def build_learner(config: TrainConfig, data: ImageData | None = None) -> ShortRunLearner:
-    """The learner of a config at iteration 0; ValueError where its settings do not fit.
+    """Build the learner of a config, at iteration 0.
 
-    ``data`` are the config's images where they are loaded already.
+    data: the config's images, if they are already loaded.
+
+    Raises ValueError if the settings do not fit each other, the data or this machine.
     """
     data = load_data(config) if data is None else data
     energy = build_energy(config, data)
@@ -113,7 +78,7 @@ def build_learner(config: TrainConfig, data: ImageData | None = None) -> ShortRu
 
 
 def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
-    """The config's net for the data's shape, its weights a function of the seed."""
+    """Build the network of a config for the shape of the data; its weights depend on the seed."""
     channels, height, width = data.shape
     if height != width or height not in (8, 16, 32, 64, 128, 256):
         raise ValueError(
@@ -122,7 +87,7 @@ def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
         )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         energy = ConvEnergy(channels, height, config.width, config.leak, config.activation).float()
-        # Drawn in float32, whatever torch's default dtype is.
+        # The weights are drawn in float32, independent of torch's default dtype.
         torch.manual_seed(_noise.fold_in(config.seed, _WEIGHTS) >> 1)
         for layer in energy.layers:
             if isinstance(layer, torch.nn.Conv2d):
@@ -131,7 +96,7 @@ def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
 
 
 def find_energy(target: str) -> torch.nn.Module:
-    """The energy of a config, or what module:attribute is or makes."""
+    """Return the energy of a config, or the one that module:attribute is or returns."""
     if ":" not in target:
         if target not in config_names():
             names = ", ".join(config_names())
@@ -147,25 +112,26 @@ def find_energy(target: str) -> torch.nn.Module:
         value = getattr(value, name)
     energy = value if isinstance(value, torch.nn.Module) else value()
     if not isinstance(energy, torch.nn.Module):
-        raise TypeError(f"{target} must be or make an nn.Module, got {type(energy).__name__}")
+        raise TypeError(f"{target} must be or return an nn.Module, got {type(energy).__name__}")
     return energy
 
 
 def build_sampler(config: TrainConfig, energy: torch.nn.Module) -> LangevinSampler:
+    """Build the sampler of a config."""
     return LangevinSampler(energy, **sampler_settings(config))
 
 
 def sampler_settings(config: TrainConfig) -> dict[str, Any]:
-    """The config's arguments of LangevinSampler, JSON-ready."""
+    """Return a config's arguments for LangevinSampler, JSON-ready."""
     names = ("steps", "step_size", "noise_std", "clamp", "grad_clip", "noise_order", "precision",
              "backend")  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a name stands for; "auto" is CUDA where torch has it, else the CPU.
+    """Return the device of a name; "auto" is CUDA if torch has it, else the CPU.
 
-    CUDA without an index is the current GPU.
+    CUDA without an index is the current GPU. Raises ValueError for CUDA if torch has none.
     """
     if name == "auto":
         return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -176,14 +142,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def fingerprint(data: Images) -> dict[str, Any]:
-    """What tells a data set from another: its size, shape, and a digest of 64 of its images."""
+    """Identify a data set by its size, its shape, and a digest of 64 of its images."""
     some = torch.arange(64, dtype=torch.int64, device="cpu") * len(data) // 64
     digest = hashlib.sha256(data.batch(some.unique()).numpy().tobytes()).hexdigest()
     return {"images": len(data), "shape": list(data.shape), "sha256": digest}
 
 
 def draw_samples(learner: ShortRunLearner, config: TrainConfig) -> Tensor:
-    """``samples`` fresh chains from p0, the same noise every time."""
+    """Run ``config.samples`` new chains from p0, with the same starts and noise at every call."""
     sampler = build_sampler(config, learner.model)
     device = next(learner.model.parameters()).device
     seed = _noise.fold_in(config.seed, _GRID)

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, with its JSON in the header; never pickle."""
+"""Checkpoints: one safetensors file each, with JSON in its header. Pickle is never used."""
 
 import inspect
 import json
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.autograd import check_precision
+from fastlangevin.gradients.precision import check_precision
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.run_folder import is_run
@@ -24,8 +24,8 @@ from fastlangevin.step import choose_backend
 
 FORMAT = "fastlangevin checkpoint"
 VERSION = 1
-_HEADER, _CHECKSUM = "fastlangevin", "checksum"  # names in the metadata of the file
-# What safetensors calls the dtypes.
+_HEADER, _CHECKSUM = "fastlangevin", "checksum"  # keys of the file's metadata
+# Names of the dtypes in safetensors.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -49,28 +49,28 @@ _MODELS = Path(__file__).parents[1] / "models"
 
 
 class CheckpointError(FileError):
-    """A checkpoint that cannot be read, or is not the one asked for."""
+    """A checkpoint cannot be read, or does not fit what it is loaded into."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A file that does not hold what was written to it, or that no checkpoint was written to."""
+    """A file is damaged, or is not a checkpoint."""
 
 
 def save_checkpoint(
     path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
 ) -> None:
-    """Write tensors by name and JSON-ready ``info``, atomically, with a checksum of both.
+    """Write named tensors and JSON-ready ``info``, with a checksum of both, atomically.
 
-    Whatever stops it, a file that was at ``path`` before stays whole until the new one is. Raises
-    OSError, with the reason, if the disk does not take it.
+    An existing file at ``path`` stays intact until the new one is complete. Raises OSError, with
+    the reason, if the file cannot be written.
     """
     path = Path(path)
     header = json.dumps({"format": FORMAT, "version": VERSION, **info})
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {_HEADER: header, _CHECKSUM: checksum(header, held)}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {_HEADER: header, _CHECKSUM: checksum(header, on_cpu)}
     with replacing(path) as temporary:
         try:
-            save_file(held, temporary, metadata)
+            save_file(on_cpu, temporary, metadata)
         except OSError as error:
             raise OSError(f"checkpoint {path} could not be written: {error}") from error
 
@@ -78,10 +78,10 @@ def save_checkpoint(
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write contiguous CPU tensors as a safetensors file; equal content gives equal bytes.
 
-    The library's own function first copies all tensors, gives the metadata a random order, and
-    writes to a temporary file that it leaves behind, under a name of its own, if it is killed.
+    The function of the safetensors library is not used, because it copies all tensors first, writes
+    the metadata in random order, and leaves a temporary file behind if it is killed.
     """
-    # The format has no gaps: by falling size of their elements, all tensors are aligned.
+    # The format has no padding. Sorting by element size, largest first, aligns all tensors.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -89,7 +89,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
         tensor = tensors[name]
         if tensor.dtype not in _DTYPES:
             raise TypeError(
-                f"checkpoint {path}: {name} has dtype {tensor.dtype}, which no file has"
+                f"checkpoint {path}: {name} has dtype {tensor.dtype}, which safetensors cannot hold"
             )
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
@@ -106,10 +106,11 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
 
 
 def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """The CRC-32 of a checkpoint's JSON and of every tensor's name, dtype, shape and bytes.
+    """Return the CRC-32 of a checkpoint's JSON and of each tensor's name, dtype, shape and bytes.
 
-    It finds any damage that lies within 32 bits, and all but one in 2^32 of the others; it is no
-    protection from forgery. 0.03 s for 100 MB on one core, a quarter of what BLAKE2b takes.
+    It detects all damage confined to 32 consecutive bits and all but a 2^-32 fraction of other
+    damage. It does not protect against forgery. It takes 0.03 s for 100 MB on one core, a quarter
+    of the time of BLAKE2b.
     """
     crc = zlib.crc32(header.encode())
     for name in sorted(tensors):
@@ -125,11 +126,13 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, info) of a file, checked against its checksum.
+    """Read (tensors, info) from a file and verify its checksum.
 
-    ``path`` may be a run's folder, which stands for its newest checkpoint. Raises CheckpointError
-    if the file is of another version, and DamagedCheckpointError if it is truncated, changed or
-    foreign. Checkpoints of before there were checksums are read without that check.
+    path: a checkpoint, the name of a model in the package, or a run's folder, which stands for its
+        newest checkpoint.
+
+    Raises CheckpointError if the file is of another version, and DamagedCheckpointError if it is
+    truncated, altered or not a checkpoint. Old checkpoints without a checksum are not verified.
     """
     file = find_checkpoint(path)
     try:
@@ -145,7 +148,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # The library makes tensors on torch's default device.
         with torch.device("cpu"), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Foreign files first: their tensors may be of types that torch does not have.
+            # Other safetensors files are refused first: torch may lack the types of their tensors.
             if _HEADER not in metadata:
                 raise DamagedCheckpointError(f"{path} is a safetensors file, but not a {FORMAT}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -154,9 +157,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is truncated or not a safetensors file: {error}"
         ) from error
     header = metadata.pop(_HEADER)
-    # Any other name would be a damaged one of the checksum's.
+    # A different key can only be a damaged "checksum".
     if metadata and metadata != {_CHECKSUM: checksum(header, tensors)}:
-        raise DamagedCheckpointError(f"{path} is damaged: its checksum is not that of its content")
+        raise DamagedCheckpointError(f"{path} is damaged: its checksum does not match its content")
     try:
         info = dict(json.loads(header))
     except (TypeError, ValueError, RecursionError) as error:
@@ -170,7 +173,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def iteration_of(info: Mapping[str, Any], path: str | Path) -> int:
-    """The iteration in a checkpoint's info; CheckpointError if there is none."""
+    """Return the iteration in a checkpoint's info; CheckpointError if there is none."""
     iteration = info.get("iteration")
     if type(iteration) is not int or iteration < 0:
         raise CheckpointError(
@@ -180,16 +183,16 @@ def iteration_of(info: Mapping[str, Any], path: str | Path) -> int:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file itself, the newest checkpoint of a run's folder, or the model of that name.
+    """Return a checkpoint's path, from its own path, its run's folder, or a model's name.
 
-    Files and runs stand before the names of models that come with the package. FileNotFoundError
-    if there is none of these.
+    A folder stands for its newest checkpoint. Files and runs take precedence over the names of the
+    models in the package. Raises FileNotFoundError if there is none of these.
     """
     path = Path(path)
     if path.is_file():
         return path
-    if found := list_checkpoints(path):
-        return found[-1]
+    if checkpoints := list_checkpoints(path):
+        return checkpoints[-1]
     models = shipped()
     if str(path) in models:
         return models[str(path)]
@@ -201,36 +204,36 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def shipped() -> dict[str, Path]:
-    """The models that come with the package, by name; how each was made lies beside it in YAML."""
+    """Return the models in the package by name. A YAML file next to each says how it was made."""
     return {path.stem: path for path in sorted(_MODELS.glob(f"*{_SUFFIX}"))}
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """The run that a checkpoint lies in; None for a shipped or an exported model."""
-    # A bare file name has no parents but the working folder's.
+    """Return the folder of the run that a checkpoint belongs to, or None for a model alone."""
+    # The path of a bare file name lacks the names of its folders.
     inside = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
     return inside.parent if inside.name == "checkpoints" and is_run(inside.parent) else None
 
 
 def export(run: str | Path, out: str | Path) -> None:
-    """Write what sampling needs of a run, to be kept or passed on, as a checkpoint.
+    """Write a small checkpoint that can be sampled from but not resumed.
 
-    The weights, averaged where the run kept an average, the sampler's settings and the run's; not
-    what resuming needs. CheckpointError as :func:`read_checkpoint`.
+    It holds the averaged weights (the weights themselves if the run kept no average), the sampler's
+    settings and the run's settings. Raises CheckpointError as :func:`read_checkpoint` does.
     """
     tensors, info = read_checkpoint(run)
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
-    kept = {
+    weights = {
         f"model.{name.removeprefix(prefix)}": tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    kept |= {name: tensor for name, tensor in tensors.items() if name.startswith("sampler.")}
-    save_checkpoint(out, kept, {k: v for k, v in info.items() if k not in ("format", "version")})
+    weights |= {name: tensor for name, tensor in tensors.items() if name.startswith("sampler.")}
+    save_checkpoint(out, weights, {k: v for k, v in info.items() if k not in ("format", "version")})
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("[0-9]" * 8 + _SUFFIX))
 
 
@@ -246,17 +249,18 @@ def load(
     averaged: bool = True,
     **changes: Any,
 ) -> LangevinSampler:
-    """The sampler of a training run, ready to call, from its folder or one of its checkpoints.
+    """Return the sampler of a trained model, ready to call.
 
-    A name stands for a model that comes with the package: ``load("digits")``.
+    path: a run's folder, a checkpoint, or the name of a model in the package, as in
+        ``load("digits")``.
+    energy: the energy to load the weights into, for a run on an energy of your own. By default, a
+        ConvEnergy is built from the file.
+    device: device of the energy. Its dtype is that of the file, independent of torch's defaults.
+    averaged: use the moving average of the weights if the run kept one, else the weights.
+    changes: settings of the sampler to replace, such as ``steps=200``.
 
-    The energy is a ConvEnergy in eval mode with the run's weights, their moving average where the
-    run kept one (``averaged=False``: the weights themselves). It is on ``device`` and in the file's
-    dtype, whatever torch's defaults are. A run on an energy of your own needs it as ``energy``.
-    ``changes`` replace settings of the sampler, such as ``steps=200``.
-
-    Raises FileNotFoundError, or CheckpointError for a file that is truncated, not ours, or of
-    another architecture.
+    The energy is in eval mode. Raises FileNotFoundError, or CheckpointError for a file that is
+    truncated, not a checkpoint, or of another architecture.
     """
     tensors, info = read_checkpoint(path)
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
@@ -269,7 +273,7 @@ def load(
     if unknown := [name for name in saved if name not in _SETTINGS]:
         raise CheckpointError(
             f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
-            f"perhaps another version's: {', '.join(unknown)}"
+            f"perhaps from another version: {', '.join(unknown)}"
         )
     settings: dict[str, Any] = {
         name: tensors[f"sampler.{name}"].to(device) if f"sampler.{name}" in tensors else value
@@ -280,15 +284,15 @@ def load(
     try:
         sampler = LangevinSampler(energy, **settings)
     except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path} has settings that no sampler takes: {error}") from error
+        raise CheckpointError(f"{path} has invalid settings of the sampler: {error}") from error
     if changes:
         sampler = LangevinSampler(energy, **settings | changes)
-    _serve(sampler, torch.device(device), changes)
+    _replace_unavailable(sampler, torch.device(device), changes)
     return sampler
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved sampler's settings by today's names: ``gradient`` was called ``score``."""
+    """Return a saved sampler's settings by their current names; ``gradient`` was ``score``."""
     settings = dict(settings)
     if "score" in settings and "gradient" not in settings:
         name = settings.pop("score")
@@ -299,12 +303,15 @@ def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _build_energy(
     settings: Any, tensors: Mapping[str, Tensor], prefix: str, path: Any
 ) -> ConvEnergy:
-    """The energy that a header describes, on the meta device; CheckpointError if it cannot be."""
+    """Build the energy that a header describes, on the meta device.
+
+    Raises CheckpointError if that is impossible or its shapes are not those of the weights.
+    """
     if settings is None:
-        raise CheckpointError(f"{path} was trained on an energy of its own: give energy=")
+        raise CheckpointError(f"{path} was trained on a custom energy: pass it as energy=")
     try:
-        # Without memory, until the shapes have proved to be those of the file's weights: a few
-        # bytes of a header can describe terabytes.
+        # The meta device allocates no memory. A header of a few bytes can describe terabytes, so
+        # its shapes are first compared with those of the weights in the file.
         with torch.device("meta"):
             energy = ConvEnergy(**settings)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -313,8 +320,10 @@ def _build_energy(
     return energy
 
 
-def _serve(sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]) -> None:
-    """Replace a precision or backend of the run that does not serve here, and warn."""
+def _replace_unavailable(
+    sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]
+) -> None:
+    """Replace the run's precision or backend, with a warning, if this machine does not have it."""
     for name, check, instead in (
         ("precision", check_precision, None),
         ("backend", choose_backend, "auto"),
@@ -331,15 +340,15 @@ def _serve(sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, 
 def load_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any, assign: bool = False
 ) -> None:
-    """Copy the tensors under ``prefix`` into a module; CheckpointError unless they are its own.
+    """Copy the tensors under ``prefix`` into a module; CheckpointError unless they fit it.
 
-    With ``assign`` copies of them take the place of the module's, in their own dtype.
+    With ``assign``, copies of them replace the module's tensors and keep the dtype of the file.
     """
     weights = check_weights(module, tensors, prefix, path)
     if assign:
         if any(not tensor.is_floating_point() for tensor in weights.values()):
             raise CheckpointError(f"{path} has weights that are not of a floating dtype")
-        # The file's own may be read from it only when they are used.
+        # Tensors from the file may be mapped from it and read only when they are used.
         weights = {name: tensor.clone() for name, tensor in weights.items()}
     module.load_state_dict(weights, assign=assign)
 
@@ -347,15 +356,15 @@ def load_weights(
 def check_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Any
 ) -> dict[str, Tensor]:
-    """The tensors under ``prefix``; CheckpointError unless they are of the module's shapes."""
-    held = module.state_dict()
-    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    for name in held.keys() | found.keys():
-        want = list(held[name].shape) if name in held else "nothing"
-        got = list(found[name].shape) if name in found else "nothing"
+    """Return the tensors under ``prefix``; CheckpointError unless they have the module's shapes."""
+    expected = module.state_dict()
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for name in expected.keys() | weights.keys():
+        want = list(expected[name].shape) if name in expected else "nothing"
+        got = list(weights[name].shape) if name in weights else "nothing"
         if want != got:
             raise CheckpointError(
                 f"{path} is of another architecture: {type(module).__name__}.{name} "
                 f"needs {want}, the file has {got}"
             )
-    return found
+    return weights

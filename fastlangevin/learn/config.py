@@ -1,4 +1,4 @@
-"""A training run's settings: a config, changed by options, resolved to one record."""
+"""Training settings: a config, changed by a file and by options, resolved to a TrainConfig."""
 
 import dataclasses
 import difflib
@@ -29,7 +29,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# The first line of a run's config; a folder without it is not taken for a run.
+# The first line of a run's config.yaml. A folder without it is not considered a run.
 MARK = "# The settings of a fastlangevin run.\n"
 _CONFIGS = Path(__file__).parent / "configs"
 _SETTINGS_BYTES = 2**16
@@ -43,19 +43,19 @@ def _option(text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a run; configs state every field, files and options change some."""
+    """All settings of a run. A config states every field; files and options change some."""
 
     # data
     data: str | None = _option(
         "images: digits, mnist5k, fashion-mnist, hub:NAME, or a folder, .npy, .npz or parquet"
     )
     size: int | None = _option(
-        "resize and crop the images to this power of two; as they are if unset"
+        "crop and resize the images to this power of two; unset keeps their size"
     )
     channels: int | None = _option("convert the images to 1 (grey) or 3 (colour) channels")
     limit: int | None = _option("use the first LIMIT images only")
     flip: bool = _option("mirror half of the images")
-    on_corrupt: str = _option("what to do about images that cannot be decoded: error or skip")
+    on_corrupt: str = _option("what to do with images that cannot be decoded: error or skip")
     # energy
     width: int = _option("channels of the first convolution, the paper's n_f")
     activation: str = _option("activation: leaky_relu, relu, silu, softplus or elu")
@@ -64,10 +64,10 @@ class TrainConfig:
     steps: int = _option("Langevin steps K")
     step_size: float = _option("step size a, which multiplies the gradient")
     noise_std: float = _option("standard deviation b of the noise added per step")
-    clamp: tuple[float, float] | None = _option("bounds on the state, two numbers")
+    clamp: tuple[float, float] | None = _option("lower and upper bound of the state, two numbers")
     grad_clip: float | None = _option("elementwise bound on the gradient")
     noise_order: str = _option(
-        "when noise is added, as seen from the gradient step: after, before or last"
+        "when noise is added, relative to the gradient step: after, before or last"
     )
     precision: str | None = _option(
         "precision of the network in the chain: fp32, tf32, fp16 or bf16"
@@ -86,18 +86,19 @@ class TrainConfig:
     lr_final: float = _option("learning rate at the end")
     data_noise_final: float = _option("data noise at the end")
     ema: float | None = _option("decay of a moving average of the weights")
-    buffer_size: int = _option("persistent chains kept; 0 starts every chain from noise")
+    buffer_size: int = _option("number of persistent chains; 0 starts every chain from noise")
     buffer_kind: str = _option(
-        "chains go back where they came from (index), or replace the oldest (fifo) or any "
-        "(reservoir)"
+        "where chains are stored: where they came from (index), or in place of the oldest (fifo) "
+        "or of random ones (reservoir)"
     )
-    reinit: float = _option("fraction of persistent chains started anew")
-    max_energy: float = _option("stop as diverged when |energy| passes this")
+    reinit: float = _option("fraction of persistent chains that restart from noise")
+    max_energy: float = _option("stop the run as diverged if |energy| exceeds this")
     max_saturation: float = _option(
-        "stop as diverged when this fraction of samples stays at the bounds"
+        "stop the run as diverged if more than this fraction of the sample elements stays at the "
+        "bounds"
     )
     # run
-    seed: int = _option("seed of the weights, the data order and every noise")
+    seed: int = _option("seed of the weights, the data order and all noise")
     device: str = _option("where to compute: auto, cpu, cuda or cuda:N")
     log_every: int = _option("iterations between records")
     sample_every: int = _option("iterations between sample grids")
@@ -120,12 +121,12 @@ TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 
 
 def config_names() -> list[str]:
-    """The configs in the package."""
+    """Return the names of the configs in the package."""
     return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
 
 
 def config_text(name: str) -> str:
-    """The file of a config in the package, with its comments."""
+    """Return the YAML text of a config in the package, with its comments."""
     names = config_names()
     if name not in names:
         near = "".join(
@@ -143,20 +144,21 @@ def _config(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _parse_config(text: str) -> dict[str, Any]:
-    """Parsed once: a sweep resolves its config hundreds of times, at 20 ms each."""
+    """Parse a config, once: a sweep resolves its config hundreds of times, at 20 ms each."""
     return dict(yaml.safe_load(text))
 
 
 def resolve(
     config: str | Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """A config, changed by ``overrides``.
+    """Return the settings of a config, changed by ``overrides``.
 
-    config: the name of a config in the package, "digits" by default; or a YAML, TOML or JSON file,
-        whose settings change the config that it names as its ``config``, again "digits" by default.
+    config: the name of a config in the package (default: "digits"), or a YAML, TOML or JSON file.
+        The settings in a file change the config that the file names as ``config`` (default:
+        "digits").
 
-    Raises ValueError naming the field and what was expected; FileError, which begins with the
-    path, where the file is at fault.
+    Raises ValueError naming the field and what was expected, and FileError, whose message begins
+    with the path, if the file is at fault.
     """
     name, changes = read_config(config)
     try:
@@ -165,7 +167,7 @@ def resolve(
         raise error if not changes else _of_file(str(config), error) from error
     settings = _cast_all(settings | _cast_all(overrides or {}, "options"), "configs")
     if settings["data"] and settings["data"] not in SOURCES and os.path.exists(settings["data"]):
-        # A run must find its data again, also from another folder.
+        # A resumed run must find its data from any working directory.
         settings["data"] = str(Path(settings["data"]).absolute())
     try:
         return TrainConfig(**settings)
@@ -174,11 +176,11 @@ def resolve(
 
 
 def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
-    """The name of the config in the package to start from, and what a file changes in it."""
+    """Return the name of the config in the package to start from, and a file's changes to it."""
     if config is None or str(config) in config_names():
         return str(config or "digits"), {}
     if not (Path(config).suffix or os.path.exists(config)):
-        config_text(str(config))  # raises the error that says which names there are
+        config_text(str(config))  # raises an error that lists the names
     changes = read_settings(config)
     name = changes.pop("config", None)
     if name is not None and name not in config_names():
@@ -190,7 +192,7 @@ def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML, TOML or JSON file; FileError if it is not one."""
+    """Return the mapping in a YAML, TOML or JSON file; FileError if it holds anything else."""
     file = Path(file)
     parsers: dict[str, Callable[[str], Any]] = {".toml": _parse_toml, ".json": json.loads}
     parse = parsers.get(file.suffix, parse_yaml)
@@ -205,7 +207,10 @@ def read_settings(file: str | Path) -> dict[str, Any]:
 def resolve_saved(
     info: Mapping[str, Any], source: str | Path, changes: Mapping[str, Any]
 ) -> TrainConfig:
-    """The settings in a checkpoint's header, changed by ``changes``; FileError if they are none."""
+    """Return the settings in a checkpoint's header, changed by ``changes``.
+
+    Raises FileError, naming ``source``, if the header's settings are invalid.
+    """
     saved = info.get("config")
     if not isinstance(saved, dict):
         raise FileError(
@@ -214,25 +219,25 @@ def resolve_saved(
         )
     if unknown := [called(name) for name in saved if name not in FIELDS]:
         raise FileError(
-            f"{source} has settings that fastlangevin {__version__} does not know, perhaps another "
-            f"version's: {', '.join(unknown[:_MOST_NAMED])}"
+            f"{source} has settings that fastlangevin {__version__} does not know, perhaps from "
+            f"another version: {', '.join(unknown[:_MOST_NAMED])}"
         )
     try:
         config = resolve(overrides=saved)
     except (TypeError, ValueError) as error:
-        raise FileError(f"{source} has settings that no run takes: {error}") from error
+        raise FileError(f"{source} has invalid settings: {error}") from error
     return resolve(overrides=dataclasses.asdict(config) | dict(changes)) if changes else config
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    # A key of n parts takes n^2 of memory: 60 KB of them took 3.6 GB.
+    # A dotted key of n parts takes memory in proportion to n^2: one of 60 KB took 3.6 GB.
     if max(line.count(".") for line in text.splitlines() or [""]) > _MOST_DOTS:
         raise ValueError(f"a line has more than {_MOST_DOTS} dots")
     return tomllib.loads(text)
 
 
 def save_config(config: TrainConfig, file: Path) -> None:
-    """Write a resolved config as YAML, atomically."""
+    """Write all settings as YAML, atomically."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     with replacing(file) as temporary:
         temporary.write_text(MARK + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
@@ -244,18 +249,18 @@ def _of_file(file: str | Path, error: Exception) -> FileError:
 
 
 def _cast_all(changes: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings in their fields' types; ValueError for what is none."""
+    """Convert settings to the types of their fields; ValueError for an unknown name."""
     unknown = [called(name) for name in changes if name not in FIELDS]
     if unknown:
         raise ValueError(
-            f"{source}: no setting is called {', '.join(unknown[:_MOST_NAMED])}; there are "
+            f"{source}: no setting is called {', '.join(unknown[:_MOST_NAMED])}; the settings are "
             f"{', '.join(FIELDS)}"
         )
     return {name: _cast(name, value) for name, value in changes.items()}
 
 
 def _cast(name: str, value: Any) -> Any:
-    """A setting in its field's type; text that is a number, as YAML's 1e-4 is, becomes one."""
+    """Convert a setting to the type of its field. Text such as YAML's 1e-4 becomes a number."""
     kinds = typing.get_args(TYPES[name]) if _is_union(TYPES[name]) else (TYPES[name],)
     kind, optional = kinds[0], type(None) in kinds
     try:
@@ -276,15 +281,15 @@ def _cast(name: str, value: Any) -> Any:
 
 
 def _number(value: Any, kind: type) -> Any:
-    """A number, or text that is one, as float or whole int; ValueError otherwise, and for NaN."""
+    """Convert a number, or the text of one, to int or float; ValueError for anything else."""
     if isinstance(value, bool):
         raise ValueError
     if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
-        value = int(value)  # not through float, which rounds large seeds
+        value = int(value)  # float would round large seeds
     number = value if isinstance(value, int) else float(value)
     if math.isnan(number) or (kind is int and number != int(number)):
         raise ValueError
-    if kind is int and abs(number) >= 2**64:  # no seed or count is as large
+    if kind is int and abs(number) >= 2**64:  # larger than any seed or count
         raise ValueError
     return kind(number)
 

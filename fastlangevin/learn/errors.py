@@ -1,5 +1,5 @@
-"""The error of files that cannot be read."""
+"""FileError: the error raised for files that cannot be read."""
 
 
 class FileError(ValueError):
-    """A file that cannot be read as what it should be; the message begins with its path."""
+    """A file cannot be read in the format expected of it. The message begins with its path."""

@@ -1,4 +1,4 @@
-"""DivergenceGuard: notice a run that is lost, and say why."""
+"""DivergenceGuard: stop a run that has diverged, and say why."""
 
 import math
 
@@ -10,11 +10,13 @@ class DivergedError(RuntimeError):
 
 
 class DivergenceGuard:
-    """Raises DivergedError on energies that run away and on chains that stay saturated.
+    """Raises DivergedError if energies grow without bound or chains stay saturated.
 
-    ``max_energy`` bounds |mean energy| on data and samples in any one iteration. ``max_saturation``
-    bounds the fraction of the samples' elements at or beyond the clamp (or (-1, 1) without one);
-    it must be passed ``patience`` iterations running, since single batches swing.
+    max_energy: bound on |mean energy| of the data and of the samples, in every iteration.
+    max_saturation: bound on the fraction of sample elements at or beyond the clamp, which is
+        (-1, 1) if the sampler has none.
+    patience: number of consecutive iterations for which max_saturation must be exceeded, because
+        the saturation of single batches varies widely.
     """
 
     def __init__(self, max_energy: float, max_saturation: float, patience: int = 50) -> None:
@@ -25,10 +27,11 @@ class DivergenceGuard:
 
     @property
     def calm(self) -> bool:
-        """Whether the last iteration gave no sign of divergence, and is fit to be saved."""
+        """Whether the last iteration showed no sign of divergence and may be saved."""
         return self.saturated == 0
 
     def check(self, metrics: Metrics) -> None:
+        """Raise DivergedError if the metrics of an iteration pass a bound."""
         for energy in (metrics.energy_data, metrics.energy_samples):
             if not math.isfinite(energy) or abs(energy) > self.max_energy:
                 raise DivergedError(

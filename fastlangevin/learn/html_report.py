@@ -1,4 +1,4 @@
-"""A run, or a model alone, as one HTML page that needs nothing else: no network, no script."""
+"""Write a run, or a model alone, as one self-contained HTML page without scripts or network use."""
 
 import base64
 import contextlib
@@ -13,10 +13,10 @@ from fastlangevin._version import __version__
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from fastlangevin.learn.config import resolve, resolve_saved
-from fastlangevin.learn.data.pixels import read_picture
-from fastlangevin.learn.diagnosis import report as diagnose_report
+from fastlangevin.learn.data.pictures import read_picture
+from fastlangevin.learn.diagnosis.report import FORMAT as DIAGNOSIS
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.evaluation import evaluate
+from fastlangevin.learn.evaluation.evaluate import FORMAT as EVALUATION
 from fastlangevin.learn.log import read_records, read_series
 from fastlangevin.learn.reading import (
     brief,
@@ -32,10 +32,10 @@ from fastlangevin.learn.run_folder import CONFIG, is_run
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _TYPES = {".png": "image/png", ".gif": "image/gif"}
 _READ = (*_TYPES, ".txt", ".json", ".jsonl", ".yaml")
-ITERATION = "iteration "  # begins a picture's text, and its number follows
+ITERATION = "iteration "  # the text of a picture begins with this and the number
 _NO_CURVES = (
-    "No curves: this is a model alone. The log of its learning lies in the folder of its run, and "
-    "the page of that has them."
+    "No curves: this is a model alone. The log of its learning is in the folder of its run; the "
+    "page of the run shows the curves."
 )
 _GRIDS = 6
 _POINTS = 800
@@ -53,22 +53,22 @@ _CURVES = {
 
 
 class Weights(NamedTuple):
-    """The newest weights of a run, or a model's: what every result should be of."""
+    """The newest weights of a run or the weights of a model, which all results should match."""
 
     checkpoint: Path | None  # None for a run that has none yet
     info: dict[str, Any]
 
     @property
     def iteration(self) -> int | None:
-        found = self.info.get("iteration")
-        return found if isinstance(found, int) else None
+        iteration = self.info.get("iteration")
+        return iteration if isinstance(iteration, int) else None
 
 
 def find_weights(run: str | Path) -> Weights:
-    """:class:`Weights` of a run's folder, a checkpoint, or a model that comes with the package.
+    """Return the :class:`Weights` of a run's folder, a checkpoint, or a model in the package.
 
-    Raises FileNotFoundError where there is none of these, and CheckpointError for a file that is
-    damaged or of another version.
+    Raises FileNotFoundError if there is none of these, and CheckpointError for a file that is
+    damaged or from another version.
     """
     if is_run(Path(run)) and not list_checkpoints(Path(run)):
         return Weights(None, {})
@@ -76,24 +76,24 @@ def find_weights(run: str | Path) -> Weights:
     return Weights(checkpoint, read_checkpoint(checkpoint)[1])
 
 
-def write_report(run: str | Path, out: str | Path, made: Path | None = None) -> None:
+def write_report(run: str | Path, out: str | Path, results: Path | None = None) -> None:
     """Write the page of a run's folder, or of a model alone, atomically.
 
-    Of a run it has the samples and how they came to be, the curves, every picture in the run's
-    folder with the text file of its name, an evaluation and a diagnosis where ``evaluate`` and
-    ``diagnose`` have left one, and the settings. A model alone has no folder, and no log: its page
-    has the settings, and what has just been made of it in the folder ``made``.
+    The page of a run has samples from several iterations, curves, every picture in the folder with
+    the text file of the same name, the results of ``evaluate`` and ``diagnose`` if they exist, and
+    the settings. The page of a model alone, which has no folder and no log, has the settings and
+    the pictures and results in the folder ``results``.
 
-    Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged, of
-    another version, or a link to a place outside.
+    Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged,
+    from another version, or a link to a place outside.
     """
-    page = to_html(Path(run), made)
+    page = to_html(Path(run), results)
     with replacing(Path(out)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def to_html(run: Path, made: Path | None = None) -> str:
-    """The page itself; see :func:`write_report`."""
+def to_html(run: Path, results: Path | None = None) -> str:
+    """Return the page; see :func:`write_report`."""
     weights = find_weights(run)
     if is_run(run):
         title, learning = f"Run {run.resolve().name}", _curves(run)
@@ -107,9 +107,9 @@ def to_html(run: Path, made: Path | None = None) -> str:
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
     iterations = settings.get("iterations")
     trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
-    folder = made or run
-    if made:
-        weights = weights._replace(checkpoint=None)  # there is no older one to be of
+    folder = results or run
+    if results:
+        weights = weights._replace(checkpoint=None)  # these results are new
     sections = [
         f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
         _section("Samples", _samples(folder, weights, iterations)),
@@ -125,40 +125,40 @@ def to_html(run: Path, made: Path | None = None) -> str:
 
 
 def _mapping(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
-    """Settings in a model's header; FileError if they are something else."""
-    found = info.get(name)
-    if not isinstance(found, dict | None):
+    """Return settings from the header of a model; FileError if they are not a mapping."""
+    settings = info.get(name)
+    if not isinstance(settings, dict | None):
         raise FileError(f"{model} has a damaged header: {name} must be settings by name")
-    return found or {}
+    return settings or {}
 
 
 def age(path: Path, weights: Weights) -> str:
-    """Words on a result that is of other weights than those; "" of one that is of them.
+    """Say that a result is of other weights; return "" if it is of these.
 
-    By the iteration that it records: JSON by that name, a picture in the first line of its text.
-    Of one that records none the files' times are compared, which a copy may have lost.
+    A result records its iteration: JSON under that name, a picture in the first line of its text.
+    If there is none, the times of the files are compared, although copying may change them.
     """
     if weights.checkpoint is None:
         return ""
-    made = _iteration_of(path)
-    if made is not None and weights.iteration is not None:
-        other = f"of iteration {made}, the last checkpoint is of {weights.iteration}"
-        return f" ({other})" if made != weights.iteration else ""
+    iteration = _iteration_of(path)
+    if iteration is not None and weights.iteration is not None:
+        other = f"of iteration {iteration}, the last checkpoint is of {weights.iteration}"
+        return f" ({other})" if iteration != weights.iteration else ""
     older = path.stat().st_mtime < weights.checkpoint.stat().st_mtime
     return " (by its file's time older than the last checkpoint)" if older else ""
 
 
 def _iteration_of(path: Path) -> int | None:
-    """What a result records: JSON, or the text beside a picture."""
+    """Return the iteration that a result records, in JSON or in the text of a picture, or None."""
     text = path if path.suffix == ".json" else path.with_suffix(".txt")
     try:
         if text.suffix == ".txt":
             first = read_text(text).splitlines()[0]
             return int(first.removeprefix(ITERATION)) if first.startswith(ITERATION) else None
-        found = read_json(text)["iteration"]
+        iteration = read_json(text)["iteration"]
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
-    return found if isinstance(found, int) else None
+    return iteration if isinstance(iteration, int) else None
 
 
 def _samples(run: Path, weights: Weights, iterations: Any) -> str:
@@ -167,7 +167,7 @@ def _samples(run: Path, weights: Weights, iterations: Any) -> str:
     final = run / "samples.png"
     parts = []
     if final in _listed(run, final.name):
-        # Drawn when a run ends: another end's only where the run has gone on and not ended yet.
+        # It is drawn when a run ends, so it is outdated only while a resumed run is not done.
         old = "" if weights.iteration == iterations else age(final, weights)
         parts.append(_image(final, "the last weights" + old))
     return "".join(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
@@ -181,8 +181,8 @@ def _curves(run: Path) -> str:
         series = read_series(run)
     parts = []
     for name, title in _CURVES.items():
-        found = next((rows for rows in (series, records) if rows and name in rows[0]), [])
-        numbers = [r for r in found if _is_number(r.get(name)) and _is_number(r["iteration"])]
+        rows = next((log for log in (series, records) if log and name in log[0]), [])
+        numbers = [r for r in rows if _is_number(r.get(name)) and _is_number(r["iteration"])]
         points = sorted((r["iteration"], r[name]) for r in numbers)
         constant = name in ("lr", "data_noise") and len({y for _, y in points}) == 1
         if len(points) > 1 and not constant:
@@ -192,7 +192,7 @@ def _curves(run: Path) -> str:
 
 
 def curve(points: Sequence[tuple[float, float]]) -> str:
-    """Points (x, y), x ascending, as inline SVG; of many, the extremes of each short stretch."""
+    """Draw points (x, y), with x ascending, as inline SVG; many points are reduced to extremes."""
     points = _thinned(points)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
@@ -228,12 +228,12 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     size = -(-2 * len(points) // _POINTS)
     if size < 3:
         return list(points)
-    kept = []
+    extremes = []
     for i in range(0, len(points), size):
         stretch = points[i : i + size]
         ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
+        extremes += sorted(ends)
+    return extremes
 
 
 def _pictures(run: Path, weights: Weights) -> str:
@@ -249,47 +249,48 @@ def _pictures(run: Path, weights: Weights) -> str:
 
 
 def _listed(folder: Path, pattern: str) -> list[Path]:
-    """Its files by that pattern, sorted; FileError for a link among them that leaves the folder."""
-    found = sorted(path for path in folder.glob(pattern) if path.suffix in _READ)
-    for path in found:
+    """Return the files that match a pattern; FileError for a link that leaves the folder."""
+    paths = sorted(path for path in folder.glob(pattern) if path.suffix in _READ)
+    for path in paths:
         check_inside(path, folder)
         check_file(path)
-    return found
+    return paths
 
 
 def _evaluation(run: Path, weights: Weights) -> str:
     path = run / "evaluate.json"
 
-    def show(found: Mapping[str, Any]) -> str:
-        levels = f", rounded to {found['levels']} levels" if found["levels"] else ""
+    def show(record: Mapping[str, Any]) -> str:
+        levels = f", rounded to {record['levels']} levels" if record["levels"] else ""
         facts = (
-            f"Of iteration {found.get('iteration')}{age(path, weights)}. Features: "
-            f"{found['features']}, {found['dimension']}. Reference: {found['reference_images']} of "
-            f"the training images ({found['reference']}), of rank {found['reference_rank']}. "
-            f"Images are clamped to [-1, 1]{levels}; precision and recall have k = {found['k']}; "
-            f"nearest is the median distance of at most {found['neighbours']} images to the "
-            f"nearest of {found['training_images']} training images, close the share nearer to one "
-            "than 95 % of held-out images are."
+            f"Of iteration {record.get('iteration')}{age(path, weights)}. Features: "
+            f"{record['features']}, {record['dimension']}. Reference: {record['reference_images']} "
+            f"of the training images ({record['reference']}), of rank {record['reference_rank']}. "
+            f"Images are clamped to [-1, 1]{levels}; precision and recall have k = {record['k']}; "
+            f"nearest is the median distance of at most {record['neighbours']} images to the "
+            f"nearest of {record['training_images']} training images, close the share nearer to "
+            "one than 95 % of held-out images are."
         )
-        named = {"frechet_distance": "FID"} if found["inception"] else {}
-        columns = list(next(iter(found["figures"].values())))
+        named = {"frechet_distance": "FID"} if record["inception"] else {}
+        columns = list(next(iter(record["figures"].values())))
         heads = ["set", *(named.get(name, name.replace("_", " ")) for name in columns)]
-        rows = [(name, *(row[c] for c in columns)) for name, row in found["figures"].items()]
+        rows = [(name, *(row[c] for c in columns)) for name, row in record["figures"].items()]
         return f"<p>{escape(facts)}</p>{_table(heads, rows)}"
 
-    return _shown_as(path, evaluate.FORMAT, show)
+    return _shown_as(path, EVALUATION, show)
 
 
 def _diagnosis(run: Path, weights: Weights) -> str:
     path, picture = run / "diagnose.json", run / "diagnose.png"
 
-    def show(found: Mapping[str, Any]) -> str:
+    def show(record: Mapping[str, Any]) -> str:
         old = age(path, weights).strip()
-        lines = [("long run", found["long_run"]["verdict"])]
+        lines = [("long run", record["long_run"]["verdict"])]
         for part in ("reach", "mixing"):
-            lines += [(f"{part}, {name}", value) for name, value in found[part].items()]
+            lines += [(f"{part}, {name}", value) for name, value in record[part].items()]
         layers = [
-            (row["name"], row["elements"], row["residual"], row["floor"]) for row in found["layers"]
+            (row["name"], row["elements"], row["residual"], row["floor"])
+            for row in record["layers"]
         ]
         return (
             (f"<p>{escape(old)}</p>" if old else "")
@@ -298,20 +299,22 @@ def _diagnosis(run: Path, weights: Weights) -> str:
             + _table(["moments of layer", "elements", "residual", "by chance"], layers)
         )
 
-    return _shown_as(path, diagnose_report.FORMAT, show)
+    return _shown_as(path, DIAGNOSIS, show)
 
 
 def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -> str:
-    """A result's file, if there is one, as ``show`` does; FileError where it cannot be shown."""
+    """Show the file of a result, if there is one; FileError if it is damaged."""
     if path not in _listed(path.parent, path.name):
         return ""
     with contextlib.suppress(
         AttributeError, IndexError, KeyError, OverflowError, StopIteration, TypeError, ValueError
     ):
-        found = read_json(path)
-        if (found["format"], found["version"]) == (form, 1):
-            return show(found)
-    raise FileError(f"{path} is damaged, or no {form!r} of version 1; write it again or remove it")
+        record = read_json(path)
+        if (record["format"], record["version"]) == (form, 1):
+            return show(record)
+    raise FileError(
+        f"{path} is damaged or not a {form!r} of version 1; write it again or remove it"
+    )
 
 
 def _section(title: str, content: str) -> str:
@@ -344,5 +347,5 @@ def _shown(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it can be drawn: JSON has integers that no float is as large as."""
+    """Return whether a value can be drawn: JSON may hold integers beyond the range of floats."""
     return isinstance(value, int | float) and abs(value) < 1e300

@@ -1,4 +1,4 @@
-"""Pictures of samples."""
+"""Save images as picture files and arrays."""
 
 import math
 from pathlib import Path
@@ -11,15 +11,16 @@ from torch import Tensor
 from fastlangevin.arguments import check_count
 from fastlangevin.learn.atomic import replacing
 
-_BAND = 16  # images in a row of save_rows
+_BAND = 16  # most images in a row of save_rows
 
 
 def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.ndarray:
-    """Images [n, C, H, W] as one uint8 picture [height, width, 3].
+    """Arrange images [n, C, H, W] in a grid: one uint8 picture [height, width, 3].
 
-    Clamped to [-1, 1] and rounded to 256 levels; small images are enlarged by a whole factor to
-    about ``tile`` pixels, with a border of 2 between. C is 1 or 3. ``columns`` are by default as
-    many as make a square.
+    images: C is 1 or 3. Values are clamped to [-1, 1] and rounded to 256 levels.
+    columns: number of columns (default: a square grid).
+    tile: small images are enlarged by an integer factor, to at most this many pixels. Images are
+        separated by 2 pixels.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"to_grid: images must be a tensor, got {type(images).__name__}")
@@ -40,15 +41,15 @@ def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.nd
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, tile: int = 32) -> None:
-    """Write :func:`to_grid` as PNG, atomically."""
+    """Write the grid of :func:`to_grid` as PNG, atomically."""
     with replacing(Path(path)) as temporary:
         Image.fromarray(to_grid(images, columns, tile)).save(temporary, format="PNG")
 
 
 def save_gif(frames: Tensor, path: str | Path, columns: int | None = None, tile: int = 32) -> None:
-    """Write frames [F, n, C, H, W] as an endless GIF of :func:`to_grid`s, atomically.
+    """Write frames [F, n, C, H, W], each a grid of :func:`to_grid`, as a looping GIF, atomically.
 
-    Twelve a second; the first and the last stay for a second.
+    It shows twelve frames a second, and the first and the last frame for a second each.
     """
     if frames.ndim != 5 or len(frames) == 0:
         raise ValueError(f"save_gif: frames must be [F >= 1, n, C, H, W], got {list(frames.shape)}")
@@ -62,20 +63,21 @@ def save_gif(frames: Tensor, path: str | Path, columns: int | None = None, tile:
 
 
 def save_rows(path: str | Path, tile: int, *rows: Tensor) -> None:
-    """Write rows of images [n, C, H, W], cut into bands, as one :func:`to_grid`, atomically.
+    """Write rows of images, each [n, C, H, W], as one grid of :func:`to_grid`, atomically.
 
-    Images of equal index stand one above the other.
+    Images with the same index are stacked vertically. Rows of more than 16 images are split into
+    bands.
     """
     width = min(len(rows[0]), _BAND)
     bands = []
     for parts in zip(*(row.split(_BAND) for row in rows), strict=True):
-        for part in parts:  # the last band's rows are filled up with white
+        for part in parts:  # the rows of the last band are padded with white
             bands += [part, part.new_ones((width - len(part), *part.shape[1:]))]
     save_grid(torch.cat(bands), path, width, tile)
 
 
 def save_arrays(path: str | Path, *array: Tensor, **arrays: Tensor) -> None:
-    """Write one tensor as .npy, or several by name as .npz, atomically."""
+    """Write one tensor as .npy, or named tensors as .npz, atomically."""
     values = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         if array:

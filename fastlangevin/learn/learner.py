@@ -1,4 +1,4 @@
-"""Algorithm 1: learn an energy by short-run MCMC."""
+"""The learner: one step of Algorithm 1, short-run MCMC learning of an energy."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.autograd import call_network
 from fastlangevin.gradients.draws import Draws
+from fastlangevin.gradients.network import call_network
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     iteration_of,
@@ -29,7 +29,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Images(Protocol):
-    """A data set: its length, one image's shape (C, H, W), and batches of images by index."""
+    """A data set: its length, the shape (C, H, W) of an image, and batches of images by index."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -37,38 +37,46 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        """Images [n, C, H, W], float32 in [-1, 1], mirrored where ``flip`` [n] is True."""
+        """Return images [n, C, H, W], float32 in [-1, 1], mirrored if their ``flip`` is True."""
         ...
 
 
 class Metrics(NamedTuple):
-    """One iteration, as numbers. Energies are the model's own output (f with maximize)."""
+    """The figures of one iteration. Energies are the model's output, which is f with maximize."""
 
-    iteration: int  # 1 after the first
-    energy_data: float  # batch mean on the data (with their noise)
-    energy_samples: float  # batch mean on the chains' last states
-    gap: float  # energy of data minus energy of samples, the loss; its sign flips with maximize
-    saturation: float  # fraction of the samples' elements at or beyond clamp, or (-1, 1)
+    iteration: int  # 1 after the first iteration
+    energy_data: float  # mean over the batch of data, with their noise
+    energy_samples: float  # mean over the last states of the chains
+    gap: float  # energy_data - energy_samples, which is the loss, or its negative with maximize
+    saturation: float  # fraction of sample elements at or beyond the clamp, by default (-1, 1)
     reach: float  # mean over chains of |x_K - x_0|
     grad_norm: float | None = None  # mean over steps and chains of |d energy / d x|
     displacement: float | None = None  # mean over steps and chains of |x after - x before|
 
 
 class ShortRunLearner:
-    """Learn by K Langevin steps from p0 = U(-1, 1), never converged and never persistent.
+    """Learn an energy from short, non-convergent Langevin chains that start at p0 = U(-1, 1).
+
+    Each iteration computes, with the samples held constant,
 
         samples = K steps of the sampler from p0
         loss    = mean E(data + sigma e) - mean E(samples),   e ~ N(0, I)
         weights <- Adam(d loss / d weights)
 
-    with the samples held constant. sampler: a LangevinSampler on an nn.Module; with its
-    ``maximize`` the module is f = -E. data: a tensor [N, ...] in [-1, 1], or an object with
-    ``shape``, ``len`` and ``batch(indices, flip)``. ``data_noise`` is sigma. ``flip`` mirrors half
-    of the images. ``ema``, if given, is the decay of a moving average of the weights, kept in
-    ``averaged``. ``buffer``, if given, makes the chains persistent.
+    sampler: a LangevinSampler on an nn.Module. With ``maximize``, the module is f = -E.
+    data: a tensor [N, ...] in [-1, 1], or an object with ``shape``, ``len`` and
+        ``batch(indices, flip)``, such as the result of :func:`load_images`.
+    batch_size: number of images, and of chains, per iteration.
+    lr, betas: Adam's learning rate and decay rates.
+    data_noise: the standard deviation sigma of the noise on the data.
+    flip: whether to mirror half of the images.
+    ema: decay of a moving average of the weights, kept in ``averaged``; None keeps no average.
+    buffer: persistent chains to continue; None starts every chain from p0.
+    seed: seed of the data order, the data noise and the chains.
 
     ``lr`` and ``data_noise`` may be set between steps. Data order, data noise and chains are
-    functions of (seed, iteration), so that :meth:`tensors` and the iteration are the whole state.
+    functions of (seed, iteration), so :meth:`tensors` and the iteration are the whole state.
+
     Raises TypeError or ValueError naming the argument. Source: arXiv 1904.09770, algorithm 1.
     """
 
@@ -93,7 +101,7 @@ class ShortRunLearner:
         if not any(p.requires_grad for p in sampler.energy.parameters()):
             raise ValueError(f"{_OP}: sampler.energy has no parameter that requires grad")
         for name, value in sampler.energy.state_dict().items():
-            if not isinstance(value, Tensor):  # else the first checkpoint would fail
+            if not isinstance(value, Tensor):  # otherwise the first checkpoint would fail
                 raise TypeError(
                     f"{_OP}: sampler.energy's state_dict holds {name} of type "
                     f"{type(value).__name__}, and checkpoints hold tensors alone; let its module's "
@@ -131,7 +139,7 @@ class ShortRunLearner:
         self.seed = _noise.check_seed(seed)
         self.iteration = 0
         self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=lr, betas=betas)
-        with torch.device("cpu"):  # where its count of updates belongs
+        with torch.device("cpu"):  # for the average's count of updates
             self.averaged = (
                 None
                 if ema is None
@@ -150,13 +158,15 @@ class ShortRunLearner:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The module to sample from: the averaged weights where they are kept."""
+        """The module to sample from, with the averaged weights if an average is kept."""
         return self.energy if self.averaged is None else self.averaged.module
 
     def step(self, measure: bool = False) -> Metrics:
-        """One iteration of algorithm 1; with ``measure`` the chain's steps are measured too.
+        """Run one iteration and return its metrics.
 
-        Raises FloatingPointError, before the weights change, if a chain or an energy is not finite.
+        With ``measure``, the metrics also include the gradient norm and the displacement of the
+        chain's steps. Raises FloatingPointError, before the weights change, if a chain or an
+        energy is not finite.
         """
         data = self._data().float()
         slots, x0, seed = self._start()
@@ -170,7 +180,7 @@ class ShortRunLearner:
             )
         else:
             samples = self.sampler(x0, seed=seed)
-        # Dropout, too, is a function of (seed, iteration).
+        # Makes dropout a function of (seed, iteration), too.
         with Draws(self.seed, data.device).step(self.iteration):
             energy_data = call_network(self.energy, data, {}).mean()
             energy_samples = call_network(self.energy, samples, {}).mean()
@@ -189,7 +199,7 @@ class ShortRunLearner:
             self.buffer.put(slots, samples)
         self.optimizer.zero_grad(set_to_none=True)
         (-gap if self.sampler.maximize else gap).backward()
-        with torch.device("cpu"):  # Adam makes its counts of steps on torch's default device
+        with torch.device("cpu"):  # Adam creates its step counts on torch's default device
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
@@ -198,28 +208,28 @@ class ShortRunLearner:
         return metrics
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, their average, Adam's moments and the buffer, by name."""
-        found = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
+        """Return the weights, their average, Adam's moments and the buffer, by name."""
+        tensors = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
         if self.averaged is not None:
             for name, value in self.averaged.module.state_dict().items():
-                found[f"ema.{name}"] = value
-            found["ema_updates"] = self.averaged.n_averaged
+                tensors[f"ema.{name}"] = value
+            tensors["ema_updates"] = self.averaged.n_averaged
         for name, parameter in self.energy.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"adam.{key}.{name}"] = value
+                tensors[f"adam.{key}.{name}"] = value
         if self.buffer is not None:
-            found["buffer"] = self.buffer.states
+            tensors["buffer"] = self.buffer.states
             if self.buffer.kind != "index":
                 added = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
-                found["buffer_added"] = added
-        return found
+                tensors["buffer_added"] = added
+        return tensors
 
     def load_tensors(
         self, tensors: dict[str, Tensor], iteration: int, path: str | Path = "the checkpoint"
     ) -> None:
-        """Take up where :meth:`tensors` was read; CheckpointError if they do not fit.
+        """Restore the state that :meth:`tensors` returned at ``iteration``.
 
-        ``path`` is what the error calls the file that they are from.
+        Raises CheckpointError if the tensors do not fit; the error names ``path`` as their file.
         """
 
         def take(name: str, shape: Sequence[int]) -> Tensor:
@@ -247,7 +257,7 @@ class ShortRunLearner:
             self.buffer.states.copy_(states)
         self.optimizer.state.clear()
         for name, parameter in self.energy.named_parameters():
-            # Adam has no moments for a parameter that never had a gradient.
+            # Adam has no moments for a parameter that has never had a gradient.
             if any(f"adam.{key}.{name}" in tensors for key in _MOMENTS):
                 self.optimizer.state[parameter] = {
                     key: take(f"adam.{key}.{name}", () if key == "step" else parameter.shape).to(
@@ -258,21 +268,25 @@ class ShortRunLearner:
         self.iteration = iteration
 
     def save(self, path: str | Path, **info: Any) -> None:
-        """Write a checkpoint, atomically; ``fl.load`` makes a sampler of it, with ``info``."""
+        """Write a checkpoint, with ``info`` in its header, atomically.
+
+        ``fl.load`` makes a sampler from it.
+        """
         tensors, settings = self.tensors(), self.sampler.settings()
         for name, value in settings.items():
             if isinstance(value, Tensor):
                 tensors[f"sampler.{name}"], settings[name] = value, None
-        known = {
+        header = {
             "iteration": self.iteration,
             "energy": self.energy.settings() if isinstance(self.energy, ConvEnergy) else None,
             "sampler": settings,
         }
-        save_checkpoint(path, tensors, {**info, **known})
+        save_checkpoint(path, tensors, {**info, **header})
 
     def load(self, path: str | Path) -> dict[str, Any]:
-        """Go on where :meth:`save` left off, on a learner made alike; returns the ``info``.
+        """Restore the state that :meth:`save` wrote and return the header.
 
+        This learner must have been created with the same arguments as the one that was saved.
         Raises FileNotFoundError, or CheckpointError for a file that does not fit.
         """
         tensors, info = read_checkpoint(path)
@@ -280,7 +294,7 @@ class ShortRunLearner:
         return info
 
     def _data(self) -> Tensor:
-        """The iteration's batch, with its noise: a function of (seed, iteration)."""
+        """Return the batch of this iteration, with its noise: a function of (seed, iteration)."""
         words = _noise.words(
             (self.batch_size, 2), seed=self.seed, step=self.iteration, stream=_noise.ORDER
         )
@@ -299,7 +313,7 @@ class ShortRunLearner:
         return images
 
     def _start(self) -> tuple[Tensor | None, Tensor, int]:
-        """Where the iteration's chains start, and their seed; slots if they are persistent."""
+        """Return the slots of persistent chains (else None), the starts, and the chains' seed."""
         seed = _noise.fold_in(self.seed, self.iteration)
         if self.buffer is not None:
             return *self.buffer.draw(self.batch_size, self.iteration), seed

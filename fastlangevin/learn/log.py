@@ -1,4 +1,4 @@
-"""A run's records: metrics.jsonl and series.jsonl always, TensorBoard where it is installed."""
+"""The records of a run: metrics.jsonl, series.jsonl and, if it is installed, TensorBoard's."""
 
 import importlib.util
 import json
@@ -19,13 +19,13 @@ _ALWAYS_MEASURED = ("gap", "reach")  # the others may be null
 
 
 class RunLog:
-    """Writes one record per logged iteration to a run's folder, and sample grids.
+    """Writes the records and sample grids of a run to its folder.
 
-    series.jsonl gets a short line every iteration, for what must not be missed between records:
-    oscillations from one iteration to the next.
+    metrics.jsonl receives one record per logged iteration. series.jsonl receives a short line for
+    every iteration, to show oscillations between consecutive iterations.
 
-    On a resumed run, records after ``iteration`` (written, but lost with the weights they
-    describe) are taken out again.
+    When a run is resumed, records after ``iteration`` are removed: the weights that they describe
+    were lost.
     """
 
     def __init__(self, run: Path, iteration: int) -> None:
@@ -35,7 +35,7 @@ class RunLog:
         self._board = _summary_writer(run / "tensorboard", iteration)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append one record; it reaches the file at once."""
+        """Append one record and flush it to the file."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -44,14 +44,14 @@ class RunLog:
                     self._board.add_scalar(name, value, values["iteration"])
 
     def follow(self, iteration: int, gap: float, reach: float) -> None:
-        """Append an iteration's line to the series."""
-        # Nine digits hold a float32 exactly.
+        """Append the line of an iteration to the series."""
+        # Nine digits represent a float32 exactly.
         line = {"iteration": iteration, "gap": float(f"{gap:.9g}"), "reach": float(f"{reach:.9g}")}
         self._series.write(json.dumps(line) + "\n")
         self._series.flush()
 
     def grid(self, images: Tensor, iteration: int) -> Path:
-        """Write samples/ITERATION.png; returns its path."""
+        """Write samples/ITERATION.png and return its path."""
         path = self.run / "samples" / f"{iteration:08d}.png"
         save_grid(images, path)
         if self._board is not None:
@@ -60,7 +60,7 @@ class RunLog:
         return path
 
     def sync(self) -> None:
-        """Return when all records are on the disk, as before a checkpoint that follows them."""
+        """Return once all records are on the disk, as they must be before a later checkpoint."""
         for file in (self._file, self._series):
             os.fsync(file.fileno())
         if self._board is not None:
@@ -76,25 +76,29 @@ class RunLog:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; FileError for a line that is JSON, but no record."""
+    """Return the records of a run, oldest first; FileError for JSON that is not a record."""
     return [record for _, record in _records(run / "metrics.jsonl")]
 
 
 def read_series(run: Path) -> list[dict[str, Any]]:
-    """Iteration, gap and reach of every iteration, oldest first; FileError as `read_records`."""
+    """Return iteration, gap and reach of every iteration; errors are as for `read_records`."""
     return [record for _, record in _records(run / "series.jsonl")]
 
 
 def _reopen(path: Path, iteration: int) -> TextIO:
-    """A file of records to append to, without those after ``iteration``."""
-    kept = [line for line, record in _records(path) if record["iteration"] <= iteration]
+    """Remove the records after ``iteration`` from a file and open it to append more."""
+    lines = [line for line, record in _records(path) if record["iteration"] <= iteration]
     with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Whole records only: a kill may have cut the last line, a power cut blanked some."""
+    """Yield (line, record) of every complete record.
+
+    Other lines are skipped: a killed process may truncate the last line, and a power failure may
+    blank several.
+    """
     if not path.exists():
         return
     lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
@@ -111,7 +115,10 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_record(record: Any, where: str) -> None:
-    """FileError unless it is an iteration with numbers by name; which, differs between versions."""
+    """Raise FileError unless a record has an iteration and numbers by name.
+
+    The names are not checked, because they differ between versions.
+    """
     if not isinstance(record, dict):
         raise FileError(f"{where}: expected a record, got {reprlib.repr(record)}")
     iteration = record.get("iteration")

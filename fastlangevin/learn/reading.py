@@ -1,11 +1,12 @@
-"""Files that others made, read within bounds: whatever is wrong with one ends in a FileError.
+"""Read files from untrusted sources within bounds; anything wrong with one raises FileError.
 
-A small file must not start a program, be waited for, or take much memory. So only regular files
-are opened, what a header claims is compared with what the file has before anything is allocated,
-and error messages show the beginning of a value.
+A small file must not start a program, block the reader, or take much memory. Therefore only regular
+files are opened, the sizes that a header claims are compared with the size of the file before
+anything is allocated, and error messages show only the beginning of a value.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import reprlib
@@ -17,12 +18,12 @@ from typing import Any
 
 from fastlangevin.learn.errors import FileError
 
-# Data may expand to this many bytes whatever they are packed in, and to EXPANSION bytes for each
-# packed one above that. Photographs expand 10 to 50 times and MNIST's idx files 5 times; deflated
-# zeros, 1000 times.
+# Compressed data may always expand to FREE_BYTES, and to larger sizes only by a factor of at most
+# EXPANSION. Photographs expand 10 to 50 times, MNIST's idx files 5 times, and deflated zeros 1000
+# times.
 FREE_BYTES = 2**24
 EXPANSION = 200
-# A training run's settings have 1.5 KB, and its results 5 KB.
+# The settings of a training run take 1.5 KB, and its results 5 KB.
 TEXT_BYTES = 2**20
 _KINDS = {
     stat.S_IFDIR: "folder",
@@ -40,11 +41,11 @@ class _Brief(reprlib.Repr):
         self.maxlevel, self.maxstring, self.maxother = 3, 60, 60
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write out integers of more than 4300 digits.
+        # Python refuses to print integers of more than 4300 digits.
         return repr(x) if x.bit_length() < 200 else f"an integer of {x.bit_length()} bits"
 
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        # In its own order, which the parent's is not.
+        # Keeps the order of the items, which the parent sorts.
         if level <= 0:
             return "{...}"
         items = list(islice(x.items(), self.maxdict + 1))
@@ -55,31 +56,31 @@ class _Brief(reprlib.Repr):
 
 
 def brief(value: Any) -> str:
-    """repr(value), shortened to a few items, levels and characters."""
+    """Return repr(value), shortened to a few items, levels and characters."""
     return cut(_Brief().repr(value))
 
 
 def called(name: Any) -> str:
-    """What should be a name, as an error message shows it."""
+    """Return a value that should be a name as an error message shows it."""
     return cut(name) if isinstance(name, str) else brief(name)
 
 
 def cut(text: str) -> str:
-    """A text's beginning."""
+    """Return the beginning of a text."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 @contextlib.contextmanager
 def reading(path: Path | str, form: str) -> Iterator[None]:
-    """FileError "PATH cannot be read as FORM: ..." for whatever the body raises.
+    """Turn any exception of the body into FileError "PATH cannot be read as FORM: ...".
 
-    FileErrors pass as they are, and so does FileNotFoundError.
+    FileError and FileNotFoundError pass unchanged.
     """
     try:
         yield
     except (FileError, FileNotFoundError):
         raise
-    # Parsers raise what they meet on their way: KeyError, struct.error, zlib.error, RecursionError.
+    # Parsers raise KeyError, struct.error, zlib.error, RecursionError and more.
     except Exception as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         said = cut(" ".join(said.split())) or type(error).__name__
@@ -87,7 +88,7 @@ def reading(path: Path | str, form: str) -> Iterator[None]:
 
 
 def check_file(path: Path) -> None:
-    """FileError unless it is a regular file; FileNotFoundError if there is none."""
+    """Raise FileError unless a path is a regular file; FileNotFoundError if nothing is there."""
     with reading(path, "a file"):
         mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -96,46 +97,57 @@ def check_file(path: Path) -> None:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """FileError for a path that leaves the folder, by a link or by "..", or leads nowhere."""
+    """Raise FileError if a path leaves the folder, by a link or by "..", or leads nowhere."""
     with reading(path, "a path"):
         real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
         there = os.path.lexists(real) and not real.is_symlink()
     if not real.is_relative_to(root):
         raise FileError(
-            f"{path} leads to {cut(str(real))}, outside {folder}; copy that into the folder, or "
-            "give its own path"
+            f"{path} leads to {cut(str(real))}, outside {folder}; copy it into the folder, or "
+            "pass its own path"
         )
     if not there:
-        raise FileError(f"{path} leads to {cut(str(real))}, where there is nothing")
+        raise FileError(f"{path} leads to {cut(str(real))}, which does not exist")
 
 
 def check_expansion(claimed: int, stored: int) -> None:
-    """ValueError for data that claim to be far larger than what they are stored in."""
+    """Raise ValueError for data that claim to be far larger than the bytes that store them."""
     if claimed > max(FREE_BYTES, EXPANSION * stored):
         raise ValueError(
-            f"{stored} bytes claim to hold {claimed}; at most {EXPANSION} times as many are read"
+            f"{stored} bytes claim to hold {claimed}; the limit is {EXPANSION} times as many"
         )
 
 
 def read_bytes(path: Path, most: int = TEXT_BYTES) -> bytes:
-    """All of a regular file of at most ``most`` bytes; FileError otherwise."""
+    """Read a regular file of at most ``most`` bytes; FileError if it is anything else."""
     check_file(path)
     with reading(path, "a file"), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise ValueError(f"it has {size} bytes, more than {most}")
-        return file.read(size or 1)  # 1: the kernel's files have no size, but errors
+        return file.read(size or 1)  # files of the kernel report size 0 but may raise when read
 
 
 def read_text(path: Path, most: int = TEXT_BYTES) -> str:
-    """All of a text file in UTF-8, as :func:`read_bytes`."""
+    """Read a text file in UTF-8; bounds and errors are as for :func:`read_bytes`."""
     content = read_bytes(path, most)
     with reading(path, "text"):
         return content.decode("utf-8")
 
 
 def read_json(path: Path, most: int = TEXT_BYTES) -> Any:
-    """What a JSON file holds, as :func:`read_bytes`."""
+    """Parse a JSON file; bounds and errors are as for :func:`read_bytes`."""
     content = read_text(path, most)
     with reading(path, "json"):
         return json.loads(content)
+
+
+def require(module: str, reader: str) -> Any:
+    """Import an optional dependency; ImportError, with how to install it, if that fails."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"load_images: {reader} needs the module {module}, which cannot be imported "
+            f'({error}); pip install "fastlangevin[train]"'
+        ) from error

@@ -1,4 +1,4 @@
-"""A run's folder: what it may hold, and what may be done to it."""
+"""The folder of a run: what a run writes there, and whether a run may start or resume there."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastlangevin.learn import atomic as files
+from fastlangevin.learn import atomic
 from fastlangevin.learn.config import MARK, TrainConfig, resolve
 from fastlangevin.learn.errors import FileError
 
@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
-# What flock answers where another process has the lock; any other error is of the file system.
+# Errors of flock if another process holds the lock. Any other error is one of the file system.
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 _NUMBER = "[0-9]" * 8
 WRITTEN = (
@@ -31,8 +31,8 @@ WRITTEN = (
     "samples.png",
     CONFIG,
 )
-# What a resumed run may change: how long it goes on, what it writes, and where things are. The
-# data are compared by what is in them.
+# Settings that a resumed run may change: its length, what it writes, and where things are. Its data
+# may have moved, because the content of the data is compared.
 FREE_SETTINGS = (
     "data",
     "iterations",
@@ -47,7 +47,7 @@ FREE_SETTINGS = (
 
 
 def is_run(out: Path) -> bool:
-    """Whether a folder is one that a run of ours wrote."""
+    """Return whether a folder was written by a training run."""
     config = out / CONFIG
     if not config.is_file():
         return False
@@ -55,8 +55,14 @@ def is_run(out: Path) -> bool:
         return file.read(len(MARK.encode())) == MARK.encode()
 
 
+def free_folder(folder: Path) -> Path:
+    """Return ``folder``, or the first of folder-2, folder-3, ... that does not exist yet."""
+    others = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10**6))
+    return folder if not folder.exists() else next(path for path in others if not path.exists())
+
+
 def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that does not fit, before anything is loaded or written."""
+    """Raise an error if ``out`` cannot be used, before anything is loaded or written."""
     if resume and overwrite:
         raise ValueError("train: give resume or overwrite, not both")
     if out.exists() and not out.is_dir():
@@ -75,21 +81,21 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
     if in_the_way and not is_run(out):
         raise FileExistsError(
             f"train: {out} already holds {in_the_way[0].relative_to(out)}, which a run would "
-            "replace, but is no whole run to overwrite; name another folder"
+            "replace, but it is not a complete run that could be overwritten; name another folder"
         )
 
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes from training in it meanwhile.
+    """Create the folder and lock it, so that no other process trains in it.
 
-    The lock is the folder's own and goes with the process, however that ends; on some network file
-    systems it holds on one machine only. Where there are no locks the run goes on with a warning. A
-    new folder that is still empty at the end is removed. FileExistsError if another process has
-    the lock.
+    The lock is on the folder itself and ends with the process, however it ends. On some network
+    file systems it is effective only within one machine. If the folder cannot be locked, the run
+    continues with a warning. A new folder that is still empty at the end is removed. Raises
+    FileExistsError if another process holds the lock.
     """
     new = not out.exists()
-    files.make_folder(out)
+    atomic.make_folder(out)
     if fcntl is None:
         yield
         return
@@ -109,12 +115,12 @@ def only_writer(out: Path) -> Iterator[None]:
     finally:
         os.close(folder)
         if new:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # it is not empty
                 out.rmdir()
 
 
 def check_resumed(config: TrainConfig, out: Path) -> None:
-    """ValueError if a run would not go on as it began; FileError if its settings are damaged."""
+    """Raise ValueError if ``config`` changes the run in ``out``, FileError if that is damaged."""
     try:
         saved = dataclasses.asdict(resolve(out / CONFIG))
     except FileError:
@@ -124,35 +130,35 @@ def check_resumed(config: TrainConfig, out: Path) -> None:
     asked = dataclasses.asdict(config)
     free: tuple[str, ...] = FREE_SETTINGS
     if (config.lr, config.data_noise) != (config.lr_final, config.data_noise_final):
-        # The annealing is a function of the length.
+        # Annealing depends on the number of iterations.
         free = tuple(name for name in free if name != "iterations" or config.anneal_start == 1)
     different = [name for name in saved if name not in free and saved[name] != asked[name]]
     if different:
         changes = ", ".join(f"{name} ({saved[name]} to {asked[name]})" for name in different)
-        hint = ", on whose value the annealing depends" if different == ["iterations"] else ""
+        hint = "; the annealing depends on it" if different == ["iterations"] else ""
         raise ValueError(f"train: {out} cannot be resumed with other settings: {changes}{hint}")
 
 
 def remove_run(out: Path) -> None:
-    """Delete what a run wrote, and nothing else. The config goes last: until then it is a run."""
+    """Delete the files of a run and nothing else. config.yaml is last: it marks the run."""
     remove_leftovers(out)
     for pattern in ("tensorboard/events.out.tfevents.*", *WRITTEN):
         for path in out.glob(pattern) if is_run(out) else ():
             path.unlink()
     for name in ("checkpoints", "samples", "tensorboard"):
-        with contextlib.suppress(OSError):  # not there, or with files of the user's in it
+        with contextlib.suppress(OSError):  # it does not exist, or holds files of the user
             (out / name).rmdir()
 
 
 def remove_leftovers(out: Path) -> None:
-    """Delete the temporary files of processes that were killed while they wrote into a run.
+    """Delete temporary files that killed processes left in the folder of a run.
 
-    The run's own files are written under its lock, so that any temporary file of them is left over.
+    A run writes its files while it holds the lock, so every temporary file of theirs is a leftover.
     """
     for folder in (out, out / "checkpoints", out / "samples"):
-        files.remove_leftovers(folder)
+        atomic.remove_leftovers(folder)
     for pattern in WRITTEN:
-        place, _, name = pattern.rpartition("/")
-        for path in (out / place).glob(f".{name}.*.tmp"):
+        subfolder, _, name = pattern.rpartition("/")
+        for path in (out / subfolder).glob(f".{name}.*.tmp"):
             if re.search(r"\.\d+\.tmp$", path.name):
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A training run: a folder that fills with checkpoints, records and samples, and can be resumed."""
+"""Training runs: learn into a folder of checkpoints, records and samples; resume from it."""
 
 import contextlib
 import dataclasses
@@ -35,15 +35,15 @@ from fastlangevin.learn.run_folder import (
     remove_run,
 )
 
-# The newest, and the one before it to fall back to: each has the weights four times (their average
-# and Adam's two moments) and the buffer.
+# The newest checkpoint, and the previous one in case the newest is damaged. Each holds the weights
+# four times (with their average and Adam's two moments) and the buffer.
 KEPT_CHECKPOINTS = 2
 
 Report = Callable[[int, Mapping[str, Any]], None]
 
 
 class StopRequest:
-    """The signal that asks a run to end after its current iteration; None: it goes on."""
+    """Holds the signal that asked a run to stop after its current iteration, or None."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -58,20 +58,24 @@ def train(
     report: Report | None = None,
     stop: StopRequest | None = None,
 ) -> Path:
-    """Learn by algorithm 1 as ``config`` says, in the folder ``out``; returns the last checkpoint.
+    """Train with the settings of ``config`` in the folder ``out``; return the last checkpoint.
 
-    The folder gets config.yaml, metrics.jsonl, series.jsonl, checkpoints/, samples/, samples.png
-    and, where TensorBoard is installed, tensorboard/. With ``resume`` the run in it goes on from
-    its newest checkpoint and ends with the numbers of a run that was never cut. If that checkpoint
-    is damaged, the run warns, renames it to end in .damaged and goes on from the one before it.
-    ``report(iteration, record)`` is called after every iteration. SIGINT, SIGTERM and SIGHUP end
-    the run after the current iteration, with a checkpoint; ``stop`` tells afterwards which one did.
+    The folder receives config.yaml, metrics.jsonl, series.jsonl, checkpoints/, samples/,
+    samples.png and, if TensorBoard is installed, tensorboard/.
 
-    Raises, before anything is written, FileExistsError if ``out`` holds a run and neither
-    ``resume`` nor ``overwrite`` is given or if another process is training in it, and ValueError
-    for settings that do not fit; with ``resume``, FileError naming the file of the run that cannot
-    be read. Later DivergedError, naming the last good checkpoint, and OSError
-    when the disk is full: the checkpoints written before stay.
+    resume: continue the run in ``out`` from its newest checkpoint. The result is identical to that
+        of an uninterrupted run. If the newest checkpoint is damaged, the run warns, renames it to
+        end in .damaged, and continues from the previous one.
+    overwrite: delete the run in ``out`` first.
+    report: called as ``report(iteration, record)`` after every iteration.
+    stop: holds, afterwards, the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
+        checkpoint after the current iteration and end the run.
+
+    Before anything is written, raises FileExistsError if ``out`` holds a run and neither
+    ``resume`` nor ``overwrite`` is given, or if another process is training in it; ValueError for
+    settings that do not fit; and, with ``resume``, FileError naming the file of the run that
+    cannot be read. Later, raises DivergedError, naming the last good checkpoint, and OSError if the
+    disk is full. Checkpoints that were already written stay.
     """
     out = Path(out)
     check_folder(config, out, resume, overwrite)
@@ -104,12 +108,12 @@ def _train(
                 if not is_sound(learner, config):
                     raise DivergedError(f"energies run away after iteration {learner.iteration}")
                 save_run(learner, config, out, log)
-            remove_old_checkpoints(out)  # a process may have been killed before it did
+            remove_old_checkpoints(out)  # an earlier process may have been killed before this
             save_grid(draw_samples(learner, config), out / "samples.png")
     except (DivergedError, FloatingPointError) as error:
         raise DivergedError(f"{error}; {last_good(out)}") from error
     except OSError as error:
-        raise OSError(f"{error}; {last_good(out)}, resume goes on from there") from error
+        raise OSError(f"{error}; {last_good(out)}, resume continues from there") from error
     finally:
         log.close()
     return list_checkpoints(out)[-1]
@@ -123,7 +127,7 @@ def iterate(
     guard: DivergenceGuard,
     report: Report | None,
 ) -> None:
-    """One iteration, and what is due after it: record, grid, checkpoint."""
+    """Run one iteration, then write the record, grid and checkpoint that are due."""
     started = time.perf_counter()
     learner.lr, learner.data_noise = annealed(config, learner.iteration)
     due = learner.iteration + 1
@@ -148,11 +152,12 @@ def iterate(
 
 
 def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
-    """Whether the weights, just changed, still give finite chains of bounded energy.
+    """Return whether the current weights give finite chains with bounded energies.
 
-    The guard has seen what they were before the change. A checkpoint is what a lost run goes back
-    to, so it is worth a small chain. Its mean energy has ten times the guard's room: it is another
-    batch, and weights that are lost pass any bound by far.
+    The guard checked the weights before their last update. A diverged run restarts from its last
+    checkpoint, so a short chain checks the weights again before they are saved. Its mean energy
+    may reach ten times the guard's bound: it is from another batch, and diverged weights exceed
+    any bound by far.
     """
     x0 = _noise.initial((16, *learner.data.shape), seed=config.seed)
     chain = learner.sampler.diagnose(x0.to(choose_device(config.device)), seed=config.seed)
@@ -163,13 +168,17 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
 
 
 def last_good(out: Path) -> str:
-    """Which checkpoint a run that has stopped can go back to, in words."""
-    found = list_checkpoints(out)
-    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was saved yet"
+    """Say which checkpoint a run that has stopped can continue from."""
+    checkpoints = list_checkpoints(out)
+    return (
+        f"the last good checkpoint is {checkpoints[-1]}"
+        if checkpoints
+        else "no checkpoint was saved yet"
+    )
 
 
 def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
-    """(lr, data_noise) of an iteration: constant, then linear to their final values."""
+    """Return (lr, data_noise) at an iteration: constant, then linear to their final values."""
     start = config.anneal_start * config.iterations
     part = max(0.0, iteration - start) / max(1.0, config.iterations - start)
     return (
@@ -179,7 +188,7 @@ def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
 
 
 def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path, log: RunLog) -> Path:
-    """Save a checkpoint, after the records of its past; of the older ones the newest is kept."""
+    """Flush the records, save a checkpoint, and delete all older ones but the newest."""
     log.sync()
     path = checkpoint_path(out, learner.iteration)
     learner.save(path, config=dataclasses.asdict(config), data=fingerprint(learner.data))
@@ -193,10 +202,11 @@ def remove_old_checkpoints(out: Path) -> None:
 
 
 def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> None:
-    """Put a fresh learner where the run's newest whole checkpoint, if it has any, left off.
+    """Restore a new learner from the newest intact checkpoint of a run, if the run has any.
 
-    Damaged ones that are newer are renamed, with a warning. Raises CheckpointError if none is
-    whole, and ValueError if the data are others than the run's, or it is past its last iteration.
+    Newer checkpoints that are damaged are renamed, with a warning. Raises CheckpointError if all
+    are damaged, and ValueError if the data differ from the run's or if the checkpoint is past
+    the last iteration of ``config``.
     """
     damaged: dict[Path, DamagedCheckpointError] = {}
     for path in reversed(list_checkpoints(out)):
@@ -223,21 +233,22 @@ def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> 
         aside = newer.with_suffix(".damaged")
         newer.replace(aside)
         warnings.warn(
-            f"train: {reason}; it is now {aside.name}, and the run goes on from {path}",
+            f"train: {reason}; it is now {aside.name}, and the run continues from {path}",
             stacklevel=4,
         )
 
 
 @contextlib.contextmanager
 def stop_signal(stop: StopRequest) -> Iterator[None]:
-    """Note the first SIGINT, SIGTERM or SIGHUP in ``stop``; a second one acts as it always does."""
+    """Store the first SIGINT, SIGTERM or SIGHUP in ``stop``; a second one acts as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     # Windows has no SIGHUP.
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     before = {number: signal.getsignal(number) for number in numbers if number is not None}
-    # A shell has them ignored for what it runs in the background, nohup has SIGHUP; that stays.
+    # Signals that are ignored stay ignored: shells ignore SIGINT for background processes, and
+    # nohup ignores SIGHUP.
     before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
 
     def request(number: int, _frame: object) -> None:

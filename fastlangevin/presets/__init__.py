@@ -1,20 +1,24 @@
-"""The samplers of published codebases, by name: options of the one sampler.
+"""The samplers of published codebases, by name. Each one runs a :class:`LangevinSampler`.
 
-Each is a function or an object with the call signature and the return value of the original, whose
-equation and source its docstring states, along with what differs. What all of them take besides, by
-keyword: ``seed`` or ``generator``, by default drawn from torch's generator; ``first_chain``, rank *
-n where several processes have one seed, who else draw the same starts, slots and noise; and
-``noise``, standard normals [K, n, ...] in place of their own, for proofs
-(:func:`fastlangevin.testing.compare`).
+A preset is a function or an object with the call signature and the return value of the original.
+Its docstring states the equation, the source and the differences. Calls also take four keywords:
+
+- ``seed`` or ``generator``, not both. By default the seed is drawn from torch's generator.
+- ``noise``: standard normals [K, n, ...] that replace the preset's own, to prove that it computes
+  the same chain as the original (:func:`fastlangevin.testing.compare`).
+- ``first_chain``: rank * n if several processes share one seed. Without it they draw the same
+  starts, slots and noise.
 """
 
+from fastlangevin.presets.anatomy import anatomy, anatomy_eval
+from fastlangevin.presets.ebmkit import ebmkit
 from fastlangevin.presets.igebm import igebm, improved_cd, openai_igebm
 from fastlangevin.presets.jem import jem, jempp
-from fastlangevin.presets.libraries import ebmkit, torchebm, ula
-from fastlangevin.presets.nae import nae
-from fastlangevin.presets.nae_v2 import nae_mcmc, nae_v2
+from fastlangevin.presets.nae import nae, nae_mcmc, nae_v2
 from fastlangevin.presets.ncsn import ncsn
-from fastlangevin.presets.paper import anatomy, anatomy_eval, short_run
+from fastlangevin.presets.short_run import short_run
+from fastlangevin.presets.torchebm import torchebm
+from fastlangevin.presets.ula import ula
 from fastlangevin.presets.uva import uva
 
 __all__ = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import check_count
-from fastlangevin.presets.common import Labelled, Samplers, take_seed
+from fastlangevin.presets.common import Labelled, Randomness, Samplers, random_keywords
 
 
 def ncsn() -> Callable[..., list[Tensor]]:
@@ -16,18 +16,19 @@ def ncsn() -> Callable[..., list[Tensor]]:
 
         x <- x + a_c s(x, c) + sqrt(2 a_c) z,    a_c = step_lr (sigma_c / sigma_L)^2
 
-    n_steps_each steps at each level c = 0 .. L - 1, as one chain of L n_steps_each steps; with
-    denoise then once x <- x + sigma_L^2 s(x, L - 1). scorenet: the score d log p / d x, called
-    scorenet(x, labels [n] int64). sigmas: L numbers or a tensor [L], the last the least. Returns a
-    function of the original's arguments with ``seed``, ``generator`` and ``noise``
-    [L n_steps_each, n, ...] besides. It returns a list of tensors on the CPU: the states after
-    every step and the denoised one, or with final_only the last alone.
+    It takes n_steps_each steps at each level c = 0 .. L - 1, as one chain of L n_steps_each steps.
+    With denoise a final x <- x + sigma_L^2 s(x, L - 1) follows. scorenet: the score d log p / d x,
+    called scorenet(x, labels [n] int64). sigmas: L numbers or a tensor [L]; the last is the
+    smallest. Returns a function of the original's arguments with the presets' keywords (``noise``
+    is [L n_steps_each, n, ...]). It returns a list of tensors on the CPU: the states after every
+    step and the denoised states, or with final_only the last of these alone.
 
     Differs: step sizes are computed in float64. ``verbose=True``, which prints, raises ValueError.
     Source: ermongroup/ncsnv2, models/__init__.py; Song and Ermon, NeurIPS 2020.
     """
     walkers, denoisers = Samplers(), Samplers()
 
+    @random_keywords
     def anneal_Langevin_dynamics(
         x_mod: Tensor,
         scorenet: Callable[..., Tensor],
@@ -38,31 +39,29 @@ def ncsn() -> Callable[..., list[Tensor]]:
         verbose: bool = False,
         denoise: bool = True,
         *,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        first_chain: int = 0,
+        random: Randomness,
     ) -> list[Tensor]:
         if verbose:
-            raise ValueError("ncsn: verbose is not offered; LangevinSampler.diagnose measures")
+            raise ValueError("ncsn: verbose is not supported; use LangevinSampler.diagnose")
+        seed, noise, first_chain = random
         levels = [float(sigma) for sigma in sigmas]
         each = check_count("ncsn", "n_steps_each", n_steps_each)
         if noise is not None and len(noise) != len(levels) * each:
             raise ValueError(
-                f"ncsn: noise must have one of [n, ...] for each of {len(levels) * each} steps, "
+                f"ncsn: noise must have length {len(levels) * each}, one for each step, "
                 f"got {len(noise)}"
             )
-        seed, x, images = take_seed(seed, generator), x_mod, []
+        x, images = x_mod, []
         labels = [
             torch.full((x_mod.shape[0],), c, dtype=torch.int64, device=x_mod.device)
             for c in range(len(levels))
         ]
-        along: dict[str, Any] = {"wrap": (Labelled,), "maximize": True, "gradient": "network"}
-        # One chain, a level at a time: so much of it is on the device.
+        ascent: dict[str, Any] = {"wrap": (Labelled,), "maximize": True, "gradient": "network"}
+        # The chain runs level by level, so that the device holds the states of one level.
         for c, sigma in enumerate(levels):
             size, first = step_lr * (sigma / levels[-1]) ** 2, c * each
             sampler = walkers(
-                scorenet, steps=each, step_size=size, noise_std=math.sqrt(2 * size), **along
+                scorenet, steps=each, step_size=size, noise_std=math.sqrt(2 * size), **ascent
             )
             options: dict[str, Any] = {
                 "seed": seed,
@@ -78,7 +77,7 @@ def ncsn() -> Callable[..., list[Tensor]]:
                 images += [state.to("cpu", copy=True) for state in states[1:]]
                 x = states[-1].clone()
         if denoise:
-            last = denoisers(scorenet, steps=1, step_size=levels[-1] ** 2, noise_std=0.0, **along)
+            last = denoisers(scorenet, steps=1, step_size=levels[-1] ** 2, noise_std=0.0, **ascent)
             x = last(x, seed=seed, label=labels[-1])
             images.append(x.cpu())
         return [x.cpu()] if final_only else images

@@ -1,34 +1,40 @@
-"""The sampler of tutorial 8 of the UvA deep learning course, with its buffer."""
+"""The sampler of tutorial 8 of the UvA deep learning course, and its buffer."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastlangevin import noise as _noise
-from fastlangevin.gradients.autograd import device_of
-from fastlangevin.presets.common import Samplers, Summed, in_eval_mode, take_seed
+from fastlangevin.gradients.network import device_of
+from fastlangevin.presets.common import (
+    Randomness,
+    Samplers,
+    Summed,
+    in_eval_mode,
+    random_keywords,
+    take_seed,
+)
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 
 
-class uva:  # lower case, as all presets are called
+class uva:  # lower case, like all presets
     """``Sampler(model, img_shape, sample_size, max_len=8192)`` of the UvA tutorial on deep EBMs.
 
         x <- clamp(x + 0.005 z),    x <- clamp(x + step_size clip(d model/dx))
 
     with clip +-0.03 and clamp (-1, 1), twice a step. model: the negative energy of [n, *img_shape],
-    of any output shape: its sum is what is differentiated; in eval mode meanwhile. ``buffer`` is a
-    first-in first-out :class:`ReplayBuffer` on the model's device (it follows a model that moves)
-    of at most max_len states, which sample_size ones from U(-1, 1) begin; each chain starts anew
-    with probability 0.05. ``seed``: of all its numbers, by default drawn from torch's generator;
-    with ``buffer.state_dict()`` and ``drawn``, the batches drawn so far, it is all there is to
-    save. ``examples``: those states, as the tutorial's callbacks read them. ``first_chain``: rank *
-    sample_size, where several processes have one seed.
+    of any output shape: its sum is differentiated. It is in eval mode during a call. ``buffer`` is
+    a first-in first-out :class:`ReplayBuffer` of at most max_len states on the model's device; it
+    follows a model that moves. It begins with sample_size states from U(-1, 1). With probability
+    0.05 a chain starts from U(-1, 1) instead. ``seed`` determines all random numbers; by default it
+    is drawn from torch's generator. To resume, save it with ``buffer.state_dict()`` and ``drawn``,
+    the number of batches drawn so far. ``examples`` lists the buffer's states as the tutorial's
+    callbacks read them. ``first_chain``: rank * sample_size if several processes share one seed.
 
-    Differs: results are new tensors without requires_grad, where the original changes its input in
-    place and returns that; frozen parameters stay frozen; the buffer does not go through the CPU.
+    Differs: results are new tensors without requires_grad, while the original changes and returns
+    its input; frozen parameters stay frozen; the buffer does not pass through the CPU.
     Source: phlippe/uvadlc_notebooks, tutorial 8, cell 5.
     """
 
@@ -49,10 +55,10 @@ class uva:  # lower case, as all presets are called
             raise ValueError(
                 f"uva: max_len must be at least sample_size={sample_size}, got {max_len}"
             )
-        # One rank's slots and fresh chains are not another's.
-        own = _noise.fold_in(self.seed, first_chain) if first_chain else self.seed
+        # Each rank draws its own slots and new chains.
+        buffer_seed = _noise.fold_in(self.seed, first_chain) if first_chain else self.seed
         self.buffer = ReplayBuffer(
-            max_len, tuple(img_shape), seed=own, kind="fifo", reinit=0.05, device=device
+            max_len, tuple(img_shape), seed=buffer_seed, kind="fifo", reinit=0.05, device=device
         )
         start = _noise.initial(
             (sample_size, *img_shape), seed=self.seed, first_chain=first_chain, device=device
@@ -63,12 +69,12 @@ class uva:  # lower case, as all presets are called
     def sample_new_exmps(
         self, steps: int = 60, step_size: float = 10, *, noise: Tensor | None = None
     ) -> Tensor:
-        """sample_size new samples [n, *img_shape], which the buffer takes in too."""
+        """Return sample_size new samples [n, *img_shape], and add them to the buffer."""
         device = device_of(self.model)
-        if device is not None:  # a trainer has moved the model since
+        if device is not None:  # a trainer may have moved the model
             self.buffer.to(device)
         _, x = self.buffer.draw(self.sample_size, self.drawn)
-        # Other numbers than the buffer's, and others at every call.
+        # A seed for this call alone, different from the buffer's.
         seed = _noise.fold_in(self.seed, self.drawn)
         sampler = self._samplers(self.model, **_settings(steps, step_size))
         with in_eval_mode(self.model):
@@ -79,12 +85,13 @@ class uva:  # lower case, as all presets are called
 
     @property
     def examples(self) -> list[Tensor]:
-        """The buffer's states as copies on the CPU, each [1, *img_shape], the newest first."""
+        """Copies of the buffer's states on the CPU, each [1, *img_shape], the newest first."""
         count, states = self.buffer.added, self.buffer.states
         numbers = range(count - 1, max(count - len(states), 0) - 1, -1)
         return list(states[[k % len(states) for k in numbers]].cpu().split(1))
 
     @staticmethod
+    @random_keywords
     def generate_samples(
         model: Callable[..., Tensor],
         inp_imgs: Tensor,
@@ -92,19 +99,17 @@ class uva:  # lower case, as all presets are called
         step_size: float = 10,
         return_img_per_step: bool = False,
         *,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        first_chain: int = 0,
+        random: Randomness,
     ) -> Tensor:
-        """The states after ``steps`` steps from inp_imgs [n, ...], or each [steps, n, ...]."""
+        """Return the states after ``steps`` steps from inp_imgs [n, ...], or all of them.
+
+        With return_img_per_step: the states after each step, [steps, n, ...].
+        """
         sampler = LangevinSampler(Summed(model), **_settings(steps, step_size))
-        options: dict[str, Any] = {"seed": take_seed(seed, generator), "noise": noise}
-        options["first_chain"] = first_chain
         with in_eval_mode(model):
             if return_img_per_step:
-                return sampler.trajectory(inp_imgs, **options)[1:]
-            return sampler(inp_imgs, **options)
+                return sampler.trajectory(inp_imgs, **random._asdict())[1:]
+            return sampler(inp_imgs, **random._asdict())
 
 
 def _settings(steps: int, step_size: float) -> dict[str, Any]:

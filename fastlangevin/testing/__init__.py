@@ -1,4 +1,4 @@
-"""Is it the same chain? A loop and what replaces it, run with the same noise, step by step."""
+"""Compare a sampling loop with its replacement, step by step, on the same noise."""
 
 from fastlangevin.testing.comparison import Comparison, compare
 

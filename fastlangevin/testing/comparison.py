@@ -1,4 +1,4 @@
-"""Is it the same chain? A loop and what replaces it, run with the same noise, step by step."""
+"""Compare a sampling loop with its replacement, step by step, on the same noise."""
 
 import statistics
 from collections.abc import Callable
@@ -10,28 +10,28 @@ from torch import Tensor
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import watching
-from fastlangevin.gradients.autograd import modules_of
 from fastlangevin.gradients.draws import kept_generators
+from fastlangevin.gradients.network import modules_of
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.testing.loop import OP, Record, distance, follow, kind, snapshot, state
-from fastlangevin.testing.measure import left_alone, peak_bytes, times
-from fastlangevin.testing.walk import Found, Walk, spread
+from fastlangevin.testing.measure import peak_bytes, restored_modules, times
+from fastlangevin.testing.walk import Judgement, Walk, spread
 
 
 class Comparison(NamedTuple):
-    """What :func:`compare` found; ``print`` it."""
+    """The result of :func:`compare`; ``print`` it."""
 
     same: bool
     verdict: str
-    differences: list[float]  # at the start, then of each step taken from the loop's own state
-    tolerances: list[float]  # what rounding may make of each of them
-    apart: list[float]  # at the same places, of the sampler left to itself: rounding's growth
-    draws: int  # of standard normals of x0's shape by the loop
-    gradients: int  # taken by the loop; of x0's shape
+    differences: list[float]  # at the start, then after each step from the loop's own state
+    tolerances: list[float]  # the largest difference that rounding may cause, for each of them
+    apart: list[float]  # the same differences for a whole run of the sampler, where rounding grows
+    draws: int  # how often the loop drew standard normals of x0's shape
+    gradients: int  # how many gradients of x0's shape the loop took
     steps: int
     seconds: tuple[float, float]  # loop, sampler: medians of the rounds
     speedup: float  # median of the rounds' ratios
-    peak_bytes: tuple[int, int]  # loop, sampler: tensors made in a call, at most at a time
+    peak_bytes: tuple[int, int]  # loop, sampler: the most that a call's tensors take at a time
     shape: tuple[int, ...]
     dtype: torch.dtype
     notes: tuple[str, ...]
@@ -67,31 +67,32 @@ def compare(
     rounds: int = 3,
     **model_kwargs: Any,
 ) -> Comparison:
-    """Run a loop and what is to replace it with the same noise, and say whether they agree.
+    """Run a loop and its replacement with the same noise, and report whether they agree.
 
-    original: original(x0) -> x_K, the loop as it is, its energy, labels and options inside it. The
-        normal numbers of x0's shape that it draws from torch (randn, randn_like, normal, normal_)
-        are replaced by given ones; its states are read where it takes gradients through autograd.
-        Of a tuple that it returns the first tensor of x0's shape counts, of a list the last; where
-        it returns None, x0 itself.
-    sampler: a :class:`LangevinSampler`; or, with ``steps`` (K) given, a function of
-        (x0, noise=z [K, n, ...] or None, **model_kwargs), such as a preset's.
+    original: original(x0) -> x_K, the unmodified loop, with its energy, labels and options inside.
+        Normal numbers of x0's shape that it draws from torch (randn, randn_like, normal, normal_)
+        are replaced. Its states are read where it takes gradients by autograd. If it returns a
+        tuple, the first tensor of x0's shape is its result; of a list, the last one; if it returns
+        None, x0 itself.
+    sampler: a :class:`LangevinSampler`; or, together with ``steps`` (K), a function of
+        (x0, noise=z [K, n, ...] or None, **model_kwargs), such as one that calls a preset.
     x0 [n, ...]: float32 or float64; each run gets a copy.
-    dtype: torch.float64 runs both in it, which tells rounding from real differences: x0 and the
-        parameters and buffers of ``energy``, by default the sampler's, are converted meanwhile.
-    rounds: of timing, in turns, with the loop's and the sampler's own noise.
+    energy: the energy whose modules are restored after each run; by default the sampler's.
+    dtype: torch.float64 runs both in it, which separates rounding from real differences: x0 and the
+        energy's parameters and buffers are converted for the duration of the call.
+    rounds: how many times both are timed, in turns, each with its own noise.
 
     Every step is judged by itself: the sampler takes it from the state that the loop had reached,
-    with the step's noise, and has to arrive where the loop does, within the rounding of that step's
-    own terms; nothing grows with K. Buffers that a module in eval mode changes, as spectral norm
-    written by hand may, are then as the loop had them at that step. A step that goes further apart
-    is taken again from states 4 eps away, and what kinks or large steps make of that is allowed.
-    Where the loop's gradients are not one a step (or not autograd's), the ends alone are compared,
-    and what the sampler makes of an x0 4 eps away is the measure.
+    with the step's noise, and must end where the loop does, within the rounding of that step's own
+    terms, so tolerances do not grow with K. Buffers that a module changes in eval mode (as
+    handwritten spectral norm may) then have the loop's values of that step. If a step differs by
+    more, it is repeated from states 4 eps away, and what kinks or large steps make of that is
+    added to its tolerance. If the loop does not take one gradient a step by autograd, only the
+    final states are compared; the tolerance is then the sampler's response to an x0 4 eps away.
 
-    On the CPU the bytes are those of tensors that torch makes, on CUDA those that its allocator
-    holds. Modes, flags, .grads, buffers and torch's generators are as before. Raises TypeError or
-    ValueError naming the argument.
+    On the CPU, bytes are those of the tensors that torch allocates; on CUDA, those that its
+    allocator holds. Modes, flags, .grads, buffers and torch's generators are restored. Raises
+    TypeError or ValueError naming the argument.
     """
     steps = _check_steps(sampler, steps)
     if not isinstance(x0, Tensor) or x0.dtype not in (torch.float32, torch.float64):
@@ -100,7 +101,7 @@ def compare(
     energy = sampler.energy if energy is None and isinstance(sampler, LangevinSampler) else energy
     modules = () if energy is None else modules_of(energy)
     if dtype is not None and not modules:
-        raise ValueError(f"{OP}: dtype converts an energy's module; give it as energy=")
+        raise ValueError(f"{OP}: dtype converts an energy's modules; give the energy as energy=")
     x0 = x0.detach().to(dtype or x0.dtype)
     z = torch.stack(
         [
@@ -112,46 +113,48 @@ def compare(
     )
     with (
         kept_generators(x0.device),
-        left_alone(modules, dtype) as put_back,
+        restored_modules(modules, dtype) as restore,
         torch.enable_grad(),
     ):
 
         def loop() -> Any:
-            put_back()  # no run finds what another has left behind
+            restore()  # each run starts from the same modules
             x = x0.clone()
             out = original(x)
             return x if out is None else out
 
-        def own(run: Callable[..., Any], noise: Tensor | None = None, start: Tensor = x0) -> Any:
-            put_back()
+        def replacement(
+            run: Callable[..., Any], noise: Tensor | None = None, start: Tensor = x0
+        ) -> Any:
+            restore()
             return run(start, noise=noise, **model_kwargs)
 
-        fresh = _fresh(sampler)  # what it keeps for its next calls counts too
-        peak = peak_bytes(loop, x0.device), peak_bytes(lambda: own(fresh), x0.device)
+        fresh = _fresh(sampler)  # so that memory that it caches for later calls is counted
+        peak = peak_bytes(loop, x0.device), peak_bytes(lambda: replacement(fresh), x0.device)
         with watching() as runs:
-            ours = state(own(sampler, z), x0.shape)
+            ours = state(replacement(sampler, z), x0.shape)
         walk = Walk(runs, x0, steps)
-        put_back()
+        restore()
         first = snapshot(modules)
         theirs, record = follow(loop, z, ours, modules)
-        put_back()
-        by_step = len(record.points) == steps == len(walk.places)
+        restore()
+        by_step = len(record.points) == steps == len(walk.chain_steps)
         if by_step:
-            found = walk.judge([*record.points, theirs], ours, [first, *record.buffers])
+            judgement = walk.judge([*record.points, theirs], ours, [first, *record.buffers])
         else:
-            found = Found([], [distance(theirs, ours)], [0.0], [distance(theirs, ours)])
+            judgement = Judgement([], [distance(theirs, ours)], [0.0], [distance(theirs, ours)])
         if not (by_step and walk.ends_in(ours)):
-            found.tolerances[-1] = spread(lambda x: own(sampler, z, x), x0, ours, steps)
-            found.differences[-1] = found.apart[-1]
-        seconds = times((loop, lambda: own(sampler)), x0.device, rounds)
-    same, verdict = _verdict(found, steps, record, theirs, z)
-    ratios = [loop / own for loop, own in zip(*seconds, strict=True)]
+            judgement.tolerances[-1] = spread(lambda x: replacement(sampler, z, x), x0, ours, steps)
+            judgement.differences[-1] = judgement.apart[-1]
+        seconds = times((loop, lambda: replacement(sampler)), x0.device, rounds)
+    same, verdict = _verdict(judgement, steps, record, theirs, z)
+    ratios = [loop / ours for loop, ours in zip(*seconds, strict=True)]
     return Comparison(
         same=same,
         verdict=verdict,
-        differences=found.differences,
-        tolerances=found.tolerances,
-        apart=found.apart,
+        differences=judgement.differences,
+        tolerances=judgement.tolerances,
+        apart=judgement.apart,
         draws=record.draws,
         gradients=len(record.points),
         steps=steps,
@@ -165,9 +168,9 @@ def compare(
 
 
 def _verdict(
-    found: Found, steps: int, record: Record, theirs: Tensor, z: Tensor
+    judgement: Judgement, steps: int, record: Record, theirs: Tensor, z: Tensor
 ) -> tuple[bool, str]:
-    pairs = list(zip(found.differences, found.tolerances, strict=True))
+    pairs = list(zip(judgement.differences, judgement.tolerances, strict=True))
     beyond = [i for i, (d, t) in enumerate(pairs) if not d <= t]
     each = len(pairs) > 1
     if not beyond:
@@ -175,51 +178,51 @@ def _verdict(
         difference, tolerance = pairs[i]
         where = f"of step {i}" if each and i else "at the start" if each else "at the end"
         return True, (
-            f"the same chain: the largest difference is {difference:.1e}, {where}, where rounding "
-            f"may make {tolerance:.1e}"
+            f"the same chain: the largest difference is {difference:.1e}, {where}; rounding may "
+            f"cause up to {tolerance:.1e}"
         )
     i = beyond[0]
     difference, tolerance = pairs[i]
     k = i if each else steps
-    text = f"another chain: after step {k} the difference is {difference:.1e}, where rounding may "
-    text += f"make {tolerance:.1e}"
+    text = f"another chain: after step {k} the difference is {difference:.1e}; rounding may "
+    text += f"cause up to {tolerance:.1e}"
     if record.draws == 0:
-        text = "no draws of x0's shape were seen, the loop's noise is its own; " + text
+        text = "no draws of x0's shape were seen, so the loop used its own noise; " + text
     elif record.draws != len(z) and record.skip == 0:
         text += f"; the loop drew noise {record.draws} times, the sampler {len(z)} times"
     if not each:
         if z.dtype == torch.float32:
-            text += "; with dtype=torch.float64 it is seen whether that is rounding which grew"
+            text += "; dtype=torch.float64 shows whether this is accumulated rounding"
         return False, text
     if k == 0:
         return False, text + (
-            "; the first gradients are taken at different states: is the noise added before the "
-            "gradient in one of them (noise_order), or x0 clamped?"
+            "; the first gradients are taken at different states: does one of them add noise "
+            "before the gradient (noise_order), or clamp x0?"
         )
     grad, start = record.grads[k - 1], record.points[k - 1]
     if grad is not None:
-        ends = ([*record.points, theirs][k], found.states[k])
+        ends = ([*record.points, theirs][k], judgement.states[k])
         moves = [_move(start, end, grad, z, k - 1) for end in ends]
         text += f"; step {k} of the loop is {moves[0]}, of the sampler {moves[1]}"
     return False, text
 
 
 def _move(start: Tensor, end: Tensor, grad: Tensor, z: Tensor, k: int) -> str:
-    """A step in terms of the gradient and the noise, by least squares."""
+    """Describe a step in terms of the gradient and the noise, by least squares."""
     noises = {f"noise[{i}]": z[i] for i in range(k, min(k + 2, len(z)))}
     parts = {"gradient": grad, **noises}
     columns = torch.stack([part.double().flatten() for part in parts.values()], dim=1)
     move = (end - start).double().flatten()
     if not bool(torch.isfinite(columns).all() & torch.isfinite(move).all()):
         return "not finite"
-    found = torch.linalg.lstsq(columns.cpu(), move.cpu()[:, None]).solution[:, 0]
-    shares = found.abs() * columns.cpu().norm(dim=0) / move.norm().cpu().clamp(min=1e-300)
+    solution = torch.linalg.lstsq(columns.cpu(), move.cpu()[:, None]).solution[:, 0]
+    shares = solution.abs() * columns.cpu().norm(dim=0) / move.norm().cpu().clamp(min=1e-300)
     terms = [
         f"{c:+.4g} {name}"
-        for c, name, share in zip(found.tolist(), parts, shares, strict=True)
+        for c, name, share in zip(solution.tolist(), parts, shares, strict=True)
         if share > 1e-3
     ]
-    left = (columns.cpu() @ found - move.cpu()).norm() / move.norm().cpu().clamp(min=1e-300)
+    left = (columns.cpu() @ solution - move.cpu()).norm() / move.norm().cpu().clamp(min=1e-300)
     return " ".join(terms or ["nothing"]) + (
         f" and {left:.0%} else (clipped or clamped)" if left > 0.01 else ""
     )
@@ -230,7 +233,7 @@ def _notes(record: Record, steps: int, by_step: bool) -> tuple[str, ...]:
     if record.skip:
         notes.append(
             f"the loop drew normals {record.draws} times for {steps} steps; the first "
-            f"{record.skip} were left to itself"
+            f"{record.skip} draws were not replaced"
         )
     elif record.draws != steps:
         notes.append(f"the loop drew normals of x0's shape {record.draws} times for {steps} steps")
@@ -255,5 +258,5 @@ def _check_steps(sampler: Callable[..., Any], steps: int | None) -> int:
     if not callable(sampler):
         raise TypeError(f"{OP}: sampler must be callable, got {type(sampler).__name__}")
     if steps is None:
-        raise TypeError(f"{OP}: give steps, the number of them that a function takes")
+        raise TypeError(f"{OP}: give steps, because sampler is a function")
     return check_count(OP, "steps", steps)

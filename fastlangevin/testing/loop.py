@@ -1,4 +1,4 @@
-"""A loop as it is, run with given noise: where it takes its gradients, and what it returns."""
+"""Run an unmodified loop with chosen noise; record its gradients, their states, its result."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +15,11 @@ Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
 class Record(TorchFunctionMode):
-    """Gives a loop its normal numbers and notes where it takes its gradients.
+    """Replaces a loop's normal numbers by z [K, n, ...] and records its gradients and their states.
 
-    After each of those it also notes the buffers of ``modules`` in eval mode, with which the next
-    evaluation begins. Those in train mode a sampler puts back after every step.
+    At each gradient it also records the buffers of those of ``modules`` that are in eval mode, with
+    which the next evaluation begins. (A sampler restores buffers in train mode after every step.)
+    The first ``skip`` draws are left to the loop.
     """
 
     def __init__(self, z: Tensor, skip: int, modules: Sequence[nn.Module] = ()) -> None:
@@ -47,7 +48,7 @@ class Record(TorchFunctionMode):
     def _supply(self, name: str, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         if not isinstance(out, Tensor) or out.shape not in (self.shape, self.z.shape):
             return
-        if out.shape == self.z.shape:  # all steps' at once
+        if out.shape == self.z.shape:  # the noise of all steps at once
             self.draws += len(self.z)
             self._fill(name, out, self.z, args, kwargs)
             return
@@ -60,22 +61,21 @@ class Record(TorchFunctionMode):
     ) -> None:
         mean, std = 0.0, 1.0
         if name.startswith("normal"):
-            given = args[name == "normal_" :]
-            mean = kwargs.get("mean", given[0] if given else mean)
-            std = kwargs.get("std", given[1] if len(given) > 1 else std)
+            moments = args[name == "normal_" :]
+            mean = kwargs.get("mean", moments[0] if moments else mean)
+            std = kwargs.get("std", moments[1] if len(moments) > 1 else std)
         with torch.no_grad():
             out.copy_(z.to(out.dtype) * std + mean)
 
     def _grad(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         inputs = args[1] if len(args) > 1 else kwargs["inputs"]
         inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        at = next((i for i, x in enumerate(inputs) if x.shape == self.shape), None)
-        if at is None:
+        index = next((i for i, x in enumerate(inputs) if x.shape == self.shape), None)
+        if index is None:
             return func(*args, **kwargs)
-        self.points.append(inputs[at].detach().clone())
-        self.buffers.append(snapshot(self.modules))
+        self._record_state(inputs[index])
         grads = func(*args, **kwargs)
-        self._keep(grads[at])
+        self._record_grad(grads[index])
         return grads
 
     def _backward(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -85,20 +85,23 @@ class Record(TorchFunctionMode):
         x = next((leaf for leaf in leaves if leaf.shape == self.shape), None)
         if x is None:
             return func(*args, **kwargs)
-        self.points.append(x.detach().clone())
-        self.buffers.append(snapshot(self.modules))
+        self._record_state(x)
         before = 0 if x.grad is None else x.grad.detach().clone()
         func(*args, **kwargs)
         assert x.grad is not None
-        self._keep(x.grad.detach() - before)
+        self._record_grad(x.grad.detach() - before)
         return None
 
-    def _keep(self, grad: Tensor | None) -> None:
+    def _record_state(self, x: Tensor) -> None:
+        self.points.append(x.detach().clone())
+        self.buffers.append(snapshot(self.modules))
+
+    def _record_grad(self, grad: Tensor | None) -> None:
         self.grads.append(None if grad is None else grad.detach().clone())
 
 
 def snapshot(modules: Sequence[nn.Module]) -> Buffers:
-    """The buffers of modules in eval mode, as copies."""
+    """Copy the buffers of the modules that are in eval mode."""
     return [
         (module, name, buffer.detach().clone())
         for module, name, buffer in buffers_of(modules)
@@ -107,7 +110,7 @@ def snapshot(modules: Sequence[nn.Module]) -> Buffers:
 
 
 def replay(buffers: Buffers) -> None:
-    """Give modules the buffers that a :class:`Record` has noted."""
+    """Write the buffers that a :class:`Record` has copied back to their modules."""
     for module, name, value in buffers:
         module._buffers[name].data.copy_(value)  # type: ignore[union-attr]
 
@@ -115,24 +118,25 @@ def replay(buffers: Buffers) -> None:
 def follow(
     loop: Callable[[], Any], z: Tensor, ours: Tensor, modules: Sequence[nn.Module] = ()
 ) -> tuple[Tensor, Record]:
-    """(x_K, the record) of a loop.
+    """Run a loop and return (x_K, its record).
 
-    One that draws more often than it steps may do so before them, for a start or for memory to draw
-    into; its first draws are then its own, if that agrees better.
+    A loop may draw more often than it steps, before its first step: for its start, or to allocate
+    memory. It is then run a second time with its first draws left to itself, and the run that is
+    closer to ``ours`` counts.
     """
-    found = []
+    runs = []
     skip: int | None = 0
     while skip is not None:
         with Record(z, skip, modules) as record:
             out = loop()
-        found.append((state(out, z.shape[1:]), record))
+        runs.append((state(out, z.shape[1:]), record))
         extra = record.draws - len(z)
         skip = extra if skip == 0 and extra > 0 else None
-    return min(found, key=lambda run: distance(run[0], ours))
+    return min(runs, key=lambda run: distance(run[0], ours))
 
 
 def state(out: Any, shape: Sequence[int]) -> Tensor:
-    """The last state in what a run returned."""
+    """Find the last state in what a run returned."""
     if isinstance(out, list):
         out = out[::-1]
     for value in out if isinstance(out, list | tuple) else (out,):
@@ -144,9 +148,9 @@ def state(out: Any, shape: Sequence[int]) -> Tensor:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference; infinite where only one is not a number, or both are not."""
-    found = (a.to(b.device, torch.float64) - b.to(torch.float64)).abs()
-    return float(found.nan_to_num(nan=torch.inf).max()) if found.numel() else 0.0
+    """The largest absolute difference; infinite if either has a NaN."""
+    differences = (a.to(b.device, torch.float64) - b.to(torch.float64)).abs()
+    return float(differences.nan_to_num(nan=torch.inf).max()) if differences.numel() else 0.0
 
 
 def kind(value: Any) -> str:

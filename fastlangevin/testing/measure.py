@@ -1,4 +1,4 @@
-"""Time and memory of two runs, and their modules left as they were found."""
+"""Time and memory of two runs, and a context that restores their modules."""
 
 import contextlib
 import time
@@ -14,13 +14,13 @@ from fastlangevin.adjoint.memory import Allocations
 def times(
     runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of both, taken in turns: a machine's slow phases fall on both."""
+    """Time two runs in turns, so that slow phases of the machine affect both. Returns seconds."""
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(rounds):
-        for run, found in zip(runs, seconds, strict=True):
+        for run, samples in zip(runs, seconds, strict=True):
             begin = _now(device)
             run()
-            found.append(_now(device) - begin)
+            samples.append(_now(device) - begin)
     return seconds
 
 
@@ -32,9 +32,9 @@ def _now(device: torch.device) -> float:
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     if device.type != "cuda":
-        with Allocations() as made:
+        with Allocations() as allocations:
             run()
-        return made.peak
+        return allocations.peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -43,53 +43,53 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def buffers_of(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
-    """(module, name, buffer) of all modules inside of these, once each."""
-    inside = {id(m): m for root in modules for m in root.modules()}.values()
-    return [(m, name, b) for m in inside for name, b in m.named_buffers(recurse=False)]
+    """(module, name, buffer) of these modules and all their submodules, once each."""
+    unique = {id(m): m for root in modules for m in root.modules()}.values()
+    return [(m, name, b) for m in unique for name, b in m.named_buffers(recurse=False)]
 
 
 @contextlib.contextmanager
-def left_alone(
+def restored_modules(
     modules: Sequence[nn.Module], dtype: torch.dtype | None
 ) -> Iterator[Callable[[], None]]:
-    """Put modules back as they were; meanwhile in a dtype, if one is given.
+    """Convert modules to a dtype, if there is one, and restore them afterwards.
 
-    Yields what puts flags, modes, .grads and buffers back in between.
+    Yields a function that restores flags, modes, .grads and buffers between two runs.
     """
     parameters = [p for m in modules for p in m.parameters()]
-    places = buffers_of(modules)
-    buffers = list({id(b): b for _, _, b in places}.values())
-    found = [(p, p.data, p.requires_grad, p.grad) for p in parameters if p.is_leaf]
+    owners = buffers_of(modules)
+    buffers = list({id(b): b for _, _, b in owners}.values())
+    leaves = [(p, p.data, p.requires_grad, p.grad) for p in parameters if p.is_leaf]
     values = [(b, b.data, b.detach().clone()) for b in buffers]
     modes = [
         (m, m.training)
         for root in modules
         for m in root.modules()
-        if hasattr(m, "training")  # torch.jit.freeze leaves no mode
+        if hasattr(m, "training")  # torch.jit.freeze removes the attribute
     ]
 
-    def put_back() -> None:
-        for parameter, _, requires_grad, _ in found:
+    def restore() -> None:
+        for parameter, _, requires_grad, _ in leaves:
             parameter.grad = None
             parameter.requires_grad_(requires_grad)
         for buffer, _, value in values:
             buffer.data.copy_(value)
-        for module, name, buffer in places:
-            if module._buffers[name] is not buffer:  # assigned to, not written to
+        for module, name, buffer in owners:
+            if module._buffers[name] is not buffer:  # a run has assigned another tensor
                 module._buffers[name] = buffer
         for module, training in modes:
             module.training = training
 
-    for tensor, data in [(p, data) for p, data, _, _ in found] + [(b, d) for b, d, _ in values]:
-        tensor.grad = None  # torch holds a .grad to its tensor's dtype
+    for tensor, data in [(p, data) for p, data, _, _ in leaves] + [(b, d) for b, d, _ in values]:
+        tensor.grad = None  # torch requires a .grad to have its tensor's dtype
         if dtype is not None and data.is_floating_point():
             tensor.data = data.to(dtype)
     try:
-        yield put_back
+        yield restore
     finally:
-        put_back()
+        restore()
         for buffer, data, value in values:
             buffer.data = data.copy_(value)
-        for parameter, data, _, grad in found:
+        for parameter, data, _, grad in leaves:
             parameter.data = data
             parameter.grad = grad

@@ -172,5 +172,5 @@ def test_explain_says_what_each_schedule_takes() -> None:
         assert line in text
     assert "identity" not in text
     text = sampler(make_net("relu").requires_grad_(False)).explain(x0)
-    assert "d x_K / d x_0 is the identity where no clamp held" in text
+    assert "d x_K / d x_0 is the identity except where a clamp held" in text
     assert "gradients  not with this energy" in sampler(lambda x, y: x.sum(1)).explain(x0)

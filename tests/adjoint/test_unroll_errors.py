@@ -121,8 +121,8 @@ def test_ddp(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ({"checkpoint": 0}, ValueError, "checkpoint must keep at least 1 state"),
-    ({"checkpoint": -3}, ValueError, r"checkpoint must keep at least 1 state \(x0\), got -3"),
+    ({"checkpoint": 0}, ValueError, "checkpoint must store at least 1 state"),
+    ({"checkpoint": -3}, ValueError, r"checkpoint must store at least 1 state \(x0\), got -3"),
     ({"checkpoint": 1.5}, TypeError, "checkpoint must be"),
     ({"checkpoint": True}, TypeError, "checkpoint must be"),
     ({"checkpoint": None}, TypeError, "checkpoint must be"),
@@ -131,7 +131,7 @@ WRONG = [
     ({"checkpoint": "10"}, ValueError, "checkpoint must be"),
     ({"checkpoint": "100B"}, ValueError, 'checkpoint="100B" is not enough .* the least that would'),
     ({"grad_through": "around"}, ValueError, "grad_through must be one of exact, straight"),
-    ({"checkpoint": "none", "offload": True}, ValueError, "offload keeps states elsewhere"),
+    ({"checkpoint": "none", "offload": True}, ValueError, "offload stores states in host memory"),
     ({"differentiable": False, "offload": True}, ValueError, "need differentiable=True"),
     ({"differentiable": False, "grad_through": "straight"}, ValueError, "need differentiable"),
 ]

@@ -50,7 +50,7 @@ class Tape:
     def __init__(self) -> None:
         self.made = 0
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
         run()
         tape = Tape()
         Tape.calls = tape.calls = []
@@ -82,7 +82,7 @@ class Rerun:
     def __init__(self) -> None:
         self.made = 0
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
         run()
         self.made += 1
         again = Rerun()

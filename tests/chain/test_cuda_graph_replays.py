@@ -11,7 +11,8 @@ from fastlangevin import step
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients import select as choice
 from fastlangevin.gradients.fused_gpu import FusedGradient
-from fastlangevin.gradients.graph.conv_stack import Graph, conv_stack
+from fastlangevin.gradients.graph.conv_stack import conv_stack
+from fastlangevin.gradients.graph.ir import Graph
 from tests.chain.shared import (
     CHANGES,
     OnCuda,
@@ -50,7 +51,7 @@ def test_a_replay_is_the_chain(activation: str, options: dict[str, Any]) -> None
         assert torch.equal(run(x, seed=seed, first_step=9 * call),
                            want(x, seed=seed, first_step=9 * call))  # fmt: skip
         assert made(run) == min(call, 1)
-    assert line(run, x).startswith(f"yes: all {run.steps} steps replayed as one; recorded in ")
+    assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one; recorded in ")
     assert line(run, x).endswith(", 1 MiB")
 
 
@@ -111,10 +112,10 @@ def test_the_fused_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_plan, "_TILES", ((512, 32, 4),))
     monkeypatch.setattr(conv_plan, "_IEEE_TILES", ((512, 32, 4),))
 
-    def fused(graph: Graph, x: Tensor, precision: str, known: Any, by_name: bool) -> FusedGradient:
+    def fused(graph: Graph, x: Tensor, precision: str, cache: Any, by_name: bool) -> FusedGradient:
         stack = conv_stack(graph)
         make = lambda: FusedGradient(stack, x.shape[0], x.device, precision)  # noqa: E731
-        return known.plan(make, graph, "triton", precision)
+        return cache.engine(make, graph, "triton", precision)
 
     monkeypatch.setattr(choice, "_fused", fused)
     energy = net()
@@ -172,7 +173,7 @@ def test_what_cannot_be_recorded_runs_step_by_step_from_then_on() -> None:
     tries = []
 
     class Failing(Tape):
-        def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
+        def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
             tries.append(device)
             raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel")
 
@@ -207,8 +208,8 @@ class Wrong(Tape):
         super().__init__()
         self.drop = drop
 
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
-        tape, size = super().__call__(run, device, beside)
+    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
+        tape, size = super().__call__(run, device, shared_with)
         count = len(tape.calls)
         tape.calls = [call for call in tape.calls if not self.drop(call)]
         assert len(tape.calls) < count

@@ -14,7 +14,8 @@ import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
 from fastlangevin.chain.cuda_graphs import kind_of, refusal
 from fastlangevin.gradients.explicit import ExplicitGradient
-from fastlangevin.gradients.graph.conv_stack import Graph, recognise
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.record import recognise
 from tests.chain.shared import (
     CHANGES,
     CPU,
@@ -38,15 +39,15 @@ FITS: dict[str, Any] = {
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"device": CPU}, "the states are on cpu"),
     ({"chains": 0}, "the batch is empty"),
-    ({"dtype": torch.float64}, "float64 states are updated by the reference"),
+    ({"dtype": torch.float64}, "the reference updates float64 states"),
     ({"engine": "autograd"}, "runs the energy's own code"),
     ({"engine": "network"}, "the network engine is not recorded"),
-    ({"metropolis": True}, "accepted by uniforms whose seed is not read from memory"),
+    ({"metropolis": True}, "do not read their seed from memory"),
     ({"backend": "reference"}, "backend reference reads no seed"),
-    ({"noise": torch.zeros(1)}, "noise is given"),
+    ({"noise": torch.zeros(1)}, "noise is given as an argument"),
     ({"step_size": torch.ones(64)}, "step_size is a tensor"),
     ({"noise_std": torch.tensor(0.1)}, "noise_std is a tensor"),
-    ({"steps": 1025}, "1025 steps; up to 1024"),
+    ({"steps": 1025}, "1025 steps, and at most 1024"),
 ]
 
 
@@ -158,15 +159,15 @@ def test_few_recordings_are_held_and_the_least_recent_gives_way() -> None:
         for x in batches:
             assert torch.equal(run(x, seed=0), want(x, seed=0))
     assert made(run) == 2
-    assert line(run, batches[2]) == "not now: 2 kinds of chains are held, until one rests"
-    assert line(run, batches[1]).startswith("yes: all 3 steps replayed")
+    assert line(run, batches[2]).startswith("not now: 2 other kinds of chains are recorded")
+    assert line(run, batches[1]).startswith("yes: all 3 steps are replayed")
     run(batches[0], seed=0)
     for _ in range(graphs._RESTED + 1):
         assert torch.equal(run(batches[2], seed=0), want(batches[2], seed=0))
     assert made(run) == 3
     assert len(run._graphs._recordings()) == 2
     assert line(run, batches[1]).startswith("not now")  # used before batches[0] was
-    assert line(run, batches[0]).startswith("yes: all 3 steps replayed")
+    assert line(run, batches[0]).startswith("yes: all 3 steps are replayed")
 
 
 @as_on_cuda

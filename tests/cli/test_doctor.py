@@ -27,19 +27,19 @@ def test_doctor(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["torch"].startswith(torch.__version__)
     assert said["pyarrow"] == "99.9"
     assert said["kernels"] == "for CPUs (here avx2), not CUDA (no nvcc was found)"
-    assert said["tensorboard"] == "not installed (records in TensorBoard)"
+    assert said["tensorboard"] == "not installed (for TensorBoard logs)"
     assert said["native"] == "no: no compiler was found"
-    assert said["triton"] == "serves"
-    assert said["reference"] == "serves"
+    assert said["triton"] == "available"
+    assert said["reference"] == "available"
 
 
 def test_doctor_tells_the_truth(command: Command) -> None:
-    """Of the backends here: as many lines say `serves` as backends do, on each device."""
+    """Of the backends here: as many lines say `available` as backends do, on each device."""
     from fastlangevin.step import backend_status
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     want = sum(list(backend_status(device).values()).count(None) for device in devices)
     result = command("doctor").stdout
-    assert result.count("serves") == want
+    assert result.count("available") == want
     assert ("no: torch" in result) == (not torch.cuda.is_available())

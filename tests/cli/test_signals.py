@@ -61,7 +61,7 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
         out, error = process.communicate(timeout=120)
     assert process.returncode == 143, error
     assert b"Traceback" not in error
-    assert b"go on with --resume" in error
+    assert b"continue with --resume" in error
     assert b"checkpoint " in out
     assert_saved(run)
 

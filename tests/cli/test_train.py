@@ -156,6 +156,6 @@ def test_ctrl_c_ends_training_with_a_checkpoint_that_resumes(tmp_path: Path) -> 
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     reached = read_checkpoint(run)[1]["iteration"]
-    assert f"stopped at {reached} of 100000; go on with --resume" in stderr
+    assert f"stopped at {reached} of 100000; continue with --resume" in stderr
     assert f"{reached:08d}.safetensors" in stdout
     assert 10 <= reached < 100_000

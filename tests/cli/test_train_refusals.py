@@ -34,7 +34,10 @@ BAD_OPTIONS = [
     (["--config", "broken.yaml"], "broken.yaml cannot be read as yaml: "),
     (["--config", "binary.yaml"], "binary.yaml "),
     (["--config", "list.yaml"], "list.yaml must hold settings by name, got list"),
-    (["--config", "unknown.yaml"], "unknown.yaml: no setting is called widht; there are data, "),
+    (
+        ["--config", "unknown.yaml"],
+        "unknown.yaml: no setting is called widht; the settings are ",
+    ),
     (["--config", "type.yaml"], r"clamp must be .*, got \['a', 'b'\]"),
 ]
 
@@ -62,8 +65,11 @@ def test_train_refuses(arguments: list[str], match: str, command: Command, tmp_p
         ([], "copied already holds a run; resume it, overwrite it, or name another folder"),
         (["--resume", "--overwrite"], "give resume or overwrite, not both"),
         (["--resume", "--lr", "0.5"], r"cannot be resumed with other settings: lr \(.* to 0\.5\)"),
-        (["--resume", "--config", "digits"], "run's own settings: no --config"),
-        (["--resume", "--config", "copied/config.yaml"], "run's own settings: no --config"),
+        (["--resume", "--config", "digits"], "settings of the run: do not give --config"),
+        (
+            ["--resume", "--config", "copied/config.yaml"],
+            "settings of the run: do not give --config",
+        ),
         (["--overwrite", "--width", "0"], "width must be an integer >= 1, got 0"),
     ],
     ids=str,

@@ -55,7 +55,7 @@ def test_scores_that_do_not_serve_say_why() -> None:
     reasons = {row.name: row.why_not for row in rows}
     assert reasons[bench.NAIVE] is None
     assert reasons["autograd"] is None
-    assert "cannot be looked into" in str(reasons["explicit"])
+    assert "cannot be recorded" in str(reasons["explicit"])
     assert "no: the energy is a function" in bench.table(rows)
 
 
@@ -74,7 +74,7 @@ not_an_energy = dict
         ([f"{__name__}:make_energy", "--shape", "1,8,8"], "x must have shape"),
         ([f"{__name__}:make_energy", "--shape", "8;8"], "--shape must be positive integers"),
         ([f"{__name__}:nothing"], "has no attribute 'nothing'"),
-        ([f"{__name__}:not_an_energy"], "must be or make an nn.Module, got dict"),
+        ([f"{__name__}:not_an_energy"], "must be or return an nn.Module, got dict"),
         (["torch.nn:Identity"], "give --shape"),
         (["nowhere:energy"], "No module named 'nowhere'"),
         (["none"], "give a config (anatomy-nonconvergent"),

@@ -260,7 +260,7 @@ BAD_STARTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "complex": (lambda: X0 + 0j, TypeError, "floating dtype, got torch.complex64$"),
     "sparse": (lambda: X0.to_sparse(), TypeError, r"torch.sparse_coo; give x0.to_dense\(\)"),
     "nested": (
-        lambda: torch.nested.nested_tensor(images()), TypeError, "nested one; .*torch.stack",
+        lambda: torch.nested.nested_tensor(images()), TypeError, "nested tensor; .*torch.stack",
     ),
     "one number": (lambda: torch.tensor(1.0), ValueError, "leading chain dimension"),
     "images": (images, TypeError, r"given a list of 3 tensors.*torch.stack\(x0\)"),

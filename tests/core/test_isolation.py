@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 import fastlangevin
 from fastlangevin import LangevinSampler, locks, noise
 from fastlangevin.gradients import draws
-from fastlangevin.gradients.autograd import left_as_found
 from fastlangevin.gradients.draws import Draws
+from fastlangevin.gradients.untouched import left_as_found
 
 CPU = torch.device("cpu")
 SHAPE = (3, 2, 8, 8)

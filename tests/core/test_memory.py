@@ -304,21 +304,24 @@ def test_signs_of_tensors_without_memory() -> None:
 
 
 class Watched:
-    """The extension, of whose entries the addresses that they are given are looked at."""
+    """The extension, with a check of the addresses that its functions receive."""
 
     def __init__(self, library: Any) -> None:
         self.library, self.calls = library, 0
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.library, name)
+        function = getattr(self.library, name)
         if name not in ("langevin_step", "fill_noise", "pack_signs", "apply_signs"):
-            return found
+            return function
 
-        def call(*args: Any, **named: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
-            written = named["x"][0] if name == "langevin_step" else args[0]
+            if name == "langevin_step":
+                written = kwargs["x"][0] if kwargs else args[1][0]
+            else:
+                written = args[0]
             assert written != 0, name
-            return found(*args, **named)
+            return function(*args, **kwargs)
 
         return call
 

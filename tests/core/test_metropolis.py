@@ -375,8 +375,8 @@ def test_settings_that_cannot_be_adjusted(settings: dict, match: str) -> None:
 
 
 CALLS: list[tuple[dict[str, Any], str]] = [
-    ({"differentiable": True}, "differentiable=True cannot be had with metropolis=True"),
-    ({"step_kwargs": {"scale": [1.0] * K}}, "which step_kwargs would make different functions"),
+    ({"differentiable": True}, "differentiable=True is not supported with metropolis=True"),
+    ({"step_kwargs": {"scale": [1.0] * K}}, "step_kwargs are not supported with metropolis=True"),
 ]
 
 

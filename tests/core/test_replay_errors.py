@@ -105,7 +105,11 @@ CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (write(None, THREE[0], kind="fifo"), ValueError, r"x must have shape \[1, 1, 3, 5\], got "),
     (write(None, T(0.0), kind="fifo"), ValueError, r"x must have shape \[0, 1, 3, 5\], got \[\]"),
     (write(None, torch.zeros(17, *SHAPE), kind="fifo"), ValueError, "at most capacity=16 .* 17"),
-    (write(T([0, 1, 2]), THREE.to("meta")), ValueError, "x must be on cpu, got meta"),
+    (
+        write(T([0, 1, 2]), THREE.to("meta")),
+        ValueError,
+        "the buffer's device cpu, got meta",
+    ),
     (write(None, [1], kind="fifo"), TypeError, "x must be a tensor, got list"),
     (lambda: buffer().load_state_dict(None), TypeError, "state_dict must be a dict, got NoneType"),
     (lambda: buffer().draw("a", 0), TypeError, "n must be an integer, got 'a'"),

@@ -151,7 +151,7 @@ def test_a_learner_is_resumed_with_its_buffer(
 
 def test_a_learner_refuses_another_kind_of_buffer(tmp_path: Path) -> None:
     learner().save(tmp_path / "saved.safetensors")
-    with pytest.raises(CheckpointError, match="the checkpoint has no buffer_added"):
+    with pytest.raises(CheckpointError, match="has no buffer_added"):
         learner(kind="fifo").load(tmp_path / "saved.safetensors")
     with pytest.raises(CheckpointError, match=r"of torch.float32, this one .* of torch.uint8"):
         learner(dtype=torch.uint8).load(tmp_path / "saved.safetensors")
@@ -207,7 +207,7 @@ def test_a_buffer_on_a_gpu_draws_the_same(kind: str) -> None:
     assert here.to("cpu") is here
     for chains in (there, buffer(kind=kind, reinit=0.3).to("cuda")):
         chains.load_state_dict(here.state_dict())
-        with pytest.raises(ValueError, match="x must be on cuda:0, got cpu"):
+        with pytest.raises(ValueError, match="x must be on the buffer's device cuda:0, got cpu"):
             chains.put(chains.draw(4, 0)[0], torch.zeros(4, *SHAPE))
     for step in range(9):
         (slots, x), (others, y) = here.draw(9, step), there.draw(9, step)

@@ -90,11 +90,11 @@ def test_explain_says_what_runs() -> None:
 def test_auto_takes_the_fastest_score_and_says_why_not_another(net: nn.Module, x0: Tensor) -> None:
     run = sampler(net)
     text = run.explain(x0)
-    assert "gradient   explicit" in text
+    assert "gradient   explicit: " in text
     assert "not fused: " in text
     assert "autograd" in sampler(net, gradient="autograd").explain(x0)
     text = sampler(everything()).explain(x0)
-    assert "gradient   autograd" in text
+    assert "gradient   autograd: " in text
     assert "not fused, explicit: BatchNorm2d '1' is in train mode" in text
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert 'precision="bf16" needs no autocast' in run.explain(x0)
@@ -107,7 +107,7 @@ def test_auto_takes_the_native_kernels_for_a_stack_of_convolutions() -> None:
     text = sampler(fl.ConvEnergy(size=8, width=4)).explain(x0)
     # 3x3 on 64 pixels, 3 to 4 channels; 4x4 on 16, 4 to 8: a multiply-add is two, both ways.
     assert f"work       {5 * 4 * (64 * 27 * 4 + 16 * 64 * 8) / 1e9:.3g} GFLOP a step" in text
-    assert "MiB held by the engine" in text
+    assert "the engine holds about " in text
 
 
 @needs_extension
@@ -193,7 +193,7 @@ def test_a_score_that_cannot_run_says_why(
 
 
 def test_labels_that_the_energy_multiplies_by_need_the_general_score(x0: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="mul is supported with a number alone"):
+    with pytest.raises(RuntimeError, match="mul is supported only with a number"):
         sampler(Conditional(), gradient="explicit")(x0, seed=0, y=LABELS)
 
 

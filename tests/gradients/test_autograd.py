@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
-from fastlangevin.gradients.autograd import energy_and_grad, network_dtype
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.network import network_dtype
 
 
 def quartic(x: Tensor, scale: float = 1.0) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlangevin as fl
-from fastlangevin.gradients.graph.conv_stack import ConvStack, Graph, conv_stack, recognise
+from fastlangevin.gradients.graph.conv_stack import ConvStack, conv_stack
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.record import recognise
 
 X = torch.zeros(4, 3, 8, 8)
 SCALE = 2.0
@@ -190,10 +192,13 @@ REFUSED: dict[str, tuple[Callable[[Custom, Tensor], Tensor], str]] = {
     "random": (lambda m, x: rows(m.one(x) + torch.randn(1)), "randn draws random numbers"),
     "computed": (lambda m, x: rows(F.conv2d(x, 2 * m.kernel)), "a weight that is computed"),
     "outside": (lambda m, x: rows(F.conv2d(x, OUTSIDE)), "neither a parameter nor a buffer"),
-    "factor": (lambda m, x: rows(m.one(x)) * m.kernel[0, 0, 0, 0], "mul is supported with a num"),
+    "factor": (
+        lambda m, x: rows(m.one(x)) * m.kernel[0, 0, 0, 0],
+        "mul is supported only with a",
+    ),
     "changed view": (changed_view, "changes a view"),
     "changed buffer": (changed_buffer, "changes a tensor in place"),
-    "cast": (lambda m, x: rows(m.one(x)).double(), "keeps all elements, and their dtype"),
+    "cast": (lambda m, x: rows(m.one(x)).double(), "keeps all elements and their dtype"),
     "unknown": (lambda m, x: rows(torch.sigmoid(m.one(x))), "sigmoid is not supported"),
     "transposed": (
         lambda m, x: rows(F.conv_transpose2d(m.one(x), m.two.weight)),
@@ -203,9 +208,9 @@ REFUSED: dict[str, tuple[Callable[[Custom, Tensor], Tensor], str]] = {
     "selu": (lambda m, x: rows(F.selu(m.one(x))), "these settings"),
     "shape": (lambda m, x: m.one(x), "has shape [4, 4, 8, 8] for 4 chains"),
     "view over chains": (lambda m, x: rows(x).view(1, -1), "view mixes chains"),
-    "part": (lambda m, x: m.one(x)[:, 0, 0, 0], "select is supported only where it keeps all"),
+    "part": (lambda m, x: m.one(x)[:, 0, 0, 0], "select is supported only if it keeps all"),
     "raises": (lambda m, x: m.missing, "it raises AttributeError"),
-    "constant": (lambda m, x: rows(m.kernel[:2]), "supported between results of the state"),
+    "constant": (lambda m, x: rows(m.kernel[:2]), "between results of the state"),
 }
 OUTSIDE = torch.ones(4, 3, 3, 3)
 
@@ -249,7 +254,7 @@ MODULES: dict[str, tuple[Callable[[], Any], str]] = {
     "forward hook": (lambda: hook(net(), "register_forward_hook"), "Conv2d '0' has hooks"),
     "pre-hook": (lambda: hook(net(), "register_forward_pre_hook"), "has hooks"),
     "backward hook": (lambda: hook(net(), "register_full_backward_hook"), "has hooks"),
-    "function": (lambda: rows, "is a function, which cannot be looked into"),
+    "function": (lambda: rows, "is a function, which cannot be recorded"),
     "script": (lambda: torch.jit.trace(net(), X), "is compiled"),
 }
 

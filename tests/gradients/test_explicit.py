@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import fastlangevin as fl
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.explicit import ExplicitGradient
-from fastlangevin.gradients.graph.conv_stack import Graph, recognise
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels.signs import apply_signs_, apply_signs_ref_, pack_signs, pack_signs_ref
 
 SHAPE = (3, 4, 9, 7)  # odd and unequal, so that strides leave rows over

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin.gradients import fused_cpu
-from fastlangevin.gradients.graph.conv_stack import conv_stack, recognise
+from fastlangevin.gradients.graph.conv_stack import conv_stack
+from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import extension
 
 CPU = torch.device("cpu")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.gradients import layers, onednn
+from fastlangevin.gradients import conv_layers, layers, onednn
 from fastlangevin.gradients.explicit import ExplicitGradient
-from fastlangevin.gradients.graph.conv_stack import Graph, recognise
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.record import recognise
 
 CPU = torch.device("cpu")
 
@@ -94,7 +95,7 @@ def test_without_onednn_sums_are_still_float32(dtype, inplace):
     x = torch.ones(2, 64, 9, 9)
     node = recorded(conv, x).nodes[0]
     with torch.backends.mkldnn.flags(enabled=False):
-        layer = layers.Conv(node, (64, 9, 9), dtype, inplace)
+        layer = conv_layers.Conv(node, (64, 9, 9), dtype, inplace)
         layer.pack()
         layer.pack()
         out = layer.forward(layers.laid_out(x.to(dtype)))
@@ -110,7 +111,7 @@ def test_weights_are_rounded_to_16_bits_before_they_are_widened(inplace):
     conv = nn.Conv2d(1, 1, 1)
     node = recorded(conv, torch.zeros(2, 1, 3, 3)).nodes[0]
     with torch.backends.mkldnn.flags(enabled=False):
-        layer = layers.Conv(node, (1, 3, 3), torch.bfloat16, inplace)
+        layer = conv_layers.Conv(node, (1, 3, 3), torch.bfloat16, inplace)
     for value in (1.001, 1.003):
         for parameter in conv.parameters():
             nn.init.constant_(parameter, value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from fastlangevin.gradients import select as choice
+from fastlangevin.gradients import engine_cache
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
 
@@ -78,7 +78,7 @@ def test_a_proof_is_made_once_for_a_graph_and_a_batch_size(
     make: Callable[[], nn.Module], precision: str | None
 ) -> None:
     run = sampler(make(), precision=precision)
-    with mock.patch.object(choice, "prove", side_effect=choice.prove) as proofs:
+    with mock.patch.object(engine_cache, "prove", side_effect=engine_cache.prove) as proofs:
         for n, made in ((2, 1), (2, 1), (3, 2), (2, 2), (3, 2)):
             run(states(n), seed=0)
             assert proofs.call_count == made
@@ -89,7 +89,7 @@ def test_states_without_a_gradient_prove_nothing() -> None:
     nn.init.zeros_(net[1].weight)
     nn.init.constant_(net[1].bias, -1.0)
     run = sampler(net)
-    with mock.patch.object(choice, "prove", side_effect=choice.prove) as proofs:
+    with mock.patch.object(engine_cache, "prove", side_effect=engine_cache.prove) as proofs:
         for made in (1, 2):
             run(states(2), seed=0)
             assert proofs.call_count == made

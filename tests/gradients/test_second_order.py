@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 import fastlangevin as fl
 from fastlangevin.adjoint.memory import Allocations
+from fastlangevin.gradients.derivatives import derivatives
 from fastlangevin.gradients.graph.ir import Node
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.layers import Activation
-from fastlangevin.gradients.second_order import SecondOrderGradient, derivatives
+from fastlangevin.gradients.second_order import SecondOrderGradient
 
 N, K = 3, 4
 SHAPE = (N, 2, 8, 8)
@@ -301,7 +302,7 @@ def test_energies_when_computed_again_are_the_same(activation: str) -> None:
 )
 def test_explain_says_which_pass(energy: Callable, options: dict, reason: str) -> None:
     text = fl.LangevinSampler(energy(), K, **options).explain(torch.zeros(SHAPE))
-    assert "computed again, a step is differentiated by autograd, twice: " in text
+    assert "a recomputed step is differentiated twice by autograd: " in text
     assert reason in text
     text = fl.LangevinSampler(stack(nn.SiLU()), K).explain(torch.zeros(SHAPE))
     assert "differentiated by an explicit second-order pass" in text

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from fastlangevin.kernels import triton
 from fastlangevin.kernels import triton_step as triton_kernels
+from fastlangevin.kernels.philox import Address
 
 TYPES = {
     torch.float32: "fp32",
@@ -62,7 +63,9 @@ LAUNCHES = {
         noise_last=True,
         rng_state=torch.zeros(2, dtype=torch.int64),
     ),
-    "normal": lambda: triton.normal((64, 3, 32, 32), stream=0, device="cpu", **ADDRESS),
+    "normal": lambda: triton.fill(
+        (64, 3, 32, 32), Address(stream=0, **ADDRESS), torch.device("cpu"), uniform=False
+    ),
 }
 
 

@@ -42,7 +42,7 @@ def test_every_backend_resolves_to_its_own_step(monkeypatch: pytest.MonkeyPatch)
 REASONS = {
     "no triton": ("cuda", None, "triton is not installed; pip install triton"),
     "no triton to interpret": ("cpu", None, "triton is not installed; pip install triton"),
-    "no interpreter": ("cpu", "0", "on a CPU it only runs interpreted.*TRITON_INTERPRET=1"),
+    "no interpreter": ("cpu", "0", "on a CPU it runs interpreted.*TRITON_INTERPRET=1"),
     "no kernels": ("mps", "0", "its kernels are for CUDA and ROCm devices, not mps"),
     "no device": ("cuda", "0", "torch sees no CUDA device"),
 }

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastlangevin as fl
 from fastlangevin.kernels import reference
+from fastlangevin.kernels.philox import Address
 
 compiler = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
@@ -55,19 +56,26 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def normals(shape: tuple) -> Tensor:
+    """Those of the kernel at ADDRESS."""
+    z = triton.fill(shape, Address(stream=0, **ADDRESS), DEVICE, uniform=False)
+    assert z is not None
+    return z
+
+
 # Numbers -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_words(shape: tuple) -> None:
     """Uniforms are the words' upper 24 bits: equal bit for bit, so are the words."""
-    got = triton.uniform(shape, stream=4, device=DEVICE, **ADDRESS)
+    got = triton.fill(shape, Address(stream=4, **ADDRESS), DEVICE, uniform=True)
     assert torch.equal(got.cpu(), fl.noise.uniform(shape, stream=4, **ADDRESS))
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_normals(shape: tuple) -> None:
-    got = triton.normal(shape, stream=0, device=DEVICE, **ADDRESS).cpu()
+    got = normals(shape).cpu()
     exact = fl.noise.normal(shape, dtype=torch.float64, **ADDRESS)
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6)
 
@@ -101,8 +109,10 @@ def test_the_native_backends_normals() -> None:
     cpu = torch.device("cpu")
     if extension.available(cpu) is not None:
         pytest.skip(f"native: {extension.available(cpu)}")
-    got = triton.normal((3, 4099), stream=0, device=DEVICE, **ADDRESS)
-    assert torch.equal(got.cpu(), extension.normal((3, 4099), stream=0, device=cpu, **ADDRESS))
+    got = normals((3, 4099))
+    address = Address(stream=0, **ADDRESS)
+    want = extension.fill((3, 4099), address, cpu, uniform=False)
+    assert torch.equal(got.cpu(), want)
 
 
 # Steps -------------------------------------------------------------------------------------------
@@ -112,7 +122,7 @@ def test_the_native_backends_normals() -> None:
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_steps_equal_the_reference_on_the_same_normals(shape: tuple, dtype: torch.dtype) -> None:
     x, grad = numbers(shape, dtype), numbers(shape, torch.float32, 1)
-    z = triton.normal(shape, stream=0, device=DEVICE, **ADDRESS)
+    z = normals(shape)
     want = reference.step_(x.clone(), grad, z, **OPTIONS)
     assert torch.equal(triton.step_(x.clone(), grad, None, **OPTIONS), want)
     assert torch.equal(triton.step_(x.clone(), grad, z, **OPTIONS), want)
@@ -123,7 +133,7 @@ def test_steps_equal_the_reference_on_the_same_normals(shape: tuple, dtype: torc
 def test_layouts(shape: tuple, layouts: tuple[str, ...]) -> None:
     """Of x and grad, bit for bit; noise is drawn in logical order in all of them."""
     x, grad = numbers(shape), numbers(shape, torch.bfloat16, 1)
-    z = triton.normal(shape, stream=0, device=DEVICE, **ADDRESS)
+    z = normals(shape)
     want = reference.step_(x.clone(), grad, z, **OPTIONS)
     state = in_layout(x, layouts[0])
     strides = state.stride()
@@ -167,7 +177,7 @@ def test_seed_and_step_from_device_memory() -> None:
 @pytest.mark.parametrize(
     ("x", "state", "error", "match"),
     [
-        (numbers((2, 3)).double(), [0, 0], ValueError, "cannot be used: x of float64 goes through"),
+        (numbers((2, 3)).double(), [0, 0], ValueError, "cannot be used: a float64 x falls back"),
         (numbers((2, 3)), [0.0, 0.0], TypeError, "must be an int64 tensor, got torch.float32"),
         (numbers((2, 3)), [0], ValueError, r"must be contiguous and of shape \[2\], got \[1\]"),
     ],

@@ -20,7 +20,8 @@ from fastlangevin.gradients import fused_gpu
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.fused_gpu import FusedGradient
-from fastlangevin.gradients.graph.conv_stack import ConvStack, conv_stack, recognise
+from fastlangevin.gradients.graph.conv_stack import ConvStack, conv_stack
+from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -327,9 +328,9 @@ def test_refusals() -> None:
     conv = nn.Conv2d(3, 6, 3)
     assert reason(conv, nn.ReLU()) is None
     assert "its precisions are fp32" in str(reason(conv, nn.ReLU(), precision=None))
-    assert "convolution 0: gelu" in str(reason(conv, nn.GELU()))
+    assert "convolution 0: its activation is gelu" in str(reason(conv, nn.GELU()))
     grouped = nn.Conv2d(6, 6, 3, groups=2)
-    assert "convolution 1: 2 groups" in str(reason(conv, nn.ReLU(), grouped, nn.ReLU()))
+    assert "convolution 1: it has 2 groups" in str(reason(conv, nn.ReLU(), grouped, nn.ReLU()))
     assert "dilation" in str(reason(nn.Conv2d(3, 6, 3, 2, dilation=2), nn.ReLU()))
     assert "17 channels" in str(reason(nn.Conv2d(17, 6, 3), nn.ReLU(), channels=17))
     with pytest.raises(ValueError, match="gelu"):

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from fastlangevin.learn import html_report as report
+from fastlangevin.learn import html_report
 from fastlangevin.learn.config import resolve, save_config
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.errors import FileError
@@ -116,7 +116,7 @@ def mask(path: Path) -> None:
 
 
 def page(path: Path) -> None:
-    report.to_html(path.parent)
+    html_report.to_html(path.parent)
 
 
 # Name of a file -> what writes it and what reads it.

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastlangevin.cli.inputs import run_config
 from fastlangevin.learn import TrainConfig, resolve, train
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
@@ -28,6 +27,7 @@ from fastlangevin.learn.checkpoint import (
 )
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.log import RunLog, read_records, read_series
+from fastlangevin.learn.run_data import run_config
 from tests.command import run_command
 
 SETTINGS = {
@@ -166,7 +166,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     content = newest.read_bytes()
     damaged = content[:999] if where == "cut" else flipped(content, int(where), 4)
     newest.write_bytes(damaged)
-    with pytest.warns(UserWarning, match=f"{newest} .* goes on from {older}"):
+    with pytest.warns(UserWarning, match=f"{newest} .* continues from {older}"):
         train(config, copied, resume=True)
     assert newest.read_bytes() == content
     assert newest.with_suffix(".damaged").read_bytes() == damaged

@@ -284,7 +284,7 @@ def test_unknown_settings_are_named(where: str, unknown: list[Any], tmp_path: Pa
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False) if where == "file" else "{}")
     source = str(file) if where == "file" else "options"
-    match = f"^{source}: no setting is called .*; there are data, .*, samples$"
+    match = f"^{source}: no setting is called .*; the settings are data, .*, samples$"
     with pytest.raises(ValueError, match=match) as caught:
         resolve(file, overrides=settings if where == "options" else None)
     named = str(caught.value).removeprefix(f"{source}: no setting is called ").split(";")[0]

@@ -80,11 +80,9 @@ def test_fashion_mnist_by_name_and_by_path(fashion, monkeypatch, split):
 
 def test_fashion_mnist_not_found(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLANGEVIN_DATA", str(tmp_path))
-    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist") as error:
         load_images("fashion-mnist")
     assert str(tmp_path / "fashion-mnist") in str(error.value)
-    assert str(tmp_path / "debian") in str(error.value)
 
 
 def test_truncated_idx_files(fashion):

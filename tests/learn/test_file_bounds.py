@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlangevin.learn import html_report as report
+from fastlangevin.learn import html_report
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.errors import FileError
 from tests.learn.hostile import (
@@ -242,4 +242,4 @@ def test_a_report_shows_nothing_from_outside_its_folder(name: str, tmp_path: Pat
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(secret)
     with pytest.raises(FileError, match=f"^{run / name} leads to {secret}, outside"):
-        report.to_html(run)
+        html_report.to_html(run)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.learn import html_report as report
-from fastlangevin.learn import reading
+from fastlangevin.learn import html_report, reading
 from fastlangevin.learn.checkpoint import save_checkpoint
 from fastlangevin.learn.config import resolve
 from fastlangevin.learn.data.load import load_images
@@ -152,7 +151,7 @@ def test_results_of_wrong_types_name_their_file(name: str, tmp_path: Path) -> No
 
 def test_headers_of_models_of_wrong_types_name_their_file(tmp_path: Path) -> None:
     """Those that commands and reports read: the run's settings, the sampler's, the energy's."""
-    from fastlangevin.cli.inputs import run_config
+    from fastlangevin.learn.run_data import run_config
 
     path, energy = tmp_path / "m.safetensors", ConvEnergy(1, 8, 1)
     tensors = {f"model.{name}": value for name, value in energy.state_dict().items()}
@@ -166,7 +165,7 @@ def test_headers_of_models_of_wrong_types_name_their_file(tmp_path: Path) -> Non
         if not isinstance(changed, dict) or "version" in changed:
             continue
         save_checkpoint(path, tensors, changed)
-        outcome(report.to_html, path)
+        outcome(html_report.to_html, path)
         if changed.get("config") is not None and isinstance(changed.get("iteration"), int):
             outcome(run_config, path)
 

@@ -16,13 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlangevin.cli import report as commands
+from fastlangevin.cli import report
 from fastlangevin.cli.outputs import Result
-from fastlangevin.learn import html_report as report
-from fastlangevin.learn import load_images, resolve, save_grid, train
+from fastlangevin.learn import html_report, load_images, resolve, save_grid, train
 from fastlangevin.learn.checkpoint import export, read_checkpoint, save_checkpoint
-from fastlangevin.learn.evaluation import evaluate as measures
-from fastlangevin.learn.evaluation import features
+from fastlangevin.learn.evaluation import evaluate, features
 from tests.command import run_command
 
 TINY = {
@@ -90,10 +88,10 @@ def run(trained: Path, tmp_path: Path) -> Path:
     digits = load_images("digits")
     save_grid(digits.batch(range(4)), out / "my_results.png")
     (out / "my_results.txt").write_text("ratio 0.5 <script>alert(1)</script>\n")
-    found = measures.evaluate(
+    found = evaluate.evaluate(
         {"samples": digits.batch(range(100, 200))}, digits, features.make_features("pixels", digits)
     )
-    measures.save(found, out / "evaluate.json", iteration=20)
+    evaluate.save(found, out / "evaluate.json", iteration=20)
     return out
 
 
@@ -106,7 +104,7 @@ def decoded(uri: str) -> Image.Image:
 
 
 def test_the_page_stands_alone(run: Path) -> None:
-    text = report.to_html(run)
+    text = html_report.to_html(run)
     page = Page(text)
     assert page.open == []
     assert page.references
@@ -117,7 +115,7 @@ def test_the_page_stands_alone(run: Path) -> None:
 
 
 def test_every_picture_of_the_run_is_in_it(run: Path) -> None:
-    found = [decoded(uri) for uri in Page(report.to_html(run)).images]
+    found = [decoded(uri) for uri in Page(html_report.to_html(run)).images]
     files = [run / "samples.png", *sorted((run / "samples").iterdir()), run / "my_results.png"]
     assert len(found) == len(files) == 6
     for picture, file in zip(found, files, strict=True):
@@ -126,7 +124,7 @@ def test_every_picture_of_the_run_is_in_it(run: Path) -> None:
 
 
 def test_its_text_is_what_the_files_say(run: Path) -> None:
-    page = Page(report.to_html(run))
+    page = Page(html_report.to_html(run))
     record = json.loads((run / "evaluate.json").read_text())
     for words in (
         "Run a <b> & c",
@@ -143,38 +141,38 @@ def test_its_text_is_what_the_files_say(run: Path) -> None:
 
 def test_results_of_other_weights_are_marked(run: Path) -> None:
     """By the iteration that they record, whatever a copy made of the files' times, or by these."""
-    text = Page(report.to_html(run)).text
+    text = Page(html_report.to_html(run)).text
     assert "file's time" not in text
     assert "the last checkpoint is" not in text
     for path in (run / "evaluate.json", run / "my_results.png", run / "samples.png"):
         os.utime(path, (0, 0))
     (run / "diagnose.json").write_text(json.dumps(DIAGNOSIS))
     (run / "diagnose.png").write_bytes((run / "samples.png").read_bytes())
-    text = Page(report.to_html(run)).text
+    text = Page(html_report.to_html(run)).text
     assert "Of iteration 20. Features" in text
     assert "my results (by its file's time older than the last checkpoint)" in text
     assert "the last weights (" not in text  # the run has ended, and drawn them then
     (run / "my_results.txt").write_text("iteration 20\nratio 0.5\n")
-    assert "my results (" not in Page(report.to_html(run)).text
+    assert "my results (" not in Page(html_report.to_html(run)).text
     (run / "my_results.txt").write_text("iteration 10\nratio 0.5\n")
     for name in ("evaluate.json", "diagnose.json"):
         found = json.loads((run / name).read_text())
         (run / name).write_text(json.dumps(found | {"iteration": 10}))
-    text = Page(report.to_html(run)).text
+    text = Page(html_report.to_html(run)).text
     assert "Of iteration 10 (of iteration 10, the last checkpoint is of 20)" in text
     assert text.count("(of iteration 10, the last checkpoint is of 20)") == 3
     settings = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(settings.replace("iterations: 20", "iterations: 30"))
-    text = Page(report.to_html(run)).text
+    text = Page(html_report.to_html(run)).text
     assert "the last weights (by its file's time older than the last checkpoint)" in text
 
 
 def test_curves_lie_in_their_frames_and_keep_extremes(run: Path) -> None:
-    lines = Page(report.to_html(run)).lines
+    lines = Page(html_report.to_html(run)).lines
     assert len(lines) >= 5
     points = [(float(i), math.sin(i / 300)) for i in range(5000)]
     points[1234] = (1234.0, 7.0)
-    text = report.curve(points)
+    text = html_report.curve(points)
     assert ">7<" in text
     lines += Page(text).lines
     for line in lines:
@@ -184,7 +182,7 @@ def test_curves_lie_in_their_frames_and_keep_extremes(run: Path) -> None:
         assert all(0 <= x <= 460 and 0 <= y <= 180 for x, y in xy)
     heights = [float(p.split(",")[1]) for p in lines[-1].split()]
     assert sorted(heights)[1] - min(heights) > 50  # one high point, and it is still there
-    assert Page(report.curve([(1, 2.0), (2, 2.0)])).lines
+    assert Page(html_report.curve([(1, 2.0), (2, 2.0)])).lines
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path, trained: Path) -> None:
@@ -193,7 +191,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path, trained: Path) -> None:
     bare.mkdir()
     shutil.copy(trained / "config.yaml", bare)
     (bare / "metrics.jsonl").write_text('{"iteration": 1, "gap": NaN, "grad')
-    page = Page(report.to_html(bare))
+    page = Page(html_report.to_html(bare))
     assert "no checkpoint yet" in page.text
     assert (page.images, page.lines) == ([], [])
 
@@ -213,7 +211,7 @@ def test_refusals(command: Any, run: Path, tmp_path: Path) -> None:
         (run / "evaluate.json").write_text(damaged)
         found = command(run)
         assert found.exit_code == 1
-        assert "evaluate.json is damaged, or no 'fastlangevin evaluation' of version 1" in (
+        assert "evaluate.json is damaged or not a 'fastlangevin evaluation' of version 1" in (
             found.stderr
         )
     (run / "evaluate.json").unlink()
@@ -232,7 +230,7 @@ def test_a_model_alone(
     command: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shipped, exported, or one checkpoint: what can be made of it, and why there are no curves."""
-    monkeypatch.setitem(commands._SHORT, "fit", {"restarts": 1, "iterations": 2})
+    monkeypatch.setitem(report._SHORT, "fit", {"restarts": 1, "iterations": 2})
     monkeypatch.chdir(tmp_path)
     export(run, tmp_path / "small.safetensors")
     (checkpoint,) = (run / "checkpoints").glob("*10.safetensors")
@@ -262,7 +260,7 @@ def test_a_model_alone(
     assert found.stderr.count("it names no data") == 2
     page = Page(Path("report.html").read_text("utf-8"))
     assert ("None" in page.text, "step_size" in page.text, len(page.images)) == (False, True, 1)
-    bare = Page(report.to_html(Path("digits")))
+    bare = Page(html_report.to_html(Path("digits")))
     assert (bare.images, "No curves" in bare.text, "noise_std" in bare.text) == ([], True, True)
 
 
@@ -278,8 +276,8 @@ def test_compute_makes_what_is_missing(
         save_grid(torch.zeros(1, 1, 8, 8), out)
         return Result("ratio 0.123", [out])
 
-    monkeypatch.setattr(commands, "reconstruct", fails)
-    monkeypatch.setattr(commands, "restore", fast)
+    monkeypatch.setattr(report, "reconstruct", fails)
+    monkeypatch.setattr(report, "restore", fast)
     before = (run / "evaluate.json").read_bytes()
     found = command(run, "--compute", "--device", "cpu")
     assert found.exit_code == 0, found.output
@@ -307,14 +305,14 @@ def test_compute_makes_again_what_is_of_other_weights(
 
     names = {"reconstruct": 20, "interpolate": 10, "restore": None}
     for name, iteration in names.items():
-        monkeypatch.setattr(commands, name, makes(name))
+        monkeypatch.setattr(report, name, makes(name))
         path = run / f"{name.removesuffix('e')}ed.png"
         save_grid(torch.zeros(1, 1, 8, 8), path)
         if iteration is not None:
             path.with_suffix(".txt").write_text(f"iteration {iteration}\n")
         os.utime(path, (0, 0))
     for name in ("evaluate", "diagnose"):
-        monkeypatch.setattr(commands, name, makes(name))
+        monkeypatch.setattr(report, name, makes(name))
     found = json.loads((run / "evaluate.json").read_text())
     (run / "evaluate.json").write_text(json.dumps(found | {"iteration": 10}))
     (run / "diagnose.json").write_text(json.dumps(DIAGNOSIS))
@@ -329,7 +327,7 @@ def test_it_shows_in_a_browser(run: Path, tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip(f"needs one of {', '.join(names)}")
-    text = report.to_html(run)
+    text = html_report.to_html(run)
     # The page allows no scripts: here, and here only, one counts what the browser shows.
     text = re.sub("<meta http-equiv[^>]+>", "", text)
     count = """<script>addEventListener("load", () => { document.title = [

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastlangevin.learn import TrainConfig, resolve, train
-from fastlangevin.learn import atomic as files
+from fastlangevin.learn import TrainConfig, atomic, resolve, train
 from fastlangevin.learn.checkpoint import list_checkpoints, read_checkpoint
 from fastlangevin.learn.log import read_records, read_series
 from fastlangevin.learn.run_folder import is_run
@@ -25,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-PACKAGE = Path(files.__file__).parents[1]
+PACKAGE = Path(atomic.__file__).parents[1]
 SETTINGS = {
     "size": None,
     "channels": None,
@@ -215,7 +214,7 @@ FOREIGN = [".config.yaml.tmp", ".config.yaml.old.tmp", "config.yaml.1.tmp", ".tm
 
 def test_a_file_takes_away_what_dead_processes_left_of_it(tmp_path: Path) -> None:
     """Of this host, as another's processes are not seen; and of no other file."""
-    host, dead = files._host(), dead_process()
+    host, dead = atomic._host(), dead_process()
     ours = tmp_path / f".a b[1].txt.{host}.{dead}.tmp"
     others = [
         f".a b[1].txt.{host}.{os.getppid()}.tmp",  # is running
@@ -225,7 +224,7 @@ def test_a_file_takes_away_what_dead_processes_left_of_it(tmp_path: Path) -> Non
     ]
     for name in (ours.name, *others):
         (tmp_path / name).write_text("half")
-    with files.replacing(tmp_path / "a b[1].txt") as temporary:
+    with atomic.replacing(tmp_path / "a b[1].txt") as temporary:
         temporary.write_text("whole")
     assert names(tmp_path) == {"a b[1].txt", *others}
     assert (tmp_path / "a b[1].txt").read_text() == "whole"
@@ -235,7 +234,7 @@ def test_a_run_takes_away_what_killed_processes_left_in_its_folder(
     config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:
     """Of its own files whoever left it, as it has the lock; of others (reports) the dead's."""
-    out, host, dead = tmp_path / "run", files._host(), dead_process()
+    out, host, dead = tmp_path / "run", atomic._host(), dead_process()
     leftovers = [
         ".config.yaml.4.tmp",  # as earlier versions named them
         f".config.yaml.{host}.{os.getpid()}.tmp",
@@ -304,13 +303,13 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(
 
     monkeypatch.setattr(os, "fsync", fsync)
     folders = True
-    with files.replacing(tmp_path / "new" / "a") as temporary:
+    with atomic.replacing(tmp_path / "new" / "a") as temporary:
         temporary.write_text("whole")
     assert (tmp_path / "new" / "a").read_text() == "whole"
     folders = False
     with (
         pytest.raises(OSError, match="Invalid argument"),
-        files.replacing(tmp_path / "new" / "a") as temporary,
+        atomic.replacing(tmp_path / "new" / "a") as temporary,
     ):
         temporary.write_text("other")
     assert (tmp_path / "new" / "a").read_text() == "whole"

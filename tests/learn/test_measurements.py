@@ -174,8 +174,8 @@ def test_masks_that_could_mean_either(tmp_path: Path) -> None:
     np.save(tmp_path / "words.npy", np.full((8, 8), "known"))
     (tmp_path / "empty.npy").touch()
     for name, match in (
-        ("alpha.png", "cannot be read as a mask: it is transparent in places"),
-        ("key.png", "cannot be read as a mask: it is transparent in places"),
+        ("alpha.png", "cannot be read as a mask: it has transparent pixels"),
+        ("key.png", "cannot be read as a mask: it has transparent pixels"),
         ("nan.npy", "must hold finite numbers to be a mask, got NaN or infinity"),
         ("words.npy", "must hold finite numbers to be a mask, got <U5"),
         ("empty.npy", "cannot be read as a .npy array: EOF"),

@@ -17,11 +17,10 @@ import pytest
 import torch
 import yaml
 
-from fastlangevin.learn import load_images, resolve, train
+from fastlangevin.learn import load_images, resolve, sweep, train
 from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.data.load import ImageData
-from fastlangevin.learn.evaluation.quality import QualityCheck, coarse
-from fastlangevin.learn.sweep import run as sweep_runs
+from fastlangevin.learn.evaluation.classifier import QualityCheck, coarse
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep.run import run_sweep
@@ -38,7 +37,7 @@ class CutError(Exception):
 def _light() -> Iterator[None]:
     """Few samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_runs, "SAMPLES", 50)
+        patch.setattr(sweep.run, "SAMPLES", 50)
         yield
 
 
@@ -156,7 +155,7 @@ def test_cut_and_called_again(
     """Finished runs are skipped, the cut one goes on, and the end is that of an uncut sweep."""
     out = tmp_path / "sweep"
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_runs, "train", interrupted(at_run, at_iteration, cut))
+        patch.setattr(sweep.run, "train", interrupted(at_run, at_iteration, cut))
         with pytest.raises(CutError):
             run_sweep(plan, out)
     trained: list[tuple[str, int]] = []
@@ -168,7 +167,7 @@ def test_cut_and_called_again(
 
         return train(config, folder, report=follow, **options)
 
-    monkeypatch.setattr(sweep_runs, "train", counted)
+    monkeypatch.setattr(sweep.run, "train", counted)
     results = run_sweep(plan, out)
     names = [run.name for run in plan.runs()]
     left = [(name, i) for name in names[at_run + 1 :] for i in range(1, 5)]
@@ -184,7 +183,7 @@ def test_a_signal_stops_the_sweep(
     stop = interrupted(1, 2, lambda: signal.raise_signal(signal.SIGTERM))
     seen: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_runs, "train", stop)
+        patch.setattr(sweep.run, "train", stop)
         out = tmp_path / "sweep"
         assert run_sweep(plan, out, report=lambda run, _: seen.append(run.name)) is None
     assert seen == [plan.runs()[0].name]
@@ -217,7 +216,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     assert results[1]["diverged"] is None
     assert run_sweep(plan, tmp_path / "sweep") == results
     content = summarise(plan, results)
-    assert content["points"][0]["measures"] == dict.fromkeys(sweep_runs.MEASURES)
+    assert content["points"][0]["measures"] == dict.fromkeys(sweep.run.MEASURES)
     text = to_markdown(content)
     assert "| diverged | 1 of 1 | 0 of 1 |" in text
     assert "max_energy=1e-09, seed 5: iteration 1: energies run away" in text
@@ -257,7 +256,7 @@ def test_files(plan: Sweep, whole: tuple[Path, Results], tmp_path: Path) -> None
     pytest.importorskip("matplotlib")
     before = (tmp_path / "sweep.svg").read_bytes()
     texts = {e.text for e in ElementTree.fromstring(before).iter() if e.tag.endswith("}text")}
-    assert {"steps", "1", "2", *sweep_runs.MEASURES.values()} <= texts
+    assert {"steps", "1", "2", *sweep.run.MEASURES.values()} <= texts
     write_report(plan, whole[1], tmp_path)
     assert (tmp_path / "sweep.svg").read_bytes() == before
     assert len(written) == 3
@@ -351,14 +350,14 @@ def test_folders_that_do_not_serve(
     centre = dataclasses.replace(plan.centre, lr=0.1)
     with pytest.raises(FileExistsError, match=r"another sweep: lr is 0\.005 there, 0\.1 here"):
         run_sweep(dataclasses.replace(plan, centre=centre), whole[0])
-    (tmp_path / "sweep.yaml").write_text(sweep_runs.MARK + "version: 0\n")
+    (tmp_path / "sweep.yaml").write_text(sweep.run.MARK + "version: 0\n")
     with pytest.raises(ValueError, match="of version 0; this fastlangevin reads version 1"):
         run_sweep(plan, tmp_path)
-    (tmp_path / "sweep.yaml").write_text(sweep_runs.MARK + "version: 1\ncentre: 3\n")
+    (tmp_path / "sweep.yaml").write_text(sweep.run.MARK + "version: 1\ncentre: 3\n")
     with pytest.raises(ValueError, match=r"sweep\.yaml is damaged, it has no centre"):
         run_sweep(plan, tmp_path)
     (tmp_path / "sweep.yaml").rename(tmp_path / "thesis.tex")
-    with pytest.raises(FileExistsError, match=r"holds thesis\.tex and is no sweep"):
+    with pytest.raises(FileExistsError, match=r"holds thesis\.tex but is not a sweep"):
         run_sweep(plan, tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         run_sweep(plan, tmp_path / "thesis.tex")

@@ -10,9 +10,8 @@ import pytest
 import torch
 import yaml
 
-from fastlangevin.cli import sweep as sweep_command
-from fastlangevin.learn import resolve
-from fastlangevin.learn.sweep import run as sweep_runs
+from fastlangevin.learn import resolve, sweep
+from fastlangevin.learn.sweep.environment import own_device
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.run import run_sweep
 from tests.command import run_command
@@ -23,7 +22,7 @@ from tests.learn.sweep_shared import CENTRE, interrupted, options
 def _light() -> Iterator[None]:
     """Few samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_runs, "SAMPLES", 50)
+        patch.setattr(sweep.run, "SAMPLES", 50)
         yield
 
 
@@ -32,7 +31,7 @@ def _light() -> Iterator[None]:
     [
         ({}, "no field is swept"),
         ({"depth": [1]}, "no setting is called depth"),
-        ({"seed": [1, 2]}, "seed is no axis"),
+        ({"seed": [1, 2]}, "seed cannot be an axis"),
         ({"steps": []}, "steps must have one value or more"),
         ({"steps": 5}, "steps must have a list of values, got 5"),
         ({"steps": [1, 2.5]}, r"at steps=2.5: steps must be int, got 2.5"),
@@ -83,7 +82,7 @@ def test_command(tmp_path: Path) -> None:
     command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
     first, second = (run_command(*command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
     assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
-    assert "done; the runs of other processes are not yet" in first.output
+    assert "done; runs of other processes are still missing" in first.output
     assert str(out / "sweep.json") in second.output
     plan = yaml.safe_load((out / "sweep.yaml").read_text())
     assert plan["axes"] == {"steps": [1, 2], "clamp": [None, [-1.0, 1.0]]}
@@ -96,10 +95,10 @@ def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     out = tmp_path / "sweep"
     command = ["sweep", *options(steps="1,2"), "--seeds=1", f"--out={out}"]
     stop = interrupted(1, 1, lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(sweep_runs, "train", stop)
+    monkeypatch.setattr(sweep.run, "train", stop)
     stopped = run_command(*command)
     assert stopped.exit_code == 128 + signal.SIGTERM
-    assert "go on with the same command" in stopped.output
+    assert "the same command continues the sweep" in stopped.output
     assert not (out / "sweep.json").exists()
 
 
@@ -116,13 +115,13 @@ def test_a_process_of_torchruns_takes_its_own_gpu(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
-    assert sweep_command._own_device(device) == want
+    assert own_device(device) == want
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--steps=1,["], "--steps is no list of values: '1,['"),
+        (["--steps=1,["], "steps must be values separated by commas, got '1,['"),
         (["--steps="], "steps must have one value or more, got none"),
         (["--steps=5"], "no field is swept"),
         (["--steps=5,ten"], "at steps=ten: steps must be int, got 'ten'"),

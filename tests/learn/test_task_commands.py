@@ -21,9 +21,9 @@ from fastlangevin.learn import (
     restore,
     save_gif,
 )
-from fastlangevin.learn.build import load_held_out
 from fastlangevin.learn.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
 from fastlangevin.learn.images import to_grid
+from fastlangevin.learn.run_data import load_held_out
 from fastlangevin.learn.tasks.measurements import (
     make_operator,
 )
@@ -161,7 +161,7 @@ def test_a_model_whose_data_are_not_here(command: Any, run: Path) -> None:
         found = command(name, "m.safetensors")
         assert found.exit_code == 1
         assert "m.safetensors has settings that fastlangevin" in found.stderr
-        assert "perhaps another version's: momentum" in found.stderr
+        assert "perhaps from another version: momentum" in found.stderr
     save(info["config"], iteration=None)
     found = command("diagnose", "m.safetensors")
     assert found.exit_code == 1
@@ -285,7 +285,7 @@ def test_sample_command_draws_chains_as_a_gif(command: Any, run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("reconstruct", "--n", 11), "--n must be at most 10, the images of digits, those past"),
+        (("reconstruct", "--n", 11), "n must be at most 10, the images of digits, those past"),
         (("reconstruct", "--out", "a.gif"), r"--out must end in .png or .npz, got a.gif"),
         (("reconstruct", "--checkpoint", "some", "--n", 1), "checkpoint"),
         (("interpolate", "--out", "a.npz"), "--out must end in .png, .gif or .npy, got a.npz"),

@@ -408,7 +408,7 @@ def test_no_such_grid() -> None:
     ):
         Grid(-4, 4, 32).uniform(0.1, 1)
     clamped = sampler_of(double_well, clamp=(-1.0, 1.0))
-    with pytest.raises(ValueError, match="with metropolis=True one that ends there without atoms"):
+    with pytest.raises(ValueError, match="with atoms there unless metropolis=True"):
         transition(clamped, Grid(-1, 1, 40, atoms=True), metropolis=True)
 
 

@@ -41,7 +41,7 @@ def test_resume_with_another_setting(name: str, config: TrainConfig, copied: Pat
 def test_resume_an_annealed_run_with_another_length(config: TrainConfig, copied: Path) -> None:
     """Its learning rate would jump back, and no uncut run would have had its numbers."""
     before = snapshot(copied)
-    with pytest.raises(ValueError, match=r"iterations \(12 to 20\), on whose value the annealing"):
+    with pytest.raises(ValueError, match=r"iterations \(12 to 20\); the annealing depends on it"):
         train(dataclasses.replace(config, iterations=20), copied, resume=True)
     assert snapshot(copied) == before
 

@@ -172,7 +172,7 @@ def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
     """It says so, and keeps the damaged file under another name."""
     newest = copied / "checkpoints" / "00000012.safetensors"
     os.truncate(newest, 1000)
-    with pytest.warns(UserWarning, match=rf"{newest} is truncated.* goes on from .*09\.safet"):
+    with pytest.warns(UserWarning, match=rf"{newest} is truncated.* continues from .*09\.safet"):
         train(config, copied, resume=True)
     assert_same_end(copied, whole)
     assert newest.with_suffix(".damaged").stat().st_size == 1000
@@ -193,7 +193,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_resumed(config: TrainConfig, co
 def test_a_full_disk_loses_no_checkpoint(
     config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It fills half way through the checkpoint of iteration 9; the run goes on from 6."""
+    """It fills half way through the checkpoint of iteration 9; the run continues from 6."""
     out, save_file = tmp_path / "run", checkpoint.save_file
 
     def fill_the_disk(tensors: Any, path: Path, metadata: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
-"""How a recorder describes the operators it sees: as a node, or None for what changes nothing.
+"""Describes operators as nodes of a graph.
 
-Each takes the recorder, the operator's name, its arguments by name and what it returned.
+Each function takes the recorder, the operator's name, its arguments by name and its output. It
+returns the operator's node, or None for an operator that changes neither values nor their order.
 """
 
 import functools
@@ -13,121 +14,121 @@ from torch import Tensor
 from fastlangevin.gradients.graph.ir import Constant, Node
 
 
-class Recorder(Protocol):
-    """What the descriptions below ask of the recorder that calls them."""
+class Operands(Protocol):
+    """The recorder, as the functions of this module use it."""
 
     def refuse(self, reason: str) -> Exception:
-        """Note why the energy cannot be recorded; returns what is to be raised."""
+        """Note why the energy cannot be recorded, and return the error to raise."""
 
     def value(self, tensor: Any, name: str) -> int:
-        """The number of a value that is computed from the states; refuses anything else."""
+        """Return the number of a value that is computed from the states; refuse other tensors."""
 
     def constant(self, tensor: Any, name: str) -> Constant | None:
-        """A parameter or buffer, or a view of one, as it lies in memory; None for None."""
+        """Return the constant of a parameter, a buffer or a view of one, and None for None."""
 
 
-def _conv(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _conv(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     if a["transposed"] or out.ndim != 4:
-        raise rec.refuse("only 2-D convolutions that are not transposed are supported")
+        raise operands.refuse("only 2-D convolutions that are not transposed are supported")
     settings = (*(tuple(a[k]) for k in ("stride", "padding", "dilation")), a["groups"])
     settings = tuple(s * 2 if isinstance(s, tuple) and len(s) == 1 else s for s in settings)
-    constants = rec.constant(a["weight"], name), rec.constant(a["bias"], name)
-    return Node("conv", (rec.value(a["input"], name),), _shape(out), settings, constants)
+    constants = operands.constant(a["weight"], name), operands.constant(a["bias"], name)
+    return Node("conv", (operands.value(a["input"], name),), _shape(out), settings, constants)
 
 
-def _addmm(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _addmm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     if a["beta"] != 1 or a["alpha"] != 1:
-        raise rec.refuse("addmm with factors is not supported")
-    bias = rec.constant(a["self"], name)
+        raise operands.refuse("addmm with factors is not supported")
+    bias = operands.constant(a["self"], name)
     if bias is None or bias.size != (out.shape[1],):
-        raise rec.refuse("addmm with a bias that differs between chains is not supported")
-    weight = _transposed(rec, a["mat2"], name)
-    return Node("linear", (rec.value(a["mat1"], name),), _shape(out), (), (weight, bias))
+        raise operands.refuse("addmm with a bias that differs between chains is not supported")
+    weight = _transposed(operands, a["mat2"], name)
+    return Node("linear", (operands.value(a["mat1"], name),), _shape(out), (), (weight, bias))
 
 
-def _mm(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
-    weight = _transposed(rec, a["mat2"], name)
-    return Node("linear", (rec.value(a["self"], name),), _shape(out), (), (weight, None))
+def _mm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    weight = _transposed(operands, a["mat2"], name)
+    return Node("linear", (operands.value(a["self"], name),), _shape(out), (), (weight, None))
 
 
-def _transposed(rec: Recorder, matrix: Any, name: str) -> Constant:
-    found = rec.constant(matrix, name)
-    assert found is not None
-    return Constant(found.base, found.size[::-1], found.stride[::-1], found.offset)
+def _transposed(operands: Operands, matrix: Any, name: str) -> Constant:
+    constant = operands.constant(matrix, name)
+    assert constant is not None
+    return Constant(constant.base, constant.size[::-1], constant.stride[::-1], constant.offset)
 
 
-def _view(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node | None:
+def _view(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node | None:
     tensor = a["self"]
     if out.numel() != tensor.numel() or out.dtype != tensor.dtype or out.device != tensor.device:
-        raise rec.refuse(f"{name} is supported only where it keeps all elements, and their dtype")
+        raise operands.refuse(f"{name} is supported only if it keeps all elements and their dtype")
     if _shape(out) == _shape(tensor):
         return None
-    return Node("view", (rec.value(tensor, name),), _shape(out))
+    return Node("view", (operands.value(tensor, name),), _shape(out))
 
 
-def _reduce(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _reduce(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     tensor = a["self"]
     dims = tuple(sorted(d % max(tensor.ndim, 1) for d in a.get("dim") or ()))
     if not dims or 0 in dims:
-        raise rec.refuse(f"{name} mixes chains")
+        raise operands.refuse(f"{name} mixes chains")
     if out.dtype != tensor.dtype:
-        raise rec.refuse(f"{name} to another dtype is not supported")
-    return Node(name, (rec.value(tensor, name),), _shape(out), (dims, bool(a["keepdim"])))
+        raise operands.refuse(f"{name} to another dtype is not supported")
+    return Node(name, (operands.value(tensor, name),), _shape(out), (dims, bool(a["keepdim"])))
 
 
-def _avg_pool(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _avg_pool(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     kernel, padding = _pair(a["kernel_size"]), _pair(a["padding"])
     stride = _pair(a["stride"]) if a["stride"] else kernel
     rest = a["ceil_mode"], a["count_include_pad"], a["divisor_override"]
     settings = (kernel, stride, padding, *rest)
-    return Node("avg_pool", (rec.value(a["self"], name),), _shape(out), settings)
+    return Node("avg_pool", (operands.value(a["self"], name),), _shape(out), settings)
 
 
-def _adaptive_pool(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
-    sizes, kept = a["self"].shape[-2:], out.shape[-2:]
-    if sizes[0] % kept[0] or sizes[1] % kept[1]:
-        raise rec.refuse(f"{name} from {list(sizes)} to {list(kept)} is not supported")
-    kernel = sizes[0] // kept[0], sizes[1] // kept[1]
+def _adaptive_pool(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    read, written = a["self"].shape[-2:], out.shape[-2:]
+    if read[0] % written[0] or read[1] % written[1]:
+        raise operands.refuse(f"{name} from {list(read)} to {list(written)} is not supported")
+    kernel = read[0] // written[0], read[1] // written[1]
     settings = (kernel, kernel, (0, 0), False, True, None)
-    return Node("avg_pool", (rec.value(a["self"], name),), _shape(out), settings)
+    return Node("avg_pool", (operands.value(a["self"], name),), _shape(out), settings)
 
 
-def _scale(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
-    operands = [a["self"], a.get("other")]
-    if isinstance(operands[0], (int, float)) and name == "mul":
-        operands.reverse()
-    tensor, factor = operands if name != "neg" else (a["self"], -1.0)
+def _scale(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    factors = [a["self"], a.get("other")]
+    if isinstance(factors[0], (int, float)) and name == "mul":
+        factors.reverse()
+    tensor, factor = factors if name != "neg" else (a["self"], -1.0)
     if not isinstance(factor, (int, float)) or a.get("rounding_mode") is not None:
-        raise rec.refuse(f"{name} is supported with a number alone")
+        raise operands.refuse(f"{name} is supported only with a number")
     factor = float(factor) if name != "div" else (1 / factor if factor else math.inf)
-    return Node("scale", (rec.value(tensor, name),), _shape(out), (factor,))
+    return Node("scale", (operands.value(tensor, name),), _shape(out), (factor,))
 
 
-def _add(rec: Recorder, name: str, a: dict[str, Any], out: Tensor) -> Node:
+def _add(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     one, two = a["self"], a["other"]
-    values = rec.value(one, name), rec.value(two, name)
+    values = operands.value(one, name), operands.value(two, name)
     if one.shape != two.shape or one.dtype != two.dtype:
-        raise rec.refuse(f"{name} of two shapes or dtypes is not supported")
+        raise operands.refuse(f"{name} of two shapes or dtypes is not supported")
     alpha = float(a["alpha"])
     return Node("add", values, _shape(out), (-alpha if name.startswith("sub") else alpha,))
 
 
 def _activation(
-    rec: Recorder,
+    operands: Operands,
     name: str,
     a: dict[str, Any],
     out: Tensor,
     settings: Callable[[dict[str, Any]], tuple[float, ...] | None] = lambda a: (),
 ) -> Node:
-    found = settings(a)
-    if found is None:
-        raise rec.refuse(f"{name} with these settings is not supported")
+    numbers = settings(a)
+    if numbers is None:
+        raise operands.refuse(f"{name} with these settings is not supported")
     kind = name.removesuffix("_")
-    return Node(kind, (rec.value(a["self"], name),), _shape(out), found)
+    return Node(kind, (operands.value(a["self"], name),), _shape(out), numbers)
 
 
 def _leaky(a: dict[str, Any]) -> tuple[float, ...] | None:
-    # Below zero the sign of the result is not the sign of the input.
+    # With a negative slope the output does not have the sign of the input.
     return (float(a["negative_slope"]),) if a["negative_slope"] >= 0 else None
 
 
@@ -153,7 +154,7 @@ ACTIVATIONS: dict[str, Callable[[dict[str, Any]], tuple[float, ...] | None]] = {
     "gelu": lambda a: (float(a["approximate"] == "tanh"),),
     "tanh": lambda a: (),
 }
-# What keeps a gradient from being the same in every chain.
+# If only other operators follow a value, its gradient is the same in every chain.
 NONLINEAR = {*ACTIVATIONS, "logsumexp"}
 _VIEWS = (
     "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "select", "slice",

@@ -1,5 +1,6 @@
-"""What an energy computes, as a graph of the operations that lean scores know."""
+"""The graph of operations that an energy computes."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 @dataclass(frozen=True)
 class Constant:
-    """A parameter or buffer of the energy, or a plain view of one, read where it lies."""
+    """A parameter or buffer of the energy, or a strided view of one, in its own memory."""
 
     base: Tensor
     size: tuple[int, ...]
@@ -36,16 +37,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class Node:
-    """One operation on whole batches that treats every chain alike and by itself.
+    """An operation on a batch that treats all chains in the same way and independently.
 
-    kind: conv (stride, padding, dilation, groups), linear, add (factor of the second), view, mean
-    and sum (dims, keepdim), avg_pool (kernel, stride, padding, ceil, count padding, divisor), scale
-    (factor), or an activation by name. conv and linear have their weight [out, in, ...] and bias.
+    ``kind`` (``settings``) is conv (stride, padding, dilation, groups), linear, add (factor of the
+    second input), view, mean, sum or logsumexp (dims, keepdim), avg_pool (kernel, stride, padding,
+    ceil_mode, count_include_pad, divisor), scale (factor), or the name of an activation. The
+    ``constants`` of conv and linear are the weight [out, in, ...] and the bias.
     """
 
     kind: str
-    inputs: tuple[int, ...]  # 0 is the state, k + 1 the output of node k
-    shape: tuple[int, ...]  # of its output, of one chain
+    inputs: tuple[int, ...]  # values: 0 is the state, k + 1 the output of nodes[k]
+    shape: tuple[int, ...]  # shape of its output for one chain
     settings: tuple[Any, ...] = ()
     constants: tuple[Constant | None, ...] = ()
 
@@ -57,34 +59,42 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """An energy as nodes in topological order; the last one's output is the energy, one number."""
+    """An energy as nodes in topological order. The last one's output is the energy of a chain."""
 
-    chains: int  # n, for which it holds: an energy may compute another thing for another n
-    shape: tuple[int, ...]  # of one chain's state
-    dtype: torch.dtype  # the state enters the network in
+    chains: int  # n of the recorded batch: for another n the energy may compute something else
+    shape: tuple[int, ...]  # shape of one chain's state
+    dtype: torch.dtype  # dtype in which the state enters the network
     device: torch.device
     nodes: tuple[Node, ...]
     fingerprint: tuple[Any, ...] | None = None
-    held: tuple[Any, ...] = field(default=(), repr=False)  # whose ids are in the fingerprint
+    owners: tuple[Any, ...] = field(default=(), repr=False)  # keeps the ids in the keys valid
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal keys: the same operations on the same parameters."""
-        place = self.chains, self.shape, self.dtype, self.device
-        return *place, tuple(node.key for node in self.nodes)
+        """Equal for graphs of the same operations on the same parameters."""
+        nodes = tuple(node.key for node in self.nodes)
+        return self.chains, self.shape, self.dtype, self.device, nodes
 
-    @property
+    @functools.cached_property
     def bases(self) -> list[Tensor]:
-        """The parameters and buffers that are read, each once."""
-        found = {id(c.base): c.base for node in self.nodes for c in node.constants if c is not None}
-        return list(found.values())
+        """The parameters and buffers that the nodes read, without duplicates."""
+        bases = {id(c.base): c.base for node in self.nodes for c in node.constants if c is not None}
+        return list(bases.values())
 
-    def input_shape(self, node: Node, which: int = 0) -> tuple[int, ...]:
-        value = node.inputs[which]
+    def versions(self) -> list[tuple[int, int]]:
+        """Return the version counters and addresses of the bases, to notice that one has changed.
+
+        Inference tensors have no version counter; theirs is given as 0.
+        """
+        return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self.bases]
+
+    def input_shape(self, node: Node) -> tuple[int, ...]:
+        """Return the shape of a node's first input for one chain."""
+        value = node.inputs[0]
         return self.nodes[value - 1].shape if value else self.shape
 
     def is_current(self, energy: Callable[..., Tensor], x: Tensor) -> bool:
-        """Whether a recording of this energy on such an x would be the same."""
+        """Return whether recording this energy on an x of this kind would give the same graph."""
         return (
             self.fingerprint is not None
             and isinstance(energy, nn.Module)
@@ -93,48 +103,50 @@ class Graph:
 
 
 def global_hooks() -> bool:
+    """Return whether hooks are set for all modules of the process."""
     return any(getattr(_module, name) for name in _GLOBAL_HOOKS)
 
 
 def fingerprint(energy: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
-    """All that a recording depends on, cheap to compare; None where that cannot be known.
+    """Return everything that a recording depends on, or None if that cannot be known.
 
-    Parameters count by identity and place: their values are read at every run.
+    Parameters enter with their identity and address, and not with their values, which an engine
+    reads before every chain.
     """
-    found: list[Any] = [x.shape, x.dtype, x.device]
+    parts: list[Any] = [x.shape, x.dtype, x.device]
     if global_hooks():
         return None
     for module in energy.modules():
         kind = type(module)
-        # Code of others may read anything: class attributes, globals. It is recorded at every call.
+        # Other code may read anything, such as globals, so it is recorded at every call.
         if not kind.__module__.startswith(("torch.nn.", "fastlangevin.")):
             return None
-        found += (kind, id(module), kind.forward)
+        parts += (kind, id(module), kind.forward)
         for name, value in module.__dict__.items():
             kind = type(value)
             if kind in _SIMPLE:
-                found += (name, value)
+                parts += (name, value)
             elif name == "_parameters" or name == "_buffers":
                 for tensor in value.values():
                     if tensor is not None:
-                        # functional_call's: of one call alone.
+                        # functional_call passes such tensors, for a single call.
                         if tensor.grad_fn is not None or not in_memory(tensor):
                             return None
-                        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-                        found += (id(tensor), *place)
+                        layout = tensor.shape, tensor.stride(), tensor.dtype
+                        parts += (id(tensor), tensor.data_ptr(), *layout)
             elif name == "_modules":
-                found += [(key, id(child)) for key, child in value.items()]
+                parts += [(key, id(child)) for key, child in value.items()]
             elif kind is tuple or kind is list:
                 if any(type(item) not in _SIMPLE for item in value):
                     return None
-                found += (name, tuple(value))
+                parts += (name, tuple(value))
             elif name in HOOKS:
                 if value:
                     return None
-            elif name not in _OWN:
+            elif name not in _TABLES:
                 return None
-    return tuple(found)
+    return tuple(parts)
 
 
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype))
-_OWN = frozenset(nn.Module().__dict__)  # every module's own tables, which hold no settings
+_TABLES = frozenset(nn.Module().__dict__)  # the tables of every module, which hold no settings

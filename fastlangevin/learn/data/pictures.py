@@ -1,38 +1,77 @@
-"""Image sets that are encoded pictures: folders, parquet files and the hub's data sets."""
+"""Read image sets of encoded pictures (folders, parquet files, the hub) and decode pictures.
+
+Every 8-bit picture goes through `convert`, so it gives the same pixels from a folder, a parquet
+file or an array.
+"""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastlangevin.learn.data.arrays import require
-from fastlangevin.learn.data.collect import Item
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.reading import brief, check_expansion, check_file, check_inside, reading
+from fastlangevin.learn.reading import (
+    brief,
+    check_expansion,
+    check_file,
+    check_inside,
+    read_bytes,
+    reading,
+    require,
+)
 
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _IMAGE_COLUMNS = ("img", "image")
 _BATCH_ROWS = 64
-_MOST_LINKED = 1000  # folders entered through links; links among a few could make any number
+_MOST_LINKED = 1000  # folders entered through links, because a few links can make any number
 _CACHES = ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "HF_HUB_CACHE")
+# Pillow reads more formats, and it passes PostScript under any name to an external program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_PICTURE_BYTES = 2**28
+_TIFF_TILE = (322, 323)  # tags of a tile's width and length
+
+GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B"}
+ALPHA_MODES = {"LA", "PA", "RGBA"}
+
+
+class CorruptImageError(ValueError):
+    """Bytes that Pillow cannot decode."""
+
+
+class ColourFoundError(ValueError):
+    """A picture is in colour but was read as grey."""
+
+
+class Item(NamedTuple):
+    """One picture in the form in which its source holds it."""
+
+    name: str  # the path of a file, or a file and a row, for error messages
+    content: Any  # a path, encoded bytes, an array [C, H, W], or the error to raise
+    label: int | None
 
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Pictures still to be decoded."""
+    """Pictures that are not decoded yet."""
 
     name: str
     count: int
-    items: Callable[[], Iterable[Item]]  # starts from the first picture at each call
+    items: Callable[[], Iterable[Item]]  # each call starts from the first picture
 
 
 def open_folder(folder: Path) -> PictureSource:
-    """All pictures below a folder, sorted by path; first-level subfolders, if all have one, label.
+    """Open all pictures below a folder, sorted by path.
 
-    Links are followed within the folder. Raises FileError for a link that leaves it, leads nowhere
-    or into a circle, and when there is no picture.
+    If all pictures lie in subfolders, the first-level subfolders are their labels. Links are
+    followed if they stay inside the folder. Raises FileError for a link that leaves the folder,
+    leads nowhere or leads in a circle, and if there is no picture.
     """
     with reading(folder, "a folder of images"):
         parts = sorted(path.relative_to(folder).parts for path in _pictures(folder))
@@ -52,7 +91,7 @@ def open_folder(folder: Path) -> PictureSource:
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    """The files below a folder with a picture's extension, links followed; no hidden ones."""
+    """Yield the files below a folder that have the extension of a picture and are not hidden."""
     pending: list[tuple[Path, tuple[Path, ...]]] = [(folder, (Path(os.path.realpath(folder)),))]
     linked = 0
     while pending:
@@ -77,12 +116,11 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def open_parquet(files: list[Path], name: str) -> PictureSource:
-    """The rows of parquet files with a column `img` or `image` and perhaps an integer `label`.
+    """Open parquet files with a column `img` or `image` and optionally an integer `label`.
 
-    A row that holds a path instead of a picture is read relative to its file's folder, and only
-    within that.
-
-    Raises ImportError without pyarrow, FileError for a file without such a column.
+    If a row holds a path instead of a picture, the path is relative to the folder of its file and
+    must stay inside it. Raises ImportError without pyarrow, and FileError for a file without such
+    a column.
     """
     parquet = require("pyarrow.parquet", "reading parquet files")
     count = 0
@@ -99,7 +137,7 @@ def open_parquet(files: list[Path], name: str) -> PictureSource:
     def items() -> Iterator[Item]:
         for path in files:
             row = 0
-            # Buffered and not read ahead: 0.5 GB instead of 1.5 GB for a row group of 1 GB.
+            # Buffering without reading ahead takes 0.5 GB instead of 1.5 GB for a 1 GB row group.
             with (
                 reading(path, "a parquet file"),
                 parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file,
@@ -114,19 +152,19 @@ def open_parquet(files: list[Path], name: str) -> PictureSource:
 
 
 def open_hub(name: str, split: str) -> PictureSource:
-    """A split of a data set of the Hugging Face hub, through the package `datasets`."""
+    """Open a split of a data set of the Hugging Face hub, with the package `datasets`."""
     datasets = require("datasets", f'the source "hub:{name}"')
     rows = datasets.load_dataset(name, split=split)
     column = _image_column(rows.column_names, f"hub:{name}")
     rows = rows.cast_column(column, datasets.Image(decode=False))
     if len(rows) == 0:
         raise FileError(f"hub:{name} holds no images in its split {split!r}")
-    # Where the package keeps what it has loaded.
-    kept = [Path(path) for c in _CACHES if (path := getattr(datasets.config, c, None))]
+    # The folders in which the package keeps downloaded data.
+    caches = [Path(path) for c in _CACHES if (path := getattr(datasets.config, c, None))]
 
     def items() -> Iterator[Item]:
         for row, record in enumerate(rows):
-            yield _item(f"hub:{name}, row {row}", record, column, kept)
+            yield _item(f"hub:{name}, row {row}", record, column, caches)
 
     return PictureSource(f"{name} {split}", len(rows), items)
 
@@ -139,7 +177,7 @@ def _image_column(names: list[str], where: str) -> str:
 
 
 def _check_sizes(metadata: Any, column: str, stored: int) -> None:
-    """ValueError for a parquet file whose rows or pages claim to be more than it can hold."""
+    """Raise ValueError if a parquet file claims more rows or bytes than it can hold."""
     if metadata.num_rows > stored:  # a picture has more than one byte
         raise ValueError(f"{stored} bytes claim to hold {metadata.num_rows} pictures")
     for i in range(metadata.num_row_groups):
@@ -151,10 +189,10 @@ def _check_sizes(metadata: Any, column: str, stored: int) -> None:
 
 
 def _item(name: str, record: dict[str, Any], column: str, folders: list[Path]) -> Item:
-    """A row as an item; its picture is bytes, or a struct of bytes or else a path.
+    """Return a row as an item. Its picture is bytes, or a struct with bytes or else a path.
 
-    The path is relative to the first of the folders. A FileError, as the item's content, unless it
-    lies in one of them.
+    The path is relative to the first folder. If it lies in none of the folders, the content of the
+    item is a FileError.
     """
     picture, label = record[column], record.get("label")
     if isinstance(picture, dict):
@@ -162,15 +200,121 @@ def _item(name: str, record: dict[str, Any], column: str, folders: list[Path]) -
         picture = _within(name, path, folders) if encoded is None and path else encoded
     if not isinstance(label, int) or not -(2**63) <= label < 2**63:
         label = None
-    # A row without a picture counts as corrupt: no bytes, which Pillow cannot identify.
+    # A row without a picture counts as corrupt, because Pillow cannot identify empty bytes.
     return Item(name, picture or b"", label)
 
 
 def _within(name: str, path: Any, folders: list[Path]) -> Path | FileError:
-    with contextlib.suppress(OSError, TypeError, ValueError):  # what can be no path
-        found = Path(*folders[:1], path)
-        real = Path(os.path.realpath(found))
+    with contextlib.suppress(OSError, TypeError, ValueError):  # raised if it cannot be a path
+        target = Path(*folders[:1], path)
+        real = Path(os.path.realpath(target))
         if any(real.is_relative_to(os.path.realpath(folder)) for folder in folders):
-            return found
+            return target
     where = " or ".join(map(str, folders)) or "any folder of the data set"
     return FileError(f"{name} has a picture at {brief(path)}, which is outside {where}")
+
+
+def decode(content: Path | bytes, *, size: int | None, channels: int | None) -> np.ndarray:
+    """Decode a picture to uint8 [C, H, W].
+
+    The EXIF orientation is applied, transparency is composited on white, and 16-bit grey keeps its
+    high byte. ``size`` and ``channels`` are as for `convert`. Raises CorruptImageError as
+    `open_picture` does, and FileError for a path that cannot be read.
+    """
+    encoded = read_picture(content) if isinstance(content, Path) else content
+    image = open_picture(encoded, upright=True)
+    return convert(image, size=size, channels=channels)
+
+
+def read_picture(path: Path) -> bytes:
+    """Read an encoded picture; FileError if it is not a regular file or too large for a picture."""
+    return read_bytes(path, _PICTURE_BYTES)
+
+
+def open_picture(encoded: bytes, upright: bool = False) -> Image.Image:
+    """Decode a picture in one of FORMATS and, if ``upright``, apply its EXIF orientation.
+
+    Raises CorruptImageError for bytes that cannot be decoded, including truncated files, and for a
+    picture that claims to be far larger than its bytes allow.
+    """
+    try:
+        image = Image.open(BytesIO(encoded), formats=FORMATS)
+        depth = 1 if image.mode in ("1", "L") else 4  # bytes in memory, RGB's included
+        check_expansion(image.width * image.height * depth, len(encoded))
+        if isinstance(image, TiffImageFile):  # its tiles may be larger than the picture
+            width, length = (image.tag_v2.get(tag, 0) for tag in _TIFF_TILE)
+            check_expansion(width * length * depth, len(encoded))
+        image.load()
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad bytes.
+    except Exception as error:
+        # The text "cannot identify image file <_io.BytesIO object at 0x...>" does not help users.
+        identified = not isinstance(error, UnidentifiedImageError)
+        expected = f"it is none of {', '.join(FORMATS)}"
+        raise CorruptImageError(str(error) if identified else expected) from error
+    return image
+
+
+def convert(image: Image.Image, *, size: int | None, channels: int | None) -> np.ndarray:
+    """Convert a picture to uint8 [C, H, W].
+
+    channels: 1 (ITU-R 601 luma) or 3. None accepts only grey pictures.
+    size: crop the central square and resize it to [size, size]. None keeps the picture's size.
+
+    Raises ColourFoundError for a colour picture if ``channels`` is None.
+    """
+    if channels is None and image.mode not in GREY_MODES:
+        raise ColourFoundError
+    if image.mode == "F":
+        raise ValueError("floating-point pictures are not supported; store them as .npy")
+    if image.mode.startswith("I"):  # Pillow's conversion to 8 bits would clip at 255
+        wide = np.asarray(image)
+        if wide.min() < 0 or wide.max() > 0xFFFF:
+            raise ValueError("grey pictures must have at most 16 bits; store them as .npy")
+        image = Image.fromarray((wide >> 8).astype(np.uint8))
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    if size is not None:
+        image = _square(image, size)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def convert_array(pixels: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
+    """Convert an array [C, H, W] as `convert` does a picture.
+
+    A uint8 array has C = 1, 3 or 4 (RGBA), a float array C = 1 or 3. A float array gives float32
+    pixels; bicubic overshoot is clipped to its range.
+    """
+    if pixels.dtype == np.uint8:
+        rows = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+        image = Image.fromarray(np.ascontiguousarray(rows))
+        return convert(image, size=size, channels=channels)
+    pixels = pixels.astype(np.float32)
+    if len(pixels) == 3 and channels == 1:
+        luma = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        pixels = np.tensordot(luma, pixels, axes=1)[None]
+    elif len(pixels) == 1 and channels == 3:
+        pixels = pixels.repeat(3, axis=0)
+    if size is None:
+        return pixels
+    planes = [np.asarray(_square(Image.fromarray(plane), size)) for plane in pixels]
+    return np.stack(planes).clip(pixels.min(), pixels.max())
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """Crop the central square and resize it to [size, size].
+
+    The filter is bicubic, as in tools for the Frechet distance (Parmar et al. 2022, On Aliased
+    Resizing). Pillow widens it when it shrinks a picture, which avoids aliasing. Cropping first
+    gives the same result as resizing the shorter side and then cropping, with less work.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)

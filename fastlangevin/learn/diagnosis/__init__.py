@@ -1,1 +1,1 @@
-"""What chains do."""
+"""Diagnosis of a learned energy: its learning, its moments and its chains."""

@@ -1,15 +1,15 @@
-"""How learning moves from one iteration to the next: d_s, r_s and their correlations.
+"""How learning changes between iterations: the quantities d_s and r_s, and their correlations.
 
-    d_s = (E_data[E] - E_samples[E]) / T,   T = b^2 / 2a        below 0: samples above the data
+    d_s = (E_data[E] - E_samples[E]) / T,   T = b^2 / 2a        d_s < 0: samples lie above the data
     r_s = mean over steps and chains of a |dE/dx|
 
-Where d < 0 an update pulls data and samples further apart in energy and gradients grow, which is
-expansion; where d > 0 they come together, contraction. Strong oscillation is d swinging from one to
-the other within a few iterations, negative autocorrelations at short lags: mostly the sign of
-learning by Adam or at high rates, whose long chains leave the data. A trend hides it, positive at
-every short lag, so it is looked for where the start of training is past, and less a parabola.
-Source: Nijkamp et al., "On the Anatomy of MCMC-Based Maximum Likelihood Learning of Energy-Based
-Models" (arXiv 1903.12370).
+If d < 0, an update moves data and samples further apart in energy and gradients grow: expansion. If
+d > 0, they come closer: contraction. In a strong oscillation, d alternates between the two within a
+few iterations, so that its autocorrelations at short lags are negative. This is typical of learning
+with Adam or at high learning rates, where long chains leave the data. A trend would hide the
+oscillation, because it makes the autocorrelations at short lags positive. Therefore only the later
+half of a run is used, and a parabola is subtracted. Source: Nijkamp et al., "On the Anatomy of
+MCMC-Based Maximum Likelihood Learning of Energy-Based Models" (arXiv 1903.12370).
 """
 
 import itertools
@@ -24,45 +24,48 @@ from fastlangevin.arguments import Coefficient
 from fastlangevin.sampler import LangevinSampler
 
 FEWEST = 16
-_SHORT = 5  # lags that tell of oscillation
-# Of fewer values than this an autocorrelation of -0.6 is as likely as not within the bound.
+_SHORT = 5  # lags that are examined for oscillation
+# With fewer values, even an autocorrelation of -0.6 would often lie within the bound.
 _FEWEST_TO_TELL = 32
 
 
 class Oscillation(NamedTuple):
-    """Of d_s over the later half of a run, its last iterations at most, less its parabola."""
+    """The oscillation of d_s in the later half of a run, after subtracting a fitted parabola."""
 
-    values: int
-    d: list[float]  # autocorrelation at lags 1 to 5
+    values: int  # number of values
+    d: list[float]  # autocorrelations at lags 1 to 5
     bound: float  # 3 / sqrt(values)
-    verdict: str | None  # "strong" with one of d below -bound, else "weak"; None: cannot be told
+    verdict: str | None  # "strong" if one of d is below -bound, else "weak"; None: undecidable
 
 
 class Correlations(NamedTuple):
-    """Of two series over a run's last iterations. Lags count values, ``spacing`` iterations."""
+    """Correlations of two series over the last iterations of a run. Lags are counted in values."""
 
-    values: int
-    spacing: int
-    d: list[float]  # autocorrelation at lags 0, 1, ...
-    r: list[float]
-    cross: list[float]  # of d at t with r at t + lag, lags -L .. L
-    bound: float  # 3 / sqrt(values): of a series without correlations few pass it
+    values: int  # number of values
+    spacing: int  # iterations between values
+    d: list[float]  # autocorrelations at lags 0, 1, ...
+    r: list[float]  # the same of r
+    cross: list[float]  # correlations of d at t with r at t + lag, for lags -L .. L
+    bound: float  # 3 / sqrt(values), rarely exceeded without correlation
     d_mean: float
     d_std: float
     expansion: float  # fraction of values with d < 0
-    response: float  # correlation of d at t with r at t + 1 less r at t
+    response: float  # correlation of d at t with the change of r from t to t + 1
     oscillation: Oscillation
 
 
 def correlations(
     d: Sequence[float], r: Sequence[float], spacing: int = 1, lags: int = 15, last: int = 2000
 ) -> Correlations:
-    """:class:`Correlations` of the last values of d_s and of r_s, or another size of the moves.
+    """Return the :class:`Correlations` of the ``last`` values of d_s and r_s.
 
-    Means are taken out, and lags go to at most a quarter of the values. Oscillation has lags and a
-    window of its own, whatever ``lags`` are shown; there is no verdict on values more than one
-    iteration apart, between which d may have swung, nor on fewer than 64 iterations. Raises
-    ValueError for series of different lengths, shorter than 16, or with values that are not finite.
+    r may also be another measure of how far chains move. Means are subtracted. ``lags`` is limited
+    to a quarter of the values. The oscillation has its own lags and window. It has no verdict if
+    values are more than one iteration apart, because d may alternate between them, or if there are
+    fewer than 64 iterations.
+
+    Raises ValueError for series of different lengths, with fewer than 16 values, or with values
+    that are not finite.
     """
     if len(d) != len(r):
         raise ValueError(f"diagnose: d and r must be of one length, got {len(d)} and {len(r)}")
@@ -91,7 +94,7 @@ def correlations(
 
 
 def temperature_of(sampler: LangevinSampler) -> float:
-    """T = b^2 / 2a of the means over steps and chains; 1 for chains without noise or step."""
+    """Return T = b^2 / 2a for the means of a and b over steps and chains; 1 if a or b is 0."""
     a, b = (_mean(value) for value in (sampler.step_size, sampler.noise_std))
     return b * b / (2 * a) if a > 0 and b > 0 else 1.0
 
@@ -99,34 +102,36 @@ def temperature_of(sampler: LangevinSampler) -> float:
 def series_of(
     records: Sequence[Mapping[str, Any]], name: str, sampler: LangevinSampler
 ) -> tuple[list[float], list[float], int]:
-    """(d_s, the column ``name`` in steps' units, spacing) of a log's records.
+    """Return (d_s, the column ``name``, spacing) of the records of a log.
 
-    Records without the column, on which nothing was measured, are left out. Raises ValueError for
-    records that have no gap: they are another version's.
+    grad_norm is multiplied by the mean step size. Records in which the column is None are left
+    out. Raises ValueError for records without the columns, which are from another version.
     """
     if any("gap" not in record or name not in record for record in records):
-        raise ValueError(f"diagnose: the log has records without gap or {name}: another version's?")
-    kept = [record for record in records if record[name] is not None]
+        raise ValueError(
+            f"diagnose: the log has records without gap or {name}; is it from another version?"
+        )
+    measured = [record for record in records if record[name] is not None]
     scale = temperature_of(sampler) * (-1 if sampler.maximize else 1)
     unit = _mean(sampler.step_size) if name == "grad_norm" else 1.0
-    steps = [b["iteration"] - a["iteration"] for a, b in itertools.pairwise(kept)]
-    # The last record of a run may come early.
+    steps = [b["iteration"] - a["iteration"] for a, b in itertools.pairwise(measured)]
+    # The last record of a run may come sooner than the others.
     spacing = max(set(steps), key=steps.count) if steps else 1
-    return [r["gap"] / scale for r in kept], [unit * r[name] for r in kept], spacing
+    return [r["gap"] / scale for r in measured], [unit * r[name] for r in measured], spacing
 
 
 def _oscillation(d: Tensor, spacing: int) -> Oscillation:
     t = torch.linspace(-1, 1, len(d), dtype=torch.float64, device="cpu")
     basis = torch.linalg.qr(torch.stack([torch.ones_like(t), t, t.square()], 1)).Q
     rest = d - basis @ (basis.T @ d)
-    if rest.norm() <= 1e-9 * d.norm():  # rounding errors, which oscillate
+    if rest.norm() <= 1e-9 * d.norm():  # only rounding errors are left, and these oscillate
         rest = torch.zeros_like(d)
-    found = [_correlation(rest, rest, lag) for lag in range(1, _SHORT + 1)]
+    autocorrelations = [_correlation(rest, rest, lag) for lag in range(1, _SHORT + 1)]
     bound = 3 / math.sqrt(len(d))
     verdict = None
     if spacing == 1 and len(d) >= _FEWEST_TO_TELL:
-        verdict = "strong" if min(found) < -bound else "weak"
-    return Oscillation(len(d), found, bound, verdict)
+        verdict = "strong" if min(autocorrelations) < -bound else "weak"
+    return Oscillation(len(d), autocorrelations, bound, verdict)
 
 
 def _mean(value: Coefficient | list[float]) -> float:
@@ -134,7 +139,7 @@ def _mean(value: Coefficient | list[float]) -> float:
 
 
 def _correlation(x: Tensor, y: Tensor, lag: int) -> float:
-    """Of x at t with y at t + lag, as the usual biased estimate; 0 for a constant."""
+    """Return the correlation of x at t with y at t + lag (biased estimate); 0 for a constant."""
     a, b = x - x.mean(), y - y.mean()
     norm = float((a.square().sum() * b.square().sum()).sqrt())
     if lag < 0:

@@ -1,8 +1,8 @@
-"""Diagnose a learned energy: its learning, its moments, and what its chains do.
+"""Diagnose a learned energy: its learning, its moments, and its chains.
 
-Chains that do not converge are the method; what has to hold is that learning neither runs away nor
-stands still, that samples have the data's moments, and, for a latent reading of x_0, that x_K is a
-function of x_0 more than of the noise.
+Short-run chains need not converge. But learning must neither diverge nor stall, samples must have
+the moments of the data and, for x_0 to act as a latent variable, x_K must depend on x_0 more than
+on the noise.
 """
 
 import math
@@ -28,46 +28,46 @@ from fastlangevin.sampler import LangevinSampler
 
 
 class Reach(NamedTuple):
-    """How far chains get, L2 over a chain's elements, means over chains."""
+    """How far chains move: L2 norms over the elements of a chain, averaged over chains."""
 
     moved: float  # |x_K - x_0|
     path: float  # sum over steps of |x after - x before|
     drift: float  # sum over steps of |a dE/dx|
-    noise: float  # b sqrt(K elements), what the noise alone would move
-    data: float  # |x_data - x_0|, what there is to go
+    noise: float  # b sqrt(K elements), the distance due to noise alone
+    data: float  # |x_data - x_0|, the distance to the data
 
 
 class LongRun(NamedTuple):
-    """Chains run on beyond K; a record every K steps, from the K-th on. Energies as the model's."""
+    """Records of chains that run beyond K steps, every K steps. Energies are the model's output."""
 
     steps: list[int]
     energy: list[float]  # mean over chains
-    saturation: list[float]  # fraction of elements at or beyond clamp, or (-1, 1)
+    saturation: list[float]  # fraction of elements at or beyond the clamp, by default (-1, 1)
     grad_norm: list[float]
     data_energy: float
-    data_std: float  # of the energy over the data
+    data_std: float  # standard deviation of the energy over the data
     data_saturation: float
     verdict: str  # "steady", "drifts", "saturates" or "diverges"
 
     @property
     def shift(self) -> float:
-        """The mean energy's change from step K to the last, in the data's standard deviations."""
+        """Change of the mean energy from step K to the last step, in units of ``data_std``."""
         return (self.energy[-1] - self.energy[0]) / (self.data_std or 1.0)
 
 
 class Mixing(NamedTuple):
-    """Shares of the variance of x_K, summed over elements: together 1."""
+    """Shares of the variance of x_K, summed over elements. They add up to 1."""
 
-    start: float  # of x_0 = z alone
-    noise: float  # of the noise u alone
-    both: float  # of their interaction: the noise takes the same start to different places
+    start: float  # share of x_0 = z alone
+    noise: float  # share of the noise u alone
+    both: float  # share of their interaction, an effect of the noise that depends on the start
 
 
 class Diagnosis(NamedTuple):
-    """All of it. Correlations are None where the log is too short for them."""
+    """All results. Correlations are None if the log is too short."""
 
-    every: Correlations | None  # every iteration: d_s and |x_K - x_0|
-    measured: Correlations | None  # every logged one: d_s and r_s
+    every: Correlations | None  # of d_s and |x_K - x_0|, at every iteration
+    measured: Correlations | None  # of d_s and r_s, at the logged iterations
     layers: list[Residual]
     top: Residual | None
     parameters: list[Residual]
@@ -87,18 +87,24 @@ def diagnose(
     starts: int = 16,
     lags: int = 15,
 ) -> Diagnosis:
-    """Everything below, on as many chains as there are data.
+    """Diagnose a sampler with as many chains as there are data.
 
-    sampler: on an nn.Module; data [n, ...], 16 or more, with their noise where learning added it.
-    records and series: a run's, as ``read_records`` and ``read_series`` give them. Raises
-    TypeError or ValueError naming the argument, and FloatingPointError for chains that are not
-    finite after K steps already.
+    sampler: a sampler on an nn.Module.
+    data: [n, ...] with n >= 16, including the noise that learning adds to the data.
+    records, series: the log of the run, from ``read_records`` and ``read_series``.
+    seed: seed of the starts and the noise.
+    long: length of the long run, in units of the number of steps K.
+    starts: number of starts, and of noises, for :func:`mixing`.
+    lags: most lags of the correlations.
+
+    Raises TypeError or ValueError naming the argument, and FloatingPointError if chains are not
+    finite after K steps.
     """
     energy = check_sets(sampler.energy, data, data)
     check_count("diagnose", "long", long)
     with_log = [
-        correlations(*found, lags=lags) if len(found[0]) >= FEWEST else None
-        for found in (
+        correlations(*log, lags=lags) if len(log[0]) >= FEWEST else None
+        for log in (
             series_of(series, "reach", sampler),
             series_of(records, "grad_norm", sampler),
         )
@@ -119,7 +125,7 @@ def diagnose(
 
 
 def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
-    """:class:`Reach` of chains from U(-1, 1), as many as there are data."""
+    """Return the :class:`Reach` of chains from U(-1, 1), as many as there are data."""
     x0 = _starts(data, len(data), seed)
     chain = sampler.diagnose(x0, seed=seed)
     sizes = [at_step(sampler.step_size, k) for k in range(sampler.steps)]
@@ -139,11 +145,11 @@ def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
 
 
 def long_run(sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 10) -> LongRun:
-    """:class:`LongRun` of ``long`` times K steps from U(-1, 1).
+    """Return the :class:`LongRun` of ``long`` times K steps from U(-1, 1). Its verdict is one of:
 
-    diverges     an energy is not finite
-    saturates    saturation went up by more than 0.1 after step K
-    drifts       the mean energy moved by more than 2 standard deviations of the data's
+    diverges     an energy or a state is not finite
+    saturates    the saturation grew by more than 0.1 after step K
+    drifts       the mean energy changed by more than 2 standard deviations of the data's energies
     steady       none of these
     """
     check_count("diagnose", "long", long)
@@ -151,17 +157,17 @@ def long_run(sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 
     x = _starts(data, len(data), seed)
     of_data = sampler.settings() | {"steps": 1}
     energies = LangevinSampler(sampler.energy, **of_data).diagnose(data, seed=seed).energy[0]
-    found: list[list[float]] = []
+    rows: list[list[float]] = []
     for i in range(long):
         chain = sampler.diagnose(x, seed=seed, first_step=i * sampler.steps)
         x = chain.x
         last = (chain.energy[-1], chain.saturation[-1], chain.grad_norm[-1])
-        found.append([float(value.mean()) for value in last])
-        if not math.isfinite(found[-1][0]):
+        rows.append([float(value.mean()) for value in last])
+        if not math.isfinite(rows[-1][0]):
             break
-    energy, saturation, grad_norm = (list(column) for column in zip(*found, strict=True))
+    energy, saturation, grad_norm = (list(column) for column in zip(*rows, strict=True))
     record = LongRun(
-        [(i + 1) * sampler.steps for i in range(len(found))],
+        [(i + 1) * sampler.steps for i in range(len(rows))],
         energy,
         saturation,
         grad_norm,
@@ -184,11 +190,13 @@ def mixing(
     starts: int = 16,
     device: torch.device | None = None,
 ) -> Mixing:
-    """:class:`Mixing` from ``starts`` starting points z, each run with ``starts`` noises u.
+    """Return the :class:`Mixing` of chains from ``starts`` starts z, each with ``starts`` noises u.
 
-    A two-way analysis of variance of x_K(z, u), unbiased before shares below 0 are cut there:
+    It is a two-way analysis of variance of x_K(z, u):
 
         Var = V_z + V_u + V_zu,    V_z = (MS_z - MS_zu) / starts,   V_zu = MS_zu
+
+    The estimates are unbiased except that negative shares are set to 0.
     """
     if check_count("diagnose", "starts", starts) < 2:
         raise ValueError(f"diagnose: starts must be 2 or more, got {starts}")
@@ -201,7 +209,7 @@ def mixing(
             )
             for k in range(sampler.steps)
         ]
-        # The same noise in every row, where the contract would give each chain its own.
+        # All chains share this noise; by default each chain has its own.
         noise = torch.stack(normals).expand(-1, starts, *shape)
         ends.append(sampler(z, seed=seed, noise=noise).flatten(1))
     x = torch.stack(ends, 1).double()  # [z, u, elements]
@@ -219,9 +227,9 @@ def mixing(
 def noisy_batch(
     data: Images, n: int, data_noise: float, seed: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """n different images, or all that there are, with the noise that learning adds to them.
+    """Draw n different images (all, if there are fewer) and add the noise that learning adds.
 
-    Raises ValueError where there are fewer than 16.
+    Raises ValueError if there are fewer than 16.
     """
     order = torch.argsort(_noise.words((len(data),), seed=seed, step=0, stream=_noise.ORDER))
     images = data.batch(order[:n]).to(device)
@@ -233,5 +241,5 @@ def noisy_batch(
 
 
 def _starts(data: Tensor, n: int, seed: int) -> Tensor:
-    """x_0 ~ U(-1, 1), in the data's shape."""
+    """Draw n starts x_0 ~ U(-1, 1) in the shape of the data."""
     return _noise.initial((n, *data.shape[1:]), seed=seed, device=data.device)

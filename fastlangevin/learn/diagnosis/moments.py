@@ -1,7 +1,7 @@
-"""Do the samples have the data's moments? Residuals, each beside what chance alone would leave.
+"""Compare moments of samples with those of the data: residuals, each with its noise floor.
 
-A converged learner has E_data[dE/dtheta] = E_q[dE/dtheta]; for E = -<theta, h> that is
-E_data[h] = E_q[h]. Source: arXiv 1904.09770, section 4.
+After convergence, learning satisfies E_data[dE/dtheta] = E_q[dE/dtheta]. For E = -<theta, h> this
+is E_data[h] = E_q[h]. Source: arXiv 1904.09770, section 4.
 """
 
 import math
@@ -11,38 +11,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.gradients.autograd import call_network, left_as_found
+from fastlangevin.gradients.network import call_network
+from fastlangevin.gradients.untouched import left_as_found
 
 _FEWEST = 16
 
 
 class Residual(NamedTuple):
-    """How far a vector's means over data and samples are apart, in the vector's own units."""
+    """The distance between the means of a vector h over data and samples, in the units of h."""
 
     name: str
-    elements: int
+    elements: int  # number of elements of h
     residual: float  # |E_data h - E_samples h|, L2
-    floor: float  # its root mean square if the means were equal: two halves of one set, in effect
+    floor: float  # the root mean square of the residual if both means were equal
     scale: float  # |E_data h| + |E_samples h|
 
     @property
     def excess(self) -> float:
-        """residual / floor: about 1 where nothing but chance is seen."""
+        """residual / floor, which is about 1 if the difference is due to chance."""
         return self.residual / self.floor if self.floor else math.inf if self.residual else 1.0
 
 
 class _Mean(NamedTuple):
     mean: Tensor
-    noise: float  # the mean's expected squared error
+    noise: float  # expected squared error of the mean
 
 
 def layer_residuals(energy: nn.Module, data: Tensor, samples: Tensor) -> list[Residual]:
-    """Residuals of every layer's output, in the order of the forward pass.
+    """Return the residuals of the output of every layer, in the order of the forward pass.
 
-    data and samples [n, ...], 16 or more of each. The floor is sqrt(s_data / n_data + s_samples /
-    n_samples), s the variances summed over a layer: what the difference of two halves of one set,
-    over all ways to halve it, amounts to at these counts. A module used more than once counts by
-    its last use. Raises TypeError or ValueError naming the argument; leaves the energy as it was.
+    The floor is sqrt(s_data / n_data + s_samples / n_samples), where s is the variance summed over
+    the elements of a layer. At these counts, it is the typical difference between two halves of
+    one set. A module that is used more than once is measured at its last use.
+
+    energy: an nn.Module; it is left unchanged.
+    data, samples: [n, ...], with n >= 16 for each.
+
+    Raises TypeError or ValueError naming the argument.
     """
     check_sets(energy, data, samples)
     of_data, of_samples = _layers(energy, data), _layers(energy, samples)
@@ -52,10 +57,10 @@ def layer_residuals(energy: nn.Module, data: Tensor, samples: Tensor) -> list[Re
 def parameter_residuals(
     energy: nn.Module, data: Tensor, samples: Tensor, groups: int = 8
 ) -> list[Residual]:
-    """Residuals of dE / dtheta, per parameter: of the estimating equation itself.
+    """Return the residual of dE / dtheta for every parameter, the terms of the learning gradient.
 
-    The floor comes from the means of ``groups`` groups of each set, in all of which a parameter's
-    gradient is computed once. Arguments and errors as for :func:`layer_residuals`.
+    The floor is estimated from the mean gradients of ``groups`` groups of each set. Other
+    arguments and errors are as for :func:`layer_residuals`.
     """
     check_sets(energy, data, samples)
     with left_as_found(energy, data.device):
@@ -64,14 +69,14 @@ def parameter_residuals(
 
 
 def top_layer(layers: list[Residual], energy: nn.Module) -> Residual | None:
-    """The features that the last layer with weights is linear in: the literal h of <theta, h>."""
+    """Return the residual of the input of the last layer with weights: the h of <theta, h>."""
     weighted = {name.rpartition(".")[0] for name, _ in energy.named_parameters()}
     last = max((i for i, layer in enumerate(layers) if layer.name in weighted), default=0)
     return layers[last - 1] if last else None
 
 
 def check_sets(energy: Any, data: Tensor, samples: Tensor) -> nn.Module:
-    """The energy; TypeError or ValueError unless the sets can be compared, and a floor be told."""
+    """Return the energy; TypeError or ValueError if the sets are unequal in shape or too small."""
     if not isinstance(energy, nn.Module):
         raise TypeError(f"diagnose: energy must be an nn.Module, got {type(energy).__name__}")
     for name, value in (("data", data), ("samples", samples)):
@@ -82,7 +87,7 @@ def check_sets(energy: Any, data: Tensor, samples: Tensor) -> nn.Module:
             )
         if len(value) < _FEWEST:
             raise ValueError(
-                f"diagnose: {name} must be {_FEWEST} or more for a noise floor, got {len(value)}"
+                f"diagnose: {name} must have {_FEWEST} or more for a noise floor, got {len(value)}"
             )
         if not bool(value.isfinite().all()):
             raise ValueError(f"diagnose: {name} must be finite, it holds NaN or infinity")
@@ -90,14 +95,14 @@ def check_sets(energy: Any, data: Tensor, samples: Tensor) -> nn.Module:
 
 
 def _layers(energy: nn.Module, x: Tensor) -> dict[str, _Mean]:
-    found: dict[str, _Mean] = {}
+    means: dict[str, _Mean] = {}
 
     def hook(name: str) -> Any:
         def look(_module: nn.Module, _inputs: Any, out: Any) -> None:
             if isinstance(out, Tensor) and out.ndim > 0 and len(out) == len(x):
                 rows = out.detach().reshape(len(x), -1).float()
                 variance, mean = torch.var_mean(rows, 0)
-                found[name] = _Mean(mean, float(variance.sum(dtype=torch.float64)) / len(x))
+                means[name] = _Mean(mean, float(variance.sum(dtype=torch.float64)) / len(x))
 
         return look
 
@@ -109,11 +114,14 @@ def _layers(energy: nn.Module, x: Tensor) -> dict[str, _Mean]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return means
 
 
 def _gradients(energy: nn.Module, x: Tensor, groups: int) -> dict[str, _Mean]:
-    """Of every parameter that requires grad; of the groups' gradients only sums are kept."""
+    """Return the mean gradient of every parameter that requires one, and its noise.
+
+    Only sums over the groups are stored.
+    """
     named = {name: p for name, p in energy.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
     squares: dict[str, float] = defaultdict(float)
@@ -126,12 +134,12 @@ def _gradients(energy: nn.Module, x: Tensor, groups: int) -> dict[str, _Mean]:
             if grad is not None:
                 sums[name] += grad
                 squares[name] += float(grad.double().square().sum())
-    found = {}
+    means = {}
     for name, total in sums.items():
         mean = total / groups
         spread = squares[name] - groups * float(mean.double().square().sum())
-        found[name] = _Mean(mean, max(spread, 0.0) / (groups - 1) / groups)
-    return found
+        means[name] = _Mean(mean, max(spread, 0.0) / (groups - 1) / groups)
+    return means
 
 
 def _residual(name: str, data: _Mean, samples: _Mean) -> Residual:

@@ -1,4 +1,4 @@
-"""The diagnosis of a run, or of one of its checkpoints."""
+"""Diagnose a run or one of its checkpoints."""
 
 from pathlib import Path
 
@@ -24,11 +24,12 @@ def diagnose_run(
     starts: int = 16,
     lags: int = 15,
 ) -> Diagnosis:
-    """Diagnose a checkpoint with the log of its run, if it lies in one, until its iteration.
+    """Diagnose a checkpoint and, if it belongs to a run, the log up to its iteration.
 
-    config, train: the settings of the run and its training images, of which n are compared with n
-        chains, with the noise on the data that the run had.
-    averaged: look at the moving average of the weights, not at the weights that were learned.
+    config, train: the settings of the run and its training images.
+    n: number of images, with the noise that the run added to them, and of chains to compare.
+    device: where to compute.
+    averaged: whether to diagnose the moving average of the weights instead of the weights.
     seed, long, starts, lags: as for :func:`diagnose`.
     """
     iteration, folder = read_checkpoint(checkpoint)[1]["iteration"], run_folder(checkpoint)
@@ -36,6 +37,6 @@ def diagnose_run(
     _, data_noise = annealed(config, iteration - 1)
     images = noisy_batch(train, n, data_noise, seed, choose_device(device))
     logs = ([], []) if folder is None else (read_records(folder), read_series(folder))
-    # An older checkpoint's run went on: what its log says later is about other weights.
+    # If the run continued after this checkpoint, later records are about other weights.
     until = [[line for line in log if line["iteration"] <= iteration] for log in logs]
     return diagnose(sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags)

@@ -1,4 +1,4 @@
-"""A diagnosis as text, JSON and a picture."""
+"""Write a diagnosis as text, JSON and a picture."""
 
 import importlib.util
 import json
@@ -15,17 +15,17 @@ from fastlangevin.learn.diagnosis.moments import Residual
 FORMAT = "fastlangevin diagnosis"
 
 
-def to_text(found: Diagnosis) -> str:
-    """Every figure with what it should be, a few sentences a part."""
-    reach, long_run, mixing = found.reach, found.long_run, found.mixing
+def to_text(diagnosis: Diagnosis) -> str:
+    """Return all figures as text, each with its reference value."""
+    reach, long_run, mixing = diagnosis.reach, diagnosis.long_run, diagnosis.mixing
     parts = [
         "Learning",
-        _correlations("every iteration: d and |x_K - x_0|", found.every),
-        _correlations("logged iterations: d and r", found.measured),
+        _correlations("every iteration: d and |x_K - x_0|", diagnosis.every),
+        _correlations("logged iterations: d and r", diagnosis.measured),
         "\nMoments: |E_data h - E_samples h|, chance alone leaves residual / floor about 1",
-        _table(found.layers, found.top),
+        _table(diagnosis.layers, diagnosis.top),
         "\nThe estimating equation, by parameter: |E_data dE/dw - E_samples dE/dw|",
-        _table(found.parameters, None),
+        _table(diagnosis.parameters, None),
         "\nReach",
         f"  |x_K - x_0| {reach.moved:.3g} of {reach.data:.3g} to the data; path {reach.path:.3g}, "
         f"gradient steps {reach.drift:.3g} in all, noise alone {reach.noise:.3g}",
@@ -45,41 +45,41 @@ def to_text(found: Diagnosis) -> str:
     return "\n".join(parts)
 
 
-def to_json(found: Diagnosis) -> dict[str, Any]:
-    """JSON-ready: the fields by name, numbers that are not finite as null."""
-    return {"format": FORMAT, "version": 1, **_plain(found)}
+def to_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return a diagnosis, JSON-ready: fields by name, with null for numbers that are not finite."""
+    return {"format": FORMAT, "version": 1, **_plain(diagnosis)}
 
 
-def save(found: Diagnosis, folder: Path, title: str = "", **facts: Any) -> list[Path]:
-    """Write diagnose.json and, where matplotlib is installed, diagnose.png; their paths.
+def save(diagnosis: Diagnosis, folder: Path, title: str = "", **facts: Any) -> list[Path]:
+    """Write diagnose.json and, if matplotlib is installed, diagnose.png; return their paths.
 
-    The JSON also has ``facts`` about what was diagnosed.
+    The JSON also holds ``facts`` about what was diagnosed.
     """
     paths = [folder / "diagnose.json"]
     with replacing(paths[0]) as temporary:
-        text = json.dumps(to_json(found) | facts, indent=1, allow_nan=False)
+        text = json.dumps(to_json(diagnosis) | facts, indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:
         paths.append(folder / "diagnose.png")
-        _plot(found, paths[1], title)
+        _plot(diagnosis, paths[1], title)
     return paths
 
 
-def _correlations(what: str, found: Correlations | None) -> str:
-    if found is None:
+def _correlations(what: str, series: Correlations | None) -> str:
+    if series is None:
         return f"  {what}: no log, or fewer than {FEWEST} values in it, nothing to correlate"
-    swings = found.oscillation
+    swings = series.oscillation
     shown = " ".join(f"{value:+.2f}" for value in swings.d)
     verdict = f"{swings.verdict} oscillation"
     if swings.verdict is None:
-        apart = f"values are {found.spacing} iterations apart"
-        why = "too few values" if found.spacing == 1 else apart
+        apart = f"values are {series.spacing} iterations apart"
+        why = "too few values" if series.spacing == 1 else apart
         verdict = f"no verdict on oscillation, {why}"
     return (
-        f"  {what}, the last {found.values}\n"
-        f"    d {found.d_mean:+.4g} +- {found.d_std:.4g}, below 0 (expansion) in "
-        f"{found.expansion:.0%}; its correlation with the next change of the other "
-        f"{found.response:+.2f}\n"
+        f"  {what}, the last {series.values}\n"
+        f"    d {series.d_mean:+.4g} +- {series.d_std:.4g}, below 0 (expansion) in "
+        f"{series.expansion:.0%}; its correlation with the next change of the other "
+        f"{series.response:+.2f}\n"
         f"    autocorrelation of d at lags 1-5, of the last {swings.values} less their parabola: "
         f"{shown} (chance: within {swings.bound:.2f}): {verdict}"
     )
@@ -106,16 +106,16 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _plot(found: Diagnosis, path: Path, title: str) -> None:
-    # Without pyplot: a library's picture is no reason to start or change a user's backend.
+def _plot(diagnosis: Diagnosis, path: Path, title: str) -> None:
+    # pyplot is not used, because it would start or change the user's backend.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     (of_d, cross), (layers, long) = figure.subplots(2, 2)
     figure.suptitle(title)
-    series = found.every or found.measured
+    series = diagnosis.every or diagnosis.measured
     if series is not None:
-        what = "|x_K - x_0|" if found.every else "r"
+        what = "|x_K - x_0|" if diagnosis.every else "r"
         lags = [series.spacing * lag for lag in range(len(series.d))]
         of_d.plot(lags[1:], series.d[1:], ".-", label="d")
         of_d.plot(lags[1:], series.r[1:], ".--", label=what)
@@ -128,13 +128,13 @@ def _plot(found: Diagnosis, path: Path, title: str) -> None:
     cross.set(xlabel="lag in iterations")
     for axes in (of_d, cross):
         axes.axhline(0, color="0.6", lw=0.8)
-    places = range(len(found.layers))
-    layers.bar(places, [row.residual for row in found.layers], label="residual")
-    layers.plot(places, [row.floor for row in found.layers], "k_", ms=14, label="chance")
-    layers.set_xticks(list(places), [row.name for row in found.layers], rotation=45, ha="right")
+    places = range(len(diagnosis.layers))
+    layers.bar(places, [row.residual for row in diagnosis.layers], label="residual")
+    layers.plot(places, [row.floor for row in diagnosis.layers], "k_", ms=14, label="chance")
+    layers.set_xticks(list(places), [row.name for row in diagnosis.layers], rotation=45, ha="right")
     layers.set(title="|E_data h - E_samples h| by layer", yscale="log")
     layers.legend(fontsize="small")
-    run = found.long_run
+    run = diagnosis.long_run
     long.plot(run.steps, run.energy, ".-", label="chains")
     low, high = run.data_energy - run.data_std, run.data_energy + run.data_std
     long.axhspan(low, high, color="0.85", label="data, +- 1 sd")

@@ -1,1 +1,1 @@
-"""How good samples are."""
+"""Evaluation of samples: metrics, the features they are computed on, and a classifier."""

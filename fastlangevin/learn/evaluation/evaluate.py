@@ -1,7 +1,7 @@
-"""How good samples are, and whether they are new: distances to the data, beside their yardsticks.
+"""Evaluate samples: their distances to the data, and whether they are new.
 
-A figure means something only beside its features, its counts and what is done to the images, so
-an :class:`Evaluation` carries all of them, and figures of other sets measured in the same way.
+A figure is meaningful only with its features, its counts, and the processing of the images.
+Therefore an :class:`Evaluation` holds all of these, and the same figures for reference sets.
 """
 
 import json
@@ -25,32 +25,32 @@ _BLOCK = 2048
 
 
 class Figures(NamedTuple):
-    """Of one set of images. Distances to training images are root mean squares per element."""
+    """The figures of a set. Distances to training images are root mean squares per element."""
 
-    images: int
+    images: int  # number of images
     frechet_distance: float
     kernel_distance: float
     precision: float
     recall: float
-    inception_score: float | None  # of the features' own classifier, where there is one
+    inception_score: float | None  # None if the features come without a classifier
     nearest: float  # median over images of the distance to the nearest training image
-    close: float | None  # share nearer to one than 95 % of the held-out images are
-    clamped: float  # share of their elements that were outside [-1, 1]
+    close: float | None  # share of images nearer to one than 95 % of the held-out images are
+    clamped: float  # share of elements that were outside [-1, 1]
 
 
 class Evaluation(NamedTuple):
-    """Figures by set, and all that they depend on."""
+    """The figures of each set, and everything that they depend on."""
 
-    features: str
-    inception: bool  # only then is the Frechet distance the FID
-    dimension: int
-    reference: str  # the training data, of which ``reference_images`` are compared with
-    reference_images: int
-    reference_rank: int  # of the covariance of their features; at most the dimension
-    training_images: int  # all searched for the nearest
-    neighbours: int  # images of a set, at most, for which it is searched
-    levels: int | None  # that images are rounded to, after clamping to [-1, 1]
-    k: int  # of precision and recall
+    features: str  # name of the features
+    inception: bool  # if True, the Frechet distance is FID
+    dimension: int  # of the features
+    reference: str  # name of the training data
+    reference_images: int  # number of training images that sets are compared with
+    reference_rank: int  # rank of the covariance of their features
+    training_images: int  # number of images that are searched for the nearest one
+    neighbours: int  # most images of a set whose nearest training image is searched for
+    levels: int | None  # levels that images are rounded to after clamping; None: not rounded
+    k: int  # number of neighbours for precision and recall
     figures: dict[str, Figures]
 
 
@@ -66,17 +66,25 @@ def evaluate(
     neighbours: int = 256,
     seed: int = 0,
 ) -> Evaluation:
-    """Every set of images [n, C, H, W] against ``reference`` of the training images.
+    """Compare sets of images [n, C, H, W] with training images.
 
-    sets: by name; all are clamped to [-1, 1] and, if ``quantised``, rounded to 256 levels.
-    held_out: which of them is data that were not trained on, the yardstick of ``close``.
-    neighbours: so many of each set, the first, have their nearest training image looked for.
+    The metrics are those of :mod:`fastlangevin.learn.evaluation.metrics`. Nearest neighbours are
+    searched for by pixels, among all training images.
 
-    Frechet and kernel distance, precision, recall and inception score as in
-    :mod:`fastlangevin.learn.evaluation.metrics`; nearest neighbours by pixels, among all
-    training images. Warns where a set is too small for the features' dimension, whose covariance
-    then has not full rank. Raises TypeError for what is no tensor, and ValueError for images of
-    another shape than the data's, or that are not finite.
+    sets: the sets by name. They are clamped to [-1, 1].
+    train: the training images.
+    features: the features to compare.
+    held_out: name of the set of images that were not trained on, the reference of ``close``.
+    reference: most training images to compare with.
+    quantised: whether to round images to 256 levels.
+    k: number of neighbours for precision and recall.
+    neighbours: the first ``neighbours`` images of each set are compared with their nearest training
+        image.
+    seed: seed of the choice of the reference.
+
+    Warns if a set has too few images for the dimension of the features, because their covariance
+    is then singular. Raises TypeError for a set that is not a tensor, and ValueError for images
+    that are not finite or differ in shape from the data.
     """
     check_count("evaluate", "reference", reference)
     check_count("evaluate", "k", k)
@@ -107,14 +115,14 @@ def evaluate(
     near = None if held_out is None else distances[held_out].quantile(0.05)
     figures = {}
     for name, images in prepared.items():
-        found, probabilities = features(images)
-        if len(found) <= found.shape[1] < len(of_real):
-            _warned_rank(name, found)
+        of_images, probabilities = features(images)
+        if len(of_images) <= of_images.shape[1] < len(of_real):
+            _warned_rank(name, of_images)
         figures[name] = Figures(
             len(images),
-            metrics.frechet_distance(found, of_real),
-            metrics.kernel_distance(found, of_real),
-            *metrics.precision_recall(found, of_real, k),
+            metrics.frechet_distance(of_images, of_real),
+            metrics.kernel_distance(of_images, of_real),
+            *metrics.precision_recall(of_images, of_real, k),
             None if probabilities is None else metrics.inception_score(probabilities),
             float(distances[name].median()),
             None if near is None else float((distances[name] < near).double().mean()),
@@ -136,12 +144,12 @@ def evaluate(
 
 
 def shuffled(data: ImageData, seed: int) -> Tensor:
-    """The indices of all images, in the seed's order."""
+    """Return the indices of all images, in an order that depends on the seed."""
     return torch.argsort(_noise.words((len(data),), seed=seed, step=0, stream=_noise.ORDER))
 
 
 def yardsticks(real: Tensor, noises: list[float], seed: int = 0) -> dict[str, Tensor]:
-    """What samples should be better than: the data with Gaussian noise, and uniform noise."""
+    """Return sets that samples should outperform: data with Gaussian noise, and uniform noise."""
     noises = [check_positive("evaluate", "noise", level) for level in noises]
     normals = _noise.normal(real.shape, seed=seed, step=0, stream=_noise.DATA, device=real.device)
     uniform = _noise.initial(real.shape, seed=seed, device=real.device)
@@ -149,20 +157,20 @@ def yardsticks(real: Tensor, noises: list[float], seed: int = 0) -> dict[str, Te
     return {**noisy, "uniform noise": uniform}
 
 
-def to_text(found: Evaluation) -> str:
-    """The table, under what its figures are of."""
-    levels = f", rounded to {found.levels} levels" if found.levels else ""
-    label = "FID" if found.inception else "Frechet"
-    width = max(map(len, found.figures))
+def to_text(evaluation: Evaluation) -> str:
+    """Return the figures as a table, with what they depend on."""
+    levels = f", rounded to {evaluation.levels} levels" if evaluation.levels else ""
+    label = "FID" if evaluation.inception else "Frechet"
+    width = max(map(len, evaluation.figures))
     lines = [
-        f"features   {found.features}: {found.dimension}, in the reference of rank "
-        f"{found.reference_rank}",
-        f"reference  {found.reference_images} of the training images, {found.reference}",
+        f"features   {evaluation.features}: {evaluation.dimension}, in the reference of rank "
+        f"{evaluation.reference_rank}",
+        f"reference  {evaluation.reference_images} of the training images, {evaluation.reference}",
         f"images     clamped to [-1, 1]{levels}",
         f"           {'':<{width}} images {label:>9} kernel    precision  recall  IS"
         "     nearest  close  clamped",
     ]
-    for name, row in found.figures.items():
+    for name, row in evaluation.figures.items():
         score = "-" if row.inception_score is None else f"{row.inception_score:.2f}"
         close = "-" if row.close is None else f"{row.close:.1%}"
         lines.append(
@@ -171,10 +179,10 @@ def to_text(found: Evaluation) -> str:
             f"{row.nearest:>7.4f} {close:>6} {row.clamped:>8.1%}"
         )
     lines += [
-        f"precision and recall with k = {found.k}; IS, the inception score's formula, is of these "
-        "features' classifier",
-        f"nearest: median distance to the nearest of all {found.training_images} training images, "
-        f"root mean square per element, of {found.neighbours} images at most",
+        f"precision and recall with k = {evaluation.k}; IS, the inception score's formula, is of "
+        "these features' classifier",
+        f"nearest: median distance to the nearest of all {evaluation.training_images} training "
+        f"images, root mean square per element, of {evaluation.neighbours} images at most",
         "close: share of images nearer to one than 95 % of the held-out images are (5 %: not "
         "memorised)",
         "clamped: share of elements that were outside [-1, 1]",
@@ -182,14 +190,14 @@ def to_text(found: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def save(found: Evaluation, path: Path, **facts: Any) -> None:
-    """Write all of it as JSON, with ``facts`` about what was evaluated."""
-    figures = {name: row._asdict() for name, row in found.figures.items()}
+def save(evaluation: Evaluation, path: Path, **facts: Any) -> None:
+    """Write the evaluation as JSON, with ``facts`` about what was evaluated."""
+    figures = {name: row._asdict() for name, row in evaluation.figures.items()}
     record = {
         "format": FORMAT,
         "version": 1,
         **facts,
-        **found._asdict(),
+        **evaluation._asdict(),
         "clamp": [-1, 1],
         "figures": figures,
     }
@@ -203,7 +211,7 @@ def _prepare(images: Tensor, quantised: bool) -> Tensor:
 
 
 def _nearest(images: Tensor, train: ImageData, quantised: bool) -> Tensor:
-    """Distances [n] to the nearest training image, root mean square per element."""
+    """Return the distances [n] to the nearest training image, root mean squares per element."""
 
     def blocks() -> Iterator[Tensor]:
         for rows in torch.arange(len(train), dtype=torch.int64, device="cpu").split(_BLOCK):
@@ -213,6 +221,7 @@ def _nearest(images: Tensor, train: ImageData, quantised: bool) -> Tensor:
 
 
 def _warned_rank(name: str, features: Tensor) -> int:
+    """Return the rank of the features' covariance, with a warning if it must be singular."""
     rank = metrics.rank(features)
     count, dimension = features.shape
     if count <= dimension:

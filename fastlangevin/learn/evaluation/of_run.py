@@ -1,4 +1,4 @@
-"""The evaluation of a run's samples, or of samples in files, against the run's data."""
+"""Evaluate the samples of a run, or samples in files, against the data of the run."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,27 +8,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.learn.build import choose_device, load_held_out
+from fastlangevin.learn.build import choose_device
 from fastlangevin.learn.checkpoint import load, read_checkpoint
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
-from fastlangevin.learn.evaluation import evaluate as sets
+from fastlangevin.learn.evaluation.evaluate import (
+    Evaluation,
+    evaluate,
+    shuffled,
+    to_text,
+    yardsticks,
+)
 from fastlangevin.learn.evaluation.features import make_features
+from fastlangevin.learn.run_data import load_held_out
 from fastlangevin.sampler import LangevinSampler
 
 _BATCH = 256
 
 
 class RunEvaluation(NamedTuple):
-    """An evaluation, and what it is of."""
+    """An evaluation, with facts about its samples."""
 
-    evaluation: sets.Evaluation
-    files: str | None  # the samples, if they were read
+    evaluation: Evaluation
+    files: str | None  # name of the samples if they were read from files
     facts: dict[str, Any]  # JSON-ready
 
     def text(self) -> str:
-        """The table, under the name of the files if the samples were read."""
-        text = sets.to_text(self.evaluation)
+        """Return the table, with the name of the samples if they were read from files."""
+        text = to_text(self.evaluation)
         return text if self.files is None else f"samples    {self.files}\n{text}"
 
 
@@ -49,25 +56,27 @@ def evaluate_run(
     device: str = "auto",
     averaged: bool = True,
 ) -> RunEvaluation:
-    """Evaluate n samples beside as many held-out images, noisy images and uniform noise.
+    """Evaluate n samples, and as many held-out images, noisy images and images of uniform noise.
 
     config, train: the settings of the run and its training images.
-    n: images of each set; by default all that are held out, at most 2048.
-    samples: a source of images to read; by default the checkpoint's model draws them.
-    images: a source of held-out images; by default those that the run held out. If there are none,
-        training images that the reference does not use take their place, with a warning.
+    n: number of images of each set (default: all that are held out, at most 2048).
+    samples: source of the samples (default: the model of the checkpoint draws them).
+    images: source of the held-out images (default: those that the run held out). If there are none,
+        training images that are not in the reference take their place, with a warning.
     features, reference, noise, quantise, k, seed: as for :func:`evaluate`, :func:`make_features`
         and :func:`yardsticks`.
+    device: where to compute.
+    averaged: whether to draw the samples with the moving average of the weights.
 
     Raises ValueError naming the argument, before any sample is drawn.
     """
-    place = choose_device(device)
-    held = _held_out(config, train, images)
-    order = sets.shuffled(train if held is None else held, seed)
-    if held is None:
+    torch_device = choose_device(device)
+    held_out = _held_out(config, train, images)
+    order = shuffled(train if held_out is None else held_out, seed)
+    if held_out is None:
         reference = min(reference, len(train) // 2)
         order = order[reference:]
-    name, source = ("held-out data", held) if held else ("other training images", train)
+    name, source = ("held-out data", held_out) if held_out else ("other training images", train)
     most, read = {name: len(order)}, None
     if samples is not None:
         read = load_images(samples, channels=train.shape[0], bounded=False)
@@ -85,22 +94,23 @@ def evaluate_run(
     n = n or min(2048, most[scarce])
     if n <= k:
         raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
-    extract = make_features(features, train, place)
-    real = source.batch(order[:n]).to(place)
-    yardsticks = sets.yardsticks(real, list(noise), seed)
+    extract = make_features(features, train, torch_device)
+    real = source.batch(order[:n]).to(torch_device)
+    marks = yardsticks(real, list(noise), seed)
     facts: dict[str, Any] = {"samples": samples}
     if read is None:
-        sampler = load(checkpoint, device=place, averaged=averaged)
+        sampler = load(checkpoint, device=torch_device, averaged=averaged)
         judged = _draw(sampler, n, seed)
         iteration = read_checkpoint(checkpoint)[1].get("iteration")
         facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
     else:
-        judged = read.batch(sets.shuffled(read, seed)[:n]).to(place)
-    evaluation = sets.evaluate(
-        {name: real, "samples": judged} | yardsticks, train, extract,
-        held_out=name if held else None, reference=reference, quantised=quantise, k=k, seed=seed,
+        judged = read.batch(shuffled(read, seed)[:n]).to(torch_device)
+    evaluation = evaluate(
+        {name: real, "samples": judged} | marks, train, extract,
+        held_out=name if held_out else None, reference=reference, quantised=quantise, k=k,
+        seed=seed,
     )  # fmt: skip
-    facts |= {"seed": seed, "held_out": held.name if held else None}
+    facts |= {"seed": seed, "held_out": held_out.name if held_out else None}
     return RunEvaluation(evaluation, f"{n} of {read.name}" if read else None, facts)
 
 

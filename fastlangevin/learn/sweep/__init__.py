@@ -1,1 +1,1 @@
-"""Many runs beside one another."""
+"""Sweeps: many training runs over lists of settings and seeds."""

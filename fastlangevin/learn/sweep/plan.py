@@ -1,21 +1,22 @@
-"""The plan of a sweep: which runs, at which settings, with which seeds."""
+"""The plan of a sweep: its runs, their settings and their seeds."""
 
 import dataclasses
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.config import FIELDS, TrainConfig, read_config, resolve
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, called
 
 VERSION = 1
-# A run's rate and data noise change linearly from one setting to another; swept, both change.
+# lr and data_noise change linearly to a final value during a run. A sweep scales both values.
 _FINAL = {"lr": "lr_final", "data_noise": "data_noise_final"}
 
 _MOST_RUNS = 10_000
@@ -27,19 +28,23 @@ Settings = dict[str, Any]
 class Run:
     """One run of a sweep."""
 
-    name: str  # of its folder
-    settings: Settings  # of the swept fields
+    name: str  # name of its folder
+    settings: Settings  # values of the swept fields
     config: TrainConfig
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Which runs a sweep makes.
+    """Defines the runs of a sweep.
 
-    Along each axis (a field of TrainConfig and its values) the other fields are the centre's; with
-    ``grid`` all combinations are run. Each is run with the seeds centre.seed, centre.seed + 1, ...
-    (``seeds`` of them). A swept lr or data_noise takes its final value along in proportion, unless
-    that is swept too. Raises ValueError naming the field and the value that does not serve.
+    centre: the settings that are not swept.
+    axes: lists of values by field of TrainConfig. Each axis is swept on its own, with the other
+        fields at the centre.
+    seeds: number of runs of each point, with the seeds centre.seed, centre.seed + 1, ...
+    grid: sweep all combinations of the axes instead.
+
+    If lr or data_noise is swept, its final value is scaled in proportion, unless that is swept too.
+    Raises ValueError naming the field and the invalid value.
     """
 
     centre: TrainConfig
@@ -58,10 +63,11 @@ class Sweep:
         for name, values in self.axes.items():
             if name not in FIELDS:
                 raise ValueError(
-                    f"sweep: no setting is called {called(name)}; there are {_listed(FIELDS)}"
+                    f"sweep: no setting is called {called(name)}; the settings are "
+                    f"{', '.join(FIELDS)}"
                 )
             if name == "seed":
-                raise ValueError("sweep: seed is no axis; give seeds, how many to run of each")
+                raise ValueError("sweep: seed cannot be an axis; set seeds, the number per point")
             if isinstance(values, str) or not isinstance(values, Sequence):
                 raise ValueError(f"sweep: {name} must have a list of values, got {brief(values)}")
             if not values:
@@ -77,7 +83,7 @@ class Sweep:
         object.__setattr__(self, "axes", cast)
 
     def lines(self, name: str) -> list[list[Settings]]:
-        """The points along an axis: one line through the centre, or all lines of the grid."""
+        """Return the points along an axis: a line through the centre, or all lines of the grid."""
         others = {other: [getattr(self.centre, other)] for other in self.axes}
         if self.grid:
             others = self.axes
@@ -89,27 +95,27 @@ class Sweep:
         ]  # fmt: skip
 
     def points(self) -> list[Settings]:
-        """The settings of the swept fields, each combination once."""
-        found: list[Settings] = []
+        """Return each combination of the swept fields once."""
+        points: list[Settings] = []
         for name in self.axes:
             for point in itertools.chain(*self.lines(name)):
-                if point not in found:
-                    found.append(point)
-        return found
+                if point not in points:
+                    points.append(point)
+        return points
 
     def runs(self) -> list[Run]:
-        """Every run, in a fixed order, the seeds of a point side by side."""
-        found: list[Run] = []
+        """Return all runs in a fixed order, with the seeds of a point next to each other."""
+        runs: list[Run] = []
         for point in self.points():
             for seed in range(self.centre.seed, self.centre.seed + self.seeds):
                 words = [f"{name}={value}" for name, value in point.items()]
                 label = re.sub(r"[^\w.+=-]+", "_", "-".join([*words, f"seed={seed}"]))
                 config = dataclasses.replace(self._config(point), seed=seed)
-                found.append(Run(f"{len(found):03d}-{label[:120]}", point, config))
-        return found
+                runs.append(Run(f"{len(runs):03d}-{label[:120]}", point, config))
+        return runs
 
     def plan(self) -> dict[str, Any]:
-        """The sweep, JSON-ready."""
+        """Return the sweep, JSON-ready."""
         plan = {"version": VERSION, **dataclasses.asdict(self)}
         return dict(json.loads(json.dumps(plan)))
 
@@ -136,45 +142,55 @@ def read_sweep(
     seeds: int | None = None,
     grid: bool | None = None,
 ) -> Sweep:
-    """A sweep from a config and lists of values by field.
+    """Make a sweep from a config and lists of values by field.
 
-    ``config`` is that of :func:`resolve`; a file may hold ``axes`` (lists by field), ``seeds`` and
-    ``grid`` beside the settings of the centre. In ``lists``, a list of one value sets the centre;
-    the others are axes and replace the file's. Raises ValueError naming the setting that is wrong;
-    FileError, which begins with the path, where the file is at fault.
+    config: as for :func:`resolve`. In addition to the settings of the centre, a file may hold
+        ``axes`` (lists by field), ``seeds`` and ``grid``.
+    lists: a list of one value sets the centre. Longer lists are axes and replace those of the file.
+    seeds, grid: replace those of the file (default: 3 and False).
+
+    Raises ValueError naming the invalid setting, and FileError, whose message begins with the path,
+    if the file is at fault.
     """
-    base, given = read_config(config)
-    axes = given.pop("axes", None)
+    base, changes = read_config(config)
+    axes = changes.pop("axes", None)
     if not isinstance(axes, dict | None):
         raise FileError(f"{config}: axes must hold lists of values by setting, got {brief(axes)}")
     axes = axes or {}
-    of_file = given.pop("seeds", 3), given.pop("grid", False)
+    of_file = changes.pop("seeds", 3), changes.pop("grid", False)
     seeds = of_file[0] if seeds is None else seeds
     grid = of_file[1] if grid is None else grid
-    for name in given:
+    for name in changes:
         if name not in FIELDS:
-            known = _listed([*FIELDS, "axes", "seeds", "grid", "config"])
-            raise FileError(f"{config}: no setting is called {called(name)}; there are {known}")
+            names = ", ".join([*FIELDS, "axes", "seeds", "grid", "config"])
+            raise FileError(
+                f"{config}: no setting is called {called(name)}; the settings are {names}"
+            )
     for name, values in (lists or {}).items():
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")
         if len(values) == 1:
-            given[name] = values[0]
+            changes[name] = values[0]
             axes.pop(name, None)
         else:
             axes[name] = values
     try:
-        return Sweep(resolve(base, given), axes, seeds, grid)
+        return Sweep(resolve(base, changes), axes, seeds, grid)
     except ValueError as error:
         if config is None or str(config) == base or lists:
             raise
         raise FileError(f"{config}: {error}") from error
 
 
+def parse_values(name: str, text: str) -> list[Any]:
+    """Parse a list of values of a setting, YAML without its brackets: 5,10,25 or [-1, 1],none."""
+    try:
+        values = parse_yaml(f"[{text}]")
+    except ValueError as error:
+        raise ValueError(f"{name} must be values separated by commas, got {text!r}") from error
+    return [None if value == "none" else value for value in values]
+
+
 def describe(point: Settings) -> str:
-    """A point in words: steps=5, width=16."""
+    """Return a point as text, such as steps=5, width=16."""
     return ", ".join(f"{name}={value}" for name, value in point.items())
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -1,4 +1,4 @@
-"""A sweep's results as a file, a table and a plot: means over seeds, with standard errors."""
+"""Write the results of a sweep as JSON, tables and a plot: means over seeds and standard errors."""
 
 import importlib.util
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,17 @@ from fastlangevin._version import __version__
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.build import choose_device, load_data
 from fastlangevin.learn.config import TrainConfig
-from fastlangevin.learn.evaluation.quality import QualityCheck
-from fastlangevin.learn.sweep import run as sweep_runs
+from fastlangevin.learn.evaluation.classifier import QualityCheck
+from fastlangevin.learn.sweep import run
 from fastlangevin.learn.sweep.plan import VERSION, Settings, Sweep, describe
-from fastlangevin.learn.sweep.run import MEASURES
 
 Result = Mapping[str, Any]
 
 
 def write_report(plan: Sweep, results: Sequence[Result], out: Path) -> list[Path]:
-    """Write OUT/sweep.json and sweep.md, and sweep.svg where matplotlib is installed.
+    """Write sweep.json, sweep.md and, if matplotlib is installed, sweep.svg; return their paths.
 
-    ``results`` are those of all of the plan's runs, as :func:`run_sweep` returns them.
+    results: the results of all runs of the plan, from :func:`run_sweep`.
     """
     content = summarise(plan, results)
     texts = {"sweep.json": json.dumps(content, indent=1) + "\n", "sweep.md": to_markdown(content)}
@@ -42,38 +41,38 @@ def write_report(plan: Sweep, results: Sequence[Result], out: Path) -> list[Path
 
 
 def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
-    """JSON-ready: the plan, the machine, the marks of the data, and each point with its runs.
+    """Return the plan, the machine, the marks, and each point with its runs, JSON-ready.
 
-    A point's measures are {"mean", "error", "n"}: over its n runs that did not diverge, error the
-    standard error (the standard deviation over sqrt(n)), None for n = 1.
+    The measures of a point are {"mean", "error", "n"} over its n runs that did not diverge. The
+    error is the standard error, the standard deviation / sqrt(n), and None for n = 1.
     """
     points = []
     for settings in plan.points():
-        runs = [result for result in results if result["settings"] == _json(settings)]
-        held = [run for run in runs if run["diverged"] is None]
-        measures = {name: _mean([run[name] for run in held]) for name in MEASURES}
-        points.append({"settings": settings, "measures": measures, "runs": runs})
+        of_point = [result for result in results if result["settings"] == _json(settings)]
+        finished = [result for result in of_point if result["diverged"] is None]
+        measures = {name: _mean([result[name] for result in finished]) for name in run.MEASURES}
+        points.append({"settings": settings, "measures": measures, "runs": of_point})
     content = {
         "format": "fastlangevin sweep",
         "version": VERSION,
         "machine": _machine(plan.centre.device),
-        "samples": sweep_runs.SAMPLES,
+        "samples": run.SAMPLES,
         "plan": plan.plan(),
         "lines": {name: plan.lines(name) for name in plan.axes},
-        "marks": marks_of(plan.centre, sweep_runs.SAMPLES),
+        "marks": marks_of(plan.centre, run.SAMPLES),
         "points": points,
     }
     return dict(_json(content))
 
 
 def marks_of(centre: TrainConfig, samples: int) -> dict[str, Any]:
-    """The marks of so many samples of the centre's data, JSON-ready."""
+    """Return the reference values for a number of samples of the centre's data, JSON-ready."""
     marks = QualityCheck(load_data(centre)).marks(samples)
     return {name: mark._asdict() for name, mark in marks.items()}
 
 
 def to_markdown(content: Mapping[str, Any]) -> str:
-    """The tables: of each axis, values across and measures down; of a grid, a point a line."""
+    """Return the tables: one per axis with a column per value, or for a grid a row per point."""
     axes, seeds = content["plan"]["axes"], content["plan"]["seeds"]
     centre = content["plan"]["centre"]
     machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items() if value)
@@ -93,7 +92,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
             [*(str(point["settings"][name]) for name in axes), *_cells(point).values()]
             for point in content["points"]
         ]
-        parts.append(_table([*axes, *_titles()], rows))
+        parts.append(table([*axes, *_titles()], rows))
     else:
         for name, lines in content["lines"].items():
             cells = [list(_cells(point).values()) for point in _along(content, lines[0])]
@@ -102,13 +101,13 @@ def to_markdown(content: Mapping[str, Any]) -> str:
                 [title, *row]
                 for title, row in zip(_titles(), zip(*cells, strict=True), strict=True)
             ]
-            parts.append(_table(header, rows))
+            parts.append(table(header, rows))
     lost = [
-        f"- {describe(point['settings'])}, seed {run['seed']}: iteration "
-        f"{run['diverged']['iteration']}: {run['diverged']['reason']}"
+        f"- {describe(point['settings'])}, seed {result['seed']}: iteration "
+        f"{result['diverged']['iteration']}: {result['diverged']['reason']}"
         for point in content["points"]
-        for run in point["runs"]
-        if run["diverged"]
+        for result in point["runs"]
+        if result["diverged"]
     ]
     if lost:
         parts.append("Diverged:\n\n" + "\n".join(lost))
@@ -116,31 +115,31 @@ def to_markdown(content: Mapping[str, Any]) -> str:
 
 
 def plot(content: Mapping[str, Any], path: Path) -> None:
-    """Every measure against every axis, as SVG: the mean over seeds, its standard error as bar.
+    """Plot every measure against every axis, as SVG: means over seeds, with standard errors.
 
-    The dotted lines are real images, at the samples' counts.
+    Dotted lines show real images, at the counts of the samples.
     """
     import matplotlib
 
-    # The same file from the same results; letters as text, a tenth of the size of their outlines.
+    # Equal results give equal files. Text is stored as text, a tenth of the size of outlines.
     with matplotlib.rc_context({"svg.hashsalt": "fastlangevin", "svg.fonttype": "none"}):
         from matplotlib.figure import Figure
 
         axes = content["plan"]["axes"]
-        # Where every run diverged there is nothing but the ticks that say so.
-        measured = [name for name in MEASURES if _is_measured(content, name)] or ["frechet"]
+        # If every run diverged, one row of plots shows only tick labels that say so.
+        measured = [name for name in run.MEASURES if _is_measured(content, name)] or ["frechet"]
         figure = Figure(figsize=(3.2 * len(axes), 1.9 * len(measured)), layout="constrained")
         grid = figure.subplots(len(measured), len(axes), squeeze=False, sharey="row")
         for column, (axis, values) in enumerate(axes.items()):
             for row, measure in enumerate(measured):
-                place = grid[row][column]
+                subplot = grid[row][column]
                 for line in content["lines"][axis]:
-                    found = [point["measures"][measure] for point in _along(content, line)]
-                    held = [(i, one) for i, one in enumerate(found) if one is not None]
-                    place.errorbar(
-                        [i for i, _ in held],
-                        [one["mean"] for _, one in held],
-                        yerr=[one["error"] or 0.0 for _, one in held],
+                    measures = [point["measures"][measure] for point in _along(content, line)]
+                    points = [(i, one) for i, one in enumerate(measures) if one is not None]
+                    subplot.errorbar(
+                        [i for i, _ in points],
+                        [one["mean"] for _, one in points],
+                        yerr=[one["error"] or 0.0 for _, one in points],
                         marker="o",
                         markersize=4,
                         capsize=3,
@@ -148,15 +147,15 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                     )
                 mark = content["marks"]["real images"].get(measure)
                 if mark is not None:
-                    place.axhline(mark, color="black", linestyle=":", linewidth=1)
+                    subplot.axhline(mark, color="black", linestyle=":", linewidth=1)
                 labels = [str(value) + _lost_at(content, axis, value) for value in values]
-                place.set_xticks(range(len(values)), labels, fontsize="small")
-                place.set_xlim(-0.3, len(values) - 0.7)
-                place.grid(alpha=0.3)
+                subplot.set_xticks(range(len(values)), labels, fontsize="small")
+                subplot.set_xlim(-0.3, len(values) - 0.7)
+                subplot.grid(alpha=0.3)
                 if row == len(measured) - 1:
-                    place.set_xlabel(axis)
+                    subplot.set_xlabel(axis)
                 if column == 0:
-                    place.set_ylabel(MEASURES[measure], fontsize="small")
+                    subplot.set_ylabel(run.MEASURES[measure], fontsize="small")
             if content["plan"]["grid"]:
                 grid[0][column].legend(fontsize="xx-small")
         with replacing(path) as temporary:
@@ -169,7 +168,7 @@ def _along(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Map
 
 
 def _titles() -> list[str]:
-    return [*MEASURES.values(), "diverged"]
+    return [*run.MEASURES.values(), "diverged"]
 
 
 def _cells(point: Mapping[str, Any]) -> dict[str, str]:
@@ -182,11 +181,11 @@ def _cells(point: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _lost(point: Mapping[str, Any]) -> int:
-    return sum(run["diverged"] is not None for run in point["runs"])
+    return sum(result["diverged"] is not None for result in point["runs"])
 
 
 def _lost_at(content: Mapping[str, Any], axis: str, value: Any) -> str:
-    """What a tick of the axis says of runs that are not in the means."""
+    """Return the line of a tick label on diverged runs, which are not in the means."""
     lost = sum(
         _lost(point)
         for line in content["lines"][axis]
@@ -201,15 +200,15 @@ def _is_measured(content: Mapping[str, Any], measure: str) -> bool:
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
-    held = [value for value in values if value is not None]
-    if not held:
+    finite = [value for value in values if value is not None]
+    if not finite:
         return None
-    error = statistics.stdev(held) / math.sqrt(len(held)) if len(held) > 1 else None
-    return {"mean": statistics.fmean(held), "error": error, "n": len(held)}
+    error = statistics.stdev(finite) / math.sqrt(len(finite)) if len(finite) > 1 else None
+    return {"mean": statistics.fmean(finite), "error": error, "n": len(finite)}
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """What made the times, as far as the last process knows."""
+    """Describe the machine of the last process, on which times depend."""
     where = choose_device(device)
     return {
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu(),
@@ -233,11 +232,12 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first are aligned to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _json(value: Any) -> Any:
-    """As it is read back from JSON: tuples are lists."""
+    """Return a value as it would be read back from JSON, with lists for tuples."""
     return json.loads(json.dumps(value))

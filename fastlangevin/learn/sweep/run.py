@@ -1,4 +1,4 @@
-"""The runs of a sweep: made once each, resumed where they were cut, shared by processes."""
+"""Run a sweep: each run once, resumed if it was interrupted, shared among processes."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from fastlangevin.learn.checkpoint import list_checkpoints, load
 from fastlangevin.learn.config import TrainConfig, read_settings
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.evaluation.quality import QualityCheck
+from fastlangevin.learn.evaluation.classifier import QualityCheck
 from fastlangevin.learn.guard import DivergedError
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.reading import brief, read_bytes, read_json
@@ -32,8 +32,8 @@ from fastlangevin.learn.train import StopRequest, train
 PLAN, RESULT = "sweep.yaml", "result.json"
 MARK = "# The plan of a fastlangevin sweep.\n"
 SAMPLES = 1024
-_SAMPLES_SEED = 2**32 + 3  # folded into a run's seed, beside those of build.py
-# What is measured of a run, in the order of tables and plots.
+_SAMPLES_SEED = 2**32 + 3  # folded into a run's seed; build.py uses the numbers below
+# The measures of a run, in the order of tables and plots.
 MEASURES = {
     "sure": "fraction of sure samples",
     "frechet": "Frechet distance of pixels",
@@ -58,17 +58,21 @@ def run_sweep(
     report: Report | None = None,
     stop: StopRequest | None = None,
 ) -> list[dict[str, Any]] | None:
-    """Make this process's share of the runs, in folders under ``out``; all results, once they are.
+    """Run this process's share of a sweep, in folders under ``out``, and return all results.
 
-    Of several processes on one folder, number ``rank`` of ``world_size`` makes the runs
-    rank, rank + world_size, ...; the others' are waited for by none: None is returned while some
-    are missing, or after a signal ended a run early. Called again, finished runs are left as they
-    are and a cut one goes on from its checkpoint. A run that diverges is a result: at which
-    iteration, and why. ``device`` replaces the config's; ``report(run, result)`` is called after
-    each run made or found; ``stop`` tells afterwards which signal ended a run, as in ``train``.
+    Returns None if some results are still missing, because other processes are not done (they are
+    not waited for) or because a signal ended a run. When called again, it keeps finished runs and
+    resumes an interrupted one from its checkpoint. A run that diverges has a result, with the
+    iteration and the reason.
 
-    Raises, before anything is written, ValueError for any run whose settings do not serve or whose
-    result is damaged, and FileExistsError for a folder that holds something else or another sweep.
+    rank, world_size: of ``world_size`` processes that share a folder, number ``rank`` does the
+        runs rank, rank + world_size, ...
+    device: replaces the device of the config.
+    report: called as ``report(run, result)`` after every run, including those already finished.
+    stop: holds, afterwards, the signal that ended a run, as in ``train``.
+
+    Before anything is written, raises ValueError for a run with invalid settings or a damaged
+    result, and FileExistsError for a folder that holds another sweep or anything else.
     """
     out = Path(out)
     if not 0 <= rank < check_count("sweep", "world_size", world_size):
@@ -81,7 +85,7 @@ def run_sweep(
         ]
     _check_folder(plan, out)
     for run in runs:
-        _result(out / run.name)  # a damaged one is told of before any work
+        _result(out / run.name)  # raises an error for a damaged result before any work
     judge_of = _check_runs(runs)
     stop = stop or StopRequest()
     with replacing(out / PLAN) as temporary:
@@ -102,16 +106,18 @@ def _check_folder(plan: Sweep, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"sweep: {out} is a file, not a folder for a sweep")
     if not (out / PLAN).exists():
-        # Another process's plan may be on its way.
-        held = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
-        if held:
+        # Another process may be writing its plan to a hidden temporary file.
+        names = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
+        if names:
             raise FileExistsError(
-                f"sweep: {out} holds {held[0]} and is no sweep (it has no {PLAN}); "
+                f"sweep: {out} holds {names[0]} but is not a sweep (it has no {PLAN}); "
                 "name another folder"
             )
         return
     if not read_bytes(out / PLAN).startswith(MARK.encode()):
-        raise FileExistsError(f"sweep: {out / PLAN} is not of a sweep; name another folder")
+        raise FileExistsError(
+            f"sweep: {out / PLAN} does not belong to a sweep; name another folder"
+        )
     saved, asked = read_settings(out / PLAN), plan.plan()
     if saved.get("version") != VERSION:
         raise FileError(
@@ -130,7 +136,7 @@ def _check_folder(plan: Sweep, out: Path) -> None:
 
 
 def _check_runs(runs: Sequence[Run]) -> Judge:
-    """Build every run's learner once; return what finds the judge of a run's samples."""
+    """Build the learner of every point once; return a function that judges a run's samples."""
 
     @functools.cache
     def data_of(*source: Any) -> ImageData:
@@ -155,10 +161,10 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
 
 
 def _make(run: Run, folder: Path, judge_of: Judge, stop: StopRequest) -> dict[str, Any] | None:
-    """Train or go on, sample, measure, save; None if a signal ended the training early."""
+    """Train or resume a run, measure its samples and save the result; None if a signal ended it."""
     config = run.config
-    found = list_checkpoints(folder)
-    done = int(found[-1].stem) if found else 0
+    checkpoints = list_checkpoints(folder)
+    done = int(checkpoints[-1].stem) if checkpoints else 0
 
     def follow(iteration: int, _record: Mapping[str, Any]) -> None:
         nonlocal done
@@ -191,7 +197,7 @@ def _make(run: Run, folder: Path, judge_of: Judge, stop: StopRequest) -> dict[st
 
 
 def _samples(config: TrainConfig, folder: Path) -> Tensor:
-    """Fresh chains from p0 through the trained model, a batch at a time."""
+    """Run new chains from p0 through the trained model, a batch at a time."""
     sampler = load(folder, device=choose_device(config.device))
     seed = _noise.fold_in(config.seed, _SAMPLES_SEED)
     starts = range(0, SAMPLES, config.batch_size)
@@ -204,7 +210,7 @@ def _samples(config: TrainConfig, folder: Path) -> Tensor:
 
 
 def _late(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the last quarter of a run's records, where it has settled if it ever does."""
+    """Return measures over the last quarter of a run's records, when it has settled if ever."""
     late = records[-max(1, len(records) // 4) :]
     gaps = [record["gap"] for record in late]
     return {
@@ -215,29 +221,29 @@ def _late(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _result(folder: Path) -> dict[str, Any] | None:
-    """What a finished run has left; None before that, ValueError for what is no such record."""
+    """Return the result of a finished run, or None; FileError if it is damaged."""
     path = folder / RESULT
     if not os.path.lexists(path):
         return None
     try:
-        found = read_json(path)
-        known = _is_result(found)
+        result = read_json(path)
+        valid = _is_result(result)
     except FileError:
-        known = False
-    if not known:
+        valid = False
+    if not valid:
         raise FileError(
-            f"{path} is damaged, or another version's; remove it, and the same command measures "
+            f"{path} is damaged or from another version; remove it, and the same command measures "
             "the run again from its checkpoint"
         )
-    return dict(found)
+    return dict(result)
 
 
-def _is_result(found: Any) -> bool:
-    """Whether it has all that tables and plots read."""
-    if not isinstance(found, dict) or not {"settings", "seed", "diverged"} <= found.keys():
+def _is_result(result: Any) -> bool:
+    """Return whether a value has all entries that tables and plots read."""
+    if not isinstance(result, dict) or not {"settings", "seed", "diverged"} <= result.keys():
         return False
-    numbers = [found.get(name, "missing") for name in MEASURES]
-    lost = found["diverged"]
+    numbers = [result.get(name, "missing") for name in MEASURES]
+    lost = result["diverged"]
     return all(value is None or isinstance(value, int | float) for value in numbers) and (
         lost is None or (isinstance(lost, dict) and {"iteration", "reason"} <= lost.keys())
     )

@@ -1,4 +1,4 @@
-"""Energies with something added: chains that are guided, by the one sampler."""
+"""Guide chains by terms that are added to their energy, or by clamped pixels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,26 +15,26 @@ Energy = Callable[..., Tensor]
 
 
 def with_term(sampler: LangevinSampler, term: Energy) -> LangevinSampler:
-    """A sampler like this one on energy + term; on f - term where it ascends f."""
+    """Return this sampler on energy + term, or on f - term if it maximizes f."""
     sign = -1.0 if sampler.maximize else 1.0
     return _on(sampler, _Sum(sampler.energy, term, sign))
 
 
 def clamped(sampler: LangevinSampler, y: Tensor, mask: Mask) -> LangevinSampler:
-    """A sampler on x -> energy(m y + (1 - m) x): known pixels feel no force, and exert y's.
+    """Return this sampler on the energy x -> energy(m y + (1 - m) x), with the mask m.
 
-    The hidden pixels of its chains are those of chains whose known pixels are set back to y, row
-    by row, before every gradient; the known ones drift by the noise, and are for the caller to
-    fill in.
+    The known pixels of x have no gradient, and the energy sees those of y instead. The hidden
+    pixels of the chains are the same as if the known ones were reset to y before every step. The
+    known pixels of the state only accumulate noise; the caller must fill in those of y.
     """
     return _on(sampler, _Clamped(sampler.energy, y, mask))
 
 
 class DataTerm(nn.Module):
-    """|y - A x|^2 / zeta^2, summed over a measurement's elements: [n, ...] -> [n].
+    """The energy |y - A x|^2 / zeta^2, summed over the elements of a measurement: [n, ...] -> [n].
 
-    At the chain's temperature T = b^2 / (2 a) it stands for Gaussian noise on y of variance
-    zeta^2 T / 2.
+    At the temperature of the chain, T = b^2 / (2 a), it corresponds to Gaussian noise on y with
+    variance zeta^2 T / 2.
     """
 
     y: Tensor
@@ -50,16 +50,20 @@ class DataTerm(nn.Module):
 
 
 class StyleTerm(nn.Module):
-    """weight * sum over layers of |S(x) - S|^2 / (|S(x)|^2 + |S|^2), S(x) being statistics of
-    features of x, and S those of a style.
+    """An energy that is small if statistics S(x) of the features of x are near S, those of a style.
 
-    Between 0 and 2 a layer, where plain squares of Gram matrices grow with the fourth power of x.
-    The energy is bounded, the chain is not: a large weight's steps can take it far from [-1, 1].
+        weight * sum over layers of |S(x) - S|^2 / (|S(x)|^2 + |S|^2)
 
-    network: with an attribute ``layers``, an nn.Sequential, as ConvEnergy has; its features are
-    the outputs of all its convolutions but the last. style: images [m, C, H, W], whose statistics
-    are averaged. statistics: "gram", features' products averaged over positions (Gatys et al.,
-    2016), or "mean-std" of each channel (Huang and Belongie, 2017).
+    Each layer contributes between 0 and 2, whereas squared differences of Gram matrices grow with
+    the fourth power of x. The energy is bounded but the chain is not: with a large weight, its
+    steps can take it far outside [-1, 1].
+
+    network: a module with an nn.Sequential called ``layers``, such as ConvEnergy. The features are
+        the outputs of all its convolutions but the last.
+    style: images [m, C, H, W], whose statistics are averaged.
+    weight: factor of the energy, above 0.
+    statistics: "gram", the products of features averaged over positions (Gatys et al., 2016), or
+        "mean-std", the mean and standard deviation of each channel (Huang and Belongie, 2017).
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -69,8 +73,8 @@ class StyleTerm(nn.Module):
     ) -> None:
         super().__init__()
         layers = getattr(network, "layers", None)
-        known = list(layers) if isinstance(layers, nn.Sequential) else []
-        if sum(isinstance(layer, nn.Conv2d) for layer in known) < 2:
+        modules = list(layers) if isinstance(layers, nn.Sequential) else []
+        if sum(isinstance(layer, nn.Conv2d) for layer in modules) < 2:
             raise TypeError(
                 "StyleTerm: network must have an nn.Sequential called layers, with two Conv2d or "
                 f"more, got {type(network).__name__}"
@@ -86,38 +90,38 @@ class StyleTerm(nn.Module):
                 f"StyleTerm: style must have shape [m >= 1, {', '.join(map(str, shape))}], "
                 f"got {list(style.shape)}"
             )
-        self.layers, self.statistics = nn.Sequential(*known), statistics
+        self.layers, self.statistics = nn.Sequential(*modules), statistics
         with torch.no_grad():
-            self.targets = [found.mean(0) for found in self._statistics(style)]
+            self.targets = [summary.mean(0) for summary in self._statistics(style)]
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = zip(self._statistics(x), self.targets, strict=True)
-        distances = [_distance(found, target) for found, target in pairs]
+        distances = [_distance(summary, target) for summary, target in pairs]
         return self.weight * torch.stack(distances).sum(0)
 
     def _statistics(self, x: Tensor) -> list[Tensor]:
         convolutions = [i for i, m in enumerate(self.layers) if isinstance(m, nn.Conv2d)]
-        found = []
+        summaries = []
         for i, layer in enumerate(list(self.layers)[: convolutions[-1]]):
             x = layer(x)
             if i in convolutions:
-                found.append(self._summary(x.flatten(2)))
-        return found
+                summaries.append(self._summary(x.flatten(2)))
+        return summaries
 
     def _summary(self, features: Tensor) -> Tensor:
         if self.statistics == "gram":
             return features @ features.mT / features.shape[-1]
-        spread = features.var(-1, correction=0) + 1e-8  # a root has no slope at 0
+        spread = features.var(-1, correction=0) + 1e-8  # the root is not differentiable at 0
         return torch.stack([features.mean(-1), spread.sqrt()], 1)
 
 
-def _distance(found: Tensor, target: Tensor) -> Tensor:
-    size = found.square().flatten(1).sum(1) + target.square().sum()
-    return (found - target).square().flatten(1).sum(1) / size
+def _distance(statistics: Tensor, target: Tensor) -> Tensor:
+    size = statistics.square().flatten(1).sum(1) + target.square().sum()
+    return (statistics - target).square().flatten(1).sum(1) / size
 
 
 class _Wrapped(nn.Module):
-    """An energy around another, of the same shape of state."""
+    """An energy that wraps another one and has the same shape of state."""
 
     def __init__(self, energy: Energy) -> None:
         super().__init__()
@@ -125,7 +129,7 @@ class _Wrapped(nn.Module):
         if hasattr(energy, "shape"):
             self.shape = energy.shape
         if isinstance(energy, nn.Module):
-            self.training = energy.training  # its own modules keep their modes
+            self.training = energy.training  # the modules of the energy keep their modes
 
 
 class _Sum(_Wrapped):
@@ -152,5 +156,5 @@ class _Clamped(_Wrapped):
 
 
 def _on(sampler: LangevinSampler, energy: nn.Module) -> LangevinSampler:
-    # These energies read tensors beside parameters, which only the general score lets them do.
+    # These energies read tensors that are not parameters, which only autograd supports.
     return LangevinSampler(energy, **sampler.settings() | {"gradient": "autograd"})

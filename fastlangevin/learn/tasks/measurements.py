@@ -1,4 +1,4 @@
-"""Linear measurements y = A x of images, as callables from [n, C, H, W] to [n, ...]."""
+"""Linear measurements y = A x of images: callables from [n, C, H, W] to [n, ...]."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count, check_positive
-from fastlangevin.gradients.autograd import network_precision
+from fastlangevin.gradients.precision import network_precision
 from fastlangevin.learn.data.arrays import map_npy
-from fastlangevin.learn.data.pixels import ALPHA_MODES, GREY_MODES, open_picture, read_picture
+from fastlangevin.learn.data.pictures import ALPHA_MODES, GREY_MODES, open_picture, read_picture
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import cut, reading
 
@@ -27,10 +27,12 @@ def identity(x: Tensor) -> Tensor:
 
 
 class Mask:
-    """y = m x: pixels with m = 0 are hidden, and read 0.
+    """y = m x. Pixels with m = 0 are hidden and measure 0.
 
-    mask: bool [H, W] or [C, H, W], True where a pixel is known. Raises TypeError or ValueError for
-    another dtype or shape, and for a mask that hides nothing or everything.
+    mask: bool [H, W] or [C, H, W]; True marks a known pixel.
+
+    Raises TypeError or ValueError for another dtype or shape, and for a mask that hides nothing or
+    everything.
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -48,7 +50,7 @@ class Mask:
         return x * self._fitted(x)
 
     def fill(self, x: Tensor, y: Tensor) -> Tensor:
-        """x with its known pixels taken from y."""
+        """Return x with its known pixels taken from y."""
         return torch.where(self._fitted(x), y, x)
 
     def _fitted(self, x: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class Mask:
 
 
 class Downsample:
-    """y = means over squares of ``factor`` x ``factor`` pixels; factor must divide H and W."""
+    """y = the means over squares of ``factor`` x ``factor`` pixels. factor must divide H and W."""
 
     def __init__(self, factor: int) -> None:
         self.factor = check_count("Downsample", "factor", factor)
@@ -78,8 +80,10 @@ class Downsample:
 
 
 class Blur:
-    """y = x convolved with a Gaussian of ``sigma`` pixels, 10^4 at most, cut at 3 sigma; edges
-    repeat."""
+    """y = x convolved with a Gaussian, truncated at 3 sigma, with replicated edges.
+
+    sigma: standard deviation in pixels, at most 10^4.
+    """
 
     def __init__(self, sigma: float) -> None:
         self.sigma = check_positive("Blur", "sigma", sigma)
@@ -98,7 +102,7 @@ class Blur:
 
 
 class Grey:
-    """y = the mean over channels, [n, 1, H, W]; the images must have several."""
+    """y = the mean over channels, [n, 1, H, W]. The images must have several channels."""
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[1] == 1:
@@ -109,24 +113,26 @@ class Grey:
 def make_operator(
     name: str, shape: tuple[int, ...], mask: str = "box", factor: int = 2, sigma: float = 1.0
 ) -> Operator:
-    """One of :data:`OPERATORS` for images of ``shape`` (C, H, W).
+    """Return one of :data:`OPERATORS` for images of ``shape`` (C, H, W).
 
-    mask: "box" hides the central square of half the side, "half" the lower half; else a file, a
-        picture or .npy of [H, W] or [C, H, W], in which all but 0 is known: of a picture in colour
-        the pixels that are not black. Transparency, which could mean either, is refused.
+    mask: "box" hides the central square of half the side, and "half" hides the lower half. Any
+        other value is a file: a picture, or a .npy of [H, W] or [C, H, W]. Zero marks hidden pixels
+        and, in a colour picture, black does. Transparent pictures are refused as ambiguous.
+    factor: factor of "downsample".
+    sigma: standard deviation of "blur", in pixels.
 
-    Raises FileNotFoundError, FileError for a mask's file that cannot be read as one, or ValueError
-    naming what does not fit.
+    Raises FileNotFoundError, FileError for a file that is not a mask, or ValueError naming what
+    does not fit.
     """
     if name not in OPERATORS:
         raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {name!r}")
-    made: dict[str, Callable[[], Operator]] = {
+    operators: dict[str, Callable[[], Operator]] = {
         "mask": lambda: Mask(_read_mask(mask, shape)),
         "downsample": lambda: Downsample(factor),
         "blur": lambda: Blur(sigma),
         "grey": Grey,
     }
-    operator = made[name]()
+    operator = operators[name]()
     operator(torch.zeros((1, *shape), dtype=torch.float32, device="cpu"))
     return operator
 
@@ -143,39 +149,39 @@ def _read_mask(name: str, shape: tuple[int, ...]) -> Tensor:
         return mask
     path = Path(name)
     try:
-        found = map_npy(path) if path.suffix == ".npy" else _read_picture(path)
+        values = map_npy(path) if path.suffix == ".npy" else _read_picture(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"mask must be box, half or a file, got {name!r}") from None
-    if found.size > math.prod(shape):
-        raise FileError(f"{name} must be a mask {list(shape[-2:])}, got {list(found.shape)}")
-    if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
-        got = "NaN or infinity" if found.dtype.kind == "f" else cut(str(found.dtype))
+    if values.size > math.prod(shape):
+        raise FileError(f"{name} must be a mask {list(shape[-2:])}, got {list(values.shape)}")
+    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+        got = "NaN or infinity" if values.dtype.kind == "f" else cut(str(values.dtype))
         raise FileError(f"{name} must hold finite numbers to be a mask, got {got}")
-    known = torch.from_numpy(np.asarray(found != 0))
+    known = torch.from_numpy(np.asarray(values != 0))
     with reading(path, "a mask"):
         Mask(known)(torch.zeros((1, *shape), dtype=torch.float32, device="cpu"))
     return known
 
 
 def _read_picture(path: Path) -> np.ndarray:
-    """The largest channel of every pixel, [H, W]."""
+    """Read the largest channel of every pixel of a picture, [H, W]."""
     encoded = read_picture(path)
     with reading(path, "a mask"), open_picture(encoded) as image:
         if image.mode in ALPHA_MODES or "transparency" in image.info:
-            raise ValueError("it is transparent in places; save it in grey, 0 where hidden")
+            raise ValueError("it has transparent pixels; save it in grey, with 0 for hidden pixels")
         if image.mode in GREY_MODES or image.mode == "F":
             return np.asarray(image)
         return np.asarray(image.convert("RGB")).max(-1)
 
 
-@torch.inference_mode(False)  # the caller's mode would deny it the gradient
+@torch.inference_mode(False)  # the caller's inference mode would disable gradients
 def adjoint(
     operator: Operator, y: Tensor, shape: tuple[int, ...], called: str = "adjoint: operator"
 ) -> Tensor:
-    """A^T y [n, *shape] of measurements y [n, ...] of images of ``shape``: <A x, y> = <x, A^T y>.
+    """Return A^T y, [n, *shape], for measurements y [n, ...]: <A x, y> = <x, A^T y>.
 
-    The vector-Jacobian product at zero of A, which is linear. ValueError, with the operator as it
-    is ``called``, where autograd finds no way back from A x to x.
+    It is the vector-Jacobian product of the linear A at zero. Raises ValueError, naming the
+    operator as ``called``, if A x does not depend on x through autograd.
     """
     zero = y.new_zeros((len(y), *shape)).requires_grad_()
     seen = operator(zero)
@@ -196,7 +202,10 @@ def norm(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """|A|, the largest singular value on images of ``shape``, by power iteration (from below)."""
+    """Return |A|, the largest singular value on images of ``shape``, by power iteration.
+
+    The estimate is a lower bound.
+    """
     x = _probe((1, *shape), 0, device, dtype)
     square = 0.0
     for _ in range(50):
@@ -215,13 +224,17 @@ def check_operator(
     dtype: torch.dtype = torch.float32,
     name: str = "operator",
 ) -> tuple[int, ...]:
-    """The shape of a measurement; TypeError or ValueError unless A takes such images, each by
-    itself, linearly and with a gradient, and does not lose all of them.
+    """Check an operator A on images of ``shape``, and return the shape of one measurement.
 
-    dtype: of the measurements. name: of the argument.
+    A must be linear and differentiable, map each image by itself, and not map every image to 0. It
+    counts as linear if A(s x - 2 s z) = s A x - 2 s A z for small and large s, to half of the
+    digits of float32 or of A's dtype, whichever has fewer. This allows for the rounding of sums
+    over 10^6 pixels.
 
-    Linear is to say that A(s x - 2 s z) = s A x - 2 s A z for small and large s, to half of the
-    digits of float32, or of A's own dtype if it has fewer: room for sums over 10^6 pixels.
+    dtype: dtype of the measurements.
+    name: name of the argument, for errors.
+
+    Raises TypeError or ValueError if A fails one of these checks.
     """
     called = f"{op}: {name}"
     if not callable(operator):
@@ -266,14 +279,14 @@ def check_operator(
 def _probe(
     shape: tuple[int, ...], step: int, device: torch.device | None, dtype: torch.dtype
 ) -> Tensor:
-    """U(-1, 1) of seed 0, in float64 where measurements are, else in float32, as chains are."""
+    """Draw U(-1, 1) with seed 0, in float64 if the measurements are, else in float32."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     u = _noise.uniform(shape, seed=0, step=step, stream=_noise.USER, device=device, dtype=dtype)
     return 2 * u - 1
 
 
 def picture(operator: Operator, y: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Measurements as images of ``shape`` to look at: as they are, or A^T y / |A|^2."""
+    """Return measurements as images of ``shape``: y if it has this shape, else A^T y / |A|^2."""
     if tuple(y.shape[1:]) == shape:
         return y
     return adjoint(operator, y, shape) / norm(operator, shape, y.device, y.dtype) ** 2

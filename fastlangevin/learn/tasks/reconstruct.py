@@ -1,4 +1,4 @@
-"""The chain as a map from starts to images: reconstruct and interpolate."""
+"""Reconstruct: find starts whose chains end at given images."""
 
 import contextlib
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlangevin import noise as _noise
 from fastlangevin.arguments import check_count, check_positive
-from fastlangevin.gradients.autograd import modules_of
+from fastlangevin.gradients.network import modules_of
 from fastlangevin.learn.tasks.measurements import Operator, check_operator, identity
 from fastlangevin.sampler import LangevinSampler
 
@@ -20,20 +20,20 @@ _RATES = {"adam": 0.1, "gd": 0.05}
 
 
 class Fit(NamedTuple):
-    """Starts whose chains end where asked, one row per restart: [n, restarts, ...]."""
+    """Fitted starts and the ends of their chains: [n, restarts, ...] for n images."""
 
-    x: Tensor  # M(z)
-    z: Tensor  # in the support [-1, 1] of p0
-    error: Tensor  # [n, restarts] mean over elements of (y - A M(z))^2
+    x: Tensor  # M(z), the ends of the chains
+    z: Tensor  # the starts, in the support [-1, 1] of p0
+    error: Tensor  # [n, restarts], means over elements of (y - A M(z))^2
 
     def best(self) -> "Fit":
-        """The restart of smallest error for each image: [n, ...]."""
+        """Return the restart with the smallest error for each image: [n, ...]."""
         rows = torch.arange(len(self.error), dtype=torch.int64, device=self.x.device)
         chosen = self.error.argmin(1)
         return Fit(self.x[rows, chosen], self.z[rows, chosen], self.error[rows, chosen])
 
 
-@torch.inference_mode(False)  # the caller's mode would deny it the gradient
+@torch.inference_mode(False)  # the caller's inference mode would disable gradients
 def reconstruct(
     sampler: LangevinSampler,
     images: Tensor,
@@ -49,22 +49,29 @@ def reconstruct(
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> Fit:
-    """Starts z whose chains M(z) end at given images, by descent of L(z) = |y - A M(z)|^2.
+    """Find starts z whose chains end at given images, where M(z) is the end of the chain from z.
 
-    images: y [n, C, H, W] in [-1, 1], or with ``operator`` measurements A x of images. Each
-        has ``restarts`` starts, drawn from p0 = U(-1, 1); after every step they are put back into
-        [-1, 1], the support of p0, and the best of all steps is what is returned.
-    optimizer: "gd", z <- z - lr L'(z), the paper's; or "adam". ``lr`` is by default 0.1 for
-        adam and 0.05 for gd.
-    noise: in the chain: "off", or "frozen", the same at every evaluation.
-    grad_through: "exact", unrolled through the steps, or "straight", as if d M / d z were the
-        identity: what "exact" finds as well where the energy is piecewise linear.
-    checkpoint: what the unrolled chain keeps, as for a call of the sampler.
+    Gradient descent minimises
+
+        L(z) = |y - A M(z)|^2
+
+    images: images y [n, C, H, W] in [-1, 1] or, with ``operator``, measurements y = A x of images.
+    operator: the linear map A.
+    restarts: number of starts for each image, drawn from p0 = U(-1, 1). After every step they are
+        clamped to [-1, 1], the support of p0. Each returns the best of all its steps.
+    iterations: number of descent steps.
+    optimizer: "gd", which is the paper's z <- z - lr L'(z), or "adam".
+    lr: learning rate (default: 0.1 for adam, 0.05 for gd).
+    noise: noise in the chain, "off" or "frozen". Frozen noise is the same at every evaluation.
+    grad_through: "exact" differentiates through all steps of the chain. "straight" takes d M / d z
+        as the identity, which gives the same gradient if the energy is piecewise linear.
+    checkpoint: states kept for the gradient, as for a call of the sampler.
+    seed: seed of the starts and the noise.
     report: called with (iteration, mean over images of the best error so far).
 
-    Chain i * restarts + r fits image i, whatever the others are. Raises TypeError or ValueError
-    naming the argument, before any work, and FloatingPointError if a chain is not finite. Source:
-    arXiv 1904.09770.
+    Chain i * restarts + r fits image i, independently of the other images. Raises TypeError or
+    ValueError naming the argument, before any work, and FloatingPointError if a chain is not
+    finite. Source: arXiv 1904.09770.
     """
     op = "reconstruct"
     check_count(op, "restarts", restarts)
@@ -106,40 +113,8 @@ def reconstruct(
     return Fit(best.x.unflatten(0, rows), best.z.unflatten(0, rows), best.error.view(rows))
 
 
-def interpolate(
-    sampler: LangevinSampler,
-    z1: Tensor,
-    z2: Tensor,
-    frames: int = 9,
-    *,
-    noise: str = "off",
-    seed: int = 0,
-) -> Tensor:
-    """Images M(z_rho) between those of two starts: [frames, n, ...], from M(z1) to M(z2).
-
-        z_rho = rho z1 + sqrt(1 - rho^2) z2,    rho = cos(t pi / 2),    t = 0 .. 1 in equal steps
-
-    Independent z1, z2 [n, ...] from p0 keep its variance, 1/3, on the way, though not its law: the
-    elements of z_rho reach sqrt(2). ``noise``: "off", or "frozen", chain i's the same in every
-    frame. Raises TypeError or ValueError naming the argument. Source: arXiv
-    1904.09770.
-    """
-    op = "interpolate"
-    check_count(op, "frames", frames)
-    if frames < 2:
-        raise ValueError(f"{op}: frames must be at least 2, got {frames}")
-    for name, z in (("z1", z1), ("z2", z2)):
-        check_tensor(op, name, z)
-    if z1.shape != z2.shape:
-        raise ValueError(f"{op}: z2 must have z1's shape {list(z1.shape)}, got {list(z2.shape)}")
-    quiet = with_noise(op, sampler, noise)
-    angles = [math.pi / 2 * k / (frames - 1) for k in range(frames)]
-    weights = [(1.0, 0.0), *((math.cos(a), math.sin(a)) for a in angles[1:-1]), (0.0, 1.0)]
-    return torch.stack([quiet(a * z1 + b * z2, seed=seed) for a, b in weights])
-
-
 def with_noise(op: str, sampler: LangevinSampler, noise: str) -> LangevinSampler:
-    """The sampler itself for "frozen" noise, one without noise for "off"."""
+    """Return the sampler itself for "frozen" noise, or a sampler without noise for "off"."""
     _check_name(op, "noise", noise, NOISES)
     if noise == "frozen":
         return sampler
@@ -147,12 +122,16 @@ def with_noise(op: str, sampler: LangevinSampler, noise: str) -> LangevinSampler
 
 
 def starts(n: int, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
-    """p0 = U(-1, 1) as the sampler draws it, where ``like`` is, in float64 if that is."""
+    """Draw n starts from p0 = U(-1, 1) as the sampler does, on the device of ``like``.
+
+    They are float64 if ``like`` is, and float32 otherwise.
+    """
     x0 = _noise.initial((n, *shape), seed=seed, device=like.device)
     return x0.double() if like.dtype == torch.float64 else x0
 
 
 def check_tensor(op: str, name: str, x: Tensor) -> None:
+    """Raise TypeError unless the argument ``name`` is a floating tensor [n, ...]."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         got = f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{op}: {name} must be a floating tensor [n, ...], got {got}")
@@ -161,7 +140,7 @@ def check_tensor(op: str, name: str, x: Tensor) -> None:
 def image_shape(
     op: str, sampler: LangevinSampler, images: Tensor, name: str = "images"
 ) -> tuple[int, ...]:
-    """(C, H, W) of the energy, where it says, else of the images, the argument ``name``."""
+    """Return (C, H, W) of the energy if it has a shape, else of the images, argument ``name``."""
     check_tensor(op, name, images)
     return tuple(getattr(sampler.energy, "shape", images.shape[1:]))
 
@@ -174,8 +153,10 @@ def check_measurements(
     bounded: bool = False,
     name: str = "images",
 ) -> None:
-    """TypeError or ValueError unless y, the argument ``name``, are finite measurements by
-    ``operator`` of images of ``shape``."""
+    """Check that y, the argument ``name``, holds finite measurements of images of ``shape``.
+
+    Raises TypeError or ValueError unless it does and, if ``bounded``, lies in [-1, 1].
+    """
     check_tensor(op, name, y)
     want = check_operator(op, operator, shape, y.device, y.dtype)
     if tuple(y.shape[1:]) != want or len(y) == 0:
@@ -191,14 +172,14 @@ def check_measurements(
 
 @contextlib.contextmanager
 def frozen(sampler: LangevinSampler) -> Iterator[None]:
-    """The energy's parameters need no gradient meanwhile, which a fit would pay for."""
-    found = [p for m in modules_of(sampler.energy) for p in m.parameters() if p.requires_grad]
+    """Freeze the parameters of the energy, because a fit would also compute their gradients."""
+    parameters = [p for m in modules_of(sampler.energy) for p in m.parameters() if p.requires_grad]
     try:
-        for parameter in found:
+        for parameter in parameters:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in found:
+        for parameter in parameters:
             parameter.requires_grad_(True)
 
 
@@ -209,6 +190,6 @@ def _better(best: Fit, fit: Fit) -> Fit:
     return Fit(x, z, torch.where(better, fit.error, best.error))
 
 
-def _check_name(op: str, name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}")
+def _check_name(op: str, name: str, value: str, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(names)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Images from linear measurements y = A x, by chains: inpainting, super-resolution, deblurring."""
+"""Restore images from linear measurements: inpainting, super-resolution, deblurring, colour."""
 
 import inspect
 import math
@@ -20,7 +20,7 @@ from fastlangevin.learn.tasks.reconstruct import (
 from fastlangevin.sampler import LangevinSampler
 
 METHODS = ("posterior", "clamped", "latent")
-# The options of a fit, less the seed, which every method has.
+# The options of a fit without the seed, which every method takes.
 FIT = tuple(
     name
     for name, option in inspect.signature(reconstruct).parameters.items()
@@ -29,10 +29,10 @@ FIT = tuple(
 
 
 class Restored(NamedTuple):
-    """Several answers for each measurement."""
+    """Restored images, several answers for each measurement."""
 
     x: Tensor  # [n, answers, C, H, W]
-    residual: Tensor  # [n, answers] mean over elements of (y - A x)^2
+    residual: Tensor  # [n, answers], means over elements of (y - A x)^2
 
 
 def restore(
@@ -46,20 +46,23 @@ def restore(
     seed: int = 0,
     **fit: Any,
 ) -> Restored:
-    """Images x that a model finds likely and that agree with measurements y = A x.
+    """Find images x that are likely under a model and agree with measurements y = A x.
 
-    y: finite, [n, ...] in the shape that ``operator``, linear, gives of n images.
-    method: "posterior", chains from p0 on the energy + |y - A x|^2 / zeta^2; "clamped", for a
-        Mask, chains on the hidden pixels alone, the known ones held at y; "latent", chains
-        from starts fitted to y.
-    answers: per measurement. Chain i * answers + k is answer k for y[i], whatever the others are.
-    zeta: for "posterior"; by default as in :func:`with_data`.
-    fit: for "latent", the options of :func:`reconstruct`; restarts, here by default 1, are those
-        of each answer, and take as many chains in place of one.
+    y: finite measurements [n, ...], in the shape that ``operator`` returns for n images.
+    operator: the linear map A.
+    method: "posterior" runs chains from p0 on the energy + |y - A x|^2 / zeta^2. "clamped", for a
+        Mask, runs chains on the hidden pixels only and holds the known ones at y. "latent" runs
+        chains from starts that are fitted to y.
+    answers: number of answers for each measurement. Chain i * answers + k is answer k for y[i],
+        independently of the other measurements.
+    zeta: scale of the posterior's data term (default: as in :func:`with_data`).
+    seed: seed of the starts and the noise.
+    fit: options of :func:`reconstruct` for "latent". ``restarts`` (default here: 1) is the number
+        of chains for each answer, of which the best is returned.
 
-    With a Mask, "clamped" and "latent" answers have y's known pixels exactly. Raises TypeError or
-    ValueError naming the argument, before any work, and FloatingPointError if a chain is not
-    finite.
+    With a Mask, "clamped" and "latent" answers reproduce the known pixels of y exactly. Raises
+    TypeError or ValueError naming the argument, before any work, and FloatingPointError if a chain
+    is not finite.
     """
     op = "restore"
     if method not in METHODS:
@@ -84,8 +87,8 @@ def restore(
 
     if method == "latent":
         restarts = check_count(op, "restarts", fit.pop("restarts", 1))
-        found = reconstruct(sampler, y, operator, restarts=answers * restarts, seed=seed, **fit)
-        x = Fit(*(part.reshape(-1, restarts, *part.shape[2:]) for part in found)).best().x
+        fits = reconstruct(sampler, y, operator, restarts=answers * restarts, seed=seed, **fit)
+        x = Fit(*(part.reshape(-1, restarts, *part.shape[2:]) for part in fits)).best().x
     target = y.repeat_interleave(answers, 0)
     if method != "latent":
         if method == "posterior":
@@ -107,11 +110,13 @@ def with_data(
     zeta: float | None = None,
     op: str = "restore",
 ) -> LangevinSampler:
-    """A sampler like this one on the energy + |y - A x|^2 / zeta^2: chain i has y[i].
+    """Return this sampler on the energy + |y - A x|^2 / zeta^2, where chain i uses y[i].
 
-    zeta is by default |A| sqrt(2 a), with which one step of size a would take the largest singular
-    direction of A to y were there no energy. ValueError, under the name ``op``, below 1 / sqrt(2)
-    of that: those steps would go ever further past y.
+    zeta: the default is |A| sqrt(2 a). With it, and without the energy, one step of size a would
+        reach y along the largest singular direction of A.
+
+    Raises ValueError, prefixed with ``op``, if zeta is less than 1 / sqrt(2) times the default,
+    because the steps would then overshoot y further and further.
     """
     size = norm(operator, image_shape(op, sampler, y), y.device, y.dtype)
     step_size = sampler.step_size

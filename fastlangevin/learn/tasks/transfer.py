@@ -1,4 +1,4 @@
-"""Images into another model's domain, by chains that start at them."""
+"""Transfer images to the domain of a model, by running its chains from them."""
 
 from typing import Any
 
@@ -12,11 +12,13 @@ from fastlangevin.sampler import LangevinSampler
 
 
 def transfer(sampler: LangevinSampler, images: Tensor, *, seed: int = 0, **guidance: Any) -> Tensor:
-    """Chains of the target domain's model that start at the source images [n, C, H, W].
+    """Run the chains of the target domain's model from the source images; return [n, C, H, W].
 
-    How far they go is a matter of the sampler's steps. ``guidance``: content, zeta, style, weight
-    and statistics, the options of :func:`guide`. Returns [n, C, H, W]; raises TypeError or
-    ValueError naming the argument, before any work.
+    sampler: the model of the target domain. Its number of steps controls how far images change.
+    images: the source images [n, C, H, W], in [-1, 1].
+    guidance: content, zeta, style, weight and statistics, the options of :func:`guide`.
+
+    Raises TypeError or ValueError naming the argument, before any work.
     """
     return guide(sampler, images, **guidance)(images, seed=seed)
 
@@ -31,13 +33,14 @@ def guide(
     weight: float = 1.0,
     statistics: str = "gram",
 ) -> LangevinSampler:
-    """The sampler of :func:`transfer`, for as many chains as there are images in [-1, 1].
+    """Return the sampler of :func:`transfer`, for one chain per image.
 
-    content: adds |A x0 - A x|^2 / zeta^2, which keeps what the linear A sees of the source
-        (``Downsample``: its coarse shape); zeta as in :func:`with_data`. With zeta alone A is the
+    content: a linear map A. It adds |A x0 - A x|^2 / zeta^2 to the energy, which preserves A x0 of
+        the source x0: with ``Downsample``, its coarse shape.
+    zeta: scale of the content term, as in :func:`with_data`. If only zeta is given, A is the
         identity.
-    style: images [m, C, H, W] whose feature statistics in the energy's own layers pull at the
-        chains, see :class:`StyleTerm` for ``weight`` and ``statistics``.
+    style: images [m, C, H, W]. The chains are guided towards their feature statistics in the
+        layers of the energy; see :class:`StyleTerm` for ``weight`` and ``statistics``.
     """
     op = "transfer"
     shape = image_shape(op, sampler, images)

@@ -1,0 +1,92 @@
+"""The network behind an energy or a score: its module, its device, and the dtype that it takes."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlangevin.gradients.packing import PackedEnergy
+
+
+class Network:
+    """Calls an energy or a score network with x in a dtype that the network takes.
+
+    The first choice is x's own dtype, as in a plain loop. If the network raises a RuntimeError for
+    it and all its floating parameters and buffers have one other dtype, this call and all later
+    ones pass x in that dtype. If the network has several dtypes, the RuntimeError says what can be
+    done.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+        self.dtype: torch.dtype | None = None  # set if the network rejects the state's dtype
+
+    def __call__(self, x: Tensor, **model_kwargs: Any) -> Any:
+        if self.dtype is not None:
+            return self.call(x.to(self.dtype), **model_kwargs)
+        try:
+            return self.call(x, **model_kwargs)
+        except RuntimeError as error:
+            dtype = network_dtype(self.call, x.dtype)
+            if dtype == x.dtype:
+                raise _hinted(error, _dtypes_of(self.call), x.dtype) from error
+        out = self.call(x.to(dtype), **model_kwargs)
+        self.dtype = dtype
+        return out
+
+
+def call_network(network: Callable[..., Any], x: Tensor, model_kwargs: dict[str, Any]) -> Any:
+    """Return network(x, **model_kwargs), called as :class:`Network` does."""
+    network = network if isinstance(network, Network) else Network(network)
+    return network(x, **model_kwargs)
+
+
+def _hinted(error: RuntimeError, dtypes: set[torch.dtype], state: torch.dtype) -> RuntimeError:
+    """Add advice to the error if it is torch's error for operands of different dtypes."""
+    if not dtypes - {state} or not re.search(r"dtype|type .*(same|but)", str(error)):
+        return error
+    names = [str(dtype).removeprefix("torch.") for dtype in (state, *sorted(dtypes, key=str))]
+    return RuntimeError(
+        f"{error}. The network is given x in the state's dtype, {names[0]}, and has tensors of "
+        f'{", ".join(names[1:])}: cast x inside the network, or use precision="bf16"'
+    )
+
+
+def network_dtype(network: Callable[..., Any], state: torch.dtype) -> torch.dtype:
+    """Return the one dtype of a network's floating parameters and buffers.
+
+    Returns ``state``, the state's dtype, if they have several dtypes or there are none.
+    """
+    dtypes = _dtypes_of(network)
+    return dtypes.pop() if len(dtypes) == 1 else state
+
+
+def _dtypes_of(network: Callable[..., Any]) -> set[torch.dtype]:
+    return {
+        tensor.dtype
+        for module in modules_of(network)
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.is_floating_point()
+    }
+
+
+def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:
+    """Return the module behind an energy as a tuple, which is empty if there is none.
+
+    The energy may be the module, a method bound to it, or a partial or a packing of either.
+    """
+    while isinstance(energy, functools.partial | PackedEnergy):
+        energy = energy.func
+    owner = getattr(energy, "__self__", energy)
+    return (owner,) if isinstance(owner, nn.Module) else ()
+
+
+def device_of(energy: Callable[..., Tensor]) -> torch.device | None:
+    """Return the device of the energy's first parameter or buffer, or None if it has none."""
+    for module in modules_of(energy):
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return None

@@ -1,0 +1,39 @@
+"""The warning about modules in train mode."""
+
+import sys
+import warnings
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fastlangevin.gradients.network import modules_of
+
+
+def warn_of_train_mode(energy: Callable[..., Tensor]) -> bool:
+    """Warn of modules whose train mode changes the chain; return whether there are any."""
+    effects = []
+    for root in modules_of(energy):
+        for name, module in root.named_modules():
+            called = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+            if not getattr(module, "training", False):  # absent after torch.jit.freeze
+                continue
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                effects.append(f"{called} makes the energy another random function at every step")
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                effects.append(f"{called} makes every chain depend on the others of its batch")
+    if effects:
+        warnings.warn(
+            f"LangevinSampler: in train mode {effects[0]}"
+            + (f" (and {len(effects) - 1} more)" if len(effects) > 1 else "")
+            + "; energy.eval() samples from the energy itself",
+            stacklevel=_levels_to_the_caller(),
+        )
+    return bool(effects)
+
+
+def _levels_to_the_caller() -> int:
+    """Return how many frames above the calling function the package was entered."""
+    package, frame, levels = __name__.partition(".")[0] + ".", sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(package):
+        frame, levels = frame.f_back, levels + 1
+    return levels

@@ -1,0 +1,93 @@
+"""The settings of a trained run, its training images and its held-out images."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.learn.build import load_data
+from fastlangevin.learn.checkpoint import iteration_of, read_checkpoint
+from fastlangevin.learn.config import TrainConfig, resolve_saved
+from fastlangevin.learn.data.load import ImageData, load_images
+
+
+def run_config(run: str | Path, data: str | None = None) -> TrainConfig:
+    """Return the settings of a run or checkpoint, with ``data`` in place of its own if given.
+
+    Raises ValueError for a checkpoint that names no data, and FileError for one that is damaged or
+    was written by another version.
+    """
+    info = read_checkpoint(run)[1]
+    if info.get("config") is None:
+        raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
+    config = resolve_saved(info, run, {} if data is None else {"data": data})
+    iteration_of(info, run)
+    return config
+
+
+def load_training(run: str | Path, data: str | None = None) -> tuple[TrainConfig, ImageData]:
+    """Return the settings of a run and its training images, or the images of ``data``."""
+    config = run_config(run, data)
+    with suggesting("data", data):
+        return config, load_data(config)
+
+
+def load_held_out(
+    config: TrainConfig, shape: tuple[int, ...], source: str | None = None
+) -> ImageData:
+    """Load images that a run of ``config`` did not train on, in the shape (C, H, W).
+
+    They come from ``source`` if it is given. Otherwise they are the images past the run's
+    ``limit`` or, for a run without a limit, the test split of its data. Raises ValueError if there
+    are none.
+    """
+    channels, size = shape[0], shape[-1]
+    options: dict[str, Any] = {"size": size, "channels": channels, "on_corrupt": config.on_corrupt}
+    if source is not None:
+        return load_images(source, **options)
+    if config.data is None:
+        raise ValueError("the run names no data: give images")
+    if config.limit is None:
+        try:
+            return load_images(config.data, split="test", **options)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"the run trained on every image of {config.data}: train with limit=N to hold "
+                f"the others out, or give images ({error})"
+            ) from error
+    images = load_images(config.data, **options)
+    if len(images) <= config.limit:
+        raise ValueError(
+            f"the run's limit={config.limit} holds out none of the {len(images)} images of "
+            f"{config.data}: give images"
+        )
+    return dataclasses.replace(
+        images,
+        pixels=images.pixels[config.limit :],
+        labels=None if images.labels is None else images.labels[config.limit :],
+        name=f"{config.data}, those past the run's limit of {config.limit}",
+    )
+
+
+def spaced_images(data: ImageData, n: int, device: torch.device | None, each: int = 1) -> Tensor:
+    """Return n times ``each`` images, spaced evenly over the data, on a device."""
+    if n * each > len(data):
+        most = f"{len(data) // each}" + (f", of {each} images each" if each > 1 else "")
+        raise ValueError(f"n must be at most {most}, the images of {data.name}, got {n}")
+    n *= each
+    return data.batch([i * len(data) // n for i in range(n)]).to(device)
+
+
+@contextlib.contextmanager
+def suggesting(argument: str, value: str | None) -> Iterator[None]:
+    """If the run's own images cannot be read, name the argument that replaces them."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        if value is not None:
+            raise
+        raise ValueError(f"{error}; set {argument} to use other images") from error

@@ -1,0 +1,47 @@
+"""Interpolate: run chains from points between two starts."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlangevin.arguments import check_count
+from fastlangevin.learn.tasks.reconstruct import check_tensor, with_noise
+from fastlangevin.sampler import LangevinSampler
+
+
+def interpolate(
+    sampler: LangevinSampler,
+    z1: Tensor,
+    z2: Tensor,
+    frames: int = 9,
+    *,
+    noise: str = "off",
+    seed: int = 0,
+) -> Tensor:
+    """Run chains from points between two starts: [frames, n, ...], from M(z1) to M(z2).
+
+    M(z) is the end of the chain from z. The points are
+
+        z_rho = rho z1 + sqrt(1 - rho^2) z2,    rho = cos(t pi / 2),    t = 0 .. 1 in equal steps
+
+    z1, z2: starts [n, ...]. If they are independent draws from p0, every z_rho has the variance of
+        p0, 1/3, but not its distribution: its elements reach sqrt(2).
+    frames: number of points, 2 or more, including both ends.
+    noise: noise in the chain, "off" or "frozen". Frozen noise of chain i is the same in all frames.
+    seed: seed of the noise.
+
+    Raises TypeError or ValueError naming the argument. Source: arXiv 1904.09770.
+    """
+    op = "interpolate"
+    check_count(op, "frames", frames)
+    if frames < 2:
+        raise ValueError(f"{op}: frames must be at least 2, got {frames}")
+    for name, z in (("z1", z1), ("z2", z2)):
+        check_tensor(op, name, z)
+    if z1.shape != z2.shape:
+        raise ValueError(f"{op}: z2 must have z1's shape {list(z1.shape)}, got {list(z2.shape)}")
+    quiet = with_noise(op, sampler, noise)
+    angles = [math.pi / 2 * k / (frames - 1) for k in range(frames)]
+    weights = [(1.0, 0.0), *((math.cos(a), math.sin(a)) for a in angles[1:-1]), (0.0, 1.0)]
+    return torch.stack([quiet(a * z1 + b * z2, seed=seed) for a, b in weights])

@@ -1,0 +1,311 @@
+"""Reconstruct, interpolate, restore and transfer with a run's model and its images.
+
+Every result can be saved as a picture or as arrays, and has rows (name, text) that summarise it.
+Errors are mean squares per element, with images in [-1, 1].
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlangevin import noise as _noise
+from fastlangevin.gradients.network import device_of
+from fastlangevin.learn.build import load_data
+from fastlangevin.learn.data.load import load_images
+from fastlangevin.learn.images import save_arrays, save_gif, save_grid, save_rows
+from fastlangevin.learn.run_data import load_held_out, run_config, spaced_images, suggesting
+from fastlangevin.learn.tasks.interpolate import interpolate
+from fastlangevin.learn.tasks.measurements import Downsample, Operator, identity, picture
+from fastlangevin.learn.tasks.reconstruct import Fit, reconstruct
+from fastlangevin.learn.tasks.restore import Restored, restore
+from fastlangevin.learn.tasks.transfer import guide
+from fastlangevin.sampler import LangevinSampler
+
+_FAR = 3.0  # chains that end beyond this have left the range of images, [-1, 1]
+
+Rows = list[tuple[str, str]]
+
+
+class Reconstruction(NamedTuple):
+    """Images, their reconstructions and, as a yardstick, the nearest of some random samples."""
+
+    source: str  # name of the images
+    images: Tensor  # [n, C, H, W]
+    fit: Fit  # [n, ...]
+    samples: int  # number of random samples
+    nearest: Tensor  # [n, C, H, W]
+    nearest_error: Tensor  # [n]
+
+    def save(self, path: Path, tile: int = 32) -> None:
+        """Write a .png of three rows, or a .npz of images, x, z and error."""
+        if path.suffix == ".png":
+            save_rows(path, tile, self.images, self.fit.x, self.nearest)
+        else:
+            save_arrays(path, images=self.images, **self.fit._asdict())
+
+    def rows(self) -> Rows:
+        ours, theirs = float(self.fit.error.mean()), float(self.nearest_error.mean())
+        return [
+            ("images", f"{len(self.images)} of {self.source}"),
+            ("reconstruction", f"{ours:.5f}   mean squared error per element, in [-1, 1]"),
+            (f"best of {self.samples}", f"{theirs:.5f}   the same of the nearest random sample"),
+            ("ratio", f"{ours / theirs:.3f}"),
+        ]
+
+
+def reconstruct_run(
+    run: str | Path,
+    sampler: LangevinSampler,
+    *,
+    n: int = 16,
+    images: str | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    **fit: Any,
+) -> Reconstruction:
+    """Reconstruct n images that a run held out, or n images of the source ``images``.
+
+    fit: options of :func:`reconstruct`.
+    """
+    source, truth = _held_out(run, sampler, images, n)
+    best = reconstruct(sampler, truth, seed=seed, **fit).best()
+    drawn = sampler(n=samples, seed=seed)
+    error, nearest = _squares(truth[:, None], drawn[None]).min(1)
+    return Reconstruction(source, truth, best, samples, drawn[nearest], error)
+
+
+class Interpolation(NamedTuple):
+    """Frames between pairs of starts and, if these were fitted to images, the error of the fit."""
+
+    x: Tensor  # [frames, n, C, H, W]
+    source: str | None = None  # name of the images
+    error: float | None = None
+
+    def save(self, path: Path, tile: int = 32) -> None:
+        """Write a .png with a row per pair, a .gif that goes there and back, or a .npy of x."""
+        if path.suffix == ".gif":
+            save_gif(torch.cat([self.x, self.x[1:-1].flip(0)]), path, None, tile)
+        elif path.suffix == ".png":
+            save_grid(self.x.transpose(0, 1).flatten(0, 1), path, len(self.x), tile)
+        else:
+            save_arrays(path, self.x)
+
+    def rows(self) -> Rows:
+        if self.error is None:
+            return []
+        return [
+            ("images", f"{2 * self.x.shape[1]} of {self.source}"),
+            ("their fit", f"{self.error:.5f}   mean squared error per element, in [-1, 1]"),
+        ]
+
+
+def interpolate_run(
+    run: str | Path,
+    sampler: LangevinSampler,
+    *,
+    n: int = 8,
+    frames: int = 9,
+    images: str | None = None,
+    noise: str = "off",
+    seed: int = 0,
+    **fit: Any,
+) -> Interpolation:
+    """Interpolate between n pairs of random starts, or of starts fitted to images.
+
+    images: source of 2 n images to fit starts to, with the options ``fit`` of :func:`reconstruct`.
+    noise: as for :func:`interpolate`.
+    """
+    run_config(run)  # refuses a checkpoint without data before any work
+    shape = (2 * n, *_shape(sampler))
+    z = _noise.initial(shape, seed=seed, device=device_of(sampler.energy))
+    source = error = None
+    if images is not None:
+        source, truth = _held_out(run, sampler, images, n, each=2)
+        best = reconstruct(sampler, truth, seed=seed, **fit).best()
+        z, error = best.z, float(best.error.mean())
+    x = interpolate(sampler, z[::2], z[1::2], frames, noise=noise, seed=seed)
+    return Interpolation(x, source, error)
+
+
+def confidence_rows(
+    run: str | Path, frames: Tensor, note: Callable[[str], None] | None = None
+) -> Rows:
+    """Say how sure a classifier of the run's data is of the end frames and of those between.
+
+    frames: [frames, n, C, H, W]. note: called with a line before the classifier is fitted, which
+        can take minutes. Returns no rows if there are only two frames, if the data have no labels
+        or, with a warning, if they cannot be read.
+    """
+    from fastlangevin.learn.evaluation.classifier import ClassifierCheck  # imports scikit-learn
+
+    config = run_config(run)
+    if len(frames) <= 2:
+        return []
+    try:
+        data = load_data(config)
+    except (ImportError, OSError, ValueError) as error:
+        warnings.warn(f"no classifier: {error}", stacklevel=2)
+        return []
+    if data.labels is None:
+        return []
+    if note is not None:
+        note(f"fitting a classifier to {data.name}")
+    sure = ClassifierCheck(data).probabilities(frames.flatten(0, 1)).max(1)
+    sure = sure.reshape(frames.shape[:2])
+    ends, between = float(sure[[0, -1]].mean()), float(sure[1:-1].mean())
+    n = frames.shape[1]
+    return [
+        ("end points", f"{ends:.3f}   the classifier's mean confidence, {2 * n} images"),
+        ("between", f"{between:.3f}   {n * (len(frames) - 2)} images"),
+        ("ratio", f"{between / ends:.3f}"),
+    ]
+
+
+class Restoration(NamedTuple):
+    """Images, their measurements, and the answers found for each measurement."""
+
+    source: str  # name of the images
+    images: Tensor  # [n, C, H, W]
+    y: Tensor  # [n, ...]
+    seen: Tensor  # [n, C, H, W], the measurements as images
+    restored: Restored
+
+    def save(self, path: Path, tile: int = 32) -> None:
+        """Write a .png with a row per image, or a .npz of images, y and x."""
+        x = self.restored.x
+        if path.suffix == ".png":
+            rows = torch.cat([self.images[:, None], self.seen[:, None], x], 1)
+            save_grid(rows.flatten(0, 1), path, rows.shape[1], tile)
+        else:
+            save_arrays(path, images=self.images, y=self.y, x=x)
+
+    def rows(self) -> Rows:
+        x, residual = self.restored
+        error = _squares(self.images[:, None], x)
+        of_mean, of_seen = _squares(self.images, x.mean(1)), _squares(self.images, self.seen)
+        spread = x.var(1, correction=0).mean()
+        return [
+            ("images", f"{len(self.images)} of {self.source}"),
+            ("answers", f"{error.mean():.5f}   mean squared error per element, in [-1, 1]"),
+            ("best", f"{error.amin(1).mean():.5f}   of the {x.shape[1]} for each image"),
+            ("their mean", f"{of_mean.mean():.5f}"),
+            ("measurement", f"{of_seen.mean():.5f}   as the picture shows it"),
+            ("residual", f"{residual.mean():.5f}   mean of (y - A x)^2"),
+            ("spread", f"{spread:.5f}   mean variance of an element over the answers"),
+        ]
+
+
+def restore_run(
+    run: str | Path,
+    sampler: LangevinSampler,
+    operator: Operator,
+    *,
+    n: int = 8,
+    images: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Restoration:
+    """Measure n images that a run held out, or n images of the source ``images``; restore them.
+
+    options: those of :func:`restore`.
+    """
+    source, truth = _held_out(run, sampler, images, n)
+    y = operator(truth)
+    restored = restore(sampler, y, operator, seed=seed, **options)
+    seen = picture(operator, y, _shape(sampler))
+    return Restoration(source, truth, y, seen, restored)
+
+
+class Transferred(NamedTuple):
+    """Source images, and the states of the chains that started at them."""
+
+    source: str  # name of the images
+    steps: int
+    energies: tuple[float, float]  # means at the source and at the end
+    states: Tensor  # [states, n, C, H, W], from the source images to the ends of the chains
+
+    def save(self, path: Path, tile: int = 32) -> None:
+        """Write a .png of two rows, a .gif of all states, or a .npy of the last one."""
+        if path.suffix == ".gif":
+            save_gif(self.states, path, None, tile)
+        elif path.suffix == ".png":
+            save_rows(path, tile, self.states[0], self.states[-1])
+        else:
+            save_arrays(path, self.states[-1])
+
+    def rows(self) -> Rows:
+        before, after = self.energies
+        change = _squares(self.states[0], self.states[-1]).mean()
+        return [
+            ("images", f"{self.states.shape[1]} of {self.source}"),
+            ("energy", f"{before:+.4f} at the source, {after:+.4f} after {self.steps} steps"),
+            ("change", f"{change:.5f}   mean square per element, in [-1, 1]"),
+        ]
+
+
+def transfer_images(
+    sampler: LangevinSampler,
+    images: str,
+    *,
+    n: int = 8,
+    content: int | None = None,
+    style: str | None = None,
+    frames: int = 1,
+    seed: int = 0,
+    **guidance: Any,
+) -> Transferred:
+    """Run the chains of ``sampler`` from n images of the source ``images``.
+
+    content: side of the squares whose means are held; 1 holds the pixels.
+    style: source of images whose statistics guide the chains.
+    frames: most states to return after the source images.
+    guidance: other options of :func:`guide`.
+
+    Warns if a chain ended far outside [-1, 1].
+    """
+    channels, size, _ = _shape(sampler)
+    device = device_of(sampler.energy)
+    sources = load_images(images, size=size, channels=channels)
+    x0 = spaced_images(sources, n, device)
+    if style is not None:
+        patterns = load_images(style, size=size, channels=channels)
+        guidance["style"] = spaced_images(patterns, len(patterns), device)
+    if content is not None:
+        guidance["content"] = identity if content == 1 else Downsample(content)
+    guided = guide(sampler, x0, **guidance)
+    if frames == 1:
+        states = torch.stack([x0, guided(x0, seed=seed)])
+    else:
+        states = guided.trajectory(x0, seed=seed, every=-(-guided.steps // frames))
+    with torch.no_grad():
+        before, after = (sampler.energy(states[i]).mean().item() for i in (0, -1))
+    if (reached := float(states[-1].abs().max())) > _FAR:
+        warnings.warn(
+            f"chains ended at up to {reached:.3g}, but images lie in [-1, 1]", stacklevel=2
+        )
+    return Transferred(sources.name, sampler.steps, (before, after), states)
+
+
+def _held_out(
+    run: str | Path, sampler: LangevinSampler, source: str | None, n: int, each: int = 1
+) -> tuple[str, Tensor]:
+    """Return the name of the held-out images, and n times ``each`` of them."""
+    config = run_config(run)
+    with suggesting("images", source):
+        data = load_held_out(config, _shape(sampler), source)
+    return data.name, spaced_images(data, n, device_of(sampler.energy), each)
+
+
+def _shape(sampler: LangevinSampler) -> tuple[int, int, int]:
+    energy: Any = sampler.energy  # a ConvEnergy
+    channels, height, width = energy.shape
+    return channels, height, width
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared differences per element: [..., C, H, W] -> [...]."""
+    return (a - b).square().mean((-3, -2, -1))
