@@ -1,7 +1,9 @@
-"""What several test files share: the backends that can run here, and where."""
+"""Fixtures for every test: the backends that can run here, and settings of the process."""
 
+import importlib.util
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 # Everything here is small: several threads would only wait for one another. Also in subprocesses.
@@ -11,23 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastlangevin.kernels import extension
-from fastlangevin.step import backend_status
-
-# Without a GPU Triton's kernels run interpreted: asked for here, before anything imports Triton.
+# Without a GPU Triton's kernels run interpreted: set before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fastlangevin.kernels import extension
+from tests.backends import SERVING, choose, instruction_sets
+
 # A shell has SIGINT ignored for what it runs in the background, and so for the runs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-SERVING = [
-    (name, device)
-    for device in (torch.device("cpu"), torch.device("cuda", 0))
-    if device.type == "cpu" or torch.cuda.is_available()
-    for name, reason in backend_status(device).items()
-    if reason is None
-]
 
 
 @pytest.fixture(params=SERVING, ids=lambda place: f"{place[0]} on {place[1].type}")
@@ -79,18 +73,17 @@ def _bfloat16_of_tritons_interpreter() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
-def instruction_sets() -> list[str]:
-    """Those of the extension that this processor runs."""
-    if extension.library is None:
-        return []
-    best = extension.library.instruction_set()
-    names = [n for n in ("baseline", "avx2", "avx512", "avx512_bf16") if choose(n)]
-    choose(best)
-    return names
-
-
-def choose(name: str) -> bool:
-    return extension.library.choose_instruction_set(name)
+@pytest.fixture(scope="session", autouse=True)
+def _without_tensorboard() -> Iterator[None]:
+    """Training runs write no TensorBoard events: importing it takes seconds in every process."""
+    find_spec = importlib.util.find_spec
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *more: None if name == "tensorboard" else find_spec(name, *more),
+        )
+        yield
 
 
 @pytest.fixture(params=instruction_sets())

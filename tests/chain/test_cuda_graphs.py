@@ -1,7 +1,6 @@
-"""Recorded chains, on the CPU: on a tape that repeats operations on the memory they were given."""
+"""Which calls are recorded as CUDA graphs, and the memory and copies of recordings."""
 
 import copy
-import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -10,160 +9,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastlangevin as fl
-from fastlangevin import step
 from fastlangevin.chain import cuda_graphs as graphs
-from fastlangevin.chain.cuda_graphs import Graphs, kind_of, refusal
-from fastlangevin.gradients import explicit as lean
-from fastlangevin.gradients import fused_gpu_plan as conv_plan
-from fastlangevin.gradients import select as choice
+from fastlangevin.chain.cuda_graphs import kind_of, refusal
 from fastlangevin.gradients.explicit import ExplicitGradient
-from fastlangevin.gradients.fused_gpu import FusedGradient
-from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.gradients.layers import Activation
-from fastlangevin.kernels import reference, triton
-
-CPU = torch.device("cpu")
-K = 3
-SHAPE = (2, 3, 8, 8)
-
-
-def numbers(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def net(activation: str = "silu") -> fl.ConvEnergy:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return fl.ConvEnergy(size=8, width=4, activation=activation)
-
-
-class _Taping(TorchDispatchMode):
-    def __init__(self, calls: list[Any]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        out = op(*args, **(kwargs or {}))
-        self.calls.append((op, args, kwargs or {}, out))
-        return out
-
-
-class Tape:
-    """What a CUDA graph does, in operators and steps: nothing in Python is run again."""
-
-    device_type = "cpu"
-    calls: list[Any] | None = None  # of the tape that is being made
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
-        run()
-        tape = Tape()
-        Tape.calls = tape.calls = []
-        try:
-            with _Taping(tape.calls):
-                run()
-        finally:
-            Tape.calls = None
-        self.made += 1
-        return tape, 2**20
-
-    def replay(self) -> None:
-        assert self.calls
-        for op, args, kwargs, out in self.calls:
-            new = op(*args, **kwargs)
-            if isinstance(out, Tensor):
-                out, new = (out,), (new,)
-            pairs = zip(out, new, strict=True) if isinstance(out, tuple | list) else ()
-            for old, value in pairs:
-                if old.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
-                    old.copy_(value)  # not a view, nor what was changed in place
-
-
-class Rerun:
-    """For kernels that a tape does not see: Python is run again."""
-
-    device_type = "cpu"
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
-        run()
-        self.made += 1
-        again = Rerun()
-        again.replay = run
-        return again, 0
-
-    replay: Callable[[], None]
-
-
-def taped_step_(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The step of a backend that reads ``rng_state``: interpreted, Triton's takes half a second."""
-    if Tape.calls is not None:
-        Tape.calls.append((taped_step_, (x, *args), dict(kwargs), x))
-    with _disable_current_modes():
-        rng_state = kwargs.pop("rng_state", None)
-        if rng_state is not None:
-            kwargs["seed"] = int(rng_state[0]) % 2**64
-            kwargs["step"] += int(rng_state[1])
-        return reference.step_(x, *args, **kwargs)
-
-
-class OnCuda(Activation):
-    """Keeps what it would on a GPU: signs are packed by a kernel that no tape sees."""
-
-    def __init__(self, node: Any, device: torch.device, wanted: bool) -> None:
-        super().__init__(node, torch.device("cuda"), wanted)
-
-
-@pytest.fixture
-def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = triton.available(CPU)
-    if reason is not None:
-        pytest.skip(f"triton: {reason}")
-    monkeypatch.setattr(
-        choice, "ExplicitGradient", functools.partial(ExplicitGradient, inplace=True)
-    )
-    monkeypatch.setattr(lean, "Activation", OnCuda)
-    monkeypatch.setitem(step._STEPS, "triton", taped_step_)
-
-
-as_on_cuda = pytest.mark.usefixtures("_as_on_cuda")
-DEFAULTS: dict[str, Any] = {
-    "steps": K, "step_size": 0.5, "noise_std": 0.05, "gradient": "explicit", "backend": "triton",
-}  # fmt: skip
-
-
-def plain(energy: nn.Module, **options: Any) -> fl.LangevinSampler:
-    """A sampler of chains that are not recorded."""
-    return fl.LangevinSampler(energy, **DEFAULTS | options)
-
-
-def recorded(energy: nn.Module, record: Any = None, **options: Any) -> fl.LangevinSampler:
-    run = plain(energy, **options)
-    run._graphs = Graphs(record or Tape())
-    return run
-
-
-def made(run: fl.LangevinSampler) -> int:
-    return run._graphs._record.made
-
-
-def line(run: fl.LangevinSampler, x: Tensor) -> str:
-    (found,) = (row for row in run.explain(x).split("\n") if row.startswith("graph "))
-    return found.removeprefix("graph").strip()
-
-
-# What is recorded --------------------------------------------------------------------------------
+from tests.chain.shared import (
+    CHANGES,
+    CPU,
+    SHAPE,
+    K,
+    Rerun,
+    as_on_cuda,
+    branched,
+    line,
+    made,
+    net,
+    numbers,
+    plain,
+    recorded,
+)
 
 FITS: dict[str, Any] = {
     "device": torch.device("cuda", 0), "dtype": torch.float32, "chains": 64, "engine": "explicit",
@@ -214,9 +81,6 @@ def test_other_calls_are_not_recorded(options: dict[str, Any]) -> None:
     assert made(run) == 0
 
 
-# The key -----------------------------------------------------------------------------------------
-
-
 def key(x: Tensor | None = None, seed: int = 0, first_chain: int = 0, first_step: int = 0,
         **options: Any) -> tuple[Any, ...]:  # fmt: skip
     run = fl.LangevinSampler(net(), **{"steps": K, "backend": "reference"} | options)
@@ -257,43 +121,6 @@ def test_a_key_holds_torchs_own_settings() -> None:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-# Weights stay in one place -----------------------------------------------------------------------
-
-
-def branched() -> nn.Module:
-    """Values read by two, linear layers, and a part of the gradient that is the same everywhere."""
-
-    class Energy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 2, 2, bias=False)
-            self.line = nn.Linear(64, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = nn.functional.silu(self.one(x)) + x
-            return self.line(self.two(h).flatten(1)).flatten() + nn.functional.silu(x).sum(
-                (1, 2, 3)
-            )
-
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return Energy()
-
-
-def by_optimiser(energy: nn.Module) -> None:
-    for parameter in energy.parameters():
-        parameter.grad = torch.full_like(parameter, 0.1)
-    torch.optim.SGD(energy.parameters(), lr=1.0).step()
-
-
-CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "an optimiser": by_optimiser,
-    "values through .data": lambda e: [p.data.mul_(-1.5) for p in e.parameters()],
-    "a swap of .data": lambda e: [setattr(p, "data", -p.data.flip(0)) for p in e.parameters()],
-    "a loaded state": lambda e: e.load_state_dict({k: -v for k, v in e.state_dict().items()}),
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("make", [net, branched])
 def test_packed_weights_stay_where_they_are(make: Callable[[], nn.Module], dtype: Any) -> None:
@@ -322,229 +149,6 @@ def test_packed_weights_stay_where_they_are(make: Callable[[], nn.Module], dtype
         for parameter, value in zip(energy.parameters(), held, strict=True):
             assert parameter.untyped_storage().data_ptr() not in own
             assert torch.equal(parameter, value)
-
-
-# Replays -----------------------------------------------------------------------------------------
-
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"noise_order": "before", "clamp": (-0.8, 0.8), "maximize": True},
-    {"noise_order": "last", "grad_clip": 0.02, "step_size": [0.5, 0.4, 0.3]},
-    {"grad_clip": ("chain_norm", 0.1), "noise_std": [0.1, 0.0, 0.2]},
-    {"grad_clip": ("batch_norm", 0.1), "noise_std": 0.0},
-    {"maximize": True, "steps": 1},
-]
-
-
-@as_on_cuda
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "leaky_relu"])
-def test_a_replay_is_the_chain(activation: str, options: dict[str, Any]) -> None:
-    energy = net(activation)
-    run, want = recorded(energy, **options), plain(energy, **options)
-    for call, seed in enumerate((0, 0, 1, 2**64 - 1, 0)):
-        x = numbers(call)
-        assert torch.equal(run(x, seed=seed, first_step=9 * call),
-                           want(x, seed=seed, first_step=9 * call))  # fmt: skip
-        assert made(run) == min(call, 1)
-    assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one; recorded in ")
-    assert line(run, x).endswith(", 1 MiB")
-
-
-@as_on_cuda
-def test_every_replay_has_its_own_noise() -> None:
-    run, x = recorded(net()), numbers()
-    run(x, seed=0)
-    ends = [run(x, seed=s, first_step=t) for s, t in ((0, 0), (1, 0), (0, 1), (2**32, 0), (0, 0))]
-    assert torch.equal(ends[0], ends[-1])
-    assert all(not torch.equal(a, b) for i, a in enumerate(ends[:4]) for b in ends[:i])
-    assert len(run._graphs._recordings()) == made(run) == 1
-
-
-@as_on_cuda
-@pytest.mark.parametrize("make", [net, branched])
-def test_weights_are_read_at_every_replay(make: Callable[[], nn.Module]) -> None:
-    energy, x = make(), numbers()
-    run, want = recorded(energy), plain(energy)
-    for _ in range(2):
-        before = run(x, seed=0)
-    for change in CHANGES.values():
-        change(energy)
-        after = run(x, seed=0)
-        assert torch.equal(after, want(x, seed=0))
-        assert not torch.allclose(after, before)
-        before = after
-    assert len(run._graphs._recordings()) == made(run) == 1  # used all along
-
-
-@as_on_cuda
-def test_another_energy_is_recorded_anew() -> None:
-    energy, x = nn.Sequential(net()), numbers()
-    run = recorded(energy)
-    for count, activation in ((1, "silu"), (2, "elu"), (3, "leaky_relu")):
-        energy[0] = net(activation)
-        for _ in range(3):
-            assert torch.equal(run(x, seed=0), plain(energy)(x, seed=0))
-        assert made(run) == count
-
-
-@as_on_cuda
-def test_a_score_that_has_moved_is_recorded_anew() -> None:
-    run, x = recorded(net()), numbers()
-    for _ in range(2):
-        want = run(x, seed=0)
-    (recording,) = run._graphs._recordings()
-    layer = next(iter(recording.engine._weighted.values()))
-    layer.weight = layer.weight.clone()
-    for count in (1, 2, 2):
-        assert torch.equal(run(x, seed=0), want)
-        assert made(run) == count
-
-
-@as_on_cuda
-def test_the_fused_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlangevin.sampler.check_precision", lambda *_: None)
-    monkeypatch.setattr(conv_plan, "_MULTIPROCESSORS", 1)
-    monkeypatch.setattr(conv_plan, "_TILES", ((512, 32, 4),))
-    monkeypatch.setattr(conv_plan, "_IEEE_TILES", ((512, 32, 4),))
-
-    def fused(graph: Graph, x: Tensor, precision: str, cache: Any, by_name: bool) -> FusedGradient:
-        stack = conv_stack(graph)
-        make = lambda: FusedGradient(stack, x.shape[0], x.device, precision)  # noqa: E731
-        return cache.engine(make, graph, "triton", precision)
-
-    monkeypatch.setattr(choice, "_fused", fused)
-    energy = net()
-    options = {"gradient": "fused", "precision": "fp16", "clamp": (-1.0, 1.0), "steps": 2}
-    run, x = recorded(energy, Rerun(), **options), numbers()
-    want = plain(energy, **options)
-    for seed in (0, 0, 5):
-        assert torch.equal(run(x, seed=seed, first_step=seed), want(x, seed=seed, first_step=seed))
-    by_optimiser(energy)
-    assert torch.equal(run(x, seed=0), want(x, seed=0))
-    assert len(run._graphs._recordings()) == made(run) == 1
-    energy.layers[2].weight.data.mul_(1e7)
-    with pytest.raises(FloatingPointError, match='precision="fp16" the gradient is not finite'):
-        run(x, seed=0)
-
-
-@as_on_cuda
-def test_an_overflow_is_noticed_in_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlangevin.sampler.check_precision", lambda *_: None)
-    energy, x = net("leaky_relu"), numbers()
-    run = recorded(energy, precision="fp16", clamp=(-1.0, 1.0))
-    for _ in range(3):
-        want = run(x, seed=0)
-    energy.layers[2].weight.data.mul_(2.0**24)
-    for _ in range(2):
-        with pytest.raises(FloatingPointError, match='with precision="fp16" at step 0'):
-            run(x, seed=0)
-    energy.layers[2].weight.data.mul_(2.0**-24)
-    assert torch.equal(run(x, seed=0), want)
-    assert made(run) == 1
-
-
-@as_on_cuda
-def test_chains_that_are_not_finite() -> None:
-    energy, x = net(), numbers()
-    run = recorded(energy)
-    lost = x.clone()
-    lost[1, 0, 0, 0] = float("nan")
-    for _ in range(3):  # nothing is recorded from a chain that proves nothing
-        with pytest.raises(FloatingPointError, match="1 of 2 chains"):
-            run(lost, seed=0)
-        assert made(run) == 0
-    run(x, seed=0)
-    assert made(run) == 1
-    with pytest.raises(FloatingPointError, match="1 of 2 chains"):
-        run(lost, seed=0)
-    energy.layers[-1].bias.data.fill_(float("nan"))  # which the energies alone can tell
-    with pytest.raises(FloatingPointError, match="2 of 2 chains"):
-        run(x, seed=0)
-    assert made(run) == 1
-
-
-# Failures ----------------------------------------------------------------------------------------
-
-
-@as_on_cuda
-def test_what_cannot_be_recorded_runs_step_by_step_from_then_on() -> None:
-    tries = []
-
-    class Failing(Tape):
-        def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
-            tries.append(device)
-            raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel")
-
-    energy, x = net(), numbers()
-    run, want = recorded(energy, Failing()), plain(energy)
-    for seed in range(4):
-        assert torch.equal(run(x, seed=seed), want(x, seed=seed))
-    assert len(tries) == 1
-    reason = "RuntimeError: operation not permitted when stream is capturing"
-    assert line(run, x) == f"no: its launches could not be recorded: {reason}"
-
-
-@as_on_cuda
-def test_the_host_may_not_look_while_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = OnCuda.forward
-
-    def looks(self: OnCuda, x: Tensor) -> Tensor | None:
-        bool(x.isfinite().all())
-        return forward(self, x)
-
-    monkeypatch.setattr(OnCuda, "forward", looks)
-    run, x = recorded(net()), numbers()
-    for seed in range(3):
-        assert torch.equal(run(x, seed=seed), plain(run.energy)(x, seed=seed))
-    assert "not permitted when stream is capturing" in line(run, x)
-
-
-class Wrong(Tape):
-    """A tape that leaves something out."""
-
-    def __init__(self, drop: Callable[[Any], bool]) -> None:
-        super().__init__()
-        self.drop = drop
-
-    def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
-        tape, size = super().__call__(run, device, shared_with)
-        count = len(tape.calls)
-        tape.calls = [call for call in tape.calls if not self.drop(call)]
-        assert len(tape.calls) < count
-        return tape, size
-
-
-@as_on_cuda
-@pytest.mark.parametrize(
-    "drop",
-    [lambda call: call[0] is taped_step_, lambda call: "convolution" in str(call[0])],
-    ids=["steps", "convolutions"],
-)
-def test_a_replay_that_differs_is_never_used(drop: Callable[[Any], bool]) -> None:
-    run, x = recorded(net(), Wrong(drop)), numbers()
-    for seed in range(4):
-        assert torch.equal(run(x, seed=seed), plain(run.energy)(x, seed=seed))
-    assert line(run, x) == "no: its replay differs from the chain run step by step"
-    assert made(run) == 1
-
-
-@as_on_cuda
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_seed_that_is_not_read_from_memory_shows(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def deaf_step_(*args: Any, rng_state: Tensor | None = None, **kwargs: Any) -> Tensor:
-        return taped_step_(*args, **kwargs)
-
-    monkeypatch.setitem(step._STEPS, "triton", deaf_step_)
-    run, x = recorded(net()), numbers()
-    for _ in range(2):
-        run(x, seed=seed)
-    assert "its replay differs" in line(run, x)
-
-
-# Memory, copies, threads -------------------------------------------------------------------------
 
 
 @as_on_cuda

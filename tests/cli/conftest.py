@@ -12,12 +12,6 @@ from tests.cli.shared import TINY
 from tests.command import run_command
 
 
-@pytest.fixture(autouse=True)
-def _no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its import takes seconds."""
-    monkeypatch.setattr("fastlangevin.learn.log._summary_writer", lambda *arguments: None)
-
-
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run the command in an empty folder."""
@@ -29,9 +23,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run on real digits."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastlangevin.learn.log._summary_writer", lambda *arguments: None)
-        train(resolve(overrides=TINY | {"ema": 0.9}), out)
+    train(resolve(overrides=TINY | {"ema": 0.9}), out)
     return out
 
 

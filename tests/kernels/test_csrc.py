@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 # As CMakeLists.txt compiles them.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", str(ROOT / "csrc" / "step_cuda.cu")]
+SOURCES = ROOT / "csrc"
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", f"-I{SOURCES}", str(SOURCES / "cuda" / "step.cu")]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -26,6 +27,7 @@ def run(*command: object) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not run from a checkout")
 def test_cpp_tests_pass_under_sanitizers(tmp_path):
@@ -60,11 +62,12 @@ def test_cuda_architectures_are_those_that_nvcc_knows(tmp_path, listed, chosen, 
     assert f"CUDA architectures: {want}\n" in done.stdout
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_cuda_kernels_compile_everywhere_without_spills(tmp_path):
     architectures = [80, 90, 100, 120]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    output = ["-Xptxas", "-v", "--threads", "2", "-c", "-o", tmp_path / "step_cuda.o"]
+    output = ["-Xptxas", "-v", "--threads", "2", "-c", "-o", tmp_path / "step.o"]
     report = run(NVCC, *NVCC_FLAGS, *codes, *output)
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'", report)
     assert {int(a) for _, a in kernels} == set(architectures)
@@ -80,8 +83,8 @@ def test_cuda_kernels_compile_everywhere_without_spills(tmp_path):
 
 @needs_nvcc
 def test_cuda_kernels_move_16_bytes_at_a_time(tmp_path):
-    run(NVCC, *NVCC_FLAGS, "-arch=sm_80", "-ptx", "-o", tmp_path / "step_cuda.ptx")
-    entries = (tmp_path / "step_cuda.ptx").read_text().split(".entry ")[1:]
+    run(NVCC, *NVCC_FLAGS, "-arch=sm_80", "-ptx", "-o", tmp_path / "step.ptx")
+    entries = (tmp_path / "step.ptx").read_text().split(".entry ")[1:]
     linear = [entry for entry in entries if "linear_step" in entry.split("(")[0]]
     assert len(linear) == 9
     for entry in linear:

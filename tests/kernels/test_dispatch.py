@@ -140,6 +140,11 @@ def test_compiled_functions_match(
         assert torch.equal(x, y)
 
 
+def test_the_op_takes_any_strides_so_that_inductor_copies_no_gradient() -> None:
+    assert torch.Tag.flexible_layout in OP.tags
+
+
+@pytest.mark.slow
 def test_inductor(backend: str, device: torch.device) -> None:
     """Above all that ``before`` is not computed again from the moved x."""
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlangevin.kernels import native
 from fastlangevin.step import resolve_backend
-from tests.conftest import SERVING, instruction_sets
+from tests.backends import SERVING, instruction_sets
 
 if not (Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz").is_dir():
     pytest.skip("benchmarks are not installed", allow_module_level=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlangevin import langevin_step_, noise
 from fastlangevin.kernels import extension, native, reference
 from fastlangevin.step import choose_backend
-from tests.conftest import choose, instruction_sets
+from tests.backends import choose, instruction_sets
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -88,6 +88,7 @@ def _zeros_beyond_32_bits(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_chain_longer_than_32_bits_count():
     elements = 2**31 + 5
     x = native.step_(_zeros_beyond_32_bits(1, elements), None, None, **OPTIONS)
@@ -100,6 +101,7 @@ def test_a_chain_longer_than_32_bits_count():
         assert torch.equal(x[0, first : first + count], exact)
 
 
+@pytest.mark.slow
 def test_more_elements_than_32_bits_count_in_many_chains():
     rows = 2**20 + 3
     grad = randn(1, 2048, dtype=torch.bfloat16)

@@ -4,12 +4,14 @@ What every backend promises is in test_step.py, which runs this one too where it
 here is what only these kernels do: their words, their tiles, their outputs and their machine code.
 """
 
+import functools
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,29 +235,44 @@ VECTORS = {  # contiguous float32 and bfloat16 tensors: 16 bytes a load; bfloat1
 }
 
 
+per_architecture = pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=() if arch == "90" else pytest.mark.slow) for arch in ARCHITECTURES],
+)
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/compile_triton.py says of every launch and architecture."""
+def compile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What tests/compile_triton.py says of every launch on an architecture."""
     script = Path(__file__).with_name("compile_triton.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, str(script), *ARCHITECTURES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+
+    @functools.cache
+    def run(arch: str) -> dict[str, Any]:
+        command = [sys.executable, str(script), arch]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_nothing_spills_and_nothing_is_fused(compiled: dict[str, Any], arch: str) -> None:
+@per_architecture
+def test_nothing_spills_and_nothing_is_fused(
+    compile_for: Callable[[str], dict[str, Any]], arch: str
+) -> None:
     """At most 64 registers: 1,024 threads of 2,048 still fit. Fused roundings would differ."""
-    for launch, results in compiled.items():
+    for launch, results in compile_for(arch).items():
         assert results[arch]["local"] == 0, launch
         assert results[arch]["registers"] <= 64, launch
         assert results[arch]["fused"] == 0, launch
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@per_architecture
 @pytest.mark.parametrize("launch", VECTORS)
-def test_accesses_of_16_bytes(compiled: dict[str, Any], launch: str, arch: str) -> None:
-    assert set(compiled[launch][arch]["loads"]) == VECTORS[launch]
-    assert compiled[launch][arch]["stores"] == ["v4.b32"]
+def test_accesses_of_16_bytes(
+    compile_for: Callable[[str], dict[str, Any]], launch: str, arch: str
+) -> None:
+    assert set(compile_for(arch)[launch][arch]["loads"]) == VECTORS[launch]
+    assert compile_for(arch)[launch][arch]["stores"] == ["v4.b32"]

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastlangevin.learn.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from tests.processes import start
 
 SAMPLER = {"steps": 3, "step_size": 0.5, "noise_std": 0.02, "clamp": [-1.0, 1.0]}
 HEADER = {"format": "fastlangevin checkpoint", "version": 1}
@@ -374,26 +374,27 @@ def test_a_failure_at_the_end_leaves_the_previous_file(
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-LIMITED = """
-import resource, sys, torch
-from fastlangevin.learn.checkpoint import save_checkpoint
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    save_checkpoint(sys.argv[1], {"x": torch.zeros(10**6)}, {"iteration": 3})
-except OSError as error:
-    print("OSError:", error)
-"""
+def save_with_limit(path: Path, said: Path) -> None:
+    """Save 4 MB where the kernel takes 100 kB a file, and write down how that fails."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save_checkpoint(path, {"x": torch.zeros(10**6)}, {"iteration": 3})
+    except OSError as error:
+        said.write_text(f"OSError: {error}")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
-def test_a_file_that_the_system_does_not_take(saved: Path) -> None:
+def test_a_file_that_the_system_does_not_take(
+    saved: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """A real refused write, in another process: the kernel caps its files at 100 kB of 4 MB."""
     before = saved.read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(saved)], capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.startswith("OSError:"), done.stderr
-    assert str(saved) in done.stdout
+    said = tmp_path_factory.mktemp("limited") / "said"
+    start(save_with_limit, saved, said).join(60)
+    assert said.read_text().startswith("OSError:")
+    assert str(saved) in said.read_text()
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 

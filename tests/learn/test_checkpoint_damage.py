@@ -1,12 +1,11 @@
 """Checkpoints and records that are damaged: found, named, and never gone on from in silence."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +46,6 @@ SETTINGS = {
     "buffer_kind": "fifo",
     "device": "cpu",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_tensorboard() -> Iterator[None]:
-    """Its import takes seconds."""
-    find_spec = importlib.util.find_spec
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, *more: None if name == "tensorboard" else find_spec(name, *more),
-        )
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,7 @@ def test_its_samples_pass_the_check(command: Any) -> None:
     assert found.stdout.rstrip().endswith("pass")
 
 
+@pytest.mark.slow
 def test_it_reconstructs_digits_that_it_has_not_seen() -> None:
     """At most half the error of the best of 64 random samples, in 40 steps from one start each."""
     sampler = fl.load("digits")

@@ -21,25 +21,11 @@ from fastlangevin.learn import load_images, resolve, sweep, train
 from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import QualityCheck, coarse
-from fastlangevin.learn.sweep.environment import own_device
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep.run import run_sweep
-from tests.command import run_command
+from tests.learn.sweep_shared import CENTRE, interrupted
 
-CENTRE = {
-    "limit": 100,
-    "width": 2,
-    "steps": 2,
-    "iterations": 4,
-    "batch_size": 32,
-    "log_every": 1,
-    "save_every": 1,
-    "samples": 4,
-    "device": "cpu",
-    "seed": 5,
-}
-FIND_SPEC = importlib.util.find_spec
 Results = list[dict[str, Any]]
 
 
@@ -49,20 +35,10 @@ class CutError(Exception):
 
 @pytest.fixture(scope="module", autouse=True)
 def _light() -> Iterator[None]:
-    """Few samples, and no TensorBoard, whose import takes seconds."""
-
-    def find_spec(name: str, package: str | None = None) -> Any:
-        return None if name == "tensorboard" else FIND_SPEC(name, package)
-
+    """Few samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", find_spec)
         patch.setattr(sweep.run, "SAMPLES", 50)
         yield
-
-
-@pytest.fixture(scope="module")
-def plan() -> Sweep:
-    return Sweep(resolve(overrides=CENTRE), {"steps": [1, 2]}, seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -90,30 +66,8 @@ def assert_same(out: Path, results: Results | None, whole: tuple[Path, Results])
             assert all(torch.equal(value, want[key]) for key, value in got.items())
 
 
-def interrupted(at_run: int, at_iteration: int, action: Callable[[], None]) -> Any:
-    """``train``, with something happening after an iteration of the sweep's at_run-th run."""
-    calls = 0
-
-    def patched(config: Any, out: Path, *, report: Any, **options: Any) -> Path:
-        nonlocal calls
-        calls += 1
-        here = calls == at_run + 1
-
-        def follow(iteration: int, record: Any) -> None:
-            report(iteration, record)
-            if here and iteration == at_iteration:
-                action()
-
-        return train(config, out, report=follow, **options)
-
-    return patched
-
-
 def cut() -> None:
     raise CutError
-
-
-# Which runs ---------------------------------------------------------------------------------------
 
 
 def settings(plan: Sweep) -> list[tuple[Any, ...]]:
@@ -171,9 +125,6 @@ def test_a_file_and_options(tmp_path: Path) -> None:
     changed = read_sweep(file, {"steps": [7], "width": [3, 5]}, seeds=2, grid=False)
     want = Sweep(resolve(overrides=CENTRE | {"steps": 7}), {"width": [3, 5]}, 2)
     assert changed == want
-
-
-# Made, cut, resumed, shared -----------------------------------------------------------------------
 
 
 def test_a_run_is_one_of_train(plan: Sweep, whole: tuple[Path, Results], tmp_path: Path) -> None:
@@ -277,9 +228,6 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     assert "1 diverged" in (tmp_path / "sweep.svg").read_text()
 
 
-# What is made of it -------------------------------------------------------------------------------
-
-
 def test_means_and_standard_errors(plan: Sweep, whole: tuple[Path, Results]) -> None:
     content = summarise(plan, whole[1])
     for point, own in zip(content["points"], (whole[1][:2], whole[1][2:]), strict=True):
@@ -353,9 +301,6 @@ def test_the_table_of_a_grid_has_a_line_for_each_point(whole: tuple[Path, Result
     ]
 
 
-# The figures of quality ---------------------------------------------------------------------------
-
-
 def test_figures_are_of_coarse_clamped_pixels() -> None:
     fine = torch.rand(50, 2, 8, 8).repeat_interleave(2, -1).repeat_interleave(2, -2)
     x = (2 * fine[:, :, ::2, ::2]).clamp(max=1).flatten(1).double()
@@ -394,59 +339,6 @@ def test_marks_have_the_samples_counts() -> None:
 def test_quality_of_data_without_labels() -> None:
     data = dataclasses.replace(load_images("digits", limit=50), labels=None)
     assert QualityCheck(data)(torch.zeros(8, 1, 8, 8)).sure is None
-
-
-# Refused ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        ({}, "no field is swept"),
-        ({"depth": [1]}, "no setting is called depth"),
-        ({"seed": [1, 2]}, "seed cannot be an axis"),
-        ({"steps": []}, "steps must have one value or more"),
-        ({"steps": 5}, "steps must have a list of values, got 5"),
-        ({"steps": [1, 2.5]}, r"at steps=2.5: steps must be int, got 2.5"),
-        ({"steps": [1, 1.0]}, "steps must have distinct values, got 1 twice"),
-        ({"data_noise": [0.1, -0.1]}, "at data_noise=-0.1: train: data_noise must be >= 0"),
-    ],
-)
-def test_plans_that_do_not_serve(axes: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Sweep(resolve(overrides=CENTRE), axes)
-
-
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        ({"steps": [1, 0]}, "at steps=0: .*steps must be at least 1"),
-        ({"width": [2, -1]}, "at width=-1: .*width"),
-        ({"activation": ["silu", "step"]}, "at activation=step: .*activation"),
-        ({"noise_std": [0.1, -1]}, "at noise_std=-1.0: .*noise_std"),
-        ({"size": [8, 12]}, "at size=12: .*power of two"),
-    ],
-)
-def test_every_point_is_checked_before_any_work(axes: Any, message: str, tmp_path: Path) -> None:
-    plan = Sweep(resolve(overrides=CENTRE), axes)
-    with pytest.raises(ValueError, match=message):
-        run_sweep(plan, tmp_path / "sweep")
-    assert not (tmp_path / "sweep").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"depth": 5}, "plan.yaml: no setting is called depth"),
-        ({"axes": [1, 2]}, "plan.yaml: axes must hold lists"),
-        ({"axes": {"steps": [1, 2]}, "seeds": 0}, "seeds must be at least 1"),
-        ({"axes": {"steps": [1, 2]}, "grid": "yes please"}, "grid must be true or false"),
-    ],
-)
-def test_files_that_do_not_serve(content: Any, message: str, tmp_path: Path) -> None:
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=message):
-        read_sweep(tmp_path / "plan.yaml")
 
 
 def test_folders_that_do_not_serve(
@@ -512,69 +404,3 @@ def test_damaged_results(
 def test_ranks_that_do_not_serve(rank: int, world_size: int, plan: Sweep, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rank must be in 0|world_size must be at least 1"):
         run_sweep(plan, tmp_path, rank=rank, world_size=world_size)
-
-
-# The command --------------------------------------------------------------------------------------
-
-
-def options(**changes: Any) -> list[str]:
-    named = {"iterations": 2, **changes}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in (CENTRE | named).items()]
-
-
-def test_command(tmp_path: Path) -> None:
-    """Two processes by the environment, the second of which writes the report."""
-    out = tmp_path / "sweep"
-    command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
-    first, second = (run_command(*command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
-    assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
-    assert "done; runs of other processes are still missing" in first.output
-    assert str(out / "sweep.json") in second.output
-    plan = yaml.safe_load((out / "sweep.yaml").read_text())
-    assert plan["axes"] == {"steps": [1, 2], "clamp": [None, [-1.0, 1.0]]}
-    points = json.loads((out / "sweep.json").read_text())["points"]
-    centre = resolve().steps
-    assert [p["settings"]["steps"] for p in points] == [1, 2, centre, centre]
-
-
-def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "sweep"
-    command = ["sweep", *options(steps="1,2"), "--seeds=1", f"--out={out}"]
-    stop = interrupted(1, 1, lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(sweep.run, "train", stop)
-    stopped = run_command(*command)
-    assert stopped.exit_code == 128 + signal.SIGTERM
-    assert "the same command continues the sweep" in stopped.output
-    assert not (out / "sweep.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("device", "local", "want"),
-    [("auto", "5", "cuda:1"), ("auto", None, None), ("cuda:3", "1", None), ("cpu", "1", None)],
-)
-def test_a_process_of_torchruns_takes_its_own_gpu(
-    device: str, local: str | None, want: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where there are four, the sixth shares the second's; a device by name is the user's."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if local is not None:
-        monkeypatch.setenv("LOCAL_RANK", local)
-    assert own_device(device) == want
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--steps=1,["], "steps must be values separated by commas, got '1,['"),
-        (["--steps="], "steps must have one value or more, got none"),
-        (["--steps=5"], "no field is swept"),
-        (["--steps=5,ten"], "at steps=ten: steps must be int, got 'ten'"),
-    ],
-)
-def test_command_refuses(given: list[str], message: str, tmp_path: Path) -> None:
-    done = run_command("sweep", *given, f"--out={tmp_path / 'sweep'}")
-    assert done.exit_code == 1
-    assert message in done.output
-    assert not (tmp_path / "sweep").exists()

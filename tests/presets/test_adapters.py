@@ -201,6 +201,7 @@ def test_the_recipe_for_inline_loops_is_the_same_chain() -> None:
     assert (got - x0).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_the_ddp_example_keeps_weights_together_and_chains_apart() -> None:
     with socket.socket() as free:

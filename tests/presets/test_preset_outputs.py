@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from tests.presets.test_presets import CASES, UNIT, X0, K, N, Net, flags, numbers, well
+from tests.presets.shared import CASES, UNIT, X0, K, N, Net, flags, numbers, well
 
 # Of [n, 12]. All but the mean have one sum.
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {

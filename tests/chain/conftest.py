@@ -1,0 +1,23 @@
+"""Fixtures of the tests of CUDA graphs."""
+
+import functools
+
+import pytest
+
+from fastlangevin import step
+from fastlangevin.gradients import explicit, select
+from fastlangevin.gradients.explicit import ExplicitGradient
+from fastlangevin.kernels import triton
+from tests.chain.shared import CPU, OnCuda, taped_step_
+
+
+@pytest.fixture
+def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = triton.available(CPU)
+    if reason is not None:
+        pytest.skip(f"triton: {reason}")
+    monkeypatch.setattr(
+        select, "ExplicitGradient", functools.partial(ExplicitGradient, inplace=True)
+    )
+    monkeypatch.setattr(explicit, "Activation", OnCuda)
+    monkeypatch.setitem(step._STEPS, "triton", taped_step_)

@@ -1,0 +1,134 @@
+"""What sweeps refuse, and the command."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fastlangevin.learn import resolve, sweep
+from fastlangevin.learn.sweep.environment import own_device
+from fastlangevin.learn.sweep.plan import Sweep, read_sweep
+from fastlangevin.learn.sweep.run import run_sweep
+from tests.command import run_command
+from tests.learn.sweep_shared import CENTRE, interrupted, options
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _light() -> Iterator[None]:
+    """Few samples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep.run, "SAMPLES", 50)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({}, "no field is swept"),
+        ({"depth": [1]}, "no setting is called depth"),
+        ({"seed": [1, 2]}, "seed cannot be an axis"),
+        ({"steps": []}, "steps must have one value or more"),
+        ({"steps": 5}, "steps must have a list of values, got 5"),
+        ({"steps": [1, 2.5]}, r"at steps=2.5: steps must be int, got 2.5"),
+        ({"steps": [1, 1.0]}, "steps must have distinct values, got 1 twice"),
+        ({"data_noise": [0.1, -0.1]}, "at data_noise=-0.1: train: data_noise must be >= 0"),
+    ],
+)
+def test_plans_that_do_not_serve(axes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sweep(resolve(overrides=CENTRE), axes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"steps": [1, 0]}, "at steps=0: .*steps must be at least 1"),
+        ({"width": [2, -1]}, "at width=-1: .*width"),
+        ({"activation": ["silu", "step"]}, "at activation=step: .*activation"),
+        ({"noise_std": [0.1, -1]}, "at noise_std=-1.0: .*noise_std"),
+        ({"size": [8, 12]}, "at size=12: .*power of two"),
+    ],
+)
+def test_every_point_is_checked_before_any_work(axes: Any, message: str, tmp_path: Path) -> None:
+    plan = Sweep(resolve(overrides=CENTRE), axes)
+    with pytest.raises(ValueError, match=message):
+        run_sweep(plan, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"depth": 5}, "plan.yaml: no setting is called depth"),
+        ({"axes": [1, 2]}, "plan.yaml: axes must hold lists"),
+        ({"axes": {"steps": [1, 2]}, "seeds": 0}, "seeds must be at least 1"),
+        ({"axes": {"steps": [1, 2]}, "grid": "yes please"}, "grid must be true or false"),
+    ],
+)
+def test_files_that_do_not_serve(content: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        read_sweep(tmp_path / "plan.yaml")
+
+
+def test_command(tmp_path: Path) -> None:
+    """Two processes by the environment, the second of which writes the report."""
+    out = tmp_path / "sweep"
+    command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
+    first, second = (run_command(*command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
+    assert "done; runs of other processes are still missing" in first.output
+    assert str(out / "sweep.json") in second.output
+    plan = yaml.safe_load((out / "sweep.yaml").read_text())
+    assert plan["axes"] == {"steps": [1, 2], "clamp": [None, [-1.0, 1.0]]}
+    points = json.loads((out / "sweep.json").read_text())["points"]
+    centre = resolve().steps
+    assert [p["settings"]["steps"] for p in points] == [1, 2, centre, centre]
+
+
+def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "sweep"
+    command = ["sweep", *options(steps="1,2"), "--seeds=1", f"--out={out}"]
+    stop = interrupted(1, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(sweep.run, "train", stop)
+    stopped = run_command(*command)
+    assert stopped.exit_code == 128 + signal.SIGTERM
+    assert "the same command continues the sweep" in stopped.output
+    assert not (out / "sweep.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "want"),
+    [("auto", "5", "cuda:1"), ("auto", None, None), ("cuda:3", "1", None), ("cpu", "1", None)],
+)
+def test_a_process_of_torchruns_takes_its_own_gpu(
+    device: str, local: str | None, want: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are four, the sixth shares the second's; a device by name is the user's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert own_device(device) == want
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--steps=1,["], "steps must be values separated by commas, got '1,['"),
+        (["--steps="], "steps must have one value or more, got none"),
+        (["--steps=5"], "no field is swept"),
+        (["--steps=5,ten"], "at steps=ten: steps must be int, got 'ten'"),
+    ],
+)
+def test_command_refuses(given: list[str], message: str, tmp_path: Path) -> None:
+    done = run_command("sweep", *given, f"--out={tmp_path / 'sweep'}")
+    assert done.exit_code == 1
+    assert message in done.output
+    assert not (tmp_path / "sweep").exists()
