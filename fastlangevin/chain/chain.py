@@ -62,7 +62,8 @@ Evaluated = tuple[Tensor | None, Tensor]  # energies [n] if known, and the gradi
 class Step(NamedTuple):
     """The results of one step: its index, the state after it, energies [n] and gradient before it.
 
-    Energies are None for a score network, and if they were neither requested nor needed. The gradient is None if a kernel used it without storing it.
+    Energies are None for a score network, and if they were neither requested nor needed. The
+    gradient is None if a kernel used it without storing it.
     """
 
     k: int
