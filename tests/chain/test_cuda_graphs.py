@@ -16,8 +16,8 @@ import fastlangevin as fl
 from fastlangevin import step
 from fastlangevin.chain import cuda_graphs as graphs
 from fastlangevin.chain.cuda_graphs import Graphs, kind_of, refusal
-from fastlangevin.gradients import explicit as lean
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
+from fastlangevin.gradients import passes
 from fastlangevin.gradients import select as choice
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
@@ -133,7 +133,7 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         choice, "ExplicitGradient", functools.partial(ExplicitGradient, inplace=True)
     )
-    monkeypatch.setattr(lean, "Activation", OnCuda)
+    monkeypatch.setattr(passes, "Activation", OnCuda)
     monkeypatch.setitem(step._STEPS, "triton", taped_step_)
 
 
