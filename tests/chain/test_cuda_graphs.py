@@ -12,18 +12,10 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
-<<<<<<< HEAD
 from fastlangevin.chain.cuda_graphs import kind_of, refusal
-=======
-from fastlangevin.chain.cuda_graphs import Graphs, kind_of, refusal
-from fastlangevin.gradients import fused_gpu_plan as conv_plan
-from fastlangevin.gradients import passes
-from fastlangevin.gradients import select as choice
->>>>>>> h-gradients
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
-<<<<<<< HEAD
 from tests.chain.shared import (
     CHANGES,
     CPU,
@@ -39,148 +31,6 @@ from tests.chain.shared import (
     plain,
     recorded,
 )
-=======
-from fastlangevin.gradients.layers import Activation
-from fastlangevin.kernels import reference, triton
-
-CPU = torch.device("cpu")
-K = 3
-SHAPE = (2, 3, 8, 8)
-
-
-def numbers(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def net(activation: str = "silu") -> fl.ConvEnergy:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return fl.ConvEnergy(size=8, width=4, activation=activation)
-
-
-class _Taping(TorchDispatchMode):
-    def __init__(self, calls: list[Any]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        out = op(*args, **(kwargs or {}))
-        self.calls.append((op, args, kwargs or {}, out))
-        return out
-
-
-class Tape:
-    """What a CUDA graph does, in operators and steps: nothing in Python is run again."""
-
-    device_type = "cpu"
-    calls: list[Any] | None = None  # of the tape that is being made
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
-        run()
-        tape = Tape()
-        Tape.calls = tape.calls = []
-        try:
-            with _Taping(tape.calls):
-                run()
-        finally:
-            Tape.calls = None
-        self.made += 1
-        return tape, 2**20
-
-    def replay(self) -> None:
-        assert self.calls
-        for op, args, kwargs, out in self.calls:
-            new = op(*args, **kwargs)
-            if isinstance(out, Tensor):
-                out, new = (out,), (new,)
-            pairs = zip(out, new, strict=True) if isinstance(out, tuple | list) else ()
-            for old, value in pairs:
-                if old.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
-                    old.copy_(value)  # not a view, nor what was changed in place
-
-
-class Rerun:
-    """For kernels that a tape does not see: Python is run again."""
-
-    device_type = "cpu"
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, run: Callable[[], None], device: torch.device, beside: Any) -> Any:
-        run()
-        self.made += 1
-        again = Rerun()
-        again.replay = run
-        return again, 0
-
-    replay: Callable[[], None]
-
-
-def taped_step_(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The step of a backend that reads ``state``: interpreted, Triton's takes half a second."""
-    if Tape.calls is not None:
-        Tape.calls.append((taped_step_, (x, *args), dict(kwargs), x))
-    with _disable_current_modes():
-        state = kwargs.pop("state", None)
-        if state is not None:
-            kwargs["seed"] = int(state[0]) % 2**64
-            kwargs["step"] += int(state[1])
-        return reference.step_(x, *args, **kwargs)
-
-
-class OnCuda(Activation):
-    """Keeps what it would on a GPU: signs are packed by a kernel that no tape sees."""
-
-    def __init__(self, node: Any, device: torch.device, wanted: bool) -> None:
-        super().__init__(node, torch.device("cuda"), wanted)
-
-
-@pytest.fixture
-def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = triton.available(CPU)
-    if reason is not None:
-        pytest.skip(f"triton: {reason}")
-    monkeypatch.setattr(
-        choice, "ExplicitGradient", functools.partial(ExplicitGradient, inplace=True)
-    )
-    monkeypatch.setattr(passes, "Activation", OnCuda)
-    monkeypatch.setitem(step._STEPS, "triton", taped_step_)
-
-
-as_on_cuda = pytest.mark.usefixtures("_as_on_cuda")
-DEFAULTS: dict[str, Any] = {
-    "steps": K, "step_size": 0.5, "noise_std": 0.05, "gradient": "explicit", "backend": "triton",
-}  # fmt: skip
-
-
-def plain(energy: nn.Module, **options: Any) -> fl.LangevinSampler:
-    """A sampler of chains that are not recorded."""
-    return fl.LangevinSampler(energy, **DEFAULTS | options)
-
-
-def recorded(energy: nn.Module, record: Any = None, **options: Any) -> fl.LangevinSampler:
-    run = plain(energy, **options)
-    run._graphs = Graphs(record or Tape())
-    return run
-
-
-def made(run: fl.LangevinSampler) -> int:
-    return run._graphs._record.made
-
-
-def line(run: fl.LangevinSampler, x: Tensor) -> str:
-    (found,) = (row for row in run.explain(x).split("\n") if row.startswith("graph "))
-    return found.removeprefix("graph").strip()
-
-
-# What is recorded --------------------------------------------------------------------------------
->>>>>>> h-gradients
 
 FITS: dict[str, Any] = {
     "device": torch.device("cuda", 0), "dtype": torch.float32, "chains": 64, "engine": "explicit",

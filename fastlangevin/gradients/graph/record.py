@@ -104,6 +104,7 @@ def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> Recor
     snapshot.add(energy, type(energy).__name__)
     if snapshot.unknown is not None:
         return snapshot.unknown
+    watch = recorder.watch = Watch(snapshot, recorder.refuse)
     # The first operator under a dispatch mode imports this module; watching the import is slow.
     importlib.import_module("torch._dynamo")
     try:
@@ -113,12 +114,12 @@ def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> Recor
             no_hooks(),
             recorder,
             Values(recorder.refuse, recorder.reads_state),
-            Watch(snapshot, recorder.refuse) as recorder.watch,
+            watch,
         ):
             out = energy(leaf, **model_kwargs)
-        changed = snapshot.changed()
+        changed = watch.changed()
         if changed is not None:
-            raise recorder.refuse(f"a run of it changes {changed}")
+            raise recorder.refuse(changed)
         key = None if model_kwargs else fingerprint(energy, x)
         graph = recorder.graph(out, key, tuple(energy.modules()))
         return RecordedRun(graph, leaf, out)
@@ -127,7 +128,7 @@ def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> Recor
             return recorder.reason
         return f"it raises {type(error).__name__}: {error}"
     finally:
-        snapshot.restore()
+        watch.restore()
         recorder.watch, recorder.tensors = None, []  # no cycle keeps the run's tensors alive
 
 

@@ -1,15 +1,19 @@
 """Saves, compares and restores the state, other than tensors, that a run of an energy may change.
 
+Other threads may change the same objects during the run. So only what the run itself was seen to
+write is restored: attributes by their names, and containers that it changed.
+
 Modules, objects and containers are walked breadth first from what the run can reach. Their number
 is limited, so that a module which refers to a whole trainer does not make the walk long.
 """
 
 import collections
 import functools
+import io
 import pickle
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +23,26 @@ from torch import Tensor, nn
 _MOST = 5000
 # The most items of one container that the walk enters; all of its items are compared.
 _WIDTH = 256
+_LARGE = 2**20  # bytes of an array that is compared; copies of larger ones would be slow
+# Modules whose objects hold state that is not compared.
+_OPAQUE = frozenset(("array", "ctypes", "_ctypes", "mmap"))
 _SIMPLE = (int, float, complex, bool, str, bytes, type(None))
 _ATOMS = (*_SIMPLE, Tensor, torch.dtype, torch.device, torch.Size, types.ModuleType)
 # The tables of every module that hold hooks and names, and no state.
 _TABLES = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"}
 _TRUSTED_CODE = frozenset(("builtins", "torch", "numpy", "fastlangevin"))
+
+
+class Saved(NamedTuple):
+    """The state of one object. ``container``: its id if it is a container, else None.
+
+    ``put_back`` takes a test of names: only attributes that pass it are restored.
+    """
+
+    label: str
+    same: Callable[[], bool]
+    put_back: Callable[[Callable[[Any], bool]], None]
+    container: int | None = None
 
 
 class Snapshot:
@@ -33,7 +52,10 @@ class Snapshot:
         self.unknown: str | None = None  # why state cannot be compared, if so
         self._seen: dict[int, Any] = {}  # by id; keeps the objects, and so their ids, alive
         self._names: set[tuple[int, str]] = set()
-        self._saved: list[tuple[str, Callable[[], bool], Callable[[], None]]] = []
+        self._saved: list[Saved] = []
+        # Names of attributes that hold something whose state cannot be compared, and what it is.
+        self.opaque: dict[str, str] = {}
+        self.large: dict[str, int] = {}  # likewise arrays too large to copy, by id
 
     def add(self, value: Any, label: str) -> None:
         """Save the state of a value and of all that it refers to, unless it is already saved."""
@@ -42,8 +64,19 @@ class Snapshot:
             value, label, depth = waiting.popleft()
             if isinstance(value, _ATOMS):
                 continue
-            if depth < 2 and isinstance(value, Iterator) and self.unknown is None:
-                self.unknown = f"{label} is an iterator, whose position cannot be compared"
+            if isinstance(value, io.IOBase):
+                continue  # reading and writing it are calls that a run may not make
+            if isinstance(value, Iterator):
+                reason = f"{label} is an iterator, whose position cannot be compared"
+                self.opaque[label.rpartition(".")[2]] = reason
+                if depth < 2 and self.unknown is None:
+                    self.unknown = reason
+            if type(value).__module__ in _OPAQUE:
+                kind = type(value).__name__
+                self.opaque[label.rpartition(".")[2]] = (
+                    f"{label} is a {kind}, unknown to recordings"
+                )
+                continue
             if id(value) in self._seen:
                 continue
             self._seen[id(value)] = value
@@ -66,32 +99,37 @@ class Snapshot:
 
     def changed(self) -> str | None:
         """Return the name of something that has changed, or None."""
-        return next((label for label, same, _ in self._saved if not same()), None)
+        return next((saved.label for saved in self._saved if not saved.same()), None)
 
-    def restore(self) -> None:
-        """Restore what has changed."""
-        for _, same, put_back in self._saved:
-            if not same():
-                put_back()
+    def restore(self, names: Callable[[Any], bool], containers: Callable[[int], bool]) -> None:
+        """Restore what has changed, of attributes with such names and containers with such ids."""
+        for saved in self._saved:
+            if (saved.container is None or containers(saved.container)) and not saved.same():
+                saved.put_back(names)
 
     def _save(self, value: Any, label: str) -> list[tuple[Any, str]]:
         """Save one object, and return the objects that it refers to, with their names."""
         if isinstance(value, nn.Module):
             named = type(value).__name__
             attributes = {k: v for k, v in value.__dict__.items() if k not in _TABLES}
-            self._save_entries(named, value.__dict__, attributes, lambda name: name not in _TABLES)
+            self._save_attributes(
+                named, value.__dict__, attributes, lambda name: name not in _TABLES
+            )
             return [(type(value), named), *((v, f"{named}.{k}") for k, v in attributes.items())]
         if isinstance(value, dict):
-            self._save_entries(label, value, dict(value), lambda _: True)
-            return [(item, label) for item in list(value.values())[:_WIDTH]]
+            self._save_mapping(label, value)
+            items = [*list(value.values())[:_WIDTH], *list(value)[:_WIDTH]]
+            return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, list | collections.deque):
             self._save_sequence(label, value)
-            return [(item, label) for item in list(value)[:_WIDTH]]
+            items = list(value)[:_WIDTH]
+            return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, tuple | frozenset):
             return [(item, label) for item in list(value)[:_WIDTH]]
         if isinstance(value, set):
             self._save_set(label, value)
-            return []
+            items = list(value)[:_WIDTH]
+            return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, np.ndarray | bytearray):
             self._save_array(label, value)
             return []
@@ -108,27 +146,52 @@ class Snapshot:
             return self._save_class(value)
         return self._save_object(label, value)
 
-    def _save_entries(
+    def _attributes_of(self, label: str, value: Any) -> list[tuple[Any, str]]:
+        """Save the attributes of an instance of a container's subclass."""
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is not dict:
+            return []
+        self._save_attributes(label, attributes, dict(attributes), lambda _: True)
+        return [(v, f"{label}.{k}") for k, v in attributes.items()]
+
+    def _save_attributes(
         self,
         label: str,
         mapping: dict[Any, Any],
         entries: dict[Any, Any],
         compares: Callable[[Any], bool],
     ) -> None:
-        """Save the entries of a mapping whose keys ``compares`` accepts."""
+        """Save the attributes in an object's __dict__ whose names ``compares`` accepts."""
 
         def same() -> bool:
-            for key, value in mapping.items():
+            for key, value in list(mapping.items()):
                 if compares(key) and not (key in entries and _same(entries[key], value)):
                     return False
             return all(key in mapping for key in entries)
 
-        def put_back() -> None:
-            for key in [key for key in mapping if compares(key) and key not in entries]:
-                del mapping[key]
-            mapping.update(entries)
+        def put_back(names: Callable[[Any], bool]) -> None:
+            for key in list(mapping):
+                if compares(key) and key not in entries and names(key):
+                    mapping.pop(key, None)
+            mapping.update({key: value for key, value in entries.items() if names(key)})
 
-        self._saved.append((label, same, put_back))
+        self._saved.append(Saved(label, same, put_back))
+
+    def _save_mapping(self, label: str, value: dict[Any, Any]) -> None:
+        entries = dict(value)
+
+        def same() -> bool:
+            now = list(value.items())  # in order: a cache may move entries
+            return len(now) == len(entries) and all(
+                k is key and _same(item, v)
+                for (k, v), (key, item) in zip(now, entries.items(), strict=True)
+            )
+
+        def put_back(_: Callable[[Any], bool]) -> None:
+            value.clear()
+            value.update(entries)
+
+        self._saved.append(Saved(label, same, put_back, id(value)))
 
     def _save_name(self, label: str, namespace: dict[str, Any], name: str) -> None:
         value = namespace[name]
@@ -136,39 +199,47 @@ class Snapshot:
         def same() -> bool:
             return name in namespace and _same(namespace[name], value)
 
-        def put_back() -> None:
-            namespace[name] = value
+        def put_back(names: Callable[[Any], bool]) -> None:
+            if names(name):
+                namespace[name] = value
 
-        self._saved.append((label, same, put_back))
+        self._saved.append(Saved(label, same, put_back))
 
     def _save_sequence(self, label: str, value: Any) -> None:
         items = list(value)
 
         def same() -> bool:
-            return len(value) == len(items) and all(map(_same, value, items))
+            return len(value) == len(items) and all(map(_same, list(value), items))
 
-        def put_back() -> None:
+        def put_back(_: Callable[[Any], bool]) -> None:
             value.clear()
             value.extend(items)
 
-        self._saved.append((label, same, put_back))
+        self._saved.append(Saved(label, same, put_back, id(value)))
 
     def _save_set(self, label: str, value: set[Any]) -> None:
         items = set(value)
 
-        def put_back() -> None:
+        def put_back(_: Callable[[Any], bool]) -> None:
             value.clear()
             value.update(items)
 
-        self._saved.append((label, lambda: value == items, put_back))
+        self._saved.append(Saved(label, lambda: value == items, put_back, id(value)))
 
     def _save_array(self, label: str, value: Any) -> None:
+        if (value.nbytes if isinstance(value, np.ndarray) else len(value)) > _LARGE:
+            self.large[label.rpartition(".")[2]] = id(value)
+            return
         items = value.copy()
 
-        def put_back() -> None:
-            value[:] = items
+        def put_back(_: Callable[[Any], bool]) -> None:
+            if isinstance(value, np.ndarray):
+                value[...] = items
+            else:
+                value[:] = items
 
-        self._saved.append((label, lambda: bytes(value) == bytes(items), put_back))
+        same = functools.partial(_same_bytes, value, items)
+        self._saved.append(Saved(label, same, put_back, id(value)))
 
     def _save_generator(self, label: str, value: Any) -> None:
         old = isinstance(value, np.random.RandomState)
@@ -179,13 +250,13 @@ class Snapshot:
         before = state()
         text = pickle.dumps(before)
 
-        def put_back() -> None:
+        def put_back(_: Callable[[Any], bool]) -> None:
             if old:
                 value.set_state(before)
             else:
                 value.bit_generator.state = before
 
-        self._saved.append((label, lambda: pickle.dumps(state()) == text, put_back))
+        self._saved.append(Saved(label, lambda: pickle.dumps(state()) == text, put_back, id(value)))
 
     def _save_function(self, label: str, value: types.FunctionType) -> list[tuple[Any, str]]:
         if is_trusted(value.__module__ or ""):
@@ -209,15 +280,16 @@ class Snapshot:
                 _same(v, vars(value)[k]) for k, v in attributes.items()
             )
 
-        def put_back() -> None:
+        def put_back(names: Callable[[Any], bool]) -> None:
             for name in [k for k in vars(value) if not k.startswith("__") and k not in attributes]:
-                delattr(value, name)
+                if names(name):
+                    delattr(value, name)
             for name, item in attributes.items():
-                if not _same(item, vars(value).get(name)):
+                if names(name) and not _same(item, vars(value).get(name)):
                     setattr(value, name, item)
 
         label = value.__name__
-        self._saved.append((label, same, put_back))
+        self._saved.append(Saved(label, same, put_back))
         items = [(v, f"{label}.{k}") for k, v in attributes.items()]
         return [*items, *((base, base.__name__) for base in value.__bases__)]
 
@@ -229,7 +301,7 @@ class Snapshot:
         referred: list[tuple[Any, str]] = [(kind, named)]
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
-            self._save_entries(named, attributes, dict(attributes), lambda _: True)
+            self._save_attributes(named, attributes, dict(attributes), lambda _: True)
             referred += [(v, f"{named}.{k}") for k, v in attributes.items()]
         slots = {
             name: descriptor
@@ -247,10 +319,11 @@ class Snapshot:
         def same() -> bool:
             return _same(before, slot.__get__(value) if _filled(slot, value) else _EMPTY)
 
-        def put_back() -> None:
-            slot.__delete__(value) if before is _EMPTY else slot.__set__(value, before)
+        def put_back(names: Callable[[Any], bool]) -> None:
+            if names(label.rpartition(".")[2]):
+                slot.__delete__(value) if before is _EMPTY else slot.__set__(value, before)
 
-        self._saved.append((label, same, put_back))
+        self._saved.append(Saved(label, same, put_back))
         return [(before, label)]
 
 
@@ -264,6 +337,10 @@ def is_trusted(module: str) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, _SIMPLE) and a == b)
+
+
+def _same_bytes(a: Any, b: Any) -> bool:
+    return bytes(a) == bytes(b)
 
 
 def _content(cell: types.CellType) -> Any:

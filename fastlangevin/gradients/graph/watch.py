@@ -113,6 +113,11 @@ class Watch:
     def __init__(self, snapshot: Snapshot, refuse: Refuse) -> None:
         self.snapshot, self.refuse = snapshot, refuse
         self._followed: dict[types.CodeType, bool] = {}
+        # What the run can write: attributes of these names, these containers, or any item.
+        self.stored_names: set[str] = set()
+        self.containers: set[int] = set()
+        self.stores_any_name = self.stores_items = False
+        self.names: set[str] = set()  # all names that the code uses
         self._import: types.FrameType | None = (
             None  # frame of an import that torch delays until now
         )
@@ -169,7 +174,16 @@ class Watch:
             return
         self._followed[code] = True
         name = getattr(code, "co_qualname", code.co_name)
+        self.names.update(code.co_names)
         for instruction in dis.get_instructions(code):
+            if instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                self.stored_names.add(str(instruction.argval))
+            elif (
+                instruction.opname in _ITEM_STORES
+                or instruction.opname.startswith("INPLACE_")
+                or (instruction.opname == "BINARY_OP" and instruction.argrepr.endswith("="))
+            ):
+                self.stores_items = True
             stores = instruction.opname in ("STORE_DEREF", "DELETE_DEREF")
             if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
                 stores and instruction.argval in code.co_freevars
@@ -186,6 +200,24 @@ class Watch:
                     self.snapshot.add(values.get(variable), variable)
         if self.snapshot.unknown is not None:
             raise self.refuse(self.snapshot.unknown)
+
+    def changed(self) -> str | None:
+        """Return why the run is not a function of its arguments, as far as state can tell."""
+        for name, reason in self.snapshot.opaque.items():
+            if name in self.names:
+                return reason
+        for name, owner in self.snapshot.large.items():
+            if name in self.names and (self.stores_items or owner in self.containers):
+                return f"a run of it may change {name}, an array too large to compare"
+        changed = self.snapshot.changed()
+        return None if changed is None else f"a run of it changes {changed}"
+
+    def restore(self) -> None:
+        """Restore the state that the run has written, and no other thread's."""
+        self.snapshot.restore(
+            lambda name: self.stores_any_name or name in self.stored_names,
+            lambda owner: self.stores_items or owner in self.containers,
+        )
 
     def _is_local(self, frame: types.FrameType, variable: str) -> bool:
         """Return whether a closure's variable belongs to a function of this run on the stack."""
@@ -207,6 +239,9 @@ class Watch:
 
     def _check_call(self, function: Any) -> None:
         name, home, free = function.__name__, *_home(function)
+        self.containers.add(id(function.__self__))
+        if name in ("setattr", "delattr", "__setattr__", "__delattr__", "__setstate__"):
+            self.stores_any_name = True
         if home == "builtins":
             allowed = not (free and name in _IMPURE)
         elif home.partition(".")[0] == "torch" or isinstance(function.__self__, Tensor):
@@ -219,6 +254,7 @@ class Watch:
             raise self.refuse(f"it calls {home}.{name}, which torch does not see")
 
 
+_ITEM_STORES = frozenset(("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"))
 _TRUSTED = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(np.__file__) + os.sep,
