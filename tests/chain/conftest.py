@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from fastlangevin import step
-from fastlangevin.gradients import explicit, select
+from fastlangevin.gradients import passes, select
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.kernels import triton
 from tests.chain.shared import CPU, OnCuda, taped_step_
@@ -19,5 +19,5 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         select, "ExplicitGradient", functools.partial(ExplicitGradient, inplace=True)
     )
-    monkeypatch.setattr(explicit, "Activation", OnCuda)
+    monkeypatch.setattr(passes, "Activation", OnCuda)
     monkeypatch.setitem(step._STEPS, "triton", taped_step_)
