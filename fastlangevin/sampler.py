@@ -354,8 +354,8 @@ class LangevinSampler:
             The :class:`Diagnostics`.
 
         Raises:
-            The errors of a call, except for chains that are not finite: the diagnostics show at
-            which step they ceased to be.
+            The errors of a call, except that chains that are not finite do not raise: the
+            diagnostics show at which step they became so.
         """
         x, chain = self._prepare(x0, **options)
         records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(5)]

@@ -18,8 +18,9 @@ int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile;
 
 int64_t whole_blocks(int64_t elements) { return elements < 4 ? elements : elements / 4 * 4; }
 
-// Columns follow the memory order of x. Rows follow the order of the noise if that is a different
-// one, else the next dimension, or the chains if these are small.
+// Columns follow the memory order of x. Rows run along the dimension in which the noise is
+// contiguous, if the columns do not; otherwise along the next outer dimension, or over chains if
+// one chain is small.
 Tiling cut(const Step& step) {
   Tiling tiling{{-1, -1}, {1, 1}, {1, 1}, 1};
   const int inner = step.dims - 1;

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# The list of the innermost watching(), which fl.testing.compare uses: for each call the state that
-# it changes, a copy of that state at its start, and the chain.
+# While watching() is active, each call appends (x, a copy of x at its start, the chain) to this
+# list, for fl.testing.compare.
 _watched: ContextVar[list[tuple[Tensor, Tensor, "Chain"]] | None] = ContextVar(
     "watched", default=None
 )
@@ -62,8 +62,8 @@ Evaluated = tuple[Tensor | None, Tensor]  # energies [n] if known, and the gradi
 class Step(NamedTuple):
     """The results of one step: its index, the state after it, energies [n] and gradient before it.
 
-    Energies are None if they were not requested and not computed anyway, and along a score network.
-    The gradient is None if a kernel used it without storing it.
+    Energies are None for a score network, and if they were neither requested nor needed. The
+    gradient is None if a kernel used it without storing it.
     """
 
     k: int
@@ -210,7 +210,7 @@ class Chain(NamedTuple):
         options = {"step": self.first_step + k} | self._options()
         z = None if self.noise is None else self.noise[k]
         if z is None and run is reference.step and not reference.is_zero(noise_std):
-            # The normals of the kernels, as in a chain without gradients, are faster to draw.
+            # The kernels draw the same numbers faster than the reference's own generator.
             z = _noise.normal(
                 x.shape, seed=self.seed, step=self.first_step + k, first_chain=self.first_chain,
                 device=x.device, dtype=x.dtype,

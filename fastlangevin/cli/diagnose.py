@@ -40,8 +40,8 @@ def diagnose(
         averaged: Diagnose the moving average of the weights instead of the weights.
     """
     from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
+    from fastlangevin.learn.diagnosis import report
     from fastlangevin.learn.diagnosis.of_run import diagnose_run
-    from fastlangevin.learn.diagnosis.report import save, to_text
     from fastlangevin.learn.run_data import load_training
 
     checkpoint = find_checkpoint(run)
@@ -60,5 +60,5 @@ def diagnose(
     if (folder := out or run_folder(checkpoint)) is not None:
         iteration = read_checkpoint(checkpoint)[1]["iteration"]
         facts = {"iteration": iteration, "averaged": averaged, "seed": seed}
-        files = save(diagnosis, folder, f"{checkpoint.stem}, {n} chains", **facts)
-    return Result(to_text(diagnosis), files)
+        files = report.save(diagnosis, folder, f"{checkpoint.stem}, {n} chains", **facts)
+    return Result(report.to_text(diagnosis), files)

@@ -54,8 +54,8 @@ def evaluate(
         data: Source of the training images (default: the run's).
         images: Source of the held-out images (default: those that the run held out).
     """
+    from fastlangevin.learn import evaluation
     from fastlangevin.learn.checkpoint import find_checkpoint, run_folder
-    from fastlangevin.learn.evaluation.evaluate import save
     from fastlangevin.learn.evaluation.of_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
@@ -82,5 +82,5 @@ def evaluate(
     folder = run_folder(checkpoint) if samples is None else None
     path = out or (folder and folder / "evaluate.json")
     if path is not None:
-        save(evaluated.evaluation, path, run=str(run), **evaluated.facts)
+        evaluation.evaluate.save(evaluated.evaluation, path, run=str(run), **evaluated.facts)
     return Result(evaluated.text(), [] if path is None else [path])

@@ -1,5 +1,7 @@
 """Convolutions for the explicit engine: forward, input gradient and weight gradient."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,37 +51,32 @@ class Conv:
             value = value.to(self.dtype)
         return laid_out(read_weight(value, self.product_dtype, target, self.inplace))
 
-    def _result(self, sums: Tensor) -> Tensor:
-        return laid_out(sums).to(self.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self._result(
-            aten.convolution(
-                x.to(self.product_dtype), self.weight, self.bias, self.stride, self.padding,
-                self.dilation, False, (0, 0), self.groups,
-            )
-        )  # fmt: skip
+        return self._convolve(x, self.bias, False, (0, 0))
 
     def tangent(self, x: Tensor) -> Tensor:
+        return self._convolve(x, None, False, (0, 0))
+
+    def backward(self, grad: Tensor) -> Tensor:
+        return self._convolve(grad, None, True, self.output_padding)
+
+    def _convolve(
+        self, x: Tensor, bias: Tensor | None, transposed: bool, output_padding: Sequence[int]
+    ) -> Tensor:
         return self._result(
             aten.convolution(
-                x.to(self.product_dtype), self.weight, None, self.stride, self.padding,
-                self.dilation, False, (0, 0), self.groups,
+                x.to(self.product_dtype), self.weight, bias, self.stride, self.padding,
+                self.dilation, transposed, output_padding, self.groups,
             )
         )  # fmt: skip
 
-    def backward(self, grad: Tensor) -> Tensor:
-        return self._result(
-            aten.convolution(
-                grad.to(self.product_dtype), self.weight, None, self.stride, self.padding,
-                self.dilation, True, self.output_padding, self.groups,
-            )
-        )  # fmt: skip
+    def _result(self, sums: Tensor) -> Tensor:
+        return laid_out(sums).to(self.dtype)
 
     def weight_grad(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return the weight's gradient from the input x and the gradient of the output."""
         assert self.weight_read is not None
-        few_pixels = grad.numel() < grad.shape[1] ** 2  # fewer than channels
+        few_pixels = grad.numel() < grad.shape[1] ** 2  # fewer pixels than channels
         if few_pixels and self.groups == 1 and grad.device.type == "cpu":
             return self._weight_grad_by_windows(x, grad)
         weight_grad: Tensor = aten.convolution_backward(

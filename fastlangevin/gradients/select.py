@@ -97,7 +97,7 @@ def proved_graph(
 def _recorded(
     gradient: str, call: EnergyCall, cache: EngineCache, step_kwargs: Iterable[str]
 ) -> EngineChoice | str:
-    """Return the fused or explicit engine if its gradient is autograd's, or a reason if not."""
+    """Return the fused or explicit engine if its gradient equals autograd's, else why not."""
     recorded = _graph(call, cache, step_kwargs)
     if isinstance(recorded, str):
         return recorded
@@ -128,8 +128,8 @@ def _graph(
 ) -> tuple[Graph, RecordedRun | None, EngineCache] | str:
     """Return a graph, its run if it was recorded now, and the cache for its engines; or a reason.
 
-    Weights that functional_call passes have a grad_fn. Nothing of them may outlive the call, so
-    they come with a cache of their own.
+    Weights that functional_call passes have a grad_fn, and the call's graph must not be kept
+    alive. A new EngineCache is returned for them.
     """
     reason = _refusal(call, step_kwargs)
     if reason is not None:

@@ -104,13 +104,13 @@ class ShortRunLearner:
             if not isinstance(value, Tensor):  # otherwise the first checkpoint would fail
                 raise TypeError(
                     f"{_OP}: sampler.energy's state_dict holds {name} of type "
-                    f"{type(value).__name__}, and checkpoints hold tensors alone; let its module's "
-                    "get_extra_state return a tensor (of bytes, for instance)"
+                    f"{type(value).__name__}, and checkpoints can hold only tensors; make its "
+                    "module's get_extra_state return a tensor, for example of uint8"
                 )
             if torch.nn.parameter.is_lazy(value):
                 raise ValueError(
-                    f"{_OP}: sampler.energy's {name} has no shape yet, as it is a lazy module's; "
-                    "call energy(x0) once before"
+                    f"{_OP}: sampler.energy's {name} has no shape yet, because its module is lazy; "
+                    "call energy(x0) once first"
                 )
         if not data_noise >= 0:
             raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")

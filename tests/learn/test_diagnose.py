@@ -227,7 +227,9 @@ def test_diagnose_refuses_before_it_runs(net: fl.ConvEnergy) -> None:
     energy = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
     energy.register_forward_hook(lambda *_: called.append(1))
     sampler, data = fl.LangevinSampler(energy, steps=2), normal(32, 1, 8, 8)
-    with pytest.raises(ValueError, match="records without gap or grad_norm: another version's"):
+    with pytest.raises(
+        ValueError, match="records without gap or grad_norm; is it from another version"
+    ):
         diagnose(sampler, data, records=[{"iteration": 1, "loss": 0.0}])
     with pytest.raises(ValueError, match="long"):
         diagnose(sampler, data, long=0)
@@ -349,7 +351,7 @@ def test_command_refuses(run: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.npy"
     np.save(few, np.zeros((5, 8, 8), dtype=np.uint8))
     for arguments, message in (
-        ((copied,), "records without gap or grad_norm: another version's"),
+        ((copied,), "records without gap or grad_norm; is it from another version"),
         ((tmp_path / "none",), "does not exist"),
         ((tmp_path / "later.safetensors",), "of version 9; this fastlangevin reads version 1"),
         ((tmp_path / "own.safetensors",), "it names no data"),

@@ -256,7 +256,8 @@ def test_a_run_takes_away_what_killed_processes_left_in_its_folder(
 # One way to write --------------------------------------------------------------------------------
 
 WRITERS = {"write_text", "write_bytes", "savefig", "savez", "save", "to_csv", "tofile", "dump"}
-NOT_FILES = {"learner.save", "reports.save", "measures.save"}  # which write by the helper
+# These write by the helper.
+NOT_FILES = {"learner.save", "report.save", "evaluation.evaluate.save", "result.save"}
 
 
 def writes(tree: ast.AST, inside: bool = False) -> Iterator[tuple[int, str]]:

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,9 +182,19 @@ class Watch:
         if code.co_freevars:
             values = frame.f_locals
             for variable in code.co_freevars:
-                self.snapshot.add(values.get(variable), variable)
+                if not self._is_local(frame, variable):
+                    self.snapshot.add(values.get(variable), variable)
         if self.snapshot.unknown is not None:
             raise self.refuse(self.snapshot.unknown)
+
+    def _is_local(self, frame: types.FrameType, variable: str) -> bool:
+        """Return whether a closure's variable belongs to a function of this run on the stack."""
+        caller = frame.f_back
+        while caller is not None:
+            if variable in caller.f_code.co_cellvars:
+                return self._followed.get(caller.f_code, False)
+            caller = caller.f_back
+        return False
 
     def _called_by_others(self, frame: types.FrameType) -> bool:
         """Return whether code that is followed has called this standard library function."""
@@ -211,7 +222,7 @@ class Watch:
 _TRUSTED = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(np.__file__) + os.sep,
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    str(Path(__file__).parents[2]) + os.sep,
     "<frozen ",
 )
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep

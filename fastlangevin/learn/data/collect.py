@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -153,16 +153,10 @@ class RowWriter:
             return map_file(file, self.dtype, (self.count, *self.shape))
 
 
-def map_file(
-    file: IO[bytes],
-    dtype: DTypeLike,
-    shape: tuple[int, ...],
-    offset: int = 0,
-    order: Literal["C", "F"] = "C",
-) -> np.ndarray:
+def map_file(file: IO[bytes], dtype: DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
     """Memory-map a temporary file, read-only. The map stays valid after the file is closed."""
     file.flush()
-    return np.memmap(file, dtype, "r", offset, shape, order)
+    return np.memmap(file, dtype, "r", shape=shape)
 
 
 def _height_width(shape: tuple[int, ...]) -> str:
