@@ -147,7 +147,7 @@ def test_noise_equals_the_contracts_normals(step_: Callable[..., Tensor], first_
 
 
 @pytest.mark.parametrize(
-    ("chosen", "dtype"), zip(OPTIONS, itertools.cycle(DTYPES), strict=False), ids=str
+    ("chosen", "dtype"), list(zip(OPTIONS, itertools.cycle(DTYPES), strict=False)), ids=str
 )
 def test_contract_noise_and_gradient(
     step_: Callable[..., Tensor], chosen: str, dtype: torch.dtype
