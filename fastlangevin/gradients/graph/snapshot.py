@@ -55,7 +55,8 @@ class Snapshot:
         self._saved: list[Saved] = []
         # Names of attributes that hold something whose state cannot be compared, and what it is.
         self.opaque: dict[str, str] = {}
-        self.large: dict[str, int] = {}  # likewise arrays too large to copy, by id
+        self.large: dict[str, int] = {}  # ids of arrays that are too large to copy, by name
+        self.generators: dict[str, int] = {}  # ids of NumPy's generators, by name
 
     def add(self, value: Any, label: str) -> None:
         """Save the state of a value and of all that it refers to, unless it is already saved."""
@@ -74,7 +75,7 @@ class Snapshot:
             if type(value).__module__ in _OPAQUE:
                 kind = type(value).__name__
                 self.opaque[label.rpartition(".")[2]] = (
-                    f"{label} is a {kind}, unknown to recordings"
+                    f"{label} is a {kind}, whose state cannot be compared"
                 )
                 continue
             if id(value) in self._seen:
@@ -115,7 +116,13 @@ class Snapshot:
             self._save_attributes(
                 named, value.__dict__, attributes, lambda name: name not in _TABLES
             )
-            return [(type(value), named), *((v, f"{named}.{k}") for k, v in attributes.items())]
+            # Setting an attribute may write to these tables, whose entries are attributes too.
+            reached = dict(attributes)
+            for table in ("_parameters", "_buffers", "_modules"):
+                entries = reached.pop(table, {})
+                self._save_attributes(named, entries, dict(entries), lambda _: True)
+                reached |= entries
+            return [(type(value), named), *((v, f"{named}.{k}") for k, v in reached.items())]
         if isinstance(value, dict):
             self._save_mapping(label, value)
             items = [*list(value.values())[:_WIDTH], *list(value)[:_WIDTH]]
@@ -256,14 +263,15 @@ class Snapshot:
             else:
                 value.bit_generator.state = before
 
+        self.generators[label.rpartition(".")[2]] = id(value)
         self._saved.append(Saved(label, lambda: pickle.dumps(state()) == text, put_back, id(value)))
 
     def _save_function(self, label: str, value: types.FunctionType) -> list[tuple[Any, str]]:
         if is_trusted(value.__module__ or ""):
             return []
         label = value.__qualname__
-        parts = value.__dict__, value.__defaults__, value.__kwdefaults__
-        referred: list[tuple[Any, str]] = [(part, label) for part in parts]
+        referred = self._attributes_of(label, value)
+        referred += [(value.__defaults__, label), (value.__kwdefaults__, label)]
         names = value.__code__.co_freevars
         for name, cell in zip(names, value.__closure__ or (), strict=True):
             referred.append((_content(cell), f"{label}.{name}"))

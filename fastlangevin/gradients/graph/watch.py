@@ -174,7 +174,7 @@ class Watch:
             return
         self._followed[code] = True
         name = getattr(code, "co_qualname", code.co_name)
-        self.names.update(code.co_names)
+        self.names.update(code.co_names, code.co_freevars)
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
                 self.stored_names.add(str(instruction.argval))
@@ -214,6 +214,10 @@ class Watch:
 
     def restore(self) -> None:
         """Restore the state that the run has written, and no other thread's."""
+        # A draw is no call that a profile function sees.
+        self.containers.update(
+            owner for name, owner in self.snapshot.generators.items() if name in self.names
+        )
         self.snapshot.restore(
             lambda name: self.stores_any_name or name in self.stored_names,
             lambda owner: self.stores_items or owner in self.containers,
