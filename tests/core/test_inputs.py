@@ -222,7 +222,7 @@ BAD_ENERGIES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: torch.no_grad()(Net()), ValueError, "does not depend on x through autograd",
     ),
     "a dict": (
-        lambda: Around(lambda e: {"energy": e}), TypeError, "got dict; .*forward returns the energ",
+        lambda: Around(lambda e: {"energy": e}), TypeError, "got dict; .*forward returns only",
     ),
     "a tuple": (lambda: Around(lambda e: (e, e)), TypeError, "got tuple; .*forward returns"),
     "a list": (lambda: Around(lambda e: [e]), TypeError, "got list; .*forward returns"),
