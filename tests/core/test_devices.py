@@ -71,7 +71,7 @@ def test_the_fused_engine_wants_weights_and_states_on_one_gpu(
         weight=weight,
     )  # fmt: skip
     reason = fused_gpu._refused(conv, torch.device(states))
-    assert reason == (None if fits else f"weights on {weights}, states on {states}")
+    assert reason == (None if fits else f"its weights are on {weights}, the states on {states}")
 
 
 def test_a_stack_on_the_states_own_device_is_not_refused_for_it() -> None:

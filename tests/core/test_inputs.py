@@ -222,11 +222,11 @@ BAD_ENERGIES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: torch.no_grad()(Net()), ValueError, "does not depend on x through autograd",
     ),
     "a dict": (
-        lambda: Around(lambda e: {"energy": e}), TypeError, "got dict; .*forward returns the energ",
+        lambda: Around(lambda e: {"energy": e}), TypeError, "got dict; .*forward returns only",
     ),
     "a tuple": (lambda: Around(lambda e: (e, e)), TypeError, "got tuple; .*forward returns"),
     "a list": (lambda: Around(lambda e: [e]), TypeError, "got list; .*forward returns"),
-    "a module": (lambda: Around(lambda e: Net()), TypeError, "got Net; .*give what it returns"),
+    "a module": (lambda: Around(lambda e: Net()), TypeError, "got Net; .*pass what it returns"),
     "None": (lambda: Around(lambda e: None), TypeError, "must return a tensor, got NoneType"),
     "a number": (lambda: Around(lambda e: e.sum().item()), TypeError, "a tensor, got float"),
     "an array": (lambda: Around(lambda e: e.detach().numpy()), TypeError, "got ndarray"),
@@ -289,7 +289,7 @@ def test_parts_as_the_states_are_a_score() -> None:
         return [-part for part in x]
 
     x0 = [X0, X0[:, 0]]
-    with pytest.raises(TypeError, match=r"parts as the state's: .*from_score"):
+    with pytest.raises(TypeError, match=r"parts like the state's are a score: .*from_score"):
         sampler(score)(x0, seed=0)
     assert len(fl.LangevinSampler.from_score(score, K)(x0, seed=0)) == 2
 
