@@ -117,8 +117,8 @@ def test_moments_leave_no_trace() -> None:
 @pytest.mark.parametrize(
     ("data", "samples", "message"),
     [
-        (normal(15, 1, 8, 8), normal(32, 1, 8, 8), "data must be 16 or more .* got 15"),
-        (normal(32, 1, 8, 8), normal(2, 1, 8, 8), "samples must be 16 or more .* got 2"),
+        (normal(15, 1, 8, 8), normal(32, 1, 8, 8), "data must hold 16 or more .* got 15"),
+        (normal(32, 1, 8, 8), normal(2, 1, 8, 8), "samples must hold 16 or more .* got 2"),
         (normal(32, 1, 8, 8), normal(32, 1, 4, 4), r"shape \[n, 1, 8, 8\], got \[32, 1, 4, 4\]"),
         (normal(32, 1, 8, 8), normal(32, 1, 8, 8) / 0, "samples must be finite"),
     ],

@@ -87,7 +87,7 @@ def check_sets(energy: Any, data: Tensor, samples: Tensor) -> nn.Module:
             )
         if len(value) < _FEWEST:
             raise ValueError(
-                f"diagnose: {name} must have {_FEWEST} or more for a noise floor, got {len(value)}"
+                f"diagnose: {name} must hold {_FEWEST} or more for a noise floor, got {len(value)}"
             )
         if not bool(value.isfinite().all()):
             raise ValueError(f"diagnose: {name} must be finite, it holds NaN or infinity")
