@@ -18,6 +18,7 @@ from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.reading import check_file
 from fastlangevin.learn.run_folder import is_run
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
@@ -144,6 +145,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    check_file(path)  # a FIFO would never be read to its end
     try:
         # The library makes tensors on torch's default device.
         with torch.device("cpu"), safe_open(path, framework="pt") as file:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlangevin.learn.atomic import replacing, sync
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_grid, to_grid
+from fastlangevin.learn.reading import check_file
 
 _ALWAYS_MEASURED = ("gap", "reach")  # the others may be null
 
@@ -101,6 +102,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if not path.exists():
         return
+    check_file(path)
     lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:

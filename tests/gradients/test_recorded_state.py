@@ -1,0 +1,164 @@
+"""State that recordings must notice wherever it lies, and changes of other threads that must stay."""
+
+import array
+import collections
+import ctypes
+import itertools
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastlangevin import LangevinSampler
+
+
+class Energy(nn.Module):
+    """A conv net times what ``factor`` makes of the module."""
+
+    def __init__(self, factor: Callable[["Energy"], Any] = lambda module: 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4 * 9, 1)
+        )
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).squeeze(1) * self.factor(self)
+
+
+class Numbered:
+    """An object that can be an element of a set or a key of a dictionary."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class NumberedList(list[int]):
+    n = 0
+
+
+def of_child(module: Any) -> float:
+    return 1.0 + next(module.child.counter)
+
+
+def of_namespace(module: Any) -> float:
+    return 1.0 + next(module.config.counter)
+
+
+def of_array(module: Any) -> float:
+    module.cells[0] += 1
+    return float(module.cells[0])
+
+
+def of_zero_dimensions(module: Any) -> float:
+    module.scalar += 1
+    return 1.0
+
+
+def of_large_array(module: Any) -> float:
+    module.pixels[0] += 1
+    return float(module.pixels.ravel()[0])
+
+
+def of_ctypes(module: Any) -> float:
+    module.integer.value += 1
+    return float(module.integer.value)
+
+
+def of_order(module: Any) -> float:
+    module.recent.move_to_end(next(iter(module.recent)))
+    return float(next(iter(module.recent)))
+
+
+def of_element(module: Any) -> float:
+    for item in module.elements:
+        item.n += 1
+        return 1.0 + item.n
+    return 0.0
+
+
+def of_subclass(module: Any) -> float:
+    module.numbers.n += 1
+    return 1.0 + module.numbers.n
+
+
+STATE: dict[str, tuple[Callable[[Any], float], Callable[[], dict[str, Any]]]] = {
+    "iterator of a child": (
+        of_child,
+        lambda: {"child": types.SimpleNamespace(counter=itertools.count())},
+    ),
+    "iterator of a namespace": (
+        of_namespace,
+        lambda: {"config": types.SimpleNamespace(counter=itertools.count())},
+    ),
+    "array": (of_array, lambda: {"cells": array.array("i", [0])}),
+    "array without dimensions": (of_zero_dimensions, lambda: {"scalar": np.array(0)}),
+    "large array": (of_large_array, lambda: {"pixels": np.zeros((2048, 1024), np.uint8)}),
+    "ctypes": (of_ctypes, lambda: {"integer": ctypes.c_int()}),
+    "order of a dictionary": (
+        of_order,
+        lambda: {"recent": collections.OrderedDict.fromkeys((1, 2, 3))},
+    ),
+    "element of a set": (of_element, lambda: {"elements": {Numbered()}}),
+    "key of a dictionary": (of_element, lambda: {"elements": {Numbered(): 1}}),
+    "attribute of a list": (of_subclass, lambda: {"numbers": NumberedList()}),
+}
+
+
+@pytest.mark.parametrize(("factor", "make"), STATE.values(), ids=STATE)
+def test_energies_with_such_state_stay_with_autograd(
+    factor: Callable[[Any], float], make: Callable[[], dict[str, Any]]
+) -> None:
+    x0 = torch.rand((3, 2, 5, 5), generator=torch.Generator().manual_seed(1))
+    chains = []
+    for gradient in ("auto", "autograd"):
+        energy = Energy(factor)
+        for name, value in make().items():
+            setattr(energy, name, value)
+        sampler = LangevinSampler(energy, 3, 0.1, gradient=gradient)
+        chains.append(sampler(x0, seed=0))
+    assert torch.equal(*chains)
+
+
+def test_energies_without_state_are_recorded() -> None:
+    x0 = torch.rand((3, 2, 5, 5), generator=torch.Generator().manual_seed(1))
+    assert LangevinSampler(Energy(), 1).choose_engine(x0, {}).name != "autograd"
+
+
+def test_what_another_thread_changes_meanwhile_stays() -> None:
+    """The run itself stores nothing, so nothing is restored: the change comes from elsewhere."""
+    started, changed = threading.Event(), threading.Event()
+    energy = Energy()
+    energy.losses, energy.step = [], 0
+
+    def wait(*_: Any) -> None:
+        started.set()
+        assert changed.wait(20)
+
+    def change() -> None:
+        assert started.wait(20)
+        energy.losses.append(1.0)
+        energy.step = 7
+        energy.net[3].weight = nn.Parameter(torch.ones_like(energy.net[3].weight))
+        energy.eval()
+        changed.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    original = torch.nn.functional.leaky_relu
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.functional,
+            "leaky_relu",
+            lambda *args, **kwargs: (wait(), original(*args, **kwargs))[1],
+        )
+        LangevinSampler(energy, 1)(torch.zeros(2, 2, 5, 5), seed=0)
+    thread.join()
+    assert (energy.losses, energy.step, energy.training) == ([1.0], 7, False)
+    assert bool((energy.net[3].weight == 1).all())
