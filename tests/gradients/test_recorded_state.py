@@ -1,4 +1,4 @@
-"""State that recordings must notice wherever it lies, and changes of other threads that must stay."""
+"""State that recordings must notice, and changes by other threads, which must stay."""
 
 import array
 import collections

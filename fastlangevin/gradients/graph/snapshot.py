@@ -53,9 +53,8 @@ class Snapshot:
         self._seen: dict[int, Any] = {}  # by id; keeps the objects, and so their ids, alive
         self._names: set[tuple[int, str]] = set()
         self._saved: list[Saved] = []
-        # Names of attributes that hold something whose state cannot be compared, and what it is.
+        # By name, attributes and variables whose state cannot be compared, and why not.
         self.opaque: dict[str, str] = {}
-        self.large: dict[str, int] = {}  # ids of arrays that are too large to copy, by name
         self.generators: dict[str, int] = {}  # ids of NumPy's generators, by name
 
     def add(self, value: Any, label: str) -> None:
@@ -235,7 +234,7 @@ class Snapshot:
 
     def _save_array(self, label: str, value: Any) -> None:
         if (value.nbytes if isinstance(value, np.ndarray) else len(value)) > _LARGE:
-            self.large[label.rpartition(".")[2]] = id(value)
+            self.opaque[label.rpartition(".")[2]] = f"{label} is an array too large to compare"
             return
         items = value.copy()
 

@@ -200,15 +200,12 @@ class Watch:
                     self.snapshot.add(values.get(variable), variable)
         if self.snapshot.unknown is not None:
             raise self.refuse(self.snapshot.unknown)
+        # Before the function runs: what it does to such state could not be undone.
+        for used in self.names.intersection(self.snapshot.opaque):
+            raise self.refuse(self.snapshot.opaque[used])
 
     def changed(self) -> str | None:
         """Return why the run is not a function of its arguments, as far as state can tell."""
-        for name, reason in self.snapshot.opaque.items():
-            if name in self.names:
-                return reason
-        for name, owner in self.snapshot.large.items():
-            if name in self.names and (self.stores_items or owner in self.containers):
-                return f"a run of it may change {name}, an array too large to compare"
         changed = self.snapshot.changed()
         return None if changed is None else f"a run of it changes {changed}"
 
