@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels import extension, triton
+from fastlangevin.kernels.philox import Address
 from fastlangevin.step import backend_status, resolve_backend
 
 # Tails of every length, chains that share a block of four, and layouts with odd planes.
@@ -95,11 +96,12 @@ def main() -> None:
     if all(kernels.values()):
         raise SystemExit(f"sanitize: no kernels run on {device}")
     makers = {"native": extension, "triton": triton}
-    address = {"seed": 1, "step": 2, "stream": 0, "first_chain": 3, "device": device}
+    address = Address(seed=1, step=2, stream=0, first_chain=3)
     for name in (name for name, reason in kernels.items() if reason is None):
-        for shape, kind in itertools.product(SHAPES, ("normal", "uniform")):
-            if not bool(torch.isfinite(getattr(makers[name], kind)(shape, **address)).all()):
-                raise AssertionError(f"not finite: {name}'s {kind} of {list(shape)}")
+        for shape, uniform in itertools.product(SHAPES, (False, True)):
+            numbers = makers[name].fill(shape, address, device, uniform=uniform)
+            if numbers is None or not bool(torch.isfinite(numbers).all()):
+                raise AssertionError(f"{name}: the noise of {list(shape)} is not finite")
 
 
 if __name__ == "__main__":

@@ -336,5 +336,5 @@ def test_a_named_tuple_stays_one() -> None:
 
 def test_a_score_of_parts_as_an_energy_is_told_where_to_go() -> None:
     x0 = {"z": numbers(N, 3)}
-    with pytest.raises(TypeError, match=r"got parts as the state.s: .*from_score"):
+    with pytest.raises(TypeError, match=r"got dict; parts like the state.s .*from_score"):
         fl.LangevinSampler(lambda state: {"z": -state["z"]}, steps=1)(x0, seed=0)

@@ -389,7 +389,7 @@ def test_the_bias_is_of_the_first_order_in_the_step() -> None:
         ({"noise_std": 0.0}, "without noise there is no density"),
         ({"noise_order": "last"}, 'noise_order must be "after"'),
         ({"grad_clip": ("batch_norm", 1.0)}, "batch's norm couples"),
-        ({"clamp": (-1.0, 1.0)}, "a clamp needs a grid with atoms at its bounds"),
+        ({"clamp": (-1.0, 1.0)}, "with a clamp the grid must end at its bounds, with atoms"),
         ({"noise_std": torch.full((3,), 0.2)}, "noise_std must be the same for every chain"),
     ],
 )
