@@ -42,9 +42,9 @@ struct ConvBuffer {
 
 struct ConvPass {
   int64_t in, out;               // channels
-  std::vector<int32_t> from, to;  // where every pixel of a chain reads and where it writes
-  std::vector<int32_t> taps;
-  std::vector<int32_t> rows;      // the kernel's positions ky * kw + kx, in order
+  std::vector<int32_t> from{}, to{};  // where every pixel of a chain reads and where it writes
+  std::vector<int32_t> taps{};
+  std::vector<int32_t> rows{};    // the kernel's positions ky * kw + kx, in order
   int64_t steps = 0;              // words to multiply from each tap on: those of its channels, and
                                   // of further positions that are adjacent in memory
   int64_t weights = 0;            // where the packed weights begin, in words

@@ -32,7 +32,6 @@ void errors_name_the_kernel_and_the_sizes() {
   Step step;
   step.dims = 2, step.shape[0] = kMany, step.shape[1] = 1;
   step.x.data = &number;
-  step.out = step.x;
   step.noise_std = 1, step.draw = true;
   CHECK(failure([&] { cuda::langevin_step(step, 0, nullptr); }) ==
         "fastlangevin: CUDA kernel linear_step" + sizes);
