@@ -362,14 +362,14 @@ per_architecture = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def compile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """What tests/compile_triton_conv.py says of every launch on an architecture."""
-    script = Path(__file__).with_name("compile_triton_conv.py")
+    root = Path(__file__).resolve().parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
 
     @functools.cache
     def run(arch: str) -> dict[str, Any]:
-        command = [sys.executable, str(script), arch]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-m", "tests.kernels.compile_triton_conv", arch]
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
