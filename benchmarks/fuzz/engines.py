@@ -20,8 +20,8 @@ ROUNDINGS = {
     ("autograd", "fp32"): Rounding(SINGLE, SINGLE),
     ("explicit", "fp32"): Rounding(SINGLE, SINGLE),
     ("fused", "fp32"): Rounding(SINGLE, SINGLE),
-    # Autocast leaves the state as it is until a convolution or a linear layer reads it, and runs
-    # torch's own kernels, some of which sum in bfloat16.
+    # Autocast leaves the state as it is until a convolution or a linear layer reads it. It runs
+    # torch's own kernels, and some of them sum in bfloat16.
     ("autograd", "bf16"): Rounding(BRAIN, BRAIN, sums=BRAIN, state=False),
     ("explicit", "bf16"): Rounding(BRAIN, SINGLE),
     ("fused", "bf16"): Rounding(BRAIN, SINGLE, bias=False),

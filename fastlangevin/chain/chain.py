@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.settings import Settings
 from fastlangevin.gradients.autograd import energy_and_grad

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.chain import Chain, Overflow, Step, rows
 from fastlangevin.gradients.engine import Engine

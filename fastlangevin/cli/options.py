@@ -65,7 +65,7 @@ class ShortFit(TypedDict, total=False):
     """The options of a fit of starting points that the user gave."""
 
     restarts: Annotated[
-        Count, Parameter(help="Fits per image, of which the best counts (default: 4; restore: 1).")
+        Count, Parameter(help="Fits per image; the best one counts (default: 4; restore: 1).")
     ]
     iterations: Annotated[Count, Parameter(help="Descent steps of a fit (default: 200).")]
 

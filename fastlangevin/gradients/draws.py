@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.locks import in_forked_child, new_lock, new_rlock
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.learn.build import (
     build_learner,
     choose_device,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import GradClip
 from fastlangevin.gradients.network import modules_of
 from fastlangevin.sampler import LangevinSampler

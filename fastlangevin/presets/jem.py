@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.network import device_of
 from fastlangevin.presets.common import (

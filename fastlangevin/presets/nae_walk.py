@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.chain.chain import rows
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.untouched import Isolation

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.gradients.network import device_of
 from fastlangevin.presets.common import Randomness, Samplers, random_keywords
 

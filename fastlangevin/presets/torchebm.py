@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_clamp, check_number
 from fastlangevin.gradients.network import call_network, device_of
 from fastlangevin.gradients.untouched import left_as_found

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.gradients.network import device_of
 from fastlangevin.presets.common import (
     Randomness,

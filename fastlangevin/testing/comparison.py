@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import watching
 from fastlangevin.gradients.draws import kept_generators

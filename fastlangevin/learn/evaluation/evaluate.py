@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.data.load import ImageData

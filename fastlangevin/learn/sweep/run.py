@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.build import build_learner, choose_device, load_data

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.gradients.precision import network_precision
 from fastlangevin.learn.data.arrays import map_npy

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.gradients.network import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images

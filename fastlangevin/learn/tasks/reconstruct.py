@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.gradients.network import modules_of
 from fastlangevin.learn.tasks.measurements import Operator, check_operator, identity

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastlangevin import noise as _noise
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.learn.tasks.guidance import DataTerm, clamped, with_term
 from fastlangevin.learn.tasks.measurements import Mask, Operator, norm
@@ -58,7 +58,7 @@ def restore(
     zeta: scale of the posterior's data term (default: as in :func:`with_data`).
     seed: seed of the starts and the noise.
     fit: options of :func:`reconstruct` for "latent". ``restarts`` (default here: 1) is the number
-        of chains for each answer, of which the best is returned.
+        of chains for each answer; the best one is returned.
 
     With a Mask, "clamped" and "latent" answers reproduce the known pixels of y exactly. Raises
     TypeError or ValueError naming the argument, before any work, and FloatingPointError if a chain
