@@ -214,7 +214,7 @@ def test_help_shows_shapes_and_what_is_done_by_default(command: Any, name: str) 
     }
     assert shapes.get(name, "") in text
     fits = name in ("reconstruct", "interpolate", "restore")
-    assert ("best counts (default: 4; restore: 1)" in text) == fits
+    assert ("best one counts (default: 4; restore: 1)" in text) == fits
 
 
 @pytest.mark.parametrize(
