@@ -116,6 +116,7 @@ class ConvNetGradient:
 
     def _read(self) -> None:
         self._seen = self.graph.versions()
+        self.graph.refresh()
         stack = self._stack()
         weights = [conv.weight.contiguous() for conv in stack.convs]
         biases = [None if conv.bias is None else conv.bias.contiguous() for conv in stack.convs]

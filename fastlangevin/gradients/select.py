@@ -63,22 +63,12 @@ def choose_engine(
     if gradient in ("autograd", "network"):
         return EngineChoice(gradient, None, {})
     call = EnergyCall(energy, x, precision, model_kwargs)
-    reason = _refusal(call, step_kwargs)
-    if reason is None:
-        with network_precision("fp32" if precision in HALVES else precision, x.device):
-            layered = _by_layers(gradient, call, cache)
-        if isinstance(layered, EngineChoice):
-            return layered
-        reason = layered
-        if gradient != "fused":
-            with network_precision(precision, x.device):
-                traced = _by_trace(call, cache, layered)
-            if isinstance(traced, EngineChoice):
-                return traced
-            reason = traced
+    choice = _refusal(call, step_kwargs) or _by_recording(gradient, call, cache)
+    if isinstance(choice, EngineChoice):
+        return choice
     if gradient != "auto":
-        raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {reason}')
-    return EngineChoice("autograd", None, {"fused, explicit": reason})
+        raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {choice}')
+    return EngineChoice("autograd", None, {"fused, explicit": choice})
 
 
 def proved_graph(
@@ -95,10 +85,11 @@ def proved_graph(
     if reason is not None:
         return reason
     with network_precision(precision, x.device):
-        recorded = _graph(call, cache)
-        if isinstance(recorded, str):
-            return recorded
-        graph, results, cache = recorded
+        recording, results = cache.recording(call)
+        graph = recording.graph
+        if isinstance(graph, str):
+            return graph
+        cache = _cache_for(graph, cache)
 
         def make() -> Engine:
             return ExplicitGradient(graph, x, precision)
@@ -106,12 +97,40 @@ def proved_graph(
         return cache.disproof("explicit", make, graph, results, call) or graph
 
 
-def _by_layers(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineChoice | str:
+def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineChoice | str:
+    """Return the fastest engine that may run instead of the energy's code, or why none may."""
+    half = call.precision if call.precision in HALVES else None
+    with network_precision("fp32" if half else call.precision, call.x.device):
+        recording, results = cache.recording(call)
+        choice = _by_layers(gradient, recording.graph, results, call, cache)
+    if isinstance(choice, EngineChoice) or gradient == "fused":
+        return choice
+    if call.x.device.type != "cpu":
+        return choice  # replaying has not been measured on other devices
+    with network_precision(call.precision, call.x.device):
+        if half:
+            recording, results = cache.recording(call, half)
+        trace = recording.trace
+        if not isinstance(trace, Trace):
+            return trace
+        if recording.guard is None:
+            cache = EngineCache()  # the recording is for this call, and must not outlive it
+        engine = cache.traced(trace, call)
+        reason = cache.disproof("traced", lambda: engine, trace, results, call)
+    return reason or EngineChoice("explicit", engine, {"fused": choice})
+
+
+def _by_layers(
+    gradient: str,
+    graph: Graph | str,
+    results: RunResults | None,
+    call: EnergyCall,
+    cache: EngineCache,
+) -> EngineChoice | str:
     """Return the fused or explicit engine of a graph, or why neither has autograd's gradient."""
-    recorded = _graph(call, cache)
-    if isinstance(recorded, str):
-        return recorded
-    graph, results, cache = recorded
+    if isinstance(graph, str):
+        return graph
+    cache = _cache_for(graph, cache)
     x, precision = call.x, call.precision
     name, engine = "fused", None
     why_not: dict[str, str] = {}
@@ -133,35 +152,13 @@ def _by_layers(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineCho
     return reason or EngineChoice(name, engine, why_not, graph)
 
 
-def _by_trace(call: EnergyCall, cache: EngineCache, why_not_fused: str) -> EngineChoice | str:
-    """Return the explicit engine that replays a trace, or why it cannot."""
-    if call.x.device.type != "cpu":
-        return why_not_fused  # replaying has not been measured on other devices
-    half = call.precision if call.precision in HALVES else None
-    recording, results = cache.recording(call, half)
-    trace = recording.trace
-    if not isinstance(trace, Trace):
-        return trace
-    engine = cache.traced(trace, call)
-    reason = cache.disproof("traced", lambda: engine, trace, results, call)
-    return reason or EngineChoice("explicit", engine, {"fused": why_not_fused})
-
-
-def _graph(
-    call: EnergyCall, cache: EngineCache
-) -> tuple[Graph, RunResults | None, EngineCache] | str:
-    """Return a graph, the run's results if it was recorded now, and the cache for its engines.
+def _cache_for(graph: Graph, cache: EngineCache) -> EngineCache:
+    """Return the cache for a graph's engines.
 
     Weights that functional_call passes have a grad_fn, and the call's graph must not be kept
     alive. A new EngineCache is returned for them.
     """
-    recording, results = cache.recording(call)
-    graph = recording.graph
-    if isinstance(graph, str):
-        return graph
-    if any(base.grad_fn is not None for base in graph.bases):
-        cache = EngineCache()
-    return graph, results, cache
+    return EngineCache() if any(base.grad_fn is not None for base in graph.bases) else cache
 
 
 def _refusal(call: EnergyCall, step_kwargs: Iterable[str]) -> str | None:
@@ -186,6 +183,8 @@ def _fused(
     if isinstance(stack, str):
         return stack
     chains, device = x.shape[0], x.device
+    if device.type != "cpu" and graph.computed is not None:
+        return "weights are computed from other weights"
     if device.type == "cpu":
         reason = fused_cpu.refusal(stack, x, precision)
         if reason is not None:

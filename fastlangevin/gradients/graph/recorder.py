@@ -1,5 +1,6 @@
 """Describes the operators of an energy as the nodes of a graph, while they run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ class OperatorRecorder:
     """Makes a node of every operator that reads the state.
 
     It stops at the first operator that it lacks, and ``unsupported`` says why. ``leaf``: the states
-    [n, ...] of the run. ``constants``: the energy's parameters and buffers.
+    [n, ...] of the run. ``constants``: the energy's parameters and buffers. ``slot_of`` gives the
+    slot of a tensor in the trace.
     """
 
-    def __init__(self, leaf: Tensor, constants: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, leaf: Tensor, constants: tuple[Tensor, ...], slot_of: Callable[[Tensor], int]
+    ) -> None:
         self.chains = leaf.shape[0]
         self.leaf = leaf
         self.nodes: list[Node] = []
@@ -33,6 +37,8 @@ class OperatorRecorder:
         self.spoilt: dict[int, str] = {}  # tensors that must not be read again, with the reason
         self.tensors = [leaf]  # kept alive, since tensors are told apart by their ids
         self.unsupported: str | None = None
+        self.slot_of = slot_of
+        self._computed: set[int] = set()  # ids of tensors computed without the states
 
     def refuse(self, reason: str) -> Exception:
         """Return the error to raise for what a graph cannot hold."""
@@ -90,7 +96,9 @@ class OperatorRecorder:
         """See an operator that does not read the state; views of constants are constants."""
         if func._schema.is_mutable:
             raise self.refuse(f"{name} changes a tensor in place")
-        self.tensors += [tensor for tensor in _flat((out,)) if isinstance(tensor, Tensor)]
+        new = [tensor for tensor in _flat((out,)) if isinstance(tensor, Tensor)]
+        self.tensors += new
+        self._computed.update(map(id, new))
         if isinstance(out, Tensor):
             viewed = self.constants.get(id(args[0])) if args else None
             alias = func._schema.returns[0].alias_info
@@ -120,12 +128,14 @@ class OperatorRecorder:
             if tensor.dtype == self.leaf.dtype and tensor.device == self.leaf.device:
                 return self.constants[id(tensor)]
             raise self.refuse(f"{name} reads a parameter of another dtype or device")
-        computed = any(tensor is other for other in self.tensors)
-        raise self.refuse(
-            f"{name} reads a weight that is computed (a parametrisation?)"
-            if computed
-            else f"{name} reads a tensor that is neither a parameter nor a buffer"
-        )
+        if id(tensor) not in self._computed:
+            raise self.refuse(f"{name} reads a tensor that is neither a parameter nor a buffer")
+        if tensor.dtype != self.leaf.dtype or tensor.device != self.leaf.device:
+            raise self.refuse(f"{name} reads a weight of another dtype or device")
+        base = tensor.detach().clone(memory_format=torch.contiguous_format)
+        constant = Constant(base, tuple(base.shape), base.stride(), 0, self.slot_of(tensor))
+        self.constants[id(tensor)] = constant
+        return constant
 
     def graph(self, out: Any) -> Graph:
         """Return the graph whose output is ``out``, the energies."""
@@ -143,9 +153,8 @@ class OperatorRecorder:
         nodes = _live(self.nodes, value)
         if not nodes:
             raise self.refuse("its output is the state itself")
-        bases = tuple(c.base for node in nodes for c in node.constants if c is not None)
         leaf, shape = self.leaf, tuple(self.leaf.shape[1:])
-        return Graph(self.chains, shape, leaf.dtype, leaf.device, nodes, bases)
+        return Graph(self.chains, shape, leaf.dtype, leaf.device, nodes)
 
 
 def _live(nodes: list[Node], output: int) -> tuple[Node, ...]:

@@ -49,7 +49,7 @@ class Tracer(TorchDispatchMode):
 
     def trace(self, energies: Tensor, grad: Tensor) -> Trace:
         """Return the finished trace, which ends in these two tensors."""
-        numbers = [self._number(tensor) for tensor in (energies, grad)]
+        numbers = [self.slot_of(tensor) for tensor in (energies, grad)]
         return Trace(tuple(self.instructions), self.values, self.leaves, numbers[0], numbers[1])
 
     def __torch_dispatch__(
@@ -64,7 +64,7 @@ class Tracer(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.refuse(f"{name} draws random numbers")
-        if name in ("_local_scalar_dense", "equal") or any(tag in func.tags for tag in _DATA_TAGS):
+        if name in ("_local_scalar_dense", "equal") or self._chooses_by_value(func, args):
             raise self.refuse(f"{name} reads a tensor's value into Python")
         writes = self._writes(func, name, args, kwargs)
         recorded_args = mapped(args, self._recorded)
@@ -99,17 +99,25 @@ class Tracer(TorchDispatchMode):
                 continue
             passed = args[k] if k < len(args) else kwargs.get(argument.name)
             for tensor in _tensors(passed):
-                number = self._number(tensor)
+                number = self.slot_of(tensor)
                 storage = self.values[number].storage
                 if storage == 0 or any(self.values[n].storage == storage for n in self.leaves):
                     raise self.refuse(f"{name} changes a tensor in place")
                 numbers.append(number)
         return tuple(numbers)
 
-    def _recorded(self, argument: Any) -> Any:
-        return Slot(self._number(argument)) if isinstance(argument, Tensor) else argument
+    def _chooses_by_value(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Return whether the shape of an operator's result depends on values."""
+        if not any(tag in func.tags for tag in _DATA_TAGS):
+            return False
+        masks = (torch.bool, torch.uint8)
+        by_numbers = all(index.dtype not in masks for index in _tensors(args[1:]))
+        return not (func is torch.ops.aten.index.Tensor and by_numbers)
 
-    def _number(self, tensor: Tensor) -> int:
+    def _recorded(self, argument: Any) -> Any:
+        return Slot(self.slot_of(argument)) if isinstance(argument, Tensor) else argument
+
+    def slot_of(self, tensor: Tensor) -> int:
         """Return the slot of a tensor; one that is not known yet existed before the run."""
         entry = self._slots.get(id(tensor))
         if entry is not None and entry[0]() is tensor:
@@ -128,7 +136,7 @@ class Tracer(TorchDispatchMode):
         storage = self._count
         for other in inputs:
             if address and other.untyped_storage().data_ptr() == address:
-                storage = self.values[self._number(other)].storage
+                storage = self.values[self.slot_of(other)].storage
         return self._place(tensor, storage)
 
     def _storage_of(self, tensor: Tensor) -> int:
