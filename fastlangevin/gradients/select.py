@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients import fused_cpu, fused_gpu
+from fastlangevin.gradients import fused_cpu, fused_gpu, onednn
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.engine_cache import NOT_IN_MEMORY, EnergyCall, EngineCache
 from fastlangevin.gradients.explicit import ExplicitGradient
@@ -108,7 +108,8 @@ def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> Engine
     if call.x.device.type != "cpu":
         return choice  # replaying has not been measured on other devices
     with network_precision(call.precision, call.x.device):
-        if half:
+        # Without hardware for the half precision, float32 is faster and more precise.
+        if half and onednn.runs(HALVES[half]):
             recording, results = cache.recording(call, half)
         trace = recording.trace
         if not isinstance(trace, Trace):

@@ -183,7 +183,7 @@ def _record(
         graph = _graph(recorder, out)
         trace = "autograd finds no gradient" if grad is None else tracer.trace(out, grad)
         if isinstance(trace, Trace):
-            trace = trace.with_arguments(model_kwargs)
+            trace = replace(trace.with_arguments(model_kwargs), is_autocast=precision in HALVES)
             graph = _with_computed(graph, trace)
         results = RunResults(leaf.detach(), out.detach(), grad)
         changed = watch.changed() or _refusal(("", module) for module in snapshot.modules)
