@@ -21,6 +21,9 @@ from fastlangevin.locks import new_lock
 # The chains that a thread takes at a time. Several chains share each read of the weights, which
 # dominate the reads in deep layers; their values must still fit in the cache.
 _CHUNK, _CHUNK_BYTES = 8, 2**21
+# Values that no second-level cache holds are in the third one, for a few chains at least: 4 chains
+# of 2.8 MB each take 0.94 of the time of single ones (AMD EPYC, a residual net of width 64).
+_FEW, _FEW_BYTES = 4, 2**24
 # Chains of a network on vectors are the pixels of its products, which fill several tiles.
 _VECTOR_CHUNK = 48
 _MAX_ELEMENTS = 2**31 - 2**16
@@ -106,7 +109,8 @@ class ConvNetGradient:
         share = -(-chains // self.threads)
         vectors = all(math.prod(layer.read[1:]) == 1 for layer in network.layers)
         most = _VECTOR_CHUNK if vectors else _CHUNK
-        self.chunk = max(1, min(most, _CHUNK_BYTES // self.net.workspace, share))
+        few = min(_FEW, _FEW_BYTES // self.net.workspace)
+        self.chunk = max(1, min(most, max(_CHUNK_BYTES // self.net.workspace, few), share))
         # Zeros, because the borders around the values are read but never written.
         self.workspace = torch.zeros(
             self.threads * (self.chunk * self.net.workspace + self.net.scratch),
@@ -160,7 +164,7 @@ class ConvNetGradient:
         if images.shape == x.shape:
             grad = grad_images = torch.empty_like(x)
         else:
-            grad_images = torch.empty(images.shape)
+            grad_images = torch.empty(images.shape, dtype=x.dtype, device=x.device)
             grad = grad_images.view(x.shape)
         energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
