@@ -1,4 +1,4 @@
-"""What a sampler remembers of its energy between calls: graphs, engines and proofs."""
+"""What a sampler remembers of its energy between calls: recordings, engines and proofs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,9 +8,11 @@ from torch import Tensor
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.graph.record import RecordedRun, record
+from fastlangevin.gradients.graph.record import Recording, RunResults, record
 from fastlangevin.gradients.precision import HALVES
 from fastlangevin.gradients.proof import prove
+from fastlangevin.gradients.trace.engine import Programs, TracedGradient
+from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels.memory import all_in_memory
 from fastlangevin.locks import new_lock
 
@@ -29,7 +31,7 @@ class EnergyCall(NamedTuple):
 
 
 class EngineCache:
-    """The graphs recorded of an energy, the engines made from them, and which have been proved.
+    """The recordings of an energy, the engines made from them, and which have been proved.
 
     ``warned`` is whether the energy's modules have been checked for train mode. A copy or a pickle
     of the cache is empty.
@@ -37,36 +39,53 @@ class EngineCache:
 
     def __init__(self) -> None:
         # Keys contain ids, so each entry holds the graph that keeps the objects behind them alive.
-        self._graphs: dict[tuple[Any, ...], Graph] = {}  # by the shape of a batch
+        self._recordings: dict[tuple[Any, ...], Recording] = {}  # by shape and half precision
         self._engines: dict[tuple[Any, ...], tuple[Graph | None, Engine]] = {}
-        self._proved: dict[tuple[Any, ...], Graph] = {}
+        self._programs: dict[int, Programs] = {}  # by the trace's id
+        self._proved: dict[tuple[Any, ...], Graph | Trace] = {}
         self._lock = new_lock()
         self.warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return EngineCache, ()
 
-    def graph(self, call: EnergyCall) -> tuple[Graph, RecordedRun | None] | str:
-        """Return the graph of the energy on its states, or the reason why there is none.
+    def recording(
+        self, call: EnergyCall, half: str | None = None
+    ) -> tuple[Recording, RunResults | None]:
+        """Return the recording of the energy on its states, with the run's results if it ran now.
 
-        The energy is run unless a remembered graph is still current; the run comes with the graph.
+        The energy is run unless a remembered recording still holds. ``half`` is the precision of
+        autocast during the run, or None.
         """
         energy, x, _, model_kwargs = call
-        shape = tuple(x.shape)
-        cached = self._graphs.get(shape)
-        if cached is not None and not model_kwargs and cached.is_current(energy, x):
-            return cached, None
-        run = record(energy, x, model_kwargs)
-        if isinstance(run, str):
-            return run
-        if not all_in_memory(*run.graph.bases):
-            return f"a parameter or buffer is {NOT_IN_MEMORY}"
-        cached = self._graphs.get(shape)
-        if cached is not None and cached.key != run.graph.key:
-            with self._lock:
-                self._engines = {k: v for k, v in self._engines.items() if k[-1] != cached.key}
-        self._remember(self._graphs, shape, run.graph)
-        return run.graph, run
+        key = tuple(x.shape), half
+        kept = self._recordings.get(key)
+        guard = None if kept is None else kept.guard
+        if kept is not None and guard is not None and guard.holds(energy, x, model_kwargs):
+            return kept, None
+        recording, results = record(energy, x, model_kwargs, half)
+        graph = recording.graph
+        if isinstance(graph, Graph) and not all_in_memory(*graph.bases):
+            recording = recording._replace(graph=f"a parameter or buffer is {NOT_IN_MEMORY}")
+        trace = recording.trace
+        if isinstance(trace, Trace) and not all_in_memory(*trace.leaves.values()):
+            recording = recording._replace(trace=f"a tensor that it reads is {NOT_IN_MEMORY}")
+        if kept is not None and isinstance(kept.graph, Graph):
+            stale = kept.graph.key
+            if not isinstance(graph, Graph) or graph.key != stale:
+                with self._lock:
+                    self._engines = {k: v for k, v in self._engines.items() if k[-1] != stale}
+        if recording.guard is not None:
+            self._remember(self._recordings, key, recording)
+        return recording, results
+
+    def traced(self, trace: Trace, call: EnergyCall) -> TracedGradient:
+        """Return the engine that replays a trace with the call's keyword arguments."""
+        programs = self._programs.get(id(trace))
+        if programs is None or programs.trace is not trace:
+            programs = Programs(trace)
+        self._remember(self._programs, id(trace), programs)
+        return TracedGradient(trace, programs, call.model_kwargs, call.precision)
 
     def engine(self, make: Callable[[], Engine], graph: Graph | None, *key: Any) -> Engine:
         """Return the engine remembered for a graph and key, or else the one that ``make`` makes."""
@@ -81,27 +100,33 @@ class EngineCache:
         self,
         name: str,
         make: Callable[[], Engine],
-        graph: Graph,
-        run: RecordedRun | None,
+        recorded: Graph | Trace,
+        results: RunResults | None,
         call: EnergyCall,
     ) -> str | None:
         """Return why an engine is not to be used, or None if its gradient is autograd's.
 
-        An engine that has been proved is not compared again. In half precision the comparison is
-        with the explicit engine in the network's own dtype, which proves the graph. ``run`` is the
-        run that the graph was recorded from, if it took place in this call.
+        An engine that has been proved is not compared again. In half precision a graph is compared
+        by the explicit engine in the network's own dtype, and a trace under autocast. ``results``
+        are those of the run that was recorded, if it took place in this call.
         """
         energy, x, precision, model_kwargs = call
-        key = name, precision, graph.key
+        key = name, precision, recorded.key if isinstance(recorded, Graph) else id(recorded)
         if key in self._proved or not x.shape[0]:
             return None
-        engine = ExplicitGradient(graph, x, "fp32") if precision in HALVES else make()
-        recorded = run or record(energy, x, model_kwargs)
-        if isinstance(recorded, str):
-            return recorded
-        verdict = prove(recorded, engine, x)
+        half = precision if precision in HALVES else None
+        if isinstance(recorded, Graph):
+            engine = ExplicitGradient(recorded, x, "fp32") if half else make()
+            half = None
+        else:
+            engine = make()
+        if results is None:
+            results = record(energy, x, model_kwargs, half)[1]
+        if results is None:
+            return "its energy could not be run again for a comparison"
+        verdict = prove(results, engine, x)
         if verdict.reason is None and verdict.shown:
-            self._remember(self._proved, key, graph)
+            self._remember(self._proved, key, recorded)
         return verdict.reason
 
     def _remember(self, entries: dict[Any, Any], key: Any, value: Any) -> None:

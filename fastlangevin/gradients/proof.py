@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.gradients.engine import Engine
-from fastlangevin.gradients.graph.record import RecordedRun, no_hooks
+from fastlangevin.gradients.graph.record import RunResults
 
 # The largest distance between two gradients of a chain, relative to the norm. In float32, a unit
 # within rounding of a kink may take the other slope, which moves a gradient by about
@@ -26,12 +26,9 @@ class Verdict(NamedTuple):
     shown: bool
 
 
-def prove(run: RecordedRun, engine: Engine, x: Tensor) -> Verdict:
+def prove(run: RunResults, engine: Engine, x: Tensor) -> Verdict:
     """Compare an engine's energies and gradients at x with autograd's, chain by chain."""
-    with torch.enable_grad(), no_hooks():
-        energies = run.out.reshape(-1)
-        (grad,) = torch.autograd.grad(energies.sum(), run.x, allow_unused=True)
-    energies = energies.detach()
+    energies, grad = run.energies.reshape(-1), run.grad
     engine.begin()
     engine_energies, engine_grad = engine(x, True)
     assert engine_energies is not None
@@ -39,7 +36,7 @@ def prove(run: RecordedRun, engine: Engine, x: Tensor) -> Verdict:
         return Verdict("autograd finds no gradient", True)
     expected, computed = (_rows(g) for g in (grad, engine_grad))
     norms = expected.norm(dim=1)
-    bound = _BOUNDS.get(run.graph.dtype, _HALF_BOUND)
+    bound = _BOUNDS.get(run.x.dtype, _HALF_BOUND)
     distances = (computed - expected).norm(dim=1)
     finite = norms.isfinite() & energies.isfinite()
     # An energy may be a small difference of large terms, and the gradient shows how large.

@@ -12,14 +12,14 @@ from fastlangevin.gradients.engine_cache import NOT_IN_MEMORY, EnergyCall, Engin
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.graph.record import RecordedRun
-from fastlangevin.gradients.packing import PackedEnergy
+from fastlangevin.gradients.graph.record import RunResults
 from fastlangevin.gradients.precision import (
     HALVES,
     convolutions_use_tf32,
     half_name,
     network_precision,
 )
+from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
 
@@ -63,13 +63,22 @@ def choose_engine(
     if gradient in ("autograd", "network"):
         return EngineChoice(gradient, None, {})
     call = EnergyCall(energy, x, precision, model_kwargs)
-    with network_precision("fp32" if precision in HALVES else precision, x.device):
-        choice = _recorded(gradient, call, cache, step_kwargs)
-    if isinstance(choice, EngineChoice):
-        return choice
+    reason = _refusal(call, step_kwargs)
+    if reason is None:
+        with network_precision("fp32" if precision in HALVES else precision, x.device):
+            layered = _by_layers(gradient, call, cache)
+        if isinstance(layered, EngineChoice):
+            return layered
+        reason = layered
+        if gradient != "fused":
+            with network_precision(precision, x.device):
+                traced = _by_trace(call, cache, layered)
+            if isinstance(traced, EngineChoice):
+                return traced
+            reason = traced
     if gradient != "auto":
-        raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {choice}')
-    return EngineChoice("autograd", None, {"fused, explicit": choice})
+        raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {reason}')
+    return EngineChoice("autograd", None, {"fused, explicit": reason})
 
 
 def proved_graph(
@@ -82,26 +91,27 @@ def proved_graph(
 ) -> Graph | str:
     """Return a graph for the explicit engine that has been proved, or why autograd must be used."""
     call = EnergyCall(energy, x, precision, model_kwargs)
+    reason = _refusal(call, step_kwargs)
+    if reason is not None:
+        return reason
     with network_precision(precision, x.device):
-        recorded = _graph(call, cache, step_kwargs)
+        recorded = _graph(call, cache)
         if isinstance(recorded, str):
             return recorded
-        graph, run, cache = recorded
+        graph, results, cache = recorded
 
         def make() -> Engine:
             return ExplicitGradient(graph, x, precision)
 
-        return cache.disproof("explicit", make, graph, run, call) or graph
+        return cache.disproof("explicit", make, graph, results, call) or graph
 
 
-def _recorded(
-    gradient: str, call: EnergyCall, cache: EngineCache, step_kwargs: Iterable[str]
-) -> EngineChoice | str:
-    """Return the fused or explicit engine if its gradient equals autograd's, else why not."""
-    recorded = _graph(call, cache, step_kwargs)
+def _by_layers(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineChoice | str:
+    """Return the fused or explicit engine of a graph, or why neither has autograd's gradient."""
+    recorded = _graph(call, cache)
     if isinstance(recorded, str):
         return recorded
-    graph, run, cache = recorded
+    graph, results, cache = recorded
     x, precision = call.x, call.precision
     name, engine = "fused", None
     why_not: dict[str, str] = {}
@@ -119,28 +129,39 @@ def _recorded(
             graph, "explicit", precision, torch.backends.mkldnn.enabled,
         )  # fmt: skip
     chosen: Engine = engine
-    reason = cache.disproof(name, lambda: chosen, graph, run, call)
+    reason = cache.disproof(name, lambda: chosen, graph, results, call)
     return reason or EngineChoice(name, engine, why_not, graph)
 
 
+def _by_trace(call: EnergyCall, cache: EngineCache, why_not_fused: str) -> EngineChoice | str:
+    """Return the explicit engine that replays a trace, or why it cannot."""
+    if call.x.device.type != "cpu":
+        return why_not_fused  # replaying has not been measured on other devices
+    half = call.precision if call.precision in HALVES else None
+    recording, results = cache.recording(call, half)
+    trace = recording.trace
+    if not isinstance(trace, Trace):
+        return trace
+    engine = cache.traced(trace, call)
+    reason = cache.disproof("traced", lambda: engine, trace, results, call)
+    return reason or EngineChoice("explicit", engine, {"fused": why_not_fused})
+
+
 def _graph(
-    call: EnergyCall, cache: EngineCache, step_kwargs: Iterable[str]
-) -> tuple[Graph, RecordedRun | None, EngineCache] | str:
-    """Return a graph, its run if it was recorded now, and the cache for its engines; or a reason.
+    call: EnergyCall, cache: EngineCache
+) -> tuple[Graph, RunResults | None, EngineCache] | str:
+    """Return a graph, the run's results if it was recorded now, and the cache for its engines.
 
     Weights that functional_call passes have a grad_fn, and the call's graph must not be kept
     alive. A new EngineCache is returned for them.
     """
-    reason = _refusal(call, step_kwargs)
-    if reason is not None:
-        return reason
-    recorded = cache.graph(call)
-    if isinstance(recorded, str):
-        return recorded
-    graph, run = recorded
+    recording, results = cache.recording(call)
+    graph = recording.graph
+    if isinstance(graph, str):
+        return graph
     if any(base.grad_fn is not None for base in graph.bases):
         cache = EngineCache()
-    return graph, run, cache
+    return graph, results, cache
 
 
 def _refusal(call: EnergyCall, step_kwargs: Iterable[str]) -> str | None:
@@ -148,8 +169,6 @@ def _refusal(call: EnergyCall, step_kwargs: Iterable[str]) -> str | None:
     names = ", ".join(step_kwargs)
     if names:
         return f"the energy is given {names}, which may differ from step to step"
-    if isinstance(call.energy, PackedEnergy):
-        return "the state has several parts"
     if not in_memory(call.x):
         return f"the state is {NOT_IN_MEMORY}"
     device_type = call.x.device.type

@@ -55,7 +55,8 @@ def test_scores_that_do_not_serve_say_why() -> None:
     reasons = {row.name: row.why_not for row in rows}
     assert reasons[bench.NAIVE] is None
     assert reasons["autograd"] is None
-    assert "cannot be recorded" in str(reasons["explicit"])
+    assert reasons["explicit"] is None
+    assert "not an nn.Module" in str(reasons["fused"])
     assert "no: the energy is a function" in bench.table(rows)
 
 

@@ -173,11 +173,19 @@ def test_a_recording_is_kept_until_the_energy_changes(x0: Tensor) -> None:
         assert not torch.allclose(after, before, atol=1e-3)
 
 
+def drawn(x: Tensor) -> Tensor:
+    return (x * torch.rand_like(x)).flatten(1).sum(1)
+
+
+def item(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(1) * x.mean().item()
+
+
 @pytest.mark.parametrize(
     ("gradient", "energy", "match"),
     [
-        ("explicit", double_well, 'gradient "explicit" cannot run: the energy is a function'),
-        ("explicit", fl.GaussianEnergy(), 'gradient "explicit" cannot run: '),
+        ("explicit", drawn, 'gradient "explicit" cannot run: rand_like draws random numbers'),
+        ("explicit", item, 'gradient "explicit" cannot run: it reads values through item'),
         ("fused", double_well, 'gradient "fused" cannot run: the energy is a function'),
         ("fused", nn.Sequential(nn.Flatten(), nn.Linear(30, 1)), "it has no activation"),
     ],
@@ -192,9 +200,12 @@ def test_a_score_that_cannot_run_says_why(
         run(X0) if method == "explain" else run(X0, seed=0)
 
 
-def test_labels_that_the_energy_multiplies_by_need_the_general_score(x0: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="mul is supported only with a number"):
-        sampler(Conditional(), gradient="explicit")(x0, seed=0, y=LABELS)
+def test_labels_that_the_energy_multiplies_by_are_those_of_each_call(x0: Tensor) -> None:
+    net = Conditional()
+    explicit, autograd = (sampler(net, gradient=g) for g in ("explicit", "autograd"))
+    for labels in (LABELS, LABELS.flip(0), LABELS):
+        ends = [run(x0, seed=0, y=labels) for run in (explicit, autograd)]
+        assert torch.allclose(*ends, rtol=0, atol=1e-12)
 
 
 def test_train_mode_is_warned_of_once(x0: Tensor) -> None:

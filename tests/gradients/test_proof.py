@@ -14,6 +14,7 @@ import fastlangevin as fl
 from fastlangevin.gradients import engine_cache
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
+from fastlangevin.gradients.trace.engine import TracedGradient
 
 
 class Own(nn.Module):
@@ -59,11 +60,11 @@ def test_an_engine_with_another_gradient_is_not_used(
 ) -> None:
     energy, x0 = make(), states(3)
     if name == "explicit":
-        energy = nn.Sequential(energy, nn.Tanh(), nn.Softplus())  # no stack: lean is the fastest
+        energy = nn.Sequential(energy, nn.Tanh(), nn.Softplus())  # no stack
     want = sampler(energy, gradient="autograd")(x0, seed=0)
     if sampler(energy).choose_engine(x0, {}).name != name:
         pytest.skip("the compiled extension is not here")
-    with factor(engine, size):
+    with factor(engine, size), factor(TracedGradient, size):
         run = sampler(energy)
         torch.testing.assert_close(run(x0, seed=0), want, rtol=0, atol=0)
         assert "its gradient differs from autograd's by" in run.explain(x0)

@@ -1,18 +1,11 @@
 """The graph of operations that an energy computes."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as _module
-
-from fastlangevin.kernels.memory import in_memory
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,6 @@ class Graph:
     dtype: torch.dtype  # dtype in which the state enters the network
     device: torch.device
     nodes: tuple[Node, ...]
-    fingerprint: tuple[Any, ...] | None = None
     owners: tuple[Any, ...] = field(default=(), repr=False)  # keeps the ids in the keys valid
 
     @property
@@ -92,61 +84,3 @@ class Graph:
         """Return the shape of a node's first input for one chain."""
         value = node.inputs[0]
         return self.nodes[value - 1].shape if value else self.shape
-
-    def is_current(self, energy: Callable[..., Tensor], x: Tensor) -> bool:
-        """Return whether recording this energy on an x of this kind would give the same graph."""
-        return (
-            self.fingerprint is not None
-            and isinstance(energy, nn.Module)
-            and self.fingerprint == fingerprint(energy, x)
-        )
-
-
-def global_hooks() -> bool:
-    """Return whether hooks are set for all modules of the process."""
-    return any(getattr(_module, name) for name in _GLOBAL_HOOKS)
-
-
-def fingerprint(energy: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
-    """Return everything that a recording depends on, or None if that cannot be known.
-
-    Parameters enter with their identity and address, and not with their values, which an engine
-    reads before every chain.
-    """
-    parts: list[Any] = [x.shape, x.dtype, x.device]
-    if global_hooks():
-        return None
-    for module in energy.modules():
-        kind = type(module)
-        # Other code may read anything, such as globals, so it is recorded at every call.
-        if not kind.__module__.startswith(("torch.nn.", "fastlangevin.")):
-            return None
-        parts += (kind, id(module), kind.forward)
-        for name, value in module.__dict__.items():
-            kind = type(value)
-            if kind in _SIMPLE:
-                parts += (name, value)
-            elif name == "_parameters" or name == "_buffers":
-                for tensor in value.values():
-                    if tensor is not None:
-                        # functional_call passes such tensors, for a single call.
-                        if tensor.grad_fn is not None or not in_memory(tensor):
-                            return None
-                        layout = tensor.shape, tensor.stride(), tensor.dtype
-                        parts += (id(tensor), tensor.data_ptr(), *layout)
-            elif name == "_modules":
-                parts += [(key, id(child)) for key, child in value.items()]
-            elif kind is tuple or kind is list:
-                if any(type(item) not in _SIMPLE for item in value):
-                    return None
-                parts += (name, tuple(value))
-            elif name in HOOKS:
-                if value:
-                    return None
-            elif name not in _TABLES:
-                return None
-    return tuple(parts)
-
-
-_SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype))
-_TABLES = frozenset(nn.Module().__dict__)  # the tables of every module, which hold no settings

@@ -1,9 +1,12 @@
-"""Records what an energy computes as a graph of operators, from one run of its code.
+"""Records what an energy computes, from one run of its code and of its backward pass.
 
 A recording sees the operators themselves, so it does not matter how a network is written (modules,
-functions or operators), and nothing is inferred from the names of modules.
+functions or operators), and nothing is inferred from the names of modules. It gives two forms. The
+:class:`~fastlangevin.gradients.trace.instructions.Trace` holds all operators, forward and back, and
+can be replayed. The :class:`Graph` exists for networks of known layers; engines compute its
+gradient by rules of their own.
 
-A recording holds for batches of its own size n. For that size, each supported operator is known to
+A recording holds for batches of its own size n. For that size, each operator of a graph is known to
 treat the first dimension, of n chains, row by row: it is elementwise, works over other dimensions,
 or is a view that keeps the order of the elements and a first dimension of n. This is true even if
 another dimension equals n.
@@ -11,54 +14,73 @@ another dimension equals n.
 
 import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from fastlangevin.gradients.graph.ir import HOOKS, Graph, fingerprint, global_hooks
-from fastlangevin.gradients.graph.recorder import OperatorRecorder
+from fastlangevin.gradients.graph.guard import HOOKS, Guard, global_hooks, may_be_kept
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.recorder import OperatorRecorder, Unsupported
 from fastlangevin.gradients.graph.snapshot import Snapshot
 from fastlangevin.gradients.graph.watch import Values, Watch
-from fastlangevin.gradients.network import Network, network_dtype
+from fastlangevin.gradients.network import Network, modules_of, network_dtype
+from fastlangevin.gradients.precision import HALVES
+from fastlangevin.gradients.trace.instructions import Trace
+from fastlangevin.gradients.trace.tracer import Tracer
 from fastlangevin.gradients.untouched import left_as_found
 
 
-class RecordedRun(NamedTuple):
-    """A graph, and the leaf and the output through which autograd differentiates the same run."""
+class Recording(NamedTuple):
+    """The two forms of a recorded run; each may be the reason why it does not exist.
 
-    graph: Graph
-    x: Tensor  # a copy of the states, which requires grad
-    out: Tensor  # the energy's output
+    ``guard`` tells whether the recording holds for another call; if it is None, it holds for none.
+    """
+
+    graph: Graph | str
+    trace: Trace | str
+    guard: Guard | None
+
+
+class RunResults(NamedTuple):
+    """What autograd computed in a recorded run."""
+
+    x: Tensor  # a copy of the states, in the dtype in which they enter the network
+    energies: Tensor
+    grad: Tensor | None
 
 
 def recognise(
     energy: Callable[..., Tensor], x: Tensor, model_kwargs: dict[str, Any] | None = None
 ) -> Graph | str:
     """Return the graph of an energy on states x [n, ...], or the reason why there is none."""
-    run = record(energy, x, model_kwargs)
-    return run if isinstance(run, str) else run.graph
+    return record(energy, x, model_kwargs)[0].graph
 
 
 def record(
-    energy: Callable[..., Tensor], x: Tensor, model_kwargs: dict[str, Any] | None = None
-) -> RecordedRun | str:
-    """Run the energy once on a copy of x [n, ...] and record what it computes.
+    energy: Callable[..., Tensor],
+    x: Tensor,
+    model_kwargs: dict[str, Any] | None = None,
+    precision: str | None = None,
+) -> tuple[Recording, RunResults | None]:
+    """Run the energy and its gradient once on a copy of x [n, ...] and record what they compute.
 
-    Returns a reason instead if a graph cannot hold everything that the run does. State of modules,
-    objects and globals that the run changes is restored. If x is empty, one chain of zeros is run.
+    With a half ``precision`` the run is under autocast, and there is no graph. The results are None
+    if the run cannot be repeated from a recording. State of modules, objects and globals that the
+    run changes is restored. If x is empty, one chain of zeros is run.
     """
     owner = getattr(energy, "__self__", None)
     if isinstance(owner, nn.Module) and getattr(energy, "__func__", None) is type(owner).forward:
         energy = owner
-    if not isinstance(energy, nn.Module):
-        kind = type(energy).__name__
-        return f"the energy is a {kind}, which cannot be recorded; pass the nn.Module itself"
-    reason = _refusal(energy)
+    reason = _refusal(named for root in modules_of(energy) for named in root.named_modules())
     if reason is not None:
-        return reason
-    return _record(energy, x if x.shape[0] else x.new_zeros((1, *x.shape[1:])), model_kwargs or {})
+        return Recording(reason, reason, None), None
+    if not x.shape[0]:
+        x = x.new_zeros((1, *x.shape[1:]))
+    return _record(energy, x, model_kwargs or {}, precision)
 
 
 def no_hooks() -> contextlib.AbstractContextManager[None]:
@@ -72,64 +94,159 @@ def no_hooks() -> contextlib.AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
-def _refusal(energy: nn.Module) -> str | None:
+def _refusal(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
     """Return why an energy cannot be recorded, if its modules show it before it is run."""
     if global_hooks():
         return "global module hooks are set"
-    for name, module in energy.named_modules():
+    for name, module in modules:
         called = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-        if any(getattr(module, hooks) for hooks in HOOKS):
-            return f"{called} has hooks"
+        for hooks in HOOKS:
+            for hook in getattr(module, hooks).values():
+                if type(hook) not in _WEIGHT_HOOKS:
+                    return f"{called} has hooks"
+                if module.training and isinstance(hook, SpectralNorm):
+                    return f"{called} has hooks of spectral_norm in train mode"
         if isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules:
             return f"{called} is compiled"
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd):
             return f"{called} is in train mode"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            mode = "in train mode" if module.training else "not supported"
-            return f"{called} is {mode}"
-    for tensor in (*energy.parameters(), *energy.buffers()):
-        if type(tensor) not in (Tensor, nn.Parameter):
-            return f"a parameter is a {type(tensor).__name__}"
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return f"{called} is in train mode"
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
+                return f"a parameter is a {type(tensor).__name__}"
     return None
 
 
-def _record(energy: nn.Module, x: Tensor, model_kwargs: dict[str, Any]) -> RecordedRun | str:
+# Hooks of torch that compute a weight before each forward pass and set it as an attribute.
+_WEIGHT_HOOKS = (SpectralNorm, WeightNorm)
+
+
+class _Refused(Exception):
+    """Ends a run that cannot be recorded."""
+
+
+class _Refusals:
+    """Keeps the first reason why a run cannot be recorded; the energy may catch the error."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __call__(self, reason: str) -> Exception:
+        self.reason = self.reason or reason
+        return _Refused(reason)
+
+
+def _record(
+    energy: Callable[..., Any], x: Tensor, model_kwargs: dict[str, Any], precision: str | None
+) -> tuple[Recording, RunResults | None]:
+    refuse, snapshot = _Refusals(), Snapshot()
     try:
         dtype = _entering_dtype(energy, x, model_kwargs)
     except Exception as error:
-        return f"it raises {type(error).__name__}: {error}"
+        reason = f"it raises {type(error).__name__}: {error}"
+        return Recording(reason, reason, None), None
     leaf = x.detach().to(dtype, copy=True).requires_grad_()
-    recorder = OperatorRecorder(leaf, (*energy.parameters(), *energy.buffers()))
-    snapshot = Snapshot()
-    snapshot.add(energy, type(energy).__name__)
+    snapshot.add(energy, getattr(energy, "__name__", type(energy).__name__))
     if snapshot.unknown is not None:
-        return snapshot.unknown
-    watch = recorder.watch = Watch(snapshot, recorder.refuse)
+        return Recording(snapshot.unknown, snapshot.unknown, None), None
+    recorder = _recorder(energy, leaf, precision)
+    tracer, watch = Tracer(leaf, refuse), Watch(snapshot, refuse)
+    values = Values(refuse, tracer.reads_state)
     # The first operator under a dispatch mode imports this module; watching the import is slow.
     importlib.import_module("torch._dynamo")
+    tracer.watch, tracer.observe = watch, recorder.see
+    graph: Graph | str = ""
+    trace: Trace | str = ""
+    results = None
     try:
         with (
-            torch.autocast(x.device.type, enabled=False),
+            _weights_put_back(modules_of(energy)),
             torch.enable_grad(),  # autograd's graph shows what the operators do not
             no_hooks(),
-            recorder,
-            Values(recorder.refuse, recorder.reads_state),
+            tracer,
+            values,
             watch,
         ):
-            out = energy(leaf, **model_kwargs)
-        changed = watch.changed()
+            with _autocast(precision, x.device):
+                out = energy(leaf, **model_kwargs)
+            tracer.observe = None
+            n = leaf.shape[0]
+            if not isinstance(out, Tensor) or out.numel() != n or (out.ndim and len(out) != n):
+                reason = recorder.unsupported or _shape_reason(out, leaf)
+                raise refuse(reason)
+            if not out.requires_grad:
+                raise refuse("its output does not depend on the state through autograd")
+            (grad,) = torch.autograd.grad(out.sum(), leaf, allow_unused=True)
+        graph = _graph(recorder, out)
+        trace = "autograd finds no gradient" if grad is None else tracer.trace(out, grad)
+        results = RunResults(leaf.detach(), out.detach(), grad)
+        changed = watch.changed() or _refusal(("", module) for module in snapshot.modules)
         if changed is not None:
-            raise recorder.refuse(changed)
-        key = None if model_kwargs else fingerprint(energy, x)
-        graph = recorder.graph(out, key, tuple(energy.modules()))
-        return RecordedRun(graph, leaf, out)
+            refuse(changed)
     except Exception as error:
-        if recorder.reason is not None:
-            return recorder.reason
-        return f"it raises {type(error).__name__}: {error}"
+        refuse(f"it raises {type(error).__name__}: {error}")
     finally:
         watch.restore()
-        recorder.watch, recorder.tensors = None, []  # no cycle keeps the run's tensors alive
+        tracer.watch = tracer.observe = None  # no cycle keeps the run's tensors alive
+    if refuse.reason is not None:
+        graph = trace = refuse.reason
+        results = None
+    hidden = values.copied or watch.reads_unsaved
+    guard = None
+    if not hidden and may_be_kept(snapshot, model_kwargs, tracer.leaves):
+        guard = Guard(energy, x, model_kwargs, snapshot, tracer.leaves)
+    if isinstance(trace, Trace):
+        trace = trace.with_arguments(model_kwargs)
+    return Recording(graph, trace, guard), results
+
+
+def _recorder(energy: Callable[..., Any], leaf: Tensor, precision: str | None) -> OperatorRecorder:
+    roots = modules_of(energy)
+    tensors = tuple(t for m in roots for t in (*m.parameters(), *m.buffers()))
+    recorder = OperatorRecorder(leaf, tensors)
+    if not roots:
+        recorder.stop(f"the energy is a {type(energy).__name__}, not an nn.Module")
+    elif precision in HALVES:
+        recorder.stop("the run is under autocast")
+    return recorder
+
+
+def _autocast(precision: str | None, device: torch.device) -> torch.autocast:
+    """Return the context of the forward pass; a cache would hide the casts of the weights."""
+    if precision not in HALVES:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=HALVES[precision], cache_enabled=False)
+
+
+def _graph(recorder: OperatorRecorder, out: Any) -> Graph | str:
+    try:
+        return recorder.graph(out)
+    except Unsupported as error:
+        return str(error)
+
+
+def _shape_reason(out: Any, leaf: Tensor) -> str:
+    if not isinstance(out, Tensor):
+        return f"its output is a {type(out).__name__}, not a tensor"
+    return f"its output has shape {list(out.shape)} for {leaf.shape[0]} chains"
+
+
+@contextlib.contextmanager
+def _weights_put_back(roots: Iterable[nn.Module]) -> Iterator[None]:
+    """On exit, restore the attributes that the hooks of spectral_norm and weight_norm have set."""
+    before = [
+        (module.__dict__, hook.name, module.__dict__[hook.name])
+        for root in roots
+        for module in root.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, _WEIGHT_HOOKS) and hook.name in module.__dict__
+    ]
+    try:
+        yield
+    finally:
+        for attributes, name, value in before:
+            attributes[name] = value
 
 
 def _entering_dtype(

@@ -1,28 +1,26 @@
-"""The dispatch mode that records the operators of a run."""
+"""Describes the operators of an energy as the nodes of a graph, while they run."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlangevin.gradients.graph.aten_ops import OPERATORS
 from fastlangevin.gradients.graph.ir import Constant, Graph, Node
-from fastlangevin.gradients.graph.watch import Watch
 
 
-class _Refused(Exception):
-    """Ends a run that cannot be recorded."""
+class Unsupported(Exception):
+    """The reason why a graph cannot hold what the energy computes."""
 
 
-class OperatorRecorder(TorchDispatchMode):
-    """Records every operator that reads the state, and refuses the operators that it lacks.
+class OperatorRecorder:
+    """Makes a node of every operator that reads the state.
 
-    ``leaf``: the states [n, ...] of the run. ``constants``: the energy's parameters and buffers.
+    It stops at the first operator that it lacks, and ``unsupported`` says why. ``leaf``: the states
+    [n, ...] of the run. ``constants``: the energy's parameters and buffers.
     """
 
     def __init__(self, leaf: Tensor, constants: tuple[Tensor, ...]) -> None:
-        super().__init__()
         self.chains = leaf.shape[0]
         self.leaf = leaf
         self.nodes: list[Node] = []
@@ -34,36 +32,34 @@ class OperatorRecorder(TorchDispatchMode):
         }
         self.spoilt: dict[int, str] = {}  # tensors that must not be read again, with the reason
         self.tensors = [leaf]  # kept alive, since tensors are told apart by their ids
-        self.reason: str | None = None
-        self.watch: Watch | None = None
+        self.unsupported: str | None = None
 
     def refuse(self, reason: str) -> Exception:
-        """Note the first reason why the run cannot be recorded, and return the error to raise."""
-        self.reason = self.reason or reason
-        return _Refused(reason)
+        """Return the error to raise for what a graph cannot hold."""
+        return Unsupported(reason)
 
-    def reads_state(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is computed from the states."""
-        return id(tensor) in self.values or id(tensor) in self.spoilt
+    def stop(self, reason: str) -> None:
+        """Note why there is no graph, and keep nothing."""
+        self.unsupported = self.unsupported or reason
+        self.tensors, self.nodes, self.values, self.spoilt = [], [], {}, {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if self.watch is None:
-            return self._run(func, args, kwargs or {})
-        with self.watch.paused():  # otherwise it would follow the code of this class
-            return self._run(func, args, kwargs or {})
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator and record it if it reads the state."""
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Describe an operator that has run."""
+        if self.unsupported is not None:
+            return
         name = func._schema.name.removeprefix("aten::")
+        try:
+            self._see(func, name, args, kwargs, out)
+        except Unsupported as error:
+            self.stop(str(error))
+
+    def _see(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         tensors = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise self.refuse(f"{name} draws random numbers")
-        if name in ("_local_scalar_dense", "equal"):
-            raise self.refuse(f"{name} reads a tensor's value into Python")
-        if not any(map(self.reads_state, tensors)):
-            return self._run_on_constants(func, name, args, kwargs)
+        if not any(id(t) in self.values or id(t) in self.spoilt for t in tensors):
+            self._see_constants(func, name, args, out)
+            return
         for tensor in tensors:
             if id(tensor) in self.spoilt:
                 raise self.refuse(self.spoilt[id(tensor)])
@@ -71,14 +67,12 @@ class OperatorRecorder(TorchDispatchMode):
             raise self.refuse(f"{name} runs under torch.no_grad, or in a torch.autograd.Function")
         if name == "detach":
             # Autograd makes detached copies itself, which nothing reads.
-            out = func(*args, **kwargs)
             self.spoilt[id(out)] = "part of it is detached"
             self.tensors.append(out)
-            return out
+            return
         describe = OPERATORS.get(name)
         if describe is None:
             raise self.refuse(f"{name} is not supported")
-        out = func(*args, **kwargs)
         # The energy of a single chain may have no dimension at all.
         if not isinstance(out, Tensor) or (out.shape[0] if out.ndim else 1) != self.chains:
             raise self.refuse(f"{name} mixes chains")
@@ -88,18 +82,14 @@ class OperatorRecorder(TorchDispatchMode):
         self.tensors.append(out)
         if node is None:
             self.values[id(out)] = self.values[id(args[0])]
-            return out
+            return
         self.nodes.append(node)
         self.values[id(out)] = len(self.nodes)
-        return out
 
-    def _run_on_constants(
-        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run an operator that does not read the state; views of constants are constants."""
+    def _see_constants(self, func: Any, name: str, args: tuple[Any, ...], out: Any) -> None:
+        """See an operator that does not read the state; views of constants are constants."""
         if func._schema.is_mutable:
             raise self.refuse(f"{name} changes a tensor in place")
-        out = func(*args, **kwargs)
         self.tensors += [tensor for tensor in _flat((out,)) if isinstance(tensor, Tensor)]
         if isinstance(out, Tensor):
             viewed = self.constants.get(id(args[0])) if args else None
@@ -109,7 +99,6 @@ class OperatorRecorder(TorchDispatchMode):
                 self.constants[id(out)] = Constant(
                     viewed.base, tuple(out.shape), out.stride(), offset
                 )
-        return out
 
     def _spoil_aliases(self, changed: Tensor, name: str) -> None:
         storage = changed.untyped_storage().data_ptr()
@@ -138,12 +127,10 @@ class OperatorRecorder(TorchDispatchMode):
             else f"{name} reads a tensor that is neither a parameter nor a buffer"
         )
 
-    def graph(
-        self, out: Any, fingerprint: tuple[Any, ...] | None, modules: tuple[Any, ...]
-    ) -> Graph:
+    def graph(self, out: Any) -> Graph:
         """Return the graph whose output is ``out``, the energies."""
-        if self.reason is not None:  # it was raised, and the energy caught it
-            raise self.refuse(self.reason)
+        if self.unsupported is not None:
+            raise self.refuse(self.unsupported)
         if not isinstance(out, Tensor) or id(out) in self.spoilt:
             raise self.refuse("its output is not a tensor computed from the state")
         value = self.value(out, "its output")
@@ -158,9 +145,7 @@ class OperatorRecorder(TorchDispatchMode):
             raise self.refuse("its output is the state itself")
         bases = tuple(c.base for node in nodes for c in node.constants if c is not None)
         leaf, shape = self.leaf, tuple(self.leaf.shape[1:])
-        return Graph(
-            self.chains, shape, leaf.dtype, leaf.device, nodes, fingerprint, (*modules, *bases)
-        )
+        return Graph(self.chains, shape, leaf.dtype, leaf.device, nodes, bases)
 
 
 def _live(nodes: list[Node], output: int) -> tuple[Node, ...]:

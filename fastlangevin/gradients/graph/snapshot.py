@@ -10,6 +10,7 @@ is limited, so that a module which refers to a whole trainer does not make the w
 import collections
 import functools
 import io
+import operator
 import pickle
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -51,6 +52,9 @@ class Snapshot:
     def __init__(self) -> None:
         self.unknown: str | None = None  # why state cannot be compared, if so
         self._seen: dict[int, Any] = {}  # by id; keeps the objects, and so their ids, alive
+        self.tensors: dict[int, Tensor] = {}  # by id, all tensors that were reached
+        self.hides = False  # whether something reached holds results of its own
+        self.codes: set[types.CodeType] = set()  # of the functions whose closures are saved
         self._names: set[tuple[int, str]] = set()
         self._saved: list[Saved] = []
         # By name, attributes and variables whose state cannot be compared, and why not.
@@ -63,6 +67,8 @@ class Snapshot:
         while waiting and len(self._saved) < _MOST:
             value, label, depth = waiting.popleft()
             if isinstance(value, _ATOMS):
+                if isinstance(value, Tensor):
+                    self.tensors[id(value)] = value
                 continue
             if isinstance(value, io.IOBase):
                 continue  # reading and writing it are calls that a run may not make
@@ -80,6 +86,7 @@ class Snapshot:
             if id(value) in self._seen:
                 continue
             self._seen[id(value)] = value
+            self.hides |= isinstance(value, functools._lru_cache_wrapper)
             waiting.extend((item, name, depth + 1) for item, name in self._save(value, label))
 
     def add_names(self, namespace: dict[str, Any], names: Iterable[str], label: str) -> None:
@@ -96,6 +103,17 @@ class Snapshot:
                 continue
             self._save_name(f"{label}.{name}", namespace, name)
             self.add(value, f"{label}.{name}")
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether everything that was reached is saved, and can be compared."""
+        known = self.unknown is None and not self.opaque and not self.hides
+        return known and len(self._saved) < _MOST
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Return the modules that were reached."""
+        return [value for value in self._seen.values() if isinstance(value, nn.Module)]
 
     def changed(self) -> str | None:
         """Return the name of something that has changed, or None."""
@@ -170,6 +188,10 @@ class Snapshot:
         """Save the attributes in an object's __dict__ whose names ``compares`` accepts."""
 
         def same() -> bool:
+            if mapping.keys() == entries.keys() and all(
+                map(operator.is_, mapping.values(), entries.values())
+            ):
+                return True  # the usual case, at a fraction of the cost
             for key, value in list(mapping.items()):
                 if compares(key) and not (key in entries and _same(entries[key], value)):
                     return False
@@ -269,11 +291,17 @@ class Snapshot:
         if is_trusted(value.__module__ or ""):
             return []
         label = value.__qualname__
+        self.codes.add(value.__code__)
         referred = self._attributes_of(label, value)
         referred += [(value.__defaults__, label), (value.__kwdefaults__, label)]
         names = value.__code__.co_freevars
         for name, cell in zip(names, value.__closure__ or (), strict=True):
             referred.append((_content(cell), f"{label}.{name}"))
+        parts = _parts(value)
+        # A run may not assign any of these, so there is nothing to put back.
+        self._saved.append(
+            Saved(label, lambda: all(map(_same, _parts(value), parts)), lambda _: None)
+        )
         return referred
 
     def _save_class(self, value: type) -> list[tuple[Any, str]]:
@@ -355,6 +383,12 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # not assigned yet
         return None
+
+
+def _parts(function: types.FunctionType) -> list[Any]:
+    """Return the code, the defaults and the closure's contents of a function."""
+    contents = [_content(cell) for cell in function.__closure__ or ()]
+    return [function.__code__, function.__defaults__, function.__kwdefaults__, *contents]
 
 
 def _filled(slot: Any, value: Any) -> bool:

@@ -70,6 +70,7 @@ class Values(TorchFunctionMode):
     def __init__(self, refuse: Refuse, reads_state: Callable[[Tensor], bool]) -> None:
         super().__init__()
         self.refuse, self.reads_state = refuse, reads_state
+        self.copied = False  # whether values were copied without an operator that shows it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,8 +79,11 @@ class Values(TorchFunctionMode):
             name, access = func.__self__.__name__, name
             if access != "__get__" and name != "requires_grad":
                 raise self.refuse(f"it sets {name} of a tensor")
-        if name in _COPIES and any(map(self.reads_state, _tensors((args, kwargs)))):
-            raise self.refuse(f"it copies values through {name}()")
+        if name in _COPIES:
+            tensors = list(_tensors((args, kwargs)))
+            if any(map(self.reads_state, tensors)):
+                raise self.refuse(f"it copies values through {name}()")
+            self.copied |= bool(tensors)
         if name in _READS:
             raise self.refuse(f"it reads values through {name}()")
         result = func(*args, **kwargs)
@@ -118,6 +122,7 @@ class Watch:
         self.containers: set[int] = set()
         self.stores_any_name = self.stores_items = False
         self.names: set[str] = set()  # all names that the code uses
+        self.reads_unsaved = False  # whether code read variables that the snapshot does not hold
         self._import: types.FrameType | None = (
             None  # frame of an import that torch delays until now
         )
@@ -140,11 +145,12 @@ class Watch:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Stop following code for the duration of the context."""
+        before = sys.getprofile()
         sys.setprofile(None)
         try:
             yield
         finally:
-            sys.setprofile(self._event)
+            sys.setprofile(before)
 
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if self._import is not None:
@@ -198,6 +204,7 @@ class Watch:
             for variable in code.co_freevars:
                 if not self._is_local(frame, variable):
                     self.snapshot.add(values.get(variable), variable)
+                    self.reads_unsaved |= code not in self.snapshot.codes
         if self.snapshot.unknown is not None:
             raise self.refuse(self.snapshot.unknown)
         # Before the function runs: what it does to such state could not be undone.
@@ -245,6 +252,7 @@ class Watch:
             self.stores_any_name = True
         if home == "builtins":
             allowed = not (free and name in _IMPURE)
+            self.reads_unsaved |= free and name == "globals"
         elif home.partition(".")[0] == "torch" or isinstance(function.__self__, Tensor):
             allowed = "dlpack" not in name
         elif home.partition(".")[0] == "numpy":

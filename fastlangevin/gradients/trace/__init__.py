@@ -1,0 +1,1 @@
+"""An engine for any energy: its operators, forward and back, are replayed without autograd."""

@@ -1,0 +1,298 @@
+"""Makes the steps of a draft faster without changing what they compute, up to rounding.
+
+Images are kept in channels_last, convolutions read weights that are packed once per chain, their
+input gradients no longer read their inputs, and operators work in place where nothing else reads
+the memory.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastlangevin.gradients import onednn
+from fastlangevin.gradients.trace.instructions import Instruction, Slot, Value, mapped
+from fastlangevin.gradients.trace.split import Draft
+
+aten = torch.ops.aten
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
+# Their arguments hold strides of the recorded layout.
+_STRIDED = (aten.as_strided.default, aten.empty_strided.default, aten.new_empty_strided.default)
+_BACKWARD_IN_PLACE = (
+    "silu", "leaky_relu", "threshold", "gelu", "elu", "sigmoid", "tanh", "softplus", "hardtanh",
+)  # fmt: skip
+
+
+def rewrite(draft: Draft) -> None:
+    """Rewrite the instructions of a draft on a CPU; other devices keep the recorded ones."""
+    if draft.values[0].device.type != "cpu":
+        return
+    if _prefers_channels_last(draft):
+        _keep_channels_last(draft)
+        draft.each = [_convolution(draft, instruction) for instruction in draft.each]
+        _fuse_leaky_relu(draft)
+        draft.prune()
+    _work_in_place(draft)
+
+
+def _prefers_channels_last(draft: Draft) -> bool:
+    """Return whether convolutions gain more from channels_last than views lose by copies."""
+    if any(i.op in _STRIDED for i in draft.each):
+        return False
+    convolutions = copies = 0
+    for instruction in draft.each:
+        if instruction.op in _CONVOLUTIONS:
+            (shape,) = (draft.values[n].shape for n in instruction.written)
+            convolutions += len(shape) == 4
+        if instruction.op in _VIEWS:
+            source, shape = (
+                draft.values[n].shape for n in (*instruction.reads, *instruction.written)
+            )
+            copies += 4 in (len(source), len(shape)) and source[:2] != shape[:2]
+    return convolutions > copies
+
+
+def _keep_channels_last(draft: Draft) -> None:
+    """Bring the states and the constants of 4 dimensions into channels_last."""
+    moved: dict[int, int] = {}
+    before: list[Instruction] = []
+    weights = {n for i in draft.each if i.op in _CONVOLUTIONS for n in _weights(i)}
+    for number in (0, *draft.constants()):
+        value = draft.values[number]
+        if len(value.shape) != 4 or number in weights or value.shape[1] == 1:
+            continue
+        moved[number] = draft.new_slot(value)
+        # It may be the same memory.
+        draft.values[moved[number]] = value
+        (before if number == 0 else draft.once).append(_laid_out(number, moved[number]))
+    each = []
+    for instruction in draft.each:
+        renamed = _renamed(instruction, moved)
+        if instruction.op not in _VIEWS:
+            each.append(renamed)
+            continue
+        (source, shape), (number,) = renamed.args[:2], renamed.written
+        if len(draft.values[number].shape) != 4:
+            each.append(replace(renamed, op=aten.reshape.default, args=(source, shape)))
+            continue
+        viewed = draft.new_slot(draft.values[number])
+        draft.values[viewed] = draft.values[number]
+        each.append(
+            replace(renamed, op=aten.reshape.default, args=(source, shape), outputs=(viewed,))
+        )
+        each.append(_laid_out(viewed, number))
+    draft.each = before + each
+    draft.results = tuple(moved.get(n, n) for n in draft.results)
+
+
+def _laid_out(number: int, to: int) -> Instruction:
+    return Instruction(
+        aten.contiguous.default,
+        (Slot(number),),
+        {"memory_format": torch.channels_last},
+        (to,),
+        True,
+    )
+
+
+def _renamed(instruction: Instruction, names: dict[int, int]) -> Instruction:
+    def rename(argument: Any) -> Any:
+        return (
+            Slot(names.get(argument.number, argument.number))
+            if isinstance(argument, Slot)
+            else argument
+        )
+
+    return replace(
+        instruction,
+        args=mapped(instruction.args, rename),
+        kwargs=mapped(instruction.kwargs, rename),
+    )
+
+
+_CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+
+
+def _weights(instruction: Instruction) -> list[int]:
+    forward = instruction.op is aten.convolution.default
+    return [a.number for a in instruction.args[1 if forward else 2 : 3] if isinstance(a, Slot)]
+
+
+def _convolution(draft: Draft, instruction: Instruction) -> Instruction:
+    """Return a convolution, or the input gradient of one, with packed weights if possible."""
+    if instruction.op not in _CONVOLUTIONS:
+        return instruction
+    forward = instruction.op is aten.convolution.default
+    args = instruction.args
+    if forward:
+        read, weight, bias = args[0], args[1], args[2]
+        stride, padding, dilation, transposed, output_padding, groups = args[3:9]
+        written = instruction.outputs[0]
+    else:
+        read, weight, bias = args[0], args[2], None
+        stride, padding, dilation, transposed, output_padding, groups = args[4:10]
+        written = instruction.outputs[0]
+        if args[10] != [True, False, False]:
+            return instruction
+    assert written is not None
+    value, source = draft.values[written], draft.values[read.number]
+    kernel = draft.values[weight.number]
+    constants = draft.constants()
+    if (
+        len(value.shape) != 4
+        or weight.number not in constants
+        or (isinstance(bias, Slot) and bias.number not in constants)
+        or not _packs(value.dtype)
+    ):
+        return instruction
+    spread = transposed == forward  # whether it is computed as a transposed convolution
+    if not forward:
+        # What no window of the forward convolution reads, or what a transposed one adds.
+        output_padding = (
+            [0, 0]
+            if transposed
+            else [
+                value.shape[d + 2] - (source.shape[d + 2] - 1) * stride[d] + 2 * padding[d]
+                - dilation[d] * (kernel.shape[d + 2] - 1) - 1
+                for d in range(2)
+            ]
+        )  # fmt: skip
+    plain = draft.new_slot(kernel)
+    packed = draft.new_slot(kernel)
+    draft.once.append(Instruction(aten.contiguous.default, (weight,), {}, (plain,), True))
+    settings = stride, dilation, groups, list(source.shape)
+    mkldnn = torch.ops.mkldnn
+    if not spread:
+        draft.once.append(
+            Instruction(
+                mkldnn._reorder_convolution_weight.default,
+                (Slot(plain), padding, *settings), {}, (packed,), True,
+            )
+        )  # fmt: skip
+        return Instruction(
+            mkldnn._convolution_pointwise.default,
+            (read, Slot(packed), bias, padding, stride, dilation, groups, "none", [], ""),
+            {}, (written,), True,
+        )  # fmt: skip
+    draft.once.append(
+        Instruction(
+            mkldnn._reorder_convolution_transpose_weight.default,
+            (Slot(plain), padding, output_padding, *settings), {}, (packed,), True,
+        )
+    )  # fmt: skip
+    return Instruction(
+        mkldnn._convolution_transpose_pointwise.default,
+        (read, Slot(packed), bias, padding, output_padding, stride, dilation, groups,
+         "none", [], ""),
+        {}, (written,), True,
+    )  # fmt: skip
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    has = hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
+    return has and dtype in (torch.float32, torch.bfloat16) and onednn.runs(dtype)
+
+
+def _fuse_leaky_relu(draft: Draft) -> None:
+    """Let a convolution apply the leaky relu that alone reads its output."""
+    mkldnn = torch.ops.mkldnn
+    for k, instruction in enumerate(draft.each):
+        if instruction.op is not mkldnn._convolution_pointwise.default:
+            continue
+        (number,) = instruction.written
+        readers = [(j, draft.each[j]) for j in draft.readers(number)]
+        forward = [(j, i) for j, i in readers if i.op is aten.leaky_relu.default]
+        backward = [(j, i) for j, i in readers if i.op is aten.leaky_relu_backward.default]
+        if len(forward) != 1 or len(readers) != 1 + len(backward) or number in draft.results:
+            continue
+        (j, activation), slope = forward[0], (*forward[0][1].args, 0.01)[1]
+        if slope <= 0 or any(i.args[0] == Slot(number) for _, i in backward):
+            continue
+        (out,) = activation.written
+        draft.each[k] = replace(
+            instruction, args=(*instruction.args[:7], "leaky_relu", [slope], ""), outputs=(out,)
+        )
+        draft.each[j] = _NOTHING
+        for b, i in backward:
+            draft.each[b] = replace(i, args=(i.args[0], Slot(out), slope, True))
+    draft.each = [i for i in draft.each if i is not _NOTHING]
+
+
+_NOTHING = Instruction(aten.alias.default, (), {}, (), True)
+
+
+def _work_in_place(draft: Draft) -> None:
+    """Let operators write to an argument that nothing reads any more."""
+    fixed = {draft.values[n].storage for n in (0, *draft.constants(), *draft.results)}
+    last: dict[int, int] = {}  # by memory: the last instruction that touches it
+    for k, instruction in enumerate(draft.each):
+        for n in (*instruction.written, *instruction.reads):
+            last[draft.values[n].storage] = k
+
+    def free(argument: Any, k: int, out: Value) -> bool:
+        if not isinstance(argument, Slot):
+            return False
+        value = draft.values[argument.number]
+        whole = value.storage == argument.number  # not a view, which may repeat elements
+        alike = (value.shape, value.dtype) == (out.shape, out.dtype)
+        return whole and alike and value.storage not in fixed and last[value.storage] == k
+
+    for k, instruction in enumerate(draft.each):
+        if len(instruction.outputs) != 1 or instruction.writes or not instruction.args:
+            continue
+        out = draft.values[instruction.written[0]]
+        op, args = _in_place(instruction), instruction.args
+        if op is None:
+            continue
+        if len(args) > 1 and not free(args[0], k, out) and instruction.op in _SYMMETRIC:
+            args = (args[1], args[0], *args[2:])
+        if not free(args[0], k, out) or sum(a == args[0] for a in args) > 1:
+            continue
+        kwargs = instruction.kwargs
+        if op._overloadname == "grad_input":
+            kwargs = kwargs | {"grad_input": args[0]}
+        draft.each[k] = replace(instruction, op=op, args=args, kwargs=kwargs)
+        # The result is in the argument's memory, which lives on in its place.
+        number = instruction.written[0]
+        storage = draft.values[args[0].number].storage
+        draft.values[number] = out._replace(storage=number)
+        if storage != number:
+            last[number] = last.get(out.storage, k)
+
+
+_SYMMETRIC = (aten.mul.Tensor, aten.add.Tensor)
+_POINTWISE = (
+    "relu",
+    "leaky_relu",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "exp",
+    "neg",
+    "elu",
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "softplus",
+    "gelu",
+    "hardtanh",
+    "sqrt",
+    "rsqrt",
+    "square",
+    "abs",
+)
+
+
+def _in_place(instruction: Instruction) -> Any:
+    """Return the operator that writes its result to its first argument, or None."""
+    schema = instruction.op._schema  # type: ignore[attr-defined]
+    space, _, name = schema.name.partition("::")
+    if space != "aten":
+        return None
+    if name.endswith("_backward") and name.removesuffix("_backward") in _BACKWARD_IN_PLACE:
+        return getattr(getattr(aten, name), "grad_input", None)
+    if name not in _POINTWISE or not hasattr(aten, name + "_"):
+        return None
+    return getattr(getattr(aten, name + "_"), schema.overload_name or "default", None)

@@ -1,0 +1,153 @@
+"""The dispatch mode that records every operator of a run, also those of its backward pass."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlangevin.gradients.graph.watch import Watch
+from fastlangevin.gradients.trace.instructions import Instruction, Slot, Trace, Value, mapped
+
+# They change running statistics that they do not declare as changed.
+_BATCH_NORMS = (
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_batch_norm_impl_index",
+)
+_DATA_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class Tracer(TorchDispatchMode):
+    """Records operators and refuses those that a replay could not repeat.
+
+    ``leaf``: the states [n, ...] of the run. ``refuse`` notes a reason and returns the error to
+    raise. ``observe`` is called with (operator, args, kwargs, output) after each operator. Nothing
+    is kept alive that the run itself frees.
+    """
+
+    def __init__(self, leaf: Tensor, refuse: Callable[[str], Exception]) -> None:
+        super().__init__()
+        self.refuse = refuse
+        self.watch: Watch | None = None
+        self.observe: Callable[..., None] | None = None
+        self.instructions: list[Instruction] = []
+        self.values: dict[int, Value] = {}
+        self.leaves: dict[int, Tensor] = {}
+        self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id
+        self._storages: dict[int, int] = {}  # by address, of the tensors that existed before
+        self._count = 0
+        self._moving = {self._place(leaf, self._storage_of(leaf))}
+
+    def reads_state(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is computed from the states."""
+        entry = self._slots.get(id(tensor))
+        return entry is not None and entry[0]() is tensor and entry[1] in self._moving
+
+    def trace(self, energies: Tensor, grad: Tensor) -> Trace:
+        """Return the finished trace, which ends in these two tensors."""
+        numbers = [self._number(tensor) for tensor in (energies, grad)]
+        return Trace(tuple(self.instructions), self.values, self.leaves, numbers[0], numbers[1])
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self.watch is None:
+            return self._run(func, args, kwargs or {})
+        with self.watch.paused():  # otherwise it would follow the code of this class
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise self.refuse(f"{name} draws random numbers")
+        if name in ("_local_scalar_dense", "equal") or any(tag in func.tags for tag in _DATA_TAGS):
+            raise self.refuse(f"{name} reads a tensor's value into Python")
+        writes = self._writes(func, name, args, kwargs)
+        recorded_args = mapped(args, self._recorded)
+        recorded_kwargs = mapped(kwargs, self._recorded)
+        inputs = _tensors((args, kwargs))
+        out = func(*args, **kwargs)
+        outs = out if isinstance(out, (tuple, list)) else (out,)
+        numbers = tuple(
+            self._output(tensor, inputs) if isinstance(tensor, Tensor) else None for tensor in outs
+        )
+        instruction = Instruction(
+            func, recorded_args, recorded_kwargs, numbers, outs is not out, writes
+        )
+        self.instructions.append(instruction)
+        if not self._moving.isdisjoint(instruction.reads):
+            self._moving.update(instruction.written, writes)
+        if self.observe is not None:
+            self.observe(func, args, kwargs, out)
+        return out
+
+    def _writes(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, ...]:
+        """Return the slots that an operator changes; refuse to change what was there before."""
+        if name in _BATCH_NORMS and len(args) > 5 and args[3] is not None and args[5]:
+            raise self.refuse(f"{name} changes running statistics")
+        if not func._schema.is_mutable:
+            return ()
+        numbers = []
+        for k, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            passed = args[k] if k < len(args) else kwargs.get(argument.name)
+            for tensor in _tensors(passed):
+                number = self._number(tensor)
+                storage = self.values[number].storage
+                if storage == 0 or any(self.values[n].storage == storage for n in self.leaves):
+                    raise self.refuse(f"{name} changes a tensor in place")
+                numbers.append(number)
+        return tuple(numbers)
+
+    def _recorded(self, argument: Any) -> Any:
+        return Slot(self._number(argument)) if isinstance(argument, Tensor) else argument
+
+    def _number(self, tensor: Tensor) -> int:
+        """Return the slot of a tensor; one that is not known yet existed before the run."""
+        entry = self._slots.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            raise self.refuse(f"it reads a {type(tensor).__name__} of layout {tensor.layout}")
+        number = self._place(tensor, self._storage_of(tensor))
+        self.leaves[number] = tensor
+        return number
+
+    def _output(self, tensor: Tensor, inputs: list[Tensor]) -> int:
+        entry = self._slots.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]  # an operator in place returns its argument
+        address = tensor.untyped_storage().data_ptr()
+        storage = self._count
+        for other in inputs:
+            if address and other.untyped_storage().data_ptr() == address:
+                storage = self.values[self._number(other)].storage
+        return self._place(tensor, storage)
+
+    def _storage_of(self, tensor: Tensor) -> int:
+        """Return the number of the memory of a tensor that existed before the run."""
+        return self._storages.setdefault(tensor.untyped_storage().data_ptr(), self._count)
+
+    def _place(self, tensor: Tensor, storage: int) -> int:
+        number = self._count
+        self._count += 1
+        self._slots[id(tensor)] = weakref.ref(tensor), number
+        self.values[number] = Value(tuple(tensor.shape), tensor.dtype, tensor.device, storage)
+        return number
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    if isinstance(arguments, dict):
+        return _tensors(tuple(arguments.values()))
+    if isinstance(arguments, (tuple, list)):
+        return [tensor for item in arguments for tensor in _tensors(item)]
+    return []
