@@ -115,24 +115,48 @@ void apply_signs(uintptr_t grad, int dtype, int64_t count, uintptr_t bits, float
 }
 
 using Pair = std::array<int32_t, 2>;
-// in, out, kernel, stride, padding, dilation, activation, its settings
+// kind, inputs, in, out, size of the output, activation, kernel, stride, padding, dilation, factors,
+// and links (out, in, factor)
 using LayerTuple =
-    std::tuple<int32_t, int32_t, Pair, Pair, Pair, Pair, int32_t, std::array<float, 2>>;
+    std::tuple<int32_t, Pair, int32_t, int32_t, Pair, int32_t, Pair, Pair, Pair, Pair,
+               std::array<float, 2>, std::vector<std::tuple<int32_t, int32_t, float>>>;
 
-ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int height, int width, bool bfloat16) {
+ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int height, int width,
+                     const std::vector<int32_t>& heads, bool bfloat16) {
   std::vector<ConvLayer> layers;
-  for (const auto& [in, out, kernel, stride, padding, dilation, activation, settings] : tuples) {
-    layers.push_back({in, out, {kernel[0], kernel[1]}, {stride[0], stride[1]},
-                      {padding[0], padding[1]}, {dilation[0], dilation[1]},
-                      static_cast<Activation>(activation), {settings[0], settings[1]}});
+  for (const auto& [kind, inputs, in, out, size, activation, kernel, stride, padding, dilation,
+                    factors, links] : tuples) {
+    layers.push_back({static_cast<LayerKind>(kind), {inputs[0], inputs[1]}, in, out, size[0],
+                      size[1], static_cast<Activation>(activation), {kernel[0], kernel[1]},
+                      {stride[0], stride[1]}, {padding[0], padding[1]},
+                      {dilation[0], dilation[1]}, {factors[0], factors[1]}});
+    for (const auto& [to, from, factor] : links) layers.back().links.push_back({to, from, factor});
   }
-  return cpu::plan_convnet(std::move(layers), height, width, bfloat16);
+  return cpu::plan_convnet(std::move(layers), channels, height, width, heads, bfloat16);
 }
 
-std::vector<const float*> addresses(const std::vector<uintptr_t>& numbers) {
-  std::vector<const float*> found;
-  for (const uintptr_t number : numbers) found.push_back(reinterpret_cast<const float*>(number));
-  return found;
+// weights, bias, settings of the activation
+using WeightsTuple = std::tuple<uintptr_t, uintptr_t, std::array<float, 2>>;
+
+void pack_weights(const ConvNet& net, const std::vector<WeightsTuple>& tuples, uintptr_t packed,
+                  int threads) {
+  std::vector<cpu::LayerWeights> all;
+  for (const auto& [weights, bias, settings] : tuples) {
+    all.push_back({reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(bias),
+                   settings});
+  }
+  py::gil_scoped_release unlocked;
+  cpu::pack_weights(net, all, reinterpret_cast<float*>(packed), threads);
+}
+
+// (begin, height, width, stride between pixels) of each head in the array of all.
+std::vector<std::array<int64_t, 4>> head_places(const ConvNet& net) {
+  std::vector<std::array<int64_t, 4>> places;
+  for (const ConvHead& head : net.heads) {
+    const ConvBuffer& buffer = net.buffers[head.value];
+    places.push_back({head.begin, buffer.height, buffer.width, buffer.pixel});
+  }
+  return places;
 }
 
 void convnet_score(const ConvNet& net, int64_t chains, int64_t chunk, uintptr_t x,
@@ -159,11 +183,22 @@ PYBIND11_MODULE(_native, module) {
       py::arg("bfloat16") = static_cast<int>(fl::Dtype::kBFloat16),
       py::arg("float16") = static_cast<int>(fl::Dtype::kFloat16));
   module.attr("ACTIVATIONS") = py::dict(
+      py::arg("identity") = static_cast<int>(fl::Activation::kIdentity),
       py::arg("leaky_relu") = static_cast<int>(fl::Activation::kLeakyReLU),
       py::arg("silu") = static_cast<int>(fl::Activation::kSiLU),
+      py::arg("sigmoid") = static_cast<int>(fl::Activation::kSigmoid),
       py::arg("softplus") = static_cast<int>(fl::Activation::kSoftplus),
       py::arg("elu") = static_cast<int>(fl::Activation::kELU),
-      py::arg("tanh") = static_cast<int>(fl::Activation::kTanh));
+      py::arg("tanh") = static_cast<int>(fl::Activation::kTanh),
+      py::arg("gelu") = static_cast<int>(fl::Activation::kGELU),
+      py::arg("gelu_tanh") = static_cast<int>(fl::Activation::kGELUTanh));
+  module.attr("LAYERS") = py::dict(
+      py::arg("conv") = static_cast<int>(fl::LayerKind::kConv),
+      py::arg("pointwise") = static_cast<int>(fl::LayerKind::kPointwise),
+      py::arg("multiply") = static_cast<int>(fl::LayerKind::kMultiply),
+      py::arg("mix") = static_cast<int>(fl::LayerKind::kMix),
+      py::arg("max_pool") = static_cast<int>(fl::LayerKind::kMaxPool),
+      py::arg("logsumexp") = static_cast<int>(fl::LayerKind::kLogSumExp));
   module.def("langevin_step", &fl::langevin_step, py::arg("shape"), py::arg("x"), py::arg("grad"),
              py::arg("noise"), py::arg("step_size"), py::arg("noise_std"), py::arg("maximize"),
              py::arg("grad_clip"), py::arg("lo"), py::arg("hi"), py::arg("noise_last"),
@@ -175,21 +210,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("pack_signs", &fl::pack_signs);
   module.def("apply_signs", &fl::apply_signs);
   py::class_<fl::ConvNet>(module, "ConvNet")
-      .def(py::init(&fl::plan_convnet), py::arg("layers"), py::arg("height"), py::arg("width"),
-           py::arg("bfloat16"))
+      .def(py::init(&fl::plan_convnet), py::arg("layers"), py::arg("channels"), py::arg("height"),
+           py::arg("width"), py::arg("heads"), py::arg("bfloat16"))
       .def_readonly("packed", &fl::ConvNet::packed)
       .def_readonly("workspace", &fl::ConvNet::workspace)
       .def_readonly("scratch", &fl::ConvNet::scratch)
-      .def_property_readonly("head", [](const fl::ConvNet& net) {
-        const fl::ConvBuffer& top = net.buffers.back();
-        return py::make_tuple(top.height, top.width, top.pixel);
-      })
-      .def("pack", [](const fl::ConvNet& net, const std::vector<uintptr_t>& weights,
-                      const std::vector<uintptr_t>& biases, uintptr_t packed, int threads) {
-        py::gil_scoped_release unlocked;
-        fl::cpu::pack_weights(net, fl::addresses(weights), fl::addresses(biases),
-                              reinterpret_cast<float*>(packed), threads);
-      })
+      .def_readonly("head_values", &fl::ConvNet::head_values)
+      .def_property_readonly("heads", &fl::head_places)
+      .def("pack", &fl::pack_weights)
       .def("score", &fl::convnet_score);
   module.def("instruction_set", &fl::cpu::instruction_set);
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));

@@ -44,6 +44,11 @@ FASTLANGEVIN_INLINE Vector::Float log1p(Vector::Float v) {
 // For each activation, operator()(z, slope) returns its value at z and, if it is smooth, sets slope
 // to its derivative there. The derivative of a piecewise linear activation follows from the sign of
 // its value, so that only the value is stored.
+struct Identity {
+  static constexpr bool kSmooth = false;
+  FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float&) const { return z; }
+};
+
 struct LeakyReLU {
   static constexpr bool kSmooth = false;
   float leak;
@@ -62,10 +67,20 @@ struct ReLU {
 
 struct SiLU {
   static constexpr bool kSmooth = true;
+  float beta;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
-    const Vector::Float s = 1.0f / (1.0f + exponential(-z)), y = z * s;
-    slope = s + y * (1.0f - s);
+    const Vector::Float s = 1.0f / (1.0f + exponential(z * -beta)), y = z * s;
+    slope = s + y * beta * (1.0f - s);
     return y;
+  }
+};
+
+struct Sigmoid {
+  static constexpr bool kSmooth = true;
+  FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
+    const Vector::Float s = 1.0f / (1.0f + exponential(-z));
+    slope = s * (1.0f - s);
+    return s;
   }
 };
 
@@ -101,34 +116,75 @@ struct Tanh {
   }
 };
 
+// erfc(v) for v >= 0, with a relative error of about 3e-7 (W. H. Press et al., Numerical Recipes).
+FASTLANGEVIN_INLINE Vector::Float erfc(Vector::Float v) {
+  const Vector::Float t = 1.0f / (1.0f + v * 0.5f);
+  Vector::Float p = t * 0.17087277f - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  return t * exponential(p * t - 1.26551223f - v * v);
+}
+
+struct GELU {
+  static constexpr bool kSmooth = true;
+  FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
+    const Vector::Float half = erfc((z < 0.0f ? -z : z) * 0.707106781f) * 0.5f;
+    const Vector::Float normal = z < 0.0f ? half : 1.0f - half;  // the distribution function at z
+    slope = normal + z * (exponential(z * z * -0.5f) * 0.398942280f);
+    return z * normal;
+  }
+};
+
+// z (1 + tanh(u)) / 2 for u = k (z + 0.044715 z^3), where (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)).
+struct GELUTanh {
+  static constexpr bool kSmooth = true;
+  FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
+    constexpr float kTwice = 1.595769122f, kCube = 0.044715f;
+    const Vector::Float square = z * z;
+    const Vector::Float s = 1.0f / (1.0f + exponential(z * (square * kCube + 1.0f) * -kTwice));
+    const Vector::Float y = z * s;
+    slope = s + y * (1.0f - s) * (square * (3 * kCube) + 1.0f) * kTwice;
+    return y;
+  }
+};
+
 template <class F>
-void with_activation(const ConvLayer& layer, const F& f) {
-  const float* settings = layer.settings;
-  switch (layer.activation) {
+void with_activation(Activation activation, const float* settings, const F& f) {
+  switch (activation) {
+    case Activation::kIdentity: return f(Identity{});
     case Activation::kLeakyReLU:
       return settings[0] == 0.0f ? f(ReLU{}) : f(LeakyReLU{settings[0]});
-    case Activation::kSiLU: return f(SiLU{});
+    case Activation::kSiLU: return f(SiLU{settings[0]});
+    case Activation::kSigmoid: return f(Sigmoid{});
     case Activation::kSoftplus: return f(Softplus{settings[0], settings[1]});
     case Activation::kELU: return f(ELU{settings[0]});
     case Activation::kTanh: return f(Tanh{});
+    case Activation::kGELU: return f(GELU{});
+    case Activation::kGELUTanh: return f(GELUTanh{});
   }
 }
 
-// Calls f(times), where times(grad, value) is grad times the derivative that belongs to the stored
-// value. Derivatives of smooth activations are stored `slopes` elements after the values. NaN
+// Calls f(times_slope), where times_slope(grad, at) is grad times the derivative that belongs to
+// the value at this place. The derivatives of smooth activations are stored in `slopes`. NaN
 // propagates as it does in autograd.
 template <class N, class F>
-void with_slope(const ConvLayer& layer, int64_t slopes, const F& f) {
+void with_slope(Activation activation, const float* settings, const typename N::Type* values,
+                const typename N::Type* slopes, const F& f) {
   using Float = Vector::Float;
-  using Type = typename N::Type;
-  if (layer.activation != Activation::kLeakyReLU) {
-    return f([=](Float grad, const Type* value) { return grad * N::load(value + slopes); });
+  if (activation == Activation::kIdentity) return f([](Float grad, int64_t) { return grad; });
+  if (activation != Activation::kLeakyReLU) {
+    return f([=](Float grad, int64_t at) { return grad * N::load(slopes + at); });
   }
-  if (layer.settings[0] == 0.0f) {
-    return f([](Float grad, const Type* value) { return N::load(value) <= 0.0f ? Float{} : grad; });
+  if (settings[0] == 0.0f) {
+    return f([=](Float grad, int64_t at) { return N::load(values + at) <= 0.0f ? Float{} : grad; });
   }
-  const float leak = layer.settings[0];
-  f([=](Float grad, const Type* value) { return N::load(value) > 0.0f ? grad : grad * leak; });
+  const float leak = settings[0];
+  f([=](Float grad, int64_t at) { return N::load(values + at) > 0.0f ? grad : grad * leak; });
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
-// Input gradients of conv nets on the CPU: the entry points, and the interface that every
-// instruction set implements.
+// Energies and input gradients of networks on the CPU: the entry points, and the interface that
+// every instruction set implements.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "cpu/convnet_plan.h"
@@ -28,11 +29,21 @@ extern const ConvKernels kConvAvx512Bf16;
 // The kernels of the active instruction set.
 const ConvKernels& conv_kernels();
 
-ConvNet plan_convnet(std::vector<ConvLayer> layers, int height, int width, bool bfloat16);
+// Plans a network on states [channels, height, width]. The layers are in the order of evaluation,
+// and the energy is a linear function of the values `heads`.
+ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
+                     const std::vector<int32_t>& heads, bool bfloat16);
 
-// Packs contiguous weights [out, in, kh, kw] and biases [out] (or null) into net.packed words.
-void pack_weights(const ConvNet& net, const std::vector<const float*>& weights,
-                  const std::vector<const float*>& biases, float* packed, int threads);
+// The parameters of a layer: contiguous weights [out, in, kh, kw] of kConv or [out] of kPointwise,
+// a bias [out], or null, and the settings of the activation.
+struct LayerWeights {
+  const float *weights, *bias;
+  std::array<float, 2> settings;
+};
+
+// Packs the parameters of all layers into net.packed words.
+void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, float* packed,
+                  int threads);
 
 // workspace has net.workspace * batch.chunk + net.scratch bytes for each thread, all zero before
 // the first use.

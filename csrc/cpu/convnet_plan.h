@@ -1,12 +1,16 @@
-// A plan for the input gradient of a stack of convolutions and activations with a linear head, as
-// passes over buffers of a few chains each.
+// A plan for the energy and input gradient of a network of layers, as passes over buffers of a few
+// chains each.
 //
 // A buffer stores the channels of a pixel next to each other, padded to whole vectors, inside a
 // frame of zeros that is wide enough for every convolution that reads it. No pass therefore tests
-// for an edge, and a convolution and its input gradient have the same form, a Pass: every output
-// pixel is a sum, over fixed offsets ("taps") from an input pixel, of channels times a matrix. The
-// input gradient of a convolution of stride s takes s x s passes, one for each residue of the
-// pixel's position, each with the taps that reach it and without products with inserted zeros.
+// for an edge, and a convolution and its input gradient have the same form, a ConvPass: every
+// output pixel is a sum, over fixed offsets ("taps") from an input pixel, of channels times a
+// matrix. The input gradient of a convolution of stride s takes s x s passes, one for each residue
+// of the pixel's position, each with the taps that reach it and without products with inserted
+// zeros.
+//
+// A vector [D] is an image of D channels and one pixel, and a linear layer is a convolution whose
+// kernel has the size of its input.
 #pragma once
 
 #include <cstdint>
@@ -18,24 +22,48 @@ namespace cpu {
 struct ConvKernels;
 }
 
-enum class Activation : int32_t { kLeakyReLU, kSiLU, kSoftplus, kELU, kTanh };
-
-struct ConvLayer {
-  int32_t in, out;  // channels
-  int32_t kernel[2], stride[2], padding[2], dilation[2];
-  Activation activation;
-  float settings[2];  // leak of leaky_relu; beta and threshold of softplus; alpha of elu
+enum class Activation : int32_t {
+  kIdentity, kLeakyReLU, kSiLU, kSigmoid, kSoftplus, kELU, kTanh, kGELU, kGELUTanh
 };
 
-// Where a thread stores the input of the net or the output of a layer, for each chain of its chunk.
-// Addresses count elements from the start of the thread's workspace and are to be multiplied by the
-// number of chains in a chunk.
+enum class LayerKind : int32_t {
+  kConv,       // products with weights [out, in, kernel]
+  kPointwise,  // weights[channel] a + factor b, for inputs a and b (or a alone)
+  kMultiply,   // a b
+  kMix,        // every pixel is a sum of factors times input pixels, for each channel alone
+  kMaxPool,    // every pixel is the greatest of some input pixels, for each channel alone
+  kLogSumExp,  // of all channels and pixels
+};
+
+// One input pixel of an output pixel, for kMix and kMaxPool. Pixels are numbered y * width + x. The
+// factor of kMaxPool is the number of the window's position, in the order of search.
+struct PixelLink {
+  int32_t out, in;
+  float factor;
+};
+
+// A layer adds a bias [out] and applies an activation to its result.
+struct ConvLayer {
+  LayerKind kind;
+  int32_t inputs[2];      // values: 0 is the state and k + 1 the output of layer k; -1 is none
+  int32_t in, out;        // channels
+  int32_t height, width;  // of the output
+  Activation activation;
+  int32_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  float factors[2] = {1, 1};        // kPointwise: of a, if it has no weights, and of b
+  std::vector<PixelLink> links{};   // in the order of output pixels
+};
+
+// Where a thread stores a value, for each chain of its chunk. Addresses count elements from the
+// start of the thread's workspace and are to be multiplied by the number of chains in a chunk.
 struct ConvBuffer {
   int32_t height, width, channels;
   int32_t top = 0, left = 0, bottom = 0, right = 0;  // the frame
   int64_t pixel = 0, row = 0, chain = 0;             // strides
-  int64_t values = 0;   // where the values begin
-  int64_t slopes = -1;  // where the derivatives of a smooth activation begin
+  int64_t values = 0;
+  int64_t grads = 0;    // the gradient before the activation; may take the place of the values
+  int64_t slopes = -1;  // the derivatives of a smooth activation
+  int64_t choices = -1;  // the positions that a maximum was found at
 
   int64_t at(int64_t y, int64_t x) const { return (y + top) * row + (x + left) * pixel; }
 };
@@ -59,16 +87,49 @@ struct ConvSpread {
   int64_t values = 0;  // elements of one chain, in a frame like that of the output
 };
 
+// The pixels that kMix and kMaxPool read, forward or backward. Pixel k writes to `to[k]` and reads
+// the places begin[k] to begin[k + 1] of `from` and `factors`.
+struct MixPass {
+  std::vector<int32_t> to{}, begin{}, from{};
+  std::vector<float> factors{};
+};
+
+// How the gradient of a value receives a part from a layer that reads it. The parts arrive in the
+// reverse order of the layers.
+struct Arrival {
+  bool add = false;   // another part is there already
+  bool last = false;  // no part follows, so that the activation's derivative is multiplied by
+};
+
+struct LayerPlan {
+  ConvPass forward{};
+  std::vector<ConvPass> backward{};
+  MixPass mix{}, mix_back{};
+  Arrival arrivals[2];
+  // Where these begin in the packed weights: the bias, the factors of kPointwise, and two settings
+  // of the activation (leak of leaky_relu; beta of silu; beta and threshold of softplus; alpha of
+  // elu).
+  int64_t bias = 0, factors = 0, settings = 0;
+};
+
+// A value that the energy contains a linear function of.
+struct ConvHead {
+  int32_t value;
+  int64_t begin = 0;  // where its weights [height, width, pixel] begin in those of all heads
+  Arrival arrival{};
+};
+
 struct ConvNet {
   const cpu::ConvKernels* kernels;  // the kernels that the plan is for
   bool bfloat16;                    // whether values and weights are bfloat16 instead of float32
   std::vector<ConvLayer> layers;
-  std::vector<ConvBuffer> buffers;  // layers + 1
-  std::vector<ConvPass> forward;
-  std::vector<std::vector<ConvPass>> backward;
-  ConvSpread spread;                // of the first layer, whose passes then only collect
-  std::vector<int64_t> biases;      // where each layer's bias begins in the packed weights
-  int64_t packed = 0;               // size of all packed weights and biases in 32-bit words
+  std::vector<ConvBuffer> buffers;  // of the state and of every layer's output
+  std::vector<LayerPlan> plans;     // of every layer
+  std::vector<ConvHead> heads;
+  bool direct = false;              // only the first layer reads the state, and it is a convolution
+  ConvSpread spread{};              // of the first layer, whose passes then only collect
+  int64_t packed = 0;               // size of all packed weights in 32-bit words
+  int64_t head_values = 0;          // size of the weights of all heads
   int64_t workspace = 0;            // bytes of a thread's workspace for each of its chains
   int64_t scratch = 0;              // further bytes of a thread's workspace, after its chains
 };
@@ -80,8 +141,8 @@ struct ConvBatch {
   int64_t x_strides[4];
   float* grad;
   int64_t grad_strides[4];
-  const float* head;  // [height, width, channels], the gradient of the energy at the features
-  float offset;       // energy = <features, head> + offset
+  const float* head;  // the gradients of the energy at the heads' values
+  float offset;       // energy = sum of <value, head> + offset
   float* energies;    // or null
   const float* packed;
 };

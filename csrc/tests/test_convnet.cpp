@@ -26,125 +26,261 @@ struct Numbers {
 
 using Values = std::vector<double>;  // [channels, height, width]
 
-struct Image {
-  int channels, height, width;
-  int size() const { return channels * height * width; }
-};
-
-Image after(const ConvLayer& layer, const Image& in) {
-  const auto size = [&](int axis, int inputs) {
-    return (inputs + 2 * layer.padding[axis] - layer.dilation[axis] * (layer.kernel[axis] - 1) - 1) /
-               layer.stride[axis] + 1;
-  };
-  return {layer.out, size(0, in.height), size(1, in.width)};
-}
-
-// Calls f(input index, output index, weight index) for every product of a convolution.
-template <class F>
-void each_product(const ConvLayer& layer, const Image& in, const Image& out, const F& f) {
-  for (int o = 0; o < out.channels; ++o)
-    for (int y = 0; y < out.height; ++y)
-      for (int x = 0; x < out.width; ++x)
-        for (int i = 0; i < in.channels; ++i)
-          for (int ky = 0; ky < layer.kernel[0]; ++ky)
-            for (int kx = 0; kx < layer.kernel[1]; ++kx) {
-              const int row = y * layer.stride[0] - layer.padding[0] + ky * layer.dilation[0];
-              const int column = x * layer.stride[1] - layer.padding[1] + kx * layer.dilation[1];
-              if (row < 0 || row >= in.height || column < 0 || column >= in.width) continue;
-              f((i * in.height + row) * in.width + column, (o * out.height + y) * out.width + x,
-                ((o * in.channels + i) * layer.kernel[0] + ky) * layer.kernel[1] + kx);
-            }
-}
+int area(const ConvLayer& layer) { return layer.height * layer.width; }
 
 struct Case {
+  int channels, height, width;
   std::vector<ConvLayer> layers;
-  int height, width;
+  std::vector<int32_t> heads;
 };
 
-void check(Case test, int threads, int64_t chunk, bool bfloat16) {
+// A case in double: values and their gradients, layer by layer.
+struct Exact {
+  const Case& test;
+  const std::vector<std::vector<float>>& weights;
+  const std::vector<std::vector<float>>& biases;
+  double leak;
+  std::vector<Values> values, grads;
+
+  int height(int v) const { return v ? test.layers[v - 1].height : test.height; }
+  int width(int v) const { return v ? test.layers[v - 1].width : test.width; }
+
+  // Calls f(input index, output index, weight index) for every product of a convolution.
+  template <class F>
+  void each_product(const ConvLayer& layer, const F& f) const {
+    const int tall = height(layer.inputs[0]), wide = width(layer.inputs[0]);
+    for (int o = 0; o < layer.out; ++o)
+      for (int y = 0; y < layer.height; ++y)
+        for (int x = 0; x < layer.width; ++x)
+          for (int i = 0; i < layer.in; ++i)
+            for (int ky = 0; ky < layer.kernel[0]; ++ky)
+              for (int kx = 0; kx < layer.kernel[1]; ++kx) {
+                const int row = y * layer.stride[0] - layer.padding[0] + ky * layer.dilation[0];
+                const int column = x * layer.stride[1] - layer.padding[1] + kx * layer.dilation[1];
+                if (row < 0 || row >= tall || column < 0 || column >= wide) continue;
+                f((i * tall + row) * wide + column, o * area(layer) + y * layer.width + x,
+                  ((o * layer.in + i) * layer.kernel[0] + ky) * layer.kernel[1] + kx);
+              }
+  }
+
+  // For layers that are linear in each input, calls f(which input, input, output, factor).
+  template <class F>
+  void each_factor(size_t k, const F& f) const {
+    const ConvLayer& layer = test.layers[k];
+    const int size = layer.out * area(layer), read = int(values[layer.inputs[0]].size());
+    if (layer.kind == LayerKind::kConv) {
+      each_product(layer, [&](int i, int o, int w) { f(0, i, o, double(weights[k][w])); });
+    } else if (layer.kind == LayerKind::kPointwise) {
+      for (int e = 0; e < size; ++e) {
+        f(0, e, e, double(weights[k][e / area(layer)]));
+        if (layer.inputs[1] >= 0) f(1, e, e, double(layer.factors[1]));
+      }
+    } else if (layer.kind == LayerKind::kMultiply) {
+      for (int e = 0; e < size; ++e) f(0, e, e, values[layer.inputs[1]][e]);
+    } else if (layer.kind == LayerKind::kMix) {
+      for (int c = 0; c < layer.out; ++c)
+        for (const PixelLink& link : layer.links)
+          f(0, c * (read / layer.out) + link.in, c * area(layer) + link.out, double(link.factor));
+    } else if (layer.kind == LayerKind::kMaxPool) {
+      const Values& from = values[layer.inputs[0]];
+      for (int e = 0; e < size; ++e) {
+        int best = -1;
+        for (const PixelLink& link : layer.links) {
+          const int i = e / area(layer) * (read / layer.out) + link.in;
+          if (link.out == e % area(layer) && (best < 0 || from[i] > from[best])) best = i;
+        }
+        f(0, best, e, 1.0);
+      }
+    }
+  }
+
+  void forward() {
+    for (size_t k = 0; k < test.layers.size(); ++k) {
+      const ConvLayer& layer = test.layers[k];
+      Values sums(layer.out * area(layer), 0.0);
+      if (layer.kind == LayerKind::kLogSumExp) {
+        for (double value : values[layer.inputs[0]]) sums[0] += std::exp(value);
+        sums[0] = std::log(sums[0]);
+      }
+      each_factor(k, [&](int which, int i, int o, double factor) {
+        sums[o] += values[layer.inputs[which]][i] * factor;
+      });
+      for (size_t e = 0; e < sums.size(); ++e) sums[e] += biases[k][e / area(layer)];
+      if (layer.activation == Activation::kLeakyReLU) {
+        for (double& sum : sums) sum = sum > 0 ? sum : leak * sum;
+      }
+      values.push_back(sums);
+    }
+  }
+
+  void backward() {
+    for (size_t k = test.layers.size(); k-- > 0;) {
+      const ConvLayer& layer = test.layers[k];
+      Values& grad = grads[k + 1];
+      if (layer.activation == Activation::kLeakyReLU) {
+        for (size_t e = 0; e < grad.size(); ++e) grad[e] *= values[k + 1][e] > 0 ? 1 : leak;
+      }
+      if (layer.kind == LayerKind::kLogSumExp) {
+        const double result = values[k + 1][0] - biases[k][0];
+        for (size_t e = 0; e < values[layer.inputs[0]].size(); ++e)
+          grads[layer.inputs[0]][e] += grad[0] * std::exp(values[layer.inputs[0]][e] - result);
+      }
+      each_factor(k, [&](int which, int i, int o, double factor) {
+        grads[layer.inputs[which]][i] += grad[o] * factor;
+        if (layer.kind == LayerKind::kMultiply)
+          grads[layer.inputs[1]][i] += grad[o] * values[layer.inputs[0]][i];
+      });
+    }
+  }
+};
+
+void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
   // Sums that are rounded to 8 bits cross a kink too often for a comparison, so there are no kinks.
-  for (ConvLayer& layer : test.layers) layer.settings[0] = bfloat16 ? 1.0f : 0.2f;
+  const float leak = bfloat16 ? 1.0f : 0.2f;
   Numbers numbers;
-  const int64_t chains = 5;
-  std::vector<Image> images{{test.layers[0].in, test.height, test.width}};
+  const int64_t chains = 5, size = test.channels * test.height * test.width;
   std::vector<std::vector<float>> weights, biases;
-  std::vector<const float*> weight_at, bias_at;
+  std::vector<cpu::LayerWeights> parameters;
   for (const ConvLayer& layer : test.layers) {
-    images.push_back(after(layer, images.back()));
-    weights.push_back(numbers.take(size_t(layer.out) * layer.in * layer.kernel[0] * layer.kernel[1]));
-    biases.push_back(numbers.take(layer.out));
+    const bool conv = layer.kind == LayerKind::kConv;
+    weights.push_back(numbers.take(conv ? size_t(layer.out) * layer.in * layer.kernel[0] * layer.kernel[1]
+                                        : layer.out));
+    biases.push_back(weights.size() == 1 ? std::vector<float>(layer.out) : numbers.take(layer.out));
   }
   for (size_t k = 0; k < weights.size(); ++k) {
-    weight_at.push_back(weights[k].data());
-    bias_at.push_back(k == 0 ? nullptr : biases[k].data());
+    parameters.push_back({weights[k].data(), k == 0 ? nullptr : biases[k].data(), {leak, 0.0f}});
   }
-  const ConvNet net = cpu::plan_convnet(test.layers, test.height, test.width, bfloat16);
+  const ConvNet net = cpu::plan_convnet(test.layers, test.channels, test.height, test.width,
+                                        test.heads, bfloat16);
   std::vector<float> packed(net.packed);
-  cpu::pack_weights(net, weight_at, bias_at, packed.data(), threads);
-  const Image& in = images.front();
-  const Image& top = images.back();
-  const int64_t pixel = net.buffers.back().pixel;
-  const std::vector<float> head = numbers.take(top.size());
-  std::vector<float> padded(top.height * top.width * pixel, 0.0f);
-  for (int c = 0; c < top.channels; ++c)
-    for (int p = 0; p < top.height * top.width; ++p)
-      padded[p * pixel + c] = head[c * top.height * top.width + p];
-  const std::vector<float> x = numbers.take(chains * in.size());
-  std::vector<float> grad(chains * in.size()), energies(chains);
+  cpu::pack_weights(net, parameters, packed.data(), threads);
+  std::vector<std::vector<float>> heads;
+  std::vector<float> padded(net.head_values, 0.0f);
+  for (const ConvHead& at : net.heads) {
+    const ConvBuffer& top = net.buffers[at.value];
+    const int pixels = top.height * top.width;
+    heads.push_back(numbers.take(top.channels * pixels));
+    for (int c = 0; c < top.channels; ++c)
+      for (int p = 0; p < pixels; ++p)
+        padded[at.begin + p * top.pixel + c] = heads.back()[c * pixels + p];
+  }
+  const std::vector<float> x = numbers.take(chains * size);
+  std::vector<float> grad(chains * size), energies(chains);
   std::vector<char> workspace(threads * (chunk * net.workspace + net.scratch), 0);
-  const int64_t plane = int64_t{in.height} * in.width;
-  const ConvBatch batch{chains, chunk, x.data(), {in.size(), plane, in.width, 1},
-                        grad.data(), {in.size(), plane, in.width, 1}, padded.data(), 0.25f,
+  const int64_t plane = int64_t{test.height} * test.width;
+  const ConvBatch batch{chains, chunk, x.data(), {size, plane, test.width, 1},
+                        grad.data(), {size, plane, test.width, 1}, padded.data(), 0.25f,
                         energies.data(), packed.data()};
   for (int repeat = 0; repeat < 2; ++repeat) {
     cpu::convnet_score(net, batch, workspace.data(), threads);
   }
 
-  const double leak = test.layers[0].settings[0], tolerance = bfloat16 ? 0.02 : 2e-6;
+  const double tolerance = bfloat16 ? 0.03 : 2e-6;
   for (int64_t n = 0; n < chains; ++n) {
-    std::vector<Values> values{Values(x.begin() + n * in.size(), x.begin() + (n + 1) * in.size())};
-    for (size_t k = 0; k < test.layers.size(); ++k) {
-      Values sums(images[k + 1].size(), 0.0);
-      const int area = images[k + 1].height * images[k + 1].width;
-      for (size_t e = 0; k > 0 && e < sums.size(); ++e) sums[e] = biases[k][e / area];
-      each_product(test.layers[k], images[k], images[k + 1],
-                   [&](int i, int o, int w) { sums[o] += values[k][i] * weights[k][w]; });
-      for (double& sum : sums) sum = sum > 0 ? sum : leak * sum;
-      values.push_back(sums);
-    }
+    Exact exact{test, weights, biases, leak, {Values(x.begin() + n * size, x.begin() + (n + 1) * size)}, {}};
+    exact.forward();
+    for (const Values& values : exact.values) exact.grads.emplace_back(values.size(), 0.0);
     double energy = 0.25, scale = 0.25;
-    for (int e = 0; e < top.size(); ++e) energy += values.back()[e] * head[e];
-    for (int e = 0; e < top.size(); ++e) scale += std::fabs(values.back()[e] * head[e]);
+    for (size_t h = 0; h < heads.size(); ++h) {
+      const int v = test.heads[h];
+      for (size_t e = 0; e < heads[h].size(); ++e) {
+        energy += exact.values[v][e] * heads[h][e];
+        scale += std::fabs(exact.values[v][e] * heads[h][e]);
+        exact.grads[v][e] += heads[h][e];
+      }
+    }
     CHECK(std::fabs(energies[n] - energy) <= tolerance * scale);
-    Values gradient(head.begin(), head.end());
-    for (size_t k = test.layers.size(); k-- > 0;) {
-      for (size_t e = 0; e < gradient.size(); ++e) gradient[e] *= values[k + 1][e] > 0 ? 1 : leak;
-      Values before(images[k].size(), 0.0);
-      each_product(test.layers[k], images[k], images[k + 1],
-                   [&](int i, int o, int w) { before[i] += gradient[o] * weights[k][w]; });
-      gradient = before;
+    exact.backward();
+    double error = 0, norm = 0;
+    for (int e = 0; e < size; ++e) {
+      error += std::pow(grad[n * size + e] - exact.grads[0][e], 2);
+      norm += std::pow(exact.grads[0][e], 2);
     }
-    double error = 0, size = 0;
-    for (int e = 0; e < in.size(); ++e) {
-      error += std::pow(grad[n * in.size() + e] - gradient[e], 2), size += std::pow(gradient[e], 2);
-    }
-    CHECK(std::sqrt(error) <= tolerance * std::sqrt(size));
+    CHECK(std::sqrt(error) <= tolerance * std::sqrt(norm));
   }
 }
 
-ConvLayer layer(int in, int out, int kernel, int stride, int padding, int dilation = 1) {
-  return {in, out, {kernel, kernel}, {stride, stride}, {padding, padding}, {dilation, dilation},
-          Activation::kLeakyReLU, {0.2f, 0.0f}};
+// Adds layers to a case. Every function returns the number of the new value.
+struct Builder {
+  Case test;
+
+  Builder(int channels, int height, int width) : test{channels, height, width, {}, {}} {}
+
+  int channels(int v) const { return v ? test.layers[v - 1].out : test.channels; }
+  int height(int v) const { return v ? test.layers[v - 1].height : test.height; }
+  int width(int v) const { return v ? test.layers[v - 1].width : test.width; }
+  int add(const ConvLayer& layer) {
+    test.layers.push_back(layer);
+    return static_cast<int>(test.layers.size());
+  }
+  int conv(int v, int out, int kernel, int stride = 1, int padding = 0, int dilation = 1) {
+    const auto size = [&](int inputs) {
+      return (inputs + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+    };
+    return add({LayerKind::kConv, {v, -1}, channels(v), out, size(height(v)), size(width(v)),
+                Activation::kLeakyReLU, {kernel, kernel}, {stride, stride}, {padding, padding},
+                {dilation, dilation}});
+  }
+  int pairs(LayerKind kind, int a, int b, Activation activation = Activation::kIdentity) {
+    return add({kind, {a, b}, channels(a), channels(a), height(a), width(a), activation, {1, 1},
+                {1, 1}, {0, 0}, {1, 1}, {1.0f, -0.5f}});
+  }
+  // Windows of 2 x 2 pixels that overlap, some of which reach beyond the edge.
+  int pool(LayerKind kind, int v) {
+    ConvLayer layer{kind, {v, -1}, channels(v), channels(v), height(v), width(v),
+                    Activation::kIdentity};
+    for (int pixel = 0; pixel < height(v) * width(v); ++pixel)
+      for (int k = 0; k < 4; ++k) {
+        const int y = pixel / width(v) + k / 2, x = pixel % width(v) + k % 2;
+        const float factor = kind == LayerKind::kMix ? 0.25f : static_cast<float>(k);
+        if (y < height(v) && x < width(v)) layer.links.push_back({pixel, y * width(v) + x, factor});
+      }
+    return add(layer);
+  }
+  int log_sum_exp(int v) {
+    return add({LayerKind::kLogSumExp, {v, -1}, channels(v), 1, 1, 1, Activation::kIdentity});
+  }
+  Case energy(std::vector<int32_t> heads) {
+    test.heads = std::move(heads);
+    return test;
+  }
+};
+
+Case stack(Builder b, const std::vector<std::vector<int>>& layers) {
+  int v = 0;
+  for (const auto& l : layers) v = b.conv(v, l[0], l[1], l[2], l[3], l.size() > 4 ? l[4] : 1);
+  return b.energy({v});
+}
+
+// The state and an activation are read twice, and so is a value before its activation.
+Case residual() {
+  Builder b(3, 6, 5);
+  const int a = b.conv(0, 9, 3, 1, 1), shortcut = b.conv(0, 9, 1);
+  const int sum = b.pairs(LayerKind::kPointwise, b.conv(a, 9, 3, 1, 1), shortcut);
+  const int active = b.pairs(LayerKind::kPointwise, sum, -1, Activation::kLeakyReLU);
+  const int half = b.conv(active, 9, 4, 2, 1), other = b.conv(sum, 9, 2, 2);
+  return b.energy({b.pairs(LayerKind::kPointwise, half, other, Activation::kLeakyReLU), a, 0});
+}
+
+Case pools(LayerKind kind) {
+  Builder b(5, 4, 7);
+  const int a = b.pool(kind, b.conv(b.pool(kind, 0), 9, 3, 1, 1));
+  const int square = b.pairs(LayerKind::kMultiply, a, a);
+  return b.energy({b.log_sum_exp(square), b.pairs(LayerKind::kMultiply, square, a)});
 }
 
 }  // namespace
 
 int main() {
   const std::vector<Case> cases{
-      {{layer(3, 9, 3, 1, 1), layer(9, 17, 4, 2, 1), layer(17, 33, 4, 2, 1)}, 8, 8},
-      {{layer(1, 1, 1, 1, 0)}, 1, 1},
-      {{layer(2, 5, 2, 3, 1), layer(5, 40, 3, 1, 2, 2)}, 7, 11},
-      {{layer(2, 260, 1, 1, 0), layer(260, 3, 5, 2, 4)}, 6, 5},
+      stack({3, 8, 8}, {{9, 3, 1, 1}, {17, 4, 2, 1}, {33, 4, 2, 1}}),
+      stack({1, 1, 1}, {{1, 1, 1, 0}}),
+      stack({2, 7, 11}, {{5, 2, 3, 1}, {40, 3, 1, 2, 2}}),
+      stack({2, 6, 5}, {{260, 1, 1, 0}, {3, 5, 2, 4}}),
+      stack({2, 1, 1}, {{40, 1, 1, 0}, {1, 1, 1, 0}}),
+      stack({3, 4, 4}, {{9, 3, 1, 1}, {17, 4, 1, 0}, {3, 1, 1, 0}}),
+      stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
+      residual(), pools(LayerKind::kMix), pools(LayerKind::kMaxPool),
   };
   for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"}) {
     if (!cpu::choose_instruction_set(name)) continue;
@@ -152,7 +288,9 @@ int main() {
       check(test, 1, 1, false);
       check(test, 1, 8, false);
       check(test, 3, 2, false);
-      check(test, 3, 2, true);
+      // Rounded values often have another maximum, whose gradient goes elsewhere.
+      const bool maximum = test.layers.front().kind == LayerKind::kMaxPool;
+      if (!maximum) check(test, 3, 2, true);
     }
   }
 }

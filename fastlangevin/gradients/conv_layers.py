@@ -28,6 +28,7 @@ class Conv:
         self.weight_read, self.bias_read = node.constants
         self.stride, self.padding, self.dilation, self.groups = node.settings
         self.dtype, self.inplace = dtype, inplace
+        self.no_padding = (0,) * len(self.stride)
         assert self.weight_read is not None
         self.product_dtype = onednn.product_dtype(node, dtype, self.weight_read.base.device)
         kernel, out = self.weight_read.size[2:], node.shape[1:]
@@ -35,7 +36,7 @@ class Conv:
         self.output_padding = [
             read[d + 1] - (out[d] - 1) * self.stride[d] + 2 * self.padding[d]
             - self.dilation[d] * (kernel[d] - 1) - 1
-            for d in range(2)
+            for d in range(len(kernel))
         ]  # fmt: skip
 
     def pack(self) -> None:
@@ -52,10 +53,10 @@ class Conv:
         return laid_out(read_weight(value, self.product_dtype, target, self.inplace))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.bias, False, (0, 0))
+        return self._convolve(x, self.bias, False, self.no_padding)
 
     def tangent(self, x: Tensor) -> Tensor:
-        return self._convolve(x, None, False, (0, 0))
+        return self._convolve(x, None, False, self.no_padding)
 
     def backward(self, grad: Tensor) -> Tensor:
         return self._convolve(grad, None, True, self.output_padding)
@@ -77,11 +78,11 @@ class Conv:
         """Return the weight's gradient from the input x and the gradient of the output."""
         assert self.weight_read is not None
         few_pixels = grad.numel() < grad.shape[1] ** 2  # fewer pixels than channels
-        if few_pixels and self.groups == 1 and grad.device.type == "cpu":
+        if few_pixels and self.groups == 1 and grad.ndim == 4 and grad.device.type == "cpu":
             return self._weight_grad_by_windows(x, grad)
         weight_grad: Tensor = aten.convolution_backward(
             grad, x, self.weight_read.tensor().to(self.dtype), None, self.stride, self.padding,
-            self.dilation, False, (0, 0), self.groups, (False, True, False),
+            self.dilation, False, self.no_padding, self.groups, (False, True, False),
         )[1]  # fmt: skip
         return weight_grad
 
@@ -160,6 +161,7 @@ def packs(node: Node, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether :class:`PackedConv` can run a node with operands in ``dtype``."""
     return (
         node.kind == "conv"
+        and len(node.shape) == 3
         and device.type == "cpu"
         and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
         and (product := onednn.product_dtype(node, dtype, device)) != torch.float16

@@ -13,60 +13,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv, conv_stack
 from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.image_graph import ImageGraph, ImageLayer, image_graph
 from fastlangevin.kernels import extension
 from fastlangevin.locks import new_lock
 
 # The chains that a thread takes at a time. Several chains share each read of the weights, which
 # dominate the reads in deep layers; their values must still fit in the cache.
 _CHUNK, _CHUNK_BYTES = 8, 2**21
+# Values that no second-level cache holds are in the third one, for a few chains at least: 4 chains
+# of 2.8 MB each take 0.94 of the time of single ones (AMD EPYC, a residual net of width 64).
+_FEW, _FEW_BYTES = 4, 2**24
+# Chains of a network on vectors are the pixels of its products, which fill several tiles.
+_VECTOR_CHUNK = 48
 _MAX_ELEMENTS = 2**31 - 2**16
 
 
-def _activations() -> dict[str, int]:
-    """Return the numbers of the activations that the kernels have."""
-    numbers: dict[str, int] = extension.library.ACTIVATIONS
-    return numbers | {"relu": numbers["leaky_relu"]}  # with slope 0
-
-
-def refusal(stack: ConvStack, x: Tensor, precision: str | None) -> str | None:
-    """Return why this engine cannot run a stack on states like x, or None if it can."""
+def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
+    """Return why this engine cannot run a graph on states like x, or None if it can."""
     reason = extension.available(x.device)
     if reason is not None:
         return reason
     if x.dtype != torch.float32:
         return f"the state is in {x.dtype}, not float32"
+    if graph.dtype != torch.float32:
+        return f"the network is in {graph.dtype}, not float32"
     if precision not in (None, "fp32", "bf16"):
         return f"it computes in float32 or bfloat16, not in {precision}"
-    for conv in stack.convs:
-        if conv.weight.dtype != torch.float32:
-            return f"the network is in {conv.weight.dtype}, not float32"
-        if conv.groups != 1:
-            return f"a convolution has {conv.groups} groups"
-        if conv.activation.kind not in _activations():
-            return f"no kernel has the activation {conv.activation.kind}"
-    return _waste(stack)
+    network = image_graph(graph)
+    if isinstance(network, str):
+        return network
+    for layer in network.layers:
+        if layer.groups != 1:
+            return f"a convolution has {layer.groups} groups"
+        if layer.activation_name not in extension.library.ACTIVATIONS:
+            return f"no kernel has the activation {layer.activation_name}"
+    return _waste(network)
 
 
-def _waste(stack: ConvStack) -> str | None:
+def _waste(network: ImageGraph) -> str | None:
     """Return a reason if the backward pass would multiply too much in vain.
 
     In it, each pixel that a convolution reads meets all weights of its residue modulo the stride,
     including those that fall outside the output.
     """
     useful = planned = 0
-    height, width = stack.shape[1:]
-    for conv in stack.convs:
-        out, channels, *kernel = conv.weight.shape
-        written = conv.output_size((height, width))
-        weights = out * channels * math.prod(kernel)
-        useful += 2 * math.prod(written) * weights
-        planned += math.prod(written) * weights
-        planned += height * width * weights // math.prod(conv.stride)
-        if max(out, channels) * (height + 2 * kernel[0]) * (width + 2 * kernel[1]) > _MAX_ELEMENTS:
+    for layer in network.layers:
+        (channels, height, width), out = layer.read, layer.shape[0]
+        written = math.prod(layer.shape[1:])
+        if (
+            max(out, channels)
+            * math.prod(
+                size + 2 * kernel
+                for size, kernel in zip((height, width), layer.kernel, strict=True)
+            )
+            > _MAX_ELEMENTS
+        ):
             return "a chain is too large: its elements are indexed in 31 bits"
-        height, width = written
+        if layer.kind == "conv":
+            weights = out * channels * math.prod(layer.kernel)
+            useful += 2 * written * weights
+            planned += written * weights
+            # A single output is multiplied by each weight once.
+            read = math.prod(layer.stride) if written == 1 else height * width
+            planned += read * weights // math.prod(layer.stride)
     if planned > 2 * useful:
         ratio = planned / useful
         return f"its backward pass would take {ratio:.1f} times the products needed (wide kernels)"
@@ -74,10 +84,11 @@ def _waste(stack: ConvStack) -> str | None:
 
 
 class ConvNetGradient:
-    """Energies and d energy / d x of batches x [n, C, H, W] in float32, in x's layout.
+    """Energies and d energy / d x of batches x [n, ...] in float32.
 
     With precision "bf16" the weights, activations and gradients between layers are bfloat16,
-    products are summed in float32, and the gradient of x is not rounded.
+    products are summed in float32, and the gradient of x is not rounded if a convolution alone
+    reads x.
 
     The weights are read by :meth:`begin`, and again by a call if a version counter or an address
     shows that one has changed.
@@ -85,15 +96,21 @@ class ConvNetGradient:
 
     def __init__(self, graph: Graph, chains: int, precision: str | None = None) -> None:
         self.graph = graph
+        network = self._network()
+        self.image = network.shape
         self.net = _plan(
-            tuple(_layer(conv) for conv in self._stack().convs),
-            *graph.shape[1:],
+            tuple(_layer(layer) for layer in network.layers),
+            network.shape,
+            tuple(value for value, _, _ in network.heads),
             precision == "bf16",
             extension.library.instruction_set(),
         )
         self.threads = max(1, min(torch.get_num_threads(), chains))
         share = -(-chains // self.threads)
-        self.chunk = max(1, min(_CHUNK, _CHUNK_BYTES // self.net.workspace, share))
+        vectors = all(math.prod(layer.read[1:]) == 1 for layer in network.layers)
+        most = _VECTOR_CHUNK if vectors else _CHUNK
+        few = min(_FEW, _FEW_BYTES // self.net.workspace)
+        self.chunk = max(1, min(most, max(_CHUNK_BYTES // self.net.workspace, few), share))
         # Zeros, because the borders around the values are read but never written.
         self.workspace = torch.zeros(
             self.threads * (self.chunk * self.net.workspace + self.net.scratch),
@@ -101,7 +118,7 @@ class ConvNetGradient:
             device="cpu",
         )
         self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
-        self.head = torch.zeros(self.net.head, dtype=torch.float32, device="cpu")
+        self.head = torch.zeros(self.net.head_values, dtype=torch.float32, device="cpu")
         self._seen: list[tuple[int, int]] = []
         # Threads may share a sampler, but there is only one workspace.
         self._lock = new_lock()
@@ -117,27 +134,39 @@ class ConvNetGradient:
     def _read(self) -> None:
         self._seen = self.graph.versions()
         self.graph.refresh()
-        stack = self._stack()
-        weights = [conv.weight.contiguous() for conv in stack.convs]
-        biases = [None if conv.bias is None else conv.bias.contiguous() for conv in stack.convs]
+        network = self._network()
+        parameters = [layer.parameters() for layer in network.layers]
+        tensors = [[None if t is None else t.contiguous() for t in p[:2]] for p in parameters]
         self.net.pack(
-            [weight.data_ptr() for weight in weights],
-            [0 if bias is None else bias.data_ptr() for bias in biases],
+            [
+                (*(0 if tensor is None else tensor.data_ptr() for tensor in pair), p[2])
+                for pair, p in zip(tensors, parameters, strict=True)
+            ],
             self.packed.data_ptr(),
             self.threads,
         )
-        v, offset = stack.head()
-        self.head[..., : v.shape[0]] = v.permute(1, 2, 0)
+        heads, offset = network.head()
+        for head, (begin, height, width, pixel) in zip(heads, self.net.heads, strict=True):
+            place = self.head[begin : begin + height * width * pixel].view(height, width, pixel)
+            place[..., : head.shape[0]] = head.permute(1, 2, 0)
         self.offset = float(offset)
 
-    def _stack(self) -> ConvStack:
-        stack = conv_stack(self.graph)
-        assert isinstance(stack, ConvStack), stack
-        return stack
+    def _network(self) -> ImageGraph:
+        network = image_graph(self.graph)
+        assert isinstance(network, ImageGraph), network
+        return network
 
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
-        """Return (energies [n] or None, d energy / d x in x's layout)."""
-        grad = torch.empty_like(x)
+        """Return (energies [n] or None, d energy / d x).
+
+        The gradient has x's layout, or is contiguous if the network views x in another shape.
+        """
+        images = grad_images = x.reshape(x.shape[0], *self.image)
+        if images.shape == x.shape:
+            grad = grad_images = torch.empty_like(x)
+        else:
+            grad_images = torch.empty(images.shape, dtype=x.dtype, device=x.device)
+            grad = grad_images.view(x.shape)
         energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
             if self._seen != self.graph.versions():
@@ -145,10 +174,10 @@ class ConvNetGradient:
             self.net.score(
                 x.shape[0],
                 self.chunk,
-                x.data_ptr(),
-                x.stride(),
-                grad.data_ptr(),
-                grad.stride(),
+                images.data_ptr(),
+                images.stride(),
+                grad_images.data_ptr(),
+                grad_images.stride(),
                 self.head.data_ptr(),
                 self.offset,
                 0 if energies is None else energies.data_ptr(),
@@ -162,23 +191,30 @@ class ConvNetGradient:
         return self.workspace.numel() + 4 * (self.packed.numel() + self.head.numel())
 
 
-def _layer(conv: StackedConv) -> tuple[Any, ...]:
-    out, channels, *kernel = conv.weight.shape
-    settings = tuple(conv.activation.settings)[:2]
+def _layer(layer: ImageLayer) -> tuple[Any, ...]:
+    library = extension.library
     return (
-        channels,
-        out,
-        tuple(kernel),
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        _activations()[conv.activation.kind],
-        settings + (0.0,) * (2 - len(settings)),
+        library.LAYERS[layer.kind],
+        (*layer.inputs, -1)[:2],
+        layer.read[0],
+        layer.shape[0],
+        layer.shape[1:],
+        library.ACTIVATIONS[layer.activation_name],
+        layer.kernel,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.factors,
+        layer.links,
     )
 
 
 @functools.lru_cache(16)
 def _plan(
-    layers: tuple[tuple[Any, ...], ...], height: int, width: int, bfloat16: bool, _: str
+    layers: tuple[tuple[Any, ...], ...],
+    image: tuple[int, int, int],
+    heads: tuple[int, ...],
+    bfloat16: bool,
+    _: str,
 ) -> Any:
-    return extension.library.ConvNet(layers, height, width, bfloat16)
+    return extension.library.ConvNet(layers, *image, heads, bfloat16)

@@ -32,12 +32,13 @@ def product_dtype(node: Node, dtype: torch.dtype, device: torch.device) -> torch
 
     On a CPU, float32 replaces a 16-bit dtype in two cases. If oneDNN does not run that dtype,
     torch's own kernels would: they also sum in 16 bits, and they are slower than float32. With AMX,
-    oneDNN is wrong for some shapes; see :func:`is_wrong_with_amx`. The autograd engine is not
+    oneDNN is wrong for some shapes; see :func:`is_wrong_with_amx`. Only images have been examined,
+    so sequences are convolved in float32 too. The autograd engine is not
     affected by this function: it runs the energy's own code with torch's convolutions as they are.
     """
     if device.type != "cpu" or dtype not in HALVES.values():
         return dtype
-    if not runs(dtype) or (has_amx() and is_wrong_with_amx(node)):
+    if len(node.shape) != 3 or not runs(dtype) or (has_amx() and is_wrong_with_amx(node)):
         return torch.float32
     return dtype
 

@@ -180,14 +180,11 @@ def _fused(
     graph: Graph, x: Tensor, precision: str | None, cache: EngineCache, by_name: bool
 ) -> Engine | str:
     """Return the fused engine for the state's device, or the reason why there is none."""
-    stack = conv_stack(graph)
-    if isinstance(stack, str):
-        return stack
     chains, device = x.shape[0], x.device
     if device.type != "cpu" and graph.computed is not None:
         return "weights are computed from other weights"
     if device.type == "cpu":
-        reason = fused_cpu.refusal(stack, x, precision)
+        reason = fused_cpu.refusal(graph, x, precision)
         if reason is not None:
             return reason
         return cache.engine(
@@ -195,6 +192,9 @@ def _fused(
             graph, "native", precision, torch.get_num_threads(),
             extension.library.instruction_set(),
         )  # fmt: skip
+    stack = conv_stack(graph)
+    if isinstance(stack, str):
+        return stack
     if precision is None and graph.dtype == torch.float32:
         precision = "tf32" if convolutions_use_tf32() else "fp32"
     precision = precision or half_name(graph.dtype)

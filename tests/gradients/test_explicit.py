@@ -132,6 +132,18 @@ def test_convolutions(options: dict, chains: int, bias: bool) -> None:
     check(seeded(Energy), numbers((chains, *SHAPE[1:])), smooth=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 3, "dilation": 2}, {"groups": 3}])
+def test_convolutions_of_sequences(options: dict) -> None:
+    energy = seeded(
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 6, 4, **options), nn.SiLU(), nn.Conv1d(6, 4, 3, bias=False), nn.Tanh(),
+            nn.Flatten(), nn.LazyLinear(1),
+        )
+    )  # fmt: skip
+    energy(numbers((1, 3, 13)))
+    check(energy, numbers((3, 3, 13)), smooth=True)
+
+
 @pytest.mark.parametrize("mkldnn", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("activation", ["leaky_relu", "relu", "silu"])

@@ -174,6 +174,15 @@ def test_some_weights_frozen(activation: Callable) -> None:
             check(energy, x_grad=False)
 
 
+def test_sequences() -> None:
+    energy = Parts(
+        lambda x, net: net(x.flatten(2)).sum((1, 2)),
+        nn.Sequential(nn.Conv1d(2, 4, 5, 2, 1), nn.SiLU(), nn.Conv1d(4, 3, 3), nn.Tanh()),
+    )
+    check(energy)
+    check(energy, x_grad=False, straight=True)
+
+
 class Views(nn.Module):
     """Weights that are views of parameters: turned, cut out, spread and shared."""
 

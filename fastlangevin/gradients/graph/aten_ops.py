@@ -29,10 +29,11 @@ class Operands(Protocol):
 
 
 def _conv(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
-    if a["transposed"] or out.ndim != 4:
-        raise operands.refuse("only 2-D convolutions that are not transposed are supported")
-    settings = (*(tuple(a[k]) for k in ("stride", "padding", "dilation")), a["groups"])
-    settings = tuple(s * 2 if isinstance(s, tuple) and len(s) == 1 else s for s in settings)
+    dims = out.ndim - 2
+    if a["transposed"] or dims not in (1, 2):
+        raise operands.refuse("only 1-D and 2-D convolutions that are not transposed are supported")
+    sizes = (tuple(a[k]) for k in ("stride", "padding", "dilation"))
+    settings = (*(s * dims if len(s) == 1 else s for s in sizes), a["groups"])
     constants = operands.constant(a["weight"], name), operands.constant(a["bias"], name)
     return Node("conv", (operands.value(a["input"], name),), _shape(out), settings, constants)
 

@@ -72,12 +72,12 @@ class ConvStack:
             h.requires_grad_()
             values = [h]
             for node in self.tail:
-                values.append(_run_linear(node, *(values[i] for i in node.inputs)))
+                values.append(run_linear(node, *(values[i] for i in node.inputs)))
             (v,) = torch.autograd.grad(values[-1].sum(), h)
         return v.view(self.features), values[-1].detach().reshape(())
 
 
-def _run_linear(node: Node, x: Tensor, *others: Tensor) -> Tensor:
+def run_linear(node: Node, x: Tensor, *others: Tensor) -> Tensor:
     """Run a linear or affine node on a batch."""
     settings = node.settings
     if node.kind in ("conv", "linear"):

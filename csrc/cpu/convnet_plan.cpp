@@ -1,0 +1,320 @@
+// Plans the passes of a network.
+#include <algorithm>
+
+#include "cpu/convnet.h"
+
+namespace fastlangevin {
+namespace cpu {
+namespace {
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The positions of the first and the last tap of output o along an axis of a layer.
+int first_read(const ConvLayer& layer, int axis, int o) {
+  return o * layer.stride[axis] - layer.padding[axis];
+}
+
+// The kernel positions that reach an input position with this residue modulo the stride, and the
+// outputs from which they do, counted from position / stride.
+struct Reach {
+  int kernel, offset;
+};
+
+std::vector<Reach> reaches(const ConvLayer& layer, int axis, int residue) {
+  std::vector<Reach> found;
+  for (int k = 0; k < layer.kernel[axis]; ++k) {
+    const int distance = residue + layer.padding[axis] - k * layer.dilation[axis];
+    if (distance % layer.stride[axis] == 0) found.push_back({k, distance / layer.stride[axis]});
+  }
+  std::reverse(found.begin(), found.end());  // in the order of memory
+  return found;
+}
+
+// Widens a frame until positions first..last of an axis are inside it.
+void widen(int32_t& before, int32_t& after, int extent, int first, int last) {
+  before = std::max(before, -first);
+  after = std::max(after, last - (extent - 1));
+}
+
+// Whether all of a convolution's input is one window, so that no gradient is a sum over outputs.
+bool one_output(const ConvLayer& layer) { return layer.height == 1 && layer.width == 1; }
+
+void frame(const ConvLayer& layer, ConvBuffer& in, ConvBuffer& out) {
+  for (int axis = 0; axis < 2; ++axis) {
+    const int inputs = axis ? in.width : in.height, results = axis ? out.width : out.height;
+    const int last = first_read(layer, axis, results - 1) +
+                     layer.dilation[axis] * (layer.kernel[axis] - 1);
+    widen(axis ? in.left : in.top, axis ? in.right : in.bottom, inputs,
+          first_read(layer, axis, 0), last);
+    if (one_output(layer)) continue;
+    for (int residue = 0; residue < std::min(layer.stride[axis], inputs); ++residue) {
+      const int steps = (inputs - 1 - residue) / layer.stride[axis];
+      for (const Reach& reach : reaches(layer, axis, residue)) {
+        widen(axis ? out.left : out.top, axis ? out.right : out.bottom, results, reach.offset,
+              steps + reach.offset);
+      }
+    }
+  }
+}
+
+ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBuffer& out) {
+  ConvPass pass{layer.in, layer.out};
+  for (int y = 0; y < out.height; ++y) {
+    for (int x = 0; x < out.width; ++x) {
+      pass.from.push_back(in.at(first_read(layer, 0, y), first_read(layer, 1, x)));
+      pass.to.push_back(out.at(y, x));
+    }
+  }
+  for (int y = 0; y < layer.kernel[0]; ++y) {
+    for (int x = 0; x < layer.kernel[1]; ++x) {
+      pass.taps.push_back(y * layer.dilation[0] * in.row + x * layer.dilation[1] * in.pixel);
+      pass.rows.push_back(y * layer.kernel[1] + x);
+    }
+  }
+  return pass;
+}
+
+// The passes to the input of a convolution with one output: every pixel has its own weights.
+std::vector<ConvPass> plan_scatter(const ConvLayer& layer, const ConvBuffer& in,
+                                   const ConvBuffer& out) {
+  std::vector<ConvPass> passes;
+  for (int y = 0; y < in.height; ++y) {
+    for (int x = 0; x < in.width; ++x) {
+      const int down = y + layer.padding[0], along = x + layer.padding[1];
+      ConvPass pass{layer.out, layer.in};
+      pass.from = {static_cast<int32_t>(out.at(0, 0))};
+      pass.to = {static_cast<int32_t>(in.at(y, x))};
+      const int ky = down / layer.dilation[0], kx = along / layer.dilation[1];
+      if (down % layer.dilation[0] == 0 && along % layer.dilation[1] == 0 &&
+          ky < layer.kernel[0] && kx < layer.kernel[1]) {
+        pass.taps = {0};
+        pass.rows = {ky * layer.kernel[1] + kx};
+      }
+      passes.push_back(std::move(pass));
+    }
+  }
+  return passes;
+}
+
+std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in,
+                                    const ConvBuffer& out) {
+  if (one_output(layer)) return plan_scatter(layer, in, out);
+  std::vector<ConvPass> passes;
+  for (int ry = 0; ry < std::min(layer.stride[0], in.height); ++ry) {
+    for (int rx = 0; rx < std::min(layer.stride[1], in.width); ++rx) {
+      ConvPass pass{layer.out, layer.in};
+      for (int y = ry; y < in.height; y += layer.stride[0]) {
+        for (int x = rx; x < in.width; x += layer.stride[1]) {
+          pass.from.push_back(out.at(y / layer.stride[0], x / layer.stride[1]));
+          pass.to.push_back(in.at(y, x));
+        }
+      }
+      for (const Reach& down : reaches(layer, 0, ry)) {
+        for (const Reach& along : reaches(layer, 1, rx)) {
+          pass.taps.push_back(down.offset * out.row + along.offset * out.pixel);
+          pass.rows.push_back(down.kernel * layer.kernel[1] + along.kernel);
+        }
+      }
+      passes.push_back(std::move(pass));
+    }
+  }
+  return passes;
+}
+
+// Merges runs of taps that are adjacent in memory into one tap each, if all runs have one length.
+void join_taps(ConvPass& pass, int step) {
+  const int channels = static_cast<int>(round_up(pass.in, step));
+  const std::vector<int32_t> taps = std::move(pass.taps);
+  const auto runs_of = [&](size_t run) {
+    for (size_t k = 0; k < taps.size(); ++k) {
+      if (k % run != 0 && taps[k] != taps[k - 1] + channels) return false;
+    }
+    return taps.size() % run == 0;
+  };
+  size_t run = std::max<size_t>(1, taps.size());
+  while (!runs_of(run)) --run;
+  pass.taps.clear();
+  for (size_t k = 0; k < taps.size(); k += run) pass.taps.push_back(taps[k]);
+  pass.steps = static_cast<int64_t>(run) * channels / step;
+}
+
+// Plans the products of a layer's spread gradient if they are fewer than those of its passes. The
+// passes then read these products.
+void plan_spread(const ConvLayer& layer, const ConvBuffer& out, int lanes,
+                 std::vector<ConvPass>& passes, ConvSpread& spread) {
+  const int positions = layer.kernel[0] * layer.kernel[1];
+  const int64_t pixel = round_up(positions * layer.in + 3, lanes);  // read four at a time
+  int64_t multiplied = 0;
+  for (const ConvPass& pass : passes) {
+    multiplied += static_cast<int64_t>(pass.to.size() * pass.rows.size()) *
+                  round_up(layer.in, lanes);
+  }
+  if (out.height * out.width * pixel >= multiplied) return;
+  spread.pixel = pixel;
+  spread.values = out.chain / out.pixel * pixel;
+  spread.products = {layer.out, positions * layer.in};
+  spread.products.taps = spread.products.rows = {0};
+  for (int y = 0; y < out.height; ++y) {
+    for (int x = 0; x < out.width; ++x) {
+      spread.products.from.push_back(out.at(y, x));
+      spread.products.to.push_back(out.at(y, x) / out.pixel * pixel);
+    }
+  }
+  for (ConvPass& pass : passes) {
+    for (int32_t& from : pass.from) from = from / out.pixel * pixel;
+    for (size_t t = 0; t < pass.taps.size(); ++t) {
+      pass.taps[t] = pass.taps[t] / out.pixel * pixel + pass.rows[t] * layer.in;
+    }
+  }
+}
+
+MixPass plan_mix(const std::vector<PixelLink>& links, const ConvBuffer& in, const ConvBuffer& out) {
+  MixPass pass;
+  size_t next = 0;
+  for (int pixel = 0; pixel < out.height * out.width; ++pixel) {
+    pass.to.push_back(out.at(pixel / out.width, pixel % out.width));
+    pass.begin.push_back(pass.from.size());
+    for (; next < links.size() && links[next].out == pixel; ++next) {
+      pass.from.push_back(in.at(links[next].in / in.width, links[next].in % in.width));
+      pass.factors.push_back(links[next].factor);
+    }
+  }
+  pass.begin.push_back(pass.from.size());
+  return pass;
+}
+
+std::vector<PixelLink> reversed(std::vector<PixelLink> links) {
+  for (PixelLink& link : links) std::swap(link.out, link.in);
+  std::stable_sort(links.begin(), links.end(),
+                   [](const PixelLink& a, const PixelLink& b) { return a.out < b.out; });
+  return links;
+}
+
+bool is_smooth(Activation activation) {
+  return activation != Activation::kIdentity && activation != Activation::kLeakyReLU;
+}
+
+// Whether the gradient of a layer is computed from the values that it has read.
+bool rereads(LayerKind kind) {
+  return kind == LayerKind::kMultiply || kind == LayerKind::kLogSumExp;
+}
+
+// Sets how parts of every value's gradient arrive, and returns how many there are.
+std::vector<int> plan_arrivals(ConvNet& net) {
+  std::vector<int> parts(net.buffers.size());
+  std::vector<Arrival*> latest(net.buffers.size());
+  for (ConvHead& head : net.heads) {
+    head.arrival.add = parts[head.value]++ > 0;
+    latest[head.value] = &head.arrival;
+  }
+  for (size_t k = net.layers.size(); k-- > 0;) {
+    for (int i = 0; i < 2; ++i) {
+      const int value = net.layers[k].inputs[i];
+      if (value < 0) continue;
+      net.plans[k].arrivals[i].add = parts[value]++ > 0;
+      latest[value] = &net.plans[k].arrivals[i];
+    }
+  }
+  for (Arrival* arrival : latest) {
+    if (arrival) arrival->last = true;
+  }
+  return parts;
+}
+
+// Chooses the strides of every buffer and where its values, slopes and gradients are.
+void place_buffers(ConvNet& net, const std::vector<int>& parts) {
+  const int lanes = net.kernels->lanes, step = net.bfloat16 ? 2 : 1;
+  for (size_t v = 0; v < net.buffers.size(); ++v) {
+    ConvBuffer& buffer = net.buffers[v];
+    // No vector is written to a state that one convolution reads, a number or pair at a time.
+    buffer.pixel = round_up(buffer.channels, v == 0 && net.direct ? step : lanes);
+    // Pixels that are a power of two apart would share a few sets of the first-level cache.
+    if (buffer.pixel % 256 == 0) buffer.pixel += lanes;
+    buffer.row = buffer.pixel * (buffer.left + buffer.width + buffer.right);
+    buffer.chain = round_up(buffer.row * (buffer.top + buffer.height + buffer.bottom), lanes * step);
+    const auto take = [&] { return (net.workspace += buffer.chain) - buffer.chain; };
+    buffer.values = buffer.grads = take();
+    bool kept = false;
+    for (const ConvLayer& layer : net.layers) {
+      const bool reads = layer.inputs[0] == int(v) || layer.inputs[1] == int(v);
+      kept = kept || (reads && rereads(layer.kind));
+    }
+    if (v > 0) {
+      const Activation activation = net.layers[v - 1].activation;
+      if (is_smooth(activation)) buffer.slopes = take();
+      if (net.layers[v - 1].kind == LayerKind::kMaxPool) buffer.choices = take();
+      // The signs of the values are read when the last part of the gradient arrives.
+      kept = kept || (activation == Activation::kLeakyReLU && parts[v] > 1);
+    }
+    if (kept) buffer.grads = take();
+  }
+  net.workspace *= sizeof(float) / step;
+}
+
+}  // namespace
+
+ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
+                     const std::vector<int32_t>& heads, bool bfloat16) {
+  const int lanes = conv_kernels().lanes, step = bfloat16 ? 2 : 1;
+  ConvNet net{&conv_kernels(), bfloat16, std::move(layers), {{height, width, channels}},
+              std::vector<LayerPlan>(), {}};
+  net.plans.resize(net.layers.size());
+  for (const ConvLayer& layer : net.layers) {
+    net.buffers.push_back({layer.height, layer.width, layer.out});
+  }
+  int readers = 0;
+  for (size_t k = 0; k < net.layers.size(); ++k) {
+    const ConvLayer& layer = net.layers[k];
+    if (layer.kind == LayerKind::kConv) {
+      frame(layer, net.buffers[layer.inputs[0]], net.buffers[k + 1]);
+    }
+    readers += (layer.inputs[0] == 0) + (layer.inputs[1] == 0);
+  }
+  for (const int32_t value : heads) {
+    net.heads.push_back({value});
+    readers += value == 0;
+  }
+  net.direct = readers == 1 && net.layers.front().kind == LayerKind::kConv;
+  place_buffers(net, plan_arrivals(net));
+  for (ConvHead& head : net.heads) {
+    const ConvBuffer& buffer = net.buffers[head.value];
+    head.begin = net.head_values;
+    net.head_values += int64_t{buffer.height} * buffer.width * buffer.pixel;
+  }
+  const auto place = [&](ConvPass& pass) {
+    join_taps(pass, step);
+    pass.weights = net.packed;
+    net.packed += static_cast<int64_t>(pass.taps.size()) * pass.steps * round_up(pass.out, lanes);
+  };
+  for (size_t k = 0; k < net.layers.size(); ++k) {
+    const ConvLayer& layer = net.layers[k];
+    LayerPlan& plan = net.plans[k];
+    const ConvBuffer &in = net.buffers[layer.inputs[0]], &out = net.buffers[k + 1];
+    if (layer.kind == LayerKind::kConv) {
+      plan.forward = plan_forward(layer, in, out);
+      plan.backward = plan_backward(layer, in, out);
+      const bool direct = k == 0 && net.direct;
+      if (direct) plan_spread(layer, out, lanes, plan.backward, net.spread);
+      place(plan.forward);
+      if (direct && net.spread.pixel > 0) {
+        place(net.spread.products);
+      } else {
+        for (ConvPass& pass : plan.backward) place(pass);
+      }
+    } else if (!layer.links.empty()) {
+      plan.mix = plan_mix(layer.links, in, out);
+      plan.mix_back = plan_mix(reversed(layer.links), out, in);
+    }
+    const auto take = [&](int64_t words) { return (net.packed += words) - words; };
+    plan.bias = take(round_up(layer.out, lanes));
+    if (layer.kind == LayerKind::kPointwise) plan.factors = take(round_up(layer.out, lanes));
+    plan.settings = take(lanes);
+  }
+  net.scratch = net.spread.values * sizeof(float);
+  return net;
+}
+
+}  // namespace cpu
+}  // namespace fastlangevin

@@ -1,0 +1,271 @@
+"""Graphs as layers over images: the form in which the fused CPU engine reads them.
+
+Every value of a chain is an image [C, H, W]. A vector [D] is an image of one pixel, a sequence
+[C, L] one of height 1, and a linear layer a convolution whose kernel has the size of its input.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
+from fastlangevin.gradients.graph.conv_stack import run_linear
+from fastlangevin.gradients.graph.ir import Constant, Graph, Node
+from fastlangevin.gradients.passes import Dataflow
+
+Image = tuple[int, int, int]
+Links = tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageLayer:
+    """A layer and the activation after it.
+
+    ``kind`` is that of a LayerKind in csrc/cpu/convnet_plan.h, which says what it computes.
+    ``inputs`` are values: 0 is the state and k + 1 the output of layer k.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    read: Image
+    shape: Image
+    weight: Constant | None = None  # of conv [out, in, kh, kw] in some shape, of pointwise [C]
+    bias: Constant | None = None
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    factors: tuple[float, float] = (1.0, 1.0)
+    links: Links = ()
+    activation: Node | None = None
+
+    @property
+    def activation_name(self) -> str:
+        """The name of the activation's kernel."""
+        if self.activation is None:
+            return "identity"
+        if self.activation.kind == "gelu" and self.activation.settings[0]:
+            return "gelu_tanh"
+        return "leaky_relu" if self.activation.kind == "relu" else self.activation.kind
+
+    def parameters(self) -> tuple[Tensor | None, Tensor | None, tuple[float, float]]:
+        """Return the current weight, bias and settings of the activation."""
+        weight, bias = (None if c is None else c.tensor() for c in (self.weight, self.bias))
+        if weight is not None and self.kind == "conv":
+            weight = weight.reshape(self.shape[0], self.read[0] // self.groups, *self.kernel)
+        elif weight is not None:
+            weight = weight.reshape(-1).expand(self.shape[0])
+        return weight, bias, _settings(self.activation)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGraph:
+    """A chain's energy: layers, then the sum of linear functions of some values, and a number."""
+
+    shape: Image
+    layers: tuple[ImageLayer, ...]
+    heads: tuple[tuple[int, Image, int], ...]  # value, its image, and its number in the graph
+    graph: Graph
+    tail: tuple[int, ...]  # the linear nodes after the heads
+
+    def head(self) -> tuple[list[Tensor], Tensor]:
+        """Return the gradients [C, H, W] of the energy at the heads, and the number []."""
+        graph = self.graph
+        values: dict[int, Tensor] = {}
+        leaves: list[Tensor] = []
+        with torch.enable_grad(), torch.autocast(graph.device.type, enabled=False):
+            for _, _, k in self.heads:
+                shape = graph.nodes[k - 1].shape if k else graph.shape
+                leaf = torch.zeros((1, *shape), dtype=graph.dtype, device=graph.device)
+                leaves.append(leaf.requires_grad_())
+                values[k] = leaves[-1]
+            for k in self.tail:
+                node = graph.nodes[k - 1]
+                values[k] = run_linear(node, *(values[i] for i in node.inputs))
+            energy = values[len(graph.nodes)]
+            grads = torch.autograd.grad(energy.sum(), leaves)
+        images = [
+            grad.reshape(image) for grad, (_, image, _) in zip(grads, self.heads, strict=True)
+        ]
+        return images, energy.detach().reshape(())
+
+
+def image_graph(graph: Graph) -> ImageGraph | str:
+    """Return a graph as layers over images, or the reason why it is none."""
+    flow = Dataflow(graph)
+    if all(flow.constant[1:]):
+        return "it has no activation"
+    try:
+        return _Lowering(graph, flow).result()
+    except _Refused as refused:
+        return str(refused)
+
+
+class _Refused(Exception):
+    """Says why a graph has no form as layers over images."""
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, flow: Dataflow) -> None:
+        self.graph, self.flow = graph, flow
+        self.layers: list[ImageLayer] = []
+        self.places: dict[int, tuple[int, Image]] = {0: (0, _image(self._state_shape()))}
+        # How often a value is read, under any view of it.
+        self.uses = [0] * (len(graph.nodes) + 1)
+        for k, node in enumerate(graph.nodes, 1):
+            if node.kind != "view":
+                for value in node.inputs:
+                    self.uses[flow.memory[value]] += 1
+            if k == len(graph.nodes):
+                self.uses[flow.memory[k]] += 1
+
+    def result(self) -> ImageGraph:
+        nodes, constant = self.graph.nodes, self.flow.constant
+        for k, node in enumerate(nodes, 1):
+            if not constant[k]:
+                self.places[k] = self._lower(k, node)
+        tail = tuple(k for k in range(1, len(nodes) + 1) if constant[k])
+        read = {i for k in tail for i in nodes[k - 1].inputs} or {len(nodes)}
+        heads = tuple((*self.places[i], i) for i in sorted(read) if i == 0 or not constant[i])
+        return ImageGraph(self.places[0][1], tuple(self.layers), heads, self.graph, tail)
+
+    def _state_shape(self) -> tuple[int, ...]:
+        """Return the shape of the state: that of its view, if it is read through one only."""
+        first = {k for k, node in enumerate(self.graph.nodes, 1) if 0 in node.inputs}
+        views = {self.graph.nodes[k - 1].shape for k in first if self.flow.memory[k] == 0}
+        only = len(views) == 1 and all(self.flow.memory[k] == 0 for k in first)
+        return views.pop() if only else self.graph.shape
+
+    def _lower(self, k: int, node: Node) -> tuple[int, Image]:
+        if node.kind == "view":
+            return self.places[node.inputs[0]]
+        if node.kind in ACTIVATIONS:
+            return self._activate(node)
+        inputs = tuple(self.places[i][0] for i in node.inputs)
+        image = self.places[node.inputs[0]][1]
+        layer = ImageLayer("pointwise", inputs, image, image)
+        if node.kind in ("conv", "linear"):
+            layer = self._conv(layer, node)
+        elif node.kind in ("add", "mul"):
+            if self.places[node.inputs[1]][1] != image:
+                raise _Refused(f"{node.kind} reads values that have been viewed in another shape")
+            kind = "pointwise" if node.kind == "add" else "multiply"
+            layer = replace(layer, kind=kind, factors=(1.0, *node.settings, 1.0)[:2])
+        elif node.kind == "scale":
+            layer = self._scale(layer, node)
+        elif node.kind in ("avg_pool", "mean", "sum"):
+            self._check_image(node)
+            if node.kind == "avg_pool":
+                links = _pool_windows(image, node)
+            else:
+                links = self._all_pixels(image, node)
+            layer = replace(layer, kind="mix", shape=_image(node.shape), links=links)
+        elif node.kind == "logsumexp":
+            if len(node.settings[0]) != len(self._shape(node.inputs[0])):
+                raise _Refused("logsumexp is supported only over all of a chain's values")
+            layer = replace(layer, kind="logsumexp", shape=(1, 1, 1))
+        else:
+            raise _Refused(f"no kernel has the operation {node.kind}")
+        return self._add(layer)
+
+    def _add(self, layer: ImageLayer) -> tuple[int, Image]:
+        self.layers.append(layer)
+        return len(self.layers), layer.shape
+
+    def _shape(self, value: int) -> tuple[int, ...]:
+        return self.graph.nodes[value - 1].shape if value else self.graph.shape
+
+    def _check_image(self, node: Node) -> None:
+        if _image(self._shape(node.inputs[0])) != self.places[node.inputs[0]][1]:
+            raise _Refused(f"{node.kind} reads values that have been viewed in another shape")
+
+    def _activate(self, node: Node) -> tuple[int, Image]:
+        """Add an activation to the layer before it, or as a layer if others read its input."""
+        (value,) = node.inputs
+        place, image = self.places[value]
+        layer = self.layers[place - 1] if place else None
+        if (
+            layer is not None
+            and layer.activation is None
+            and self.uses[self.flow.memory[value]] == 1
+        ):
+            self.layers[place - 1] = replace(layer, activation=node)
+            return place, image
+        return self._add(ImageLayer("pointwise", (place,), image, image, activation=node))
+
+    def _conv(self, layer: ImageLayer, node: Node) -> ImageLayer:
+        weight, bias = node.constants
+        assert weight is not None
+        layer = replace(layer, kind="conv", weight=weight, bias=bias, shape=_image(node.shape))
+        if node.kind == "linear":
+            if self._shape(node.inputs[0]) != (math.prod(layer.read),):
+                raise _Refused("linear reads values that have been viewed in another shape")
+            return replace(layer, kernel=layer.read[1:])
+        self._check_image(node)
+        *geometry, groups = node.settings
+        missing = 2 - len(geometry[0])  # a convolution of sequences has no vertical dimension
+        kernel, stride, padding, dilation = (
+            (*neutral[:missing], *sizes)
+            for neutral, sizes in zip(
+                ((1,), (1,), (0,), (1,)), (weight.tensor().shape[2:], *geometry), strict=True
+            )
+        )
+        return replace(
+            layer, kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )
+
+    def _all_pixels(self, image: Image, node: Node) -> Links:
+        """Return the links of a sum or mean over all pixels."""
+        if node.settings[0] != tuple(range(2, len(self._shape(node.inputs[0])) + 1)):
+            raise _Refused(f"{node.kind} is supported only over all pixels of a channel")
+        pixels = image[1] * image[2]
+        factor = 1 / pixels if node.kind == "mean" else 1.0
+        return tuple((0, pixel, factor) for pixel in range(pixels))
+
+    def _scale(self, layer: ImageLayer, node: Node) -> ImageLayer:
+        return replace(layer, factors=(node.settings[0], 1.0))
+
+
+def _image(shape: tuple[int, ...]) -> Image:
+    """Return the image of a value of this shape."""
+    if len(shape) > 3:
+        raise _Refused(f"a value of shape {list(shape)} is not an image [C, H, W]")
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    if len(shape) == 2:
+        return shape[0], 1, shape[1]
+    return (shape[0] if shape else 1), 1, 1
+
+
+def _settings(node: Node | None) -> tuple[float, float]:
+    """Return the settings of an activation as its kernel reads them."""
+    if node is None:
+        return 0.0, 0.0
+    settings = node.settings
+    if node.kind == "silu" and not settings:
+        settings = (1.0,)  # beta
+    one, two = (*settings, 0.0, 0.0)[:2]
+    return one, two
+
+
+def _pool_windows(image: Image, node: Node) -> Links:
+    """Return the links of avg_pool2d, by its definition."""
+    kernel, stride, padding, _, counted, divisor = node.settings
+    axes = []
+    for axis in range(2):
+        size, pad = image[1 + axis], padding[axis]
+        windows = []
+        for o in range(node.shape[1 + axis]):
+            first = o * stride[axis] - pad
+            last = min(first + kernel[axis], size + pad)
+            windows.append((range(max(first, 0), min(last, size)), last - first))
+        axes.append(windows)
+    links = []
+    for pixel, ((rows, tall), (columns, wide)) in enumerate(itertools.product(*axes)):
+        count = divisor or (tall * wide if counted else len(rows) * len(columns))
+        links += [(pixel, y * image[2] + x, 1 / count) for y in rows for x in columns]
+    return tuple(links)

@@ -1,0 +1,246 @@
+"""The fused CPU engine on graphs that are no stacks, against autograd in float64."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastlangevin as fl
+from fastlangevin.gradients import fused_cpu
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.record import recognise
+from fastlangevin.kernels import extension
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
+)
+SHAPE = (5, 4, 9, 7)  # odd and unequal, so that strides leave rows over
+
+
+def numbers(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fused(energy: nn.Module, x: Tensor, precision: str | None = None) -> fused_cpu.ConvNetGradient:
+    graph = recognise(energy, x)
+    assert isinstance(graph, Graph), graph
+    assert fused_cpu.refusal(graph, x, precision) is None
+    return fused_cpu.ConvNetGradient(graph, x.shape[0], precision)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def check(energy: nn.Module, x: Tensor, half_bound: float = 0.03) -> None:
+    """Energies and gradients in both precisions, and that no chain depends on another one."""
+    energies, grad = energy_and_grad(copy.deepcopy(energy).double(), x.double(), {})
+    energies = energies.flatten()
+    for precision, bound in (("fp32", 1e-6), ("bf16", half_bound)):
+        engine = fused(energy, x, precision)
+        engine_energies, engine_grad = engine(x, True)
+        assert engine_energies is not None
+        assert error(engine_grad, grad) <= bound
+        assert error(engine_energies, energies) <= bound
+        assert torch.equal(engine(x, False)[1], engine_grad)
+        for k in range(x.shape[0]):
+            alone_energies, alone = fused(energy, x[k : k + 1], precision)(x[k : k + 1], True)
+            assert alone_energies is not None
+            assert torch.equal(alone[0], engine_grad[k])
+            assert torch.equal(alone_energies[0], engine_energies[k])
+
+
+class Body(nn.Module):
+    """Some layers, and a forward that the test gives."""
+
+    def __init__(self, body: Callable[["Body", Tensor], Tensor]) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.three, self.shortcut = nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1, 2)
+            self.line, self.logits = nn.Linear(4, 6, bias=False), nn.Linear(6, 10)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def block(m: Body, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+    return x + m.two(act(m.one(x)))
+
+
+def mean(h: Tensor) -> Tensor:
+    return h.mean((2, 3)).sum(1)
+
+
+BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = {
+    "residual": lambda m, x: mean(F.silu(block(m, block(m, x)))),
+    "residual of an activation": lambda m, x: mean(m.one(block(m, F.elu(m.one(x))))),
+    "activation added in place": lambda m, x: mean(m.one(m.two(x).add_(torch.tanh(m.one(x))))),
+    "input read by two activations": lambda m, x: mean(
+        torch.tanh(h := m.one(x)) - 0.5 * F.gelu(h)
+    ),
+    "output read by two": lambda m, x: mean(
+        F.silu(h := torch.tanh(m.one(x))) + F.elu_(m.two(h)) + h
+    ),
+    "added to itself": lambda m, x: mean(m.one((h := F.silu(m.one(x))) + h)),
+    "subtracted": lambda m, x: mean(torch.sub(F.silu(m.one(x)), m.two(x), alpha=3)),
+    "one activation on another": lambda m, x: mean(torch.tanh(F.elu(torch.tanh(m.one(x))))),
+    "activation of the state": lambda m, x: mean(F.elu(x) + m.one(F.silu(x))),
+    "state in the tail": lambda m, x: mean(F.silu(m.one(x))) + x.flatten(1).sum(1) / 7,
+    "strided shortcut": lambda m, x: mean(
+        F.silu(m.three(F.silu(h := m.one(x))) + m.shortcut(h))
+    ),
+    "pools": lambda m, x: mean(
+        F.avg_pool2d(
+            F.silu(m.one(F.avg_pool2d(F.silu(m.two(x)), 2, 1, 1, count_include_pad=False))),
+            3, (2, 1), 1, ceil_mode=True,
+        ).tanh()
+    ),
+    "linear layers on means": lambda m, x: F.gelu(m.line(F.silu(m.one(x)).mean((2, 3)))).sum(1),
+    "logits": lambda m, x: -m.logits(m.line(F.silu(block(m, x)).mean((2, 3)))).logsumexp(1),
+    "logsumexp of an image": lambda m, x: -F.silu(m.one(x)).flatten(1).logsumexp(1),
+    "scaled between": lambda m, x: mean(F.silu(m.one(F.silu(m.one(x)) / 1.1) * -2.5)),
+    "activations on views": lambda m, x: mean(m.one(F.silu(m.two(x).flatten(1)).view(x.shape))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_graphs(body: Callable[[Body, Tensor], Tensor], instruction_set: str) -> None:
+    check(Body(body), numbers(SHAPE))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_a_piecewise_activation_that_several_layers_read(slope: float) -> None:
+    """Its signs are needed until the last part of its gradient has arrived."""
+    energy = Body(
+        lambda m, x: mean(
+            m.one(F.leaky_relu((h := F.leaky_relu(m.one(x), slope)) + m.two(h), slope))
+        )
+    )
+    check(energy, numbers(SHAPE), half_bound=0.2)  # rounded values are on other sides of kinks
+
+
+ACTIVATIONS = (nn.SiLU, nn.Tanh, nn.Softplus, nn.LeakyReLU, nn.ELU, nn.GELU)
+
+
+def mlp(activation: Callable[[], nn.Module], *sizes: int) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [
+            layer
+            for one, two in itertools.pairwise(sizes)
+            for layer in (nn.Linear(one, two), activation())
+        ]
+        return nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_vectors(activation: Callable[[], nn.Module], instruction_set: str) -> None:
+    check(mlp(activation, 2, 128, 33), numbers((7, 2)), half_bound=0.1)
+
+
+@pytest.mark.parametrize("chains", [1, 50, 130])
+def test_vectors_fill_tiles_of_chains(chains: int, threads: Callable[[int], None]) -> None:
+    energy, x = mlp(nn.SiLU, 3, 20), numbers((chains, 3))
+    want = fused(energy, x)(x, True)
+    for count in (2, 3):
+        threads(count)
+        for one, two in zip(fused(energy, x)(x, True), want, strict=True):
+            assert one is not None
+            assert two is not None
+            assert torch.equal(one, two)
+
+
+SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "flattened images": (lambda: nn.Sequential(nn.Flatten(), mlp(nn.SiLU, 60, 9)), (3, 4, 5)),
+    "vectors viewed as images": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 6, 10)), nn.Conv2d(1, 9, 3), nn.Tanh(), nn.Flatten(),
+            nn.Linear(288, 1),
+        ),
+        (60,),
+    ),
+    "sequences": (
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 9, 4, stride=2, padding=3, dilation=2), nn.SiLU(), nn.Conv1d(9, 5, 3),
+            nn.Softplus(), nn.Flatten(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 1),
+        ),
+        (3, 12),
+    ),
+    "flattened to a hidden layer": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 5, 3), nn.SiLU(), nn.Flatten(), nn.Linear(60, 20), nn.SiLU(),
+            nn.Linear(20, 1),
+        ),
+        (1, 5, 6),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name: str) -> None:
+    make, shape = SHAPES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        energy = make()
+    x = numbers((4, *shape))
+    check(energy, x)
+    wide = numbers((4, *shape[:-1], 2 * shape[-1]))[..., ::2]
+    assert torch.equal(
+        fused(energy, wide)(wide, False)[1], fused(energy, x)(wide.clone(), False)[1]
+    )
+
+
+def test_what_is_not_finite_stays_in_its_chain() -> None:
+    energy, x = Body(BODIES["residual"]), numbers(SHAPE)
+    engine = fused(energy, x, "bf16")
+    clean = engine(x, True)
+    y = x.clone()
+    y[1, 0, 4, 4] = float("inf")
+    _, grad = engine(y, True)
+    assert torch.equal(grad[0], clean[1][0])
+    assert torch.equal(grad[2:], clean[1][2:])
+    assert not bool(grad[1].isfinite().all())
+    for one, two in zip(engine(x, True), clean, strict=True):
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one, two)
+
+
+REFUSED: dict[str, tuple[Callable[[Body, Tensor], Tensor], str]] = {
+    "linear": (lambda m, x: mean(m.one(x)), "no activation"),
+    "sum over channels": (lambda m, x: mean(F.silu(m.one(x)).sum(1, True).tanh()), "all pixels"),
+    "some pixels": (lambda m, x: F.silu(m.one(x)).mean(2).tanh().sum((1, 2)), "all pixels"),
+    "partial logsumexp": (lambda m, x: F.silu(m.one(x)).logsumexp(1).sum((1, 2)), "over all"),
+    "viewed": (
+        lambda m, x: mean(F.silu(m.one(F.silu(m.two(x)).view(-1, 4, 7, 9)))),
+        "another shape",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "reason"), REFUSED.values(), ids=REFUSED)
+def test_refusals_say_why(body: Callable[[Body, Tensor], Tensor], reason: str) -> None:
+    x = numbers(SHAPE)
+    graph = recognise(Body(body), x)
+    assert isinstance(graph, Graph), graph
+    found = fused_cpu.refusal(graph, x, None)
+    assert found is not None
+    assert reason in found
+
+
+def test_a_chain_of_vectors_runs_fused_and_equals_the_explicit_one() -> None:
+    energy, x = mlp(nn.SiLU, 2, 16), numbers((8, 2))
+    ends = [
+        fl.LangevinSampler(energy, 5, 0.1, 0.01, gradient=gradient)(x, seed=0)
+        for gradient in ("fused", "explicit")
+    ]
+    torch.testing.assert_close(*ends)
