@@ -104,7 +104,8 @@ def langevin_step_(
         and torch._C._len_torch_dispatch_stack() == 0
         and resolve_backend(backend, x.device) is native.step_
         and native.reads(x)
-        and _reads_directly(grad, step_size, noise_std, clip)
+        and not isinstance(clip, tuple)
+        and _reads_directly(grad, step_size, noise_std)
     ):
         if grad is not None:
             check_overlap(_OP, "grad", grad, x)
@@ -229,7 +230,8 @@ def bind_step(
     ) -> Tensor:
         if (
             direct
-            and _reads_directly(grad, step_size, noise_std, grad_clip)
+            and not isinstance(grad_clip, tuple)
+            and _reads_directly(grad, step_size, noise_std)
             and (grad is None or in_memory(grad))
         ):
             native.launch(
@@ -246,18 +248,12 @@ def bind_step(
     return bound
 
 
-def _reads_directly(
-    grad: Tensor | None,
-    step_size: Coefficient,
-    noise_std: Coefficient,
-    grad_clip: GradClip | None,
-) -> bool:
+def _reads_directly(grad: Tensor | None, step_size: Coefficient, noise_std: Coefficient) -> bool:
     """Whether :func:`native.launch` takes these arguments, with a grad in memory, as they are."""
-    return not (
-        isinstance(grad_clip, tuple)
-        or isinstance(step_size, Tensor)
-        or isinstance(noise_std, Tensor)
-        or not (grad is None or native.reads(grad))
+    return (
+        not isinstance(step_size, Tensor)
+        and not isinstance(noise_std, Tensor)
+        and (grad is None or native.reads(grad))
     )
 
 
