@@ -104,8 +104,10 @@ def langevin_step_(
         and torch._C._len_torch_dispatch_stack() == 0
         and resolve_backend(backend, x.device) is native.step_
         and native.reads(x)
+        and (grad is None or native.reads(grad))
         and not isinstance(clip, tuple)
-        and _reads_directly(grad, step_size, noise_std)
+        and isinstance(step_size, float)
+        and isinstance(noise_std, float)
     ):
         if grad is not None:
             check_overlap(_OP, "grad", grad, x)
@@ -230,9 +232,10 @@ def bind_step(
     ) -> Tensor:
         if (
             direct
+            and (grad is None or (native.reads(grad) and in_memory(grad)))
             and not isinstance(grad_clip, tuple)
-            and _reads_directly(grad, step_size, noise_std)
-            and (grad is None or in_memory(grad))
+            and isinstance(step_size, float)
+            and isinstance(noise_std, float)
         ):
             native.launch(
                 x, grad, None, step_size, noise_std, seed, step, first_chain, clamp, grad_clip,
@@ -246,15 +249,6 @@ def bind_step(
         )  # fmt: skip
 
     return bound
-
-
-def _reads_directly(grad: Tensor | None, step_size: Coefficient, noise_std: Coefficient) -> bool:
-    """Whether :func:`native.launch` takes these arguments, with a grad in memory, as they are."""
-    return (
-        not isinstance(step_size, Tensor)
-        and not isinstance(noise_std, Tensor)
-        and (grad is None or native.reads(grad))
-    )
 
 
 def fold_norm_clip(

@@ -140,7 +140,7 @@ class Chain(NamedTuple):
     ) -> Iterator[Step]:
         """Steps along the gradient at x that ``evaluate`` returns for a step's index."""
         settings, update = self.settings, self._bound(run, x)
-        no_grad = torch.no_grad()
+        first, no_grad = self.first_step, torch.no_grad()
         for k in range(settings.steps):
             with no_grad:
                 step_size, noise_std = (
@@ -148,24 +148,23 @@ class Chain(NamedTuple):
                     at_step(settings.noise_std, k),
                 )
                 if settings.noise_order == "before":
-                    update(None, 0.0, noise_std, k)
+                    update(None, 0.0, noise_std, first + k)
                     noise_std = 0.0
                 energies, grad = evaluate(k)
-                update(grad, step_size, noise_std, k)
+                update(grad, step_size, noise_std, first + k)
             yield Step(k, x, energies, grad)
 
     def _bound(
         self, run: Callable[..., Tensor], x: Tensor
     ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
-        """The in-place update of x as a function of (grad, step_size, noise_std, k)."""
+        """The in-place update of x as a function of (grad, step_size, noise_std, step)."""
         options = self._options()
         noise, first = self.noise, self.first_step
         if noise is None and self.rng_state is None:
-            bound = bind_step(run, x, **options)
-            return lambda grad, a, b, k: bound(grad, a, b, first + k)
-        return lambda grad, a, b, k: apply_step_(
-            run, x, grad, None if noise is None else noise[k], step_size=a, noise_std=b,
-            step=first + k, **options,
+            return bind_step(run, x, **options)
+        return lambda grad, a, b, step: apply_step_(
+            run, x, grad, None if noise is None else noise[step - first], step_size=a, noise_std=b,
+            step=step, **options,
         )  # fmt: skip
 
     def _fuses(self) -> bool:

@@ -66,8 +66,8 @@ def step_(
     if isinstance(noise_std, Tensor):
         noise_std = _as_values(noise_std, x)
     launch(
-        x, grad, z, step_size, noise_std, seed, step, first_chain, clamp, grad_clip, maximize,
-        noise_last, rng_state,
+        x, grad, z, _coefficient(step_size), _coefficient(noise_std), seed, step, first_chain,
+        clamp, grad_clip, maximize, noise_last, rng_state,
     )  # fmt: skip
     return x
 
@@ -81,8 +81,8 @@ def launch(
     x: Tensor,
     grad: Tensor | None,
     z: Tensor | None,
-    step_size: reference.Coefficient,
-    noise_std: reference.Coefficient,
+    step_size: float | tuple[int, int],
+    noise_std: float | tuple[int, int],
     seed: int,
     step: int,
     first_chain: int,
@@ -95,24 +95,25 @@ def launch(
     """:func:`step_` on operands that the kernels read as they are, which is not checked.
 
     All tensors must be in memory. :func:`reads` must hold for x, grad and z, which for CUDA must be
-    in float32. Tensors of coefficients must be contiguous, in float32 and on x's device.
+    in float32. Coefficients are numbers, or addresses and strides of float32 values per chain.
     """
+    dtypes = extension.DTYPES
     lo, hi = clamp or (-_INF, _INF)
     device, queue = extension.device_and_queue(x)
-    # By position: keywords would take longer to parse than all the rest.
+    # By position and without helpers, which would take longer than the kernel on a few elements.
     extension.library.langevin_step(
         x.shape,
-        _operand(x),
-        None if grad is None else _operand(grad),
-        None if z is None else _operand(z),
-        _coefficient(step_size),
-        _coefficient(noise_std),
+        (x.data_ptr(), dtypes[x.dtype], x.stride()),
+        None if grad is None else (grad.data_ptr(), dtypes[grad.dtype], grad.stride()),
+        None if z is None else (z.data_ptr(), dtypes[z.dtype], z.stride()),
+        step_size,
+        noise_std,
         maximize,
         _INF if grad_clip is None else grad_clip,
         lo,
         hi,
         noise_last,
-        z is None and not reference.is_zero(noise_std),
+        z is None and noise_std != 0,
         seed,
         step,
         first_chain,
@@ -122,10 +123,6 @@ def launch(
     )
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
-
-
-def _operand(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    return tensor.data_ptr(), extension.DTYPES[tensor.dtype], tensor.stride()
 
 
 def _coefficient(value: reference.Coefficient) -> float | tuple[int, int]:
