@@ -14,13 +14,16 @@ def warn_of_train_mode(energy: Callable[..., Tensor]) -> bool:
     effects = []
     for root in modules_of(energy):
         for name, module in root.named_modules():
-            called = f"{type(module).__name__} {name!r}" if name else type(module).__name__
             if not getattr(module, "training", False):  # absent after torch.jit.freeze
                 continue
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-                effects.append(f"{called} makes the energy another random function at every step")
+                effect = "makes the energy another random function at every step"
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-                effects.append(f"{called} makes every chain depend on the others of its batch")
+                effect = "makes every chain depend on the others of its batch"
+            else:
+                continue
+            called = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+            effects.append(f"{called} {effect}")
     if effects:
         warnings.warn(
             f"LangevinSampler: in train mode {effects[0]}"
