@@ -22,7 +22,7 @@ _ORDER_TEXT = {
 }
 _ENGINE_TEXT = {
     "autograd": "forward pass and input gradient by autograd",
-    "explicit": "explicit forward pass and input gradient in torch operators, no weight gradients",
+    "explicit": "recorded forward pass and input gradient in torch operators, without autograd",
     "fused": "kernels that take a few chains at a time through the whole network and back",
     "network": "the output of the network itself, without energies",
 }

@@ -14,6 +14,9 @@ def derivatives(layer: Activation) -> tuple[Tensor, Tensor]:
     assert saved is not None
     if layer.kind == "gelu" and layer.settings[0]:
         return _gelu_tanh(saved)
+    if layer.kind == "silu":
+        slope, curvature = _silu(saved * layer.beta)
+        return slope, curvature.mul_(layer.beta)
     return _DERIVATIVES[layer.kind](saved, *layer.settings)
 
 
@@ -42,6 +45,11 @@ def _tanh(y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, (y * slope).mul_(-2)
 
 
+def _sigmoid(y: Tensor) -> tuple[Tensor, Tensor]:
+    slope = y - y * y
+    return slope, slope * (1 - 2 * y)
+
+
 def _gelu(x: Tensor, _: float) -> tuple[Tensor, Tensor]:
     density = (x * x).mul_(-0.5).exp_().mul_((2 * torch.pi) ** -0.5)
     slope = torch.special.ndtr(x).addcmul_(x, density)
@@ -60,9 +68,9 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _DERIVATIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "silu": _silu,
     "softplus": _softplus,
     "elu": _elu,
     "tanh": _tanh,
+    "sigmoid": _sigmoid,
     "gelu": _gelu,
 }

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastlangevin.gradients.conv_layers import Conv, PackedConv, packs
-from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
+from fastlangevin.gradients.graph.aten_ops import NONLINEAR
 from fastlangevin.gradients.graph.ir import Graph, Node
-from fastlangevin.gradients.layers import Linear, spread
-from fastlangevin.gradients.passes import Dataflow, Passes, deliver, unweighted_layer
+from fastlangevin.gradients.layers import BatchNorm, Linear, spread
+from fastlangevin.gradients.passes import Dataflow, Passes, Weighted, deliver, unweighted_layer
 from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.locks import new_lock
 
@@ -41,7 +41,7 @@ class ExplicitGradient:
         self._weighted = {
             k: self._layer(node, graph.input_shape(node), self._flow.constant[k])
             for k, node in enumerate(graph.nodes, 1)
-            if node.kind in ("conv", "linear")
+            if node.kind in ("batch_norm", "conv", "linear")
         }
         self._offsets: list[Tensor | None] = []
         # By node with weights in the linear part after the activations: its output's gradient.
@@ -97,7 +97,7 @@ class ExplicitGradient:
         saved = sum(
             size / 8 if node.kind in ("leaky_relu", "relu") else size * item
             for node, size in zip(nodes, sizes, strict=True)
-            if node.kind in ACTIVATIONS
+            if node.kind in NONLINEAR
         )
         weights = 2 * item * sum(base.numel() for base in self.graph.bases)
         return int(weights + saved + item * sum(sorted(sizes)[-2:]))
@@ -107,9 +107,11 @@ class ExplicitGradient:
         packed = [v for layer in self._weighted.values() for v in (layer.weight, layer.bias)]
         return [v for v in (self._x, *packed, *self._offsets) if v is not None]
 
-    def _layer(self, node: Node, read: tuple[int, ...], constant: bool) -> Conv | Linear:
+    def _layer(self, node: Node, read: tuple[int, ...], constant: bool) -> Weighted:
         # The linear part after the activations is small, so it runs in the weights' own dtype.
         dtype = self.graph.dtype if constant else self.dtype
+        if node.kind == "batch_norm":
+            return BatchNorm(node, dtype, self.inplace)
         if node.kind == "linear":
             return Linear(node, dtype, self.inplace)
         if self.inplace:

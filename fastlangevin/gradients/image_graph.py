@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
 from fastlangevin.gradients.graph.conv_stack import run_linear
 from fastlangevin.gradients.graph.ir import Constant, Graph, Node
+from fastlangevin.gradients.layers import scale_and_shift
 from fastlangevin.gradients.passes import Dataflow
 
 Image = tuple[int, int, int]
@@ -32,7 +33,9 @@ class ImageLayer:
     inputs: tuple[int, ...]
     read: Image
     shape: Image
-    weight: Constant | None = None  # of conv [out, in, kh, kw] in some shape, of pointwise [C]
+    weight: Constant | None = (
+        None  # of conv [out, in, kh, kw] in some shape; of pointwise [C] or [1]
+    )
     bias: Constant | None = None
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
@@ -41,6 +44,7 @@ class ImageLayer:
     groups: int = 1
     factors: tuple[float, float] = (1.0, 1.0)
     links: Links = ()
+    norm: Node | None = None  # a batch norm in eval mode, after the bias
     activation: Node | None = None
 
     @property
@@ -58,7 +62,11 @@ class ImageLayer:
         if weight is not None and self.kind == "conv":
             weight = weight.reshape(self.shape[0], self.read[0] // self.groups, *self.kernel)
         elif weight is not None:
-            weight = weight.reshape(-1).expand(self.shape[0])
+            weight = weight.reshape(-1).expand(self.shape[0]) * self.factors[0]
+        if self.norm is not None:
+            scale, shift = scale_and_shift(self.norm)
+            bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+            weight = scale if weight is None else weight * scale.view(-1, 1, 1, 1)
         return weight, bias, _settings(self.activation)
 
 
@@ -157,6 +165,8 @@ class _Lowering:
             layer = replace(layer, kind=kind, factors=(1.0, *node.settings, 1.0)[:2])
         elif node.kind == "scale":
             layer = self._scale(layer, node)
+        elif node.kind == "batch_norm":
+            return self._normalise(layer, node)
         elif node.kind in ("avg_pool", "mean", "sum"):
             self._check_image(node)
             if node.kind == "avg_pool":
@@ -187,15 +197,11 @@ class _Lowering:
         """Add an activation to the layer before it, or as a layer if others read its input."""
         (value,) = node.inputs
         place, image = self.places[value]
-        layer = self.layers[place - 1] if place else None
-        if (
-            layer is not None
-            and layer.activation is None
-            and self.uses[self.flow.memory[value]] == 1
-        ):
-            self.layers[place - 1] = replace(layer, activation=node)
-            return place, image
-        return self._add(ImageLayer("pointwise", (place,), image, image, activation=node))
+        layer = self._alone(value)
+        if layer is None:
+            return self._add(ImageLayer("pointwise", (place,), image, image, activation=node))
+        self.layers[place - 1] = replace(layer, activation=node)
+        return place, image
 
     def _conv(self, layer: ImageLayer, node: Node) -> ImageLayer:
         weight, bias = node.constants
@@ -227,7 +233,34 @@ class _Lowering:
         return tuple((0, pixel, factor) for pixel in range(pixels))
 
     def _scale(self, layer: ImageLayer, node: Node) -> ImageLayer:
-        return replace(layer, factors=(node.settings[0], 1.0))
+        layer = replace(layer, factors=(node.settings[0], 1.0))
+        if not node.constants:
+            return layer
+        self._check_image(node)
+        (constant,) = node.constants
+        assert constant is not None
+        size = constant.size[-len(node.shape) :]
+        if math.prod(size) != 1 and (len(size) != len(node.shape) or math.prod(size[1:]) != 1):
+            raise _Refused("scale has a constant that differs between pixels")
+        return replace(layer, weight=constant)
+
+    def _normalise(self, layer: ImageLayer, node: Node) -> tuple[int, Image]:
+        """Add a batch norm to the convolution before it, or as a layer if others read its input."""
+        self._check_image(node)
+        (value,) = node.inputs
+        place, image = self.places[value]
+        before = self._alone(value)
+        if before is None or before.kind != "conv" or before.norm is not None:
+            return self._add(replace(layer, norm=node))
+        self.layers[place - 1] = replace(before, norm=node)
+        return place, image
+
+    def _alone(self, value: int) -> ImageLayer | None:
+        """Return the layer of a value if it has no activation and only one node reads the value."""
+        place, _ = self.places[value]
+        layer = self.layers[place - 1] if place else None
+        read_once = self.uses[self.flow.memory[value]] == 1
+        return layer if layer and not layer.activation and read_once else None
 
 
 def _image(shape: tuple[int, ...]) -> Image:
@@ -249,6 +282,9 @@ def _settings(node: Node | None) -> tuple[float, float]:
     if node.kind == "silu" and not settings:
         settings = (1.0,)  # beta
     one, two = (*settings, 0.0, 0.0)[:2]
+    for constant in node.constants:
+        assert constant is not None
+        one *= float(constant.tensor())
     return one, two
 
 

@@ -43,6 +43,18 @@ def spread(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return out.copy_(x)
 
 
+def scale_and_shift(node: Node) -> tuple[Tensor, Tensor]:
+    """Return a batch norm in eval mode as factors and shifts of channels, in the weights' dtype."""
+    weight, bias, mean, variance = (None if c is None else c.tensor() for c in node.constants)
+    assert mean is not None
+    assert variance is not None
+    scale = (variance + node.settings[0]).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
 class Linear:
     """x W^T + b."""
 
@@ -142,17 +154,75 @@ class AvgPool:
         return laid_out(aten.avg_pool2d_backward(grad, x, *self.settings))
 
 
-class Scale:
-    """factor x."""
+class BatchNorm:
+    """A batch norm in eval mode: weight (x - mean) / sqrt(var + eps) + bias for each channel."""
 
-    def __init__(self, node: Node) -> None:
-        (self.factor,) = node.settings
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def __init__(self, node: Node, dtype: torch.dtype, inplace: bool = False) -> None:
+        self.node, self.dtype, self.inplace = node, dtype, inplace
+        self.shape = (-1, *(1 for _ in node.shape[1:]))
+
+    def pack(self) -> None:
+        scale, shift = (v.view(self.shape) for v in scale_and_shift(self.node))
+        self.scale = read_weight(scale, self.dtype, self.scale, self.inplace)
+        self.shift = read_weight(shift, self.dtype, self.shift, self.inplace)
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self.scale
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.shift
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
+        assert self.scale is not None
+        assert self.shift is not None
+        return torch.addcmul(self.shift, x, self.scale)
+
+    def tangent(self, x: Tensor) -> Tensor:
+        assert self.scale is not None
+        return x * self.scale
 
     def backward(self, grad: Tensor) -> Tensor:
-        return grad.mul_(self.factor)
+        assert self.scale is not None
+        return grad.mul_(self.scale)
+
+
+class Scale:
+    """factor x, and a constant times that if there is one."""
+
+    def __init__(self, node: Node) -> None:
+        (self.factor,), self.constants = node.settings, node.constants
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x * self.factor)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        return self._multiply(grad.mul_(self.factor))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        for constant in self.constants:
+            assert constant is not None
+            x.mul_(constant.tensor())
+        return x
+
+
+class Multiply:
+    """x y. It saves both."""
+
+    saved: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.saved = x, y
+        return x * y
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.saved is not None
+        (x, y), self.saved = self.saved, None
+        return grad * y, grad * x
 
 
 class Add:
@@ -179,6 +249,7 @@ class Activation:
 
     def __init__(self, node: Node, device: torch.device, wanted: bool) -> None:
         self.kind, self.settings, self.wanted = node.kind, node.settings, wanted
+        self.constants = node.constants
         self.inplace = False
         self.fused = False  # the convolution before it has already applied it
         self.saved: Tensor | None = None
@@ -187,7 +258,7 @@ class Activation:
         self.bits = piecewise and wanted and device.type == "cpu"
         self.keeps: str | None = None
         if not self.bits:
-            by_output = node.kind in ("elu", "tanh") or (piecewise and wanted)
+            by_output = node.kind in ("elu", "tanh", "sigmoid") or (piecewise and wanted)
             self.keeps = "output" if by_output else "input"
 
     def forward(self, x: Tensor) -> Tensor | None:
@@ -202,12 +273,23 @@ class Activation:
     def value(self, x: Tensor) -> Tensor:
         if self.kind == "gelu":
             return aten.gelu(x, approximate=self.form)
+        if self.kind == "silu" and self.settings:
+            return torch.sigmoid(x * self.beta).mul_(x)
         run = getattr(aten, self.kind + "_" * self.inplace)
         return run(x, *self.settings)
 
     @property
     def form(self) -> str:
         return "tanh" if self.settings[0] else "none"
+
+    @property
+    def beta(self) -> float | Tensor:
+        """The factor of x in the sigmoid of a silu."""
+        factor: float = self.settings[0] if self.settings else 1.0
+        for constant in self.constants:
+            assert constant is not None
+            return constant.tensor().reshape(()) * factor
+        return factor
 
     def backward(self, grad: Tensor) -> Tensor:
         saved, self.saved = self.saved, None
@@ -230,5 +312,7 @@ class Activation:
             return aten.gelu_backward.grad_input(
                 grad, saved, approximate=self.form, grad_input=grad
             )
+        if self.kind == "silu" and s:  # the derivative of silu(beta x) / beta
+            return aten.silu_backward.grad_input(grad, saved * self.beta, grad_input=grad)
         run = getattr(aten, f"{self.kind}_backward").grad_input
         return run(grad, saved, *s, grad_input=grad)

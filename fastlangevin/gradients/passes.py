@@ -13,16 +13,19 @@ from fastlangevin.gradients.layers import (
     Activation,
     Add,
     AvgPool,
+    BatchNorm,
     Linear,
     LogSumExp,
+    Multiply,
     Reduction,
     Scale,
     View,
     spread,
 )
 
-Unweighted = Add | AvgPool | LogSumExp | Reduction | Scale | View
-Layer = Activation | Conv | Linear | Unweighted
+Unweighted = Add | AvgPool | LogSumExp | Multiply | Reduction | Scale | View
+Weighted = BatchNorm | Conv | Linear
+Layer = Activation | Unweighted | Weighted
 
 
 def unweighted_layer(graph: Graph, node: Node) -> Unweighted:
@@ -36,6 +39,8 @@ def unweighted_layer(graph: Graph, node: Node) -> Unweighted:
         return Reduction(node, read)
     if node.kind == "logsumexp":
         return LogSumExp(node, read)
+    if node.kind == "mul":
+        return Multiply()
     return Scale(node) if node.kind == "scale" else Add(node)
 
 
@@ -87,7 +92,7 @@ class Passes:
     def __init__(
         self,
         flow: Dataflow,
-        weighted: dict[int, Conv | Linear],
+        weighted: dict[int, Weighted],
         chains: int,
         energies: bool,
         protected: Iterable[int] = (),
@@ -128,6 +133,8 @@ class Passes:
             if isinstance(layer, Activation) and layer.keeps is not None:
                 value = k if layer.keeps == "output" else nodes[k - 1].inputs[0]
                 saved.add(flow.memory[value])
+            if isinstance(layer, Multiply):
+                saved.update(flow.memory[value] for value in nodes[k - 1].inputs)
         fused: dict[int, Callable[..., Any]] = {}
         for k, layer in self.layers.items():
             if not isinstance(layer, Activation) or layer.keeps == "input":

@@ -21,8 +21,15 @@ from fastlangevin.gradients.derivatives import derivatives
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.aten_ops import NONLINEAR
 from fastlangevin.gradients.graph.ir import Constant, Graph
-from fastlangevin.gradients.layers import Activation, Linear, LogSumExp, laid_out, spread
-from fastlangevin.gradients.passes import Dataflow, Passes, deliver, total
+from fastlangevin.gradients.layers import (
+    Activation,
+    BatchNorm,
+    Linear,
+    LogSumExp,
+    laid_out,
+    spread,
+)
+from fastlangevin.gradients.passes import Dataflow, Passes, Weighted, deliver, total
 from fastlangevin.gradients.precision import HALVES, network_precision
 
 _CURVED = NONLINEAR - {"relu", "leaky_relu"}
@@ -34,6 +41,13 @@ def refusal(graph: Graph, precision: str | None) -> str | None:
         return "the network runs in half precision"
     if graph.computed is not None:
         return "weights are computed from other weights"
+    for node in graph.nodes:
+        if node.kind == "mul":
+            return "a product of two values has no second-order rule"
+        if node.kind not in ("conv", "linear") and any(
+            constant is not None and constant.base.requires_grad for constant in node.constants
+        ):
+            return f"the weights of {node.kind} have no second-order rule"
     return None
 
 
@@ -45,7 +59,8 @@ class SecondOrderGradient(ExplicitGradient):
         # By node and operand (0 weight, 1 bias). A bias of the linear part does not affect g.
         self._trained: dict[tuple[int, int], Constant] = {
             (k, operand): constant
-            for k in self._weighted
+            for k, layer in self._weighted.items()
+            if isinstance(layer, Conv | Linear)
             for operand, constant in enumerate(graph.nodes[k - 1].constants)
             if constant is not None
             and constant.base.requires_grad
@@ -122,7 +137,7 @@ class _Second(Passes):
     def __init__(
         self,
         flow: Dataflow,
-        weighted: dict[int, Conv | Linear],
+        weighted: dict[int, Weighted],
         chains: int,
         trained: set[tuple[int, int]],
     ) -> None:
@@ -204,7 +219,7 @@ class _Second(Passes):
 
     def _tangent(self, k: int, layer: Any, tangents: list[Tensor], saved: _Saved) -> Tensor:
         (x, *_) = tangents
-        if isinstance(layer, Conv | Linear):
+        if isinstance(layer, BatchNorm | Conv | Linear):
             return layer.tangent(x)
         if isinstance(layer, LogSumExp):
             softmax = saved.slopes[k]

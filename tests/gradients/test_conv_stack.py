@@ -193,13 +193,13 @@ REFUSED: dict[str, tuple[Callable[[Custom, Tensor], Tensor], str]] = {
     "computed": (lambda m, x: rows(F.conv2d(x, 2 * m.kernel)), "a weight that is computed"),
     "outside": (lambda m, x: rows(F.conv2d(x, OUTSIDE)), "neither a parameter nor a buffer"),
     "factor": (
-        lambda m, x: rows(m.one(x)) * m.kernel[0, 0, 0, 0],
-        "mul is supported only with a",
+        lambda m, x: rows(m.one(x)) / m.kernel[0, 0, 0, 0],
+        "div is supported only with a",
     ),
     "changed view": (changed_view, "changes a view"),
     "changed buffer": (changed_buffer, "changes a tensor in place"),
     "cast": (lambda m, x: rows(m.one(x)).double(), "keeps all elements and their dtype"),
-    "unknown": (lambda m, x: rows(torch.sigmoid(m.one(x))), "sigmoid is not supported"),
+    "unknown": (lambda m, x: rows(torch.erf(m.one(x))), "erf is not supported"),
     "transposed": (
         lambda m, x: rows(F.conv_transpose2d(m.one(x), m.two.weight)),
         "not transposed",

@@ -75,6 +75,7 @@ ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu tanh": lambda: nn.GELU("tanh"),
     "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
 }
 # softplus sharp: torch's derivative jumps at the threshold.
 KINKED = [name for name in ACTIVATIONS if "relu" in name or "sharp" in name]
@@ -159,6 +160,13 @@ class Body(nn.Module):
         super().__init__()
         self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
         self.three, self.line = nn.Conv2d(4, 6, 2, 2), nn.Linear(4, 6, bias=False)
+        self.beta, self.gain = nn.Parameter(torch.tensor([1.7])), nn.Parameter(torch.randn(4, 1, 1))
+        self.norm = nn.BatchNorm2d(4).eval()
+        with torch.no_grad():
+            for tensor in (self.norm.weight, self.norm.running_var):
+                tensor.uniform_(0.5, 2)
+            for tensor in (self.norm.bias, self.norm.running_mean):
+                tensor.normal_()
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,6 +206,17 @@ BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = {
         m.one(F.silu(m.two(x).flatten(1)).view(-1, 7, 4, 9).reshape(x.shape))
     ),
     "linear layers on means": lambda m, x: F.gelu(m.line(F.silu(m.one(x)).mean((2, 3)))).sum(1),
+    "gated": lambda m, x: mean(m.one(torch.sigmoid(m.one(x)) * torch.tanh(m.two(x)))),
+    "squared": lambda m, x: mean((h := m.one(x)) * h * F.silu(h)),
+    "multiplied before an activation in place": lambda m, x: mean(
+        m.one(F.relu_(h := m.one(x)) * m.two(x)) + torch.tanh(h)
+    ),
+    "swish": lambda m, x: mean(m.one((h := m.one(x)) * torch.sigmoid(h))),
+    "swish of a number": lambda m, x: mean(m.one((h := m.one(x)) * F.sigmoid(1.3 * h) / 1.1)),
+    "learned swish": lambda m, x: mean(m.one(torch.sigmoid((h := m.one(x)) * m.beta) * h)),
+    "scaled channels": lambda m, x: mean(F.silu(m.gain * m.one(x))) * m.beta[0],
+    "batch norm": lambda m, x: mean(F.silu(m.norm(m.one(F.silu(m.norm(x)))))),
+    "batch norm in the tail": lambda m, x: mean(m.norm(F.silu(m.one(x)))),
     "sums kept": lambda m, x: F.silu(m.one(x).sum((1, 3), keepdim=True)).mean((1, 2, 3)),
 }  # fmt: skip
 

@@ -65,6 +65,16 @@ class Body(nn.Module):
             torch.manual_seed(0)
             self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
             self.three, self.shortcut = nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1, 2)
+            self.beta, self.gain = (
+                nn.Parameter(torch.tensor(1.7)),
+                nn.Parameter(torch.randn(4, 1, 1)),
+            )
+            self.norm = nn.BatchNorm2d(4).eval()
+            with torch.no_grad():
+                for tensor in (self.norm.weight, self.norm.running_var):
+                    tensor.uniform_(0.5, 2)
+                for tensor in (self.norm.bias, self.norm.running_mean):
+                    tensor.normal_()
             self.line, self.logits = nn.Linear(4, 6, bias=False), nn.Linear(6, 10)
         self.body = body
 
@@ -108,6 +118,14 @@ BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = {
     "logits": lambda m, x: -m.logits(m.line(F.silu(block(m, x)).mean((2, 3)))).logsumexp(1),
     "logsumexp of an image": lambda m, x: -F.silu(m.one(x)).flatten(1).logsumexp(1),
     "scaled between": lambda m, x: mean(F.silu(m.one(F.silu(m.one(x)) / 1.1) * -2.5)),
+    "gated": lambda m, x: mean(F.silu(m.one(torch.sigmoid(m.one(x)) * torch.tanh(m.two(x))))),
+    "squared": lambda m, x: mean((h := m.one(x)) * h * torch.tanh(h)),
+    "swish": lambda m, x: mean(m.one((h := m.one(x)) * torch.sigmoid(h))),
+    "swish of a number": lambda m, x: mean(m.one((h := m.one(x)) * F.sigmoid(1.3 * h) / 1.1)),
+    "learned swish": lambda m, x: mean(m.one(torch.sigmoid((h := m.one(x)) * m.beta) * h)),
+    "scaled channels": lambda m, x: mean(F.silu(m.gain * m.one(x))) * m.beta,
+    "batch norm": lambda m, x: mean(F.silu(m.norm(m.one(F.silu(m.norm(x)))))),
+    "batch norm of a sum": lambda m, x: mean(m.norm(F.silu(m.norm(m.one(x) + x)))),
     "activations on views": lambda m, x: mean(m.one(F.silu(m.two(x).flatten(1)).view(x.shape))),
 }  # fmt: skip
 
@@ -213,6 +231,24 @@ def test_what_is_not_finite_stays_in_its_chain() -> None:
         assert one is not None
         assert two is not None
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", ["learned swish", "scaled channels", "batch norm"])
+def test_constants_that_change_are_read_again(name: str) -> None:
+    energy, x = Body(BODIES[name]), numbers(SHAPE)
+    engine = fused(energy, x)
+    engine(x, True)
+    with torch.no_grad():
+        for tensor in (energy.beta, energy.gain, energy.norm.running_var, energy.norm.bias):
+            tensor.mul_(1.5)
+    for got, want in zip(
+        engine(x, True),
+        energy_and_grad(copy.deepcopy(energy).double(), x.double(), {}),
+        strict=True,
+    ):
+        assert got is not None
+        assert want is not None
+        assert error(got, want.flatten().view(got.shape)) < 1e-6
 
 
 REFUSED: dict[str, tuple[Callable[[Body, Tensor], Tensor], str]] = {

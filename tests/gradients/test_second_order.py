@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu by tanh": lambda: nn.GELU("tanh"),
     "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
 }
 
 
@@ -172,6 +173,24 @@ def test_some_weights_frozen(activation: Callable) -> None:
             check(energy, checkpoint=2)
         if trained in ("0", "weight"):
             check(energy, x_grad=False)
+
+
+def test_swish_and_batch_norms_that_are_not_trained() -> None:
+    def run(x: Tensor, one: nn.Module, two: nn.Module, norm: nn.Module) -> Tensor:
+        h = norm(one(x))
+        h = norm(two(h * torch.sigmoid(h)))
+        return norm(h * torch.sigmoid(1.7 * h)).sum((1, 2, 3))
+
+    norm = nn.BatchNorm2d(4).eval()
+    energy = Parts(run, nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), norm)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    norm.requires_grad_(False)
+    check(energy)
+    norm.requires_grad_(True)
+    check(energy, explicit=False)
+    product = Parts(lambda x, one: (one(x) * torch.tanh(x)).sum((1, 2, 3)), nn.Conv2d(2, 2, 1))
+    check(product, explicit=False)
 
 
 def test_sequences() -> None:

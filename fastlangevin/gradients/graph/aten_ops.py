@@ -27,6 +27,11 @@ class Operands(Protocol):
     def constant(self, tensor: Any, name: str) -> Constant | None:
         """Return the constant of a parameter, a buffer or a view of one, and None for None."""
 
+    def is_value(self, tensor: Any) -> bool:
+        """Return whether an argument is a tensor that is computed from the states."""
+
+    nodes: list[Node]  # those that have been described; node k makes value k + 1
+
 
 def _conv(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     dims = out.ndim - 2
@@ -98,13 +103,63 @@ def _adaptive_pool(operands: Operands, name: str, a: dict[str, Any], out: Tensor
 
 def _scale(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     factors = [a["self"], a.get("other")]
-    if isinstance(factors[0], (int, float)) and name == "mul":
+    if name.startswith("mul") and not operands.is_value(factors[0]):
         factors.reverse()
-    tensor, factor = factors if name != "neg" else (a["self"], -1.0)
-    if not isinstance(factor, (int, float)) or a.get("rounding_mode") is not None:
+    tensor, factor = factors if not name.startswith("neg") else (a["self"], -1.0)
+    if a.get("rounding_mode") is not None:
+        raise operands.refuse(f"{name} with rounding is not supported")
+    if name.startswith("mul") and isinstance(factor, Tensor):
+        return _product(operands, name, tensor, factor, out)
+    if not isinstance(factor, (int, float)):
         raise operands.refuse(f"{name} is supported only with a number")
-    factor = float(factor) if name != "div" else (1 / factor if factor else math.inf)
-    return Node("scale", (operands.value(tensor, name),), _shape(out), (factor,))
+    if name.startswith("div"):
+        factor = 1 / factor if factor else math.inf
+    return Node("scale", (operands.value(tensor, name),), _shape(out), (float(factor),))
+
+
+def _product(operands: Operands, name: str, one: Tensor, two: Tensor, out: Tensor) -> Node:
+    """Describe the product of two values, or of a value and a constant."""
+    shape = tuple(out.shape)
+    if not operands.is_value(two):
+        factor = operands.constant(two, name)
+        assert factor is not None
+        if one.shape != out.shape or (len(factor.size) == out.ndim and factor.size[0] != 1):
+            raise operands.refuse(f"{name} by a constant that differs between chains")
+        return Node("scale", (operands.value(one, name),), shape[1:], (1.0,), (factor,))
+    values = operands.value(one, name), operands.value(two, name)
+    if one.shape != two.shape or one.dtype != two.dtype:
+        raise operands.refuse(f"{name} of two shapes or dtypes is not supported")
+    for x, gate in (values, values[::-1]):
+        swish = _swish(operands.nodes, x, gate)
+        if swish is not None:
+            return swish
+    return Node("mul", values, shape[1:])
+
+
+def _swish(nodes: list[Node], x: int, gate: int) -> Node | None:
+    """Return x gate as one node if gate is sigmoid(beta x)."""
+    if gate == 0 or nodes[gate - 1].kind != "sigmoid":
+        return None
+    shape, (read,) = nodes[gate - 1].shape, nodes[gate - 1].inputs
+    if read == x:
+        return Node("silu", (x,), shape)
+    scaled = nodes[read - 1]
+    if read == 0 or scaled.kind != "scale" or scaled.inputs != (x,):
+        return None
+    if any(c is None or math.prod(c.size) != 1 for c in scaled.constants):
+        return None
+    return Node("silu", (x,), shape, scaled.settings, scaled.constants)
+
+
+def _batch_norm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    if a.get("training") or a["running_mean"] is None or a["running_var"] is None:
+        raise operands.refuse("a batch norm in train mode mixes chains")
+    constants = tuple(
+        operands.constant(a[key], name) for key in ("weight", "bias", "running_mean", "running_var")
+    )
+    eps = a["eps"] if "eps" in a else a["epsilon"]
+    x = operands.value(a["input"], name)
+    return Node("batch_norm", (x,), _shape(out), (float(eps),), constants)
 
 
 def _add(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
@@ -156,9 +211,10 @@ ACTIVATIONS: dict[str, Callable[[dict[str, Any]], tuple[float, ...] | None]] = {
     "elu": _elu,
     "gelu": lambda a: (float(a["approximate"] == "tanh"),),
     "tanh": lambda a: (),
+    "sigmoid": lambda a: (),
 }
 # If only other operators follow a value, its gradient is the same in every chain.
-NONLINEAR = {*ACTIVATIONS, "logsumexp"}
+NONLINEAR = {*ACTIVATIONS, "logsumexp", "mul"}
 _VIEWS = (
     "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "select", "slice",
     "alias", "expand", "clone", "contiguous", "_to_copy", "_reshape_alias",
@@ -167,6 +223,15 @@ OPERATORS: dict[str, Callable[..., Node | None]] = (
     {"convolution": _conv, "addmm": _addmm, "mm": _mm, "avg_pool2d": _avg_pool}
     | {"_adaptive_avg_pool2d": _adaptive_pool, "mean": _reduce, "sum": _reduce}
     | {"logsumexp": _reduce}
+    | dict.fromkeys(
+        (
+            "native_batch_norm",
+            "_native_batch_norm_legit_no_training",
+            "cudnn_batch_norm",
+            "miopen_batch_norm",
+        ),
+        _batch_norm,
+    )
     | dict.fromkeys(_VIEWS, _view)
     | dict.fromkeys(("mul", "mul_", "div", "div_", "neg", "neg_"), _scale)
     | dict.fromkeys(("add", "add_", "sub", "sub_"), _add)

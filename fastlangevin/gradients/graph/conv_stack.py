@@ -87,7 +87,8 @@ def run_linear(node: Node, x: Tensor, *others: Tensor) -> Tensor:
         if node.kind == "linear":
             return F.linear(x, weight.tensor(), offset)
         stride, padding, dilation, groups = settings
-        return torch.conv2d(x, weight.tensor(), offset, stride, padding, dilation, groups)
+        convolve = torch.conv1d if x.ndim == 3 else torch.conv2d
+        return convolve(x, weight.tensor(), offset, stride, padding, dilation, groups)
     if node.kind == "add":
         return torch.add(x, *others, alpha=settings[0])
     if node.kind == "view":
@@ -96,8 +97,12 @@ def run_linear(node: Node, x: Tensor, *others: Tensor) -> Tensor:
         return getattr(torch, node.kind)(x, settings[0], settings[1])
     if node.kind == "avg_pool":
         return F.avg_pool2d(x, *settings)
+    constants = [None if c is None else c.tensor() for c in node.constants]
+    if node.kind == "batch_norm":
+        factor, shift, mean, variance = constants
+        return F.batch_norm(x, mean, variance, factor, shift, eps=settings[0])
     assert node.kind == "scale", node.kind
-    return x * settings[0]
+    return x * settings[0] * (constants[0] if constants else 1)
 
 
 def conv_stack(graph: Graph) -> ConvStack | str:
@@ -129,6 +134,8 @@ def conv_stack(graph: Graph) -> ConvStack | str:
         elif node.kind in ACTIVATIONS:
             if pending is None:
                 return f"{node.kind} does not follow a convolution or linear layer"
+            if node.kind == "silu" and node.settings:
+                return "silu has a factor"
             activation = StackedActivation(node.kind, node.settings)
             convs.append(_stacked(pending, image, activation))
             image, pending = _output(pending), None

@@ -79,6 +79,12 @@ class OperatorRecorder:
         describe = OPERATORS.get(name)
         if describe is None:
             raise self.refuse(f"{name} is not supported")
+        if isinstance(out, tuple):
+            # What a norm or a maximum returns beside its result is for its backward pass.
+            out, *others = out
+            for other in others:
+                self.spoilt[id(other)] = f"{name}'s other results are not supported"
+            self.tensors += others
         # The energy of a single chain may have no dimension at all.
         if not isinstance(out, Tensor) or (out.shape[0] if out.ndim else 1) != self.chains:
             raise self.refuse(f"{name} mixes chains")
@@ -119,6 +125,10 @@ class OperatorRecorder:
         if not isinstance(tensor, Tensor) or id(tensor) not in self.values:
             raise self.refuse(f"{name} is supported only between results of the state")
         return self.values[id(tensor)]
+
+    def is_value(self, tensor: Any) -> bool:
+        """Return whether an argument is a tensor that is computed from the states."""
+        return isinstance(tensor, Tensor) and id(tensor) in self.values
 
     def constant(self, tensor: Any, name: str) -> Constant | None:
         """Return the constant of a parameter, a buffer or a view of one, and None for None."""
