@@ -276,9 +276,8 @@ class Chain(NamedTuple):
         """FloatingPointError if a chain is not finite at its end, or its last energy is NaN."""
         if not in_memory(x):
             return  # Python cannot branch on tensors without values, or on those of transforms
-        # A sum is finite only if all its terms are, and it takes the fewest passes over memory.
-        total = x.sum() if energies is None else x.sum() + energies.sum()
-        if math.isfinite(float(total)):
+        # A sum is finite only if all its terms are, and it takes one pass over memory.
+        if all(math.isfinite(v.sum()) for v in (x, energies) if v is not None):
             return
         finite = torch.isfinite(rows(x)).all(1)
         if energies is not None and energies.numel():

@@ -70,14 +70,18 @@ class _Precision:
         self._products = products if device.type in _wanted else None
         self._device_type = device.type
         self._no_autocast = torch.autocast(device.type, enabled=False)
+        self._was_autocast = False
 
     def __enter__(self) -> None:
         if self._products is not None:
             _enter(self._products, self._device_type)
-        self._no_autocast.__enter__()
+        self._was_autocast = torch.is_autocast_enabled(self._device_type)
+        if self._was_autocast:
+            self._no_autocast.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._no_autocast.__exit__(*error)
+        if self._was_autocast:
+            self._no_autocast.__exit__(*error)
         if self._products is not None:
             _leave(self._products, self._device_type)
 

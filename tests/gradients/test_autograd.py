@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.network import network_dtype
+from fastlangevin.gradients.network import network_dtype, submodules_of, tensors_of
 
 
 def quartic(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -145,6 +145,18 @@ def test_a_network_that_refuses_the_states_dtype_is_asked_once_a_call(x: Tensor)
     net = Half(torch.bfloat16)
     LangevinSampler(net, steps=3, gradient="autograd")(x.float(), seed=0)
     assert net.seen == [torch.float32, *[torch.bfloat16] * 3]
+
+
+def test_modules_and_tensors_of_a_network_are_torchs_in_their_order() -> None:
+    shared = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    net = nn.Sequential(nn.Sequential(nn.ELU(), shared), nn.BatchNorm1d(2), shared, nn.Linear(2, 1))
+    net.register_module("none", None)
+    tensors = [*net.parameters(), *net.buffers()]
+    for energy in (net, net.forward, functools.partial(net, extra=1)):
+        assert submodules_of(energy) == list(net.modules())
+        assert list(map(id, tensors_of(energy))) == list(
+            map(id, [*net.parameters(), *net.buffers()])
+        )
 
 
 def test_errors_of_a_networks_own_pass_unchanged(x: Tensor) -> None:
