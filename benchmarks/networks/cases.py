@@ -93,7 +93,7 @@ def cases() -> list[Case]:
     tutorial = convolutional.TutorialCNN
     learnable = functools.partial(tutorial, activation=convolutional.LearnableSwish)
     scale_shift = conditional.ScaleShiftEnergy
-    wide = functools.partial(Case, shape=IMAGE, width=32, steps=2)
+    wide = functools.partial(Case, shape=IMAGE, width=32, batch=16, steps=4)
     return [
         Case("Swish tutorial", tutorial, DIGIT, 16, 64, 20),
         Case("learnable Swish", learnable, DIGIT, 16, 64, 20),
@@ -109,7 +109,7 @@ def cases() -> list[Case]:
         wide("wide residual, BatchNorm", residual.wide_batch_norm),
         wide("wide residual, GroupNorm, SiLU", residual.wide_group_norm),
         wide("wide residual, InstanceNorm", residual.wide_instance_norm),
-        wide("wide residual 28-10", residual.wide_28, width=160, batch=2, steps=1),
+        wide("wide residual 28-10", residual.wide_28, width=160, batch=2),
         Case("max pooling", convolutional.MaxPoolCNN, IMAGE, 16),
         Case("scale and shift by class", scale_shift, IMAGE, 32, kwargs=conditional.labels),
         Case(

@@ -118,8 +118,8 @@ def chain_timer(run: Callable[[], Any], built: Built, steps: int) -> timing.Samp
         run()
         return clock() - start
 
-    chain()
-    chains = max(1, round(LEAST_SECONDS / max(chain(), 1e-6)))
+    first = chain()
+    chains = 1 if first > 1 else max(1, round(LEAST_SECONDS / max(chain(), 1e-6)))
     return lambda: sum(chain() for _ in range(chains)) / (chains * steps)
 
 
