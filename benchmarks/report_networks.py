@@ -17,35 +17,35 @@ def section(content: Row) -> str:
         "ratios taken round by round. The errors are those of the gradient against float64, "
         "relative to its norm.",
     ]
-    settings = dict.fromkeys((row["precision"], row["threads"]) for row in content["results"])
-    for precision, threads in settings:
-        rows = [
-            row
-            for row in content["results"]
-            if (row["precision"], row["threads"]) == (precision, threads)
-        ]
-        loops = {row["energy"]: row for row in rows if row["gradient"] == LOOP}
-        ours = [row for row in rows if row["gradient"] != LOOP]
-        gradients = dict.fromkeys(row["gradient"] for row in ours)
-        several = len(gradients) > 1
-        with_memory = any("peak_bytes" in row for row in rows)
-        header = [
-            "energy", "loop ms", "ours ms", "speed", "engine", "our error", "loop's error",
-            *(["loop MiB", "our MiB"] if with_memory else []), "why not a faster engine",
-        ]  # fmt: skip
-        body = [line(loops[row["energy"]], row, several, with_memory) for row in ours]
-        broken = [line(row, row, False, with_memory) for row in loops.values() if "error" in row]
-        plural = "s" * (threads > 1)
-        how = ", the loop under autocast" if precision == "bf16" else ""
-        parts += [
-            f"{precision}{how}, {threads} thread{plural}:",
-            table(header, body + broken),
-            *(
-                summary(loops, ours, name)
-                for name in dict.fromkeys(row["gradient"] for row in ours)
-            ),
-        ]
+    settings: dict[tuple[str, int], list[Row]] = {}
+    for row in content["results"]:
+        settings.setdefault((row["precision"], row["threads"]), []).append(row)
+    for (precision, threads), rows in settings.items():
+        how = f", the loop under autocast, {bf16_of(content)}" if precision == "bf16" else ""
+        parts += [f"{precision}{how}, {threads} thread{'s' * (threads > 1)}:", *tables(rows)]
     return "\n\n".join(parts)
+
+
+def tables(rows: Sequence[Row]) -> list[str]:
+    """A table of the rows of one precision and number of threads, and a summary by gradient."""
+    loops = {row["energy"]: row for row in rows if row["gradient"] == LOOP}
+    ours = [row for row in rows if row["gradient"] != LOOP]
+    ours += [row for row in loops.values() if "error" in row]
+    gradients = dict.fromkeys(row["gradient"] for row in rows if row["gradient"] != LOOP)
+    with_memory = any("peak_bytes" in row for row in rows)
+    header = [
+        "energy", "loop ms", "ours ms", "speed", "engine", "our error", "loop's error",
+        *(["loop MiB", "our MiB"] if with_memory else []), "why not a faster engine",
+    ]  # fmt: skip
+    body = [line(loops[row["energy"]], row, len(gradients) > 1, with_memory) for row in ours]
+    return [table(header, body), *(summary(loops, ours, name) for name in gradients)]
+
+
+def bf16_of(content: Row) -> str:
+    """The instructions that the processor has for products in bf16."""
+    flags = content["machine"]["cpu_flags"]
+    found = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    return f"with {' and '.join(found)}" if found else "without bf16 instructions"
 
 
 def line(loop: Row, row: Row, several: bool, with_memory: bool) -> list[str]:

@@ -39,11 +39,10 @@ def measure(
     rows: dict[str, Row] = {LOOP: about | {"gradient": LOOP}}
     runs: dict[str, Callable[[], Tensor]] = {}
     try:
-        loop = loop_of(case, built, precision)
         rows[LOOP]["gradient_error"] = error(loop_gradient(built, precision), exact)
-        runs[LOOP] = loop
+        runs[LOOP] = loop_of(case, built, precision)
     except RuntimeError as refusal:
-        return [rows[LOOP] | {"error": str(refusal)}]
+        return [rows[LOOP] | {"error": reason(refusal)}]
     for gradient in gradients:
         rows[gradient] = about | {"gradient": gradient}
         sampler = sampler_of(case, built, precision, gradient)
@@ -51,9 +50,11 @@ def measure(
             rows[gradient] |= chosen(sampler, built)
             found = our_gradient(case, built, precision, gradient)
             rows[gradient]["gradient_error"] = error(found, exact)
-            runs[gradient] = call_of(sampler, built)
+            run = call_of(sampler, built)
+            run()
+            runs[gradient] = run
         except (ArithmeticError, RuntimeError, ValueError) as refusal:
-            rows[gradient]["error"] = str(refusal).split("cannot run: ")[-1]
+            rows[gradient]["error"] = reason(refusal)
     timers = {name: chain_timer(run, built, case.steps) for name, run in runs.items()}
     rounds = timing.rounds_within(timers, seconds, LEAST_ROUNDS, MOST_ROUNDS)
     times = timing.interleave(timers, rounds)
@@ -63,6 +64,11 @@ def measure(
         if memory:
             rows[name]["peak_bytes"] = step_bytes(case, precision, name)
     return list(rows.values())
+
+
+def reason(refusal: Exception) -> str:
+    """Why something cannot run, on one line."""
+    return str(refusal).split("cannot run: ")[-1].partition("\n")[0]
 
 
 def loop_of(case: Case, built: Built, precision: str) -> Callable[[], Tensor]:
