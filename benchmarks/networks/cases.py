@@ -43,23 +43,19 @@ class Case(NamedTuple):
     step_size: float = 0.1
     noise_std: float = 0.01
 
-    def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Built:
+    def build(self, dtype: torch.dtype = torch.float32) -> Built:
         """Make the case in eval mode. It is the same for every dtype, up to rounding to it."""
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             module = self.module(self.width)
             _trained(module)
             x = 2 * torch.rand(self.batch, *self.shape) - 1
-            kwargs = self.draw_kwargs(dtype)
+            kwargs = {
+                name: value.to(dtype) if value.is_floating_point() else value
+                for name, value in self.kwargs(self.batch).items()
+            }
         module = module.eval().to(dtype)
         return Built(self.energy(module), module, x.to(dtype), kwargs)
-
-    def draw_kwargs(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Draw keyword arguments of the energy from torch's default generator."""
-        return {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in self.kwargs(self.batch).items()
-        }
 
     def small(self) -> "Case":
         """The case in the size of tests."""
