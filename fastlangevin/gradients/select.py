@@ -19,6 +19,7 @@ from fastlangevin.gradients.precision import (
     half_name,
     network_precision,
 )
+from fastlangevin.gradients.timing import step_seconds
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
@@ -132,25 +133,56 @@ def _by_layers(
     if isinstance(graph, str):
         return graph
     cache = _cache_for(graph, cache)
-    x, precision = call.x, call.precision
-    name, engine = "fused", None
-    why_not: dict[str, str] = {}
-    if gradient != "explicit":
-        fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
-        if not isinstance(fused, str):
-            engine = fused
-        elif gradient == "fused":
-            return fused
-        else:
-            why_not["fused"] = fused
+    name, engine, why_not = _of_layers(gradient, graph, call, cache)
     if engine is None:
-        name, engine = "explicit", cache.engine(
-            lambda: ExplicitGradient(graph, x, precision),
-            graph, "explicit", precision, torch.backends.mkldnn.enabled,
-        )  # fmt: skip
+        return why_not[name]
     chosen: Engine = engine
     reason = cache.disproof(name, lambda: chosen, graph, results, call)
     return reason or EngineChoice(name, engine, why_not, graph)
+
+
+def _of_layers(
+    gradient: str, graph: Graph, call: EnergyCall, cache: EngineCache
+) -> tuple[str, Engine | None, dict[str, str]]:
+    """Return the name of an engine of a graph, the engine, and why not another one."""
+    x, precision = call.x, call.precision
+    fused: Engine | str = "another engine was named"
+    if gradient != "explicit":
+        fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
+    if isinstance(fused, str) and gradient == "fused":
+        return "fused", None, {"fused": fused}
+    if not isinstance(fused, str) and (gradient == "fused" or not _is_in_question(call)):
+        return "fused", fused, {}
+    explicit = cache.engine(
+        lambda: ExplicitGradient(graph, x, precision),
+        graph, "explicit", precision, torch.backends.mkldnn.enabled,
+    )  # fmt: skip
+    if isinstance(fused, str):
+        return "explicit", explicit, {} if gradient == "explicit" else {"fused": fused}
+    engines: dict[str, Engine] = {"fused": fused, "explicit": explicit}
+    float32 = _fused(graph, x, "fp32", cache, by_name=False)
+    if not isinstance(float32, str):
+        engines["fused in float32"] = float32
+    case = (graph.structure, precision, torch.get_num_threads(), torch.backends.mkldnn.enabled,
+            extension.library.instruction_set())  # fmt: skip
+    seconds = step_seconds(case, engines, x)
+    fastest = min(seconds, key=lambda name: seconds[name])
+    why_not = {
+        f"{name} in {precision}" if name in GRADIENTS else name: f"a gradient takes {1e3 * s:.3g} "
+        f"ms, and {1e3 * seconds[fastest]:.3g} ms with the engine {fastest}"
+        for name, s in seconds.items()
+        if name != fastest
+    }
+    return fastest.partition(" ")[0], engines[fastest], why_not
+
+
+def _is_in_question(call: EnergyCall) -> bool:
+    """Return whether measurement must show if the fused engine is the fastest that may run.
+
+    In float32 it is wherever it runs. In half precision that depends on the CPU: torch uses some
+    matrix instructions better, and without any of them float32 is faster.
+    """
+    return call.precision in HALVES and call.x.device.type == "cpu" and call.x.shape[0] > 0
 
 
 def _cache_for(graph: Graph, cache: EngineCache) -> EngineCache:

@@ -84,6 +84,15 @@ class Graph:
         return self.chains, self.shape, self.dtype, self.device, nodes
 
     @functools.cached_property
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for graphs of the same operations on weights of the same shapes."""
+        nodes = tuple(
+            (n.kind, n.inputs, n.shape, n.settings, tuple(c and c.size for c in n.constants))
+            for n in self.nodes
+        )
+        return self.chains, self.shape, self.dtype, self.device, nodes
+
+    @functools.cached_property
     def bases(self) -> list[Tensor]:
         """The parameters and buffers that the graph depends on, without duplicates."""
         constants = [c for node in self.nodes for c in node.constants if c is not None]
