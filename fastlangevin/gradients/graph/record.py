@@ -154,7 +154,7 @@ def _record(
         return Recording(snapshot.unknown, snapshot.unknown, None), None
     tracer, watch = Tracer(leaf, refuse), Watch(snapshot, refuse)
     recorder = _recorder(energy, leaf, precision, tracer)
-    values = Values(refuse, tracer.reads_state)
+    values = Values(refuse, tracer.reads_state, lambda: recorder.stop("a tensor has hooks"))
     # The first operator under a dispatch mode imports this module; watching the import is slow.
     importlib.import_module("torch._dynamo")
     tracer.watch, tracer.observe = watch, recorder.see
@@ -209,7 +209,7 @@ def _recorder(
 ) -> OperatorRecorder:
     roots = modules_of(energy)
     tensors = tuple(t for m in roots for t in (*m.parameters(), *m.buffers()))
-    recorder = OperatorRecorder(leaf, tensors, tracer.slot_of)
+    recorder = OperatorRecorder(leaf, tensors, tracer)
     if not roots:
         recorder.stop(f"the energy is a {type(energy).__name__}, not an nn.Module")
     elif precision in HALVES:

@@ -1,5 +1,6 @@
 """The dispatch mode that records every operator of a run, also those of its backward pass."""
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -55,9 +56,9 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if self.watch is None:
-            return self._run(func, args, kwargs or {})
-        with self.watch.paused():  # otherwise it would follow the code of this class
+        # The modes that watch the energy's code must not see the code of this class.
+        paused = contextlib.nullcontext() if self.watch is None else self.watch.paused()
+        with paused, torch._C.DisableTorchFunction():
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,6 +128,11 @@ class Tracer(TorchDispatchMode):
         number = self._place(tensor, self._storage_of(tensor))
         self.leaves[number] = tensor
         return number
+
+    def sharing(self, slot: int) -> list[int]:
+        """Return the slots of the tensors that have the memory of a slot's tensor."""
+        storage = self.values[slot].storage
+        return [number for number, value in self.values.items() if value.storage == storage]
 
     def _output(self, tensor: Tensor, inputs: list[Tensor]) -> int:
         entry = self._slots.get(id(tensor))
