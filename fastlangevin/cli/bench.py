@@ -1,5 +1,3 @@
-"""bench: time a step of a chain on this machine."""
-
 from fastlangevin.cli.options import Count, Device
 from fastlangevin.cli.outputs import Result
 

@@ -1,9 +1,3 @@
-"""check: whether a classifier recognises the samples of a run."""
-
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from fastlangevin.cli.options import Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result, table
 
@@ -13,7 +7,7 @@ def check(
     /,
     *,
     n: Count = 256,
-    seed: Annotated[Int, Parameter(help="Seed of the samples.")] = 1,
+    seed: Int = 1,
     sure: float = 0.5,
     data: str | None = None,
     device: Device = "auto",
@@ -25,6 +19,7 @@ def check(
 
     Args:
         n: Number of samples, 1 or more.
+        seed: Seed of the samples.
         sure: Fraction of samples that the classifier must be sure of.
         data: Source of the images (default: the run's).
     """

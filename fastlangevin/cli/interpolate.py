@@ -1,10 +1,8 @@
-"""interpolate: run chains from points between two starting points."""
-
 from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Run, ShortFit, belong, more
-from fastlangevin.cli.outputs import Result, check_out, note, table
+from fastlangevin.cli.outputs import Result, check_out, note
 
 
 def interpolate(
@@ -40,15 +38,9 @@ def interpolate(
         belong(fit or (), "--images")
     elif noise != "off":
         raise ValueError("--noise belongs to random starts: --images has them fitted without noise")
+    frames = frames or (25 if out.suffix == ".gif" else 9)
     result = interpolate_run(
-        run,
-        chains.load(run),
-        n=n,
-        frames=frames or (25 if out.suffix == ".gif" else 9),
-        images=images,
-        noise=noise,
-        seed=chains.seed,
+        run, chains.load(run), n=n, frames=frames, images=images, noise=noise, seed=chains.seed,
         **fit or {},
-    )
-    result.save(out, chains.tile)
-    return Result(table(*result.rows(), *confidence_rows(run, result.x, note)), [out])
+    )  # fmt: skip
+    return chains.save(result, out, *confidence_rows(run, result.x, note))

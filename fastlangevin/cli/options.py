@@ -9,6 +9,10 @@ from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 from typing_extensions import TypedDict
 
+from fastlangevin.cli.outputs import Result, table
+
+FRAMES = 50  # most frames of a GIF after the first
+
 
 def whole(_: Any, tokens: "tuple[Token, ...]") -> int:
     """Convert to a whole number; cyclopts alone would round 2.5."""
@@ -19,7 +23,10 @@ def whole(_: Any, tokens: "tuple[Token, ...]") -> int:
 
 
 Int = Annotated[int, Parameter(converter=whole)]
-Count = Annotated[int, Parameter(converter=whole, validator=Number(gte=1))]
+Count = Annotated[Int, Parameter(validator=Number(gte=1))]
+Int2 = Annotated[Int, Parameter(validator=Number(gte=2))]
+Int8 = Annotated[Int, Parameter(validator=Number(gte=8))]
+Int16 = Annotated[Int, Parameter(validator=Number(gte=16))]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 Run = Annotated[
@@ -59,6 +66,11 @@ class Chains:
 
         changes: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         return load(run, device=choose_device(self.device), averaged=self.averaged, **changes)
+
+    def save(self, result: Any, out: Path, *rows: tuple[str, str]) -> Result:
+        """Save the result of a task, and return its rows and ``rows`` as the command's."""
+        result.save(out, self.tile)
+        return Result(table(*result.rows(), *rows), [out])
 
 
 class ShortFit(TypedDict, total=False):

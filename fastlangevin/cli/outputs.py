@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +20,21 @@ class Result:
     status: int = 0
 
     def print(self) -> None:
-        """Print the text, then the files, one per line. A closed standard output is ignored."""
-        with contextlib.suppress(OSError):
+        """Print the text, then the files, one per line."""
+        with printing():
             for line in (self.text, *map(str, self.files)):
                 if line:
                     print(line)
-        flush()
 
 
-def flush() -> None:
-    """Flush the standard streams; replace one whose reader is gone by the null device."""
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Ignore errors of printing if the terminal or the reader of a pipe is gone, and flush.
+
+    A command must continue then, because it may have results to save.
+    """
+    with contextlib.suppress(OSError):
+        yield
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()
@@ -48,7 +53,8 @@ def table(*rows: tuple[str, str]) -> str:
 
 def note(text: str) -> None:
     """Print a line to standard error. It is not part of the result."""
-    print(text, file=sys.stderr, flush=True)
+    with printing():
+        print(text, file=sys.stderr)
 
 
 def error_line(error: Exception) -> None:

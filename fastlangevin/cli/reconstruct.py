@@ -1,10 +1,8 @@
-"""reconstruct: fit starting points whose chains end at given images."""
-
 from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, HeldOut, Run, more
-from fastlangevin.cli.outputs import Result, check_out, table
+from fastlangevin.cli.outputs import Result, check_out
 
 
 def reconstruct(
@@ -34,5 +32,4 @@ def reconstruct(
     result = reconstruct_run(
         run, chains.load(run), n=n, images=images, samples=samples, seed=chains.seed, **fit or {}
     )
-    result.save(out, chains.tile)
-    return Result(table(*result.rows()), [out])
+    return chains.save(result, out)

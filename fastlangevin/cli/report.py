@@ -1,6 +1,4 @@
-"""report: write a run, or a model, as one HTML page."""
-
-import functools
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +15,12 @@ from fastlangevin.cli.restore import restore
 if TYPE_CHECKING:
     from fastlangevin.learn.html_report import Weights
 
-Commands = dict[str, Callable[..., Result]]
-
 # A sixteenth of the default number of evaluations: seconds for a model in the package.
 _SHORT: dict[str, Any] = {"n": 8, "fit": {"restarts": 1, "iterations": 100}}
 
 
 def report(
-    run: Run,
-    /,
-    *,
-    out: Path | None = None,
-    compute: Flag = False,
-    device: Device = "auto",
+    run: Run, /, *, out: Path | None = None, compute: Flag = False, device: Device = "auto"
 ) -> Result:
     """Write one HTML page: samples, curves, results, diagnosis and settings.
 
@@ -49,50 +40,45 @@ def report(
     from fastlangevin.learn.images import save_grid
     from fastlangevin.learn.run_folder import is_run
 
-    chains = Chains(device=device)
-    tasks: Commands = {
-        "reconstructed.png": functools.partial(reconstruct, chains=chains),
-        "interpolated.png": functools.partial(interpolate, chains=chains),
-    }
-    more: Commands = {
-        "restored.png": functools.partial(restore, chains=chains),
-        "evaluate.json": functools.partial(evaluate, device=device),
-        "diagnose.json": functools.partial(diagnose, device=device),
-    }
-    weights = find_weights(run)
-    if is_run(run):
-        if compute:
-            _compute(run, run, weights, tasks | more)
-        path = out or run / "report.html"
-        write_report(run, path)
-    else:
-        path = out or Path("report.html")
-        sampler = load(run, device=choose_device(device))
-        with tempfile.TemporaryDirectory() as name:
-            made = Path(name)
+    weights, made = find_weights(run), None
+    with contextlib.ExitStack() as stack:
+        if not is_run(run):
+            made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            sampler = load(run, device=choose_device(device))
             save_grid(sampler(n=64, seed=0), made / "samples.png")
-            if not compute:
-                tasks["reconstructed.png"] = functools.partial(reconstruct, chains=chains, **_SHORT)
-            _compute(run, made, weights, tasks | more if compute else tasks)
-            write_report(run, path, made)
+        if made or compute:
+            _compute(run, made or run, weights, device, compute)
+        path = out or (Path() if made else run) / "report.html"
+        write_report(run, path, made)
     return Result(files=[path])
 
 
-def _compute(run: Path, folder: Path, weights: "Weights", commands: Commands) -> None:
+def _compute(run: Path, folder: Path, weights: "Weights", device: str, everything: bool) -> None:
     from fastlangevin.learn.atomic import replacing
     from fastlangevin.learn.html_report import ITERATION, age
 
+    commands: dict[str, Callable[..., Result]] = {
+        "reconstructed.png": reconstruct, "interpolated.png": interpolate,
+    }  # fmt: skip
+    if everything:
+        commands |= {"restored.png": restore, "evaluate.json": evaluate, "diagnose.json": diagnose}
     for name, command in commands.items():
         path = folder / name
         if path.exists() and not age(path, weights):
             continue
+        picture = path.suffix == ".png"
+        options: dict[str, Any] = (
+            {"chains": Chains(device=device)} if picture else {"device": device}
+        )
+        if command is reconstruct and not everything:
+            options |= _SHORT
         note(f"computing {name}")
         try:
-            result = command(run, out=folder if name == "diagnose.json" else path)
+            result = command(run, out=folder if name == "diagnose.json" else path, **options)
         except EXPECTED as error:  # the page is written without this result
             error_line(error)
             continue
-        if path.suffix == ".png":
+        if picture:
             text = f"{ITERATION}{weights.iteration}\n{result.text}\n"
             with replacing(path.with_suffix(".txt")) as temporary:
                 temporary.write_text(text, "utf-8")

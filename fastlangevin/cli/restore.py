@@ -1,10 +1,8 @@
-"""restore: restore images from linear measurements."""
-
 from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, HeldOut, Int, Run, belong, given, more
-from fastlangevin.cli.outputs import Result, check_out, table
+from fastlangevin.cli.outputs import Result, check_out
 
 
 def restore(
@@ -51,17 +49,9 @@ def restore(
     if method != "latent":
         belong(fit or (), f"--method latent, got {method!r}")
     sampler = chains.load(run)
+    measure = make_operator(operator, sampler.energy.shape, **options)
     result = restore_run(
-        run,
-        sampler,
-        make_operator(operator, sampler.energy.shape, **options),
-        n=n,
-        images=images,
-        seed=chains.seed,
-        method=method,
-        answers=answers,
-        zeta=zeta,
-        **fit or {},
-    )
-    result.save(out, chains.tile)
-    return Result(table(*result.rows()), [out])
+        run, sampler, measure, n=n, images=images, seed=chains.seed, method=method,
+        answers=answers, zeta=zeta, **fit or {},
+    )  # fmt: skip
+    return chains.save(result, out)

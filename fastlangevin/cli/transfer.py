@@ -1,11 +1,7 @@
-"""transfer: run the chains of one domain's model from images of another."""
-
 from pathlib import Path
 
-from fastlangevin.cli.options import Chains, Count, Run, belong, given
-from fastlangevin.cli.outputs import Result, check_out, table
-
-_FRAMES = 50  # most frames of a GIF after the first
+from fastlangevin.cli.options import FRAMES, Chains, Count, Run, belong, given
+from fastlangevin.cli.outputs import Result, check_out
 
 
 def transfer(
@@ -46,15 +42,9 @@ def transfer(
         belong(options.keys() & {"zeta"}, "--content")
     if style is None:
         belong(options.keys() & {"weight", "statistics"}, "--style")
+    frames = FRAMES if out.suffix == ".gif" else 1
     result = transfer_images(
-        chains.load(run),
-        images,
-        n=n,
-        content=content,
-        style=style,
-        frames=_FRAMES if out.suffix == ".gif" else 1,
-        seed=chains.seed,
-        **options,
-    )
-    result.save(out, chains.tile)
-    return Result(table(*result.rows()), [out])
+        chains.load(run), images, n=n, content=content, style=style, frames=frames,
+        seed=chains.seed, **options,
+    )  # fmt: skip
+    return chains.save(result, out)
