@@ -4,12 +4,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from fastlangevin._version import __version__
-from fastlangevin.cli.outputs import EXPECTED, Result, error_line
+from fastlangevin.cli.outputs import EXPECTED, Result, error_line, note
 
 # Each command is a function in a module, both of its name. The function's docstring is its help.
 COMMANDS = {
@@ -41,13 +40,8 @@ def make_app(chosen: str | None = None) -> App:
         for name in names:
             where = f"fastlangevin.cli.{name}"
             summary = str(getattr(import_module(where), name).__doc__).split("\n")[0]
-            app.command(
-                f"{where}:{name}",
-                name=name,
-                group=group,
-                sort_key=NAMES.index(name),
-                help=None if name == chosen else summary,
-            )
+            text, place = None if name == chosen else summary, NAMES.index(name)
+            app.command(f"{where}:{name}", name=name, group=group, sort_key=place, help=text)
     flags = Group.create_ordered("Help")
     for flag in (*app.help_flags, *app.version_flags):
         app[flag].group = (flags,)
@@ -63,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda text, *_, **__: note(
+            f"warning: {' '.join(str(text).split())}"
+        )
         try:
             app = make_app(arguments[0] if arguments else None)
             result = app(arguments, exit_on_error=False, print_error=False)
@@ -75,9 +71,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(1)
     if isinstance(result, Result):
         result.print()
-        sys.exit(result.status)
-    sys.exit(0)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(getattr(result, "status", 0))

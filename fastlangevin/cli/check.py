@@ -3,15 +3,9 @@ from fastlangevin.cli.outputs import Result, table
 
 
 def check(
-    run: Run,
-    /,
-    *,
-    n: Count = 256,
-    seed: Int = 1,
-    sure: float = 0.5,
-    data: str | None = None,
+    run: Run, /, *, n: Count = 256, seed: Int = 1, sure: float = 0.5, data: str | None = None,
     device: Device = "auto",
-) -> Result:
+) -> Result:  # fmt: skip
     """Check, with a classifier of the real images, whether samples are recognisable.
 
     The samples pass, with exit status 0, if the classifier is more than 90 % sure of enough of them
@@ -30,11 +24,8 @@ def check(
 
     judge = ClassifierCheck(load_training(run, data)[1])
     samples = judge(load(run, device=choose_device(device))(n=n, seed=seed))
-    judged = {
-        "real images": judge.of_data(),
-        "samples": samples,
-        "uniform noise": judge.of_noise(n),
-    }
+    judged = {"real images": judge.of_data(), "samples": samples}
+    judged["uniform noise"] = judge.of_noise(n)
     passed = samples.sure >= sure and min(samples.classes) > 0
     lines = [(name, f"sure of {c.sure:4.0%}   per class {c.classes}") for name, c in judged.items()]
     return Result(f"{table(*lines)}\n{'pass' if passed else 'fail'}", status=0 if passed else 1)

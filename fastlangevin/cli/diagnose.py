@@ -5,19 +5,10 @@ from fastlangevin.cli.outputs import Result
 
 
 def diagnose(
-    run: Run,
-    /,
-    *,
-    n: Int16 = 256,
-    long: Count = 10,
-    starts: Int2 = 16,
-    lags: Count = 15,
-    seed: Int = 1,
-    out: Path | None = None,
-    data: str | None = None,
-    device: Device = "auto",
+    run: Run, /, *, n: Int16 = 256, long: Count = 10, starts: Int2 = 16, lags: Count = 15,
+    seed: Int = 1, out: Path | None = None, data: str | None = None, device: Device = "auto",
     averaged: bool = False,
-) -> Result:
+) -> Result:  # fmt: skip
     """Show how learning went, whether moments match, and what the chains do.
 
     Moments of the data and of samples are compared after each layer of the energy. The command

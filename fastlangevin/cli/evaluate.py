@@ -1,27 +1,15 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import Averaged, Count, Device, Int, Int8, Run
+from fastlangevin.cli.options import Count, Device, Int, Int8, Run
 from fastlangevin.cli.outputs import Result, check_out
 
 
 def evaluate(
-    run: Run,
-    /,
-    *,
-    n: Int8 | None = None,
-    samples: str | None = None,
-    features: str = "auto",
-    reference: Int8 = 2048,
-    noise: list[float] | None = None,
-    quantise: bool = True,
-    k: Count = 3,
-    seed: Int = 1,
-    out: Path | None = None,
-    data: str | None = None,
-    images: str | None = None,
-    device: Device = "auto",
-    averaged: Averaged = True,
-) -> Result:
+    run: Run, /, *, n: Int8 | None = None, samples: str | None = None, features: str = "auto",
+    reference: Int8 = 2048, noise: list[float] | None = None, quantise: bool = True, k: Count = 3,
+    seed: Int = 1, out: Path | None = None, data: str | None = None, images: str | None = None,
+    device: Device = "auto", averaged: bool = True,
+) -> Result:  # fmt: skip
     """Compare samples with held-out data, noisy data and uniform noise.
 
     The table shows the Frechet and kernel distances, precision and recall, the inception score, and
@@ -44,6 +32,7 @@ def evaluate(
             without a run or with --samples).
         data: Source of the training images (default: the run's).
         images: Source of the held-out images (default: those that the run held out).
+        averaged: Use the moving average of the weights, if there is one.
     """
     from fastlangevin.learn.evaluation.of_run import evaluate_run
     from fastlangevin.learn.run_data import load_training

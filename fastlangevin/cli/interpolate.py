@@ -6,17 +6,10 @@ from fastlangevin.cli.outputs import Result, check_out, note
 
 
 def interpolate(
-    run: Run,
-    /,
-    *,
-    n: Count = 8,
-    out: Path = Path("interpolated.png"),
-    frames: Count | None = None,
-    images: str | None = None,
-    noise: str = "off",
-    chains: Chains = Chains(),
+    run: Run, /, *, n: Count = 8, out: Path = Path("interpolated.png"), frames: Count | None = None,
+    images: str | None = None, noise: str = "off", chains: Chains = Chains(),
     fit: Annotated[ShortFit | None, more("Fit (--images)")] = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Run chains from points between two starting points.
 
     The points between z1 and z2 are rho z1 + sqrt(1 - rho^2) z2. By default, z1 and z2 are random.

@@ -6,16 +6,9 @@ from fastlangevin.cli.outputs import Result, check_out
 
 
 def reconstruct(
-    run: Run,
-    /,
-    *,
-    n: Count = 16,
-    out: Path = Path("reconstructed.png"),
-    images: HeldOut = None,
-    samples: Count = 64,
-    chains: Chains = Chains(),
-    fit: Annotated[Fit | None, more("Fit")] = None,
-) -> Result:
+    run: Run, /, *, n: Count = 16, out: Path = Path("reconstructed.png"), images: HeldOut = None,
+    samples: Count = 64, chains: Chains = Chains(), fit: Annotated[Fit | None, more("Fit")] = None,
+) -> Result:  # fmt: skip
     """Fit starting points whose chains end at held-out images.
 
     The picture has a row of images, a row of reconstructions, and a row of the nearest random

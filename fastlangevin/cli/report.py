@@ -2,7 +2,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastlangevin.cli.diagnose import diagnose
 from fastlangevin.cli.evaluate import evaluate
@@ -11,9 +11,6 @@ from fastlangevin.cli.options import Chains, Device, Flag, Run
 from fastlangevin.cli.outputs import EXPECTED, Result, error_line, note
 from fastlangevin.cli.reconstruct import reconstruct
 from fastlangevin.cli.restore import restore
-
-if TYPE_CHECKING:
-    from fastlangevin.learn.html_report import Weights
 
 # A sixteenth of the default number of evaluations: seconds for a model in the package.
 _SHORT: dict[str, Any] = {"n": 8, "fit": {"restarts": 1, "iterations": 100}}
@@ -36,27 +33,28 @@ def report(
     """
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
-    from fastlangevin.learn.html_report import find_weights, write_report
+    from fastlangevin.learn.html_report import write_report
     from fastlangevin.learn.images import save_grid
     from fastlangevin.learn.run_folder import is_run
 
-    weights, made = find_weights(run), None
+    made = None
     with contextlib.ExitStack() as stack:
         if not is_run(run):
             made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             sampler = load(run, device=choose_device(device))
             save_grid(sampler(n=64, seed=0), made / "samples.png")
         if made or compute:
-            _compute(run, made or run, weights, device, compute)
+            _compute(run, made or run, device, compute)
         path = out or (Path() if made else run) / "report.html"
         write_report(run, path, made)
     return Result(files=[path])
 
 
-def _compute(run: Path, folder: Path, weights: "Weights", device: str, everything: bool) -> None:
+def _compute(run: Path, folder: Path, device: str, everything: bool) -> None:
     from fastlangevin.learn.atomic import replacing
-    from fastlangevin.learn.html_report import ITERATION, age
+    from fastlangevin.learn.html_report import ITERATION, age, find_weights
 
+    weights = find_weights(run)
     commands: dict[str, Callable[..., Result]] = {
         "reconstructed.png": reconstruct, "interpolated.png": interpolate,
     }  # fmt: skip
@@ -66,10 +64,9 @@ def _compute(run: Path, folder: Path, weights: "Weights", device: str, everythin
         path = folder / name
         if path.exists() and not age(path, weights):
             continue
-        picture = path.suffix == ".png"
-        options: dict[str, Any] = (
-            {"chains": Chains(device=device)} if picture else {"device": device}
-        )
+        options: dict[str, Any] = {"device": device}
+        if path.suffix == ".png":
+            options = {"chains": Chains(**options)}
         if command is reconstruct and not everything:
             options |= _SHORT
         note(f"computing {name}")
@@ -78,7 +75,7 @@ def _compute(run: Path, folder: Path, weights: "Weights", device: str, everythin
         except EXPECTED as error:  # the page is written without this result
             error_line(error)
             continue
-        if picture:
+        if path.suffix == ".png":
             text = f"{ITERATION}{weights.iteration}\n{result.text}\n"
             with replacing(path.with_suffix(".txt")) as temporary:
                 temporary.write_text(text, "utf-8")

@@ -6,22 +6,12 @@ from fastlangevin.cli.outputs import Result, check_out
 
 
 def restore(
-    run: Run,
-    /,
-    *,
-    operator: str = "mask",
-    method: str = "posterior",
-    n: Count = 8,
-    answers: Count = 4,
-    out: Path = Path("restored.png"),
-    images: HeldOut = None,
-    mask: str | None = None,
-    factor: Int | None = None,
-    sigma: float | None = None,
-    zeta: float | None = None,
-    chains: Chains = Chains(),
+    run: Run, /, *, operator: str = "mask", method: str = "posterior", n: Count = 8,
+    answers: Count = 4, out: Path = Path("restored.png"), images: HeldOut = None,
+    mask: str | None = None, factor: Int | None = None, sigma: float | None = None,
+    zeta: float | None = None, chains: Chains = Chains(),
     fit: Annotated[Fit | None, more("Fit (--method latent)")] = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Restore held-out images from linear measurements, several answers for each.
 
     The measurements are y = A x. The picture has a row per image, with the image, its measurement

@@ -5,14 +5,9 @@ from fastlangevin.cli.outputs import Result, check_out
 
 
 def sample(
-    run: Run = Path("digits"),
-    /,
-    *,
-    n: Count = 64,
-    out: Path = Path("samples.png"),
-    columns: Count | None = None,
-    chains: Chains = Chains(),
-) -> Result:
+    run: Run = Path("digits"), /, *, n: Count = 64, out: Path = Path("samples.png"),
+    columns: Count | None = None, chains: Chains = Chains(),
+) -> Result:  # fmt: skip
     """Run chains from noise through a trained model and save the images.
 
     Args:

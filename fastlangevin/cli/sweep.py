@@ -12,13 +12,10 @@ _LISTS = more("Settings: one value each, or several to sweep over, such as 5,10,
 
 
 def sweep(
-    *,
-    out: Path = Path("runs/sweep"),
-    config: str | None = None,
-    seeds: Count | None = None,
+    *, out: Path = Path("runs/sweep"), config: str | None = None, seeds: Count | None = None,
     grid: Annotated[bool | None, Parameter(negative="--axes")] = None,
     lists: "Annotated[settings_options(True), _LISTS]" = None,  # type: ignore[valid-type]
-) -> Result:
+) -> Result:  # fmt: skip
     """Train over lists of settings and seeds; write tables and a plot of the results.
 
     An example is `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run has

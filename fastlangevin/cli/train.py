@@ -9,13 +9,10 @@ from fastlangevin.cli.outputs import Result, note, printing, table
 
 
 def train(
-    *,
-    out: Path | None = None,
-    config: str | None = None,
-    resume: Flag = False,
+    *, out: Path | None = None, config: str | None = None, resume: Flag = False,
     overwrite: Flag = False,
     settings: "Annotated[settings_options(), more('Settings')]" = None,  # type: ignore[valid-type]
-) -> Result:
+) -> Result:  # fmt: skip
     """Learn an energy from images by short-run MCMC, into a folder.
 
     Options change settings of the config. All settings of the run are saved as OUT/config.yaml.
@@ -51,11 +48,10 @@ def train(
         ("samples", str(folder / "samples.png")),
         ("settings", str(folder / run_folder.CONFIG)),
     )
-    if (reached := int(last.stem)) < resolved.iterations:
-        note(f"stopped at {reached} of {resolved.iterations}; continue with --resume")
-        if stop.signal is not None:
-            return Result(text, status=128 + stop.signal)
-    return Result(text)
+    if stop.signal is None or int(last.stem) == resolved.iterations:
+        return Result(text)
+    note(f"stopped at {int(last.stem)} of {resolved.iterations}; continue with --resume")
+    return Result(text, status=128 + stop.signal)
 
 
 @contextlib.contextmanager

@@ -5,19 +5,10 @@ from fastlangevin.cli.outputs import Result, check_out
 
 
 def transfer(
-    run: Run,
-    /,
-    *,
-    images: str,
-    n: Count = 8,
-    out: Path = Path("transferred.png"),
-    content: Count | None = None,
-    zeta: float | None = None,
-    style: str | None = None,
-    weight: float | None = None,
-    statistics: str | None = None,
-    chains: Chains = Chains(),
-) -> Result:
+    run: Run, /, *, images: str, n: Count = 8, out: Path = Path("transferred.png"),
+    content: Count | None = None, zeta: float | None = None, style: str | None = None,
+    weight: float | None = None, statistics: str | None = None, chains: Chains = Chains(),
+) -> Result:  # fmt: skip
     """Start the chains of one domain's model at images of another.
 
     RUN is the model of the target domain. The picture has a row of source images and a row of the
