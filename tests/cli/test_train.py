@@ -1,11 +1,7 @@
 """train: what a user types, reads and gets back."""
 
 import io
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -134,6 +130,3 @@ def test_overwrite(command: Command, copied: Path) -> None:
 def test_a_run_that_diverges(command: Command, tmp_path: Path) -> None:
     result = command("train", "--out", "run", *options(noise_std=3e38))
     assert_refused(result, "not finite.*no checkpoint was saved yet")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="this is not POSIX")
