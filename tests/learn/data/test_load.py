@@ -10,7 +10,7 @@ import torch
 
 from fastlangevin.learn.data import arrays
 from fastlangevin.learn.data.load import load_images
-from tests.learn.data_shared import RNG, everything, noise, unit
+from tests.learn.data.shared import RNG, everything, noise, unit
 
 
 # Named sets
