@@ -15,15 +15,18 @@ FRAMES = 50  # most frames of a GIF after the first
 
 
 def convert(kind: Any, tokens: "tuple[Token, ...]") -> Any:
-    """Convert the text of an option: "none" unsets an optional one; 2.5 is no whole number."""
+    """Convert the text of an option to a number; cyclopts alone would round 2.5 to a whole one."""
     text, kinds = tokens[0].value, get_args(kind) or (kind,)
-    if text == "none" and type(None) in kinds:
-        return None
     try:
         return int(text) if int in kinds else float(text) if float in kinds else text
     except ValueError:
         what = "a whole number" if int in kinds else "a number"
         raise ValueError(f"expected {what}, got {text!r}") from None
+
+
+def convert_setting(kind: Any, tokens: "tuple[Token, ...]") -> Any:
+    """Convert the text of an optional setting; "none" unsets the value of the config."""
+    return None if tokens[0].value == "none" else convert(kind, tokens)
 
 
 Int = Annotated[int, Parameter(converter=convert)]
@@ -124,7 +127,7 @@ def settings_options(lists: bool = False) -> Any:
         if lists:
             kind = str
         elif type(None) in get_args(kind) and name != "clamp":
-            parameter = Parameter(help=f"{text}; or none.", converter=convert)
+            parameter = Parameter(help=f"{text}; or none.", converter=convert_setting)
         elif kind is int:
             kind = Int
         options[name] = Annotated[kind, parameter]

@@ -78,6 +78,14 @@ def test_fashion_mnist_by_name_and_by_path(fashion, monkeypatch, split):
         np.testing.assert_array_equal(data.labels, held[split][1])
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_limit_takes_the_first_images_of_an_idx_file(fashion, split):
+    root, held = fashion
+    data = load_images(root / "fashion-mnist", split=split, limit=2)
+    assert torch.equal(everything(data), unit(held[split][0][:2, None]))
+    np.testing.assert_array_equal(data.labels, held[split][1][:2])
+
+
 def test_fashion_mnist_not_found(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLANGEVIN_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist") as error:
