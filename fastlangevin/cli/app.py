@@ -21,10 +21,7 @@ NAMES = [name for names in COMMANDS.values() for name in names]
 
 
 def make_app(chosen: str | None = None) -> App:
-    """Build the application.
-
-    cyclopts inspects only the chosen command: the options of train and sweep need torch.
-    """
+    """Build the application; only the chosen command is inspected, so that help is fast."""
     app = App(
         name="fastlangevin",
         help="Langevin sampling and short-run MCMC learning of energy-based models.",
@@ -51,9 +48,8 @@ def make_app(chosen: str | None = None) -> App:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit.
 
-    Results go to standard output. Warnings, progress and errors, one line each, go to standard
-    error. The exit status is 0, or the command's own; 1 after an expected failure; 2 after misuse;
-    130 after Ctrl-C.
+    Results go to standard output; warnings, progress and errors to standard error. The exit status
+    is 0, or the command's own; 1 after an expected failure; 2 after misuse; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     with warnings.catch_warnings():

@@ -24,8 +24,8 @@ def check(
 
     judge = ClassifierCheck(load_training(run, data)[1])
     samples = judge(load(run, device=choose_device(device))(n=n, seed=seed))
-    judged = {"real images": judge.of_data(), "samples": samples}
-    judged["uniform noise"] = judge.of_noise(n)
+    noise = judge.of_noise(n)
+    judged = {"real images": judge.of_data(), "samples": samples, "uniform noise": noise}
     passed = samples.sure >= sure and min(samples.classes) > 0
     lines = [(name, f"sure of {c.sure:4.0%}   per class {c.classes}") for name, c in judged.items()]
     return Result(f"{table(*lines)}\n{'pass' if passed else 'fail'}", status=0 if passed else 1)

@@ -37,8 +37,7 @@ def evaluate(
     from fastlangevin.learn.evaluation.of_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
-    if out is not None:
-        check_out(out)
+    check_out(out)
     if samples is not None and not averaged:
         raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
     evaluated = evaluate_run(

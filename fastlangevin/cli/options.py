@@ -15,18 +15,13 @@ FRAMES = 50  # most frames of a GIF after the first
 
 
 def convert(kind: Any, tokens: "tuple[Token, ...]") -> Any:
-    """Convert the text of an option to a number; cyclopts alone would round 2.5 to a whole one."""
+    """Convert the text of an option; cyclopts alone would round 2.5 to a whole number."""
     text, kinds = tokens[0].value, get_args(kind) or (kind,)
     try:
         return int(text) if int in kinds else float(text) if float in kinds else text
     except ValueError:
         what = "a whole number" if int in kinds else "a number"
         raise ValueError(f"expected {what}, got {text!r}") from None
-
-
-def convert_setting(kind: Any, tokens: "tuple[Token, ...]") -> Any:
-    """Convert the text of an optional setting; "none" unsets the value of the config."""
-    return None if tokens[0].value == "none" else convert(kind, tokens)
 
 
 Int = Annotated[int, Parameter(converter=convert)]
@@ -37,11 +32,7 @@ Int16 = Annotated[Int, Parameter(validator=Number(gte=16))]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 Run = Annotated[
-    Path,
-    Parameter(help="Folder of a run, a checkpoint, or a model in the package (digits, cifar10)."),
-]
-HeldOut = Annotated[
-    str | None, Parameter(help="Source of the images (default: those that the run held out).")
+    Path, Parameter(help="A run's folder, a checkpoint, or a packaged model (digits, cifar10).")
 ]
 Device = Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda or cuda:N.")]
 
@@ -113,10 +104,7 @@ def more(group: str) -> Parameter:
 
 
 def settings_options(lists: bool = False) -> Any:
-    """Return a TypedDict of the fields of TrainConfig, for the options that the user gives.
-
-    With ``lists``, every value is the text of a list of values.
-    """
+    """Return a TypedDict of the fields of TrainConfig or, with ``lists``, of texts of lists."""
     from fastlangevin.learn.config import FIELDS, TYPES
 
     options = {}
@@ -127,7 +115,10 @@ def settings_options(lists: bool = False) -> Any:
         if lists:
             kind = str
         elif type(None) in get_args(kind) and name != "clamp":
-            parameter = Parameter(help=f"{text}; or none.", converter=convert_setting)
+            parameter = Parameter(
+                help=f"{text}; or none.",  # which unsets the value of the config
+                converter=lambda *args: None if args[1][0].value == "none" else convert(*args),
+            )
         elif kind is int:
             kind = Int
         options[name] = Annotated[kind, parameter]

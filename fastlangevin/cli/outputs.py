@@ -29,10 +29,7 @@ class Result:
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Ignore errors of printing if the terminal or the reader of a pipe is gone, and flush.
-
-    A command must continue then, because it may have results to save.
-    """
+    """Ignore errors if the terminal or the reader of a pipe is gone: there may be files to save."""
     with contextlib.suppress(OSError):
         yield
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
@@ -61,16 +58,14 @@ def error_line(error: Exception) -> None:
     """Print an error as one line on standard error."""
     from rich.console import Console
 
-    message = " ".join(str(error).split())
-    Console(stderr=True).print(
-        "error:", message, style="red", markup=False, soft_wrap=True, highlight=False
-    )
+    text = f"error: {' '.join(str(error).split())}"
+    Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True, highlight=False)
 
 
-def check_out(out: Path, *suffixes: str) -> None:
+def check_out(out: Path | None, *suffixes: str) -> None:
     """Raise ValueError if ``out`` is a folder or, given suffixes, has none of them."""
-    if suffixes and out.suffix not in suffixes:
+    if out is not None and suffixes and out.suffix not in suffixes:
         endings = " or ".join(", ".join(suffixes).rsplit(", ", 1))
         raise ValueError(f"--out must end in {endings}, got {out}")
-    if out.is_dir():
+    if out is not None and out.is_dir():
         raise ValueError(f"--out must be a file, got the folder {out}")

@@ -1,6 +1,5 @@
 import contextlib
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ def report(
     """Write one HTML page: samples, curves, results, diagnosis and settings.
 
     The page needs no other file and no network. Each picture in RUN is shown with the text file of
-    the same name. --compute runs reconstruct, interpolate, restore, evaluate and diagnose, and
-    reports which of them failed and why. The page of a model without a run has no curves, but
-    samples, interpolations and short fits of reconstructions, which are always computed.
+    the same name. --compute runs reconstruct, interpolate, restore, evaluate and diagnose, which
+    takes minutes, and reports which of them failed and why. The page of a model without a run has
+    no curves, but samples, interpolations and short fits of reconstructions, always computed.
 
     Args:
         out: The page (default: report.html in RUN; in the working directory for a model without a
@@ -55,9 +54,7 @@ def _compute(run: Path, folder: Path, device: str, everything: bool) -> None:
     from fastlangevin.learn.html_report import ITERATION, age, find_weights
 
     weights = find_weights(run)
-    commands: dict[str, Callable[..., Result]] = {
-        "reconstructed.png": reconstruct, "interpolated.png": interpolate,
-    }  # fmt: skip
+    commands: dict[str, Any] = {"reconstructed.png": reconstruct, "interpolated.png": interpolate}
     if everything:
         commands |= {"restored.png": restore, "evaluate.json": evaluate, "diagnose.json": diagnose}
     for name, command in commands.items():

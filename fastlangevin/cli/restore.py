@@ -1,13 +1,13 @@
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.options import Chains, Count, Fit, HeldOut, Int, Run, belong, given, more
+from fastlangevin.cli.options import Chains, Count, Fit, Int, Run, belong, given, more
 from fastlangevin.cli.outputs import Result, check_out
 
 
 def restore(
     run: Run, /, *, operator: str = "mask", method: str = "posterior", n: Count = 8,
-    answers: Count = 4, out: Path = Path("restored.png"), images: HeldOut = None,
+    answers: Count = 4, out: Path = Path("restored.png"), images: str | None = None,
     mask: str | None = None, factor: Int | None = None, sigma: float | None = None,
     zeta: float | None = None, chains: Chains = Chains(),
     fit: Annotated[Fit | None, more("Fit (--method latent)")] = None,
@@ -23,6 +23,7 @@ def restore(
         n: Number of images, 1 or more.
         answers: Answers per image, 1 or more.
         out: A .png, or a .npz of images, y and x of shape [n, answers, C, H, W].
+        images: Source of the images (default: those that the run held out).
         mask: The mask: box, half, or a picture or .npy in which 0 marks hidden pixels (default:
             box).
         factor: Factor of downsample (default: 2).

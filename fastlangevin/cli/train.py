@@ -31,7 +31,6 @@ def train(
     from fastlangevin.learn.train import train as learn
 
     stop = StopRequest()
-    name = Path(config or "digits").stem
     if resume:
         if out is None:
             raise ValueError("--resume needs --out, the folder of the run")
@@ -40,14 +39,13 @@ def train(
         if run_folder.is_run(out):
             config = str(out / run_folder.CONFIG)
     resolved = resolve(config, settings)
-    folder = out or run_folder.free_folder(Path("runs") / name)
+    folder = out or run_folder.free_folder(Path("runs") / Path(config or "digits").stem)
     with _progress(resolved.iterations) as report:
         last = learn(resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop)
     text = table(
-        ("checkpoint", str(last)),
-        ("samples", str(folder / "samples.png")),
+        ("checkpoint", str(last)), ("samples", str(folder / "samples.png")),
         ("settings", str(folder / run_folder.CONFIG)),
-    )
+    )  # fmt: skip
     if stop.signal is None or int(last.stem) == resolved.iterations:
         return Result(text)
     note(f"stopped at {int(last.stem)} of {resolved.iterations}; continue with --resume")
