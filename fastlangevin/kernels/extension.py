@@ -26,6 +26,16 @@ try:
 except ImportError as error:
     _why_missing = str(error)
 
+_NAMES = (
+    "ACTIVATIONS", "CUDA", "ConvNet", "DTYPES", "MAX_DIMS", "apply_signs",
+    "fill_noise", "instruction_set", "langevin_step", "pack_signs",
+)  # fmt: skip
+if missing := [name for name in _NAMES if library is not None and not hasattr(library, name)]:
+    raise ImportError(
+        f"the compiled extension {library.__file__} is out of date, it has no {missing[0]}: "
+        "reinstall fastlangevin (pip install -e .)"
+    )
+
 # The dtypes that the kernels read and write, and the extension's numbers for them.
 DTYPES: dict[torch.dtype, int] = (
     {} if library is None else {getattr(torch, name): k for name, k in library.DTYPES.items()}
