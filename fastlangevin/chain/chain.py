@@ -277,7 +277,7 @@ class Chain(NamedTuple):
         if not in_memory(x):
             return  # Python cannot branch on tensors without values, or on those of transforms
         # A sum is finite only if all its terms are, and it takes one pass over memory.
-        if all(math.isfinite(v.sum()) for v in (x, energies) if v is not None):
+        if all(math.isfinite(v.detach().sum()) for v in (x, energies) if v is not None):
             return
         finite = torch.isfinite(rows(x)).all(1)
         if energies is not None and energies.numel():

@@ -312,3 +312,36 @@ def test_what_a_replay_could_not_repeat_is_refused(
     energy = Energy(forward, a=conv())
     with pytest.raises(RuntimeError, match=reason):
         LangevinSampler(energy, 1, gradient="explicit")(torch.randn(N, *SHAPE), seed=0)
+
+
+class KeepsItsWeight(nn.Module):
+    """A convolution that keeps the weight that each forward computes as an attribute."""
+
+    def __init__(self, of_state: bool = False, reads: bool = False) -> None:
+        super().__init__()
+        self.conv, self.of_state, self.reads = conv(), of_state, reads
+        self.kept = torch.ones_like(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight / self.conv.weight.detach().norm()
+        before, self.kept = self.kept, x[:1] if self.of_state else weight
+        out = F.conv2d(x, weight, padding=1).tanh().flatten(1).sum(1)
+        return out * before.mean() if self.reads else out
+
+
+@pytest.mark.parametrize("options", [{}, {"of_state": True}, {"reads": True}])
+def test_a_weight_kept_as_an_attribute_is_recorded_unless_it_matters(
+    options: dict[str, bool],
+) -> None:
+    """The attribute may be written anew in each run, but not read first or hold a state."""
+    torch.manual_seed(0)
+    energy = KeepsItsWeight(**options)
+    kept, x0 = energy.kept, torch.randn(N, *SHAPE)
+    choice = LangevinSampler(energy, 2).choose_engine(x0, {})
+    assert (choice.name == "autograd") == bool(options)
+    assert energy.kept is kept
+    ends = []
+    for gradient in ("auto", "autograd"):
+        energy.kept = kept
+        ends.append(LangevinSampler(energy, 3, 0.05, gradient=gradient)(x0, seed=0))
+    torch.testing.assert_close(*ends)

@@ -186,6 +186,8 @@ def _record(
             trace = replace(trace.with_arguments(model_kwargs), is_autocast=precision in HALVES)
             graph = _with_computed(graph, trace)
         results = RunResults(leaf.detach(), out.detach(), grad)
+        # A weight that every run computes and keeps as an attribute, without reading the last one.
+        snapshot.put_back_tensors(tracer.replaces)
         changed = watch.changed() or _refusal(("", module) for module in snapshot.modules)
         if changed is not None:
             refuse(changed)

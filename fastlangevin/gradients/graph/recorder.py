@@ -130,7 +130,7 @@ class OperatorRecorder:
 
     def is_value(self, tensor: Any) -> bool:
         """Return whether an argument is a tensor that is computed from the states."""
-        return isinstance(tensor, Tensor) and id(tensor) in self.values
+        return isinstance(tensor, Tensor) and self.slots.slot_of(tensor) in self.values
 
     def constant(self, tensor: Any, name: str) -> Constant | None:
         """Return the constant of a parameter, a buffer or a view of one, and None for None."""

@@ -45,8 +45,7 @@ class Tracer(TorchDispatchMode):
 
     def reads_state(self, tensor: Tensor) -> bool:
         """Return whether a tensor is computed from the states."""
-        entry = self._slots.get(id(tensor))
-        return entry is not None and entry[0]() is tensor and entry[1] in self._moving
+        return self._entry(tensor) in self._moving
 
     def trace(self, energies: Tensor, grad: Tensor) -> Trace:
         """Return the finished trace, which ends in these two tensors."""
@@ -120,14 +119,24 @@ class Tracer(TorchDispatchMode):
 
     def slot_of(self, tensor: Tensor) -> int:
         """Return the slot of a tensor; one that is not known yet existed before the run."""
-        entry = self._slots.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            return entry[1]
+        number = self._entry(tensor)
+        if number is not None:
+            return number
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             raise self.refuse(f"it reads a {type(tensor).__name__} of layout {tensor.layout}")
         number = self._place(tensor, self._storage_of(tensor))
         self.leaves[number] = tensor
         return number
+
+    def replaces(self, before: Tensor, now: Tensor) -> bool:
+        """Return whether the run made a tensor, without the states, and did not read another."""
+        made = self._entry(now)
+        return made is not None and made not in self._moving and self._entry(before) is None
+
+    def _entry(self, tensor: Tensor) -> int | None:
+        """Return the slot of a tensor of the run, or None for another tensor."""
+        entry = self._slots.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
 
     def sharing(self, slot: int) -> list[int]:
         """Return the slots of the tensors that have the memory of a slot's tensor."""
@@ -135,9 +144,9 @@ class Tracer(TorchDispatchMode):
         return [number for number, value in self.values.items() if value.storage == storage]
 
     def _output(self, tensor: Tensor, inputs: list[Tensor]) -> int:
-        entry = self._slots.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            return entry[1]  # an operator in place returns its argument
+        number = self._entry(tensor)
+        if number is not None:
+            return number  # an operator in place returns its argument
         address = tensor.untyped_storage().data_ptr()
         storage = self._count
         for other in inputs:
