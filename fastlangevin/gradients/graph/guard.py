@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.modules import module as _module
 
 from fastlangevin.gradients.graph.snapshot import Snapshot
+from fastlangevin.kernels.memory import in_memory
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
@@ -37,12 +38,15 @@ class Guard:
         self._hooks = _hooks(snapshot.modules)
 
     def holds(self, energy: Callable[..., Any], x: Tensor, model_kwargs: dict[str, Any]) -> bool:
-        """Return whether a call with these arguments would run the recorded operators."""
+        """Return whether a call with these arguments would run the recorded operators.
+
+        Raises RuntimeError if the memory of a weight was freed.
+        """
         return (
             energy == self.energy
             and self._call == _described(x, model_kwargs)
             and all(type(module).forward is forward for module, forward in self._forwards)
-            and all(_layout(tensor) == layout for tensor, layout in self._layouts)
+            and all(in_memory(t) and _layout(t) == layout for t, layout in self._layouts)
             and self._hooks == _hooks(module for module, _ in self._forwards)
             and self.snapshot.changed() is None
         )
