@@ -374,15 +374,18 @@ struct Chunk {
     const Ends<N> ends{grads(1) + n * net.buffers[1].chain, 0, 0};
     const auto each = [&](int64_t to, int, Float sum) { Vector::store(products + to, sum); };
     run_pass<N>(net.spread.products, ends, 1, batch.packed, each);
+    const int64_t channel = batch.grad_strides[1];
+    float* chain = batch.grad + (first + n) * batch.grad_strides[0];
     for (const ConvPass& pass : net.plans[0].backward) {
+      const int32_t *taps = pass.taps.data(), *end = taps + pass.taps.size();
       for (size_t k = 0; k < pass.to.size(); ++k) {
         const float* from = products + pass.from[k];
-        float* grad = grad_at(first, n * buffer.chain + pass.to[k]);
+        float* grad = chain + pass.y[k] * batch.grad_strides[2] + pass.x[k] * batch.grad_strides[3];
         for (int c = 0; c < buffer.channels; c += 4) {
           Four::Float sum = Four::Float{};
-          for (const int32_t tap : pass.taps) sum += Four::load(from + tap + c);
+          for (const int32_t* tap = taps; tap != end; ++tap) sum += Four::load(from + *tap + c);
           const int count = std::min(4, buffer.channels - c);
-          for (int i = 0; i < count; ++i) grad[(c + i) * batch.grad_strides[1]] = sum[i];
+          for (int i = 0; i < count; ++i) grad[(c + i) * channel] = sum[i];
         }
       }
     }

@@ -71,6 +71,7 @@ struct ConvBuffer {
 struct ConvPass {
   int64_t in, out;               // channels
   std::vector<int32_t> from{}, to{};  // where every pixel of a chain reads and where it writes
+  std::vector<int32_t> y{}, x{};      // of an input gradient: the pixel that it writes
   std::vector<int32_t> taps{};
   std::vector<int32_t> rows{};    // the kernel's positions ky * kw + kx, in order
   int64_t steps = 0;              // words to multiply from each tap on: those of its channels, and
