@@ -200,7 +200,7 @@ bool is_smooth(Activation activation) {
 
 // Whether the gradient of a layer is computed from the values that it has read.
 bool rereads(LayerKind kind) {
-  return kind == LayerKind::kMultiply || kind == LayerKind::kLogSumExp;
+  return kind == LayerKind::kMultiply || kind == LayerKind::kLogSumExp || kind == LayerKind::kNorm;
 }
 
 // Sets how parts of every value's gradient arrive, and returns how many there are.
@@ -311,7 +311,8 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     }
     const auto take = [&](int64_t words) { return (net.packed += words) - words; };
     plan.bias = take(round_up(layer.out, lanes));
-    if (layer.kind == LayerKind::kPointwise) plan.factors = take(round_up(layer.out, lanes));
+    const bool weighs = layer.kind == LayerKind::kPointwise || layer.kind == LayerKind::kNorm;
+    if (weighs) plan.factors = take(round_up(layer.out, lanes));
     plan.settings = take(lanes);
   }
   net.scratch = net.spread.values * sizeof(float);

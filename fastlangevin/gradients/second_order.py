@@ -40,8 +40,8 @@ def refusal(graph: Graph, precision: str | None) -> str | None:
     if precision in HALVES or graph.dtype not in (torch.float32, torch.float64):
         return "the network runs in half precision"
     for node in graph.nodes:
-        if node.kind == "mul":
-            return "a product of two values has no second-order rule"
+        if node.kind in ("mul", "max_pool", "group_norm"):
+            return f"{node.kind} has no second-order rule"
         if node.kind not in ("conv", "linear") and any(
             constant is not None and constant.base.requires_grad for constant in node.constants
         ):
