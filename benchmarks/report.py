@@ -13,7 +13,13 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import report_chain, report_memory, report_migrate, report_train
+from benchmarks import (
+    report_chain,
+    report_memory,
+    report_migrate,
+    report_networks,
+    report_train,
+)
 from benchmarks.tables import MISSING, TITLES, Row, about, number, pyplot, save_plot
 from fastlangevin.learn.sweep.report import table
 
@@ -27,6 +33,7 @@ FAST = {"cpu": ("native",), "cuda": ("native", "triton")}
 RATIOS = "eager in place", "torch.compile"
 _BENCHMARKS = {
     "chain": "A step of a chain, network and all",
+    "networks": "A step of a chain on other networks",
     "chain_memory": "Gradients through a chain",
     "step": "The update alone",
     "migrate": "Loops and their presets",
@@ -36,6 +43,7 @@ _OTHERS = {
     "chain": report_chain,
     "chain_memory": report_memory,
     "migrate": report_migrate,
+    "networks": report_networks,
     "train_peers": report_train,
 }
 
@@ -56,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.readme.write_text(insert(text, report(files, short=True)))
     if options.plots:
         for content in files:
-            if content["benchmark"] == "migrate":
-                continue  # it has a table only
+            if content["benchmark"] in ("migrate", "networks"):
+                continue  # they have tables only
             draw = plot if content["benchmark"] == "step" else _OTHERS[content["benchmark"]].plot
             draw(content, options.plots / f"{content['benchmark']}-{content['device']}.svg")
 

@@ -151,6 +151,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": [flag for flag in _cpu_line("flags").split() if flag[:3] in ("avx", "amx")],
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": gpu and gpu.name,
         "gpu_architecture": gpu and f"{gpu.major}.{gpu.minor}",
@@ -176,12 +177,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _cpu_name() -> str:
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_line(name: str) -> str:
+    """The first value of that name in /proc/cpuinfo, or an empty string."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return ""
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+    return next(values, "")
 
 
 def _version(package: str) -> str | None:

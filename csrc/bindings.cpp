@@ -172,6 +172,27 @@ void convnet_score(const ConvNet& net, int64_t chains, int64_t chunk, uintptr_t 
   cpu::convnet_score(net, batch, reinterpret_cast<void*>(workspace), threads);
 }
 
+// A profile function of a thread. `watched` is the pair (owners, called): before a method in C of one
+// of the owners runs, called(frame of the caller) does.
+int on_profile_event(PyObject* watched, PyFrameObject* frame, int event, PyObject* function) {
+  if (event != PyTrace_C_CALL || !PyCFunction_Check(function)) return 0;
+  PyObject* owner = PyCFunction_GET_SELF(function);
+  PyObject* owners = PyTuple_GET_ITEM(watched, 0);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(owners); ++i) {
+    if (PyTuple_GET_ITEM(owners, i) != owner) continue;
+    PyObject* result = PyObject_CallFunctionObjArgs(
+        PyTuple_GET_ITEM(watched, 1), reinterpret_cast<PyObject*>(frame), nullptr);
+    if (result == nullptr) return -1;
+    Py_DECREF(result);
+    return 0;
+  }
+  return 0;
+}
+
+void watch_methods(py::tuple owners, py::object called) {
+  PyEval_SetProfile(&on_profile_event, py::make_tuple(owners, called).ptr());
+}
+
 }  // namespace
 }  // namespace fastlangevin
 
@@ -220,6 +241,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("heads", &fl::head_places)
       .def("pack", &fl::pack_weights)
       .def("score", &fl::convnet_score);
+  module.def("watch_methods", &fl::watch_methods);
   module.def("instruction_set", &fl::cpu::instruction_set);
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
   module.attr("MAX_DIMS") = fl::kMaxDims;

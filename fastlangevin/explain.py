@@ -22,7 +22,7 @@ _ORDER_TEXT = {
 }
 _ENGINE_TEXT = {
     "autograd": "forward pass and input gradient by autograd",
-    "explicit": "explicit forward pass and input gradient in torch operators, no weight gradients",
+    "explicit": "recorded forward pass and input gradient in torch operators, without autograd",
     "fused": "kernels that take a few chains at a time through the whole network and back",
     "network": "the output of the network itself, without energies",
 }
@@ -81,8 +81,10 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
     lines = [f"gradient   {choice.name}: {_ENGINE_TEXT[choice.name]}; {precision_text}"]
     lines += [f"{_INDENT}not {name}: {reason}" for name, reason in choice.why_not.items()]
     if started and x.shape[0] and choice.name != "network":
-        graph = choice.graph or recognise(chain.energy, x, chain.model_kwargs)
-        lines += _explain_cost(choice, None if isinstance(graph, str) else graph, x, precision)
+        graph: Graph | str | None = choice.graph
+        if choice.engine is None:
+            graph = recognise(chain.energy, x, chain.model_kwargs)
+        lines += _explain_cost(choice, graph if isinstance(graph, Graph) else None, x, precision)
     lines.append(f"graph      {graphs.explain(chain, x, choice)}")
     return lines
 

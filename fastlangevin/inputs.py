@@ -17,7 +17,7 @@ from fastlangevin.arguments import (
     check_strided,
     check_tensor,
 )
-from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.network import modules_of, tensors_of
 
 
 def check_energy(op: str, energy: Any) -> None:
@@ -61,22 +61,22 @@ def check_energy(op: str, energy: Any) -> None:
 
 def check_tensors(op: str, energy: Callable[..., Any], device: torch.device) -> None:
     """ValueError unless the energy's tensors have values and some of them are on ``device``."""
-    devices = []
-    for module in modules_of(energy):
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if nn.parameter.is_lazy(tensor):
-                raise ValueError(
-                    f"{op}: the energy's {name} has no shape yet because its module is lazy; call "
-                    "energy(x0) once before you make optimizers and samplers"
-                )
-            if tensor.is_meta and device.type != "meta":
-                raise ValueError(
-                    f"{op}: the energy's {name} is on the meta device, which holds no values; "
-                    "load weights by load_state_dict(..., assign=True), or after to_empty(device=)"
-                )
-            devices.append(tensor.device)
-    if devices and device not in devices:
-        raise ValueError(f"{op}: x0 is on {device}, the energy on {devices[0]}; move one of them")
+    tensors = tensors_of(energy)
+    for tensor in tensors:
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{op}: the energy's {_name_of(tensor, energy)} has no shape yet because its "
+                "module is lazy; call energy(x0) once before you make optimizers and samplers"
+            )
+        if tensor.is_meta and device.type != "meta":
+            raise ValueError(
+                f"{op}: the energy's {_name_of(tensor, energy)} is on the meta device, which holds "
+                "no values; load weights by load_state_dict(..., assign=True), or after "
+                "to_empty(device=)"
+            )
+    if tensors and all(tensor.device != device for tensor in tensors):
+        owner = tensors[0].device
+        raise ValueError(f"{op}: x0 is on {device}, the energy on {owner}; move one of them")
 
 
 def copy_state(op: str, x0: Any, energy: Callable[..., Any]) -> Tensor:
@@ -107,6 +107,13 @@ def check_noise(op: str, noise: Any, shape: Sequence[int], device: torch.device)
     check_floating(op, "noise", noise)
     check_shape(op, "noise", noise, shape, "shape [steps, *x0.shape] =")
     check_device(op, "noise", noise, device, "x0")
+
+
+def _name_of(tensor: Tensor, energy: Callable[..., Any]) -> str:
+    """The name of a parameter or buffer of the energy's module."""
+    (module,) = modules_of(energy)
+    named = (*module.named_parameters(), *module.named_buffers())
+    return next(name for name, one in named if one is tensor)
 
 
 def _has_no_forward(module: nn.Module) -> bool:

@@ -127,10 +127,9 @@ class LangevinSampler:
             switches during each evaluation if they differ; other threads share these switches. With
             ``checkpoint="none"`` the backward pass of a differentiable chain runs as torch is set.
         backend: Backend of the update: "auto", "native", "triton" or "reference".
-        gradient: Engine that computes dE/dx. "autograd" differentiates any energy. "explicit" runs
-            an explicit forward pass and input gradient; it supports modules made of 2-D
-            convolutions, linear layers, common activations, average pools and sums. "fused" runs
-            custom kernels; it supports plain stacks of convolutions, natively on the CPU and in
+        gradient: Engine that computes dE/dx. "autograd" differentiates any energy. "explicit"
+            replays its operators, recorded once, without autograd. "fused" runs networks of known
+            layers in custom kernels, natively on the CPU, and plain stacks of convolutions in
             Triton on GPUs, where it must be named because it has not been measured there. "auto"
             takes the fastest engine that supports the energy; :meth:`explain` says which.
             Differentiable chains use the explicit engine, with its second-order pass, in place of

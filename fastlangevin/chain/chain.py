@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.settings import Settings
-from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.autograd import EnergyGradient
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.engine_cache import EngineCache
 from fastlangevin.gradients.fused_gpu import FusedGradient
@@ -87,8 +88,9 @@ class Chain(NamedTuple):
     step_kwargs: Mapping[str, Any] = {}  # by name, values with one entry per step
     # int64 [2] on the device: a seed to use instead, and a number to add to every step's number.
     rng_state: Tensor | None = None
-    # Guards the energy's own code; made once and shared by all steps of a call.
+    # These guard and differentiate the energy's own code; all steps of a call share them.
     isolation: Isolation | None = None
+    energy_gradient: EnergyGradient | None = None  # None also for a score network
 
     def walk(
         self, x: Tensor, want_energies: bool = False, choice: EngineChoice | None = None
@@ -116,13 +118,17 @@ class Chain(NamedTuple):
         They only launch work and never wait for its results.
         """
         run = resolve_backend(self.settings.backend, x.device)
+        last = self.settings.steps - 1
         if engine is None:
             chain = self.isolated(x.device)
-            strides = self._strides(run, x, lambda k: chain.evaluate(x, k))
+            strides = self._strides(
+                run,
+                x,
+                lambda k: chain.evaluate(x, k, want_energies=want_energies or k == last),
+            )
         elif isinstance(engine, FusedGradient) and not want_energies and self._fuses():
             strides, half = self._fused_strides(engine, x), None
         else:
-            last = self.settings.steps - 1
             strides = self._strides(run, x, lambda k: engine(x, want_energies or k == last))
         for step in strides:
             if half is not None:
@@ -134,31 +140,31 @@ class Chain(NamedTuple):
     ) -> Iterator[Step]:
         """Steps along the gradient at x that ``evaluate`` returns for a step's index."""
         settings, update = self.settings, self._bound(run, x)
+        first, no_grad = self.first_step, torch.no_grad()
         for k in range(settings.steps):
-            with torch.no_grad():
+            with no_grad:
                 step_size, noise_std = (
                     at_step(settings.step_size, k),
                     at_step(settings.noise_std, k),
                 )
                 if settings.noise_order == "before":
-                    update(None, 0.0, noise_std, k)
+                    update(None, 0.0, noise_std, first + k)
                     noise_std = 0.0
                 energies, grad = evaluate(k)
-                update(grad, step_size, noise_std, k)
+                update(grad, step_size, noise_std, first + k)
             yield Step(k, x, energies, grad)
 
     def _bound(
         self, run: Callable[..., Tensor], x: Tensor
     ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
-        """The in-place update of x as a function of (grad, step_size, noise_std, k)."""
+        """The in-place update of x as a function of (grad, step_size, noise_std, step)."""
         options = self._options()
         noise, first = self.noise, self.first_step
         if noise is None and self.rng_state is None:
-            bound = bind_step(run, x, **options)
-            return lambda grad, a, b, k: bound(grad, a, b, first + k)
-        return lambda grad, a, b, k: apply_step_(
-            run, x, grad, None if noise is None else noise[k], step_size=a, noise_std=b,
-            step=first + k, **options,
+            return bind_step(run, x, **options)
+        return lambda grad, a, b, step: apply_step_(
+            run, x, grad, None if noise is None else noise[step - first], step_size=a, noise_std=b,
+            step=step, **options,
         )  # fmt: skip
 
     def _fuses(self) -> bool:
@@ -224,24 +230,31 @@ class Chain(NamedTuple):
         x = apply_step_(run, x, grad, z, step_size=step_size, noise_std=noise_std, **options)
         return Step(k, x, energies, grad)
 
-    def evaluate(self, x: Tensor, k: int, create_graph: bool = False) -> Evaluated:
+    def evaluate(
+        self, x: Tensor, k: int, create_graph: bool = False, want_energies: bool = True
+    ) -> Evaluated:
         """(energies or None, gradient) at step k, by the code of the energy or score network."""
-        settings = self.settings
-        run = network_score if settings.gradient == "network" else energy_and_grad
+        isolation, gradient = self.isolation, self.energy_gradient
+        if isolation is None:
+            return self.isolated(x.device).evaluate(x, k, create_graph, want_energies)
         kwargs = self.model_kwargs
         if self.step_kwargs:
             kwargs = kwargs | {name: entries[k] for name, entries in self.step_kwargs.items()}
-        isolation = self.isolation or Isolation(self.energy, x.device, self.seed)
         with isolation.step(self.first_step + k):
-            return run(isolation.network, x, kwargs, settings.precision, create_graph)
+            if gradient is not None:
+                return gradient(x, kwargs, create_graph, want_energies)
+            precision = self.settings.precision
+            return network_score(isolation.network, x, kwargs, precision, create_graph)
 
     def isolated(self, device: torch.device, twice: bool = False) -> "Self":
-        """The chain with an isolation that all its evaluations share.
+        """The chain with what all its evaluations share.
 
         ``twice`` is for steps that are differentiated twice.
         """
-        isolation = Isolation(self.energy, device, self.seed, twice)
-        return self._replace(isolation=isolation)
+        isolation, gradient = Isolation(self.energy, device, self.seed, twice), None
+        if self.settings.gradient != "network":
+            gradient = EnergyGradient(isolation.network, self.settings.precision, device)
+        return self._replace(isolation=isolation, energy_gradient=gradient)
 
     def choose(self, x: Tensor) -> EngineChoice:
         """The engine of this chain from x; the choice may run the energy once.
@@ -263,6 +276,9 @@ class Chain(NamedTuple):
         """FloatingPointError if a chain is not finite at its end, or its last energy is NaN."""
         if not in_memory(x):
             return  # Python cannot branch on tensors without values, or on those of transforms
+        # A sum is finite only if all its terms are, and it takes one pass over memory.
+        if all(math.isfinite(v.detach().sum()) for v in (x, energies) if v is not None):
+            return
         finite = torch.isfinite(rows(x)).all(1)
         if energies is not None and energies.numel():
             finite &= ~torch.isnan(energies)

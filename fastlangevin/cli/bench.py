@@ -1,20 +1,13 @@
-"""bench: time a step of a chain on this machine."""
+import re
 
 from fastlangevin.cli.options import Count, Device
 from fastlangevin.cli.outputs import Result
 
 
 def bench(
-    target: str = "digits",
-    /,
-    *,
-    shape: str | None = None,
-    batch: Count = 64,
-    steps: Count = 4,
-    seconds: float = 10.0,
-    precision: list[str] | None = None,
-    device: Device = "auto",
-) -> Result:
+    target: str = "digits", /, *, shape: str | None = None, batch: Count = 64, steps: Count = 4,
+    seconds: float = 10.0, precision: list[str] | None = None, device: Device = "auto",
+) -> Result:  # fmt: skip
     """Time a step of an energy's chain with a plain loop and with every engine.
 
     Args:
@@ -36,17 +29,15 @@ def bench(
         raise ValueError(f"--seconds must be at least 0, got {seconds}")
     torch_device = choose_device(device)
     energy = find_energy(target).to(torch_device)
-    sizes = getattr(energy, "shape", None) if shape is None else _sizes(shape)
+    if shape is None:
+        sizes = getattr(energy, "shape", None)
+    elif re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", shape):
+        sizes = tuple(map(int, shape.split(",")))
+    else:
+        raise ValueError(f"--shape must be positive integers like 3,32,32, got {shape!r}")
     if sizes is None:
         raise ValueError(f"{target} has no attribute shape: give --shape, for example 3,32,32")
     x = 2 * torch.rand((batch, *sizes), dtype=torch.float32, device=torch_device) - 1
     explanation = LangevinSampler(energy, steps=steps).explain(x)
     rows = benchmark.bench(energy, x, (None, *(precision or ())), steps, seconds)
     return Result(f"{explanation}\n\n{benchmark.table(rows)}")
-
-
-def _sizes(shape: str) -> tuple[int, ...]:
-    parts = shape.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--shape must be positive integers like 3,32,32, got {shape!r}")
-    return tuple(map(int, parts))

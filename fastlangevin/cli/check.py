@@ -1,23 +1,11 @@
-"""check: whether a classifier recognises the samples of a run."""
-
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from fastlangevin.cli.options import Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result, table
 
 
 def check(
-    run: Run,
-    /,
-    *,
-    n: Count = 256,
-    seed: Annotated[Int, Parameter(help="Seed of the samples.")] = 1,
-    sure: float = 0.5,
-    data: str | None = None,
+    run: Run, /, *, n: Count = 256, seed: Int = 1, sure: float = 0.5, data: str | None = None,
     device: Device = "auto",
-) -> Result:
+) -> Result:  # fmt: skip
     """Check, with a classifier of the real images, whether samples are recognisable.
 
     The samples pass, with exit status 0, if the classifier is more than 90 % sure of enough of them
@@ -25,6 +13,7 @@ def check(
 
     Args:
         n: Number of samples, 1 or more.
+        seed: Seed of the samples.
         sure: Fraction of samples that the classifier must be sure of.
         data: Source of the images (default: the run's).
     """
@@ -35,11 +24,8 @@ def check(
 
     judge = ClassifierCheck(load_training(run, data)[1])
     samples = judge(load(run, device=choose_device(device))(n=n, seed=seed))
-    judged = {
-        "real images": judge.of_data(),
-        "samples": samples,
-        "uniform noise": judge.of_noise(n),
-    }
+    noise = judge.of_noise(n)
+    judged = {"real images": judge.of_data(), "samples": samples, "uniform noise": noise}
     passed = samples.sure >= sure and min(samples.classes) > 0
     lines = [(name, f"sure of {c.sure:4.0%}   per class {c.classes}") for name, c in judged.items()]
     return Result(f"{table(*lines)}\n{'pass' if passed else 'fail'}", status=0 if passed else 1)

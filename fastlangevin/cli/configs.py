@@ -1,5 +1,3 @@
-"""configs: the training configs in the package."""
-
 from fastlangevin.cli.outputs import Result
 
 

@@ -1,29 +1,14 @@
-"""diagnose: how the learning of a run went, and what its chains do."""
-
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
-
-from fastlangevin.cli.options import Count, Device, Int, Run
+from fastlangevin.cli.options import Count, Device, Int, Int2, Int16, Run
 from fastlangevin.cli.outputs import Result
 
 
 def diagnose(
-    run: Run,
-    /,
-    *,
-    n: Annotated[Int, Parameter(validator=Number(gte=16))] = 256,
-    long: Count = 10,
-    starts: Annotated[Int, Parameter(validator=Number(gte=2))] = 16,
-    lags: Count = 15,
-    seed: Annotated[Int, Parameter(help="Seed of the data, the chains and the noise.")] = 1,
-    out: Path | None = None,
-    data: str | None = None,
-    device: Device = "auto",
+    run: Run, /, *, n: Int16 = 256, long: Count = 10, starts: Int2 = 16, lags: Count = 15,
+    seed: Int = 1, out: Path | None = None, data: str | None = None, device: Device = "auto",
     averaged: bool = False,
-) -> Result:
+) -> Result:  # fmt: skip
     """Show how learning went, whether moments match, and what the chains do.
 
     Moments of the data and of samples are compared after each layer of the energy. The command
@@ -35,30 +20,16 @@ def diagnose(
         long: Length of the long run, in units of the run's number of steps, 1 or more.
         starts: Number of starting points, and of noises, for the mixing, 2 or more.
         lags: Number of lags of the correlations, 1 or more.
+        seed: Seed of the data, the chains and the noise.
         out: Folder for the files (default: the run's; none for a model without a run).
         data: Source of the images (default: the run's).
         averaged: Diagnose the moving average of the weights instead of the weights.
     """
-    from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
-    from fastlangevin.learn.diagnosis import report
     from fastlangevin.learn.diagnosis.of_run import diagnose_run
     from fastlangevin.learn.run_data import load_training
 
-    checkpoint = find_checkpoint(run)
-    diagnosis = diagnose_run(
-        checkpoint,
-        *load_training(checkpoint, data),
-        n=n,
-        seed=seed,
-        device=device,
-        averaged=averaged,
-        long=long,
-        starts=starts,
-        lags=lags,
-    )
-    files: list[Path] = []
-    if (folder := out or run_folder(checkpoint)) is not None:
-        iteration = read_checkpoint(checkpoint)[1]["iteration"]
-        facts = {"iteration": iteration, "averaged": averaged, "seed": seed}
-        files = report.save(diagnosis, folder, f"{checkpoint.stem}, {n} chains", **facts)
-    return Result(report.to_text(diagnosis), files)
+    diagnosed = diagnose_run(
+        run, *load_training(run, data), n=n, seed=seed, device=device, averaged=averaged,
+        long=long, starts=starts, lags=lags,
+    )  # fmt: skip
+    return Result(diagnosed.text(), diagnosed.save(out))

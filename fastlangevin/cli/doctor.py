@@ -1,5 +1,3 @@
-"""doctor: show what is installed and what runs on this machine."""
-
 from fastlangevin.cli.outputs import Result
 
 

@@ -1,37 +1,15 @@
-"""evaluate: how good the samples of a run are, and whether they are new."""
-
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
-
-from fastlangevin.cli.options import Averaged, Count, Device, Int, Run
+from fastlangevin.cli.options import Count, Device, Int, Int8, Run
 from fastlangevin.cli.outputs import Result, check_out
-
-Many = Annotated[Int, Parameter(validator=Number(gte=8))]
 
 
 def evaluate(
-    run: Run,
-    /,
-    *,
-    n: Many | None = None,
-    samples: str | None = None,
-    features: str = "auto",
-    reference: Many = 2048,
-    noise: list[float] | None = None,
-    quantise: bool = True,
-    k: Count = 3,
-    seed: Annotated[
-        Int, Parameter(help="Seed of the samples, the noise and the choice of the data.")
-    ] = 1,
-    out: Path | None = None,
-    data: str | None = None,
-    images: str | None = None,
-    device: Device = "auto",
-    averaged: Averaged = True,
-) -> Result:
+    run: Run, /, *, n: Int8 | None = None, samples: str | None = None, features: str = "auto",
+    reference: Int8 = 2048, noise: list[float] | None = None, quantise: bool = True, k: Count = 3,
+    seed: Int = 1, out: Path | None = None, data: str | None = None, images: str | None = None,
+    device: Device = "auto", averaged: bool = True,
+) -> Result:  # fmt: skip
     """Compare samples with held-out data, noisy data and uniform noise.
 
     The table shows the Frechet and kernel distances, precision and recall, the inception score, and
@@ -49,38 +27,22 @@ def evaluate(
         noise: Standard deviation of the noise on the noisy data; repeatable (default: 0.3).
         quantise: Round all images to 256 levels, as in picture files.
         k: Neighbours counted for precision and recall, 1 or more.
+        seed: Seed of the samples, the noise and the choice of the data.
         out: JSON file for the figures (default: evaluate.json in the run's folder; none for a model
             without a run or with --samples).
         data: Source of the training images (default: the run's).
         images: Source of the held-out images (default: those that the run held out).
+        averaged: Use the moving average of the weights, if there is one.
     """
-    from fastlangevin.learn import evaluation
-    from fastlangevin.learn.checkpoint import find_checkpoint, run_folder
     from fastlangevin.learn.evaluation.of_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
-    if out is not None:
-        check_out(out)
+    check_out(out)
     if samples is not None and not averaged:
         raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
-    checkpoint = find_checkpoint(run)
     evaluated = evaluate_run(
-        checkpoint,
-        *load_training(checkpoint, data),
-        n=n,
-        samples=samples,
-        images=images,
-        features=features,
-        reference=reference,
-        noise=(0.3,) if noise is None else noise,
-        quantise=quantise,
-        k=k,
-        seed=seed,
-        device=device,
-        averaged=averaged,
-    )
-    folder = run_folder(checkpoint) if samples is None else None
-    path = out or (folder and folder / "evaluate.json")
-    if path is not None:
-        evaluation.evaluate.save(evaluated.evaluation, path, run=str(run), **evaluated.facts)
-    return Result(evaluated.text(), [] if path is None else [path])
+        run, *load_training(run, data), n=n, samples=samples, images=images, features=features,
+        reference=reference, noise=noise or (0.3,), quantise=quantise, k=k, seed=seed,
+        device=device, averaged=averaged,
+    )  # fmt: skip
+    return Result(evaluated.text(), evaluated.save(out))

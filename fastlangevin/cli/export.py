@@ -1,5 +1,3 @@
-"""export: write the weights of a run as a small checkpoint."""
-
 from pathlib import Path
 
 from fastlangevin.cli.options import Run

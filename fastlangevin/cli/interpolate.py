@@ -1,24 +1,15 @@
-"""interpolate: run chains from points between two starting points."""
-
 from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Run, ShortFit, belong, more
-from fastlangevin.cli.outputs import Result, check_out, note, table
+from fastlangevin.cli.outputs import Result, check_out, note
 
 
 def interpolate(
-    run: Run,
-    /,
-    *,
-    n: Count = 8,
-    out: Path = Path("interpolated.png"),
-    frames: Count | None = None,
-    images: str | None = None,
-    noise: str = "off",
-    chains: Chains = Chains(),
+    run: Run, /, *, n: Count = 8, out: Path = Path("interpolated.png"), frames: Count | None = None,
+    images: str | None = None, noise: str = "off", chains: Chains = Chains(),
     fit: Annotated[ShortFit | None, more("Fit (--images)")] = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Run chains from points between two starting points.
 
     The points between z1 and z2 are rho z1 + sqrt(1 - rho^2) z2. By default, z1 and z2 are random.
@@ -40,15 +31,9 @@ def interpolate(
         belong(fit or (), "--images")
     elif noise != "off":
         raise ValueError("--noise belongs to random starts: --images has them fitted without noise")
+    frames = frames or (25 if out.suffix == ".gif" else 9)
     result = interpolate_run(
-        run,
-        chains.load(run),
-        n=n,
-        frames=frames or (25 if out.suffix == ".gif" else 9),
-        images=images,
-        noise=noise,
-        seed=chains.seed,
+        run, chains.load(run), n=n, frames=frames, images=images, noise=noise, seed=chains.seed,
         **fit or {},
-    )
-    result.save(out, chains.tile)
-    return Result(table(*result.rows(), *confidence_rows(run, result.x, note)), [out])
+    )  # fmt: skip
+    return chains.save(result, out, *confidence_rows(run, result.x, note))

@@ -9,30 +9,32 @@ from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 from typing_extensions import TypedDict
 
+from fastlangevin.cli.outputs import Result, table
 
-def whole(_: Any, tokens: "tuple[Token, ...]") -> int:
-    """Convert to a whole number; cyclopts alone would round 2.5."""
+FRAMES = 50  # most frames of a GIF after the first
+
+
+def convert(kind: Any, tokens: "tuple[Token, ...]") -> Any:
+    """Convert the text of an option; cyclopts alone would round 2.5 to a whole number."""
+    text, kinds = tokens[0].value, get_args(kind) or (kind,)
     try:
-        return int(tokens[0].value)
+        return int(text) if int in kinds else float(text) if float in kinds else text
     except ValueError:
-        raise ValueError(f"expected a whole number, got {tokens[0].value!r}") from None
+        what = "a whole number" if int in kinds else "a number"
+        raise ValueError(f"expected {what}, got {text!r}") from None
 
 
-Int = Annotated[int, Parameter(converter=whole)]
-Count = Annotated[int, Parameter(converter=whole, validator=Number(gte=1))]
+Int = Annotated[int, Parameter(converter=convert)]
+Count = Annotated[Int, Parameter(validator=Number(gte=1))]
+Int2 = Annotated[Int, Parameter(validator=Number(gte=2))]
+Int8 = Annotated[Int, Parameter(validator=Number(gte=8))]
+Int16 = Annotated[Int, Parameter(validator=Number(gte=16))]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 Run = Annotated[
-    Path,
-    Parameter(help="Folder of a run, a checkpoint, or a model in the package (digits, cifar10)."),
-]
-HeldOut = Annotated[
-    str | None, Parameter(help="Source of the images (default: those that the run held out).")
+    Path, Parameter(help="A run's folder, a checkpoint, or a packaged model (digits, cifar10).")
 ]
 Device = Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda or cuda:N.")]
-Averaged = Annotated[
-    bool, Parameter(help="Use the moving average of the weights, if there is one.")
-]
 
 
 @Parameter(name="*")
@@ -44,13 +46,14 @@ class Chains:
         seed: Seed of the starting points and the noise.
         steps: Number of Langevin steps, 1 or more (default: the run's).
         tile: Enlarge small images to about this many pixels per side.
+        averaged: Use the moving average of the weights, if there is one.
     """
 
     seed: Int = 0
     steps: Count | None = None
     tile: Count = 32
     device: Device = "auto"
-    averaged: Averaged = True
+    averaged: bool = True
 
     def load(self, run: Path) -> Any:
         """Load the sampler of a run, a checkpoint or a model in the package."""
@@ -60,9 +63,14 @@ class Chains:
         changes: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         return load(run, device=choose_device(self.device), averaged=self.averaged, **changes)
 
+    def save(self, result: Any, out: Path, *rows: tuple[str, str]) -> Result:
+        """Save the result of a task, and return its rows and ``rows`` as the command's."""
+        result.save(out, self.tile)
+        return Result(table(*result.rows(), *rows), [out])
+
 
 class ShortFit(TypedDict, total=False):
-    """The options of a fit of starting points that the user gave."""
+    """Options of a fit of starting points, as far as the user gave them."""
 
     restarts: Annotated[
         Count, Parameter(help="Fits per image; the best one counts (default: 4; restore: 1).")
@@ -96,10 +104,7 @@ def more(group: str) -> Parameter:
 
 
 def settings_options(lists: bool = False) -> Any:
-    """Return a TypedDict of the fields of TrainConfig, for the options that the user gives.
-
-    With ``lists``, every value is the text of a list of values.
-    """
+    """Return a TypedDict of the fields of TrainConfig or, with ``lists``, of texts of lists."""
     from fastlangevin.learn.config import FIELDS, TYPES
 
     options = {}
@@ -110,19 +115,14 @@ def settings_options(lists: bool = False) -> Any:
         if lists:
             kind = str
         elif type(None) in get_args(kind) and name != "clamp":
-            parameter = Parameter(help=f"{text}; or none.", converter=_or_none)
+            parameter = Parameter(
+                help=f"{text}; or none.",  # which unsets the value of the config
+                converter=lambda *args: None if args[1][0].value == "none" else convert(*args),
+            )
         elif kind is int:
-            parameter = Parameter(help=f"{text}.", converter=whole)
+            kind = Int
         options[name] = Annotated[kind, parameter]
     return TypedDict("Settings", options, total=False) | None  # type: ignore[operator]
-
-
-def _or_none(kind: Any, tokens: "tuple[Token, ...]") -> Any:
-    """Convert the value of an optional setting; "none" unsets the value of the config."""
-    value, kinds = tokens[0].value, get_args(kind) or (kind,)
-    if value == "none":
-        return None
-    return whole(kind, tokens) if int in kinds else float(value) if float in kinds else value
 
 
 def given(**options: Any) -> dict[str, Any]:

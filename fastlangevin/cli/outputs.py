@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +20,18 @@ class Result:
     status: int = 0
 
     def print(self) -> None:
-        """Print the text, then the files, one per line. A closed standard output is ignored."""
-        with contextlib.suppress(OSError):
+        """Print the text, then the files, one per line."""
+        with printing():
             for line in (self.text, *map(str, self.files)):
                 if line:
                     print(line)
-        flush()
 
 
-def flush() -> None:
-    """Flush the standard streams; replace one whose reader is gone by the null device."""
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Ignore errors if the terminal or the reader of a pipe is gone: there may be files to save."""
+    with contextlib.suppress(OSError):
+        yield
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()
@@ -48,23 +50,22 @@ def table(*rows: tuple[str, str]) -> str:
 
 def note(text: str) -> None:
     """Print a line to standard error. It is not part of the result."""
-    print(text, file=sys.stderr, flush=True)
+    with printing():
+        print(text, file=sys.stderr)
 
 
 def error_line(error: Exception) -> None:
     """Print an error as one line on standard error."""
     from rich.console import Console
 
-    message = " ".join(str(error).split())
-    Console(stderr=True).print(
-        "error:", message, style="red", markup=False, soft_wrap=True, highlight=False
-    )
+    text = f"error: {' '.join(str(error).split())}"
+    Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True, highlight=False)
 
 
-def check_out(out: Path, *suffixes: str) -> None:
+def check_out(out: Path | None, *suffixes: str) -> None:
     """Raise ValueError if ``out`` is a folder or, given suffixes, has none of them."""
-    if suffixes and out.suffix not in suffixes:
+    if out is not None and suffixes and out.suffix not in suffixes:
         endings = " or ".join(", ".join(suffixes).rsplit(", ", 1))
         raise ValueError(f"--out must end in {endings}, got {out}")
-    if out.is_dir():
+    if out is not None and out.is_dir():
         raise ValueError(f"--out must be a file, got the folder {out}")

@@ -1,23 +1,14 @@
-"""reconstruct: fit starting points whose chains end at given images."""
-
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.options import Chains, Count, Fit, HeldOut, Run, more
-from fastlangevin.cli.outputs import Result, check_out, table
+from fastlangevin.cli.options import Chains, Count, Fit, Run, more
+from fastlangevin.cli.outputs import Result, check_out
 
 
 def reconstruct(
-    run: Run,
-    /,
-    *,
-    n: Count = 16,
-    out: Path = Path("reconstructed.png"),
-    images: HeldOut = None,
-    samples: Count = 64,
-    chains: Chains = Chains(),
-    fit: Annotated[Fit | None, more("Fit")] = None,
-) -> Result:
+    run: Run, /, *, n: Count = 16, out: Path = Path("reconstructed.png"), images: str | None = None,
+    samples: Count = 64, chains: Chains = Chains(), fit: Annotated[Fit | None, more("Fit")] = None,
+) -> Result:  # fmt: skip
     """Fit starting points whose chains end at held-out images.
 
     The picture has a row of images, a row of reconstructions, and a row of the nearest random
@@ -26,6 +17,7 @@ def reconstruct(
     Args:
         n: Number of images, 1 or more.
         out: A .png, or a .npz of images, x, z and error.
+        images: Source of the images (default: those that the run held out).
         samples: Number of random samples, 1 or more; the nearest one is shown for comparison.
     """
     from fastlangevin.learn.tasks.of_run import reconstruct_run
@@ -34,5 +26,4 @@ def reconstruct(
     result = reconstruct_run(
         run, chains.load(run), n=n, images=images, samples=samples, seed=chains.seed, **fit or {}
     )
-    result.save(out, chains.tile)
-    return Result(table(*result.rows()), [out])
+    return chains.save(result, out)

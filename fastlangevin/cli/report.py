@@ -1,10 +1,7 @@
-"""report: write a run, or a model, as one HTML page."""
-
-import functools
+import contextlib
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastlangevin.cli.diagnose import diagnose
 from fastlangevin.cli.evaluate import evaluate
@@ -14,29 +11,19 @@ from fastlangevin.cli.outputs import EXPECTED, Result, error_line, note
 from fastlangevin.cli.reconstruct import reconstruct
 from fastlangevin.cli.restore import restore
 
-if TYPE_CHECKING:
-    from fastlangevin.learn.html_report import Weights
-
-Commands = dict[str, Callable[..., Result]]
-
 # A sixteenth of the default number of evaluations: seconds for a model in the package.
 _SHORT: dict[str, Any] = {"n": 8, "fit": {"restarts": 1, "iterations": 100}}
 
 
 def report(
-    run: Run,
-    /,
-    *,
-    out: Path | None = None,
-    compute: Flag = False,
-    device: Device = "auto",
+    run: Run, /, *, out: Path | None = None, compute: Flag = False, device: Device = "auto"
 ) -> Result:
     """Write one HTML page: samples, curves, results, diagnosis and settings.
 
     The page needs no other file and no network. Each picture in RUN is shown with the text file of
-    the same name. --compute runs reconstruct, interpolate, restore, evaluate and diagnose, and
-    reports which of them failed and why. The page of a model without a run has no curves, but
-    samples, interpolations and short fits of reconstructions, which are always computed.
+    the same name. --compute runs reconstruct, interpolate, restore, evaluate and diagnose, which
+    takes minutes, and reports which of them failed and why. The page of a model without a run has
+    no curves, but samples, interpolations and short fits of reconstructions, always computed.
 
     Args:
         out: The page (default: report.html in RUN; in the working directory for a model without a
@@ -45,50 +32,43 @@ def report(
     """
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
-    from fastlangevin.learn.html_report import find_weights, write_report
+    from fastlangevin.learn.html_report import write_report
     from fastlangevin.learn.images import save_grid
     from fastlangevin.learn.run_folder import is_run
 
-    chains = Chains(device=device)
-    tasks: Commands = {
-        "reconstructed.png": functools.partial(reconstruct, chains=chains),
-        "interpolated.png": functools.partial(interpolate, chains=chains),
-    }
-    more: Commands = {
-        "restored.png": functools.partial(restore, chains=chains),
-        "evaluate.json": functools.partial(evaluate, device=device),
-        "diagnose.json": functools.partial(diagnose, device=device),
-    }
-    weights = find_weights(run)
-    if is_run(run):
-        if compute:
-            _compute(run, run, weights, tasks | more)
-        path = out or run / "report.html"
-        write_report(run, path)
-    else:
-        path = out or Path("report.html")
-        sampler = load(run, device=choose_device(device))
-        with tempfile.TemporaryDirectory() as name:
-            made = Path(name)
+    made = None
+    with contextlib.ExitStack() as stack:
+        if not is_run(run):
+            made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            sampler = load(run, device=choose_device(device))
             save_grid(sampler(n=64, seed=0), made / "samples.png")
-            if not compute:
-                tasks["reconstructed.png"] = functools.partial(reconstruct, chains=chains, **_SHORT)
-            _compute(run, made, weights, tasks | more if compute else tasks)
-            write_report(run, path, made)
+        if made or compute:
+            _compute(run, made or run, device, compute)
+        path = out or (Path() if made else run) / "report.html"
+        write_report(run, path, made)
     return Result(files=[path])
 
 
-def _compute(run: Path, folder: Path, weights: "Weights", commands: Commands) -> None:
+def _compute(run: Path, folder: Path, device: str, everything: bool) -> None:
     from fastlangevin.learn.atomic import replacing
-    from fastlangevin.learn.html_report import ITERATION, age
+    from fastlangevin.learn.html_report import ITERATION, age, find_weights
 
+    weights = find_weights(run)
+    commands: dict[str, Any] = {"reconstructed.png": reconstruct, "interpolated.png": interpolate}
+    if everything:
+        commands |= {"restored.png": restore, "evaluate.json": evaluate, "diagnose.json": diagnose}
     for name, command in commands.items():
         path = folder / name
         if path.exists() and not age(path, weights):
             continue
+        options: dict[str, Any] = {"device": device}
+        if path.suffix == ".png":
+            options = {"chains": Chains(**options)}
+        if command is reconstruct and not everything:
+            options |= _SHORT
         note(f"computing {name}")
         try:
-            result = command(run, out=folder if name == "diagnose.json" else path)
+            result = command(run, out=folder if name == "diagnose.json" else path, **options)
         except EXPECTED as error:  # the page is written without this result
             error_line(error)
             continue

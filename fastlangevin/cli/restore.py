@@ -1,29 +1,17 @@
-"""restore: restore images from linear measurements."""
-
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.options import Chains, Count, Fit, HeldOut, Int, Run, belong, given, more
-from fastlangevin.cli.outputs import Result, check_out, table
+from fastlangevin.cli.options import Chains, Count, Fit, Int, Run, belong, given, more
+from fastlangevin.cli.outputs import Result, check_out
 
 
 def restore(
-    run: Run,
-    /,
-    *,
-    operator: str = "mask",
-    method: str = "posterior",
-    n: Count = 8,
-    answers: Count = 4,
-    out: Path = Path("restored.png"),
-    images: HeldOut = None,
-    mask: str | None = None,
-    factor: Int | None = None,
-    sigma: float | None = None,
-    zeta: float | None = None,
-    chains: Chains = Chains(),
+    run: Run, /, *, operator: str = "mask", method: str = "posterior", n: Count = 8,
+    answers: Count = 4, out: Path = Path("restored.png"), images: str | None = None,
+    mask: str | None = None, factor: Int | None = None, sigma: float | None = None,
+    zeta: float | None = None, chains: Chains = Chains(),
     fit: Annotated[Fit | None, more("Fit (--method latent)")] = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Restore held-out images from linear measurements, several answers for each.
 
     The measurements are y = A x. The picture has a row per image, with the image, its measurement
@@ -35,6 +23,7 @@ def restore(
         n: Number of images, 1 or more.
         answers: Answers per image, 1 or more.
         out: A .png, or a .npz of images, y and x of shape [n, answers, C, H, W].
+        images: Source of the images (default: those that the run held out).
         mask: The mask: box, half, or a picture or .npy in which 0 marks hidden pixels (default:
             box).
         factor: Factor of downsample (default: 2).
@@ -51,17 +40,9 @@ def restore(
     if method != "latent":
         belong(fit or (), f"--method latent, got {method!r}")
     sampler = chains.load(run)
+    measure = make_operator(operator, sampler.energy.shape, **options)
     result = restore_run(
-        run,
-        sampler,
-        make_operator(operator, sampler.energy.shape, **options),
-        n=n,
-        images=images,
-        seed=chains.seed,
-        method=method,
-        answers=answers,
-        zeta=zeta,
-        **fit or {},
-    )
-    result.save(out, chains.tile)
-    return Result(table(*result.rows()), [out])
+        run, sampler, measure, n=n, images=images, seed=chains.seed, method=method,
+        answers=answers, zeta=zeta, **fit or {},
+    )  # fmt: skip
+    return chains.save(result, out)

@@ -1,22 +1,13 @@
-"""sample: draw images from a trained model."""
-
 from pathlib import Path
 
-from fastlangevin.cli.options import Chains, Count, Run
+from fastlangevin.cli.options import FRAMES, Chains, Count, Run
 from fastlangevin.cli.outputs import Result, check_out
-
-_FRAMES = 50  # most frames of a GIF after the first
 
 
 def sample(
-    run: Run = Path("digits"),
-    /,
-    *,
-    n: Count = 64,
-    out: Path = Path("samples.png"),
-    columns: Count | None = None,
-    chains: Chains = Chains(),
-) -> Result:
+    run: Run = Path("digits"), /, *, n: Count = 64, out: Path = Path("samples.png"),
+    columns: Count | None = None, chains: Chains = Chains(),
+) -> Result:  # fmt: skip
     """Run chains from noise through a trained model and save the images.
 
     Args:
@@ -29,7 +20,7 @@ def sample(
     check_out(out, ".png", ".gif", ".npy")
     sampler = chains.load(run)
     if out.suffix == ".gif":
-        states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // _FRAMES))
+        states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // FRAMES))
         save_gif(states, out, columns, chains.tile)
     elif out.suffix == ".png":
         save_grid(sampler(n=n, seed=chains.seed), out, columns, chains.tile)

@@ -1,5 +1,3 @@
-"""sweep: train over lists of settings and seeds."""
-
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +8,14 @@ from cyclopts import Parameter
 from fastlangevin.cli.options import Count, more, settings_options
 from fastlangevin.cli.outputs import Result, note
 
-_GROUP = "Settings: one value each, or several to sweep over, such as 5,10,25"
+_LISTS = more("Settings: one value each, or several to sweep over, such as 5,10,25")
 
 
 def sweep(
-    *,
-    out: Path = Path("runs/sweep"),
-    config: str | None = None,
-    seeds: Count | None = None,
+    *, out: Path = Path("runs/sweep"), config: str | None = None, seeds: Count | None = None,
     grid: Annotated[bool | None, Parameter(negative="--axes")] = None,
-    lists: "Annotated[settings_options(True), more(_GROUP)]" = None,  # type: ignore[valid-type]
-) -> Result:
+    lists: "Annotated[settings_options(True), _LISTS]" = None,  # type: ignore[valid-type]
+) -> Result:  # fmt: skip
     """Train over lists of settings and seeds; write tables and a plot of the results.
 
     An example is `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run has
@@ -37,7 +32,7 @@ def sweep(
     """
     from fastlangevin.learn.sweep.environment import own_device, read_number
     from fastlangevin.learn.sweep.plan import describe, parse_values, read_sweep
-    from fastlangevin.learn.sweep.report import write_report
+    from fastlangevin.learn.sweep.report import outcome, write_report
     from fastlangevin.learn.sweep.run import Run, run_sweep
     from fastlangevin.learn.train import StopRequest
 
@@ -51,7 +46,7 @@ def sweep(
         nonlocal count
         count += 1
         where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
-        note(f"{where}  {_outcome(result)}")
+        note(f"{where}  {outcome(result)}")
 
     device = own_device(plan.centre.device)
     results = run_sweep(
@@ -66,10 +61,3 @@ def sweep(
     if not files:
         note("done; runs of other processes are still missing")
     return Result(files=files)
-
-
-def _outcome(result: Mapping[str, Any]) -> str:
-    if result["diverged"]:
-        return f"diverged at iteration {result['diverged']['iteration']}"
-    sure = "" if result["sure"] is None else f"sure of {result['sure']:.0%}, "
-    return f"{sure}Frechet distance {result['frechet']:.3g}"

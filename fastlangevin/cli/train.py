@@ -1,5 +1,3 @@
-"""train: learn an energy from images."""
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
@@ -7,19 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastlangevin.cli.options import Flag, more, settings_options
-from fastlangevin.cli.outputs import Result, flush, note, table
-
-Report = Callable[[int, Any], None]
+from fastlangevin.cli.outputs import Result, note, printing, table
 
 
 def train(
-    *,
-    out: Path | None = None,
-    config: str | None = None,
-    resume: Flag = False,
+    *, out: Path | None = None, config: str | None = None, resume: Flag = False,
     overwrite: Flag = False,
     settings: "Annotated[settings_options(), more('Settings')]" = None,  # type: ignore[valid-type]
-) -> Result:
+) -> Result:  # fmt: skip
     """Learn an energy from images by short-run MCMC, into a folder.
 
     Options change settings of the config. All settings of the run are saved as OUT/config.yaml.
@@ -38,7 +31,6 @@ def train(
     from fastlangevin.learn.train import train as learn
 
     stop = StopRequest()
-    name = Path(config or "digits").stem
     if resume:
         if out is None:
             raise ValueError("--resume needs --out, the folder of the run")
@@ -47,90 +39,48 @@ def train(
         if run_folder.is_run(out):
             config = str(out / run_folder.CONFIG)
     resolved = resolve(config, settings)
-    folder = out or run_folder.free_folder(Path("runs") / name)
+    folder = out or run_folder.free_folder(Path("runs") / Path(config or "digits").stem)
     with _progress(resolved.iterations) as report:
         last = learn(resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop)
     text = table(
-        ("checkpoint", str(last)),
-        ("samples", str(folder / "samples.png")),
+        ("checkpoint", str(last)), ("samples", str(folder / "samples.png")),
         ("settings", str(folder / run_folder.CONFIG)),
-    )
-    if (reached := int(last.stem)) < resolved.iterations:
-        with _shown():
-            note(f"stopped at {reached} of {resolved.iterations}; continue with --resume")
-        if stop.signal is not None:
-            return Result(text, status=128 + stop.signal)
-    return Result(text)
+    )  # fmt: skip
+    if stop.signal is None or int(last.stem) == resolved.iterations:
+        return Result(text)
+    note(f"stopped at {int(last.stem)} of {resolved.iterations}; continue with --resume")
+    return Result(text, status=128 + stop.signal)
 
 
 @contextlib.contextmanager
-def _progress(iterations: int) -> Iterator[Report]:
+def _progress(iterations: int) -> Iterator[Callable[[int, Any], None]]:
     """Yield a function that shows progress: as a bar on a terminal, else as occasional lines."""
-    if not sys.stderr.isatty():
-        lines = _lines(iterations)
-
-        def print_line(iteration: int, record: Any) -> None:
-            with _shown():
-                lines(iteration, record)
-
-        yield print_line
-        return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (
-        TextColumn("iteration"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = Progress(
+        "iteration", MofNCompleteColumn(), BarColumn(), "{task.fields[rate]}",
+        TimeRemainingColumn(), "{task.fields[state]}", console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
     task = bar.add_task("train", total=iterations, rate="", state="")
-
-    def update(iteration: int, record: Any) -> None:
-        speed = bar.tasks[task].speed
-        with _shown():
-            bar.update(task, completed=iteration, rate=f"{speed:.1f}/s" if speed else "")
-            if record["grad_norm"] is not None:
-                bar.update(task, state=_state(record))
-
-    bar.start()
-    try:
-        yield update
-    finally:
-        with _shown():
-            bar.stop()
-
-
-@contextlib.contextmanager
-def _shown() -> Iterator[None]:
-    """Ignore errors of printing if the terminal or the reader of a pipe is gone.
-
-    The run must continue, because it has a checkpoint to save.
-    """
-    with contextlib.suppress(OSError):
-        yield
-    flush()
-
-
-def _lines(iterations: int) -> Report:
     every = max(1, iterations // 20)
 
     def report(iteration: int, record: Any) -> None:
-        if iteration % every == 0 or iteration == iterations:
-            note(f"iteration {iteration}/{iterations}  {_state(record)}")
+        norm = record["grad_norm"]
+        state = f"gap {record['gap']:+.3f}" + ("" if norm is None else f"  |grad| {norm:.3f}")
+        if not bar.disable:
+            speed = bar.tasks[task].speed
+            with printing():
+                bar.update(task, completed=iteration, rate=f"{speed:.1f}/s" if speed else "")
+                if norm is not None:
+                    bar.update(task, state=state)
+        elif iteration % every == 0 or iteration == iterations:
+            note(f"iteration {iteration}/{iterations}  {state}")
 
-    return report
-
-
-def _state(record: Any) -> str:
-    norm = record["grad_norm"]
-    return f"gap {record['gap']:+.3f}" + ("" if norm is None else f"  |grad| {norm:.3f}")
+    bar.start()
+    try:
+        yield report
+    finally:
+        with printing():
+            bar.stop()

@@ -1,27 +1,14 @@
-"""transfer: run the chains of one domain's model from images of another."""
-
 from pathlib import Path
 
-from fastlangevin.cli.options import Chains, Count, Run, belong, given
-from fastlangevin.cli.outputs import Result, check_out, table
-
-_FRAMES = 50  # most frames of a GIF after the first
+from fastlangevin.cli.options import FRAMES, Chains, Count, Run, belong, given
+from fastlangevin.cli.outputs import Result, check_out
 
 
 def transfer(
-    run: Run,
-    /,
-    *,
-    images: str,
-    n: Count = 8,
-    out: Path = Path("transferred.png"),
-    content: Count | None = None,
-    zeta: float | None = None,
-    style: str | None = None,
-    weight: float | None = None,
-    statistics: str | None = None,
-    chains: Chains = Chains(),
-) -> Result:
+    run: Run, /, *, images: str, n: Count = 8, out: Path = Path("transferred.png"),
+    content: Count | None = None, zeta: float | None = None, style: str | None = None,
+    weight: float | None = None, statistics: str | None = None, chains: Chains = Chains(),
+) -> Result:  # fmt: skip
     """Start the chains of one domain's model at images of another.
 
     RUN is the model of the target domain. The picture has a row of source images and a row of the
@@ -46,15 +33,9 @@ def transfer(
         belong(options.keys() & {"zeta"}, "--content")
     if style is None:
         belong(options.keys() & {"weight", "statistics"}, "--style")
+    frames = FRAMES if out.suffix == ".gif" else 1
     result = transfer_images(
-        chains.load(run),
-        images,
-        n=n,
-        content=content,
-        style=style,
-        frames=_FRAMES if out.suffix == ".gif" else 1,
-        seed=chains.seed,
-        **options,
-    )
-    result.save(out, chains.tile)
-    return Result(table(*result.rows()), [out])
+        chains.load(run), images, n=n, content=content, style=style, frames=frames,
+        seed=chains.seed, **options,
+    )  # fmt: skip
+    return chains.save(result, out)

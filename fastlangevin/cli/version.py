@@ -1,5 +1,3 @@
-"""version: print the version."""
-
 from fastlangevin._version import __version__
 from fastlangevin.cli.outputs import Result
 

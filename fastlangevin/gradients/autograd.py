@@ -5,9 +5,61 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
 
-from fastlangevin.gradients.network import call_network
+from fastlangevin.gradients.network import Network
 from fastlangevin.gradients.precision import network_autocast, network_precision
+
+
+class EnergyGradient:
+    """Energies and d energy / d x by autograd, for any number of evaluations of one energy.
+
+    The contexts that every evaluation needs are made once. Evaluations must not be nested or run in
+    several threads at a time.
+    """
+
+    def __init__(
+        self, energy: Callable[..., Tensor], precision: str | None, device: torch.device
+    ) -> None:
+        self._network = energy if isinstance(energy, Network) else Network(energy)
+        self._grad_mode = torch.enable_grad()
+        self._precision = network_precision(precision, device)
+        self._autocast = network_autocast(precision, device)
+
+    def __call__(
+        self,
+        x: Tensor,
+        model_kwargs: dict[str, Any],
+        create_graph: bool = False,
+        want_energies: bool = True,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return (energies [n], or None if they are not wanted; d energy / d x).
+
+        See :func:`energy_and_grad`.
+        """
+        leaf = x if create_graph and x.requires_grad else x.detach().requires_grad_()
+        energies: Tensor | None = None
+        grad: Tensor | None
+        with self._grad_mode, self._precision:
+            with self._autocast:
+                out = self._network(leaf, **model_kwargs)
+            _check_energies(out, x.shape)
+            if create_graph:
+                energies = out.reshape(len(x))
+                (grad,) = torch.autograd.grad(
+                    energies.sum(), leaf, create_graph=True, allow_unused=True
+                )
+            else:
+                grad = _gradient_of_sum(out, leaf)
+        if grad is None:
+            raise ValueError(
+                "energy: its output does not depend on x, so there is no gradient (quantised "
+                "kernels have none)"
+            )
+        if want_energies and not create_graph:
+            energies = out.detach().reshape(len(x))
+        return energies, grad
 
 
 def energy_and_grad(
@@ -27,24 +79,32 @@ def energy_and_grad(
     Raises TypeError or ValueError for an energy that returns a wrong shape or dtype or ignores x,
     and the RuntimeError of :class:`~fastlangevin.gradients.network.Network`.
     """
-    leaf = x if create_graph and x.requires_grad else x.detach().requires_grad_()
-    with torch.enable_grad(), network_precision(precision, x.device):
-        with network_autocast(precision, x.device):
-            out = call_network(energy, leaf, model_kwargs)
-        energies = _check_energies(out, x.shape)
-        (grad,) = torch.autograd.grad(
-            energies.sum(), leaf, create_graph=create_graph, allow_unused=True
-        )
-    if grad is None:
-        raise ValueError(
-            "energy: its output does not depend on x, so there is no gradient (quantised kernels "
-            "have none)"
-        )
-    return energies if create_graph else energies.detach(), grad
+    gradient = EnergyGradient(energy, precision, x.device)
+    energies, grad = gradient(x, model_kwargs, create_graph)
+    assert energies is not None
+    return energies, grad
 
 
-def _check_energies(out: Any, shape: Sequence[int]) -> Tensor:
-    """Return an energy's output as [n], or raise TypeError or ValueError.
+# The function behind torch.autograd.grad, whose checks of its arguments take as long as a linear
+# layer of 128 units forward and back.
+_run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
+def _gradient_of_sum(out: Tensor, leaf: Tensor) -> Tensor | None:
+    """Return d out.sum() / d leaf, or None if autograd finds no path from ``leaf`` to ``out``."""
+    if _run_backward is None or is_compiling() or has_torch_function((out, leaf)):
+        (grad,) = torch.autograd.grad(out.reshape(-1).sum(), leaf, allow_unused=True)
+        return grad
+    # What the backward pass of the sum would hand on. An energy may write to it, so it is new.
+    ones = out.new_ones(()).expand(out.numel())
+    if out.ndim != 1:
+        ones = ones.reshape(out.shape)
+    (grad,) = _run_backward((out,), (ones,), False, False, (leaf,), True, accumulate_grad=False)
+    return grad
+
+
+def _check_energies(out: Any, shape: Sequence[int]) -> None:
+    """Raise TypeError or ValueError unless an energy's output is one value per chain.
 
     ``shape`` is the shape [n, ...] of the batch that the energy was given.
     """
@@ -69,4 +129,3 @@ def _check_energies(out: Any, shape: Sequence[int]) -> Tensor:
             "energy: its output does not depend on x through autograd (was it detached, or "
             "computed under torch.no_grad or by kernels for inference?)"
         )
-    return out.reshape(chains)

@@ -19,6 +19,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.kernels.devices import indexed
+from fastlangevin.kernels.extension import watch_methods
 from fastlangevin.locks import in_forked_child, new_lock, new_rlock
 
 # The lock of a thread that changes what all threads share: torch's global generators, and the
@@ -35,6 +37,7 @@ ONE_AT_A_TIME = new_rlock()
 _KEY_NAME = "TESTING_ONLY_GenericMode"
 _KEY: Any = torch._C._parse_dispatch_key(_KEY_NAME)
 _KEYS = torch._C.DispatchKeySet(_KEY)
+_include_key = torch._C._dispatch_tls_set_dispatch_key_included
 # Operators that draw but take no generator, with the argument that is 0 if they draw nothing.
 _WITHOUT_GENERATOR = {
     "native_dropout": "p",
@@ -62,13 +65,14 @@ class Draws:
     """
 
     def __init__(self, seed: int | None, device: torch.device, twice: bool = False) -> None:
+        _register()
         self.twice = twice
         self._seed, self._device = seed, device
         self._generators: dict[torch.device, torch.Generator] = {}
         self._shares = False  # whether the energy needs the global generators
         self._watched = False
         self._number = 0
-        self._stack = contextlib.ExitStack()  # what a step must restore at its end
+        self._undo: contextlib.ExitStack | None = None  # what a step must restore at its end
 
     def step(self, number: int) -> "Draws":
         """Return the context for step ``number``, for a single thread and not nested."""
@@ -76,7 +80,6 @@ class Draws:
         return self
 
     def __enter__(self) -> None:
-        _register()
         self._generators.clear()
         self._before = getattr(_thread, "draws", None)
         _thread.draws = self
@@ -84,13 +87,15 @@ class Draws:
             self._share()
         elif not self._watched:
             self._watch()
-        self._guard = torch._C._IncludeDispatchKeyGuard(_KEY)
-        self._guard.__enter__()
+        # Torch's guard for a key does the same in 2 us; a step of a small network takes 100.
+        _include_key(_KEY, True)
 
     def __exit__(self, *_: Any) -> None:
-        self._guard.__exit__(None, None, None)
+        _include_key(_KEY, self._before is not None)
         _thread.draws = self._before
-        self._stack.close()
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
 
     def backward(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for a backward pass through steps that have been taken.
@@ -132,8 +137,9 @@ class Draws:
 
     def _share(self) -> None:
         """Make the global generators give this step's numbers until the step ends."""
-        self._stack.enter_context(ONE_AT_A_TIME)
-        self._stack.enter_context(kept_generators(self._device))
+        undo = self._undo = self._undo or contextlib.ExitStack()
+        undo.enter_context(ONE_AT_A_TIME)
+        undo.enter_context(kept_generators(self._device))
         for generator in _global_generators(self._device):
             generator.set_state(self.generator(generator.device).get_state())
         self._shares = True
@@ -144,16 +150,14 @@ class Draws:
         if sys.getprofile() is not None:  # another profiler uses the only hook
             self._share()
             return
-        generators = _global_generators(self._device)
+        self._undo = contextlib.ExitStack()
+        self._undo.callback(sys.setprofile, None)
+        watch_methods(_global_generators(self._device), self._on_generator)
 
-        def look(frame: Any, event: str, called: Any) -> None:
-            if event == "c_call" and not self._shares and frame.f_globals is not globals():
-                owner = getattr(called, "__self__", None)
-                if isinstance(owner, torch.Generator) and any(owner is g for g in generators):
-                    self._share()
-
-        self._stack.callback(sys.setprofile, None)
-        sys.setprofile(look)
+    def _on_generator(self, caller: FrameType) -> None:
+        """Notice a call of a method of a global generator, unless this module makes it."""
+        if not self._shares and caller.f_globals is not globals():
+            self._share()
 
 
 @contextlib.contextmanager

@@ -120,6 +120,7 @@ class EngineCache:
             half = None
         else:
             engine = make()
+            half = half if recorded.is_autocast else None
         if results is None:
             results = record(energy, x, model_kwargs, half)[1]
         if results is None:

@@ -63,6 +63,7 @@ class ExplicitGradient:
 
     def _read(self) -> None:
         self._seen = self.graph.versions()
+        self.graph.refresh()
         for layer in self._weighted.values():
             layer.pack()
         offsets = self._constant_gradients()

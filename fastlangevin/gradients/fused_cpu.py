@@ -137,6 +137,7 @@ class ConvNetGradient:
 
     def _read(self) -> None:
         self._seen = self.graph.versions()
+        self.graph.refresh()
         network = self._network()
         parameters = [layer.parameters() for layer in network.layers]
         tensors = [[None if t is None else t.contiguous() for t in p[:2]] for p in parameters]

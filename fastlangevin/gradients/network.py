@@ -65,12 +65,7 @@ def network_dtype(network: Callable[..., Any], state: torch.dtype) -> torch.dtyp
 
 
 def _dtypes_of(network: Callable[..., Any]) -> set[torch.dtype]:
-    return {
-        tensor.dtype
-        for module in modules_of(network)
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.is_floating_point()
-    }
+    return {tensor.dtype for tensor in tensors_of(network) if tensor.is_floating_point()}
 
 
 def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:
@@ -78,15 +73,37 @@ def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:
 
     The energy may be the module, a method bound to it, or a partial or a packing of either.
     """
+    if isinstance(energy, nn.Module):  # which looks long for attributes that it does not have
+        return (energy,)
     while isinstance(energy, functools.partial | PackedEnergy):
         energy = energy.func
     owner = getattr(energy, "__self__", energy)
     return (owner,) if isinstance(owner, nn.Module) else ()
 
 
+def submodules_of(energy: Callable[..., Tensor]) -> list[nn.Module]:
+    """Return all modules of an energy in the order of ``nn.Module.modules``, each once.
+
+    Every call of a sampler comes here several times, and torch's own iterator makes names.
+    """
+    modules: dict[int, nn.Module] = {}
+    stack: list[nn.Module | None] = [*modules_of(energy)]
+    while stack:
+        module = stack.pop()
+        if module is not None and id(module) not in modules:
+            modules[id(module)] = module
+            stack += list(module._modules.values())[::-1]
+    return list(modules.values())
+
+
+def tensors_of(energy: Callable[..., Tensor]) -> list[Tensor]:
+    """Return the parameters of an energy's modules, then their buffers; shared ones repeatedly."""
+    modules = submodules_of(energy)
+    tensors = [t for module in modules for t in module._parameters.values() if t is not None]
+    return tensors + [t for module in modules for t in module._buffers.values() if t is not None]
+
+
 def device_of(energy: Callable[..., Tensor]) -> torch.device | None:
     """Return the device of the energy's first parameter or buffer, or None if it has none."""
-    for module in modules_of(energy):
-        for tensor in (*module.parameters(), *module.buffers()):
-            return tensor.device
-    return None
+    tensors = tensors_of(energy)
+    return tensors[0].device if tensors else None

@@ -90,6 +90,15 @@ class PackedEnergy:
         self.func, self.packing, self.is_score = func, packing, is_score
         self.shape = packing.shape
 
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other is the same energy for states of the same parts."""
+        return isinstance(other, PackedEnergy) and (
+            (self.func, self.packing, self.is_score) == (other.func, other.packing, other.is_score)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.func, self.packing, self.is_score))
+
     def __call__(self, x: Tensor, **model_kwargs: Any) -> Any:
         parts = self.packing.unpack(x)
         try:

@@ -56,20 +56,34 @@ def network_precision(
     """Return the context for a network's forward and backward pass.
 
     None leaves torch as it is set. Any other precision turns autocast off; "fp32" and "tf32" also
-    compute float32 products strictly or in TF32, on any device.
+    compute float32 products strictly or in TF32, on any device. The context can be used again, but
+    not nested.
     """
-    return contextlib.nullcontext() if precision is None else _precision(precision, device)
+    return contextlib.nullcontext() if precision is None else _Precision(precision, device)
 
 
-@contextlib.contextmanager
-def _precision(precision: str, device: torch.device) -> Iterator[None]:
-    products = {"fp32": "ieee", "tf32": "tf32"}.get(precision)
-    with torch.autocast(device.type, enabled=False):
-        if products is None:
-            yield
-            return
-        with float32_products(products, device.type):
-            yield
+class _Precision:
+    """See :func:`network_precision`."""
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        products = {"fp32": "ieee", "tf32": "tf32"}.get(precision)
+        self._products = products if device.type in _wanted else None
+        self._device_type = device.type
+        self._no_autocast = torch.autocast(device.type, enabled=False)
+        self._was_autocast = False
+
+    def __enter__(self) -> None:
+        if self._products is not None:
+            _enter(self._products, self._device_type)
+        self._was_autocast = torch.is_autocast_enabled(self._device_type)
+        if self._was_autocast:
+            self._no_autocast.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._was_autocast:
+            self._no_autocast.__exit__(*error)
+        if self._products is not None:
+            _leave(self._products, self._device_type)
 
 
 def network_autocast(
@@ -77,7 +91,8 @@ def network_autocast(
 ) -> contextlib.AbstractContextManager[None]:
     """Return the context for the forward pass alone: autocast in "fp16" or "bf16".
 
-    The backward pass runs outside it, as autocast requires, in the dtypes of the forward pass.
+    The backward pass runs outside it, as autocast requires, in the dtypes of the forward pass. The
+    context can be used again, but not nested.
     """
     if precision not in HALVES:
         return contextlib.nullcontext()
@@ -137,7 +152,9 @@ def _leave(wanted: str, device_type: str) -> None:
 
 
 def _restore(device_type: str) -> None:
-    _undo.pop(device_type, contextlib.ExitStack()).close()
+    stack = _undo.pop(device_type, None)
+    if stack is not None:
+        stack.close()
 
 
 def _holds(wanted: str, device_type: str) -> bool:

@@ -39,6 +39,8 @@ def refusal(graph: Graph, precision: str | None) -> str | None:
     """Return why :class:`SecondOrderGradient` cannot run a graph, or None if it can."""
     if precision in HALVES or graph.dtype not in (torch.float32, torch.float64):
         return "the network runs in half precision"
+    if graph.computed is not None:
+        return "weights are computed from other weights"
     for node in graph.nodes:
         if node.kind in ("mul", "max_pool", "group_norm"):
             return f"{node.kind} has no second-order rule"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients import fused_cpu, fused_gpu
+from fastlangevin.gradients import fused_cpu, fused_gpu, onednn
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.engine_cache import NOT_IN_MEMORY, EnergyCall, EngineCache
 from fastlangevin.gradients.explicit import ExplicitGradient
@@ -19,6 +19,7 @@ from fastlangevin.gradients.precision import (
     half_name,
     network_precision,
 )
+from fastlangevin.gradients.timing import step_seconds
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
@@ -63,22 +64,12 @@ def choose_engine(
     if gradient in ("autograd", "network"):
         return EngineChoice(gradient, None, {})
     call = EnergyCall(energy, x, precision, model_kwargs)
-    reason = _refusal(call, step_kwargs)
-    if reason is None:
-        with network_precision("fp32" if precision in HALVES else precision, x.device):
-            layered = _by_layers(gradient, call, cache)
-        if isinstance(layered, EngineChoice):
-            return layered
-        reason = layered
-        if gradient != "fused":
-            with network_precision(precision, x.device):
-                traced = _by_trace(call, cache, layered)
-            if isinstance(traced, EngineChoice):
-                return traced
-            reason = traced
+    choice = _refusal(call, step_kwargs) or _by_recording(gradient, call, cache)
+    if isinstance(choice, EngineChoice):
+        return choice
     if gradient != "auto":
-        raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {reason}')
-    return EngineChoice("autograd", None, {"fused, explicit": reason})
+        raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {choice}')
+    return EngineChoice("autograd", None, {"fused, explicit": choice})
 
 
 def proved_graph(
@@ -95,10 +86,11 @@ def proved_graph(
     if reason is not None:
         return reason
     with network_precision(precision, x.device):
-        recorded = _graph(call, cache)
-        if isinstance(recorded, str):
-            return recorded
-        graph, results, cache = recorded
+        recording, results = cache.recording(call)
+        graph = recording.graph
+        if isinstance(graph, str):
+            return graph
+        cache = _cache_for(graph, cache)
 
         def make() -> Engine:
             return ExplicitGradient(graph, x, precision)
@@ -106,62 +98,100 @@ def proved_graph(
         return cache.disproof("explicit", make, graph, results, call) or graph
 
 
-def _by_layers(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineChoice | str:
+def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineChoice | str:
+    """Return the fastest engine that may run instead of the energy's code, or why none may."""
+    half = call.precision if call.precision in HALVES else None
+    with network_precision("fp32" if half else call.precision, call.x.device):
+        recording, results = cache.recording(call)
+        choice = _by_layers(gradient, recording.graph, results, call, cache)
+    if isinstance(choice, EngineChoice) or gradient == "fused":
+        return choice
+    if call.x.device.type != "cpu":
+        return choice  # replaying has not been measured on other devices
+    with network_precision(call.precision, call.x.device):
+        # Without hardware for the half precision, float32 is faster and more precise.
+        if half and onednn.runs(HALVES[half]):
+            recording, results = cache.recording(call, half)
+        trace = recording.trace
+        if not isinstance(trace, Trace):
+            return trace
+        if recording.guard is None:
+            cache = EngineCache()  # the recording is for this call, and must not outlive it
+        engine = cache.traced(trace, call)
+        reason = cache.disproof("traced", lambda: engine, trace, results, call)
+    return reason or EngineChoice("explicit", engine, {"fused": choice})
+
+
+def _by_layers(
+    gradient: str,
+    graph: Graph | str,
+    results: RunResults | None,
+    call: EnergyCall,
+    cache: EngineCache,
+) -> EngineChoice | str:
     """Return the fused or explicit engine of a graph, or why neither has autograd's gradient."""
-    recorded = _graph(call, cache)
-    if isinstance(recorded, str):
-        return recorded
-    graph, results, cache = recorded
-    x, precision = call.x, call.precision
-    name, engine = "fused", None
-    why_not: dict[str, str] = {}
-    if gradient != "explicit":
-        fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
-        if not isinstance(fused, str):
-            engine = fused
-        elif gradient == "fused":
-            return fused
-        else:
-            why_not["fused"] = fused
+    if isinstance(graph, str):
+        return graph
+    cache = _cache_for(graph, cache)
+    name, engine, why_not = _of_layers(gradient, graph, call, cache)
     if engine is None:
-        name, engine = "explicit", cache.engine(
-            lambda: ExplicitGradient(graph, x, precision),
-            graph, "explicit", precision, torch.backends.mkldnn.enabled,
-        )  # fmt: skip
+        return why_not[name]
     chosen: Engine = engine
     reason = cache.disproof(name, lambda: chosen, graph, results, call)
     return reason or EngineChoice(name, engine, why_not, graph)
 
 
-def _by_trace(call: EnergyCall, cache: EngineCache, why_not_fused: str) -> EngineChoice | str:
-    """Return the explicit engine that replays a trace, or why it cannot."""
-    if call.x.device.type != "cpu":
-        return why_not_fused  # replaying has not been measured on other devices
-    half = call.precision if call.precision in HALVES else None
-    recording, results = cache.recording(call, half)
-    trace = recording.trace
-    if not isinstance(trace, Trace):
-        return trace
-    engine = cache.traced(trace, call)
-    reason = cache.disproof("traced", lambda: engine, trace, results, call)
-    return reason or EngineChoice("explicit", engine, {"fused": why_not_fused})
+def _of_layers(
+    gradient: str, graph: Graph, call: EnergyCall, cache: EngineCache
+) -> tuple[str, Engine | None, dict[str, str]]:
+    """Return the name of an engine of a graph, the engine, and why not another one."""
+    x, precision = call.x, call.precision
+    fused: Engine | str = "another engine was named"
+    if gradient != "explicit":
+        fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
+    if isinstance(fused, str) and gradient == "fused":
+        return "fused", None, {"fused": fused}
+    if not isinstance(fused, str) and (gradient == "fused" or not _is_in_question(call)):
+        return "fused", fused, {}
+    explicit = cache.engine(
+        lambda: ExplicitGradient(graph, x, precision),
+        graph, "explicit", precision, torch.backends.mkldnn.enabled,
+    )  # fmt: skip
+    if isinstance(fused, str):
+        return "explicit", explicit, {} if gradient == "explicit" else {"fused": fused}
+    engines: dict[str, Engine] = {"fused": fused, "explicit": explicit}
+    float32 = _fused(graph, x, "fp32", cache, by_name=False)
+    if not isinstance(float32, str):
+        engines["fused in float32"] = float32
+    case = (graph.structure, precision, torch.get_num_threads(), torch.backends.mkldnn.enabled,
+            extension.library.instruction_set())  # fmt: skip
+    seconds = step_seconds(case, engines, x)
+    fastest = min(seconds, key=lambda name: seconds[name])
+    why_not = {
+        f"{name} in {precision}" if name in GRADIENTS else name: f"a gradient takes {1e3 * s:.3g} "
+        f"ms, and {1e3 * seconds[fastest]:.3g} ms with the engine {fastest}"
+        for name, s in seconds.items()
+        if name != fastest
+    }
+    return fastest.partition(" ")[0], engines[fastest], why_not
 
 
-def _graph(
-    call: EnergyCall, cache: EngineCache
-) -> tuple[Graph, RunResults | None, EngineCache] | str:
-    """Return a graph, the run's results if it was recorded now, and the cache for its engines.
+def _is_in_question(call: EnergyCall) -> bool:
+    """Return whether measurement must show if the fused engine is the fastest that may run.
+
+    In float32 it is wherever it runs. In half precision that depends on the CPU: torch uses some
+    matrix instructions better, and without any of them float32 is faster.
+    """
+    return call.precision in HALVES and call.x.device.type == "cpu" and call.x.shape[0] > 0
+
+
+def _cache_for(graph: Graph, cache: EngineCache) -> EngineCache:
+    """Return the cache for a graph's engines.
 
     Weights that functional_call passes have a grad_fn, and the call's graph must not be kept
     alive. A new EngineCache is returned for them.
     """
-    recording, results = cache.recording(call)
-    graph = recording.graph
-    if isinstance(graph, str):
-        return graph
-    if any(base.grad_fn is not None for base in graph.bases):
-        cache = EngineCache()
-    return graph, results, cache
+    return EngineCache() if any(base.grad_fn is not None for base in graph.bases) else cache
 
 
 def _refusal(call: EnergyCall, step_kwargs: Iterable[str]) -> str | None:
@@ -183,6 +213,8 @@ def _fused(
 ) -> Engine | str:
     """Return the fused engine for the state's device, or the reason why there is none."""
     chains, device = x.shape[0], x.device
+    if device.type != "cpu" and graph.computed is not None:
+        return "weights are computed from other weights"
     if device.type == "cpu":
         reason = fused_cpu.refusal(graph, x, precision)
         if reason is not None:

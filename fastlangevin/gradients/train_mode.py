@@ -6,29 +6,37 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.network import modules_of, submodules_of
 
 
 def warn_of_train_mode(energy: Callable[..., Tensor]) -> bool:
     """Warn of modules whose train mode changes the chain; return whether there are any."""
+    if not any(_effect(module) for module in submodules_of(energy)):
+        return False
     effects = []
     for root in modules_of(energy):
         for name, module in root.named_modules():
             called = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-            if not getattr(module, "training", False):  # absent after torch.jit.freeze
-                continue
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-                effects.append(f"{called} makes the energy another random function at every step")
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-                effects.append(f"{called} makes every chain depend on the others of its batch")
-    if effects:
-        warnings.warn(
-            f"LangevinSampler: in train mode {effects[0]}"
-            + (f" (and {len(effects) - 1} more)" if len(effects) > 1 else "")
-            + "; energy.eval() samples from the energy itself",
-            stacklevel=_levels_to_the_caller(),
-        )
-    return bool(effects)
+            effect = _effect(module)
+            if effect is not None:
+                effects.append(f"{called} {effect}")
+    warnings.warn(
+        f"LangevinSampler: in train mode {effects[0]}"
+        + (f" (and {len(effects) - 1} more)" if len(effects) > 1 else "")
+        + "; energy.eval() samples from the energy itself",
+        stacklevel=_levels_to_the_caller(),
+    )
+    return True
+
+
+def _effect(module: nn.Module) -> str | None:
+    if not getattr(module, "training", False):  # absent after torch.jit.freeze
+        return None
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        return "makes the energy another random function at every step"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "makes every chain depend on the others of its batch"
+    return None
 
 
 def _levels_to_the_caller() -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.gradients.draws import ONE_AT_A_TIME, Draws
-from fastlangevin.gradients.network import Network, modules_of
+from fastlangevin.gradients.network import Network, submodules_of
 
 
 class Isolation:
@@ -61,8 +61,7 @@ class Buffers:
     def __init__(self, energy: Callable[..., Any]) -> None:
         self._modules = [
             module
-            for root in modules_of(energy)
-            for module in root.modules()
+            for module in submodules_of(energy)
             # A module frozen by torch.jit.freeze has no attribute "training".
             if getattr(module, "training", False) and module._buffers
         ]

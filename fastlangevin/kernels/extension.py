@@ -1,4 +1,4 @@
-"""The compiled extension: which devices it supports, and its noise.
+"""The compiled extension: which devices it supports, its noise and its profile function.
 
 The extension receives addresses, sizes and strides instead of tensors, so that one binary works
 with every version of torch.
@@ -6,7 +6,9 @@ with every version of torch.
 
 import functools
 import importlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +25,16 @@ try:
     library = importlib.import_module("fastlangevin._native")
 except ImportError as error:
     _why_missing = str(error)
+
+_NAMES = (
+    "ACTIVATIONS", "CUDA", "ConvNet", "DTYPES", "MAX_DIMS", "apply_signs",
+    "fill_noise", "instruction_set", "langevin_step", "pack_signs",
+)  # fmt: skip
+if missing := [name for name in _NAMES if library is not None and not hasattr(library, name)]:
+    raise ImportError(
+        f"the compiled extension {library.__file__} is out of date, it has no {missing[0]}: "
+        "reinstall fastlangevin (pip install -e .)"
+    )
 
 # The dtypes that the kernels read and write, and the extension's numbers for them.
 DTYPES: dict[torch.dtype, int] = (
@@ -65,6 +77,24 @@ def device_and_queue(x: Tensor) -> tuple[int, int]:
         return -1, torch.get_num_threads()
     index = x.get_device()
     return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def watch_methods(owners: Sequence[Any], called: Callable[[FrameType], None]) -> None:
+    """Calls ``called(frame)`` before this thread calls a C method of one of the owners.
+
+    ``frame`` is the caller's. This uses the thread's profile function, which runs at every call of
+    any function, and ends with ``sys.setprofile(None)``.
+    """
+    if library is not None:
+        library.watch_methods(tuple(owners), called)
+        return
+
+    def profile(frame: FrameType, event: str, function: Any) -> None:
+        owner = getattr(function, "__self__", None) if event == "c_call" else None
+        if owner is not None and any(owner is one for one in owners):
+            called(frame)
+
+    sys.setprofile(profile)
 
 
 def fill(

@@ -5,8 +5,6 @@ a step with given noise equals the reference's bit for bit. Its own normals diff
 reference's by less than 2e-6, and are equal on all instruction sets and GPUs.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from fastlangevin.kernels.checks import check_rng_state
 from fastlangevin.kernels.extension import available
 from fastlangevin.kernels.memory import all_in_memory, in_memory
 
-__all__ = ["available", "step_"]
+__all__ = ["available", "launch", "reads", "step_"]
 
 _INF = float("inf")
 
@@ -47,9 +45,9 @@ def step_(
     is converted to float32 first. Returns x.
     """
     fallback = (
-        x.dtype not in extension.DTYPES
-        or x.dim() > extension.library.MAX_DIMS
-        or not all_in_memory(x, grad, z, step_size, noise_std)
+        not reads(x)
+        or not (in_memory(x) and (grad is None or in_memory(grad)))
+        or not all_in_memory(z, step_size, noise_std)
     )
     if rng_state is not None:
         check_rng_state(x, rng_state, _why_unread(x, fallback))
@@ -59,7 +57,6 @@ def step_(
             first_chain=first_chain, clamp=clamp, grad_clip=grad_clip, maximize=maximize,
             noise_last=noise_last,
         )  # fmt: skip
-    lo, hi = clamp or (-_INF, _INF)
     grad, z = _as_float(grad), _as_float(z)
     if z is not None and x.is_cuda:
         z = z.float()  # given noise is rare, and the CUDA kernels read it in float32 only
@@ -68,77 +65,64 @@ def step_(
         step_size = _as_values(step_size, x)
     if isinstance(noise_std, Tensor):
         noise_std = _as_values(noise_std, x)
-    device, queue = extension.device_and_queue(x)
-    extension.library.langevin_step(
-        shape=x.shape,
-        x=_operand(x),
-        grad=None if grad is None else _operand(grad),
-        noise=None if z is None else _operand(z),
-        step_size=_coefficient(step_size),
-        noise_std=_coefficient(noise_std),
-        maximize=maximize,
-        grad_clip=_INF if grad_clip is None else grad_clip,
-        lo=lo,
-        hi=hi,
-        noise_last=noise_last,
-        draw=z is None and not reference.is_zero(noise_std),
-        seed=seed,
-        step=step,
-        first_chain=first_chain,
-        rng_state=0 if rng_state is None else rng_state.data_ptr(),
-        device=device,
-        stream_or_threads=queue,
-    )
-    if not x.is_inference():
-        torch.autograd.graph.increment_version(x)
+    launch(
+        x, grad, z, _coefficient(step_size), _coefficient(noise_std), seed, step, first_chain,
+        clamp, grad_clip, maximize, noise_last, rng_state,
+    )  # fmt: skip
     return x
 
 
-def bind(
+def reads(tensor: Tensor) -> bool:
+    """Whether :func:`launch` takes a tensor in memory as it is, without a conversion."""
+    return tensor.dtype in extension.DTYPES and tensor.dim() <= extension.library.MAX_DIMS
+
+
+def launch(
     x: Tensor,
-    *,
+    grad: Tensor | None,
+    z: Tensor | None,
+    step_size: float | tuple[int, int],
+    noise_std: float | tuple[int, int],
     seed: int,
+    step: int,
     first_chain: int,
     clamp: tuple[float, float] | None,
     grad_clip: float | None,
     maximize: bool,
     noise_last: bool,
-) -> Callable[[Tensor | None, float, float, int], Tensor] | None:
-    """:func:`step_` on one x, in place, as a function of (grad, step_size, noise_std, step).
+    rng_state: Tensor | None = None,
+) -> None:
+    """:func:`step_` on operands that the kernels read as they are, which is not checked.
 
-    Everything that stays the same from step to step is read once, here, and x must keep its memory.
-    The function draws its own noise. Its coefficients are numbers, its step is a checked integer,
-    and its gradient must be in memory. Returns None for an x that falls back to the reference.
+    All tensors must be in memory. :func:`reads` must hold for x, grad and z, which for CUDA must be
+    in float32. Coefficients are numbers, or addresses and strides of float32 values per chain.
     """
-    if x.dtype not in extension.DTYPES or x.dim() > extension.library.MAX_DIMS or not in_memory(x):
-        return None
-    run, shape, dtypes = extension.library.langevin_step, x.shape, extension.DTYPES
-    operand = _operand(x)
+    dtypes = extension.DTYPES
     lo, hi = clamp or (-_INF, _INF)
-    clip = _INF if grad_clip is None else grad_clip
-    device_and_queue = extension.device_and_queue
-    has_version, increment = not x.is_inference(), torch.autograd.graph.increment_version
-
-    def bound(grad: Tensor | None, step_size: float, noise_std: float, step: int) -> Tensor:
-        grad_operand = None
-        if grad is not None:
-            g = grad if grad.dtype in dtypes else grad.float()
-            grad_operand = g.data_ptr(), dtypes[g.dtype], g.stride()
-        device, queue = device_and_queue(x)
-        # By position, unlike in step_: keywords would take longer to parse than all the rest.
-        run(
-            shape, operand, grad_operand, None, step_size, noise_std, maximize, clip, lo, hi,
-            noise_last, noise_std != 0, seed, step, first_chain, 0, device, queue,
-        )  # fmt: skip
-        if has_version:
-            increment(x)
-        return x
-
-    return bound
-
-
-def _operand(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    return tensor.data_ptr(), extension.DTYPES[tensor.dtype], tensor.stride()
+    device, queue = extension.device_and_queue(x)
+    # By position and without helpers, which would take longer than the kernel on a few elements.
+    extension.library.langevin_step(
+        x.shape,
+        (x.data_ptr(), dtypes[x.dtype], x.stride()),
+        None if grad is None else (grad.data_ptr(), dtypes[grad.dtype], grad.stride()),
+        None if z is None else (z.data_ptr(), dtypes[z.dtype], z.stride()),
+        step_size,
+        noise_std,
+        maximize,
+        _INF if grad_clip is None else grad_clip,
+        lo,
+        hi,
+        noise_last,
+        z is None and noise_std != 0,
+        seed,
+        step,
+        first_chain,
+        0 if rng_state is None else rng_state.data_ptr(),
+        device,
+        queue,
+    )
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
 
 
 def _coefficient(value: reference.Coefficient) -> float | tuple[int, int]:

@@ -248,3 +248,21 @@ def test_a_curved_energy_is_not_taken_for_a_piecewise_linear_one() -> None:
     assert_close(gradients(ours, [x0]), gradients(plain, [x0]), 1e-10)
     ours, _ = both(net, x0, {"grad_through": "straight"}, "auto")
     assert torch.equal(gradients(ours, [x0])[0], numbers(SHAPE, 2))
+
+
+@pytest.mark.parametrize("checkpoint", ["step", 3, 1])
+def test_parameters_that_share_a_gradient_each_get_their_sum_over_the_steps(
+    checkpoint: str | int,
+) -> None:
+    """The derivative of a + b goes to both as one tensor, to which steps must not add twice."""
+    a, b = (numbers(SHAPE[1:], seed).requires_grad_() for seed in (5, 6))
+
+    def energy(x: Tensor) -> Tensor:
+        return (x - (a + b)).pow(4).flatten(1).sum(1)
+
+    x, z = starts(), numbers((K, *SHAPE), 1)
+    out = sampler(energy, step_size=0.01)(
+        x, seed=0, noise=z, differentiable=True, checkpoint=checkpoint
+    )
+    want = gradients(plain_unroll(energy, x, z, step_size=0.01), [x, a, b])
+    assert_close(gradients(out, [x, a, b]), want, 1e-10)

@@ -139,7 +139,7 @@ def results(tmp_path):
 
 
 def test_report_makes_the_tables(results):
-    done = python("-m", "benchmarks.report", str(results))
+    done = python("-m", "benchmarks.report", str(results))  # as users start it
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[2] == (
@@ -158,12 +158,11 @@ def test_report_makes_the_tables(results):
     assert lines[-1] == "**CUDA**: not measured."
 
 
-def test_report_fills_a_readme(results, tmp_path):
+def test_report_fills_a_readme(load, results, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("above\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbelow\n")
     for _ in range(2):  # a second time replaces, not adds
-        done = python("-m", "benchmarks.report", str(results), "--readme", str(readme))
-        assert done.returncode == 0, done.stderr
+        load("report").main([str(results), "--readme", str(readme)])
     text = readme.read_text()
     assert text.startswith("above\n<!-- benchmarks -->\n\n### The update alone")
     assert text.endswith("**CUDA**: not measured.\n\n<!-- /benchmarks -->\nbelow\n")
@@ -172,20 +171,18 @@ def test_report_fills_a_readme(results, tmp_path):
     assert "bf16" not in text  # the short tables
 
 
-def test_report_refuses_a_readme_without_markers(results, tmp_path):
+def test_report_refuses_a_readme_without_markers(load, results, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("no place for tables\n")
-    done = python("-m", "benchmarks.report", str(results), "--readme", str(readme))
-    assert done.returncode != 0
-    assert "expected one line <!-- benchmarks -->" in done.stderr
+    with pytest.raises(SystemExit, match="expected one line <!-- benchmarks -->"):
+        load("report").main([str(results), "--readme", str(readme)])
     assert readme.read_text() == "no place for tables\n"
 
 
-def test_report_draws(results, tmp_path):
+def test_report_draws(load, results, tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("one", "two"):
-        done = python("-m", "benchmarks.report", str(results), "--plots", str(tmp_path / name))
-        assert done.returncode == 0, done.stderr
+        load("report").main([str(results), "--plots", str(tmp_path / name)])
     first, second = ((tmp_path / name / "step-cpu.svg").read_bytes() for name in ("one", "two"))
     assert first == second
     assert b"<svg" in first

@@ -12,7 +12,7 @@ import pytest
 
 import fastlangevin as fl
 from fastlangevin.cli import app as application
-from fastlangevin.cli.app import COMMANDS, NAMES, make_app
+from fastlangevin.cli.app import NAMES, make_app
 from fastlangevin.cli.options import Fit, ShortFit
 from fastlangevin.learn.config import FIELDS, read_settings
 from fastlangevin.learn.tasks.reconstruct import reconstruct
@@ -31,15 +31,9 @@ def test_help_groups_the_commands_by_use(flag: str | None, command: Command) -> 
     assert titles == ["Learn", "Use a model", "Judge", "Machine", "Help"]
     lines = [line.strip("│ ").split(maxsplit=1) for line in text.splitlines() if line[:1] == "│"]
     assert [line[0] for line in lines] == [*NAMES, "--help", "--version"]
-    summaries = {name: text for commands in COMMANDS.values() for name, text in commands.items()}
-    assert {line[0]: line[1] for line in lines if line[0] in summaries} == summaries
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_list_of_commands_has_the_summaries_of_the_docstrings(name: str) -> None:
-    module = importlib.import_module(f"fastlangevin.cli.{name}")
-    (summary,) = [commands[name] for commands in COMMANDS.values() if name in commands]
-    assert inspect.getdoc(getattr(module, name)).splitlines()[0] == summary
+    for line in lines[: len(NAMES)]:
+        command_module = importlib.import_module(f"fastlangevin.cli.{line[0]}")
+        assert inspect.getdoc(getattr(command_module, line[0])).splitlines()[0] == line[1]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +85,8 @@ def test_help_of_a_fit_states_the_defaults_of_the_task() -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["zzz"], "no command is called 'zzz'; there are train, configs, "),
-        (["sampel"], "no command is called 'sampel'; did you mean sample?"),
+        (["zzz"], 'Unknown command "zzz". Available commands: train, configs, '),
+        (["sampel"], 'Unknown command "sampel". Did you mean "sample"?'),
         (["train", "--iteration", "5"], "Unknown option: --iteration. Did you mean --iterations?"),
         (["train", "--iterations", "many"], "--iterations: expected a whole number, got 'many'"),
         (["train", "--iterations", "2.5"], "--iterations: expected a whole number, got '2.5'"),

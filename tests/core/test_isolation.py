@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -27,6 +28,7 @@ from fastlangevin import LangevinSampler, locks, noise
 from fastlangevin.gradients import draws
 from fastlangevin.gradients.draws import Draws
 from fastlangevin.gradients.untouched import left_as_found
+from fastlangevin.kernels import extension
 
 CPU = torch.device("cpu")
 SHAPE = (3, 2, 8, 8)
@@ -279,6 +281,46 @@ def test_draws_have_the_bits_of_a_seeded_generator_which_does_not_move(name: str
             found = [DRAW[name]() for _ in range(2)]
         assert torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", ["manual_seed", "fork_rng", "checkpoint"])
+def test_energies_that_handle_the_generators_are_noticed(
+    name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the extension's profile function, and by the one in Python that replaces it."""
+    if not compiled:
+        monkeypatch.setattr(extension, "library", None)
+    elif extension.library is None:
+        pytest.skip("the extension is not built")
+    torch.manual_seed(noise.fold_in(7, 3))
+    want = [DRAW[name]() for _ in range(2)]
+    torch.manual_seed(1)
+    before, own = torch.get_rng_state(), Draws(7, CPU)
+    with own.step(3):
+        found = [DRAW[name]() for _ in range(2)]
+    assert sys.getprofile() is None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_profile_function_hears_of_the_watched_objects_alone(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(extension, "library", None)
+    elif extension.library is None:
+        pytest.skip("the extension is not built")
+    watched, other, callers = [1], [1], []
+    try:
+        extension.watch_methods([watched], lambda frame: callers.append(frame.f_code.co_name))
+        other.append(2)
+        (lambda: watched.append(2))()
+        len(watched)
+    finally:
+        sys.setprofile(None)
+    assert callers == ["<lambda>"]
 
 
 @pytest.mark.parametrize("name", DRAW)

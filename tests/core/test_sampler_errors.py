@@ -173,3 +173,15 @@ def test_chains_that_are_not_finite(method: str, at: str) -> None:
     x0 = X0.clone().requires_grad_(bool(options))
     with pytest.raises(FloatingPointError, match="1 of 4 chains are not finite after 5 steps"):
         call(x0, seed=0, **options)
+
+
+@pytest.mark.parametrize("value", [3e38, math.inf, -math.inf])
+def test_large_states_and_infinite_energies_are_no_error(value: float) -> None:
+    """Even where the sum of the states overflows, or that of the energies is not a number."""
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None].expand(4, 3)
+
+    def energy(x: Tensor) -> Tensor:
+        return (x * 0).sum(1) + (value * signs[:, 0] if math.isinf(value) else 0)
+
+    x0 = torch.full((4, 3), 3e38) * (signs.abs() if value > 0 else signs)
+    assert torch.equal(fl.LangevinSampler(energy, K, noise_std=0.0)(x0, seed=0), x0)

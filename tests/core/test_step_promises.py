@@ -137,17 +137,20 @@ def test_a_bound_step_is_the_step(
     grads += [None, grads[0].to(memory_format=torch.channels_last)]
     grads += [torch.complex(grads[0], grads[0]).conj().imag]
     per_chain = torch.tensor([0.1, 0.0, 0.3, 0.7], device=device)
+    coefficients = [(A, B), (A, 0.0), (per_chain, B), (A, per_chain)]
+    if backend == "triton" and device.type == "cpu":  # interpreted, and bound in one way only
+        grads, coefficients = grads[::4], coefficients[::3]
     x, want = (numbers((4, 3, 5, 7), dtype).to(device) for _ in range(2))
     bound = bind_step(resolve_backend(backend, device), x, **options, **forms)
-    version = x._version
     for step, grad in enumerate(grads):
-        for a, b in ((A, B), (A, 0.0), (per_chain, B), (A, per_chain)):
+        for a, b in coefficients:
             fl.langevin_step_(
                 want, grad, step_size=a, noise_std=b, step=step, backend=backend, **options, **forms
             )
+            version = x._version
             assert bound(grad, a, b, step) is x
             assert torch.equal(x, want)
-    assert x._version > version
+            assert x._version > version
 
 
 def test_a_bound_step_of_an_inference_tensor(place: tuple[str, torch.device]) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.network import network_dtype
+from fastlangevin.gradients.network import network_dtype, submodules_of, tensors_of
 
 
 def quartic(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -146,12 +147,110 @@ def test_a_network_that_refuses_the_states_dtype_is_asked_once_a_call(x: Tensor)
     assert net.seen == [torch.float32, *[torch.bfloat16] * 3]
 
 
+def test_modules_and_tensors_of_a_network_are_torchs_in_their_order() -> None:
+    shared = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    net = nn.Sequential(nn.Sequential(nn.ELU(), shared), nn.BatchNorm1d(2), shared, nn.Linear(2, 1))
+    net.register_module("none", None)
+    tensors = [*net.parameters(), *net.buffers()]
+    for energy in (net, net.forward, functools.partial(net, extra=1)):
+        assert submodules_of(energy) == list(net.modules())
+        assert list(map(id, tensors_of(energy))) == list(map(id, tensors))
+
+
 def test_errors_of_a_networks_own_pass_unchanged(x: Tensor) -> None:
     def energy(x: Tensor) -> Tensor:
         raise RuntimeError("of its own")
 
     with pytest.raises(RuntimeError, match=r"^of its own$"):
         energy_and_grad(energy, x, {})
+
+
+# The backward pass -------------------------------------------------------------------------------
+
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "[n]": lambda x: x.tanh().flatten(1).sum(1),
+    "[n, 1]": lambda x: F.linear(x.flatten(1), torch.linspace(-1, 1, 10, dtype=x.dtype)[None]),
+    "[n, 1, 1, 1]": lambda x: F.avg_pool2d(x.exp()[:, None], (2, 5)),
+    "expanded": lambda x: x.square().mean().expand(len(x)),
+    "every other one": lambda x: x.pow(3).flatten(1).sum(1).repeat_interleave(2)[::2],
+    "[] for one chain": lambda x: x[:1].sin().sum() if len(x) == 1 else x.sin().sum((1, 2)),
+    "the states": lambda x: x[:, 0, 0],
+}
+
+
+@pytest.mark.parametrize("chains", [1, 3])
+@pytest.mark.parametrize("own", [True, False], ids=["engine", "torch.autograd.grad"])
+@pytest.mark.parametrize("energy", OUTPUTS.values(), ids=OUTPUTS)
+def test_the_gradient_has_the_bits_of_the_sums(
+    x: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    energy: Callable[[Tensor], Tensor],
+    own: bool,
+    chains: int,
+) -> None:
+    """Torch's engine gets the gradient of the sum, as torch.autograd.grad would compute it."""
+    if not own:
+        monkeypatch.setattr("fastlangevin.gradients.autograd._run_backward", None)
+    x = x[:chains].float()
+    leaf = x.clone().requires_grad_()
+    out = energy(leaf)
+    (want,) = torch.autograd.grad(out.sum(), leaf)
+    energies, grad = energy_and_grad(energy, x, {})
+    assert torch.equal(grad, want)
+    assert torch.equal(energies, out.detach().reshape(-1))
+
+
+def test_an_energy_that_is_its_state() -> None:
+    x = torch.linspace(-1, 1, 4)
+    energies, grad = energy_and_grad(lambda x: x, x, {})
+    assert torch.equal(energies, x)
+    assert torch.equal(grad, torch.ones(4))
+
+
+class Overwrites(torch.autograd.Function):
+    """A function whose backward pass writes to the gradient that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.flatten(1).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad *= 2
+        return grad[:, None].expand(-1, 5)
+
+
+def test_a_backward_pass_may_write_to_its_gradient() -> None:
+    x = torch.zeros(1, 5)
+    sampler = LangevinSampler(Overwrites.apply, 3, noise_std=0.0, gradient="autograd")
+    assert torch.equal(sampler(x, seed=0), x - 3 * 2)
+
+
+def test_the_output_is_checked_at_every_step(x: Tensor) -> None:
+    calls = []
+
+    def energy(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.square() if len(calls) == 2 else x.square().sum((1, 2))
+
+    with pytest.raises(ValueError, match=r"one value per chain, .*got shape \[3, 2, 5\]"):
+        LangevinSampler(energy, 3, gradient="autograd")(x, seed=0)
+    assert len(calls) == 2
+
+
+def test_a_function_mode_sees_the_backward_pass(x: Tensor) -> None:
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    want = energy_and_grad(quartic, x, {})
+    with Mode():
+        got = energy_and_grad(quartic, x, {})
+    assert torch.autograd.grad in seen
+    assert all(map(torch.equal, got, want))
 
 
 # Attention ---------------------------------------------------------------------------------------

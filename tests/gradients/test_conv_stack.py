@@ -190,7 +190,6 @@ REFUSED: dict[str, tuple[Callable[[Custom, Tensor], Tensor], str]] = {
     "item": (lambda m, x: rows(m.one(x)) * float(m.kernel.detach().sum()), "through __float__()"),
     "branch": (lambda m, x: rows(m.one(x)) if x.sum() > 1 else rows(x), "through __bool__()"),
     "random": (lambda m, x: rows(m.one(x) + torch.randn(1)), "randn draws random numbers"),
-    "computed": (lambda m, x: rows(F.conv2d(x, 2 * m.kernel)), "a weight that is computed"),
     "outside": (lambda m, x: rows(F.conv2d(x, OUTSIDE)), "neither a parameter nor a buffer"),
     "factor": (
         lambda m, x: rows(m.one(x)) / m.kernel[0, 0, 0, 0],
@@ -242,14 +241,6 @@ MODULES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nn.Sequential(nn.BatchNorm2d(3), net()),
         "BatchNorm2d '0' is in train mode",
     ),
-    "weight norm": (
-        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 1, 8)),
-        "a weight that is computed",
-    ),
-    "spectral norm": (
-        lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 1, 8)).eval(),
-        "a weight that is computed",
-    ),
     "old spectral norm": (
         lambda: nn.utils.spectral_norm(nn.Conv2d(3, 1, 8)),
         "has hooks of spectral_norm in train mode",
@@ -268,6 +259,25 @@ def test_modules_that_are_refused_say_why(make: Callable[[], Any], reason: str) 
     found = recognise(make(), X)
     assert isinstance(found, str)
     assert reason in found
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_a_weight_that_is_computed_is_computed_again_when_it_is_read(
+    norm: Callable[[nn.Module], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    module = norm(nn.Conv2d(3, 1, 8)).eval()
+    found = graph(module)
+    for _ in range(2):
+        found.refresh()
+        constant = found.nodes[0].constants[0]
+        assert constant is not None
+        torch.testing.assert_close(constant.tensor(), module.weight.detach())
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.rand_like(parameter))
 
 
 def test_a_recording_leaves_no_graph_and_no_flags() -> None:

@@ -1,7 +1,10 @@
 """The native kernels against the reference: numbers, steps, invariances, layouts, errors."""
 
+import importlib.util
 import itertools
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -240,3 +243,14 @@ def test_a_missing_extension_says_so(monkeypatch):
     with pytest.raises(RuntimeError, match='backend "native" cannot run on cpu: the extension'):
         choose_backend("native", CPU)
     assert noise.normal((2, 3), seed=0, step=0).shape == (2, 3)
+
+
+@pytest.mark.parametrize("lacking", ["DTYPES", "fill_noise"])
+def test_an_extension_that_is_out_of_date_says_so_at_import(monkeypatch, lacking):
+    old = types.ModuleType("fastlangevin._native")
+    old.__dict__.update(vars(extension.library), __file__="old.so")
+    delattr(old, lacking)
+    monkeypatch.setitem(sys.modules, old.__name__, old)
+    spec = importlib.util.spec_from_file_location("again", extension.__file__)
+    with pytest.raises(ImportError, match=rf"old.so is out of date, it has no {lacking}: reinst"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

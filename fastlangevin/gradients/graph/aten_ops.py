@@ -7,6 +7,7 @@ returns the operator's node, or None for an operator that changes neither values
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -60,7 +61,8 @@ def _mm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
 def _transposed(operands: Operands, matrix: Any, name: str) -> Constant:
     constant = operands.constant(matrix, name)
     assert constant is not None
-    return Constant(constant.base, constant.size[::-1], constant.stride[::-1], constant.offset)
+    size, stride = constant.size[::-1], constant.stride[::-1]
+    return replace(constant, size=size, stride=stride)
 
 
 def _view(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node | None:

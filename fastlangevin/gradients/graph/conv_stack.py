@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -179,4 +179,4 @@ def _as_conv(weight: Constant, image: tuple[int, ...]) -> Constant:
     """Return a matrix [out, C H W] as a kernel [out, C, H, W] in the same memory."""
     (out, _), (row, column), (c, h, w) = weight.size, weight.stride, image
     strides = (row, h * w * column, w * column, column)
-    return Constant(weight.base, (out, c, h, w), strides, weight.offset)
+    return replace(weight, size=(out, c, h, w), stride=strides)

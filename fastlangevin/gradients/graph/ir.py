@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,12 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Constant:
-    """A parameter or buffer of the energy, or a strided view of one, in its own memory."""
+    """A parameter or buffer of the energy, or a strided view of one, in its own memory.
+
+    With a ``slot``, the base holds what the energy computes from its weights in that slot of the
+    recording's trace.
+    """
 
     base: Tensor
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    slot: int | None = None
 
     def tensor(self, detach: bool = True) -> Tensor:
         base = self.base.detach() if detach else self.base
@@ -26,6 +31,15 @@ class Constant:
     @property
     def key(self) -> tuple[Any, ...]:
         return id(self.base), self.size, self.stride, self.offset
+
+
+class Computed(Protocol):
+    """Constants that an energy computes from its weights, in memory of their own."""
+
+    leaves: list[Tensor]  # the parameters and buffers that they are computed from
+
+    def refresh(self) -> None:
+        """Compute them again."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Graph:
     dtype: torch.dtype  # dtype in which the state enters the network
     device: torch.device
     nodes: tuple[Node, ...]
-    owners: tuple[Any, ...] = field(default=(), repr=False)  # keeps the ids in the keys valid
+    computed: Computed | None = field(default=None, repr=False)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -72,10 +86,27 @@ class Graph:
         return self.chains, self.shape, self.dtype, self.device, nodes
 
     @functools.cached_property
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for graphs of the same operations on weights of the same shapes."""
+        nodes = tuple(
+            (n.kind, n.inputs, n.shape, n.settings, tuple(c and c.size for c in n.constants))
+            for n in self.nodes
+        )
+        return self.chains, self.shape, self.dtype, self.device, nodes
+
+    @functools.cached_property
     def bases(self) -> list[Tensor]:
-        """The parameters and buffers that the nodes read, without duplicates."""
-        bases = {id(c.base): c.base for node in self.nodes for c in node.constants if c is not None}
+        """The parameters and buffers that the graph depends on, without duplicates."""
+        constants = [c for node in self.nodes for c in node.constants if c is not None]
+        bases = {id(c.base): c.base for c in constants if c.slot is None}
+        if self.computed is not None:
+            bases |= {id(leaf): leaf for leaf in self.computed.leaves}
         return list(bases.values())
+
+    def refresh(self) -> None:
+        """Compute again what the energy computes from its weights, before they are read."""
+        if self.computed is not None:
+            self.computed.refresh()
 
     def versions(self) -> list[tuple[int, int]]:
         """Return the version counters and addresses of the bases, to notice that one has changed.

@@ -15,6 +15,7 @@ another dimension equals n.
 import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from fastlangevin.gradients.graph.snapshot import Snapshot
 from fastlangevin.gradients.graph.watch import Values, Watch
 from fastlangevin.gradients.network import Network, modules_of, network_dtype
 from fastlangevin.gradients.precision import HALVES
+from fastlangevin.gradients.trace.constants import ComputedConstants
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.tracer import Tracer
 from fastlangevin.gradients.untouched import left_as_found
@@ -150,9 +152,9 @@ def _record(
     snapshot.add(energy, getattr(energy, "__name__", type(energy).__name__))
     if snapshot.unknown is not None:
         return Recording(snapshot.unknown, snapshot.unknown, None), None
-    recorder = _recorder(energy, leaf, precision)
     tracer, watch = Tracer(leaf, refuse), Watch(snapshot, refuse)
-    values = Values(refuse, tracer.reads_state)
+    recorder = _recorder(energy, leaf, precision, tracer)
+    values = Values(refuse, tracer.reads_state, lambda: recorder.stop("a tensor has hooks"))
     # The first operator under a dispatch mode imports this module; watching the import is slow.
     importlib.import_module("torch._dynamo")
     tracer.watch, tracer.observe = watch, recorder.see
@@ -180,7 +182,12 @@ def _record(
             (grad,) = torch.autograd.grad(out.sum(), leaf, allow_unused=True)
         graph = _graph(recorder, out)
         trace = "autograd finds no gradient" if grad is None else tracer.trace(out, grad)
+        if isinstance(trace, Trace):
+            trace = replace(trace.with_arguments(model_kwargs), is_autocast=precision in HALVES)
+            graph = _with_computed(graph, trace)
         results = RunResults(leaf.detach(), out.detach(), grad)
+        # A weight that every run computes and keeps as an attribute, without reading the last one.
+        snapshot.put_back_tensors(tracer.replaces)
         changed = watch.changed() or _refusal(("", module) for module in snapshot.modules)
         if changed is not None:
             refuse(changed)
@@ -196,15 +203,15 @@ def _record(
     guard = None
     if not hidden and may_be_kept(snapshot, model_kwargs, tracer.leaves):
         guard = Guard(energy, x, model_kwargs, snapshot, tracer.leaves)
-    if isinstance(trace, Trace):
-        trace = trace.with_arguments(model_kwargs)
     return Recording(graph, trace, guard), results
 
 
-def _recorder(energy: Callable[..., Any], leaf: Tensor, precision: str | None) -> OperatorRecorder:
+def _recorder(
+    energy: Callable[..., Any], leaf: Tensor, precision: str | None, tracer: Tracer
+) -> OperatorRecorder:
     roots = modules_of(energy)
     tensors = tuple(t for m in roots for t in (*m.parameters(), *m.buffers()))
-    recorder = OperatorRecorder(leaf, tensors)
+    recorder = OperatorRecorder(leaf, tensors, tracer)
     if not roots:
         recorder.stop(f"the energy is a {type(energy).__name__}, not an nn.Module")
     elif precision in HALVES:
@@ -224,6 +231,20 @@ def _graph(recorder: OperatorRecorder, out: Any) -> Graph | str:
         return recorder.graph(out)
     except Unsupported as error:
         return str(error)
+
+
+def _with_computed(graph: Graph | str, trace: Trace) -> Graph | str:
+    """Return a graph that can compute those of its constants that the energy computes."""
+    if isinstance(graph, str):
+        return graph
+    constants = [c for node in graph.nodes for c in node.constants if c is not None]
+    targets = {c.slot: c.base for c in constants if c.slot is not None}
+    if not targets:
+        return graph
+    computed = ComputedConstants(trace, targets)
+    if computed.reads_arguments:
+        return "a weight depends on an argument of the call"
+    return replace(graph, computed=computed)
 
 
 def _shape_reason(out: Any, leaf: Tensor) -> str:

@@ -1,6 +1,7 @@
 """Describes the operators of an energy as the nodes of a graph, while they run."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,26 +14,35 @@ class Unsupported(Exception):
     """The reason why a graph cannot hold what the energy computes."""
 
 
+class Slots(Protocol):
+    """The tensors of a run by the numbers of their slots."""
+
+    def slot_of(self, tensor: Tensor) -> int:
+        """Return the slot of a tensor."""
+
+    def sharing(self, slot: int) -> list[int]:
+        """Return the slots of the tensors that have the memory of a slot's tensor."""
+
+
 class OperatorRecorder:
     """Makes a node of every operator that reads the state.
 
     It stops at the first operator that it lacks, and ``unsupported`` says why. ``leaf``: the states
-    [n, ...] of the run. ``constants``: the energy's parameters and buffers.
+    [n, ...] of the run. ``constants``: the energy's parameters and buffers. ``slots`` tells the
+    tensors of the run apart. No tensor is kept alive that the run frees.
     """
 
-    def __init__(self, leaf: Tensor, constants: tuple[Tensor, ...]) -> None:
+    def __init__(self, leaf: Tensor, constants: tuple[Tensor, ...], slots: Slots) -> None:
         self.chains = leaf.shape[0]
         self.leaf = leaf
         self.nodes: list[Node] = []
-        self.values = {id(leaf): 0}
-        self.constants = {
-            id(tensor): Constant(tensor, tuple(tensor.shape), tensor.stride(), 0)
-            for tensor in constants
-            if tensor.layout is torch.strided
-        }
-        self.spoilt: dict[int, str] = {}  # tensors that must not be read again, with the reason
-        self.tensors = [leaf]  # kept alive, since tensors are told apart by their ids
+        self.slots = slots
+        self.values = {slots.slot_of(leaf): 0}  # by slot
+        self.spoilt: dict[int, str] = {}  # slots that must not be read again, with the reason
         self.unsupported: str | None = None
+        self._parameters = {id(t): t for t in constants if t.layout is torch.strided}
+        self._constants: dict[int, Constant] = {}  # by slot, views of parameters and computed ones
+        self._computed: set[int] = set()  # slots of tensors computed without the states
 
     def refuse(self, reason: str) -> Exception:
         """Return the error to raise for what a graph cannot hold."""
@@ -41,7 +51,7 @@ class OperatorRecorder:
     def stop(self, reason: str) -> None:
         """Note why there is no graph, and keep nothing."""
         self.unsupported = self.unsupported or reason
-        self.tensors, self.nodes, self.values, self.spoilt = [], [], {}, {}
+        self.nodes, self.values, self.spoilt = [], {}, {}
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Describe an operator that has run."""
@@ -57,18 +67,18 @@ class OperatorRecorder:
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         tensors = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
-        if not any(id(t) in self.values or id(t) in self.spoilt for t in tensors):
+        read = [self.slots.slot_of(tensor) for tensor in tensors]
+        if not any(slot in self.values or slot in self.spoilt for slot in read):
             self._see_constants(func, name, args, out)
             return
-        for tensor in tensors:
-            if id(tensor) in self.spoilt:
-                raise self.refuse(self.spoilt[id(tensor)])
+        for slot in read:
+            if slot in self.spoilt:
+                raise self.refuse(self.spoilt[slot])
         if not torch.is_grad_enabled():
             raise self.refuse(f"{name} runs under torch.no_grad, or in a torch.autograd.Function")
         if name == "detach":
             # Autograd makes detached copies itself, which nothing reads.
-            self.spoilt[id(out)] = "part of it is detached"
-            self.tensors.append(out)
+            self.spoilt[self.slots.slot_of(out)] = "part of it is detached"
             return
         describe = OPERATORS.get(name)
         if describe is None:
@@ -77,85 +87,88 @@ class OperatorRecorder:
             # What a norm or a maximum returns beside its result is for its backward pass.
             out, *others = out
             for other in others:
-                self.spoilt[id(other)] = f"{name}'s other results are not supported"
-            self.tensors += others
+                slot = self.slots.slot_of(other)
+                self.spoilt[slot] = f"{name}'s other results are not supported"
         # The energy of a single chain may have no dimension at all.
         if not isinstance(out, Tensor) or (out.shape[0] if out.ndim else 1) != self.chains:
             raise self.refuse(f"{name} mixes chains")
         node = describe(self, name, _named(func, args, kwargs), out)
+        written = self.slots.slot_of(out)
         if out is args[0]:
-            self._spoil_aliases(out, name)
-        self.tensors.append(out)
+            self._spoil_aliases(written, name)
         if node is None:
-            self.values[id(out)] = self.values[id(args[0])]
+            self.values[written] = self.value(args[0], name)
             return
         self.nodes.append(node)
-        self.values[id(out)] = len(self.nodes)
+        self.values[written] = len(self.nodes)
 
     def _see_constants(self, func: Any, name: str, args: tuple[Any, ...], out: Any) -> None:
         """See an operator that does not read the state; views of constants are constants."""
         if func._schema.is_mutable:
             raise self.refuse(f"{name} changes a tensor in place")
-        self.tensors += [tensor for tensor in _flat((out,)) if isinstance(tensor, Tensor)]
+        new = [tensor for tensor in _flat((out,)) if isinstance(tensor, Tensor)]
+        self._computed.update(map(self.slots.slot_of, new))
         if isinstance(out, Tensor):
-            viewed = self.constants.get(id(args[0])) if args else None
+            viewed = self._known(args[0]) if args and isinstance(args[0], Tensor) else None
             alias = func._schema.returns[0].alias_info
             if viewed is not None and alias is not None and out.dtype == viewed.base.dtype:
                 offset = int(out.storage_offset() - viewed.base.storage_offset())
-                self.constants[id(out)] = Constant(
-                    viewed.base, tuple(out.shape), out.stride(), offset
-                )
+                view = replace(viewed, size=tuple(out.shape), stride=out.stride(), offset=offset)
+                self._constants[self.slots.slot_of(out)] = view
 
-    def _spoil_aliases(self, changed: Tensor, name: str) -> None:
-        storage = changed.untyped_storage().data_ptr()
-        for tensor in self.tensors:
-            if tensor is not changed and tensor.untyped_storage().data_ptr() == storage:
-                self.spoilt[id(tensor)] = f"{name} changes a view of a tensor that is read again"
+    def _spoil_aliases(self, changed: int, name: str) -> None:
+        for slot in self.slots.sharing(changed):
+            if slot != changed:
+                self.spoilt[slot] = f"{name} changes a view of a tensor that is read again"
 
     def value(self, tensor: Any, name: str) -> int:
         """Return the number of a value that is computed from the states; refuse other tensors."""
-        if not isinstance(tensor, Tensor) or id(tensor) not in self.values:
+        slot = self.slots.slot_of(tensor) if isinstance(tensor, Tensor) else -1
+        if slot not in self.values:
             raise self.refuse(f"{name} is supported only between results of the state")
-        return self.values[id(tensor)]
+        return self.values[slot]
 
     def is_value(self, tensor: Any) -> bool:
         """Return whether an argument is a tensor that is computed from the states."""
-        return isinstance(tensor, Tensor) and id(tensor) in self.values
+        return isinstance(tensor, Tensor) and self.slots.slot_of(tensor) in self.values
 
     def constant(self, tensor: Any, name: str) -> Constant | None:
         """Return the constant of a parameter, a buffer or a view of one, and None for None."""
         if tensor is None:
             return None
-        if id(tensor) in self.constants:
-            if tensor.dtype == self.leaf.dtype and tensor.device == self.leaf.device:
-                return self.constants[id(tensor)]
+        constant, slot = self._known(tensor), self.slots.slot_of(tensor)
+        if constant is None and slot not in self._computed:
+            raise self.refuse(f"{name} reads a tensor that is neither a parameter nor a buffer")
+        if tensor.dtype != self.leaf.dtype or tensor.device != self.leaf.device:
             raise self.refuse(f"{name} reads a parameter of another dtype or device")
-        computed = any(tensor is other for other in self.tensors)
-        raise self.refuse(
-            f"{name} reads a weight that is computed (a parametrisation?)"
-            if computed
-            else f"{name} reads a tensor that is neither a parameter nor a buffer"
-        )
+        if constant is None:
+            base = tensor.detach().clone(memory_format=torch.contiguous_format)
+            constant = Constant(base, tuple(base.shape), base.stride(), 0, slot)
+            self._constants[slot] = constant
+        return constant
+
+    def _known(self, tensor: Tensor) -> Constant | None:
+        """Return the constant of a parameter, a buffer, a view of one, or a known computed one."""
+        if id(tensor) in self._parameters:
+            return Constant(tensor, tuple(tensor.shape), tensor.stride(), 0)
+        return self._constants.get(self.slots.slot_of(tensor))
 
     def graph(self, out: Any) -> Graph:
         """Return the graph whose output is ``out``, the energies."""
         if self.unsupported is not None:
             raise self.refuse(self.unsupported)
-        if not isinstance(out, Tensor) or id(out) in self.spoilt:
+        if not isinstance(out, Tensor) or self.slots.slot_of(out) in self.spoilt:
             raise self.refuse("its output is not a tensor computed from the state")
         value = self.value(out, "its output")
         if out.numel() != self.chains:
             raise self.refuse(f"its output has shape {list(out.shape)} for {self.chains} chains")
-        if any(tensor._backward_hooks for tensor in self.tensors):
-            raise self.refuse("a tensor has hooks")
         if _has_custom_function(out):
             raise self.refuse("a torch.autograd.Function has a gradient of its own")
         nodes = _live(self.nodes, value)
         if not nodes:
             raise self.refuse("its output is the state itself")
-        bases = tuple(c.base for node in nodes for c in node.constants if c is not None)
         leaf, shape = self.leaf, tuple(self.leaf.shape[1:])
-        return Graph(self.chains, shape, leaf.dtype, leaf.device, nodes, bases)
+        return Graph(self.chains, shape, leaf.dtype, leaf.device, nodes)
 
 
 def _live(nodes: list[Node], output: int) -> tuple[Node, ...]:

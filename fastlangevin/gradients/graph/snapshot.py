@@ -53,6 +53,7 @@ class Snapshot:
         self.unknown: str | None = None  # why state cannot be compared, if so
         self._seen: dict[int, Any] = {}  # by id; keeps the objects, and so their ids, alive
         self.tensors: dict[int, Tensor] = {}  # by id, all tensors that were reached
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of modules
         self.hides = False  # whether something reached holds results of its own
         self.codes: set[types.CodeType] = set()  # of the functions whose closures are saved
         self._names: set[tuple[int, str]] = set()
@@ -119,6 +120,15 @@ class Snapshot:
         """Return the name of something that has changed, or None."""
         return next((saved.label for saved in self._saved if not saved.same()), None)
 
+    def put_back_tensors(self, may_change: Callable[[Tensor, Tensor], bool]) -> None:
+        """Restore tensors that attributes of modules held, where ``may_change(before, now)``."""
+        for attributes, entries in self._attributes:
+            for name, before in entries.items():
+                now = attributes.get(name)
+                tensors = isinstance(before, Tensor) and isinstance(now, Tensor)
+                if now is not before and tensors and may_change(before, now):
+                    attributes[name] = before
+
     def restore(self, names: Callable[[Any], bool], containers: Callable[[int], bool]) -> None:
         """Restore what has changed, of attributes with such names and containers with such ids."""
         for saved in self._saved:
@@ -130,6 +140,7 @@ class Snapshot:
         if isinstance(value, nn.Module):
             named = type(value).__name__
             attributes = {k: v for k, v in value.__dict__.items() if k not in _TABLES}
+            self._attributes.append((value.__dict__, dict(attributes)))
             self._save_attributes(
                 named, value.__dict__, attributes, lambda name: name not in _TABLES
             )

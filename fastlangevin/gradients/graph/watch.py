@@ -64,11 +64,18 @@ _PURE = frozenset((
 class Values(TorchFunctionMode):
     """Refuses functions that turn tensors into Python numbers or memory.
 
-    ``reads_state`` tells whether a tensor is computed from the states of the run.
+    ``reads_state`` tells whether a tensor is computed from the states of the run, and
+    ``note_hook`` is called when a tensor gets a hook.
     """
 
-    def __init__(self, refuse: Refuse, reads_state: Callable[[Tensor], bool]) -> None:
+    def __init__(
+        self,
+        refuse: Refuse,
+        reads_state: Callable[[Tensor], bool],
+        note_hook: Callable[[], None],
+    ) -> None:
         super().__init__()
+        self.note_hook = note_hook
         self.refuse, self.reads_state = refuse, reads_state
         self.copied = False  # whether values were copied without an operator that shows it
 
@@ -86,6 +93,8 @@ class Values(TorchFunctionMode):
             self.copied |= bool(tensors)
         if name in _READS:
             raise self.refuse(f"it reads values through {name}()")
+        if name == "register_hook":
+            self.note_hook()
         result = func(*args, **kwargs)
         if name not in _METADATA and not _is_plain(result):
             raise self.refuse(f"it reads values through {name}()")

@@ -53,9 +53,8 @@ class Trace:
     leaves: dict[int, Tensor]  # tensors that existed before the run, by slot, without the states
     energies: int
     grad: int
-    arguments: dict[int, str] = field(
-        default_factory=dict
-    )  # slots of the energy's keyword arguments
+    is_autocast: bool = False  # whether the run was under autocast
+    arguments: dict[int, str] = field(default_factory=dict)  # keyword arguments, by slot
 
     def with_arguments(self, model_kwargs: dict[str, Any]) -> "Trace":
         """Return the trace with the leaves that are keyword arguments known by name instead."""

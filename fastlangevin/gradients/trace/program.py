@@ -22,13 +22,13 @@ class Program:
         rewrite(draft)
         constants = draft.constants()
         made = {n for instruction in draft.once for n in instruction.written}
-        read = {n for i in draft.once for n in i.reads} | set(constants)
-        self.leaves = sorted(n for n in read if n in trace.leaves or n in trace.arguments)
+        existing = trace.leaves.keys() | trace.arguments.keys()
+        self.leaves = [n for n in draft.once_reads(constants) if n in existing]
         self.instructions = len(draft.each)
         self.constant_bytes = sum(_bytes(draft, n) for n in constants if n in made)
         self.step_bytes = _most_bytes(draft)
-        self.prepare = _compiled(self.leaves, draft.once, constants, ())
-        self.step = _compiled([0, *constants], draft.each, draft.results, constants)
+        self.prepare = compiled(self.leaves, draft.once, constants, ())
+        self.step = compiled([0, *constants], draft.each, draft.results, constants)
 
 
 def _bytes(draft: Draft, number: int) -> int:
@@ -52,7 +52,7 @@ def _most_bytes(draft: Draft) -> int:
     return most
 
 
-def _compiled(
+def compiled(
     parameters: Sequence[int],
     instructions: Sequence[Instruction],
     results: Iterable[int],

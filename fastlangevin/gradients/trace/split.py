@@ -23,15 +23,15 @@ class Draft:
     """The instructions of a program while it is being made.
 
     ``once`` computes what does not depend on the states, ``each`` runs at every step and ends in
-    ``results``. Slot 0 holds the states.
+    ``results``. Slot 0 holds the states. ``kept``: constants that are computed in any case.
     """
 
-    def __init__(self, trace: Trace, results: tuple[int, ...]) -> None:
+    def __init__(self, trace: Trace, results: tuple[int, ...], kept: tuple[int, ...] = ()) -> None:
         self.values = dict(trace.values)
         self.leaves = dict(trace.leaves)
-        self.results = results
+        self.results, self.kept = results, kept
         instructions = [self._without_shape_reads(i) for i in trace.instructions]
-        moving = self._moving(instructions)
+        moving = self._moved = self._moving(instructions)
         self.once = [i for i in instructions if not self._touches(i, moving)]
         self.each = [i for i in instructions if self._touches(i, moving)]
         self.each = self._live(self.each, results)
@@ -40,13 +40,21 @@ class Draft:
     def prune(self) -> None:
         """Drop what no result needs."""
         self.each = self._live(self.each, self.results)
-        self.once = self._live(self.once, self.constants())
+        self.once = self._live(self.once, (*self.constants(), *self.kept))
 
     def constants(self) -> list[int]:
         """Return the slots that the steps read and that are computed before them."""
         made = {0} | {n for instruction in self.each for n in instruction.written}
         read = [n for i in self.each for n in i.reads] + list(self.results)
         return [n for n in dict.fromkeys(read) if n not in made]
+
+    def once_reads(self, results: Iterable[int]) -> list[int]:
+        """Return the slots that ``once`` and its results read."""
+        return sorted({n for i in self.once for n in i.reads} | set(results))
+
+    def moves(self, number: int) -> bool:
+        """Return whether a slot's tensor depends on the states."""
+        return self.values[number].storage in self._moved
 
     def new_slot(self, value: Value) -> int:
         """Return a new slot for a tensor of its own memory."""

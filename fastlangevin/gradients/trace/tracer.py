@@ -1,5 +1,6 @@
 """The dispatch mode that records every operator of a run, also those of its backward pass."""
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -44,27 +45,26 @@ class Tracer(TorchDispatchMode):
 
     def reads_state(self, tensor: Tensor) -> bool:
         """Return whether a tensor is computed from the states."""
-        entry = self._slots.get(id(tensor))
-        return entry is not None and entry[0]() is tensor and entry[1] in self._moving
+        return self._entry(tensor) in self._moving
 
     def trace(self, energies: Tensor, grad: Tensor) -> Trace:
         """Return the finished trace, which ends in these two tensors."""
-        numbers = [self._number(tensor) for tensor in (energies, grad)]
+        numbers = [self.slot_of(tensor) for tensor in (energies, grad)]
         return Trace(tuple(self.instructions), self.values, self.leaves, numbers[0], numbers[1])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if self.watch is None:
-            return self._run(func, args, kwargs or {})
-        with self.watch.paused():  # otherwise it would follow the code of this class
+        # The modes that watch the energy's code must not see the code of this class.
+        paused = contextlib.nullcontext() if self.watch is None else self.watch.paused()
+        with paused, torch._C.DisableTorchFunction():
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.refuse(f"{name} draws random numbers")
-        if name in ("_local_scalar_dense", "equal") or any(tag in func.tags for tag in _DATA_TAGS):
+        if name in ("_local_scalar_dense", "equal") or self._chooses_by_value(func, args):
             raise self.refuse(f"{name} reads a tensor's value into Python")
         writes = self._writes(func, name, args, kwargs)
         recorded_args = mapped(args, self._recorded)
@@ -99,36 +99,59 @@ class Tracer(TorchDispatchMode):
                 continue
             passed = args[k] if k < len(args) else kwargs.get(argument.name)
             for tensor in _tensors(passed):
-                number = self._number(tensor)
+                number = self.slot_of(tensor)
                 storage = self.values[number].storage
                 if storage == 0 or any(self.values[n].storage == storage for n in self.leaves):
                     raise self.refuse(f"{name} changes a tensor in place")
                 numbers.append(number)
         return tuple(numbers)
 
-    def _recorded(self, argument: Any) -> Any:
-        return Slot(self._number(argument)) if isinstance(argument, Tensor) else argument
+    def _chooses_by_value(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Return whether the shape of an operator's result depends on values."""
+        if not any(tag in func.tags for tag in _DATA_TAGS):
+            return False
+        masks = (torch.bool, torch.uint8)
+        by_numbers = all(index.dtype not in masks for index in _tensors(args[1:]))
+        return not (func is torch.ops.aten.index.Tensor and by_numbers)
 
-    def _number(self, tensor: Tensor) -> int:
+    def _recorded(self, argument: Any) -> Any:
+        return Slot(self.slot_of(argument)) if isinstance(argument, Tensor) else argument
+
+    def slot_of(self, tensor: Tensor) -> int:
         """Return the slot of a tensor; one that is not known yet existed before the run."""
-        entry = self._slots.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            return entry[1]
+        number = self._entry(tensor)
+        if number is not None:
+            return number
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             raise self.refuse(f"it reads a {type(tensor).__name__} of layout {tensor.layout}")
         number = self._place(tensor, self._storage_of(tensor))
         self.leaves[number] = tensor
         return number
 
-    def _output(self, tensor: Tensor, inputs: list[Tensor]) -> int:
+    def replaces(self, before: Tensor, now: Tensor) -> bool:
+        """Return whether the run made a tensor, without the states, and did not read another."""
+        made = self._entry(now)
+        return made is not None and made not in self._moving and self._entry(before) is None
+
+    def _entry(self, tensor: Tensor) -> int | None:
+        """Return the slot of a tensor of the run, or None for another tensor."""
         entry = self._slots.get(id(tensor))
-        if entry is not None and entry[0]() is tensor:
-            return entry[1]  # an operator in place returns its argument
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def sharing(self, slot: int) -> list[int]:
+        """Return the slots of the tensors that have the memory of a slot's tensor."""
+        storage = self.values[slot].storage
+        return [number for number, value in self.values.items() if value.storage == storage]
+
+    def _output(self, tensor: Tensor, inputs: list[Tensor]) -> int:
+        number = self._entry(tensor)
+        if number is not None:
+            return number  # an operator in place returns its argument
         address = tensor.untyped_storage().data_ptr()
         storage = self._count
         for other in inputs:
             if address and other.untyped_storage().data_ptr() == address:
-                storage = self.values[self._number(other)].storage
+                storage = self.values[self.slot_of(other)].storage
         return self._place(tensor, storage)
 
     def _storage_of(self, tensor: Tensor) -> int:

@@ -1,18 +1,43 @@
 """Diagnose a run or one of its checkpoints."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from fastlangevin.learn.build import choose_device
-from fastlangevin.learn.checkpoint import load, read_checkpoint, run_folder
+from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData
+from fastlangevin.learn.diagnosis import report
 from fastlangevin.learn.diagnosis.diagnose import Diagnosis, diagnose, noisy_batch
 from fastlangevin.learn.log import read_records, read_series
 from fastlangevin.learn.train import annealed
 
 
+class RunDiagnosis(NamedTuple):
+    """A diagnosis, with facts about what was diagnosed."""
+
+    diagnosis: Diagnosis
+    title: str
+    facts: dict[str, Any]  # JSON-ready
+    folder: Path | None  # of the run; None for a model without a run
+
+    def text(self) -> str:
+        """Return all figures as text, each with its reference value."""
+        return report.to_text(self.diagnosis)
+
+    def save(self, folder: Path | None = None) -> list[Path]:
+        """Write the files of a diagnosis (default: in the run's folder, if there is one).
+
+        Return their paths.
+        """
+        folder = folder or self.folder
+        if folder is None:
+            return []
+        return report.save(self.diagnosis, folder, self.title, **self.facts)
+
+
 def diagnose_run(
-    checkpoint: Path,
+    run: str | Path,
     config: TrainConfig,
     train: ImageData,
     *,
@@ -23,15 +48,17 @@ def diagnose_run(
     long: int = 10,
     starts: int = 16,
     lags: int = 15,
-) -> Diagnosis:
+) -> RunDiagnosis:
     """Diagnose a checkpoint and, if it belongs to a run, the log up to its iteration.
 
+    run: a run's folder, a checkpoint, or the name of a model in the package.
     config, train: the settings of the run and its training images.
     n: number of images, with the noise that the run added to them, and of chains to compare.
     device: where to compute.
     averaged: whether to diagnose the moving average of the weights instead of the weights.
     seed, long, starts, lags: as for :func:`diagnose`.
     """
+    checkpoint = find_checkpoint(run)
     iteration, folder = read_checkpoint(checkpoint)[1]["iteration"], run_folder(checkpoint)
     sampler = load(checkpoint, device=choose_device(device), averaged=averaged)
     _, data_noise = annealed(config, iteration - 1)
@@ -39,4 +66,6 @@ def diagnose_run(
     logs = ([], []) if folder is None else (read_records(folder), read_series(folder))
     # If the run continued after this checkpoint, later records are about other weights.
     until = [[line for line in log if line["iteration"] <= iteration] for log in logs]
-    return diagnose(sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags)
+    diagnosis = diagnose(sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags)
+    facts = {"iteration": iteration, "averaged": averaged, "seed": seed}
+    return RunDiagnosis(diagnosis, f"{checkpoint.stem}, {n} chains", facts, folder)

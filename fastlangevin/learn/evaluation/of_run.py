@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fastlangevin.learn.build import choose_device
-from fastlangevin.learn.checkpoint import load, read_checkpoint
+from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.evaluation.evaluate import (
     Evaluation,
     evaluate,
+    save,
     shuffled,
     to_text,
     yardsticks,
@@ -32,15 +33,27 @@ class RunEvaluation(NamedTuple):
     evaluation: Evaluation
     files: str | None  # name of the samples if they were read from files
     facts: dict[str, Any]  # JSON-ready
+    folder: Path | None  # of the run; None for a model without a run and for samples in files
 
     def text(self) -> str:
         """Return the table, with the name of the samples if they were read from files."""
         text = to_text(self.evaluation)
         return text if self.files is None else f"samples    {self.files}\n{text}"
 
+    def save(self, path: Path | None = None) -> list[Path]:
+        """Write the figures as JSON (default: evaluate.json in the run's folder, if there is one).
+
+        Return the paths of the files.
+        """
+        path = path or (self.folder and self.folder / "evaluate.json")
+        if path is None:
+            return []
+        save(self.evaluation, path, **self.facts)
+        return [path]
+
 
 def evaluate_run(
-    checkpoint: str | Path,
+    run: str | Path,
     config: TrainConfig,
     train: ImageData,
     *,
@@ -58,6 +71,7 @@ def evaluate_run(
 ) -> RunEvaluation:
     """Evaluate n samples, and as many held-out images, noisy images and images of uniform noise.
 
+    run: a run's folder, a checkpoint, or the name of a model in the package.
     config, train: the settings of the run and its training images.
     n: number of images of each set (default: all that are held out, at most 2048).
     samples: source of the samples (default: the model of the checkpoint draws them).
@@ -70,7 +84,7 @@ def evaluate_run(
 
     Raises ValueError naming the argument, before any sample is drawn.
     """
-    torch_device = choose_device(device)
+    checkpoint, torch_device = find_checkpoint(run), choose_device(device)
     held_out = _held_out(config, train, images)
     order = shuffled(train if held_out is None else held_out, seed)
     if held_out is None:
@@ -97,7 +111,7 @@ def evaluate_run(
     extract = make_features(features, train, torch_device)
     real = source.batch(order[:n]).to(torch_device)
     marks = yardsticks(real, list(noise), seed)
-    facts: dict[str, Any] = {"samples": samples}
+    facts: dict[str, Any] = {"run": str(run), "samples": samples}
     if read is None:
         sampler = load(checkpoint, device=torch_device, averaged=averaged)
         judged = _draw(sampler, n, seed)
@@ -111,7 +125,8 @@ def evaluate_run(
         seed=seed,
     )  # fmt: skip
     facts |= {"seed": seed, "held_out": held_out.name if held_out else None}
-    return RunEvaluation(evaluation, f"{n} of {read.name}" if read else None, facts)
+    files = f"{n} of {read.name}" if read else None
+    return RunEvaluation(evaluation, files, facts, None if read else run_folder(checkpoint))
 
 
 def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> ImageData | None:

@@ -40,6 +40,14 @@ def write_report(plan: Sweep, results: Sequence[Result], out: Path) -> list[Path
     return written
 
 
+def outcome(result: Result) -> str:
+    """Return the result of a run in a few words."""
+    if result["diverged"]:
+        return f"diverged at iteration {result['diverged']['iteration']}"
+    sure = "" if result["sure"] is None else f"sure of {result['sure']:.0%}, "
+    return f"{sure}Frechet distance {result['frechet']:.3g}"
+
+
 def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
     """Return the plan, the machine, the marks, and each point with its runs, JSON-ready.
 

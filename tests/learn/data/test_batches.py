@@ -8,7 +8,7 @@ import torch
 
 from fastlangevin.learn.data import collect
 from fastlangevin.learn.data.load import load_images
-from tests.learn.data_shared import everything, noise, unit, write_png
+from tests.learn.data.shared import everything, noise, unit, write_png
 
 
 # Batches

@@ -1,4 +1,4 @@
-"""evaluate_run and diagnose_run return what their commands write."""
+"""evaluate_run returns what its command writes."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,14 @@ import pytest
 
 from fastlangevin.learn import resolve
 from fastlangevin.learn.build import load_data
-from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint
-from fastlangevin.learn.diagnosis.of_run import diagnose_run
+from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.evaluation.of_run import evaluate_run
 from tests.command import run_command
 
 
 def test_evaluate_run_has_the_figures_that_the_command_writes(tmp_path: Path) -> None:
     config = resolve(overrides=read_checkpoint("digits")[1]["config"])
-    found = evaluate_run(
-        find_checkpoint("digits"), config, load_data(config), n=16, features="pixels", reference=80
-    )
+    found = evaluate_run("digits", config, load_data(config), n=16, features="pixels", reference=80)
     out = tmp_path / "a.json"
     options = ("--n", 16, "--features", "pixels", "--reference", 80, "--out", out)
     done = run_command("evaluate", "digits", *options)
@@ -35,13 +32,3 @@ def test_evaluate_run_warns_if_nothing_is_held_out() -> None:
         found = evaluate_run("digits", config, data, n=8, features="pixels", reference=80)
     assert "other training images" in found.evaluation.figures
     assert found.facts["held_out"] is None
-
-
-def test_diagnose_run_has_the_figures_that_the_command_writes(tmp_path: Path) -> None:
-    config = resolve(overrides=read_checkpoint("digits")[1]["config"])
-    data = load_data(config)
-    found = diagnose_run(find_checkpoint("digits"), config, data, n=16, long=1, starts=2, lags=2)
-    options = ("--n", 16, "--long", 1, "--starts", 2, "--lags", 2, "--out", tmp_path)
-    assert run_command("diagnose", "digits", *options).exit_code == 0
-    written = json.loads((tmp_path / "diagnose.json").read_text())
-    assert written["mixing"] == json.loads(json.dumps(found.mixing._asdict()))

@@ -25,7 +25,7 @@ from fastlangevin.learn.tasks.measurements import (
     norm,
     picture,
 )
-from tests.learn.tasks_shared import BOX, SHAPE, dense, images, net
+from tests.learn.tasks.shared import BOX, SHAPE, dense, images, net
 
 
 def test_adjoint_is_the_transpose(operator: Any) -> None:

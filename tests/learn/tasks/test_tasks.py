@@ -26,7 +26,7 @@ from fastlangevin.learn.tasks.measurements import (
     norm,
 )
 from fastlangevin.learn.tasks.transfer import guide
-from tests.learn.tasks_shared import BOX, SHAPE, dense, images, net, start
+from tests.learn.tasks.shared import BOX, SHAPE, dense, images, net, start
 
 
 def slope(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -273,9 +273,13 @@ def test_latent_chains() -> None:
 def test_explain_and_scores_by_name(joint: Joint, x0: dict[str, Tensor]) -> None:
     text = fl.LangevinSampler(joint, steps=2).explain(x0)
     assert f"[{N}, {D}]" in text
-    assert "not fused, explicit: the state has several parts" in text
-    with pytest.raises(RuntimeError, match='"explicit" cannot run: the state has several part'):
-        fl.LangevinSampler(joint, steps=2, gradient="explicit")(x0, seed=0)
+    assert "gradient   explicit: " in text
+    ends = [
+        fl.LangevinSampler(joint, steps=2, gradient=gradient)(x0, seed=0)
+        for gradient in ("explicit", "autograd")
+    ]
+    for name in x0:
+        torch.testing.assert_close(ends[0][name], ends[1][name])
 
 
 A, B = torch.zeros(4, 2), torch.zeros(4, 3)

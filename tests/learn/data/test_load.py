@@ -10,7 +10,7 @@ import torch
 
 from fastlangevin.learn.data import arrays
 from fastlangevin.learn.data.load import load_images
-from tests.learn.data_shared import RNG, everything, noise, unit
+from tests.learn.data.shared import RNG, everything, noise, unit
 
 
 # Named sets
@@ -76,6 +76,14 @@ def test_fashion_mnist_by_name_and_by_path(fashion, monkeypatch, split):
         data = load_images(source, split=split)
         assert torch.equal(everything(data), unit(held[split][0][:, None]))
         np.testing.assert_array_equal(data.labels, held[split][1])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_limit_takes_the_first_images_of_an_idx_file(fashion, split):
+    root, held = fashion
+    data = load_images(root / "fashion-mnist", split=split, limit=2)
+    assert torch.equal(everything(data), unit(held[split][0][:2, None]))
+    np.testing.assert_array_equal(data.labels, held[split][1][:2])
 
 
 def test_fashion_mnist_not_found(monkeypatch, tmp_path):

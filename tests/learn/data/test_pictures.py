@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.errors import FileError
-from tests.learn.data_shared import RNG, everything, noise, unit, write_png
+from tests.learn.data.shared import RNG, everything, noise, unit, write_png
 
 
 def encoded(pixels, kind="PNG"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastlangevin as fl
 from fastlangevin.learn.diagnosis.correlations import correlations, series_of, temperature_of
-from tests.learn.diagnose_shared import normal
+from tests.learn.diagnosis.shared import normal
 
 
 def test_correlations_by_their_formula() -> None:

@@ -24,7 +24,7 @@ from fastlangevin.learn.evaluation.classifier import QualityCheck, coarse
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep.run import run_sweep
-from tests.learn.sweep_shared import CENTRE, interrupted
+from tests.learn.sweep.shared import CENTRE, interrupted
 
 Results = list[dict[str, Any]]
 
@@ -266,7 +266,7 @@ def test_the_pages_tables_are_those_of_the_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """docs/sweep.md holds what the files say, and --marks measures their marks again."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     monkeypatch.syspath_prepend(str(root))
     report_sweep = importlib.import_module("benchmarks.report_sweep")
     page = Path(shutil.copy(root / "docs" / "sweep.md", tmp_path))

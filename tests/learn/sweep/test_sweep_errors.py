@@ -15,7 +15,7 @@ from fastlangevin.learn.sweep.environment import own_device
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.run import run_sweep
 from tests.command import run_command
-from tests.learn.sweep_shared import CENTRE, interrupted, options
+from tests.learn.sweep.shared import CENTRE, interrupted, options
 
 
 @pytest.fixture(scope="module", autouse=True)

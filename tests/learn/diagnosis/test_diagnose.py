@@ -19,7 +19,7 @@ from fastlangevin.learn.diagnosis.diagnose import diagnose, long_run, mixing, no
 from fastlangevin.learn.diagnosis.moments import layer_residuals, parameter_residuals, top_layer
 from fastlangevin.learn.diagnosis.report import to_json, to_text
 from tests.command import run_command
-from tests.learn.diagnose_shared import normal
+from tests.learn.diagnosis.shared import normal
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from fastlangevin.learn.tasks.measurements import (
     make_operator,
 )
 from tests.command import run_command
-from tests.learn.tasks_shared import images, start
+from tests.learn.tasks.shared import images, start
 
 
 def test_held_out_images_are_those_past_the_limit() -> None:

@@ -94,7 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_textbooks_chain(case: str, maximize: bool) -> None:
+def test_mala_matches_the_textbook_reference(case: str, maximize: bool) -> None:
     settings: dict[str, Any] = {"step_size": 0.25, "noise_std": 0.6} | CASES[case]
     x0, z = numbers(*SHAPE, seed=1).clamp(-0.8, 0.8), numbers(K, *SHAPE, seed=2)
     want, accepted = reference(

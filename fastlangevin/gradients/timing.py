@@ -1,0 +1,34 @@
+"""Which of several engines is the fastest on this machine, by trying each."""
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from fastlangevin.gradients.engine import Engine
+
+_ROUNDS = 3
+# By case: the seconds of a step with each engine. One measurement per case and process, so that all
+# calls of a process run the same engine.
+_measured: dict[tuple[Any, ...], dict[str, float]] = {}
+
+
+def step_seconds(case: tuple[Any, ...], engines: dict[str, Engine], x: Tensor) -> dict[str, float]:
+    """Return the seconds that one gradient at x takes with each engine, the least of some runs.
+
+    The engines take turns, so that a load that comes and goes meets all of them. ``case`` is
+    everything that the times depend on; a case that was measured before is not measured again.
+    """
+    seconds = _measured.get(case)
+    if seconds is None:
+        seconds = dict.fromkeys(engines, float("inf"))
+        for engine in engines.values():
+            engine.begin()
+            engine(x, False)
+        for _ in range(_ROUNDS):
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                engine(x, False)
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+        _measured[case] = seconds
+    return seconds

@@ -1,0 +1,30 @@
+"""Tensors that an energy computes from its weights alone, such as normalised weights."""
+
+import torch
+from torch import Tensor
+
+from fastlangevin.gradients.trace.instructions import Trace
+from fastlangevin.gradients.trace.program import compiled
+from fastlangevin.gradients.trace.split import Draft
+
+
+class ComputedConstants:
+    """Tensors of a trace that do not depend on the states, in memory of their own.
+
+    ``targets`` maps their slots to this memory, which :meth:`refresh` writes to.
+    """
+
+    def __init__(self, trace: Trace, targets: dict[int, Tensor]) -> None:
+        self.targets = targets
+        draft = Draft(trace, (), kept=tuple(targets))
+        self._leaves = [n for n in draft.once_reads(targets) if n in trace.leaves]
+        self.leaves = [trace.leaves[n] for n in self._leaves]
+        self.reads_arguments = not trace.arguments.keys().isdisjoint(draft.once_reads(targets))
+        self._compute = compiled(self._leaves, draft.once, targets, ())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute the tensors again from the current values of the leaves."""
+        values = self._compute(*[leaf.detach() for leaf in self.leaves])
+        for target, value in zip(self.targets.values(), values, strict=True):
+            target.copy_(value)
