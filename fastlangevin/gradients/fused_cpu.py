@@ -1,4 +1,4 @@
-"""The fused engine on the CPU: the compiled extension runs a conv net a few chains at a time.
+"""The fused engine on the CPU: the compiled extension runs a network a few chains at a time.
 
 Each thread takes some chains forward and backward through the whole network before it takes the
 next ones. A layer's output is still in the cache when the next layer reads it, no thread waits for
