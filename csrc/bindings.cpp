@@ -116,20 +116,20 @@ void apply_signs(uintptr_t grad, int dtype, int64_t count, uintptr_t bits, float
 
 using Pair = std::array<int32_t, 2>;
 // kind, inputs, in, out, size of the output, activation, kernel, stride, padding, dilation, factors,
-// and links (out, in, factor)
+// groups, and links (out, in, factor)
 using LayerTuple =
     std::tuple<int32_t, Pair, int32_t, int32_t, Pair, int32_t, Pair, Pair, Pair, Pair,
-               std::array<float, 2>, std::vector<std::tuple<int32_t, int32_t, float>>>;
+               std::array<float, 2>, int32_t, std::vector<std::tuple<int32_t, int32_t, float>>>;
 
 ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int height, int width,
                      const std::vector<int32_t>& heads, bool bfloat16) {
   std::vector<ConvLayer> layers;
   for (const auto& [kind, inputs, in, out, size, activation, kernel, stride, padding, dilation,
-                    factors, links] : tuples) {
+                    factors, groups, links] : tuples) {
     layers.push_back({static_cast<LayerKind>(kind), {inputs[0], inputs[1]}, in, out, size[0],
                       size[1], static_cast<Activation>(activation), {kernel[0], kernel[1]},
                       {stride[0], stride[1]}, {padding[0], padding[1]},
-                      {dilation[0], dilation[1]}, {factors[0], factors[1]}});
+                      {dilation[0], dilation[1]}, {factors[0], factors[1]}, groups});
     for (const auto& [to, from, factor] : links) layers.back().links.push_back({to, from, factor});
   }
   return cpu::plan_convnet(std::move(layers), channels, height, width, heads, bfloat16);
@@ -219,7 +219,8 @@ PYBIND11_MODULE(_native, module) {
       py::arg("multiply") = static_cast<int>(fl::LayerKind::kMultiply),
       py::arg("mix") = static_cast<int>(fl::LayerKind::kMix),
       py::arg("max_pool") = static_cast<int>(fl::LayerKind::kMaxPool),
-      py::arg("logsumexp") = static_cast<int>(fl::LayerKind::kLogSumExp));
+      py::arg("logsumexp") = static_cast<int>(fl::LayerKind::kLogSumExp),
+      py::arg("norm") = static_cast<int>(fl::LayerKind::kNorm));
   module.def("langevin_step", &fl::langevin_step, py::arg("shape"), py::arg("x"), py::arg("grad"),
              py::arg("noise"), py::arg("step_size"), py::arg("noise_std"), py::arg("maximize"),
              py::arg("grad_clip"), py::arg("lo"), py::arg("hi"), py::arg("noise_last"),

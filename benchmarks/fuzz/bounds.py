@@ -176,6 +176,8 @@ class _Tape:
             doubt = doubt + d * (z - e < 0) + abs(1 - alpha) * (z.abs() <= e)
         elif op.kind == "tanh":
             doubt = doubt + 2 * y.abs() * d + d * d
+        elif op.kind == "sigmoid":
+            doubt = doubt + (1 - 2 * y).abs() * d + d * d
         return slope, doubt
 
 
@@ -188,6 +190,7 @@ _LIPSCHITZ: dict[str, Callable[[Op], float]] = {
     "elu": lambda op: max(1.0, op.settings[0]),
     "gelu": lambda op: 1.13,
     "tanh": lambda op: 1.0,
+    "sigmoid": lambda op: 0.25,
 }
 # The largest second derivatives, except at kinks.
 _CURVATURE: dict[str, Callable[[Op], float]] = {
@@ -198,6 +201,7 @@ _CURVATURE: dict[str, Callable[[Op], float]] = {
     "elu": lambda op: op.settings[0],
     "gelu": lambda op: 0.8,
     "tanh": lambda op: 0.77,
+    "sigmoid": lambda op: 0.1,
 }
 
 

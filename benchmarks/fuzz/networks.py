@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "elu": F.elu,
     "gelu": lambda x, form: F.gelu(x, approximate=form),
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
 
 
@@ -38,7 +39,7 @@ def run(op: Op, weight: Tensor | None, bias: Tensor | None, *inputs: Tensor) -> 
         return ACTIVATIONS[op.kind](x, *op.settings)
     if op.kind == "conv":
         assert weight is not None
-        return F.conv2d(x, weight, bias, *op.settings)
+        return (F.conv1d if x.ndim == 3 else F.conv2d)(x, weight, bias, *op.settings)
     if op.kind == "linear":
         assert weight is not None
         return F.linear(x, weight, bias)
@@ -83,9 +84,11 @@ def network_case(seed: int) -> tuple[Energy, Tensor]:
     """The energy and states x [n, ...] of a case; the same at every call."""
     draw = random.Random(seed)
     n = draw.choice([1, 2, 3, 5, 8, 33])
-    style = draw.choice(["stack", "stack", "stack", "graph", "graph", "graph", "vector"])
+    style = draw.choice(["stack", "stack", "graph", "graph", "graph", "vector", "sequence"])
     if style == "vector":
         shape: tuple[int, ...] = (draw.choice([1, 2, 7, 33]),)
+    elif style == "sequence":
+        shape = (draw.choice([1, 2, 5]), draw.randint(1, 40))
     else:
         shape = (draw.choice([1, 2, 3, 5, 17]), draw.randint(1, 16), draw.randint(1, 16))
     whole = draw.random() < 0.25
@@ -94,11 +97,12 @@ def network_case(seed: int) -> tuple[Energy, Tensor]:
         if style == "vector":
             builder.linear(draw.choice([1, 3, 16, 40]))
             builder.activation(_KINDS)
-        elif style == "stack":
+        elif style in ("stack", "sequence"):
             builder.conv(groups=draw.random() < 0.1)
-            builder.activation(_FUSED if draw.random() < 0.95 else _KINDS)
+            builder.activation(_KINDS)
         else:
-            draw.choice([builder.block, builder.pool, builder.conv, builder.conv])()
+            parts = [builder.block, builder.shortcut, builder.pool, builder.conv]
+            draw.choice(parts)()
             builder.activation(_KINDS)
     builder.head()
     energy = builder.energy
@@ -110,8 +114,7 @@ def network_case(seed: int) -> tuple[Energy, Tensor]:
     return energy, x
 
 
-_FUSED = ("leaky_relu", "relu", "silu", "softplus", "elu", "tanh")
-_KINDS = (*_FUSED, "gelu")
+_KINDS = tuple(ACTIVATIONS)
 _MOST = 4000  # elements of a chain's value
 
 
@@ -204,6 +207,19 @@ class _Builder:
                 self.activation(_KINDS)
         self.op("add", self.draw.choice([1, -1] if self.whole else [0.5, -1.5]), other=start)
 
+    def shortcut(self) -> None:
+        """Add convolution(x) + convolution(x), of 3 x 3 pixels and of one."""
+        start, shape = self.at, self.shape
+        out, stride = self.draw.choice([3, 9, 17]), self.draw.choice([1, 2])
+        self.weigh(out, shape[0], 3, 3)
+        self.op("conv", (stride,) * 2, (1, 1), (1, 1), 1)
+        self.activation(_KINDS)
+        wide, self.at = self.at, start
+        self.weigh(out, shape[0], 1, 1)
+        self.op("conv", (stride,) * 2, (0, 0), (1, 1), 1)
+        self.op("add", 1, other=wide)
+        self.shape = (out, *((size - 1) // stride + 1 for size in shape[1:]))
+
     def pool(self) -> None:
         draw, (channels, *size) = self.draw, self.shape
         kernel = tuple(min(draw.randint(1, 3), s) for s in size)
@@ -217,21 +233,23 @@ class _Builder:
     def head(self) -> None:
         """Add operations that reduce the value to one number per chain."""
         draw = self.draw
-        if len(self.shape) == 3:
+        dims = len(self.shape)
+        if dims > 1:
             # A mean has to be rounded, so whole energies have none.
             heads = ["flat", "flat", "mean", "sum", "global pool", "conv"]
             last = draw.choice(["flat", "sum", "sum"] if self.whole else heads)
             if last in ("mean", "sum"):
-                self.op(last, (1, 2, 3))
+                self.op(last, tuple(range(1, dims + 1)))
                 return
             if last == "global pool":
-                self.op("mean", (2, 3))
+                self.op("mean", tuple(range(2, dims + 1)))
                 self.shape = self.shape[:1]
             elif last == "conv":
                 self.weigh(3, *self.shape)
-                self.op("conv", (1, 1), (0, 0), (1, 1), 1)
-                self.shape = (3, 1, 1)
-            if len(self.shape) == 3:
+                pixels = dims - 1
+                self.op("conv", (1,) * pixels, (0,) * pixels, (1,) * pixels, 1)
+                self.shape = (3, *(1,) * pixels)
+            if len(self.shape) > 1:
                 self.op("flatten")
                 self.shape = (math.prod(self.shape),)
         if draw.random() < 0.3:

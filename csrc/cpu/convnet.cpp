@@ -95,6 +95,8 @@ void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, 
       pack_conv(net, k, weights[k].weights, threads, packed);
     } else if (layer.kind == LayerKind::kPointwise) {
       fill(plan.factors, weights[k].weights, layer.factors[0]);
+    } else if (layer.kind == LayerKind::kNorm) {
+      fill(plan.factors, weights[k].weights, 1.0f);
     }
     fill(plan.bias, weights[k].bias, 0.0f);
     std::copy_n(weights[k].settings.data(), 2, packed + plan.settings);

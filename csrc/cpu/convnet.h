@@ -34,8 +34,8 @@ const ConvKernels& conv_kernels();
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
                      const std::vector<int32_t>& heads, bool bfloat16);
 
-// The parameters of a layer: contiguous weights [out, in, kh, kw] of kConv or [out] of kPointwise,
-// a bias [out], or null, and the settings of the activation.
+// The parameters of a layer: contiguous weights [out, in, kh, kw] of kConv or [out] of kPointwise
+// and kNorm, a bias [out], or null, and the settings of the activation.
 struct LayerWeights {
   const float *weights, *bias;
   std::array<float, 2> settings;

@@ -4,12 +4,8 @@
 // A thread takes its chains, a chunk at a time, forward and backward through the whole network. The
 // output of a layer is then still in its cache when the next layer reads it, and no thread waits
 // for another. No result depends on which chains share a chunk.
-#include <cmath>
-#include <vector>
-
-#include "cpu/activations.h"
 #include "cpu/convnet.h"
-#include "cpu/products.h"
+#include "cpu/layers.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
@@ -17,41 +13,11 @@ namespace {
 
 // The passes of one chunk of chains through the network.
 template <class N>
-struct Chunk {
+struct Chunk : ChunkLayers<N> {
+  using Layers = ChunkLayers<N>;
   using Type = typename N::Type;
-
-  const ConvNet& net;
-  const ConvBatch& batch;
-  Type* workspace;
-  int64_t chains;
-
-  Type* at(int64_t place) const { return workspace + place * batch.chunk; }
-  Type* values(int v) const { return at(net.buffers[v].values); }
-  Type* grads(int v) const { return at(net.buffers[v].grads); }
-
-  template <class Each>
-  void each_pixel(const ConvBuffer& buffer, const Each& each) const {
-    for (int64_t n = 0; n < chains; ++n) {
-      for (int64_t y = 0; y < buffer.height; ++y) {
-        for (int64_t x = 0; x < buffer.width; ++x) each(n, y, x);
-      }
-    }
-  }
-
-  // Calls finish for all channels of a pixel that is written at `to`; vector(channel) is a result.
-  template <class Result>
-  static void finish_pixel(int64_t to, int channels, const Finish& finish, const Result& vector) {
-    constexpr int kMost = 64;
-    alignas(64) float values[kMost * kLanes];
-    for (int first = 0; first < channels; first += kMost * kLanes) {
-      const int count = std::min((channels - first + kLanes - 1) / kLanes, kMost);
-      for (int v = 0; v < count; ++v) {
-        Vector::store(values + v * kLanes, vector(first + v * kLanes));
-      }
-      const int64_t target = to + first;
-      finish({&target, values, 1, count, first});
-    }
-  }
+  using Layers::at, Layers::batch, Layers::chains, Layers::each_pixel, Layers::finish_pixel;
+  using Layers::grads, Layers::net, Layers::values, Layers::workspace;
 
   void read(int64_t first) const {
     const int64_t* s = batch.x_strides;
@@ -95,143 +61,22 @@ struct Chunk {
       case LayerKind::kConv:
         return run_pass<N>(plan.forward, Ends<N>{from, in.chain, out.chain}, chains, batch.packed,
                            finish);
-      case LayerKind::kMix: return mix(plan.mix, from, in, out, finish);
-      case LayerKind::kMaxPool: return greatest(k, finish);
-      case LayerKind::kLogSumExp: return log_sum_exp(k, finish);
+      case LayerKind::kMix: return this->mix(plan.mix, from, in, out, finish);
+      case LayerKind::kMaxPool: return this->greatest(k, finish);
+      case LayerKind::kLogSumExp: return this->log_sum_exp(k, finish);
+      case LayerKind::kNorm: return this->normalise(k, finish);
       case LayerKind::kMultiply:
-        return pairs(from, in, values(layer.inputs[1]), net.buffers[layer.inputs[1]], out, finish,
+        return this->pairs(from, in, values(layer.inputs[1]), net.buffers[layer.inputs[1]], out, finish,
                      [](int, Float a, Float b) { return a * b; });
       case LayerKind::kPointwise: {
         const float* factors = batch.packed + plan.factors;
         const auto factor = [=](int c) { return Vector::load(factors + c); };
         if (layer.inputs[1] < 0) {
-          return pairs(from, in, from, in, out, finish,
+          return this->pairs(from, in, from, in, out, finish,
                        [=](int c, Float a, Float) { return a * factor(c); });
         }
-        return pairs(from, in, values(layer.inputs[1]), net.buffers[layer.inputs[1]], out, finish,
+        return this->pairs(from, in, values(layer.inputs[1]), net.buffers[layer.inputs[1]], out, finish,
                      [=](int c, Float a, Float b) { return a * factor(c) + b * layer.factors[1]; });
-      }
-    }
-  }
-
-  // Results are f(channel, a, b) of two values of the same pixel and channel.
-  template <class F>
-  void pairs(const Type* a, const ConvBuffer& a_at, const Type* b, const ConvBuffer& b_at,
-             const ConvBuffer& out, const Finish& finish, const F& f) const {
-    each_pixel(out, [&](int64_t n, int64_t y, int64_t x) {
-      const Type* one = a + n * a_at.chain + a_at.at(y, x);
-      const Type* two = b + n * b_at.chain + b_at.at(y, x);
-      finish_pixel(n * out.chain + out.at(y, x), out.channels, finish,
-                   [&](int c) { return f(c, N::load(one + c), N::load(two + c)); });
-    });
-  }
-
-  void mix(const MixPass& pass, const Type* from, const ConvBuffer& in, const ConvBuffer& out,
-           const Finish& finish) const {
-    for (int64_t n = 0; n < chains; ++n) {
-      for (size_t p = 0; p < pass.to.size(); ++p) {
-        finish_pixel(n * out.chain + pass.to[p], out.channels, finish, [&](int c) {
-          Float sum = Float{};
-          for (int32_t k = pass.begin[p]; k < pass.begin[p + 1]; ++k) {
-            sum += N::load(from + n * in.chain + pass.from[k] + c) * pass.factors[k];
-          }
-          return sum;
-        });
-      }
-    }
-  }
-
-  // The maximum of each window, and the position where it was found first. A NaN is the maximum.
-  void greatest(size_t k, const Finish& finish) const {
-    const MixPass& pass = net.plans[k].mix;
-    const int v = net.layers[k].inputs[0];
-    const ConvBuffer &in = net.buffers[v], &out = net.buffers[k + 1];
-    for (int64_t n = 0; n < chains; ++n) {
-      const Type* from = values(v) + n * in.chain;
-      for (size_t p = 0; p < pass.to.size(); ++p) {
-        const int64_t to = n * out.chain + pass.to[p];
-        finish_pixel(to, out.channels, finish, [&](int c) {
-          Float best = Vector::broadcast(-INFINITY), choice = Float{};
-          for (int32_t i = pass.begin[p]; i < pass.begin[p + 1]; ++i) {
-            const Float value = N::load(from + pass.from[i] + c);
-            const auto better = !(value <= best);
-            best = better ? value : best;
-            choice = better ? Vector::broadcast(pass.factors[i]) : choice;
-          }
-          N::store(at(out.choices) + to + c, choice);
-          return best;
-        });
-      }
-    }
-  }
-
-  void choose(size_t k, const Finish& finish) const {
-    const MixPass& pass = net.plans[k].mix_back;
-    const ConvBuffer &in = net.buffers[net.layers[k].inputs[0]], &out = net.buffers[k + 1];
-    for (int64_t n = 0; n < chains; ++n) {
-      const Type* grad = grads(k + 1) + n * out.chain;
-      const Type* choices = at(out.choices) + n * out.chain;
-      for (size_t p = 0; p < pass.to.size(); ++p) {
-        finish_pixel(n * in.chain + pass.to[p], in.channels, finish, [&](int c) {
-          Float sum = Float{};
-          for (int32_t i = pass.begin[p]; i < pass.begin[p + 1]; ++i) {
-            const auto chosen = N::load(choices + pass.from[i] + c) == pass.factors[i];
-            sum += chosen ? N::load(grad + pass.from[i] + c) : Float{};
-          }
-          return sum;
-        });
-      }
-    }
-  }
-
-  // The maximum m over a chain's value, and the sum of exp(value - m).
-  std::pair<float, float> exponentials(const Type* from, const ConvBuffer& buffer) const {
-    float most = -INFINITY, sum = 0;
-    const auto each = [&](const auto& vector) {
-      for (int64_t y = 0; y < buffer.height; ++y) {
-        for (int64_t x = 0; x < buffer.width; ++x) {
-          for (int c = 0; c < buffer.channels; c += kLanes) {
-            vector(N::load(from + buffer.at(y, x) + c), std::min(kLanes, buffer.channels - c));
-          }
-        }
-      }
-    };
-    each([&](Float value, int count) {
-      for (int i = 0; i < count; ++i) most = value[i] > most ? value[i] : most;
-    });
-    each([&](Float value, int count) {
-      const Float e = exponential(value - most);
-      for (int i = 0; i < count; ++i) sum += e[i];
-    });
-    return {most, sum};
-  }
-
-  void log_sum_exp(size_t k, const Finish& finish) const {
-    const int v = net.layers[k].inputs[0];
-    const ConvBuffer &in = net.buffers[v], &out = net.buffers[k + 1];
-    for (int64_t n = 0; n < chains; ++n) {
-      const auto [most, sum] = exponentials(values(v) + n * in.chain, in);
-      // An infinite maximum is the result, and a NaN is in the sum.
-      const float result = std::isinf(most) && sum == sum ? most : most + std::log(sum);
-      finish_pixel(n * out.chain + out.at(0, 0), 1, finish,
-                   [&](int) { return Vector::broadcast(result); });
-    }
-  }
-
-  void softmax(size_t k, const Finish& finish) const {
-    const int v = net.layers[k].inputs[0];
-    const ConvBuffer &in = net.buffers[v], &out = net.buffers[k + 1];
-    for (int64_t n = 0; n < chains; ++n) {
-      const Type* from = values(v) + n * in.chain;
-      const auto [most, sum] = exponentials(from, in);
-      const float factor = N::widen(grads(k + 1)[n * out.chain + out.at(0, 0)]) / sum;
-      for (int64_t y = 0; y < in.height; ++y) {
-        for (int64_t x = 0; x < in.width; ++x) {
-          const int64_t pixel = in.at(y, x);
-          finish_pixel(n * in.chain + pixel, in.channels, finish, [&, most = most](int c) {
-            return exponential(N::load(from + pixel + c) - most) * factor;
-          });
-        }
       }
     }
   }
@@ -310,22 +155,23 @@ struct Chunk {
           run_pass<N>(pass, Ends<N>{grad, out.chain, in.chain}, chains, batch.packed, finish);
         }
         return;
-      case LayerKind::kMix: return mix(plan.mix_back, grad, out, in, finish);
-      case LayerKind::kMaxPool: return choose(k, finish);
-      case LayerKind::kLogSumExp: return softmax(k, finish);
+      case LayerKind::kMix: return this->mix(plan.mix_back, grad, out, in, finish);
+      case LayerKind::kMaxPool: return this->choose(k, finish);
+      case LayerKind::kLogSumExp: return this->softmax(k, finish);
+      case LayerKind::kNorm: return this->normalise_back(k, finish);
       case LayerKind::kMultiply: {
         const int other = layer.inputs[1 - i];
-        return pairs(grad, out, values(other), net.buffers[other], in, finish,
+        return this->pairs(grad, out, values(other), net.buffers[other], in, finish,
                      [](int, Float g, Float b) { return g * b; });
       }
       case LayerKind::kPointwise: {
         const float* factors = batch.packed + plan.factors;
         if (i == 0) {
-          return pairs(grad, out, grad, out, in, finish, [=](int c, Float g, Float) {
+          return this->pairs(grad, out, grad, out, in, finish, [=](int c, Float g, Float) {
             return g * Vector::load(factors + c);
           });
         }
-        return pairs(grad, out, grad, out, in, finish,
+        return this->pairs(grad, out, grad, out, in, finish,
                      [&](int, Float g, Float) { return g * layer.factors[1]; });
       }
     }
@@ -374,15 +220,18 @@ struct Chunk {
     const Ends<N> ends{grads(1) + n * net.buffers[1].chain, 0, 0};
     const auto each = [&](int64_t to, int, Float sum) { Vector::store(products + to, sum); };
     run_pass<N>(net.spread.products, ends, 1, batch.packed, each);
+    const int64_t channel = batch.grad_strides[1];
+    float* chain = batch.grad + (first + n) * batch.grad_strides[0];
     for (const ConvPass& pass : net.plans[0].backward) {
+      const int32_t *taps = pass.taps.data(), *end = taps + pass.taps.size();
       for (size_t k = 0; k < pass.to.size(); ++k) {
         const float* from = products + pass.from[k];
-        float* grad = grad_at(first, n * buffer.chain + pass.to[k]);
+        float* grad = chain + pass.y[k] * batch.grad_strides[2] + pass.x[k] * batch.grad_strides[3];
         for (int c = 0; c < buffer.channels; c += 4) {
           Four::Float sum = Four::Float{};
-          for (const int32_t tap : pass.taps) sum += Four::load(from + tap + c);
+          for (const int32_t* tap = taps; tap != end; ++tap) sum += Four::load(from + *tap + c);
           const int count = std::min(4, buffer.channels - c);
-          for (int i = 0; i < count; ++i) grad[(c + i) * batch.grad_strides[1]] = sum[i];
+          for (int i = 0; i < count; ++i) grad[(c + i) * channel] = sum[i];
         }
       }
     }
@@ -394,8 +243,8 @@ void score(const ConvNet& net, const ConvBatch& batch, int64_t first, int64_t la
            void* workspace) {
   const size_t top = net.layers.size();
   for (; first < last; first += batch.chunk) {
-    const Chunk<N> chunk{net, batch, static_cast<typename N::Type*>(workspace),
-                         std::min(last - first, batch.chunk)};
+    const Chunk<N> chunk{{net, batch, static_cast<typename N::Type*>(workspace),
+                          std::min(last - first, batch.chunk)}};
     chunk.read(first);
     for (size_t k = 0; k < top; ++k) chunk.forward(k);
     if (batch.energies != nullptr) chunk.energies(first);

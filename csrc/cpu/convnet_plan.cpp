@@ -86,6 +86,7 @@ std::vector<ConvPass> plan_scatter(const ConvLayer& layer, const ConvBuffer& in,
       ConvPass pass{layer.out, layer.in};
       pass.from = {static_cast<int32_t>(out.at(0, 0))};
       pass.to = {static_cast<int32_t>(in.at(y, x))};
+      pass.y = {y}, pass.x = {x};
       const int ky = down / layer.dilation[0], kx = along / layer.dilation[1];
       if (down % layer.dilation[0] == 0 && along % layer.dilation[1] == 0 &&
           ky < layer.kernel[0] && kx < layer.kernel[1]) {
@@ -109,6 +110,7 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
         for (int x = rx; x < in.width; x += layer.stride[1]) {
           pass.from.push_back(out.at(y / layer.stride[0], x / layer.stride[1]));
           pass.to.push_back(in.at(y, x));
+          pass.y.push_back(y), pass.x.push_back(x);
         }
       }
       for (const Reach& down : reaches(layer, 0, ry)) {
@@ -198,7 +200,7 @@ bool is_smooth(Activation activation) {
 
 // Whether the gradient of a layer is computed from the values that it has read.
 bool rereads(LayerKind kind) {
-  return kind == LayerKind::kMultiply || kind == LayerKind::kLogSumExp;
+  return kind == LayerKind::kMultiply || kind == LayerKind::kLogSumExp || kind == LayerKind::kNorm;
 }
 
 // Sets how parts of every value's gradient arrive, and returns how many there are.
@@ -309,7 +311,8 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     }
     const auto take = [&](int64_t words) { return (net.packed += words) - words; };
     plan.bias = take(round_up(layer.out, lanes));
-    if (layer.kind == LayerKind::kPointwise) plan.factors = take(round_up(layer.out, lanes));
+    const bool weighs = layer.kind == LayerKind::kPointwise || layer.kind == LayerKind::kNorm;
+    if (weighs) plan.factors = take(round_up(layer.out, lanes));
     plan.settings = take(lanes);
   }
   net.scratch = net.spread.values * sizeof(float);

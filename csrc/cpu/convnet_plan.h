@@ -33,6 +33,7 @@ enum class LayerKind : int32_t {
   kMix,        // every pixel is a sum of factors times input pixels, for each channel alone
   kMaxPool,    // every pixel is the greatest of some input pixels, for each channel alone
   kLogSumExp,  // of all channels and pixels
+  kNorm,       // weights[channel] (a - mean) / sqrt(variance + factor), over groups of channels
 };
 
 // One input pixel of an output pixel, for kMix and kMaxPool. Pixels are numbered y * width + x. The
@@ -50,7 +51,8 @@ struct ConvLayer {
   int32_t height, width;  // of the output
   Activation activation;
   int32_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
-  float factors[2] = {1, 1};        // kPointwise: of a, if it has no weights, and of b
+  float factors[2] = {1, 1};        // of a, if it has no weights, and of b; eps of kNorm is the first
+  int32_t groups = 1;               // of kNorm
   std::vector<PixelLink> links{};   // in the order of output pixels
 };
 
@@ -71,6 +73,7 @@ struct ConvBuffer {
 struct ConvPass {
   int64_t in, out;               // channels
   std::vector<int32_t> from{}, to{};  // where every pixel of a chain reads and where it writes
+  std::vector<int32_t> y{}, x{};      // of an input gradient: the pixel that it writes
   std::vector<int32_t> taps{};
   std::vector<int32_t> rows{};    // the kernel's positions ky * kw + kx, in order
   int64_t steps = 0;              // words to multiply from each tap on: those of its channels, and
@@ -106,7 +109,7 @@ struct LayerPlan {
   std::vector<ConvPass> backward{};
   MixPass mix{}, mix_back{};
   Arrival arrivals[2];
-  // Where these begin in the packed weights: the bias, the factors of kPointwise, and two settings
+  // Where these begin in the packed weights: the bias, the weights of kPointwise and kNorm, and two settings
   // of the activation (leak of leaky_relu; beta of silu; beta and threshold of softplus; alpha of
   // elu).
   int64_t bias = 0, factors = 0, settings = 0;

@@ -94,6 +94,19 @@ struct Exact {
     }
   }
 
+  // Calls f(first element, elements, mean, 1 / deviation) for every group of a norm.
+  template <class F>
+  void each_group(const ConvLayer& layer, const F& f) const {
+    const Values& from = values[layer.inputs[0]];
+    const int count = int(from.size()) / layer.groups;
+    for (int first = 0; first < int(from.size()); first += count) {
+      double mean = 0, variance = 0;
+      for (int e = first; e < first + count; ++e) mean += from[e] / count;
+      for (int e = first; e < first + count; ++e) variance += std::pow(from[e] - mean, 2) / count;
+      f(first, count, mean, 1 / std::sqrt(variance + layer.factors[0]));
+    }
+  }
+
   void forward() {
     for (size_t k = 0; k < test.layers.size(); ++k) {
       const ConvLayer& layer = test.layers[k];
@@ -101,6 +114,12 @@ struct Exact {
       if (layer.kind == LayerKind::kLogSumExp) {
         for (double value : values[layer.inputs[0]]) sums[0] += std::exp(value);
         sums[0] = std::log(sums[0]);
+      }
+      if (layer.kind == LayerKind::kNorm) {
+        each_group(layer, [&](int first, int count, double mean, double scale) {
+          for (int e = first; e < first + count; ++e)
+            sums[e] = (values[layer.inputs[0]][e] - mean) * scale * weights[k][e / area(layer)];
+        });
       }
       each_factor(k, [&](int which, int i, int o, double factor) {
         sums[o] += values[layer.inputs[which]][i] * factor;
@@ -124,6 +143,17 @@ struct Exact {
         const double result = values[k + 1][0] - biases[k][0];
         for (size_t e = 0; e < values[layer.inputs[0]].size(); ++e)
           grads[layer.inputs[0]][e] += grad[0] * std::exp(values[layer.inputs[0]][e] - result);
+      }
+      if (layer.kind == LayerKind::kNorm) {
+        const Values& from = values[layer.inputs[0]];
+        each_group(layer, [&](int first, int count, double mean, double scale) {
+          double sum = 0, slope = 0;
+          const auto g = [&](int e) { return grad[e] * weights[k][e / area(layer)]; };
+          for (int e = first; e < first + count; ++e)
+            sum += g(e) / count, slope += g(e) * (from[e] - mean) * scale / count;
+          for (int e = first; e < first + count; ++e)
+            grads[layer.inputs[0]][e] += scale * (g(e) - sum - (from[e] - mean) * scale * slope);
+        });
       }
       each_factor(k, [&](int which, int i, int o, double factor) {
         grads[layer.inputs[which]][i] += grad[o] * factor;
@@ -269,6 +299,15 @@ Case pools(LayerKind kind) {
   return b.energy({b.log_sum_exp(square), b.pairs(LayerKind::kMultiply, square, a)});
 }
 
+Case norms() {
+  Builder b(4, 3, 5);
+  ConvLayer norm{LayerKind::kNorm, {b.conv(0, 18, 3, 1, 1), -1}, 18, 18, 3, 5, Activation::kLeakyReLU};
+  norm.factors[0] = 0.1f, norm.groups = 3;
+  const int a = b.add(norm);
+  norm.inputs[0] = b.conv(a, 18, 1), norm.groups = 1;
+  return b.energy({b.add(norm), a});
+}
+
 }  // namespace
 
 int main() {
@@ -280,7 +319,7 @@ int main() {
       stack({2, 1, 1}, {{40, 1, 1, 0}, {1, 1, 1, 0}}),
       stack({3, 4, 4}, {{9, 3, 1, 1}, {17, 4, 1, 0}, {3, 1, 1, 0}}),
       stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
-      residual(), pools(LayerKind::kMix), pools(LayerKind::kMaxPool),
+      residual(), norms(), pools(LayerKind::kMix), pools(LayerKind::kMaxPool),
   };
   for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"}) {
     if (!cpu::choose_instruction_set(name)) continue;

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlangevin.gradients.conv_layers import Conv, PackedConv, packs
 from fastlangevin.gradients.graph.aten_ops import NONLINEAR
 from fastlangevin.gradients.graph.ir import Graph, Node
-from fastlangevin.gradients.layers import BatchNorm, Linear, spread
+from fastlangevin.gradients.layers import BatchNorm, GroupNorm, Linear, spread
 from fastlangevin.gradients.passes import Dataflow, Passes, Weighted, deliver, unweighted_layer
 from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.locks import new_lock
@@ -41,13 +41,13 @@ class ExplicitGradient:
         self._weighted = {
             k: self._layer(node, graph.input_shape(node), self._flow.constant[k])
             for k, node in enumerate(graph.nodes, 1)
-            if node.kind in ("batch_norm", "conv", "linear")
+            if node.kind in ("batch_norm", "conv", "group_norm", "linear")
         }
         self._offsets: list[Tensor | None] = []
         # By node with weights in the linear part after the activations: its output's gradient.
         self._heads: dict[int, Tensor] = {}
         self._passes: dict[bool, Passes] = {}
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[tuple[int, int]] | None = None
         # Threads may share a sampler, but the layers save values for one backward pass only.
         self._lock = new_lock()
         shape = (self.chains, *graph.shape)
@@ -112,6 +112,8 @@ class ExplicitGradient:
         dtype = self.graph.dtype if constant else self.dtype
         if node.kind == "batch_norm":
             return BatchNorm(node, dtype, self.inplace)
+        if node.kind == "group_norm":
+            return GroupNorm(node, dtype, self.inplace)
         if node.kind == "linear":
             return Linear(node, dtype, self.inplace)
         if self.inplace:

@@ -1,4 +1,4 @@
-"""The fused engine on the CPU: the compiled extension runs a conv net a few chains at a time.
+"""The fused engine on the CPU: the compiled extension runs a network a few chains at a time.
 
 Each thread takes some chains forward and backward through the whole network before it takes the
 next ones. A layer's output is still in the cache when the next layer reads it, no thread waits for
@@ -26,6 +26,7 @@ _CHUNK, _CHUNK_BYTES = 8, 2**21
 _FEW, _FEW_BYTES = 4, 2**24
 # Chains of a network on vectors are the pixels of its products, which fill several tiles.
 _VECTOR_CHUNK = 48
+_MAX_POSITIONS = 256  # of a window: bfloat16 holds them exactly
 _MAX_ELEMENTS = 2**31 - 2**16
 
 
@@ -44,8 +45,11 @@ def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
     if isinstance(network, str):
         return network
     for layer in network.layers:
-        if layer.groups != 1:
+        if layer.kind == "conv" and layer.groups != 1:
             return f"a convolution has {layer.groups} groups"
+        positions = max((factor for _, _, factor in layer.links), default=0.0)
+        if layer.kind == "max_pool" and positions > _MAX_POSITIONS:
+            return "max_pool has too many positions in a window"
         if layer.activation_name not in extension.library.ACTIVATIONS:
             return f"no kernel has the activation {layer.activation_name}"
     return _waste(network)
@@ -119,7 +123,7 @@ class ConvNetGradient:
         )
         self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
         self.head = torch.zeros(self.net.head_values, dtype=torch.float32, device="cpu")
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[tuple[int, int]] | None = None
         # Threads may share a sampler, but there is only one workspace.
         self._lock = new_lock()
 
@@ -205,6 +209,7 @@ def _layer(layer: ImageLayer) -> tuple[Any, ...]:
         layer.padding,
         layer.dilation,
         layer.factors,
+        layer.groups,
         layer.links,
     )
 

@@ -41,7 +41,7 @@ class ImageLayer:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
+    groups: int = 1  # of a convolution, or those that a norm is taken over
     factors: tuple[float, float] = (1.0, 1.0)
     links: Links = ()
     norm: Node | None = None  # a batch norm in eval mode, after the bias
@@ -62,7 +62,9 @@ class ImageLayer:
         if weight is not None and self.kind == "conv":
             weight = weight.reshape(self.shape[0], self.read[0] // self.groups, *self.kernel)
         elif weight is not None:
-            weight = weight.reshape(-1).expand(self.shape[0]) * self.factors[0]
+            weight = weight.reshape(-1).expand(self.shape[0])
+            if self.kind == "pointwise":
+                weight = weight * self.factors[0]
         if self.norm is not None:
             scale, shift = scale_and_shift(self.norm)
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
@@ -167,6 +169,17 @@ class _Lowering:
             layer = self._scale(layer, node)
         elif node.kind == "batch_norm":
             return self._normalise(layer, node)
+        elif node.kind == "group_norm":
+            self._check_image(node)
+            weight, bias = node.constants
+            groups, eps = node.settings
+            layer = replace(
+                layer, kind="norm", weight=weight, bias=bias, groups=groups, factors=(eps, 1.0)
+            )
+        elif node.kind == "max_pool":
+            self._check_image(node)
+            links = _max_windows(image, node)
+            layer = replace(layer, kind="max_pool", shape=_image(node.shape), links=links)
         elif node.kind in ("avg_pool", "mean", "sum"):
             self._check_image(node)
             if node.kind == "avg_pool":
@@ -305,3 +318,18 @@ def _pool_windows(image: Image, node: Node) -> Links:
         count = divisor or (tall * wide if counted else len(rows) * len(columns))
         links += [(pixel, y * image[2] + x, 1 / count) for y in rows for x in columns]
     return tuple(links)
+
+
+def _max_windows(image: Image, node: Node) -> Links:
+    """Return the links of max_pool2d; the factors count a window's pixels in torch's order."""
+    kernel, stride, padding, dilation, _ = node.settings
+    axes = []
+    for axis in range(2):
+        firsts = [o * stride[axis] - padding[axis] for o in range(node.shape[1 + axis])]
+        reach = range(0, dilation[axis] * kernel[axis], dilation[axis])
+        axes.append([[f + r for r in reach if 0 <= f + r < image[1 + axis]] for f in firsts])
+    return tuple(
+        (pixel, y * image[2] + x, float(number))
+        for pixel, (rows, columns) in enumerate(itertools.product(*axes))
+        for number, (y, x) in enumerate(itertools.product(rows, columns))
+    )

@@ -154,6 +154,23 @@ class AvgPool:
         return laid_out(aten.avg_pool2d_backward(grad, x, *self.settings))
 
 
+class MaxPool:
+    """aten.max_pool2d_with_indices. It saves where each maximum was found."""
+
+    def __init__(self, node: Node, read: tuple[int, ...]) -> None:
+        self.settings, self.read = node.settings, read
+        self.indices: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, self.indices = aten.max_pool2d_with_indices(x, *self.settings)
+        return laid_out(out)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        indices, self.indices = self.indices, None
+        x = laid_out(grad.new_empty((grad.shape[0], *self.read)))  # only its sizes are read
+        return laid_out(aten.max_pool2d_with_indices_backward(grad, x, *self.settings, indices))
+
+
 class BatchNorm:
     """A batch norm in eval mode: weight (x - mean) / sqrt(var + eps) + bias for each channel."""
 
@@ -189,6 +206,44 @@ class BatchNorm:
     def backward(self, grad: Tensor) -> Tensor:
         assert self.scale is not None
         return grad.mul_(self.scale)
+
+
+class GroupNorm:
+    """aten.native_group_norm. It saves its input."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    saved: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __init__(self, node: Node, dtype: torch.dtype, inplace: bool = False) -> None:
+        self.weight_read, self.bias_read = node.constants
+        (self.groups, self.eps), self.dtype, self.inplace = node.settings, dtype, inplace
+        self.sizes = node.shape[0], math.prod(node.shape[1:])
+
+    def pack(self) -> None:
+        if self.weight_read is not None:
+            value = self.weight_read.tensor()
+            self.weight = read_weight(value, self.dtype, self.weight, self.inplace)
+        if self.bias_read is not None:
+            value = self.bias_read.tensor()
+            self.bias = read_weight(value, self.dtype, self.bias, self.inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = x.shape[0], *self.sizes
+        out, mean, scale = aten.native_group_norm(
+            x, self.weight, self.bias, *sizes, self.groups, self.eps
+        )
+        self.saved = x, mean, scale
+        return laid_out(out)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        assert self.saved is not None
+        saved, self.saved = self.saved, None
+        sizes = grad.shape[0], *self.sizes
+        mask = True, False, False
+        return laid_out(
+            aten.native_group_norm_backward(grad, *saved, self.weight, *sizes, self.groups, mask)[0]
+        )
 
 
 class Scale:

@@ -14,8 +14,10 @@ from fastlangevin.gradients.layers import (
     Add,
     AvgPool,
     BatchNorm,
+    GroupNorm,
     Linear,
     LogSumExp,
+    MaxPool,
     Multiply,
     Reduction,
     Scale,
@@ -23,8 +25,8 @@ from fastlangevin.gradients.layers import (
     spread,
 )
 
-Unweighted = Add | AvgPool | LogSumExp | Multiply | Reduction | Scale | View
-Weighted = BatchNorm | Conv | Linear
+Unweighted = Add | AvgPool | LogSumExp | MaxPool | Multiply | Reduction | Scale | View
+Weighted = BatchNorm | Conv | GroupNorm | Linear
 Layer = Activation | Unweighted | Weighted
 
 
@@ -41,6 +43,8 @@ def unweighted_layer(graph: Graph, node: Node) -> Unweighted:
         return LogSumExp(node, read)
     if node.kind == "mul":
         return Multiply()
+    if node.kind == "max_pool":
+        return MaxPool(node, read)
     return Scale(node) if node.kind == "scale" else Add(node)
 
 
@@ -133,7 +137,7 @@ class Passes:
             if isinstance(layer, Activation) and layer.keeps is not None:
                 value = k if layer.keeps == "output" else nodes[k - 1].inputs[0]
                 saved.add(flow.memory[value])
-            if isinstance(layer, Multiply):
+            if isinstance(layer, GroupNorm | Multiply):
                 saved.update(flow.memory[value] for value in nodes[k - 1].inputs)
         fused: dict[int, Callable[..., Any]] = {}
         for k, layer in self.layers.items():

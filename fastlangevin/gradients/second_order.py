@@ -42,8 +42,8 @@ def refusal(graph: Graph, precision: str | None) -> str | None:
     if graph.computed is not None:
         return "weights are computed from other weights"
     for node in graph.nodes:
-        if node.kind == "mul":
-            return "a product of two values has no second-order rule"
+        if node.kind in ("mul", "max_pool", "group_norm"):
+            return f"{node.kind} has no second-order rule"
         if node.kind not in ("conv", "linear") and any(
             constant is not None and constant.base.requires_grad for constant in node.constants
         ):

@@ -161,7 +161,7 @@ class Body(nn.Module):
         self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
         self.three, self.line = nn.Conv2d(4, 6, 2, 2), nn.Linear(4, 6, bias=False)
         self.beta, self.gain = nn.Parameter(torch.tensor([1.7])), nn.Parameter(torch.randn(4, 1, 1))
-        self.norm = nn.BatchNorm2d(4).eval()
+        self.norm, self.groups = nn.BatchNorm2d(4).eval(), nn.GroupNorm(2, 4)
         with torch.no_grad():
             for tensor in (self.norm.weight, self.norm.running_var):
                 tensor.uniform_(0.5, 2)
@@ -217,6 +217,11 @@ BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = {
     "scaled channels": lambda m, x: mean(F.silu(m.gain * m.one(x))) * m.beta[0],
     "batch norm": lambda m, x: mean(F.silu(m.norm(m.one(F.silu(m.norm(x)))))),
     "batch norm in the tail": lambda m, x: mean(m.norm(F.silu(m.one(x)))),
+    "group norm": lambda m, x: mean(F.silu(m.groups(m.one(F.silu(m.groups(x)))))),
+    "layer norm": lambda m, x: mean(m.one(F.silu(F.layer_norm(m.one(x), (4, 9, 7))))),
+    "max pool": lambda m, x: mean(
+        m.one(F.max_pool2d(F.silu(m.two(F.max_pool2d(x, 3, 2, 1))), (2, 1), dilation=2))
+    ),
     "sums kept": lambda m, x: F.silu(m.one(x).sum((1, 3), keepdim=True)).mean((1, 2, 3)),
 }  # fmt: skip
 

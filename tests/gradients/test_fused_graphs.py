@@ -69,7 +69,8 @@ class Body(nn.Module):
                 nn.Parameter(torch.tensor(1.7)),
                 nn.Parameter(torch.randn(4, 1, 1)),
             )
-            self.norm = nn.BatchNorm2d(4).eval()
+            self.norm, self.groups = nn.BatchNorm2d(4).eval(), nn.GroupNorm(2, 4)
+            nn.init.normal_(self.groups.weight)
             with torch.no_grad():
                 for tensor in (self.norm.weight, self.norm.running_var):
                     tensor.uniform_(0.5, 2)
@@ -126,6 +127,8 @@ BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = {
     "scaled channels": lambda m, x: mean(F.silu(m.gain * m.one(x))) * m.beta,
     "batch norm": lambda m, x: mean(F.silu(m.norm(m.one(F.silu(m.norm(x)))))),
     "batch norm of a sum": lambda m, x: mean(m.norm(F.silu(m.norm(m.one(x) + x)))),
+    "group norm": lambda m, x: mean(F.silu(m.groups(m.one(F.silu(m.groups(x)))))),
+    "layer norm": lambda m, x: mean(m.one(F.silu(F.layer_norm(m.one(x), (4, 9, 7))))),
     "activations on views": lambda m, x: mean(m.one(F.silu(m.two(x).flatten(1)).view(x.shape))),
 }  # fmt: skip
 
@@ -144,6 +147,25 @@ def test_a_piecewise_activation_that_several_layers_read(slope: float) -> None:
         )
     )
     check(energy, numbers(SHAPE), half_bound=0.2)  # rounded values are on other sides of kinks
+
+
+def test_layer_norms_of_vectors() -> None:
+    energy = nn.Sequential(mlp(nn.SiLU, 3, 9)[0], nn.LayerNorm(9), nn.SiLU(), nn.Linear(9, 1))
+    nn.init.normal_(energy[1].weight)
+    check(energy, numbers((7, 3)))
+
+
+def test_maxima() -> None:
+    """A rounded value may be another maximum, as of equal values; the first one counts then."""
+    energy = Body(
+        lambda m, x: mean(
+            F.silu(m.one(F.max_pool2d(F.silu(m.two(F.max_pool2d(x, 3, 2, 1))), (2, 1), dilation=2)))
+        )
+    )
+    check(energy, numbers(SHAPE), half_bound=0.5)
+    check(energy, torch.ones(SHAPE), half_bound=0.5)
+    whole = Body(lambda m, x: F.max_pool2d(x.relu(), 2).tanh().sum((1, 2, 3)))
+    check(whole, numbers(SHAPE).sign())
 
 
 ACTIVATIONS = (nn.SiLU, nn.Tanh, nn.Softplus, nn.LeakyReLU, nn.ELU, nn.GELU)

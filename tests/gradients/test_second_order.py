@@ -191,6 +191,8 @@ def test_swish_and_batch_norms_that_are_not_trained() -> None:
     check(energy, explicit=False)
     product = Parts(lambda x, one: (one(x) * torch.tanh(x)).sum((1, 2, 3)), nn.Conv2d(2, 2, 1))
     check(product, explicit=False)
+    pool = Parts(lambda x, one: F.max_pool2d(one(x), 2).tanh().sum((1, 2, 3)), nn.Conv2d(2, 2, 1))
+    check(pool, explicit=False)
 
 
 def test_sequences() -> None:

@@ -101,8 +101,8 @@ def test_a_missing_tap_is_noticed_in_bfloat16(monkeypatch):
 
     monkeypatch.setattr(engines, "engine", wrong)
     for seed in range(24):
-        weight = next(iter(networks.network_case(seed)[0].weights.values()))
-        if bool((weight == weight.round()).all()):
+        weight = next(iter(networks.network_case(seed)[0].weights.values()), None)
+        if weight is not None and bool((weight == weight.round()).all()):
             noticed.append(max(engines.check_network(seed, "explicit", "bf16", None)) > 1)
     assert sum(noticed) >= 3
 

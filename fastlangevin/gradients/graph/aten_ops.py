@@ -101,6 +101,25 @@ def _adaptive_pool(operands: Operands, name: str, a: dict[str, Any], out: Tensor
     return Node("avg_pool", (operands.value(a["self"], name),), _shape(out), settings)
 
 
+def _max_pool(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    kernel, padding, dilation = (_pair(a[k]) for k in ("kernel_size", "padding", "dilation"))
+    stride = _pair(a["stride"]) if a["stride"] else kernel
+    settings = kernel, stride, padding, dilation, a["ceil_mode"]
+    return Node("max_pool", (operands.value(a["self"], name),), _shape(out), settings)
+
+
+def _group_norm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    groups = a.get("group", 1)
+    if name == "native_layer_norm" and (
+        len(a["normalized_shape"]) != out.ndim - 1 or (out.ndim > 2 and a["weight"] is not None)
+    ):
+        raise operands.refuse("layer_norm is supported only over vectors, or all of an image")
+    constants = operands.constant(a["weight"], name), operands.constant(a["bias"], name)
+    settings = groups, float(a["eps"])
+    x = operands.value(a["input"], name)
+    return Node("group_norm", (x,), _shape(out), settings, constants)
+
+
 def _scale(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     factors = [a["self"], a.get("other")]
     if name.startswith("mul") and not operands.is_value(factors[0]):
@@ -214,7 +233,7 @@ ACTIVATIONS: dict[str, Callable[[dict[str, Any]], tuple[float, ...] | None]] = {
     "sigmoid": lambda a: (),
 }
 # If only other operators follow a value, its gradient is the same in every chain.
-NONLINEAR = {*ACTIVATIONS, "logsumexp", "mul"}
+NONLINEAR = {*ACTIVATIONS, "logsumexp", "mul", "max_pool", "group_norm"}
 _VIEWS = (
     "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "select", "slice",
     "alias", "expand", "clone", "contiguous", "_to_copy", "_reshape_alias",
@@ -222,7 +241,8 @@ _VIEWS = (
 OPERATORS: dict[str, Callable[..., Node | None]] = (
     {"convolution": _conv, "addmm": _addmm, "mm": _mm, "avg_pool2d": _avg_pool}
     | {"_adaptive_avg_pool2d": _adaptive_pool, "mean": _reduce, "sum": _reduce}
-    | {"logsumexp": _reduce}
+    | {"logsumexp": _reduce, "max_pool2d_with_indices": _max_pool}
+    | {"native_group_norm": _group_norm, "native_layer_norm": _group_norm}
     | dict.fromkeys(
         (
             "native_batch_norm",

@@ -1,4 +1,4 @@
-"""Convolutional stacks: the form in which the fused engines read a graph."""
+"""Convolutional stacks: the form in which the fused GPU engine reads a graph."""
 
 import math
 from collections.abc import Sequence

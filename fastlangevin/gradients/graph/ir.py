@@ -48,9 +48,11 @@ class Node:
 
     ``kind`` (``settings``) is conv (stride, padding, dilation, groups), linear, add (factor of the
     second input), view, mean, sum or logsumexp (dims, keepdim), avg_pool (kernel, stride, padding,
-    ceil_mode, count_include_pad, divisor), scale (factor), mul of two values, batch_norm (eps) in
-    eval mode, or the name of an activation. The ``constants`` of conv and linear are the weight
-    [out, in, ...] and the bias, those of batch_norm the weight, bias, mean and variance. A scale
+    ceil_mode, count_include_pad, divisor), scale (factor), mul of two values, max_pool
+    (kernel, stride, padding, dilation, ceil_mode), batch_norm (eps) in eval mode, group_norm
+    (groups, eps), or the name of an activation. The ``constants`` of conv and linear are the weight
+    [out, in, ...] and the bias, those of batch_norm the weight, bias, mean and variance,
+    and those of group_norm the weight and bias. A scale
     may have one constant to multiply by, and a silu one of a single element, its beta.
     """
 

@@ -1,0 +1,266 @@
+// The layers of a chunk of chains that are no matrix products, forward and backward.
+#pragma once
+
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "cpu/activations.h"
+#include "cpu/products.h"
+
+namespace fastlangevin {
+namespace FASTLANGEVIN_ISA {
+namespace {
+
+// One chunk of chains. A layer computes its results, before its bias and activation, or its part in
+// the gradient of a value that it reads, and passes them to `finish`.
+template <class N>
+struct ChunkLayers {
+  using Type = typename N::Type;
+
+  const ConvNet& net;
+  const ConvBatch& batch;
+  Type* workspace;
+  int64_t chains;
+
+  Type* at(int64_t place) const { return workspace + place * batch.chunk; }
+  Type* values(int v) const { return at(net.buffers[v].values); }
+  Type* grads(int v) const { return at(net.buffers[v].grads); }
+
+  template <class Each>
+  void each_pixel(const ConvBuffer& buffer, const Each& each) const {
+    for (int64_t n = 0; n < chains; ++n) {
+      for (int64_t y = 0; y < buffer.height; ++y) {
+        for (int64_t x = 0; x < buffer.width; ++x) each(n, y, x);
+      }
+    }
+  }
+
+  // Calls finish for all channels of a pixel that is written at `to`; vector(channel) is a result.
+  template <class Result>
+  static void finish_pixel(int64_t to, int channels, const Finish& finish, const Result& vector) {
+    constexpr int kMost = 64;
+    alignas(64) float values[kMost * kLanes];
+    for (int first = 0; first < channels; first += kMost * kLanes) {
+      const int count = std::min((channels - first + kLanes - 1) / kLanes, kMost);
+      for (int v = 0; v < count; ++v) {
+        Vector::store(values + v * kLanes, vector(first + v * kLanes));
+      }
+      const int64_t target = to + first;
+      finish({&target, values, 1, count, first});
+    }
+  }
+
+  // Results are f(channel, a, b) of two values of the same pixel and channel.
+  template <class F>
+  void pairs(const Type* a, const ConvBuffer& a_at, const Type* b, const ConvBuffer& b_at,
+             const ConvBuffer& out, const Finish& finish, const F& f) const {
+    each_pixel(out, [&](int64_t n, int64_t y, int64_t x) {
+      const Type* one = a + n * a_at.chain + a_at.at(y, x);
+      const Type* two = b + n * b_at.chain + b_at.at(y, x);
+      finish_pixel(n * out.chain + out.at(y, x), out.channels, finish,
+                   [&](int c) { return f(c, N::load(one + c), N::load(two + c)); });
+    });
+  }
+
+  void mix(const MixPass& pass, const Type* from, const ConvBuffer& in, const ConvBuffer& out,
+           const Finish& finish) const {
+    for (int64_t n = 0; n < chains; ++n) {
+      for (size_t p = 0; p < pass.to.size(); ++p) {
+        finish_pixel(n * out.chain + pass.to[p], out.channels, finish, [&](int c) {
+          Float sum = Float{};
+          for (int32_t k = pass.begin[p]; k < pass.begin[p + 1]; ++k) {
+            sum += N::load(from + n * in.chain + pass.from[k] + c) * pass.factors[k];
+          }
+          return sum;
+        });
+      }
+    }
+  }
+
+  // The maximum of each window, and the position where it was found first. A NaN is the maximum.
+  void greatest(size_t k, const Finish& finish) const {
+    const MixPass& pass = net.plans[k].mix;
+    const int v = net.layers[k].inputs[0];
+    const ConvBuffer &in = net.buffers[v], &out = net.buffers[k + 1];
+    for (int64_t n = 0; n < chains; ++n) {
+      const Type* from = values(v) + n * in.chain;
+      for (size_t p = 0; p < pass.to.size(); ++p) {
+        const int64_t to = n * out.chain + pass.to[p];
+        finish_pixel(to, out.channels, finish, [&](int c) {
+          Float best = Vector::broadcast(-INFINITY), choice = Float{};
+          for (int32_t i = pass.begin[p]; i < pass.begin[p + 1]; ++i) {
+            const Float value = N::load(from + pass.from[i] + c);
+            const auto better = !(value <= best);
+            best = better ? value : best;
+            choice = better ? Vector::broadcast(pass.factors[i]) : choice;
+          }
+          N::store(at(out.choices) + to + c, choice);
+          return best;
+        });
+      }
+    }
+  }
+
+  void choose(size_t k, const Finish& finish) const {
+    const MixPass& pass = net.plans[k].mix_back;
+    const ConvBuffer &in = net.buffers[net.layers[k].inputs[0]], &out = net.buffers[k + 1];
+    for (int64_t n = 0; n < chains; ++n) {
+      const Type* grad = grads(k + 1) + n * out.chain;
+      const Type* choices = at(out.choices) + n * out.chain;
+      for (size_t p = 0; p < pass.to.size(); ++p) {
+        finish_pixel(n * in.chain + pass.to[p], in.channels, finish, [&](int c) {
+          Float sum = Float{};
+          for (int32_t i = pass.begin[p]; i < pass.begin[p + 1]; ++i) {
+            const auto chosen = N::load(choices + pass.from[i] + c) == pass.factors[i];
+            sum += chosen ? N::load(grad + pass.from[i] + c) : Float{};
+          }
+          return sum;
+        });
+      }
+    }
+  }
+
+  // The maximum m over a chain's value, and the sum of exp(value - m).
+  std::pair<float, float> exponentials(const Type* from, const ConvBuffer& buffer) const {
+    float most = -INFINITY, sum = 0;
+    const auto each = [&](const auto& vector) {
+      for (int64_t y = 0; y < buffer.height; ++y) {
+        for (int64_t x = 0; x < buffer.width; ++x) {
+          for (int c = 0; c < buffer.channels; c += kLanes) {
+            vector(N::load(from + buffer.at(y, x) + c), std::min(kLanes, buffer.channels - c));
+          }
+        }
+      }
+    };
+    each([&](Float value, int count) {
+      for (int i = 0; i < count; ++i) most = value[i] > most ? value[i] : most;
+    });
+    each([&](Float value, int count) {
+      const Float e = exponential(value - most);
+      for (int i = 0; i < count; ++i) sum += e[i];
+    });
+    return {most, sum};
+  }
+
+  void log_sum_exp(size_t k, const Finish& finish) const {
+    const int v = net.layers[k].inputs[0];
+    const ConvBuffer &in = net.buffers[v], &out = net.buffers[k + 1];
+    for (int64_t n = 0; n < chains; ++n) {
+      const auto [most, sum] = exponentials(values(v) + n * in.chain, in);
+      // An infinite maximum is the result, and a NaN is in the sum.
+      const float result = std::isinf(most) && sum == sum ? most : most + std::log(sum);
+      finish_pixel(n * out.chain + out.at(0, 0), 1, finish,
+                   [&](int) { return Vector::broadcast(result); });
+    }
+  }
+
+  void softmax(size_t k, const Finish& finish) const {
+    const int v = net.layers[k].inputs[0];
+    const ConvBuffer &in = net.buffers[v], &out = net.buffers[k + 1];
+    for (int64_t n = 0; n < chains; ++n) {
+      const Type* from = values(v) + n * in.chain;
+      const auto [most, sum] = exponentials(from, in);
+      const float factor = N::widen(grads(k + 1)[n * out.chain + out.at(0, 0)]) / sum;
+      for (int64_t y = 0; y < in.height; ++y) {
+        for (int64_t x = 0; x < in.width; ++x) {
+          const int64_t pixel = in.at(y, x);
+          finish_pixel(n * in.chain + pixel, in.channels, finish, [&, most = most](int c) {
+            return exponential(N::load(from + pixel + c) - most) * factor;
+          });
+        }
+      }
+    }
+  }
+
+  // The mean of f(y, x, channel) over all pixels and each group of channels, for every channel.
+  template <class F>
+  std::vector<float> group_means(size_t k, const F& f) const {
+    const ConvLayer& layer = net.layers[k];
+    const ConvBuffer& buffer = net.buffers[k + 1];
+    std::vector<float> means((layer.out + kLanes - 1) / kLanes * kLanes);
+    for (int c = 0; c < layer.out; c += kLanes) {
+      Float sum = Float{};
+      for (int y = 0; y < buffer.height; ++y) {
+        Float row = Float{};  // summed separately, which keeps the rounding error small
+        for (int x = 0; x < buffer.width; ++x) row += f(y, x, c);
+        sum += row;
+      }
+      Vector::store(means.data() + c, sum);
+    }
+    const int size = layer.out / layer.groups;
+    for (int first = 0; first < layer.out; first += size) {
+      double total = 0;
+      for (int c = first; c < first + size; ++c) total += means[c];
+      const double count = double(size) * buffer.height * buffer.width;
+      std::fill_n(means.data() + first, size, static_cast<float>(total / count));
+    }
+    return means;
+  }
+
+  // Calls f(n, normal) for each chain, where normal(y, x, channel) is the value minus the mean of
+  // its group and over its deviation, and normal.scale(channel) is 1 over the deviation.
+  template <class F>
+  void each_normal(size_t k, const F& f) const {
+    const int v = net.layers[k].inputs[0];
+    const ConvBuffer& in = net.buffers[v];
+    for (int64_t n = 0; n < chains; ++n) {
+      const Type* from = values(v) + n * in.chain;
+      const auto value = [&](int y, int x, int c) { return N::load(from + in.at(y, x) + c); };
+      const std::vector<float> means = group_means(k, value);
+      const auto centred = [&](int y, int x, int c) {
+        return value(y, x, c) - Vector::load(means.data() + c);
+      };
+      std::vector<float> scales = group_means(k, [&](int y, int x, int c) {
+        const Float difference = centred(y, x, c);
+        return difference * difference;
+      });
+      for (float& scale : scales) scale = 1.0f / std::sqrt(scale + net.layers[k].factors[0]);
+      f(n, centred, scales.data());
+    }
+  }
+
+  void normalise(size_t k, const Finish& finish) const {
+    const ConvBuffer& out = net.buffers[k + 1];
+    const float* weights = batch.packed + net.plans[k].factors;
+    each_normal(k, [&](int64_t n, const auto& centred, const float* scales) {
+      for (int y = 0; y < out.height; ++y) {
+        for (int x = 0; x < out.width; ++x) {
+          finish_pixel(n * out.chain + out.at(y, x), out.channels, finish, [&](int c) {
+            return centred(y, x, c) * (Vector::load(scales + c) * Vector::load(weights + c));
+          });
+        }
+      }
+    });
+  }
+
+  void normalise_back(size_t k, const Finish& finish) const {
+    const ConvBuffer &in = net.buffers[net.layers[k].inputs[0]], &out = net.buffers[k + 1];
+    const float* weights = batch.packed + net.plans[k].factors;
+    each_normal(k, [&](int64_t n, const auto& centred, const float* scales) {
+      const Type* from = grads(k + 1) + n * out.chain;
+      const auto grad = [&](int y, int x, int c) {
+        return N::load(from + out.at(y, x) + c) * Vector::load(weights + c);
+      };
+      const auto normal = [&](int y, int x, int c) {
+        return centred(y, x, c) * Vector::load(scales + c);
+      };
+      const std::vector<float> means = group_means(k, grad);
+      const std::vector<float> slopes = group_means(
+          k, [&](int y, int x, int c) { return grad(y, x, c) * normal(y, x, c); });
+      for (int y = 0; y < in.height; ++y) {
+        for (int x = 0; x < in.width; ++x) {
+          finish_pixel(n * in.chain + in.at(y, x), in.channels, finish, [&](int c) {
+            const Float rest = grad(y, x, c) - Vector::load(means.data() + c) -
+                               normal(y, x, c) * Vector::load(slopes.data() + c);
+            return rest * Vector::load(scales + c);
+          });
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace FASTLANGEVIN_ISA
+}  // namespace fastlangevin
