@@ -125,8 +125,9 @@ class Snapshot:
         for attributes, entries in self._attributes:
             for name, before in entries.items():
                 now = attributes.get(name)
-                tensors = isinstance(before, Tensor) and isinstance(now, Tensor)
-                if now is not before and tensors and may_change(before, now):
+                if now is before or not (isinstance(before, Tensor) and isinstance(now, Tensor)):
+                    continue
+                if may_change(before, now):
                     attributes[name] = before
 
     def restore(self, names: Callable[[Any], bool], containers: Callable[[int], bool]) -> None:
