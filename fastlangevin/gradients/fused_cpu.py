@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.image_graph import ImageGraph, ImageLayer, image_graph
+from fastlangevin.gradients.threads import ThreadTrial
 from fastlangevin.kernels import extension
 from fastlangevin.locks import new_lock
 
@@ -110,6 +111,7 @@ class ConvNetGradient:
             extension.library.instruction_set(),
         )
         self.threads = max(1, min(torch.get_num_threads(), chains))
+        self._trial = ThreadTrial(self.threads)
         share = -(-chains // self.threads)
         vectors = all(math.prod(layer.read[1:]) == 1 for layer in network.layers)
         most = _VECTOR_CHUNK if vectors else _CHUNK
@@ -175,7 +177,7 @@ class ConvNetGradient:
         with self._lock:
             if self._seen != self.graph.versions():
                 self._read()
-            self.net.score(
+            operands = (
                 x.shape[0],
                 self.chunk,
                 images.data_ptr(),
@@ -187,8 +189,8 @@ class ConvNetGradient:
                 0 if energies is None else energies.data_ptr(),
                 self.packed.data_ptr(),
                 self.workspace.data_ptr(),
-                self.threads,
             )
+            self._trial.run(lambda threads: self.net.score(*operands, threads))
         return energies, grad
 
     def held_bytes(self) -> int:
