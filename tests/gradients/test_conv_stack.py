@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[Callable[[Custom, Tensor], Tensor], str]] = {
     "mixed": (lambda m, x: m.one(x).sum(), "sum mixes chains"),
     "mean over chains": (lambda m, x: rows(m.one(x) * m.one(x).mean(0)), "mean mixes chains"),
     "flipped": (lambda m, x: rows(m.one(x.flip(0))), "flip is not supported"),
-    "item": (lambda m, x: rows(m.one(x)) * float(m.kernel.detach().sum()), "through __float__()"),
+    "item": (lambda m, x: rows(m.one(x)) * float(x.detach().sum()), "through __float__()"),
     "branch": (lambda m, x: rows(m.one(x)) if x.sum() > 1 else rows(x), "through __bool__()"),
     "random": (lambda m, x: rows(m.one(x) + torch.randn(1)), "randn draws random numbers"),
     "outside": (lambda m, x: rows(F.conv2d(x, OUTSIDE)), "neither a parameter nor a buffer"),

@@ -345,3 +345,34 @@ def test_a_weight_kept_as_an_attribute_is_recorded_unless_it_matters(
         energy.kept = kept
         ends.append(LangevinSampler(energy, 3, 0.05, gradient=gradient)(x0, seed=0))
     torch.testing.assert_close(*ends)
+
+
+class Flagged(nn.Module):
+    """An energy with Python numbers read from a buffer and, for labels, from an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+        self.register_buffer("flag", torch.tensor(1))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        h = self.conv(x).tanh() if self.flag.item() == 1 else self.conv(x).relu()
+        if y is not None:
+            h = h * F.one_hot(y, 4).to(x.dtype)[:, :, None, None]
+        return h.flatten(1).sum(1) * (1 + int(self.flag * 2))
+
+
+def test_numbers_read_from_weights_and_labels_are_those_of_each_call() -> None:
+    torch.manual_seed(0)
+    energy, x0 = Flagged().double(), torch.randn(N, *SHAPE, dtype=torch.float64)
+    run = LangevinSampler(energy, 2, 0.05, gradient="explicit")
+    with mock.patch.object(engine_cache, "record", side_effect=engine_cache.record) as runs:
+        for flag, expected in ((1, 1), (1, 1), (0, 2), (0, 2), (1, 3)):
+            energy.flag.fill_(flag)
+            want = LangevinSampler(energy, 2, 0.05, gradient="autograd")(x0, seed=0)
+            torch.testing.assert_close(run(x0, seed=0), want, rtol=0, atol=1e-11)
+            assert runs.call_count == expected
+    for y in ([0, 1, 2, 3], [3, 3, 0, 0], [1, 1, 1, 1]):
+        labels = torch.tensor(y)
+        want = LangevinSampler(energy, 2, 0.05, gradient="autograd")(x0, seed=0, y=labels)
+        torch.testing.assert_close(run(x0, seed=0, y=labels), want, rtol=0, atol=1e-11)

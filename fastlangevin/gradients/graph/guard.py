@@ -1,7 +1,7 @@
 """Tells whether a recording still holds: whether recording again would give the same operators."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from fastlangevin.kernels.memory import in_memory
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 _SIMPLE = (int, float, bool, str, type(None), torch.dtype)
+
+
+class Numbers(Protocol):
+    """Python numbers that a run read from tensors."""
+
+    def hold(self) -> bool:
+        """Return whether a run would read the same numbers."""
 
 
 class Guard:
@@ -29,8 +36,9 @@ class Guard:
         model_kwargs: dict[str, Any],
         snapshot: Snapshot,
         leaves: dict[int, Tensor],
+        numbers: Numbers | None = None,
     ) -> None:
-        self.energy, self.snapshot = energy, snapshot
+        self.energy, self.snapshot, self.numbers = energy, snapshot, numbers
         self._call = _described(x, model_kwargs)
         self._forwards = [(module, type(module).forward) for module in snapshot.modules]
         passed = {id(value) for value in model_kwargs.values()}
@@ -49,6 +57,7 @@ class Guard:
             and all(in_memory(t) and _layout(t) == layout for t, layout in self._layouts)
             and self._hooks == _hooks(module for module, _ in self._forwards)
             and self.snapshot.changed() is None
+            and (self.numbers is None or self.numbers.hold())
         )
 
 

@@ -30,7 +30,7 @@ from fastlangevin.gradients.graph.snapshot import Snapshot
 from fastlangevin.gradients.graph.watch import Values, Watch
 from fastlangevin.gradients.network import Network, modules_of, network_dtype
 from fastlangevin.gradients.precision import HALVES
-from fastlangevin.gradients.trace.constants import ComputedConstants
+from fastlangevin.gradients.trace.constants import ComputedConstants, ReadNumbers
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.tracer import Tracer
 from fastlangevin.gradients.untouched import left_as_found
@@ -200,9 +200,13 @@ def _record(
         graph = trace = refuse.reason
         results = None
     hidden = values.copied or watch.reads_unsaved
+    numbers = None
+    if tracer.numbers and isinstance(trace, Trace):
+        numbers = ReadNumbers(trace, tracer.numbers)
+        hidden |= numbers.read_arguments
     guard = None
     if not hidden and may_be_kept(snapshot, model_kwargs, tracer.leaves):
-        guard = Guard(energy, x, model_kwargs, snapshot, tracer.leaves)
+        guard = Guard(energy, x, model_kwargs, snapshot, tracer.leaves, numbers)
     return Recording(graph, trace, guard), results
 
 

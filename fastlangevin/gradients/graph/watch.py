@@ -44,6 +44,8 @@ _READS = frozenset((
     "_typed_storage", "__reduce_ex__", "__cuda_array_interface__", "__repr__", "__format__",
     "grad_fn", "_version", "equal", "allclose", "is_nonzero",
 ))  # fmt: skip
+# Reads of one number, by an operator.
+_NUMBERS = frozenset(("item", "__float__", "__int__", "__bool__", "__index__", "is_nonzero"))
 # Functions that copy the values of a tensor to another one without an operator that shows it.
 _COPIES = frozenset((
     "__deepcopy__", "__setstate__", "set_", "new", "tensor", "as_tensor", "asarray",
@@ -91,6 +93,8 @@ class Values(TorchFunctionMode):
             if any(map(self.reads_state, tensors)):
                 raise self.refuse(f"it copies values through {name}()")
             self.copied |= bool(tensors)
+        if name in _NUMBERS and not any(map(self.reads_state, _tensors(args))):
+            return func(*args, **kwargs)  # the tracer sees the number
         if name in _READS:
             raise self.refuse(f"it reads values through {name}()")
         if name == "register_hook":

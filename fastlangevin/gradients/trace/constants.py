@@ -1,5 +1,7 @@
 """Tensors that an energy computes from its weights alone, such as normalised weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,22 @@ class ComputedConstants:
         values = self._compute(*[leaf.detach() for leaf in self.leaves])
         for target, value in zip(self.targets.values(), values, strict=True):
             target.copy_(value)
+
+
+class ReadNumbers:
+    """Python numbers that a run read from tensors, by the slots of these."""
+
+    def __init__(self, trace: Trace, numbers: dict[int, Any]) -> None:
+        self.numbers = numbers
+        values = {slot: trace.values[slot] for slot in numbers}
+        self._constants = ComputedConstants(
+            trace,
+            {s: torch.empty(v.shape, dtype=v.dtype, device=v.device) for s, v in values.items()},
+        )
+        self.read_arguments = self._constants.reads_arguments
+
+    def hold(self) -> bool:
+        """Return whether the tensors have the same values now."""
+        self._constants.refresh()
+        now = [target.item() for target in self._constants.targets.values()]
+        return now == list(self.numbers.values())

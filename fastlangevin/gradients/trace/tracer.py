@@ -22,6 +22,9 @@ _BATCH_NORMS = (
 _DATA_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
+_CHANGED = object()
+
+
 class Tracer(TorchDispatchMode):
     """Records operators and refuses those that a replay could not repeat.
 
@@ -38,6 +41,8 @@ class Tracer(TorchDispatchMode):
         self.instructions: list[Instruction] = []
         self.values: dict[int, Value] = {}
         self.leaves: dict[int, Tensor] = {}
+        # Python numbers that the run read from tensors that do not depend on the states, by slot.
+        self.numbers: dict[int, Any] = {}
         self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id
         self._storages: dict[int, int] = {}  # by address, of the tensors that existed before
         self._count = 0
@@ -64,6 +69,12 @@ class Tracer(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.refuse(f"{name} draws random numbers")
+        if name == "_local_scalar_dense" and not self.reads_state(args[0]):
+            number, slot = func(*args, **kwargs), self.slot_of(args[0])
+            # A tensor that changed between two reads has no number that could be compared later.
+            same = self.numbers.setdefault(slot, number) == number
+            self.numbers[slot] = number if same else _CHANGED
+            return number
         if name in ("_local_scalar_dense", "equal") or self._chooses_by_value(func, args):
             raise self.refuse(f"{name} reads a tensor's value into Python")
         writes = self._writes(func, name, args, kwargs)
