@@ -340,6 +340,13 @@ def test_a_weight_kept_as_an_attribute_is_recorded_unless_it_matters(
     choice = LangevinSampler(energy, 2).choose_engine(x0, {})
     assert (choice.name == "autograd") == bool(options)
     assert energy.kept is kept
+    if not options:
+        run = LangevinSampler(energy, 2)
+        with mock.patch.object(engine_cache, "record", side_effect=engine_cache.record) as runs:
+            for _ in range(3):
+                run(x0, seed=0)
+                energy(x0)  # as training does, between two calls
+            assert runs.call_count == 1
     ends = []
     for gradient in ("auto", "autograd"):
         energy.kept = kept

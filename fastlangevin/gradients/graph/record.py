@@ -14,7 +14,7 @@ another dimension equals n.
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -163,7 +163,6 @@ def _record(
     results = None
     try:
         with (
-            _weights_put_back(modules_of(energy)),
             torch.enable_grad(),  # autograd's graph shows what the operators do not
             no_hooks(),
             tracer,
@@ -186,7 +185,7 @@ def _record(
             trace = replace(trace.with_arguments(model_kwargs), is_autocast=precision in HALVES)
             graph = _with_computed(graph, trace)
         results = RunResults(leaf.detach(), out.detach(), grad)
-        # A weight that every run computes and keeps as an attribute, without reading the last one.
+        # Weights that every run computes and keeps as an attribute, without reading the last ones.
         snapshot.put_back_tensors(tracer.replaces)
         changed = watch.changed() or _refusal(("", module) for module in snapshot.modules)
         if changed is not None:
@@ -194,6 +193,7 @@ def _record(
     except Exception as error:
         refuse(f"it raises {type(error).__name__}: {error}")
     finally:
+        snapshot.put_back_tensors(tracer.replaces)
         watch.restore()
         tracer.watch = tracer.observe = None  # no cycle keeps the run's tensors alive
     if refuse.reason is not None:
@@ -255,23 +255,6 @@ def _shape_reason(out: Any, leaf: Tensor) -> str:
     if not isinstance(out, Tensor):
         return f"its output is a {type(out).__name__}, not a tensor"
     return f"its output has shape {list(out.shape)} for {leaf.shape[0]} chains"
-
-
-@contextlib.contextmanager
-def _weights_put_back(roots: Iterable[nn.Module]) -> Iterator[None]:
-    """On exit, restore the attributes that the hooks of spectral_norm and weight_norm have set."""
-    before = [
-        (module.__dict__, hook.name, module.__dict__[hook.name])
-        for root in roots
-        for module in root.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, _WEIGHT_HOOKS) and hook.name in module.__dict__
-    ]
-    try:
-        yield
-    finally:
-        for attributes, name, value in before:
-            attributes[name] = value
 
 
 def _entering_dtype(

@@ -54,6 +54,7 @@ class Snapshot:
         self._seen: dict[int, Any] = {}  # by id; keeps the objects, and so their ids, alive
         self.tensors: dict[int, Tensor] = {}  # by id, all tensors that were reached
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of modules
+        self._overwritten: set[tuple[int, Any]] = set()  # by the attributes' id, and name
         self.hides = False  # whether something reached holds results of its own
         self.codes: set[types.CodeType] = set()  # of the functions whose closures are saved
         self._names: set[tuple[int, str]] = set()
@@ -121,7 +122,10 @@ class Snapshot:
         return next((saved.label for saved in self._saved if not saved.same()), None)
 
     def put_back_tensors(self, may_change: Callable[[Tensor, Tensor], bool]) -> None:
-        """Restore tensors that attributes of modules held, where ``may_change(before, now)``."""
+        """Restore tensors that attributes of modules held, where ``may_change(before, now)``.
+
+        From then on these attributes are not compared: a run writes them before it reads them.
+        """
         for attributes, entries in self._attributes:
             for name, before in entries.items():
                 now = attributes.get(name)
@@ -129,6 +133,7 @@ class Snapshot:
                     continue
                 if may_change(before, now):
                     attributes[name] = before
+                    self._overwritten.add((id(attributes), name))
 
     def restore(self, names: Callable[[Any], bool], containers: Callable[[int], bool]) -> None:
         """Restore what has changed, of attributes with such names and containers with such ids."""
@@ -205,6 +210,8 @@ class Snapshot:
             ):
                 return True  # the usual case, at a fraction of the cost
             for key, value in list(mapping.items()):
+                if (id(mapping), key) in self._overwritten:
+                    continue
                 if compares(key) and not (key in entries and _same(entries[key], value)):
                     return False
             return all(key in mapping for key in entries)
