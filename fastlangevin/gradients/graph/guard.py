@@ -18,8 +18,8 @@ _SIMPLE = (int, float, bool, str, type(None), torch.dtype)
 class Numbers(Protocol):
     """Python numbers that a run read from tensors."""
 
-    def hold(self) -> bool:
-        """Return whether a run would read the same numbers."""
+    def hold(self, model_kwargs: dict[str, Any]) -> bool:
+        """Return whether a run with these arguments would read the same numbers."""
 
 
 class Guard:
@@ -57,7 +57,7 @@ class Guard:
             and all(in_memory(t) and _layout(t) == layout for t, layout in self._layouts)
             and self._hooks == _hooks(module for module, _ in self._forwards)
             and self.snapshot.changed() is None
-            and (self.numbers is None or self.numbers.hold())
+            and (self.numbers is None or self.numbers.hold(model_kwargs))
         )
 
 

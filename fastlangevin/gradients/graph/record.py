@@ -203,7 +203,6 @@ def _record(
     numbers = None
     if tracer.numbers and isinstance(trace, Trace):
         numbers = ReadNumbers(trace, tracer.numbers)
-        hidden |= numbers.read_arguments
     guard = None
     if not hidden and may_be_kept(snapshot, model_kwargs, tracer.leaves):
         guard = Guard(energy, x, model_kwargs, snapshot, tracer.leaves, numbers)

@@ -1,4 +1,4 @@
-"""Tensors that an energy computes from its weights alone, such as normalised weights."""
+"""Tensors that an energy computes from its weights and arguments alone, and not from the states."""
 
 from typing import Any
 
@@ -10,25 +10,41 @@ from fastlangevin.gradients.trace.program import compiled
 from fastlangevin.gradients.trace.split import Draft
 
 
+class Constants:
+    """Computes the tensors of some slots of a trace, which do not depend on the states."""
+
+    def __init__(self, trace: Trace, slots: list[int]) -> None:
+        draft = Draft(trace, (), kept=tuple(slots))
+        read = draft.once_reads(slots)
+        self.leaves = {n: trace.leaves[n] for n in read if n in trace.leaves}
+        self.arguments = {n: trace.arguments[n] for n in read if n in trace.arguments}
+        self._compute = compiled([*self.leaves, *self.arguments], draft.once, slots, ())
+
+    @torch.no_grad()
+    def compute(self, model_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return the tensors for the current values of the leaves and these arguments."""
+        arguments = [model_kwargs[name].detach() for name in self.arguments.values()]
+        values: tuple[Tensor, ...] = self._compute(
+            *[leaf.detach() for leaf in self.leaves.values()], *arguments
+        )
+        return values
+
+
 class ComputedConstants:
-    """Tensors of a trace that do not depend on the states, in memory of their own.
+    """Tensors of a trace, such as normalised weights, in memory of their own.
 
     ``targets`` maps their slots to this memory, which :meth:`refresh` writes to.
     """
 
     def __init__(self, trace: Trace, targets: dict[int, Tensor]) -> None:
-        self.targets = targets
-        draft = Draft(trace, (), kept=tuple(targets))
-        self._leaves = [n for n in draft.once_reads(targets) if n in trace.leaves]
-        self.leaves = [trace.leaves[n] for n in self._leaves]
-        self.reads_arguments = not trace.arguments.keys().isdisjoint(draft.once_reads(targets))
-        self._compute = compiled(self._leaves, draft.once, targets, ())
+        self._targets = list(targets.values())
+        self._constants = Constants(trace, list(targets))
+        self.leaves = list(self._constants.leaves.values())
+        self.reads_arguments = bool(self._constants.arguments)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Compute the tensors again from the current values of the leaves."""
-        values = self._compute(*[leaf.detach() for leaf in self.leaves])
-        for target, value in zip(self.targets.values(), values, strict=True):
+        for target, value in zip(self._targets, self._constants.compute({}), strict=True):
             target.copy_(value)
 
 
@@ -36,16 +52,10 @@ class ReadNumbers:
     """Python numbers that a run read from tensors, by the slots of these."""
 
     def __init__(self, trace: Trace, numbers: dict[int, Any]) -> None:
-        self.numbers = numbers
-        values = {slot: trace.values[slot] for slot in numbers}
-        self._constants = ComputedConstants(
-            trace,
-            {s: torch.empty(v.shape, dtype=v.dtype, device=v.device) for s, v in values.items()},
-        )
-        self.read_arguments = self._constants.reads_arguments
+        self._numbers = list(numbers.values())
+        self._constants = Constants(trace, list(numbers))
 
-    def hold(self) -> bool:
-        """Return whether the tensors have the same values now."""
-        self._constants.refresh()
-        now = [target.item() for target in self._constants.targets.values()]
-        return now == list(self.numbers.values())
+    def hold(self, model_kwargs: dict[str, Any]) -> bool:
+        """Return whether a run with these arguments would read the same numbers."""
+        now = [value.item() for value in self._constants.compute(model_kwargs)]
+        return now == self._numbers

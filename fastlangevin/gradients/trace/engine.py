@@ -4,12 +4,14 @@ What does not depend on the states is computed once per chain: normalised weight
 labels, an encoded observation, and the gradient of everything linear at the network's end.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlangevin.gradients.precision import network_precision
+from fastlangevin.gradients.trace.constants import Constants
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.program import Program
 
@@ -30,9 +32,9 @@ class TracedGradient:
     ) -> None:
         self.trace, self.precision = trace, precision
         self._programs = programs
-        arguments = {n: model_kwargs[name].detach() for n, name in trace.arguments.items()}
-        self._leaves = {n: leaf.detach() for n, leaf in trace.leaves.items()} | arguments
+        self._model_kwargs = model_kwargs
         self._watched = list(trace.leaves.values())
+        self._inputs: dict[int, Tensor] = {}  # what the energy computes without the states
         self._constants: dict[bool, tuple[Tensor, ...]] = {}
         self._seen: list[tuple[int, int]] = []
         self._dtype = trace.values[0].dtype
@@ -42,9 +44,7 @@ class TracedGradient:
 
         This is needed before every chain: a write through ``.data`` leaves no other trace.
         """
-        self._seen, self._constants = self._versions(), {}
-        # The parameters may have been given other memory.
-        self._leaves |= {n: leaf.detach() for n, leaf in self.trace.leaves.items()}
+        self._seen, self._inputs, self._constants = self._versions(), {}, {}
 
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
         """Return (energies [n] or None, d energy / d x in x's shape and dtype)."""
@@ -56,7 +56,9 @@ class TracedGradient:
         with torch.no_grad(), network_precision(self.precision, x.device):
             constants = self._constants.get(want_energies)
             if constants is None:
-                constants = program.prepare(*[self._leaves[n] for n in program.leaves])
+                inputs = self._inputs or self._programs.inputs(self._model_kwargs)
+                self._inputs = inputs
+                constants = program.prepare(*[inputs[n] for n in program.inputs])
                 self._constants[want_energies] = constants
             with torch._C._AutoDispatchBelowAutograd():
                 *energies, grad = program.step(x.to(self._dtype), *constants)
@@ -76,10 +78,30 @@ class Programs:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self._made: dict[bool, Program] = {}
 
     def of(self, energies: bool) -> Program:
-        program = self._made.get(energies)
-        if program is None:
-            program = self._made[energies] = Program(self.trace, energies)
-        return program
+        return self._with_energies if energies else self._without
+
+    def inputs(self, model_kwargs: dict[str, Any]) -> dict[int, Tensor]:
+        """Return the inputs of both programs by slot.
+
+        The last step of a chain wants energies and the others do not, but what is expensive to
+        compute, such as the encoding of an observation, is computed once for all of them.
+        """
+        return dict(zip(self._slots, self._constants.compute(model_kwargs), strict=True))
+
+    @functools.cached_property
+    def _without(self) -> Program:
+        return Program(self.trace, False)
+
+    @functools.cached_property
+    def _with_energies(self) -> Program:
+        return Program(self.trace, True)
+
+    @functools.cached_property
+    def _slots(self) -> list[int]:
+        return list(dict.fromkeys((*self._without.inputs, *self._with_energies.inputs)))
+
+    @functools.cached_property
+    def _constants(self) -> Constants:
+        return Constants(self.trace, self._slots)

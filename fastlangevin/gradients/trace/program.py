@@ -12,8 +12,8 @@ from fastlangevin.gradients.trace.split import Draft
 class Program:
     """Energies and their gradient as a function of the states, for one trace.
 
-    ``prepare`` maps the tensors that existed before the run to the constants of a chain, and
-    ``step`` maps (states, *constants) to (energies or None, gradient).
+    ``prepare`` maps the tensors of the slots ``inputs``, which do not depend on the states, to the
+    constants of the steps, and ``step`` maps (states, *constants) to (energies or None, gradient).
     """
 
     def __init__(self, trace: Trace, energies: bool) -> None:
@@ -21,13 +21,12 @@ class Program:
         draft = Draft(trace, results)
         rewrite(draft)
         constants = draft.constants()
-        made = {n for instruction in draft.once for n in instruction.written}
-        existing = trace.leaves.keys() | trace.arguments.keys()
-        self.leaves = [n for n in draft.once_reads(constants) if n in existing]
+        made = {n for i in (*draft.once, *draft.added) for n in i.written}
+        self.inputs = draft.inputs()
         self.instructions = len(draft.each)
         self.constant_bytes = sum(_bytes(draft, n) for n in constants if n in made)
         self.step_bytes = _most_bytes(draft)
-        self.prepare = compiled(self.leaves, draft.once, constants, ())
+        self.prepare = compiled(self.inputs, draft.added, constants, ())
         self.step = compiled([0, *constants], draft.each, draft.results, constants)
 
 

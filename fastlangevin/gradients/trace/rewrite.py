@@ -65,7 +65,7 @@ def _keep_channels_last(draft: Draft) -> None:
         moved[number] = draft.new_slot(value)
         # It may be the same memory.
         draft.values[moved[number]] = value
-        (before if number == 0 else draft.once).append(_laid_out(number, moved[number]))
+        (before if number == 0 else draft.added).append(_laid_out(number, moved[number]))
     each = []
     for instruction in draft.each:
         renamed = _renamed(instruction, moved)
@@ -160,11 +160,11 @@ def _convolution(draft: Draft, instruction: Instruction) -> Instruction:
         )  # fmt: skip
     plain = draft.new_slot(kernel)
     packed = draft.new_slot(kernel)
-    draft.once.append(Instruction(aten.contiguous.default, (weight,), {}, (plain,), True))
+    draft.added.append(Instruction(aten.contiguous.default, (weight,), {}, (plain,), True))
     settings = stride, dilation, groups, list(source.shape)
     mkldnn = torch.ops.mkldnn
     if not spread:
-        draft.once.append(
+        draft.added.append(
             Instruction(
                 mkldnn._reorder_convolution_weight.default,
                 (Slot(plain), padding, *settings), {}, (packed,), True,
@@ -175,7 +175,7 @@ def _convolution(draft: Draft, instruction: Instruction) -> Instruction:
             (read, Slot(packed), bias, padding, stride, dilation, groups, "none", [], ""),
             {}, (written,), True,
         )  # fmt: skip
-    draft.once.append(
+    draft.added.append(
         Instruction(
             mkldnn._reorder_convolution_transpose_weight.default,
             (Slot(plain), padding, output_padding, *settings), {}, (packed,), True,

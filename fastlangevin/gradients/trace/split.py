@@ -22,8 +22,9 @@ _FILLED: dict[Any, int] = {
 class Draft:
     """The instructions of a program while it is being made.
 
-    ``once`` computes what does not depend on the states, ``each`` runs at every step and ends in
-    ``results``. Slot 0 holds the states. ``kept``: constants that are computed in any case.
+    ``once`` computes what does not depend on the states, ``added`` prepares it for the steps, as by
+    packing weights, and ``each`` runs at every step and ends in ``results``. Slot 0 holds the
+    states. ``kept``: constants that are computed in any case.
     """
 
     def __init__(self, trace: Trace, results: tuple[int, ...], kept: tuple[int, ...] = ()) -> None:
@@ -33,6 +34,7 @@ class Draft:
         instructions = [self._without_shape_reads(i) for i in trace.instructions]
         moving = self._moved = self._moving(instructions)
         self.once = [i for i in instructions if not self._touches(i, moving)]
+        self.added: list[Instruction] = []
         self.each = [i for i in instructions if self._touches(i, moving)]
         self.each = self._live(self.each, results)
         self.prune()
@@ -40,12 +42,19 @@ class Draft:
     def prune(self) -> None:
         """Drop what no result needs."""
         self.each = self._live(self.each, self.results)
-        self.once = self._live(self.once, (*self.constants(), *self.kept))
+        self.added = self._live(self.added, self.constants())
+        self.once = self._live(self.once, (*self.inputs(), *self.kept))
 
     def constants(self) -> list[int]:
         """Return the slots that the steps read and that are computed before them."""
         made = {0} | {n for instruction in self.each for n in instruction.written}
         read = [n for i in self.each for n in i.reads] + list(self.results)
+        return [n for n in dict.fromkeys(read) if n not in made]
+
+    def inputs(self) -> list[int]:
+        """Return the slots that ``added`` and the steps read and that ``once`` or a leaf holds."""
+        made = {n for instruction in self.added for n in instruction.written}
+        read = [n for i in self.added for n in i.reads] + self.constants()
         return [n for n in dict.fromkeys(read) if n not in made]
 
     def once_reads(self, results: Iterable[int]) -> list[int]:
