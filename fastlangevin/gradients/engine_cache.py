@@ -10,7 +10,7 @@ from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, RunResults, record
 from fastlangevin.gradients.precision import HALVES
-from fastlangevin.gradients.proof import prove
+from fastlangevin.gradients.proof import other_states, prove
 from fastlangevin.gradients.trace.engine import Programs, TracedGradient
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels.memory import all_in_memory
@@ -126,6 +126,11 @@ class EngineCache:
         if results is None:
             return "its energy could not be run again for a comparison"
         verdict = prove(results, engine, x)
+        if not verdict.shown:  # every gradient at x is zero, or not finite
+            elsewhere = other_states(x)
+            results = record(energy, elsewhere, model_kwargs, half)[1]
+            if results is not None:
+                verdict = prove(results, engine, elsewhere)
         if verdict.reason is None and verdict.shown:
             self._remember(self._proved, key, recorded)
         return verdict.reason

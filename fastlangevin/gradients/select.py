@@ -118,7 +118,10 @@ def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> Engine
         if recording.guard is None:
             cache = EngineCache()  # the recording is for this call, and must not outlive it
         engine = cache.traced(trace, call)
-        reason = cache.disproof("traced", lambda: engine, trace, results, call)
+        try:
+            reason = cache.disproof("traced", lambda: engine, trace, results, call)
+        except Exception as error:
+            reason = f"a replay raises {type(error).__name__}: {error}"
     return reason or EngineChoice("explicit", engine, {"fused": choice})
 
 

@@ -87,19 +87,19 @@ def global_hooks() -> bool:
 
 
 def _described(x: Tensor, model_kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    kwargs = {
-        name: _layout(value) if isinstance(value, Tensor) else (type(value), value)
-        for name, value in model_kwargs.items()
-        if isinstance(value, (Tensor, *_SIMPLE))
-    }
-    if len(kwargs) < len(model_kwargs):
+    if not all(isinstance(value, (Tensor, *_SIMPLE)) for value in model_kwargs.values()):
         return (object(),)  # equal to no other call
+    kwargs = [  # in order, since the energy may follow it
+        (name, _layout(value) if isinstance(value, Tensor) else (type(value), repr(value)))
+        for name, value in model_kwargs.items()
+    ]
     defaults = torch.get_default_dtype(), torch.get_default_device(), torch.backends.mkldnn.enabled
     return (_layout(x), kwargs, *defaults)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return *layout, tensor.requires_grad
 
 
 def _hooks(modules: Any) -> list[tuple[int, ...]]:

@@ -7,18 +7,25 @@ Modules, objects and containers are walked breadth first from what the run can r
 is limited, so that a module which refers to a whole trainer does not make the walk long.
 """
 
+import builtins
 import collections
 import functools
 import io
+import math
 import operator
 import pickle
+import sys
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fastlangevin.gradients.packing import PackedEnergy
 
 # The most containers and objects that are saved, those nearest to the energy first.
 _MOST = 5000
@@ -55,7 +62,7 @@ class Snapshot:
         self.tensors: dict[int, Tensor] = {}  # by id, all tensors that were reached
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of modules
         self._overwritten: set[tuple[int, Any]] = set()  # by the attributes' id, and name
-        self.hides = False  # whether something reached holds results of its own
+        self.hides = False  # whether something reached holds state that is not compared
         self.codes: set[types.CodeType] = set()  # of the functions whose closures are saved
         self._names: set[tuple[int, str]] = set()
         self._saved: list[Saved] = []
@@ -71,6 +78,8 @@ class Snapshot:
             if isinstance(value, _ATOMS):
                 if isinstance(value, Tensor):
                     self.tensors[id(value)] = value
+                elif isinstance(value, types.ModuleType) and not _is_known(value.__name__):
+                    self.hides = True
                 continue
             if isinstance(value, io.IOBase):
                 continue  # reading and writing it are calls that a run may not make
@@ -88,13 +97,17 @@ class Snapshot:
             if id(value) in self._seen:
                 continue
             self._seen[id(value)] = value
-            self.hides |= isinstance(value, functools._lru_cache_wrapper)
+            self.hides |= _hides(value)
             waiting.extend((item, name, depth + 1) for item, name in self._save(value, label))
 
     def add_names(self, namespace: dict[str, Any], names: Iterable[str], label: str) -> None:
         """Save those entries of a namespace that have one of the names."""
         for name in names:
-            if name not in namespace or (id(namespace), name) in self._names:
+            if (id(namespace), name) in self._names:
+                continue
+            if name not in namespace:
+                if hasattr(builtins, name):
+                    self._save_absence(f"{label}.{name}", namespace, name)
                 continue
             self._names.add((id(namespace), name))
             self._seen[id(namespace)] = namespace
@@ -124,7 +137,8 @@ class Snapshot:
     def put_back_tensors(self, may_change: Callable[[Tensor, Tensor], bool]) -> None:
         """Restore tensors that attributes of modules held, where ``may_change(before, now)``.
 
-        From then on these attributes are not compared: a run writes them before it reads them.
+        From then on only the layout of these attributes is compared: a run writes them before it
+        reads them.
         """
         for attributes, entries in self._attributes:
             for name, before in entries.items():
@@ -145,6 +159,7 @@ class Snapshot:
         """Save one object, and return the objects that it refers to, with their names."""
         if isinstance(value, nn.Module):
             named = type(value).__name__
+            self._save_type(named, value)
             attributes = {k: v for k, v in value.__dict__.items() if k not in _TABLES}
             self._attributes.append((value.__dict__, dict(attributes)))
             self._save_attributes(
@@ -166,7 +181,8 @@ class Snapshot:
             items = list(value)[:_WIDTH]
             return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, tuple | frozenset):
-            return [(item, label) for item in list(value)[:_WIDTH]]
+            kind = type(value)
+            return [(kind, kind.__name__), *((item, label) for item in list(value)[:_WIDTH])]
         if isinstance(value, set):
             self._save_set(label, value)
             items = list(value)[:_WIDTH]
@@ -185,15 +201,23 @@ class Snapshot:
             return [(value.func, label), (value.args, label), (value.keywords, label)]
         if isinstance(value, type):
             return self._save_class(value)
+        if isinstance(value, PackedEnergy):
+            return [(value.func, label)]
         return self._save_object(label, value)
 
     def _attributes_of(self, label: str, value: Any) -> list[tuple[Any, str]]:
         """Save the attributes of an instance of a container's subclass."""
+        kind = type(value)
+        self._save_type(label, value)
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is not dict:
-            return []
+            return [(kind, kind.__name__)]
         self._save_attributes(label, attributes, dict(attributes), lambda _: True)
-        return [(v, f"{label}.{k}") for k, v in attributes.items()]
+        return [(kind, kind.__name__), *((v, f"{label}.{k}") for k, v in attributes.items())]
+
+    def _save_type(self, label: str, value: Any) -> None:
+        kind = type(value)
+        self._saved.append(Saved(label, lambda: type(value) is kind, lambda _: None))
 
     def _save_attributes(
         self,
@@ -204,13 +228,15 @@ class Snapshot:
     ) -> None:
         """Save the attributes in an object's __dict__ whose names ``compares`` accepts."""
 
+        overwritten = self._overwritten  # not self, which would be a cycle
+
         def same() -> bool:
             if mapping.keys() == entries.keys() and all(
                 map(operator.is_, mapping.values(), entries.values())
             ):
                 return True  # the usual case, at a fraction of the cost
             for key, value in list(mapping.items()):
-                if (id(mapping), key) in self._overwritten:
+                if (id(mapping), key) in overwritten and _alike(entries[key], value):
                     continue
                 if compares(key) and not (key in entries and _same(entries[key], value)):
                     return False
@@ -251,6 +277,11 @@ class Snapshot:
                 namespace[name] = value
 
         self._saved.append(Saved(label, same, put_back))
+
+    def _save_absence(self, label: str, namespace: dict[str, Any], name: str) -> None:
+        """Save that a global variable does not hide the builtin of its name."""
+        self._names.add((id(namespace), name))
+        self._saved.append(Saved(label, lambda: name not in namespace, lambda _: None))
 
     def _save_sequence(self, label: str, value: Any) -> None:
         items = list(value)
@@ -326,16 +357,16 @@ class Snapshot:
     def _save_class(self, value: type) -> list[tuple[Any, str]]:
         if is_trusted(value.__module__):
             return []
-        attributes = {k: v for k, v in vars(value).items() if not k.startswith("__")}
+        attributes = _compared_attributes(value)
 
         def same() -> bool:
-            now = {k for k in vars(value) if not k.startswith("__")}
+            now = _compared_attributes(value).keys()
             return now == attributes.keys() and all(
                 _same(v, vars(value)[k]) for k, v in attributes.items()
             )
 
         def put_back(names: Callable[[Any], bool]) -> None:
-            for name in [k for k in vars(value) if not k.startswith("__") and k not in attributes]:
+            for name in [k for k in _compared_attributes(value) if k not in attributes]:
                 if names(name):
                     delattr(value, name)
             for name, item in attributes.items():
@@ -344,14 +375,16 @@ class Snapshot:
 
         label = value.__name__
         self._saved.append(Saved(label, same, put_back))
-        items = [(v, f"{label}.{k}") for k, v in attributes.items()]
-        return [*items, *((base, base.__name__) for base in value.__bases__)]
+        items = [(part, f"{label}.{k}") for k, v in attributes.items() for part in _functions_of(v)]
+        kinds = (type(value), *value.__bases__)
+        return [*items, *((kind, kind.__name__) for kind in kinds)]
 
     def _save_object(self, label: str, value: Any) -> list[tuple[Any, str]]:
         kind = type(value)
         if is_trusted(kind.__module__):
             return []
         named = kind.__name__
+        self._save_type(named, value)
         referred: list[tuple[Any, str]] = [(kind, named)]
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
@@ -389,8 +422,61 @@ def is_trusted(module: str) -> bool:
     return module.partition(".")[0] in _TRUSTED_CODE
 
 
+def _is_known(module: str) -> bool:
+    """Return whether a module is trusted, or of the standard library, which energies do not set."""
+    return is_trusted(module) or module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _hides(value: Any) -> bool:
+    """Return whether an object holds state that is not compared."""
+    if isinstance(value, (functools._lru_cache_wrapper, threading.local, weakref.ref)):
+        return True
+    if isinstance(value, types.MappingProxyType):
+        return True
+    if isinstance(value, (dict, list, set, tuple, frozenset, collections.deque)):
+        return len(value) > _WIDTH
+    if isinstance(value, np.ndarray):
+        return bool(value.dtype.hasobject)
+    if isinstance(value, (nn.Module, type, PackedEnergy, np.generic, np.dtype, *_CALLABLES)):
+        return False
+    # Of torch, NumPy and this package; they are not walked.
+    return is_trusted(type(value).__module__) and type(value).__module__ != "builtins"
+
+
+_CALLABLES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, np.ufunc)
+
+
+def _compared_attributes(kind: type) -> dict[str, Any]:
+    """Return the attributes of a class, with the special methods that it defines itself."""
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if not name.startswith("__")
+        or isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
+    }
+
+
+def _functions_of(value: Any) -> list[Any]:
+    """Return the functions behind a method or a property, or the value itself."""
+    if isinstance(value, (staticmethod, classmethod)):
+        return [value.__func__]
+    if isinstance(value, property):
+        return [part for part in (value.fget, value.fset, value.fdel) if part is not None]
+    return [value]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, _SIMPLE) and a == b)
+    if a is b:
+        return True
+    if type(a) is not type(b) or not isinstance(a, _SIMPLE) or a != b:
+        return False
+    return bool(a) or not isinstance(a, float) or math.copysign(1, a) == math.copysign(1, b)
 
 
 def _same_bytes(a: Any, b: Any) -> bool:

@@ -39,6 +39,7 @@ _METADATA = frozenset((
 ))  # fmt: skip
 # Refused before they run, because the memory that they return could be written to.
 _READS = frozenset((
+    "as_subclass",
     "tolist", "numpy", "__array__", "item", "__float__", "__int__", "__bool__", "__index__",
     "__complex__", "__contains__", "__dlpack__", "data_ptr", "untyped_storage", "storage",
     "_typed_storage", "__reduce_ex__", "__cuda_array_interface__", "__repr__", "__format__",
@@ -182,6 +183,8 @@ class Watch:
                 raise self.refuse("it imports a module while it runs")
             self._import = frame
             return
+        if code in _MAKERS:
+            raise self.refuse("it makes a parameter, which no operator shows")
         if code.co_filename.startswith(_TRUSTED):
             self._followed[code] = False
             return
@@ -267,7 +270,7 @@ class Watch:
             allowed = not (free and name in _IMPURE)
             self.reads_unsaved |= free and name == "globals"
         elif home.partition(".")[0] == "torch" or isinstance(function.__self__, Tensor):
-            allowed = "dlpack" not in name
+            allowed = "dlpack" not in name and "subclass" not in name
         elif home.partition(".")[0] == "numpy":
             allowed = not home.startswith("numpy.random") and "from" not in name
         else:
@@ -276,6 +279,8 @@ class Watch:
             raise self.refuse(f"it calls {home}.{name}, which torch does not see")
 
 
+# They give the memory of a tensor to a new one.
+_MAKERS = frozenset(kind.__new__.__code__ for kind in (torch.nn.Parameter, torch.nn.Buffer))
 _ITEM_STORES = frozenset(("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"))
 _TRUSTED = (
     os.path.dirname(torch.__file__) + os.sep,

@@ -38,19 +38,26 @@ def rewrite(draft: Draft) -> None:
 
 def _prefers_channels_last(draft: Draft) -> bool:
     """Return whether convolutions gain more from channels_last than views lose by copies."""
-    if any(i.op in _STRIDED for i in draft.each):
+    if any(i.op in _STRIDED for i in draft.each) or _writes_through_views(draft):
         return False
     convolutions = copies = 0
     for instruction in draft.each:
         if instruction.op in _CONVOLUTIONS:
-            (shape,) = (draft.values[n].shape for n in instruction.written)
-            convolutions += len(shape) == 4
+            convolutions += any(len(draft.values[n].shape) == 4 for n in instruction.written)
         if instruction.op in _VIEWS:
             source, shape = (
                 draft.values[n].shape for n in (*instruction.reads, *instruction.written)
             )
             copies += 4 in (len(source), len(shape)) and source[:2] != shape[:2]
     return convolutions > copies
+
+
+def _writes_through_views(draft: Draft) -> bool:
+    """Return whether memory that is changed in place has several tensors; views would be copies."""
+    changed = {draft.values[n].storage for i in draft.each for n in i.writes}
+    tensors = {n for i in draft.each for n in (*i.written, *i.reads)}
+    shared = [draft.values[n].storage for n in tensors if draft.values[n].storage in changed]
+    return len(shared) > len(set(shared))
 
 
 def _keep_channels_last(draft: Draft) -> None:
@@ -136,6 +143,9 @@ def _convolution(draft: Draft, instruction: Instruction) -> Instruction:
         if args[10] != [True, False, False]:
             return instruction
     assert written is not None
+    stride, padding, dilation = (
+        list(v) * 2 if len(v) == 1 else v for v in (stride, padding, dilation)
+    )
     value, source = draft.values[written], draft.values[read.number]
     kernel = draft.values[weight.number]
     constants = draft.constants()
@@ -144,6 +154,7 @@ def _convolution(draft: Draft, instruction: Instruction) -> Instruction:
         or weight.number not in constants
         or (isinstance(bias, Slot) and bias.number not in constants)
         or not _packs(value.dtype)
+        or any(p >= s for p, s in zip(output_padding, stride, strict=False))
     ):
         return instruction
     spread = transposed == forward  # whether it is computed as a transposed convolution
@@ -245,10 +256,14 @@ def _work_in_place(draft: Draft) -> None:
         op, args = _in_place(instruction), instruction.args
         if op is None:
             continue
-        if len(args) > 1 and not free(args[0], k, out) and instruction.op in _SYMMETRIC:
+        symmetric = instruction.op in _SYMMETRIC and not instruction.kwargs
+        if len(args) > 1 and not free(args[0], k, out) and symmetric:
             args = (args[1], args[0], *args[2:])
-        if not free(args[0], k, out) or sum(a == args[0] for a in args) > 1:
+        if not free(args[0], k, out):
             continue
+        target = draft.values[args[0].number].storage
+        if sum(draft.values[n].storage == target for n in instruction.reads) > 1:
+            continue  # another argument is the same tensor, or a view of it
         kwargs = instruction.kwargs
         if op._overloadname == "grad_input":
             kwargs = kwargs | {"grad_input": args[0]}

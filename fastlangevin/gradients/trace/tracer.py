@@ -46,11 +46,15 @@ class Tracer(TorchDispatchMode):
         self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id
         self._storages: dict[int, int] = {}  # by address, of the tensors that existed before
         self._count = 0
-        self._moving = {self._place(leaf, self._storage_of(leaf))}
+        # Memory whose content depends on the states.
+        self._moving = {self.values[self._place(leaf, self._storage_of(leaf))].storage}
 
     def reads_state(self, tensor: Tensor) -> bool:
         """Return whether a tensor is computed from the states."""
-        return self._entry(tensor) in self._moving
+        return self._is_moving(self._entry(tensor))
+
+    def _is_moving(self, slot: int | None) -> bool:
+        return slot is not None and self.values[slot].storage in self._moving
 
     def trace(self, energies: Tensor, grad: Tensor) -> Trace:
         """Return the finished trace, which ends in these two tensors."""
@@ -90,8 +94,9 @@ class Tracer(TorchDispatchMode):
             func, recorded_args, recorded_kwargs, numbers, outs is not out, writes
         )
         self.instructions.append(instruction)
-        if not self._moving.isdisjoint(instruction.reads):
-            self._moving.update(instruction.written, writes)
+        if any(map(self._is_moving, instruction.reads)):
+            changed = (*instruction.written, *writes)
+            self._moving.update(self.values[slot].storage for slot in changed)
         if self.observe is not None:
             self.observe(func, args, kwargs, out)
         return out
@@ -142,7 +147,7 @@ class Tracer(TorchDispatchMode):
     def replaces(self, before: Tensor, now: Tensor) -> bool:
         """Return whether the run made a tensor, without the states, and did not read another."""
         made = self._entry(now)
-        return made is not None and made not in self._moving and self._entry(before) is None
+        return made is not None and not self._is_moving(made) and self._entry(before) is None
 
     def _entry(self, tensor: Tensor) -> int | None:
         """Return the slot of a tensor of the run, or None for another tensor."""
