@@ -159,9 +159,11 @@ class PackedConv(Conv):
 
 def packs(node: Node, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether :class:`PackedConv` can run a node with operands in ``dtype``."""
+    weight = node.constants[0] if node.kind == "conv" else None
     return (
-        node.kind == "conv"
+        weight is not None
         and len(node.shape) == 3
+        and not onednn.skips(weight.size[2:], *node.settings[:2])
         and device.type == "cpu"
         and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
         and (product := onednn.product_dtype(node, dtype, device)) != torch.float16

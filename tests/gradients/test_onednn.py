@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from fastlangevin.gradients import conv_layers, layers, onednn
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.graph.record import recognise
+from fastlangevin.gradients.graph.record import recognise, record
+from fastlangevin.gradients.trace.instructions import Trace
+from fastlangevin.gradients.trace.rewrite import rewrite
+from fastlangevin.gradients.trace.split import Draft
 
 CPU = torch.device("cpu")
 
@@ -129,3 +132,32 @@ def test_products_in_16_bits_are_kept_where_all_is_well(amx):
             x = torch.zeros(2, 4, 8, 8)
             node = recorded(nn.Conv2d(4, 4, kernel, stride, kernel // 2), x).nodes[0]
             assert onednn.product_dtype(node, torch.bfloat16, CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "skipped"),
+    [
+        ((4, 1), (1, 2), (1, 1), True),
+        ((1, 4), (2, 2), (4, 2), True),
+        ((1, 1), (2, 2), (0, 0), False),  # the shortcut of a residual block
+        ((1, 1), (2, 2), (1, 1), True),
+        ((3, 3), (2, 2), (1, 1), False),
+    ],
+)
+def test_convolutions_that_skip_pixels_are_not_packed(
+    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], skipped: bool
+) -> None:
+    """With packed weights, oneDNN writes past the end of a buffer for them."""
+    assert onednn.skips(kernel, stride, padding) == skipped
+    energy = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, kernel, stride, padding),
+        nn.Flatten(1), nn.LogSoftmax(1),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 5, 5)
+    trace = record(lambda x: energy(x).square().sum(1), x)[0].trace
+    assert isinstance(trace, Trace)
+    draft = Draft(trace, (trace.grad,))
+    rewrite(draft)
+    packs = [i for i in draft.added if "reorder" in str(i.op)]
+    if onednn.runs(torch.float32):
+        assert len(packs) == (2 if skipped else 4)  # of each convolution, forward and back

@@ -154,6 +154,7 @@ def _convolution(draft: Draft, instruction: Instruction) -> Instruction:
         or weight.number not in constants
         or (isinstance(bias, Slot) and bias.number not in constants)
         or not _packs(value.dtype)
+        or onednn.skips(kernel.shape[2:], stride, padding)
         or any(p >= s for p, s in zip(output_padding, stride, strict=False))
     ):
         return instruction
