@@ -47,8 +47,8 @@ def matrix_rate(device: torch.device, precision: str | None, threads: int) -> fl
     """Return the FLOP/s of torch's product of two square matrices, the best of several runs.
 
     In a half precision, float32 counts too if it is faster, since some CPUs lack bfloat16. The rate
-    is measured once per set of arguments; ``threads`` is torch's number of threads and serves only
-    to tell these sets apart.
+    is measured once per set of arguments. ``threads`` is torch's number of threads, on which the
+    rate depends; it is not set here.
     """
     size = 1024 if device.type == "cpu" else 8192
     rates = []

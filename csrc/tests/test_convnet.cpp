@@ -255,7 +255,7 @@ struct Builder {
     return add({kind, {a, b}, channels(a), channels(a), height(a), width(a), activation, {1, 1},
                 {1, 1}, {0, 0}, {1, 1}, {1.0f, -0.5f}});
   }
-  // Windows of 2 x 2 pixels that overlap, some of which reach beyond the edge.
+  // The windows of 2 x 2 pixels overlap, and some of them reach beyond the edge.
   int pool(LayerKind kind, int v) {
     ConvLayer layer{kind, {v, -1}, channels(v), channels(v), height(v), width(v),
                     Activation::kIdentity};

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastlangevin.learn import atomic
+import fastlangevin.learn.atomic as _atomic
 from fastlangevin.learn.config import MARK, TrainConfig, resolve
 from fastlangevin.learn.errors import FileError
 
@@ -95,7 +95,7 @@ def only_writer(out: Path) -> Iterator[None]:
     FileExistsError if another process holds the lock.
     """
     new = not out.exists()
-    atomic.make_folder(out)
+    _atomic.make_folder(out)
     if fcntl is None:
         yield
         return
@@ -156,7 +156,7 @@ def remove_leftovers(out: Path) -> None:
     A run writes its files while it holds the lock, so every temporary file of theirs is a leftover.
     """
     for folder in (out, out / "checkpoints", out / "samples"):
-        atomic.remove_leftovers(folder)
+        _atomic.remove_leftovers(folder)
     for pattern in WRITTEN:
         subfolder, _, name = pattern.rpartition("/")
         for path in (out / subfolder).glob(f".{name}.*.tmp"):

@@ -106,7 +106,7 @@ def chain_peak(net: nn.Module, steps: int, checkpoint: Any) -> int:
 
 @pytest.mark.slow
 def test_memory_of_every_state() -> None:
-    """At half of the width that the benchmark has: states weigh more beside a graph than there."""
+    """The network has half of the benchmark's width, so states are large beside a graph."""
     net = fl.ConvEnergy(width=16, activation="silu")
     assert chain_peak(net, 100, "none") >= 25 * chain_peak(net, 100, "step")
 

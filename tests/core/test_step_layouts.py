@@ -116,7 +116,7 @@ def test_numpy_integers_are_integers(step_: Callable[..., Tensor], kind: type) -
 
 @pytest.mark.parametrize("name", ["grad", "noise"])
 def test_memory_shared_with_x(step_: Callable[..., Tensor], name: str) -> None:
-    """Read where x is written it would be lost; as x itself, or beside it, it is not."""
+    """An operand may be x itself or lie beside it; x must not overwrite one before it is read."""
     memory = numbers((8, 4))
     x = memory[:4]
     before = memory.clone()

@@ -333,7 +333,7 @@ class KeepsItsWeight(nn.Module):
 def test_a_weight_kept_as_an_attribute_is_recorded_unless_it_matters(
     options: dict[str, bool],
 ) -> None:
-    """The attribute may be written anew in each run, but not read first or hold a state."""
+    """A run may write the attribute, but it may not read it first or keep a state in it."""
     torch.manual_seed(0)
     energy = KeepsItsWeight(**options)
     kept, x0 = energy.kept, torch.randn(N, *SHAPE)

@@ -84,7 +84,7 @@ class OperatorRecorder:
         if describe is None:
             raise self.refuse(f"{name} is not supported")
         if isinstance(out, tuple):
-            # What a norm or a maximum returns beside its result is for its backward pass.
+            # Norms and max pools also return tensors that only their backward passes read.
             out, *others = out
             for other in others:
                 slot = self.slots.slot_of(other)

@@ -30,7 +30,8 @@ def rewrite(draft: Draft) -> None:
         return
     if _prefers_channels_last(draft):
         _keep_channels_last(draft)
-        draft.each = [_convolution(draft, instruction) for instruction in draft.each]
+        constants = set(draft.constants())
+        draft.each = [_convolution(draft, constants, instruction) for instruction in draft.each]
         _fuse_leaky_relu(draft)
         draft.prune()
     _work_in_place(draft)
@@ -126,7 +127,7 @@ def _weights(instruction: Instruction) -> list[int]:
     return [a.number for a in instruction.args[1 if forward else 2 : 3] if isinstance(a, Slot)]
 
 
-def _convolution(draft: Draft, instruction: Instruction) -> Instruction:
+def _convolution(draft: Draft, constants: set[int], instruction: Instruction) -> Instruction:
     """Return a convolution, or the input gradient of one, with packed weights if possible."""
     if instruction.op not in _CONVOLUTIONS:
         return instruction
@@ -148,7 +149,6 @@ def _convolution(draft: Draft, instruction: Instruction) -> Instruction:
     )
     value, source = draft.values[written], draft.values[read.number]
     kernel = draft.values[weight.number]
-    constants = draft.constants()
     if (
         len(value.shape) != 4
         or weight.number not in constants
@@ -209,6 +209,7 @@ def _packs(dtype: torch.dtype) -> bool:
 def _fuse_leaky_relu(draft: Draft) -> None:
     """Let a convolution apply the leaky relu that alone reads its output."""
     mkldnn = torch.ops.mkldnn
+    fused: set[int] = set()  # indices of the leaky relus that convolutions apply
     for k, instruction in enumerate(draft.each):
         if instruction.op is not mkldnn._convolution_pointwise.default:
             continue
@@ -225,13 +226,10 @@ def _fuse_leaky_relu(draft: Draft) -> None:
         draft.each[k] = replace(
             instruction, args=(*instruction.args[:7], "leaky_relu", [slope], ""), outputs=(out,)
         )
-        draft.each[j] = _NOTHING
+        fused.add(j)
         for b, i in backward:
             draft.each[b] = replace(i, args=(i.args[0], Slot(out), slope, True))
-    draft.each = [i for i in draft.each if i is not _NOTHING]
-
-
-_NOTHING = Instruction(aten.alias.default, (), {}, (), True)
+    draft.each = [i for k, i in enumerate(draft.each) if k not in fused]
 
 
 def _work_in_place(draft: Draft) -> None:
@@ -246,9 +244,10 @@ def _work_in_place(draft: Draft) -> None:
         if not isinstance(argument, Slot):
             return False
         value = draft.values[argument.number]
-        whole = value.storage == argument.number  # not a view, which may repeat elements
-        alike = (value.shape, value.dtype) == (out.shape, out.dtype)
-        return whole and alike and value.storage not in fixed and last[value.storage] == k
+        if value.storage != argument.number:
+            return False  # a view may repeat elements
+        fits = (value.shape, value.dtype) == (out.shape, out.dtype)
+        return fits and value.storage not in fixed and last[value.storage] == k
 
     for k, instruction in enumerate(draft.each):
         if len(instruction.outputs) != 1 or instruction.writes or not instruction.args:
@@ -278,27 +277,10 @@ def _work_in_place(draft: Draft) -> None:
 
 
 _SYMMETRIC = (aten.mul.Tensor, aten.add.Tensor)
-_POINTWISE = (
-    "relu",
-    "leaky_relu",
-    "silu",
-    "sigmoid",
-    "tanh",
-    "exp",
-    "neg",
-    "elu",
-    "mul",
-    "add",
-    "sub",
-    "div",
-    "softplus",
-    "gelu",
-    "hardtanh",
-    "sqrt",
-    "rsqrt",
-    "square",
-    "abs",
-)
+_POINTWISE = frozenset((
+    "abs", "add", "div", "elu", "exp", "gelu", "hardtanh", "leaky_relu", "mul", "neg", "relu",
+    "rsqrt", "sigmoid", "silu", "softplus", "sqrt", "square", "sub", "tanh",
+))  # fmt: skip
 
 
 def _in_place(instruction: Instruction) -> Any:

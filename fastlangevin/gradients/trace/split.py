@@ -29,10 +29,9 @@ class Draft:
 
     def __init__(self, trace: Trace, results: tuple[int, ...], kept: tuple[int, ...] = ()) -> None:
         self.values = dict(trace.values)
-        self.leaves = dict(trace.leaves)
         self.results, self.kept = results, kept
         instructions = [self._without_shape_reads(i) for i in trace.instructions]
-        moving = self._moved = self._moving(instructions)
+        moving = self._moving(instructions)
         self.once = [i for i in instructions if not self._touches(i, moving)]
         self.added: list[Instruction] = []
         self.each = [i for i in instructions if self._touches(i, moving)]
@@ -60,10 +59,6 @@ class Draft:
     def once_reads(self, results: Iterable[int]) -> list[int]:
         """Return the slots that ``once`` and its results read."""
         return sorted({n for i in self.once for n in i.reads} | set(results))
-
-    def moves(self, number: int) -> bool:
-        """Return whether a slot's tensor depends on the states."""
-        return self.values[number].storage in self._moved
 
     def new_slot(self, value: Value) -> int:
         """Return a new slot for a tensor of its own memory."""

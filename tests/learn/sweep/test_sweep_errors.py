@@ -77,7 +77,7 @@ def test_files_that_do_not_serve(content: Any, message: str, tmp_path: Path) -> 
 
 
 def test_command(tmp_path: Path) -> None:
-    """Two processes by the environment, the second of which writes the report."""
+    """The environment names two processes, and the second one writes the report."""
     out = tmp_path / "sweep"
     command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
     first, second = (run_command(*command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
