@@ -1,4 +1,4 @@
-"""Saves, compares and restores the state, other than tensors, that a run of an energy may change.
+"""Finds the state, other than tensors, that a run of an energy may read or change.
 
 Other threads may change the same objects during the run. So only what the run itself was seen to
 write is restored: attributes by their names, and containers that it changed.
@@ -11,20 +11,18 @@ import builtins
 import collections
 import functools
 import io
-import math
-import operator
-import pickle
 import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastlangevin.gradients.graph import saved
 from fastlangevin.gradients.packing import PackedEnergy
 
 # The most containers and objects that are saved, those nearest to the energy first.
@@ -34,23 +32,10 @@ _WIDTH = 256
 _LARGE = 2**20  # bytes of an array that is compared; copies of larger ones would be slow
 # Modules whose objects hold state that is not compared.
 _OPAQUE = frozenset(("array", "ctypes", "_ctypes", "mmap"))
-_SIMPLE = (int, float, complex, bool, str, bytes, type(None))
-_ATOMS = (*_SIMPLE, Tensor, torch.dtype, torch.device, torch.Size, types.ModuleType)
+_ATOMS = (*saved.SIMPLE, Tensor, torch.dtype, torch.device, torch.Size, types.ModuleType)
 # The tables of every module that hold hooks and names, and no state.
 _TABLES = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers", "_modules", "training"}
 _TRUSTED_CODE = frozenset(("builtins", "torch", "numpy", "fastlangevin"))
-
-
-class Saved(NamedTuple):
-    """The state of one object. ``container``: its id if it is a container, else None.
-
-    ``put_back`` takes a test of names: only attributes that pass it are restored.
-    """
-
-    label: str
-    same: Callable[[], bool]
-    put_back: Callable[[Callable[[Any], bool]], None]
-    container: int | None = None
 
 
 class Snapshot:
@@ -65,7 +50,7 @@ class Snapshot:
         self.hides = False  # whether something reached holds state that is not compared
         self.codes: set[types.CodeType] = set()  # of the functions whose closures are saved
         self._names: set[tuple[int, str]] = set()
-        self._saved: list[Saved] = []
+        self._saved: list[saved.Saved] = []
         # By name, attributes and variables whose state cannot be compared, and why not.
         self.opaque: dict[str, str] = {}
         self.generators: dict[str, int] = {}  # ids of NumPy's generators, by name
@@ -107,7 +92,8 @@ class Snapshot:
                 continue
             if name not in namespace:
                 if hasattr(builtins, name):
-                    self._save_absence(f"{label}.{name}", namespace, name)
+                    self._names.add((id(namespace), name))
+                    self._saved.append(saved.absence(f"{label}.{name}", namespace, name))
                 continue
             self._names.add((id(namespace), name))
             self._seen[id(namespace)] = namespace
@@ -116,7 +102,7 @@ class Snapshot:
                 if not is_trusted(value.__name__):
                     self.add_names(vars(value), names, value.__name__)
                 continue
-            self._save_name(f"{label}.{name}", namespace, name)
+            self._saved.append(saved.variable(f"{label}.{name}", namespace, name))
             self.add(value, f"{label}.{name}")
 
     @property
@@ -132,7 +118,7 @@ class Snapshot:
 
     def changed(self) -> str | None:
         """Return the name of something that has changed, or None."""
-        return next((saved.label for saved in self._saved if not saved.same()), None)
+        return next((state.label for state in self._saved if not state.same()), None)
 
     def put_back_tensors(self, may_change: Callable[[Tensor, Tensor], bool]) -> None:
         """Restore tensors that attributes of modules held, where ``may_change(before, now)``.
@@ -151,47 +137,52 @@ class Snapshot:
 
     def restore(self, names: Callable[[Any], bool], containers: Callable[[int], bool]) -> None:
         """Restore what has changed, of attributes with such names and containers with such ids."""
-        for saved in self._saved:
-            if (saved.container is None or containers(saved.container)) and not saved.same():
-                saved.put_back(names)
+        for state in self._saved:
+            if (state.container is None or containers(state.container)) and not state.same():
+                state.put_back(names)
 
     def _save(self, value: Any, label: str) -> list[tuple[Any, str]]:
         """Save one object, and return the objects that it refers to, with their names."""
         if isinstance(value, nn.Module):
             named = type(value).__name__
-            self._save_type(named, value)
-            attributes = {k: v for k, v in value.__dict__.items() if k not in _TABLES}
-            self._attributes.append((value.__dict__, dict(attributes)))
-            self._save_attributes(
-                named, value.__dict__, attributes, lambda name: name not in _TABLES
-            )
+            reached = {k: v for k, v in value.__dict__.items() if k not in _TABLES}
+            self._attributes.append((value.__dict__, dict(reached)))
+            self._saved += [
+                saved.kind(named, value),
+                saved.attributes(
+                    named, value.__dict__, lambda name: name not in _TABLES, self._overwritten
+                ),
+            ]
             # Setting an attribute may write to these tables, whose entries are attributes too.
-            reached = dict(attributes)
             for table in ("_parameters", "_buffers", "_modules"):
                 entries = reached.pop(table, {})
-                self._save_attributes(named, entries, dict(entries), lambda _: True)
+                self._saved.append(saved.attributes(named, entries))
                 reached |= entries
             return [(type(value), named), *((v, f"{named}.{k}") for k, v in reached.items())]
         if isinstance(value, dict):
-            self._save_mapping(label, value)
+            self._saved.append(saved.mapping(label, value))
             items = [*list(value.values())[:_WIDTH], *list(value)[:_WIDTH]]
             return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, list | collections.deque):
-            self._save_sequence(label, value)
+            self._saved.append(saved.sequence(label, value))
             items = list(value)[:_WIDTH]
             return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, tuple | frozenset):
             kind = type(value)
             return [(kind, kind.__name__), *((item, label) for item in list(value)[:_WIDTH])]
         if isinstance(value, set):
-            self._save_set(label, value)
+            self._saved.append(saved.items_of_set(label, value))
             items = list(value)[:_WIDTH]
             return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, np.ndarray | bytearray):
-            self._save_array(label, value)
+            if (value.nbytes if isinstance(value, np.ndarray) else len(value)) > _LARGE:
+                self.opaque[label.rpartition(".")[2]] = f"{label} is an array too large to compare"
+            else:
+                self._saved.append(saved.array(label, value))
             return []
         if isinstance(value, np.random.Generator | np.random.RandomState):
-            self._save_generator(label, value)
+            self.generators[label.rpartition(".")[2]] = id(value)
+            self._saved.append(saved.generator(label, value))
             return []
         if isinstance(value, types.FunctionType):
             return self._save_function(label, value)
@@ -208,134 +199,12 @@ class Snapshot:
     def _attributes_of(self, label: str, value: Any) -> list[tuple[Any, str]]:
         """Save the attributes of an instance of a container's subclass."""
         kind = type(value)
-        self._save_type(label, value)
+        self._saved.append(saved.kind(label, value))
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is not dict:
             return [(kind, kind.__name__)]
-        self._save_attributes(label, attributes, dict(attributes), lambda _: True)
+        self._saved.append(saved.attributes(label, attributes))
         return [(kind, kind.__name__), *((v, f"{label}.{k}") for k, v in attributes.items())]
-
-    def _save_type(self, label: str, value: Any) -> None:
-        kind = type(value)
-        self._saved.append(Saved(label, lambda: type(value) is kind, lambda _: None))
-
-    def _save_attributes(
-        self,
-        label: str,
-        mapping: dict[Any, Any],
-        entries: dict[Any, Any],
-        compares: Callable[[Any], bool],
-    ) -> None:
-        """Save the attributes in an object's __dict__ whose names ``compares`` accepts."""
-
-        overwritten = self._overwritten  # not self, which would be a cycle
-
-        def same() -> bool:
-            if mapping.keys() == entries.keys() and all(
-                map(operator.is_, mapping.values(), entries.values())
-            ):
-                return True  # the usual case, at a fraction of the cost
-            for key, value in list(mapping.items()):
-                if (id(mapping), key) in overwritten and _alike(entries[key], value):
-                    continue
-                if compares(key) and not (key in entries and _same(entries[key], value)):
-                    return False
-            return all(key in mapping for key in entries)
-
-        def put_back(names: Callable[[Any], bool]) -> None:
-            for key in list(mapping):
-                if compares(key) and key not in entries and names(key):
-                    mapping.pop(key, None)
-            mapping.update({key: value for key, value in entries.items() if names(key)})
-
-        self._saved.append(Saved(label, same, put_back))
-
-    def _save_mapping(self, label: str, value: dict[Any, Any]) -> None:
-        entries = dict(value)
-
-        def same() -> bool:
-            now = list(value.items())  # in order: a cache may move entries
-            return len(now) == len(entries) and all(
-                k is key and _same(item, v)
-                for (k, v), (key, item) in zip(now, entries.items(), strict=True)
-            )
-
-        def put_back(_: Callable[[Any], bool]) -> None:
-            value.clear()
-            value.update(entries)
-
-        self._saved.append(Saved(label, same, put_back, id(value)))
-
-    def _save_name(self, label: str, namespace: dict[str, Any], name: str) -> None:
-        value = namespace[name]
-
-        def same() -> bool:
-            return name in namespace and _same(namespace[name], value)
-
-        def put_back(names: Callable[[Any], bool]) -> None:
-            if names(name):
-                namespace[name] = value
-
-        self._saved.append(Saved(label, same, put_back))
-
-    def _save_absence(self, label: str, namespace: dict[str, Any], name: str) -> None:
-        """Save that a global variable does not hide the builtin of its name."""
-        self._names.add((id(namespace), name))
-        self._saved.append(Saved(label, lambda: name not in namespace, lambda _: None))
-
-    def _save_sequence(self, label: str, value: Any) -> None:
-        items = list(value)
-
-        def same() -> bool:
-            return len(value) == len(items) and all(map(_same, list(value), items))
-
-        def put_back(_: Callable[[Any], bool]) -> None:
-            value.clear()
-            value.extend(items)
-
-        self._saved.append(Saved(label, same, put_back, id(value)))
-
-    def _save_set(self, label: str, value: set[Any]) -> None:
-        items = set(value)
-
-        def put_back(_: Callable[[Any], bool]) -> None:
-            value.clear()
-            value.update(items)
-
-        self._saved.append(Saved(label, lambda: value == items, put_back, id(value)))
-
-    def _save_array(self, label: str, value: Any) -> None:
-        if (value.nbytes if isinstance(value, np.ndarray) else len(value)) > _LARGE:
-            self.opaque[label.rpartition(".")[2]] = f"{label} is an array too large to compare"
-            return
-        items = value.copy()
-
-        def put_back(_: Callable[[Any], bool]) -> None:
-            if isinstance(value, np.ndarray):
-                value[...] = items
-            else:
-                value[:] = items
-
-        same = functools.partial(_same_bytes, value, items)
-        self._saved.append(Saved(label, same, put_back, id(value)))
-
-    def _save_generator(self, label: str, value: Any) -> None:
-        old = isinstance(value, np.random.RandomState)
-
-        def state() -> Any:
-            return value.get_state() if old else value.bit_generator.state
-
-        before = state()
-        text = pickle.dumps(before)
-
-        def put_back(_: Callable[[Any], bool]) -> None:
-            if old:
-                value.set_state(before)
-            else:
-                value.bit_generator.state = before
-
-        self.generators[label.rpartition(".")[2]] = id(value)
-        self._saved.append(Saved(label, lambda: pickle.dumps(state()) == text, put_back, id(value)))
 
     def _save_function(self, label: str, value: types.FunctionType) -> list[tuple[Any, str]]:
         if is_trusted(value.__module__ or ""):
@@ -346,35 +215,15 @@ class Snapshot:
         referred += [(value.__defaults__, label), (value.__kwdefaults__, label)]
         names = value.__code__.co_freevars
         for name, cell in zip(names, value.__closure__ or (), strict=True):
-            referred.append((_content(cell), f"{label}.{name}"))
-        parts = _parts(value)
-        # A run may not assign any of these, so there is nothing to put back.
-        self._saved.append(
-            Saved(label, lambda: all(map(_same, _parts(value), parts)), lambda _: None)
-        )
+            referred.append((saved.cell_content(cell), f"{label}.{name}"))
+        self._saved.append(saved.function(label, value))
         return referred
 
     def _save_class(self, value: type) -> list[tuple[Any, str]]:
         if is_trusted(value.__module__):
             return []
-        attributes = _compared_attributes(value)
-
-        def same() -> bool:
-            now = _compared_attributes(value).keys()
-            return now == attributes.keys() and all(
-                _same(v, vars(value)[k]) for k, v in attributes.items()
-            )
-
-        def put_back(names: Callable[[Any], bool]) -> None:
-            for name in [k for k in _compared_attributes(value) if k not in attributes]:
-                if names(name):
-                    delattr(value, name)
-            for name, item in attributes.items():
-                if names(name) and not _same(item, vars(value).get(name)):
-                    setattr(value, name, item)
-
-        label = value.__name__
-        self._saved.append(Saved(label, same, put_back))
+        self._saved.append(saved.class_(value))
+        label, attributes = value.__name__, saved.compared_attributes(value)
         items = [(part, f"{label}.{k}") for k, v in attributes.items() for part in _functions_of(v)]
         kinds = (type(value), *value.__bases__)
         return [*items, *((kind, kind.__name__) for kind in kinds)]
@@ -384,11 +233,11 @@ class Snapshot:
         if is_trusted(kind.__module__):
             return []
         named = kind.__name__
-        self._save_type(named, value)
+        self._saved.append(saved.kind(named, value))
         referred: list[tuple[Any, str]] = [(kind, named)]
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
-            self._save_attributes(named, attributes, dict(attributes), lambda _: True)
+            self._saved.append(saved.attributes(named, attributes))
             referred += [(v, f"{named}.{k}") for k, v in attributes.items()]
         slots = {
             name: descriptor
@@ -397,24 +246,9 @@ class Snapshot:
             if isinstance(descriptor, types.MemberDescriptorType)
         }
         for name, slot in slots.items():
-            referred += self._save_slot(f"{named}.{name}", value, slot)
+            self._saved.append(saved.slot(f"{named}.{name}", value, slot))
+            referred.append((saved.slot_content(value, slot), f"{named}.{name}"))
         return referred
-
-    def _save_slot(self, label: str, value: Any, slot: Any) -> list[tuple[Any, str]]:
-        before = slot.__get__(value) if _filled(slot, value) else _EMPTY
-
-        def same() -> bool:
-            return _same(before, slot.__get__(value) if _filled(slot, value) else _EMPTY)
-
-        def put_back(names: Callable[[Any], bool]) -> None:
-            if names(label.rpartition(".")[2]):
-                slot.__delete__(value) if before is _EMPTY else slot.__set__(value, before)
-
-        self._saved.append(Saved(label, same, put_back))
-        return [(before, label)]
-
-
-_EMPTY = type(None)
 
 
 def is_trusted(module: str) -> bool:
@@ -446,16 +280,6 @@ def _hides(value: Any) -> bool:
 _CALLABLES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, np.ufunc)
 
 
-def _compared_attributes(kind: type) -> dict[str, Any]:
-    """Return the attributes of a class, with the special methods that it defines itself."""
-    return {
-        name: value
-        for name, value in vars(kind).items()
-        if not name.startswith("__")
-        or isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
-    }
-
-
 def _functions_of(value: Any) -> list[Any]:
     """Return the functions behind a method or a property, or the value itself."""
     if isinstance(value, (staticmethod, classmethod)):
@@ -463,42 +287,3 @@ def _functions_of(value: Any) -> list[Any]:
     if isinstance(value, property):
         return [part for part in (value.fget, value.fset, value.fdel) if part is not None]
     return [value]
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if type(a) is not type(b) or not isinstance(a, _SIMPLE) or a != b:
-        return False
-    return bool(a) or not isinstance(a, float) or math.copysign(1, a) == math.copysign(1, b)
-
-
-def _same_bytes(a: Any, b: Any) -> bool:
-    return bytes(a) == bytes(b)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
-def _parts(function: types.FunctionType) -> list[Any]:
-    """Return the code, the defaults and the closure's contents of a function."""
-    contents = [_content(cell) for cell in function.__closure__ or ()]
-    return [function.__code__, function.__defaults__, function.__kwdefaults__, *contents]
-
-
-def _filled(slot: Any, value: Any) -> bool:
-    try:
-        slot.__get__(value)
-    except AttributeError:
-        return False
-    return True
