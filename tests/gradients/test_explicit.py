@@ -18,6 +18,7 @@ from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels.signs import apply_signs_, apply_signs_ref_, pack_signs, pack_signs_ref
+from tests.gradients.bodies import COMMON, Body, block, mean
 
 SHAPE = (3, 4, 9, 7)  # odd and unequal, so that strides leave rows over
 
@@ -155,47 +156,8 @@ def test_the_papers_net(activation: str, layout: torch.memory_format, mkldnn: bo
         check(energy, x, smooth=activation == "silu")
 
 
-class Body(nn.Module):
-    def __init__(self, body: Callable[["Body", Tensor], Tensor]) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.three, self.line = nn.Conv2d(4, 6, 2, 2), nn.Linear(4, 6, bias=False)
-        self.beta, self.gain = nn.Parameter(torch.tensor([1.7])), nn.Parameter(torch.randn(4, 1, 1))
-        self.norm, self.groups = nn.BatchNorm2d(4).eval(), nn.GroupNorm(2, 4)
-        with torch.no_grad():
-            for tensor in (self.norm.weight, self.norm.running_var):
-                tensor.uniform_(0.5, 2)
-            for tensor in (self.norm.bias, self.norm.running_mean):
-                tensor.normal_()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
-
-
-def block(m: Body, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
-    return x + m.two(act(m.one(x)))
-
-
-def mean(h: Tensor) -> Tensor:
-    return h.mean((2, 3)).sum(1)
-
-
-BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = {
-    "residual": lambda m, x: mean(F.silu(block(m, block(m, x)))),
+BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = COMMON | {
     "residual of an activation": lambda m, x: mean(m.three(block(m, F.elu(m.one(x))))),
-    "activation added in place": lambda m, x: mean(m.one(m.two(x).add_(torch.tanh(m.one(x))))),
-    "input read by two activations": lambda m, x: mean(
-        torch.tanh(h := m.one(x)) - 0.5 * F.gelu(h)
-    ),
-    "output read by two": lambda m, x: mean(
-        F.silu(h := torch.tanh(m.one(x))) + F.elu_(m.two(h)) + h
-    ),
-    "added to itself": lambda m, x: mean(m.one((h := F.silu(m.one(x))) + h)),
-    "subtracted": lambda m, x: mean(torch.sub(F.silu(m.one(x)), m.two(x), alpha=3)),
-    "one activation on another": lambda m, x: mean(torch.tanh(F.elu(torch.tanh(m.one(x))))),
-    "activation of the state": lambda m, x: mean(F.elu(x) + m.one(F.silu(x))),
-    "state in the tail": lambda m, x: mean(F.silu(m.one(x))) + x.flatten(1).sum(1) / 7,
     "energy in the tail and after": lambda m, x: F.softplus(mean(h := F.silu(m.one(x)))) + mean(h),
     "linear": lambda m, x: m.three(m.one(x)).flatten(1).sum(-1),
     "last activation on the energy": lambda m, x: F.softplus(mean(m.one(x))),
@@ -205,20 +167,12 @@ BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = {
     "views": lambda m, x: mean(
         m.one(F.silu(m.two(x).flatten(1)).view(-1, 7, 4, 9).reshape(x.shape))
     ),
-    "linear layers on means": lambda m, x: F.gelu(m.line(F.silu(m.one(x)).mean((2, 3)))).sum(1),
     "gated": lambda m, x: mean(m.one(torch.sigmoid(m.one(x)) * torch.tanh(m.two(x)))),
     "squared": lambda m, x: mean((h := m.one(x)) * h * F.silu(h)),
     "multiplied before an activation in place": lambda m, x: mean(
         m.one(F.relu_(h := m.one(x)) * m.two(x)) + torch.tanh(h)
     ),
-    "swish": lambda m, x: mean(m.one((h := m.one(x)) * torch.sigmoid(h))),
-    "swish of a number": lambda m, x: mean(m.one((h := m.one(x)) * F.sigmoid(1.3 * h) / 1.1)),
-    "learned swish": lambda m, x: mean(m.one(torch.sigmoid((h := m.one(x)) * m.beta) * h)),
-    "scaled channels": lambda m, x: mean(F.silu(m.gain * m.one(x))) * m.beta[0],
-    "batch norm": lambda m, x: mean(F.silu(m.norm(m.one(F.silu(m.norm(x)))))),
     "batch norm in the tail": lambda m, x: mean(m.norm(F.silu(m.one(x)))),
-    "group norm": lambda m, x: mean(F.silu(m.groups(m.one(F.silu(m.groups(x)))))),
-    "layer norm": lambda m, x: mean(m.one(F.silu(F.layer_norm(m.one(x), (4, 9, 7))))),
     "max pool": lambda m, x: mean(
         m.one(F.max_pool2d(F.silu(m.two(F.max_pool2d(x, 3, 2, 1))), (2, 1), dilation=2))
     ),

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
-from fastlangevin.gradients import engine_cache
+from fastlangevin.gradients import engine_cache, onednn
 from fastlangevin.gradients.graph.record import record
 from fastlangevin.gradients.trace.engine import TracedGradient
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.program import Program
+from fastlangevin.gradients.trace.rewrite import rewrite
+from fastlangevin.gradients.trace.split import Draft
 
 N, SHAPE = 4, (4, 6, 6)
 
@@ -383,3 +385,16 @@ def test_numbers_read_from_weights_and_labels_are_those_of_each_call() -> None:
         labels = torch.tensor(y)
         want = LangevinSampler(energy, 2, 0.05, gradient="autograd")(x0, seed=0, y=labels)
         torch.testing.assert_close(run(x0, seed=0, y=labels), want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.skipif(not onednn.runs(torch.float32), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("name", ["leaky relu in place", "residual"])
+def test_activations_in_place_do_not_keep_convolutions_from_being_packed(name: str) -> None:
+    """Only a view in another shape, through which something is written, rules out channels_last."""
+    energy, x0, kwargs = made(name, torch.float32)
+    trace = record(energy, x0, kwargs)[0].trace
+    assert isinstance(trace, Trace)
+    draft = Draft(trace, (trace.grad,))
+    rewrite(draft)
+    packed = [i for i in draft.added if "reorder" in str(i.op)]
+    assert len(packed) == 4  # two convolutions, forward and back

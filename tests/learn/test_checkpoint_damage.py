@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -61,11 +60,6 @@ def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("whole") / "run"
     train(config, out)
     return out
-
-
-@pytest.fixture
-def copied(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "copied"))
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:

@@ -54,11 +54,13 @@ def _prefers_channels_last(draft: Draft) -> bool:
 
 
 def _writes_through_views(draft: Draft) -> bool:
-    """Return whether memory that is changed in place has several tensors; views would be copies."""
+    """Return whether memory that is changed in place is viewed in another shape.
+
+    In channels_last such views are copies, through which nothing could be written.
+    """
     changed = {draft.values[n].storage for i in draft.each for n in i.writes}
-    tensors = {n for i in draft.each for n in (*i.written, *i.reads)}
-    shared = [draft.values[n].storage for n in tensors if draft.values[n].storage in changed]
-    return len(shared) > len(set(shared))
+    viewed = {draft.values[n].storage for i in draft.each if i.op in _VIEWS for n in i.written}
+    return not changed.isdisjoint(viewed)
 
 
 def _keep_channels_last(draft: Draft) -> None:
