@@ -182,8 +182,8 @@ def _of_layers(
 def _is_in_question(call: EnergyCall) -> bool:
     """Return whether measurement must show if the fused engine is the fastest that may run.
 
-    In float32 it was, to within 10 %, on all networks of ``benchmarks.networks`` that it runs (AVX2,
-    one thread). In half precision that depends on the CPU: torch uses some matrix instructions
+    In float32 it was, to within 10 %, on all networks of ``benchmarks.networks`` that it runs
+    (AVX2, one thread). In half precision that depends on the CPU: torch uses some matrix instructions
     better, and without any of them float32 is faster.
     """
     return call.precision in HALVES and call.x.device.type == "cpu" and call.x.shape[0] > 0
