@@ -136,36 +136,47 @@ def _by_layers(
     if isinstance(graph, str):
         return graph
     cache = _cache_for(graph, cache)
-    name, engine, why_not = _of_layers(gradient, graph, call, cache)
-    if engine is None:
-        return why_not[name]
-    chosen: Engine = engine
-    reason = cache.disproof(name, lambda: chosen, graph, results, call)
-    return reason or EngineChoice(name, engine, why_not, graph)
+    choice = _of_layers(gradient, graph, call, cache)
+    if isinstance(choice, str):
+        return choice
+    engine = choice.engine
+    assert engine is not None
+    reason = cache.disproof(choice.name, lambda: engine, graph, results, call)
+    return reason or choice
 
 
 def _of_layers(
     gradient: str, graph: Graph, call: EnergyCall, cache: EngineCache
-) -> tuple[str, Engine | None, dict[str, str]]:
-    """Return the name of an engine of a graph, the engine, and why not another one."""
+) -> EngineChoice | str:
+    """Return the fused or explicit engine of a graph, or why the one that was named cannot run."""
     x, precision = call.x, call.precision
-    fused: Engine | str = "another engine was named"
-    if gradient != "explicit":
-        fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
+
+    def explicit() -> Engine:
+        return cache.engine(
+            lambda: ExplicitGradient(graph, x, precision),
+            graph, "explicit", precision, torch.backends.mkldnn.enabled,
+        )  # fmt: skip
+
+    if gradient == "explicit":
+        return EngineChoice("explicit", explicit(), {}, graph)
+    fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
     if isinstance(fused, str) and gradient == "fused":
-        return "fused", None, {"fused": fused}
-    if not isinstance(fused, str) and (gradient == "fused" or not _is_in_question(call)):
-        return "fused", fused, {}
-    explicit = cache.engine(
-        lambda: ExplicitGradient(graph, x, precision),
-        graph, "explicit", precision, torch.backends.mkldnn.enabled,
-    )  # fmt: skip
+        return fused
     if isinstance(fused, str):
-        return "explicit", explicit, {} if gradient == "explicit" else {"fused": fused}
-    engines: dict[str, Engine] = {"fused": fused, "explicit": explicit}
+        return EngineChoice("explicit", explicit(), {"fused": fused}, graph)
+    if gradient == "fused" or not _is_in_question(call):
+        return EngineChoice("fused", fused, {}, graph)
+    return _fastest({"fused": fused, "explicit": explicit()}, graph, call, cache)
+
+
+def _fastest(
+    engines: dict[str, Engine], graph: Graph, call: EnergyCall, cache: EngineCache
+) -> EngineChoice:
+    """Return the engine whose gradient takes the least time, the fused one in float32 included."""
+    x, precision = call.x, call.precision
     float32 = _fused(graph, x, "fp32", cache, by_name=False)
     if not isinstance(float32, str):
-        engines["fused in float32"] = float32
+        engines = engines | {"fused in float32": float32}
     case = (graph.structure, precision, torch.get_num_threads(), torch.backends.mkldnn.enabled,
             extension.library.instruction_set())  # fmt: skip
     seconds = step_seconds(case, engines, x)
@@ -176,15 +187,15 @@ def _of_layers(
         for name, s in seconds.items()
         if name != fastest
     }
-    return fastest.partition(" ")[0], engines[fastest], why_not
+    return EngineChoice(fastest.partition(" ")[0], engines[fastest], why_not, graph)
 
 
 def _is_in_question(call: EnergyCall) -> bool:
     """Return whether measurement must show if the fused engine is the fastest that may run.
 
     In float32 it was, to within 10 %, on all networks of ``benchmarks.networks`` that it runs
-    (AVX2, one thread). In half precision that depends on the CPU: torch uses some matrix instructions
-    better, and without any of them float32 is faster.
+    (AVX2, one thread). In half precision that depends on the CPU: torch uses some matrix
+    instructions better, and without any of them float32 is faster.
     """
     return call.precision in HALVES and call.x.device.type == "cpu" and call.x.shape[0] > 0
 
