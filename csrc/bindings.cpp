@@ -159,6 +159,16 @@ std::vector<std::array<int64_t, 4>> head_places(const ConvNet& net) {
   return places;
 }
 
+// How many passes multiply by tiles.
+int tiled_passes(const ConvNet& net) {
+  int count = 0;
+  for (const LayerPlan& plan : net.plans) {
+    count += plan.forward.tiles.used();
+    for (const ConvPass& pass : plan.backward) count += pass.tiles.used();
+  }
+  return count;
+}
+
 void convnet_score(const ConvNet& net, int64_t chains, int64_t chunk, uintptr_t x,
                    const std::array<int64_t, 4>& x_strides, uintptr_t grad,
                    const std::array<int64_t, 4>& grad_strides, uintptr_t head, float offset,
@@ -239,6 +249,7 @@ PYBIND11_MODULE(_native, module) {
       .def_readonly("scratch", &fl::ConvNet::scratch)
       .def_readonly("head_values", &fl::ConvNet::head_values)
       .def_property_readonly("heads", &fl::head_places)
+      .def_property_readonly("tiled_passes", &fl::tiled_passes)
       .def("pack", &fl::pack_weights)
       .def("score", &fl::convnet_score);
   module.def("watch_methods", &fl::watch_methods);

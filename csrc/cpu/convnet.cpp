@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/parallel.h"
+#include "cpu/winograd_plan.h"
 #include "common/step.h"
 
 namespace fastlangevin {
@@ -55,6 +56,44 @@ void pack_pass(const ConvNet& net, const ConvPass& pass, int threads, const At& 
   });
 }
 
+// Packs the transformed weights of a pass by tiles, as [block of output channels][product][phase]
+// [input channel][output channel of the block].
+template <class At>
+void pack_tiles(const ConvNet& net, const ConvPass& pass, int threads, const At& at,
+                float* packed) {
+  const int lanes = net.kernels->lanes, whole = lanes * net.kernels->vectors;
+  const WinogradTiles& tiles = pass.tiles;
+  const int64_t blocks = (pass.out + whole - 1) / whole, phases = tiles.phases.size();
+  const int positions = tiles.taps[0] * tiles.taps[1], products = tiles.products();
+  packed += pass.weights;
+  parallel_for(blocks, threads, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b * whole, block = pass.out - begin > lanes ? whole : lanes;
+      float* to = packed + begin * products * pass.steps;
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        const int32_t* rows = tiles.rows.data() + phase * positions;
+        for (int64_t i = 0; i < pass.in; ++i) {
+          for (int64_t o = 0; o < block; ++o) {
+            float taps[kMostTaps * kMostTaps] = {}, words[(kMostTaps + 1) * (kMostTaps + 1)];
+            const float* one = at(i, begin + o);
+            for (int k = 0; one && k < positions; ++k) taps[k] = one[rows[k]];
+            transform_weights(tiles, taps, words);
+            for (int p = 0; p < products; ++p) {
+              to[(p * pass.steps + phase * pass.in + i) * block + o] = words[p];
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class At>
+void pack_any(const ConvNet& net, const ConvPass& pass, int threads, const At& at, float* packed) {
+  if (pass.tiles.used()) return pack_tiles(net, pass, threads, at, packed);
+  pack_pass(net, pass, threads, at, packed);
+}
+
 void pack_conv(const ConvNet& net, size_t k, const float* weights, int threads, float* packed) {
   const ConvLayer& layer = net.layers[k];
   const LayerPlan& plan = net.plans[k];
@@ -68,11 +107,11 @@ void pack_conv(const ConvNet& net, size_t k, const float* weights, int threads, 
     const float* all = i < positions * layer.in ? at(o, i % layer.in) : nullptr;
     return all ? all + i / layer.in : nullptr;
   };
-  pack_pass(net, plan.forward, threads, forward, packed);
+  pack_any(net, plan.forward, threads, forward, packed);
   if (k == 0 && net.spread.pixel > 0) {
     pack_pass(net, net.spread.products, threads, spread, packed);
   } else {
-    for (const ConvPass& pass : plan.backward) pack_pass(net, pass, threads, at, packed);
+    for (const ConvPass& pass : plan.backward) pack_any(net, pass, threads, at, packed);
   }
 }
 

@@ -6,6 +6,7 @@
 // for another. No result depends on which chains share a chunk.
 #include "cpu/convnet.h"
 #include "cpu/layers.h"
+#include "cpu/winograd.h"
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
@@ -18,6 +19,14 @@ struct Chunk : ChunkLayers<N> {
   using Type = typename N::Type;
   using Layers::at, Layers::batch, Layers::chains, Layers::each_pixel, Layers::finish_pixel;
   using Layers::grads, Layers::net, Layers::values, Layers::workspace;
+
+  // Memory of the thread that belongs to no chain: that of the spread products, whose frame stays
+  // zero, and that of the tiles.
+  float* products() const {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(workspace) +
+                                    net.workspace * batch.chunk);
+  }
+  float* tiles() const { return products() + net.spread.values; }
 
   void read(int64_t first) const {
     const int64_t* s = batch.x_strides;
@@ -59,8 +68,8 @@ struct Chunk : ChunkLayers<N> {
     const Type* from = values(layer.inputs[0]);
     switch (layer.kind) {
       case LayerKind::kConv:
-        return run_pass<N>(plan.forward, Ends<N>{from, in.chain, out.chain}, chains, batch.packed,
-                           finish);
+        return run(plan.forward, Ends<N>{from, in.chain, out.chain}, chains, batch.packed, finish,
+                   tiles());
       case LayerKind::kMix: return this->mix(plan.mix, from, in, out, finish);
       case LayerKind::kMaxPool: return this->greatest(k, finish);
       case LayerKind::kLogSumExp: return this->log_sum_exp(k, finish);
@@ -152,7 +161,7 @@ struct Chunk : ChunkLayers<N> {
     switch (layer.kind) {
       case LayerKind::kConv:
         for (const ConvPass& pass : plan.backward) {
-          run_pass<N>(pass, Ends<N>{grad, out.chain, in.chain}, chains, batch.packed, finish);
+          run(pass, Ends<N>{grad, out.chain, in.chain}, chains, batch.packed, finish, tiles());
         }
         return;
       case LayerKind::kMix: return this->mix(plan.mix_back, grad, out, in, finish);
@@ -215,23 +224,33 @@ struct Chunk : ChunkLayers<N> {
   void collect(int64_t first, int64_t n) const {
     using Four = Register<4>;
     const ConvBuffer& buffer = net.buffers[0];
-    float* products = reinterpret_cast<float*>(reinterpret_cast<char*>(workspace) +
-                                                net.workspace * batch.chunk);
+    float* products = this->products();
     const Ends<N> ends{grads(1) + n * net.buffers[1].chain, 0, 0};
     const auto each = [&](int64_t to, int, Float sum) { Vector::store(products + to, sum); };
     run_pass<N>(net.spread.products, ends, 1, batch.packed, each);
     const int64_t channel = batch.grad_strides[1];
     float* chain = batch.grad + (first + n) * batch.grad_strides[0];
+    // Several pixels at a time, since each is one chain of dependent additions.
+    constexpr size_t kTogether = 4;
     for (const ConvPass& pass : net.plans[0].backward) {
       const int32_t *taps = pass.taps.data(), *end = taps + pass.taps.size();
-      for (size_t k = 0; k < pass.to.size(); ++k) {
-        const float* from = products + pass.from[k];
-        float* grad = chain + pass.y[k] * batch.grad_strides[2] + pass.x[k] * batch.grad_strides[3];
+      for (size_t k = 0; k < pass.to.size(); k += kTogether) {
+        const size_t pixels = std::min(kTogether, pass.to.size() - k);
         for (int c = 0; c < buffer.channels; c += 4) {
-          Four::Float sum = Four::Float{};
-          for (const int32_t* tap = taps; tap != end; ++tap) sum += Four::load(from + *tap + c);
-          const int count = std::min(4, buffer.channels - c);
-          for (int i = 0; i < count; ++i) grad[(c + i) * channel] = sum[i];
+          const float* from[kTogether];
+          Four::Float sums[kTogether] = {};
+          for (size_t p = 0; p < kTogether; ++p) {
+            from[p] = products + pass.from[k + std::min(p, pixels - 1)] + c;
+          }
+          for (const int32_t* tap = taps; tap != end; ++tap) {
+            for (size_t p = 0; p < kTogether; ++p) sums[p] += Four::load(from[p] + *tap);
+          }
+          for (size_t p = 0; p < pixels; ++p) {
+            float* grad = chain + pass.y[k + p] * batch.grad_strides[2] +
+                          pass.x[k + p] * batch.grad_strides[3] + c * channel;
+            const int count = std::min(4, buffer.channels - c);
+            for (int i = 0; i < count; ++i) grad[i * channel] = sums[p][i];
+          }
         }
       }
     }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cpu/convnet.h"
+#include "cpu/winograd_plan.h"
 
 namespace fastlangevin {
 namespace cpu {
@@ -41,25 +42,36 @@ void widen(int32_t& before, int32_t& after, int extent, int first, int last) {
 // Whether all of a convolution's input is one window, so that no gradient is a sum over outputs.
 bool one_output(const ConvLayer& layer) { return layer.height == 1 && layer.width == 1; }
 
+// The taps of each phase of a convolution along an axis, or 0 if they differ or are not adjacent.
+int phase_taps(const ConvLayer& layer, int axis) {
+  const int kernel = layer.kernel[axis], stride = layer.stride[axis];
+  const bool even = kernel % stride == 0 && (layer.dilation[axis] == 1 || kernel == 1);
+  return even ? kernel / stride : 0;
+}
+
+// Frames are wide enough for whole tiles, too, which may begin inside of an image and end outside.
 void frame(const ConvLayer& layer, ConvBuffer& in, ConvBuffer& out) {
   for (int axis = 0; axis < 2; ++axis) {
     const int inputs = axis ? in.width : in.height, results = axis ? out.width : out.height;
-    const int last = first_read(layer, axis, results - 1) +
+    const int most = covered(results, phase_taps(layer, axis));
+    const int last = first_read(layer, axis, most - 1) +
                      layer.dilation[axis] * (layer.kernel[axis] - 1);
     widen(axis ? in.left : in.top, axis ? in.right : in.bottom, inputs,
           first_read(layer, axis, 0), last);
     if (one_output(layer)) continue;
     for (int residue = 0; residue < std::min(layer.stride[axis], inputs); ++residue) {
-      const int steps = (inputs - 1 - residue) / layer.stride[axis];
-      for (const Reach& reach : reaches(layer, axis, residue)) {
+      const std::vector<Reach> all = reaches(layer, axis, residue);
+      const int pixels = (inputs - 1 - residue) / layer.stride[axis] + 1;
+      for (const Reach& reach : all) {
         widen(axis ? out.left : out.top, axis ? out.right : out.bottom, results, reach.offset,
-              steps + reach.offset);
+              covered(pixels, all.size()) - 1 + reach.offset);
       }
     }
   }
 }
 
-ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBuffer& out) {
+ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBuffer& out,
+                      int lanes) {
   ConvPass pass{layer.in, layer.out};
   for (int y = 0; y < out.height; ++y) {
     for (int x = 0; x < out.width; ++x) {
@@ -72,6 +84,11 @@ ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBu
       pass.taps.push_back(y * layer.dilation[0] * in.row + x * layer.dilation[1] * in.pixel);
       pass.rows.push_back(y * layer.kernel[1] + x);
     }
+  }
+  if (lanes > 0) {
+    plan_tiles({{out.height, out.width}, {phase_taps(layer, 0), phase_taps(layer, 1)},
+                {layer.stride[0], layer.stride[1]},
+                {static_cast<int32_t>(in.row), static_cast<int32_t>(in.pixel)}}, lanes, pass);
   }
   return pass;
 }
@@ -100,7 +117,7 @@ std::vector<ConvPass> plan_scatter(const ConvLayer& layer, const ConvBuffer& in,
 }
 
 std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in,
-                                    const ConvBuffer& out) {
+                                    const ConvBuffer& out, int lanes) {
   if (one_output(layer)) return plan_scatter(layer, in, out);
   std::vector<ConvPass> passes;
   for (int ry = 0; ry < std::min(layer.stride[0], in.height); ++ry) {
@@ -113,11 +130,19 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
           pass.y.push_back(y), pass.x.push_back(x);
         }
       }
-      for (const Reach& down : reaches(layer, 0, ry)) {
-        for (const Reach& along : reaches(layer, 1, rx)) {
+      const std::vector<Reach> downs = reaches(layer, 0, ry), alongs = reaches(layer, 1, rx);
+      for (const Reach& down : downs) {
+        for (const Reach& along : alongs) {
           pass.taps.push_back(down.offset * out.row + along.offset * out.pixel);
           pass.rows.push_back(down.kernel * layer.kernel[1] + along.kernel);
         }
+      }
+      if (lanes > 0 && phase_taps(layer, 0) > 0 && phase_taps(layer, 1) > 0) {
+        plan_tiles({{(in.height - 1 - ry) / layer.stride[0] + 1,
+                     (in.width - 1 - rx) / layer.stride[1] + 1},
+                    {static_cast<int32_t>(downs.size()), static_cast<int32_t>(alongs.size())},
+                    {1, 1}, {static_cast<int32_t>(out.row), static_cast<int32_t>(out.pixel)}},
+                   lanes, pass);
       }
       passes.push_back(std::move(pass));
     }
@@ -285,19 +310,27 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     head.begin = net.head_values;
     net.head_values += int64_t{buffer.height} * buffer.width * buffer.pixel;
   }
+  int64_t tiled_numbers = 0;
   const auto place = [&](ConvPass& pass) {
-    join_taps(pass, step);
+    const WinogradTiles& tiles = pass.tiles;
+    if (!tiles.used()) join_taps(pass, step);
     pass.weights = net.packed;
-    net.packed += static_cast<int64_t>(pass.taps.size()) * pass.steps * round_up(pass.out, lanes);
+    net.packed += (tiles.used() ? tiles.products() : int64_t(pass.taps.size())) * pass.steps *
+                  round_up(pass.out, lanes);
+    if (!tiles.used()) return;
+    const int64_t numbers = tiles.row + net.kernels->vectors * lanes;  // of a tile, each product
+    tiled_numbers = std::max(tiled_numbers, tiles.products() * tiles.block * numbers);
   };
   for (size_t k = 0; k < net.layers.size(); ++k) {
     const ConvLayer& layer = net.layers[k];
     LayerPlan& plan = net.plans[k];
     const ConvBuffer &in = net.buffers[layer.inputs[0]], &out = net.buffers[k + 1];
     if (layer.kind == LayerKind::kConv) {
-      plan.forward = plan_forward(layer, in, out);
-      plan.backward = plan_backward(layer, in, out);
       const bool direct = k == 0 && net.direct;
+      const int tiled = bfloat16 ? 0 : lanes;
+      // Transforms read whole vectors of channels, which the state may not have.
+      plan.forward = plan_forward(layer, in, out, direct ? 0 : tiled);
+      plan.backward = plan_backward(layer, in, out, direct ? 0 : tiled);
       if (direct) plan_spread(layer, out, lanes, plan.backward, net.spread);
       place(plan.forward);
       if (direct && net.spread.pixel > 0) {
@@ -315,7 +348,7 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     if (weighs) plan.factors = take(round_up(layer.out, lanes));
     plan.settings = take(lanes);
   }
-  net.scratch = net.spread.values * sizeof(float);
+  net.scratch = (net.spread.values + tiled_numbers) * sizeof(float);
   return net;
 }
 

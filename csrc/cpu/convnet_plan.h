@@ -70,6 +70,30 @@ struct ConvBuffer {
   int64_t at(int64_t y, int64_t x) const { return (y + top) * row + (x + left) * pixel; }
 };
 
+// A pass by S. Winograd's minimal filtering (A. Lavin and S. Gray, "Fast Algorithms for
+// Convolutional Neural Networks", 2016). Along an axis, F(n, r) computes n outputs of r taps from
+// n + r - 1 products, where n r are needed otherwise: the inputs of a tile and the weights are
+// transformed by sums, multiplied one by one, and transformed back.
+//
+// A convolution of stride s is a sum of s x s convolutions of stride 1 ("phases") over every s-th
+// pixel. The products of all phases are added before they are transformed back.
+struct WinogradTiles {
+  static constexpr int kMost = 96;  // tiles that are multiplied together, with 4 outputs each
+  int32_t outputs[2] = {1, 1}, taps[2] = {1, 1};  // n and r of each axis
+  int32_t step[2] = {0, 0};        // strides between the inputs of a phase
+  std::vector<int32_t> from{};     // where the inputs of every tile begin
+  std::vector<int32_t> to{};       // the outputs of every tile; -1 is outside of the image
+  std::vector<int32_t> phases{};   // where the inputs of each phase begin, from those of the tile
+  std::vector<int32_t> rows{};     // the kernel's positions [phase][taps[0]][taps[1]]
+  int64_t row = 0;                 // numbers of a tile's transformed input, for each product
+  int64_t block = 0;               // tiles that are multiplied together
+
+  bool used() const { return !from.empty(); }
+  int products() const {
+    return (outputs[0] + taps[0] - 1) * (outputs[1] + taps[1] - 1);
+  }
+};
+
 struct ConvPass {
   int64_t in, out;               // channels
   std::vector<int32_t> from{}, to{};  // where every pixel of a chain reads and where it writes
@@ -79,6 +103,7 @@ struct ConvPass {
   int64_t steps = 0;              // words to multiply from each tap on: those of its channels, and
                                   // of further positions that are adjacent in memory
   int64_t weights = 0;            // where the packed weights begin, in words
+  WinogradTiles tiles{};          // if they are used, taps, rows and steps are not
 };
 
 // An input gradient with so few channels that vectors of them would consist mostly of padding. The
