@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/chain.h"
 #include "cpu/convnet.h"
 #include "cpu/signs.h"
 #include "cpu/step.h"
@@ -47,6 +48,16 @@ float read_coefficient(py::handle value, const float*& values, int64_t& stride) 
   return 1.0f;
 }
 
+// The terms of an update that change from step to step.
+void read_terms(Step& step, py::handle step_size, py::handle noise_std, bool maximize, bool draw,
+                uint32_t number) {
+  step.scale = read_coefficient(step_size, step.scales, step.scales_stride);
+  if (!maximize) step.scale = -step.scale;
+  step.noise_std = read_coefficient(noise_std, step.noise_stds, step.noise_stds_stride);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  step.draw = draw, step.step = number;
+}
+
 void langevin_step(py::handle shape, py::handle x, py::handle grad, py::handle noise,
                    py::handle step_size, py::handle noise_std, bool maximize, float clip, float lo,
                    float hi, bool noise_last, bool draw, uint64_t seed, uint32_t number,
@@ -62,13 +73,10 @@ void langevin_step(py::handle shape, py::handle x, py::handle grad, py::handle n
   step.x = read_operand(x, step.dims);
   step.grad = read_operand(grad, step.dims);
   step.noise = read_operand(noise, step.dims);
-  step.scale = read_coefficient(step_size, step.scales, step.scales_stride);
-  if (!maximize) step.scale = -step.scale;
-  step.noise_std = read_coefficient(noise_std, step.noise_stds, step.noise_stds_stride);
-  if (PyErr_Occurred()) throw py::error_already_set();
+  read_terms(step, step_size, noise_std, maximize, draw, number);
   step.clip = clip, step.lo = lo, step.hi = hi;
   step.noise_last = noise_last;
-  step.draw = draw, step.seed = seed, step.step = number, step.first_chain = first_chain;
+  step.seed = seed, step.first_chain = first_chain;
   step.rng_state = reinterpret_cast<const int64_t*>(rng_state);
   py::gil_scoped_release unlocked;
   if (device < 0) {
@@ -169,17 +177,56 @@ int tiled_passes(const ConvNet& net) {
   return count;
 }
 
-void convnet_score(const ConvNet& net, int64_t chains, int64_t chunk, uintptr_t x,
-                   const std::array<int64_t, 4>& x_strides, uintptr_t grad,
-                   const std::array<int64_t, 4>& grad_strides, uintptr_t head, float offset,
-                   uintptr_t energies, uintptr_t packed, uintptr_t workspace, int threads) {
+// chains, chunk, address and strides of x and of the gradient as images, address of the heads'
+// weights, offset, addresses of the energies and of the packed weights
+using BatchTuple =
+    std::tuple<int64_t, int64_t, uintptr_t, std::array<int64_t, 4>, uintptr_t,
+               std::array<int64_t, 4>, uintptr_t, float, uintptr_t, uintptr_t>;
+
+ConvBatch read_batch(const BatchTuple& tuple) {
+  const auto& [chains, chunk, x, x_strides, grad, grad_strides, head, offset, energies, packed] = tuple;
   ConvBatch batch{chains, chunk, reinterpret_cast<const float*>(x), {},
                   reinterpret_cast<float*>(grad), {}, reinterpret_cast<const float*>(head), offset,
                   reinterpret_cast<float*>(energies), reinterpret_cast<const float*>(packed)};
   std::copy(x_strides.begin(), x_strides.end(), batch.x_strides);
   std::copy(grad_strides.begin(), grad_strides.end(), batch.grad_strides);
+  return batch;
+}
+
+void convnet_score(const ConvNet& net, const BatchTuple& operands, uintptr_t workspace,
+                   int threads) {
+  const ConvBatch batch = read_batch(operands);
   py::gil_scoped_release unlocked;
   cpu::convnet_score(net, batch, reinterpret_cast<void*>(workspace), threads);
+}
+
+// An update is (whether it follows the gradient, step_size, noise_std, draw, number of the step).
+void convnet_chain(const ConvNet& net, const BatchTuple& operands, py::handle shape,
+                   py::handle x_strides, py::handle grad_strides, const py::list& updates,
+                   bool maximize, float clip, float lo, float hi, bool noise_last, uint64_t seed,
+                   uint32_t first_chain, uintptr_t workspace, int threads) {
+  const ConvBatch batch = read_batch(operands);
+  Step all;
+  all.dims = static_cast<int>(PyTuple_Size(shape.ptr()));
+  read_sizes(shape, all.shape, all.dims);
+  all.x.data = const_cast<float*>(batch.x);
+  read_sizes(x_strides, all.x.strides, all.dims);
+  all.clip = clip, all.lo = lo, all.hi = hi;
+  all.noise_last = noise_last;
+  all.seed = seed, all.first_chain = first_chain;
+  std::vector<Step> steps;
+  for (py::handle update : updates) {
+    const auto terms = py::reinterpret_borrow<py::tuple>(update);
+    Step step = all;
+    if (terms[0].cast<bool>()) {
+      step.grad.data = batch.grad;
+      read_sizes(grad_strides, step.grad.strides, step.dims);
+    }
+    read_terms(step, terms[1], terms[2], maximize, terms[3].cast<bool>(), terms[4].cast<uint32_t>());
+    steps.push_back(step);
+  }
+  py::gil_scoped_release unlocked;
+  cpu::convnet_chain(net, batch, steps, reinterpret_cast<void*>(workspace), threads);
 }
 
 // A profile function of a thread. `watched` is the pair (owners, called): before a method in C of one
@@ -251,7 +298,11 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("heads", &fl::head_places)
       .def_property_readonly("tiled_passes", &fl::tiled_passes)
       .def("pack", &fl::pack_weights)
-      .def("score", &fl::convnet_score);
+      .def("score", &fl::convnet_score)
+      .def("chain", &fl::convnet_chain, py::arg("operands"), py::arg("shape"), py::arg("x_strides"),
+           py::arg("grad_strides"), py::arg("updates"), py::arg("maximize"), py::arg("grad_clip"),
+           py::arg("lo"), py::arg("hi"), py::arg("noise_last"), py::arg("seed"),
+           py::arg("first_chain"), py::arg("workspace"), py::arg("threads"));
   module.def("watch_methods", &fl::watch_methods);
   module.def("instruction_set", &fl::cpu::instruction_set);
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));

@@ -309,7 +309,7 @@ class LangevinSampler:
         choice = chain.choose(x) if len(x) else None
         energies = None if choice is None else self._graphs.run(chain, x, choice)
         if energies is None:
-            for step in chain.walk(x, choice=choice):
+            for step in chain.walk(x, choice=choice, every=self.steps):
                 energies = step.energies
         chain.check_finite(x, energies)
         return x
@@ -334,7 +334,7 @@ class LangevinSampler:
         states = x.new_empty((1 + self.steps // every, *x.shape))
         states[0] = x
         energies: Tensor | None = None
-        for step in chain.walk(x):
+        for step in chain.walk(x, every=every):
             energies = step.energies
             if (step.k + 1) % every == 0:
                 states[(step.k + 1) // every] = x

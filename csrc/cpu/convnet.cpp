@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/parallel.h"
 #include "cpu/winograd_plan.h"
 #include "common/step.h"
 
@@ -143,14 +142,8 @@ void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, 
 }
 
 void convnet_score(const ConvNet& net, const ConvBatch& batch, void* workspace, int threads) {
-  if (batch.chains == 0) return;
-  const int team = static_cast<int>(std::min<int64_t>(threads, batch.chains));
-  const auto score = net.bfloat16 ? net.kernels->score_bfloat16 : net.kernels->score;
-  parallel_for(team, team, [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) {
-      score(net, batch, batch.chains * k / team, batch.chains * (k + 1) / team,
-            static_cast<char*>(workspace) + k * (net.workspace * batch.chunk + net.scratch));
-    }
+  each_share(net, batch, workspace, threads, [&](int64_t, int64_t first, int64_t last, void* own) {
+    score_kernel(net)(net, batch, first, last, own);
   });
 }
 

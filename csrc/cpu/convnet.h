@@ -2,10 +2,12 @@
 // every instruction set implements.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
 #include "cpu/convnet_plan.h"
+#include "cpu/parallel.h"
 
 namespace fastlangevin {
 namespace cpu {
@@ -44,6 +46,25 @@ struct LayerWeights {
 // Packs the parameters of all layers into net.packed words.
 void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, float* packed,
                   int threads);
+
+// The kernel for a network's dtype.
+inline ConvKernels::Score* score_kernel(const ConvNet& net) {
+  return net.bfloat16 ? net.kernels->score_bfloat16 : net.kernels->score;
+}
+
+// Divides the chains of a batch over threads. Calls run(thread, first, last, workspace) for the share
+// of each, with a workspace of its own.
+template <class Run>
+void each_share(const ConvNet& net, const ConvBatch& batch, void* workspace, int threads,
+                const Run& run) {
+  const int64_t team = std::min<int64_t>(threads, batch.chains);
+  parallel_for(team, static_cast<int>(team), [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      run(k, batch.chains * k / team, batch.chains * (k + 1) / team,
+          static_cast<char*>(workspace) + k * (net.workspace * batch.chunk + net.scratch));
+    }
+  });
+}
 
 // workspace has net.workspace * batch.chunk + net.scratch bytes for each thread, all zero before
 // the first use.

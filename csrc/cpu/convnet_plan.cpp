@@ -261,7 +261,8 @@ void place_buffers(ConvNet& net, const std::vector<int>& parts) {
     if (buffer.pixel % 256 == 0) buffer.pixel += lanes;
     buffer.row = buffer.pixel * (buffer.left + buffer.width + buffer.right);
     buffer.chain = round_up(buffer.row * (buffer.top + buffer.height + buffer.bottom), lanes * step);
-    const auto take = [&] { return (net.workspace += buffer.chain) - buffer.chain; };
+    const auto reserve = [&](int64_t size) { return (net.workspace += size) - size; };
+    const auto take = [&] { return reserve(buffer.chain); };
     buffer.values = buffer.grads = take();
     bool kept = false;
     for (const ConvLayer& layer : net.layers) {
@@ -272,6 +273,9 @@ void place_buffers(ConvNet& net, const std::vector<int>& parts) {
       const Activation activation = net.layers[v - 1].activation;
       if (is_smooth(activation)) buffer.slopes = take();
       if (net.layers[v - 1].kind == LayerKind::kMaxPool) buffer.choices = take();
+      if (net.layers[v - 1].kind == LayerKind::kNorm) {
+        buffer.statistics = reserve(2 * round_up(buffer.channels, lanes) * step);
+      }
       // The signs of the values are read when the last part of the gradient arrives.
       kept = kept || (activation == Activation::kLeakyReLU && parts[v] > 1);
     }

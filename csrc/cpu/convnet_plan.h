@@ -66,6 +66,7 @@ struct ConvBuffer {
   int64_t grads = 0;    // the gradient before the activation; may take the place of the values
   int64_t slopes = -1;  // the derivatives of a smooth activation
   int64_t choices = -1;  // the positions that a maximum was found at
+  int64_t statistics = -1;  // of kNorm, in float32: the mean and scale of every channel
 
   int64_t at(int64_t y, int64_t x) const { return (y + top) * row + (x + left) * pixel; }
 };

@@ -173,91 +173,132 @@ struct ChunkLayers {
     }
   }
 
-  // The mean of f(y, x, channel) over all pixels and each group of channels, for every channel.
-  template <class F>
-  std::vector<float> group_means(size_t k, const F& f) const {
-    const ConvLayer& layer = net.layers[k];
-    const ConvBuffer& buffer = net.buffers[k + 1];
-    std::vector<float> means((layer.out + kLanes - 1) / kLanes * kLanes);
-    for (int c = 0; c < layer.out; c += kLanes) {
-      Float sum = Float{};
-      for (int y = 0; y < buffer.height; ++y) {
-        Float row = Float{};  // summed separately, which keeps the rounding error small
-        for (int x = 0; x < buffer.width; ++x) row += f(y, x, c);
-        sum += row;
-      }
-      Vector::store(means.data() + c, sum);
-    }
-    const int size = layer.out / layer.groups;
-    for (int first = 0; first < layer.out; first += size) {
-      double total = 0;
-      for (int c = first; c < first + size; ++c) total += means[c];
-      const double count = double(size) * buffer.height * buffer.width;
-      std::fill_n(means.data() + first, size, static_cast<float>(total / count));
-    }
-    return means;
+  // The sum of `count` values, in partial sums that keep the rounding error small.
+  static double total(const float* values, int count) {
+    Float parts[4] = {};
+    int c = 0;
+    for (; c + kLanes <= count; c += kLanes) parts[c / kLanes % 4] += Vector::load(values + c);
+    const Float part = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    double sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += part[i];
+    for (; c < count; ++c) sum += values[c];
+    return sum;
   }
 
-  // Calls f(n, normal) for each chain, where normal(y, x, channel) is the value minus the mean of
-  // its group and over its deviation, and normal.scale(channel) is 1 over the deviation.
-  template <class F>
-  void each_normal(size_t k, const F& f) const {
-    const int v = net.layers[k].inputs[0];
-    const ConvBuffer& in = net.buffers[v];
-    for (int64_t n = 0; n < chains; ++n) {
-      const Type* from = values(v) + n * in.chain;
-      const auto value = [&](int y, int x, int c) { return N::load(from + in.at(y, x) + c); };
-      const std::vector<float> means = group_means(k, value);
-      const auto centred = [&](int y, int x, int c) {
-        return value(y, x, c) - Vector::load(means.data() + c);
-      };
-      std::vector<float> scales = group_means(k, [&](int y, int x, int c) {
-        const Float difference = centred(y, x, c);
-        return difference * difference;
-      });
-      for (float& scale : scales) scale = 1.0f / std::sqrt(scale + net.layers[k].factors[0]);
-      f(n, centred, scales.data());
+  // Sets means[i][channel] to the mean of terms[i] over all pixels and the channel's group, where
+  // f(y, x, channel, terms) computes the terms of a vector of channels.
+  template <int kTerms, class F>
+  void group_means(size_t k, float* const (&means)[kTerms], const F& f) const {
+    const ConvLayer& layer = net.layers[k];
+    const ConvBuffer& buffer = net.buffers[k + 1];
+    const auto sum = [&](auto kSize, int first) {
+      for (float* at : means) std::fill_n(at + first, kSize * kLanes, 0.0f);
+      for (int y = 0; y < buffer.height; ++y) {
+        // Rows are summed separately, which keeps the rounding error small.
+        Float rows[kTerms][kSize] = {};
+        for (int x = 0; x < buffer.width; ++x) {
+          for (int v = 0; v < kSize; ++v) {
+            Float terms[kTerms];
+            f(y, x, first + v * kLanes, terms);
+            for (int i = 0; i < kTerms; ++i) rows[i][v] += terms[i];
+          }
+        }
+        for (int i = 0; i < kTerms; ++i) {
+          for (int v = 0; v < kSize; ++v) {
+            float* at = means[i] + first + v * kLanes;
+            Vector::store(at, Vector::load(at) + rows[i][v]);
+          }
+        }
+      }
+    };
+    // Several vectors together are one read of whole cache lines.
+    constexpr std::integral_constant<int, 4> kSeveral;
+    constexpr std::integral_constant<int, 1> kOne;
+    int c = 0;
+    for (; c + kSeveral * kLanes <= layer.out; c += kSeveral * kLanes) sum(kSeveral, c);
+    for (; c < layer.out; c += kLanes) sum(kOne, c);
+    const int size = layer.out / layer.groups;
+    const double count = double(size) * buffer.height * buffer.width;
+    for (float* at : means) {
+      for (int first = 0; first < layer.out; first += size) {
+        std::fill_n(at + first, size, static_cast<float>(total(at + first, size) / count));
+      }
     }
+  }
+
+  // A chain's value minus the mean of its group, and over its deviation. The backward pass reads the
+  // statistics that the forward pass has stored.
+  struct Normal {
+    const ConvBuffer& in;
+    const Type* from;
+    float *means, *scales;  // for every channel; a scale is 1 over the deviation
+
+    Float value(int y, int x, int c) const { return N::load(from + in.at(y, x) + c); }
+    Float centred(int y, int x, int c) const { return value(y, x, c) - Vector::load(means + c); }
+    Float operator()(int y, int x, int c) const {
+      return centred(y, x, c) * Vector::load(scales + c);
+    }
+  };
+
+  Normal normal(size_t k, int64_t n) const {
+    const int v = net.layers[k].inputs[0];
+    const int64_t padded = (net.layers[k].out + kLanes - 1) / kLanes * kLanes;
+    float* statistics = reinterpret_cast<float*>(at(net.buffers[k + 1].statistics)) + n * 2 * padded;
+    return {net.buffers[v], values(v) + n * net.buffers[v].chain, statistics, statistics + padded};
   }
 
   void normalise(size_t k, const Finish& finish) const {
     const ConvBuffer& out = net.buffers[k + 1];
+    const Float eps = Vector::broadcast(net.layers[k].factors[0]), one = Vector::broadcast(1.0f);
     const float* weights = batch.packed + net.plans[k].factors;
-    each_normal(k, [&](int64_t n, const auto& centred, const float* scales) {
+    for (int64_t n = 0; n < chains; ++n) {
+      const Normal at = normal(k, n);
+      group_means<1>(k, {at.means}, [&](int y, int x, int c, Float (&terms)[1]) {
+        terms[0] = at.value(y, x, c);
+      });
+      group_means<1>(k, {at.scales}, [&](int y, int x, int c, Float (&terms)[1]) {
+        const Float difference = at.centred(y, x, c);
+        terms[0] = difference * difference;
+      });
+      for (int c = 0; c < out.channels; c += kLanes) {
+        Vector::store(at.scales + c, one / Vector::sqrt(Vector::load(at.scales + c) + eps));
+      }
       for (int y = 0; y < out.height; ++y) {
         for (int x = 0; x < out.width; ++x) {
           finish_pixel(n * out.chain + out.at(y, x), out.channels, finish, [&](int c) {
-            return centred(y, x, c) * (Vector::load(scales + c) * Vector::load(weights + c));
+            return at.centred(y, x, c) * (Vector::load(at.scales + c) * Vector::load(weights + c));
           });
         }
       }
-    });
+    }
   }
 
   void normalise_back(size_t k, const Finish& finish) const {
     const ConvBuffer &in = net.buffers[net.layers[k].inputs[0]], &out = net.buffers[k + 1];
     const float* weights = batch.packed + net.plans[k].factors;
-    each_normal(k, [&](int64_t n, const auto& centred, const float* scales) {
+    const int64_t padded = (out.channels + kLanes - 1) / kLanes * kLanes;
+    std::vector<float> means(2 * padded);
+    float *grads_mean = means.data(), *slopes = grads_mean + padded;
+    for (int64_t n = 0; n < chains; ++n) {
+      const Normal at = normal(k, n);
       const Type* from = grads(k + 1) + n * out.chain;
       const auto grad = [&](int y, int x, int c) {
         return N::load(from + out.at(y, x) + c) * Vector::load(weights + c);
       };
-      const auto normal = [&](int y, int x, int c) {
-        return centred(y, x, c) * Vector::load(scales + c);
-      };
-      const std::vector<float> means = group_means(k, grad);
-      const std::vector<float> slopes = group_means(
-          k, [&](int y, int x, int c) { return grad(y, x, c) * normal(y, x, c); });
+      group_means<2>(k, {grads_mean, slopes}, [&](int y, int x, int c, Float (&terms)[2]) {
+        terms[0] = grad(y, x, c);
+        terms[1] = terms[0] * at(y, x, c);
+      });
       for (int y = 0; y < in.height; ++y) {
         for (int x = 0; x < in.width; ++x) {
           finish_pixel(n * in.chain + in.at(y, x), in.channels, finish, [&](int c) {
-            const Float rest = grad(y, x, c) - Vector::load(means.data() + c) -
-                               normal(y, x, c) * Vector::load(slopes.data() + c);
-            return rest * Vector::load(scales + c);
+            const Float rest = grad(y, x, c) - Vector::load(grads_mean + c) -
+                               at(y, x, c) * Vector::load(slopes + c);
+            return rest * Vector::load(at.scales + c);
           });
         }
       }
-    });
+    }
   }
 };
 

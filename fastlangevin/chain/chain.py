@@ -16,6 +16,7 @@ from fastlangevin.chain.settings import Settings
 from fastlangevin.gradients.autograd import EnergyGradient
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.engine_cache import EngineCache
+from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.score_network import network_score
 from fastlangevin.gradients.select import (
@@ -24,8 +25,9 @@ from fastlangevin.gradients.select import (
 )
 from fastlangevin.gradients.train_mode import warn_of_train_mode
 from fastlangevin.gradients.untouched import Isolation
-from fastlangevin.kernels import reference
-from fastlangevin.kernels.memory import in_memory
+from fastlangevin.kernels import native, reference
+from fastlangevin.kernels.memory import all_in_memory, in_memory
+from fastlangevin.kernels.native import Update
 from fastlangevin.step import apply_step_, bind_step, resolve_backend
 
 if TYPE_CHECKING:
@@ -93,12 +95,18 @@ class Chain(NamedTuple):
     energy_gradient: EnergyGradient | None = None  # None also for a score network
 
     def walk(
-        self, x: Tensor, want_energies: bool = False, choice: EngineChoice | None = None
+        self,
+        x: Tensor,
+        want_energies: bool = False,
+        choice: EngineChoice | None = None,
+        every: int = 1,
     ) -> Iterator[Step]:
         """Runs the chain in place on x and yields after every step; an empty batch has no steps.
 
         The last step comes with energies, and every step does with ``want_energies``. ``choice`` is
-        the result of :meth:`choose` for this x, if it is known.
+        the result of :meth:`choose` for this x, if it is known. If ``every`` is more than 1, the
+        caller needs only each step k for which ``every`` divides k + 1, and the last one, without
+        their gradients; an engine that takes many steps at once then yields only these.
         """
         if x.shape[0] == 0:
             return
@@ -107,11 +115,16 @@ class Chain(NamedTuple):
         half = Overflow(x.device) if settings.precision == "fp16" else None
         if engine is not None:
             engine.begin()
-        yield from self.stride(engine, x, half, want_energies)
+        yield from self.stride(engine, x, half, want_energies, every)
         check_overflow(engine, half)
 
     def stride(
-        self, engine: Engine | None, x: Tensor, half: "Overflow | None", want_energies: bool = False
+        self,
+        engine: Engine | None,
+        x: Tensor,
+        half: "Overflow | None",
+        want_energies: bool = False,
+        every: int = 1,
     ) -> Iterator[Step]:
         """The steps of :meth:`walk` with an engine that has begun.
 
@@ -128,6 +141,8 @@ class Chain(NamedTuple):
             )
         elif isinstance(engine, FusedGradient) and not want_energies and self._fuses():
             strides, half = self._fused_strides(engine, x), None
+        elif every > 1 and isinstance(engine, ConvNetGradient) and self._in_blocks(engine, run, x):
+            strides = self._block_strides(engine, x, every)
         else:
             strides = self._strides(run, x, lambda k: engine(x, want_energies or k == last))
         for step in strides:
@@ -139,20 +154,45 @@ class Chain(NamedTuple):
         self, run: Callable[..., Tensor], x: Tensor, evaluate: Callable[[int], Evaluated]
     ) -> Iterator[Step]:
         """Steps along the gradient at x that ``evaluate`` returns for a step's index."""
-        settings, update = self.settings, self._bound(run, x)
-        first, no_grad = self.first_step, torch.no_grad()
-        for k in range(settings.steps):
+        update, no_grad = self._bound(run, x), torch.no_grad()
+        for k in range(self.settings.steps):
             with no_grad:
-                step_size, noise_std = (
-                    at_step(settings.step_size, k),
-                    at_step(settings.noise_std, k),
-                )
-                if settings.noise_order == "before":
-                    update(None, 0.0, noise_std, first + k)
-                    noise_std = 0.0
-                energies, grad = evaluate(k)
-                update(grad, step_size, noise_std, first + k)
+                for along_gradient, step_size, noise_std, step in self._updates(k):
+                    energies, grad = evaluate(k) if along_gradient else (None, None)
+                    update(grad, step_size, noise_std, step)
             yield Step(k, x, energies, grad)
+
+    def _updates(self, k: int) -> list[Update]:
+        """The updates of the states that are step k; the last one is along the gradient."""
+        settings, step = self.settings, self.first_step + k
+        step_size, noise_std = at_step(settings.step_size, k), at_step(settings.noise_std, k)
+        if settings.noise_order == "before":
+            return [Update(False, 0.0, noise_std, step), Update(True, step_size, 0.0, step)]
+        return [Update(True, step_size, noise_std, step)]
+
+    def _in_blocks(self, engine: ConvNetGradient, run: Callable[..., Tensor], x: Tensor) -> bool:
+        """Whether :meth:`_block_strides` takes the steps that ``run`` would take."""
+        settings = self.settings
+        return (
+            run is native.step_
+            and native.reads(x)
+            and engine.takes_steps(x)
+            and self.noise is None
+            and not isinstance(settings.grad_clip, tuple)  # a norm needs the gradient of all chains
+            and all_in_memory(settings.step_size, settings.noise_std)
+        )
+
+    def _block_strides(self, engine: ConvNetGradient, x: Tensor, every: int) -> Iterator[Step]:
+        """Each ``every``-th step and the last; the engine takes the steps between them at once."""
+        steps, options, done = self.settings.steps, self._options(), 0
+        while done < steps:
+            end = min(done + engine.block_steps(), steps, done + every - done % every)
+            with torch.no_grad():
+                updates = [update for k in range(done, end) for update in self._updates(k)]
+                energies = engine.advance_(x, updates, end == steps, **options)
+            done = end
+            if done == steps or done % every == 0:
+                yield Step(done - 1, x, energies, None)
 
     def _bound(
         self, run: Callable[..., Tensor], x: Tensor

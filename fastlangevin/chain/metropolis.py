@@ -35,7 +35,12 @@ class AdjustedChain(Chain):
     """A chain whose steps are accepted or rejected; it evaluates K + 1 gradients, one at x0."""
 
     def stride(
-        self, engine: Engine | None, x: Tensor, half: Overflow | None, want_energies: bool = False
+        self,
+        engine: Engine | None,
+        x: Tensor,
+        half: Overflow | None,
+        want_energies: bool = False,
+        every: int = 1,
     ) -> Iterator[Step]:
         settings = self.settings
         if in_memory(x) and not bool(_inside(x, settings.clamp).all()):

@@ -8,6 +8,7 @@ every batch and for any number of threads. csrc/cpu/convnet.h describes how.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.image_graph import ImageGraph, ImageLayer, image_graph
 from fastlangevin.gradients.threads import ThreadTrial
-from fastlangevin.kernels import extension
+from fastlangevin.kernels import extension, native
+from fastlangevin.kernels.memory import in_memory
 from fastlangevin.locks import new_lock
 
 # The chains that a thread takes at a time. Several chains share each read of the weights, which
@@ -29,6 +31,7 @@ _FEW, _FEW_BYTES = 4, 2**24
 _VECTOR_CHUNK = 48
 _MAX_POSITIONS = 256  # of a window: bfloat16 holds them exactly
 _MAX_ELEMENTS = 2**31 - 2**16
+_BLOCK_SECONDS = 0.05  # of a call that takes many steps; interrupts wait for its end
 
 
 def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
@@ -167,31 +170,73 @@ class ConvNetGradient:
 
         The gradient has x's layout, or is contiguous if the network views x in another shape.
         """
-        images = grad_images = x.reshape(x.shape[0], *self.image)
-        if images.shape == x.shape:
-            grad = grad_images = torch.empty_like(x)
-        else:
-            grad_images = torch.empty(images.shape, dtype=x.dtype, device=x.device)
-            grad = grad_images.view(x.shape)
+        images = self._images(x)  # perhaps a copy, which must stay alive
+        grad, grad_images = self._gradient_like(x)
         energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
-            if self._seen != self.graph.versions():
-                self._read()
-            operands = (
-                x.shape[0],
-                self.chunk,
-                images.data_ptr(),
-                images.stride(),
-                grad_images.data_ptr(),
-                grad_images.stride(),
-                self.head.data_ptr(),
-                self.offset,
-                0 if energies is None else energies.data_ptr(),
-                self.packed.data_ptr(),
-                self.workspace.data_ptr(),
-            )
-            self._trial.run(lambda threads: self.net.score(*operands, threads))
+            operands = self._operands(images, grad_images, energies)
+            workspace = self.workspace.data_ptr()
+            self._trial.run(lambda threads: self.net.score(operands, workspace, threads))
         return energies, grad
+
+    def takes_steps(self, x: Tensor) -> bool:
+        """Return whether :meth:`advance_` can run on x, which it reads and writes in place."""
+        return in_memory(x) and self._images(x).data_ptr() == x.data_ptr()
+
+    def block_steps(self) -> int:
+        """Return how many steps :meth:`advance_` takes in a time that an interrupt may wait."""
+        return self._trial.units_within(_BLOCK_SECONDS)
+
+    def advance_(
+        self, x: Tensor, updates: Sequence[native.Update], want_energies: bool, **options: Any
+    ) -> Tensor | None:
+        """Take steps in place on x, all in one call of the extension.
+
+        The result is that of the gradient and of :func:`native.step_` in turn, bit for bit.
+        ``options`` are those of :func:`native.chain_`. Returns the energies [n] at the last
+        gradient if they are wanted.
+        """
+        chunks = x[: self.threads * self.chunk]  # each thread has the gradient of one chunk
+        grad, grad_images = self._gradient_like(chunks)
+        energies = x.new_empty(x.shape[0]) if want_energies else None
+        with self._lock:
+            operands = self._operands(self._images(x), grad_images, energies)
+            self._trial.run(
+                lambda threads: native.chain_(
+                    self.net, operands, x, grad, updates, workspace=self.workspace.data_ptr(),
+                    threads=threads, **options,
+                ),
+                sum(update.along_gradient for update in updates),
+            )  # fmt: skip
+        return energies
+
+    def _images(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], *self.image)
+
+    def _gradient_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return memory for a gradient, in x's layout if possible, and its view as images."""
+        if x.shape[1:] == self.image:
+            grad = torch.empty_like(x)
+            return grad, grad
+        grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return grad, self._images(grad)
+
+    def _operands(self, x: Tensor, grad: Tensor, energies: Tensor | None) -> tuple[Any, ...]:
+        """Return what the extension reads and writes, after a look at the weights."""
+        if self._seen != self.graph.versions():
+            self._read()
+        return (
+            x.shape[0],
+            self.chunk,
+            x.data_ptr(),
+            x.stride(),
+            grad.data_ptr(),
+            grad.stride(),
+            self.head.data_ptr(),
+            self.offset,
+            0 if energies is None else energies.data_ptr(),
+            self.packed.data_ptr(),
+        )
 
     def held_bytes(self) -> int:
         return self.workspace.numel() + 4 * (self.packed.numel() + self.head.numel())

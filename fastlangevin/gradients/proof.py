@@ -16,6 +16,8 @@ _BOUNDS = {torch.float64: 1e-6, torch.float32: 0.05}
 # The bound for the median chain: few chains meet a kink.
 _MEDIAN_BOUND = 0.005
 _HALF_BOUND = 0.3
+# Converted to float64 at a time, so that a proof needs no more memory than a step.
+_ELEMENTS = 2048
 
 
 class Verdict(NamedTuple):
@@ -31,20 +33,20 @@ class Verdict(NamedTuple):
 def prove(run: RunResults, engine: Engine, x: Tensor) -> Verdict:
     """Compare an engine's energies and gradients at x with autograd's, chain by chain."""
     energies, grad = run.energies.reshape(-1), run.grad
+    if grad is None:
+        return Verdict("autograd finds no gradient", True)
     engine.begin()
     engine_energies, engine_grad = engine(x, True)
     assert engine_energies is not None
+    distances = _norms(engine_grad, grad)
+    del engine_grad
     # Without energies an engine may run other operators.
-    grads = engine_grad, engine(x, False)[1]
-    if grad is None:
-        return Verdict("autograd finds no gradient", True)
-    expected = _rows(grad)
-    norms = expected.norm(dim=1)
+    distances = torch.maximum(distances, _norms(engine(x, False)[1], grad))
+    norms = _norms(grad)
     bound = _BOUNDS.get(run.x.dtype, _HALF_BOUND)
-    distances = torch.stack([(_rows(g) - expected).norm(dim=1) for g in grads]).amax(0)
     finite = norms.isfinite() & energies.isfinite()
     # An energy may be a small difference of large terms, and the gradient shows how large.
-    sizes = energies.double().abs() + norms * _rows(x).norm(dim=1)
+    sizes = energies.double().abs() + norms * _norms(x)
     size = torch.where(finite, sizes, 0.0).max()
     energy_errors = (engine_energies.double() - energies.double()).abs()
     wrong = finite & ~((distances <= bound * norms) & (energy_errors <= bound * size))
@@ -69,6 +71,17 @@ def other_states(x: Tensor) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(0)
     noise = torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu")
     return x.detach() + (noise - 0.5).to(device=x.device, dtype=x.dtype)
+
+
+def _norms(values: Tensor, others: Tensor | None = None) -> Tensor:
+    """Return the norm in float64 of each chain's values, minus others, a few chains at a time."""
+    chains = max(1, _ELEMENTS // max(1, values[0].numel()))
+    norms = []
+    for first in range(0, len(values), chains):
+        part = slice(first, first + chains)
+        rows = _rows(values[part])
+        norms.append((rows if others is None else rows - _rows(others[part])).norm(dim=1))
+    return torch.cat(norms)
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ a step with given noise equals the reference's bit for bit. Its own normals diff
 reference's by less than 2e-6, and are equal on all instruction sets and GPUs.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,9 +16,18 @@ from fastlangevin.kernels.checks import check_rng_state
 from fastlangevin.kernels.extension import available
 from fastlangevin.kernels.memory import all_in_memory, in_memory
 
-__all__ = ["available", "launch", "reads", "step_"]
+__all__ = ["Update", "available", "chain_", "launch", "reads", "step_"]
 
 _INF = float("inf")
+
+
+class Update(NamedTuple):
+    """One update of a chain's states; a step with noise before its gradient has two."""
+
+    along_gradient: bool
+    step_size: reference.Coefficient
+    noise_std: reference.Coefficient
+    step: int
 
 
 def step_(
@@ -120,6 +132,57 @@ def launch(
         0 if rng_state is None else rng_state.data_ptr(),
         device,
         queue,
+    )
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
+def chain_(
+    net: Any,
+    operands: tuple[Any, ...],
+    x: Tensor,
+    grad: Tensor,
+    updates: Sequence[Update],
+    *,
+    seed: int,
+    first_chain: int,
+    clamp: tuple[float, float] | None,
+    grad_clip: float | None,
+    maximize: bool,
+    noise_last: bool,
+    workspace: int,
+    threads: int,
+) -> None:
+    """Updates in turn, in place on x, each the same as :func:`step_` along the network's gradient.
+
+    ``net`` is a ConvNet of the extension, ``operands`` are those of its ``score``, with grad as
+    memory for the gradient. x and grad must be in memory and in float32, as must all tensors among
+    the coefficients, in any floating dtype; :func:`reads` must hold for x.
+    """
+    lo, hi = clamp or (-_INF, _INF)
+    # Converted values must stay alive until the kernels have run.
+    values = [
+        [_as_values(v, x) if isinstance(v, Tensor) else v for v in (u.step_size, u.noise_std)]
+        for u in updates
+    ]
+    net.chain(
+        operands,
+        x.shape,
+        x.stride(),
+        grad.stride(),
+        [
+            (u.along_gradient, _coefficient(a), _coefficient(b), not reference.is_zero(b), u.step)
+            for u, (a, b) in zip(updates, values, strict=True)
+        ],
+        maximize,
+        _INF if grad_clip is None else grad_clip,
+        lo,
+        hi,
+        noise_last,
+        seed,
+        first_chain,
+        workspace,
+        threads,
     )
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)

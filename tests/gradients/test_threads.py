@@ -42,3 +42,19 @@ def test_a_slow_first_call_decides_nothing() -> None:
 def test_both_are_tried_again_later() -> None:
     used = counts(2, {2: 2.0, 1: 1.0}, 2000)
     assert used[1000:1006] == [2, 1, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_units_fill_the_time_that_is_asked_for(most: int) -> None:
+    clock, trial = [0.0], ThreadTrial(most)
+    assert trial.units_within(1.0) == 1  # nothing is known yet
+
+    def task(n: int) -> None:
+        clock[0] += 0.5 / n
+
+    with mock.patch.object(threads.time, "perf_counter", side_effect=lambda: clock[0]):
+        trial.run(task, 10)
+        assert trial.units_within(1.0) == (20 if most == 1 else 4)
+        trial.run(task, 10)
+    assert trial.units_within(1.0) == 20
+    assert trial.units_within(1e-9) == 1

@@ -50,7 +50,7 @@ class Recording(NamedTuple):
 class RunResults(NamedTuple):
     """What autograd computed in a recorded run."""
 
-    x: Tensor  # a copy of the states, in the dtype in which they enter the network
+    x: Tensor  # the states, in the dtype in which they enter the network
     energies: Tensor
     grad: Tensor | None
 
@@ -68,9 +68,9 @@ def record(
     model_kwargs: dict[str, Any] | None = None,
     precision: str | None = None,
 ) -> tuple[Recording, RunResults | None]:
-    """Run the energy and its gradient once on a copy of x [n, ...] and record what they compute.
+    """Run the energy and its gradient once on x [n, ...] and record what they compute.
 
-    With a half ``precision`` the run is under autocast, and there is no graph. The results are None
+    The run cannot change x: every operator is refused before it writes to the states. With a half ``precision`` the run is under autocast, and there is no graph. The results are None
     if the run cannot be repeated from a recording. State of modules, objects and globals that the
     run changes is restored. If x is empty, one chain of zeros is run.
     """
@@ -91,7 +91,13 @@ def no_hooks() -> contextlib.AbstractContextManager[None]:
     A checkpoint around a chain counts the tensors that its hooks see. That number must not depend
     on whether the energy is recorded in this call or was recorded before.
     """
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    top = getattr(autograd, "_top_saved_tensors_default_hooks", None)  # not in every torch
+    if top is not None and top(True) is None:
+        # Hooks would keep alive what the backward pass does not read, such as the values of an
+        # encoder: a saved output then refers to its node, and that to the output.
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
@@ -140,7 +146,11 @@ class _Refusals:
 
 
 def _record(
-    energy: Callable[..., Any], x: Tensor, model_kwargs: dict[str, Any], precision: str | None
+    energy: Callable[..., Any],
+    x: Tensor,
+    model_kwargs: dict[str, Any],
+    precision: str | None,
+    copy: bool = False,
 ) -> tuple[Recording, RunResults | None]:
     refuse, snapshot = _Refusals(), Snapshot()
     try:
@@ -148,7 +158,7 @@ def _record(
     except Exception as error:
         reason = f"it raises {type(error).__name__}: {error}"
         return Recording(reason, reason, None), None
-    leaf = x.detach().to(dtype, copy=True).requires_grad_()
+    leaf = x.detach().to(dtype, copy=copy or x.is_inference()).requires_grad_()
     snapshot.add(energy, getattr(energy, "__name__", type(energy).__name__))
     if snapshot.unknown is not None:
         return Recording(snapshot.unknown, snapshot.unknown, None), None
@@ -184,7 +194,7 @@ def _record(
         if isinstance(trace, Trace):
             trace = replace(trace.with_arguments(model_kwargs), is_autocast=precision in HALVES)
             graph = _with_computed(graph, trace)
-        results = RunResults(leaf.detach(), out.detach(), grad)
+        results = RunResults(leaf.detach(), _alone(out), None if grad is None else _alone(grad))
         # Weights that every run computes and keeps as an attribute, without reading the last ones.
         snapshot.put_back_tensors(tracer.replaces)
         changed = watch.changed() or _refusal(("", module) for module in snapshot.modules)
@@ -196,6 +206,9 @@ def _record(
         snapshot.put_back_tensors(tracer.replaces)
         watch.restore()
         tracer.watch = tracer.observe = None  # no cycle keeps the run's tensors alive
+    if tracer.meets_state and not copy:
+        # The energy also reads x as a constant, and the two must be told apart.
+        return _record(energy, x, model_kwargs, precision, copy=True)
     if refuse.reason is not None:
         graph = trace = refuse.reason
         results = None
@@ -207,6 +220,12 @@ def _record(
     if not hidden and may_be_kept(snapshot, model_kwargs, tracer.leaves):
         guard = Guard(energy, x, model_kwargs, snapshot, tracer.leaves, numbers)
     return Recording(graph, trace, guard), results
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor that keeps no other values alive, as those that it is a view of."""
+    tensor = tensor.detach()
+    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
 
 
 def _recorder(

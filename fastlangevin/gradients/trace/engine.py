@@ -56,6 +56,7 @@ class TracedGradient:
         with torch.no_grad(), network_precision(self.precision, x.device):
             constants = self._constants.get(want_energies)
             if constants is None:
+                self._constants = {}  # two programs need not have packed weights at a time
                 inputs = self._inputs or self._programs.inputs(self._model_kwargs)
                 self._inputs = inputs
                 constants = program.prepare(*[inputs[n] for n in program.inputs])

@@ -43,6 +43,7 @@ class Tracer(TorchDispatchMode):
         self.leaves: dict[int, Tensor] = {}
         # Python numbers that the run read from tensors that do not depend on the states, by slot.
         self.numbers: dict[int, Any] = {}
+        self.meets_state = False  # whether the run reads the memory of the states by another tensor
         self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id
         self._storages: dict[int, int] = {}  # by address, of the tensors that existed before
         self._count = 0
@@ -142,6 +143,7 @@ class Tracer(TorchDispatchMode):
             raise self.refuse(f"it reads a {type(tensor).__name__} of layout {tensor.layout}")
         number = self._place(tensor, self._storage_of(tensor))
         self.leaves[number] = tensor
+        self.meets_state = self.meets_state or self.values[number].storage == 0
         return number
 
     def replaces(self, before: Tensor, now: Tensor) -> bool:
