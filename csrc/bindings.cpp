@@ -157,6 +157,30 @@ void pack_weights(const ConvNet& net, const std::vector<WeightsTuple>& tuples, u
   cpu::pack_weights(net, all, reinterpret_cast<float*>(packed), threads);
 }
 
+Convolution plan_convolution(int in, int out, const Pair& size, const Pair& image,
+                             const Pair& kernel, const Pair& stride, const Pair& padding,
+                             bool gradient) {
+  const ConvLayer layer{LayerKind::kConv, {0, -1}, in, out, size[0], size[1],
+                        Activation::kIdentity, {kernel[0], kernel[1]}, {stride[0], stride[1]},
+                        {padding[0], padding[1]}};
+  return cpu::plan_convolution(layer, image[0], image[1], gradient);
+}
+
+void pack_convolution(const Convolution& conv, uintptr_t weights, uintptr_t packed, int threads) {
+  py::gil_scoped_release unlocked;
+  cpu::pack_convolution(conv, reinterpret_cast<const float*>(weights),
+                        reinterpret_cast<float*>(packed), threads);
+}
+
+void convolve(const Convolution& conv, int64_t chains, uintptr_t x, uintptr_t packed,
+              uintptr_t bias, float leak, uintptr_t out, int threads) {
+  py::gil_scoped_release unlocked;
+  cpu::convolve(conv,
+                {reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(packed),
+                 reinterpret_cast<const float*>(bias), leak, reinterpret_cast<float*>(out)},
+                chains, threads);
+}
+
 // (begin, height, width, stride between pixels) of each head in the array of all.
 std::vector<std::array<int64_t, 4>> head_places(const ConvNet& net) {
   std::vector<std::array<int64_t, 4>> places;
@@ -303,6 +327,14 @@ PYBIND11_MODULE(_native, module) {
            py::arg("grad_strides"), py::arg("updates"), py::arg("maximize"), py::arg("grad_clip"),
            py::arg("lo"), py::arg("hi"), py::arg("noise_last"), py::arg("seed"),
            py::arg("first_chain"), py::arg("workspace"), py::arg("threads"));
+  py::class_<fl::Convolution>(module, "Convolution")
+      .def(py::init(&fl::plan_convolution), py::arg("in_channels"), py::arg("out_channels"),
+           py::arg("out_size"), py::arg("in_size"), py::arg("kernel"), py::arg("stride"),
+           py::arg("padding"), py::arg("gradient"))
+      .def_readonly("packed", &fl::Convolution::packed)
+      .def_readonly("saving", &fl::Convolution::saving)
+      .def("pack", &fl::pack_convolution)
+      .def("run", &fl::convolve);
   module.def("watch_methods", &fl::watch_methods);
   module.def("instruction_set", &fl::cpu::instruction_set);
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));

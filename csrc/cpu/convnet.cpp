@@ -15,10 +15,10 @@ namespace {
 // of output channels][kernel position][one or two input channels][output channel of the
 // block][which of the two].
 template <class At>
-void pack_pass(const ConvNet& net, const ConvPass& pass, int threads, const At& at,
-               float* packed) {
-  const int lanes = net.kernels->lanes, whole = lanes * net.kernels->vectors;
-  const int64_t step = net.bfloat16 ? 2 : 1, steps = (pass.in + step - 1) / step;
+void pack_pass(const ConvKernels& kernels, bool bfloat16, const ConvPass& pass, int threads,
+               const At& at, float* packed) {
+  const int lanes = kernels.lanes, whole = lanes * kernels.vectors;
+  const int64_t step = bfloat16 ? 2 : 1, steps = (pass.in + step - 1) / step;
   const int64_t rows = pass.rows.size(), blocks = (pass.out + whole - 1) / whole;
   constexpr int64_t kFew = 4;
   packed += pass.weights;
@@ -58,9 +58,9 @@ void pack_pass(const ConvNet& net, const ConvPass& pass, int threads, const At& 
 // Packs the transformed weights of a pass by tiles, as [block of output channels][product][phase]
 // [input channel][output channel of the block].
 template <class At>
-void pack_tiles(const ConvNet& net, const ConvPass& pass, int threads, const At& at,
+void pack_tiles(const ConvKernels& kernels, const ConvPass& pass, int threads, const At& at,
                 float* packed) {
-  const int lanes = net.kernels->lanes, whole = lanes * net.kernels->vectors;
+  const int lanes = kernels.lanes, whole = lanes * kernels.vectors;
   const WinogradTiles& tiles = pass.tiles;
   const int64_t blocks = (pass.out + whole - 1) / whole, phases = tiles.phases.size();
   const int positions = tiles.taps[0] * tiles.taps[1], products = tiles.products();
@@ -88,29 +88,36 @@ void pack_tiles(const ConvNet& net, const ConvPass& pass, int threads, const At&
 }
 
 template <class At>
-void pack_any(const ConvNet& net, const ConvPass& pass, int threads, const At& at, float* packed) {
-  if (pass.tiles.used()) return pack_tiles(net, pass, threads, at, packed);
-  pack_pass(net, pass, threads, at, packed);
+void pack_any(const ConvKernels& kernels, bool bfloat16, const ConvPass& pass, int threads,
+              const At& at, float* packed) {
+  if (pass.tiles.used()) return pack_tiles(kernels, pass, threads, at, packed);
+  pack_pass(kernels, bfloat16, pass, threads, at, packed);
+}
+
+// at(output channel, input channel) of weights [out, in, kh, kw], or null beyond the last.
+auto weights_at(const ConvLayer& layer, const float* weights) {
+  return [&layer, weights](int64_t o, int64_t i) -> const float* {
+    if (o >= layer.out || i >= layer.in) return nullptr;
+    return weights + (o * layer.in + i) * layer.kernel[0] * layer.kernel[1];
+  };
 }
 
 void pack_conv(const ConvNet& net, size_t k, const float* weights, int threads, float* packed) {
   const ConvLayer& layer = net.layers[k];
   const LayerPlan& plan = net.plans[k];
   const int positions = layer.kernel[0] * layer.kernel[1];
-  const auto at = [&](int64_t o, int64_t i) -> const float* {
-    if (o >= layer.out || i >= layer.in) return nullptr;
-    return weights + (o * layer.in + i) * positions;
+  const auto at = weights_at(layer, weights);
+  const auto pack = [&](const ConvPass& pass, const auto& from) {
+    pack_any(*net.kernels, net.bfloat16, pass, threads, from, packed);
   };
-  const auto forward = [&](int64_t i, int64_t o) { return at(o, i); };
-  const auto spread = [&](int64_t o, int64_t i) -> const float* {
-    const float* all = i < positions * layer.in ? at(o, i % layer.in) : nullptr;
-    return all ? all + i / layer.in : nullptr;
-  };
-  pack_any(net, plan.forward, threads, forward, packed);
+  pack(plan.forward, [&](int64_t i, int64_t o) { return at(o, i); });
   if (k == 0 && net.spread.pixel > 0) {
-    pack_pass(net, net.spread.products, threads, spread, packed);
+    pack(net.spread.products, [&](int64_t o, int64_t i) -> const float* {
+      const float* all = i < positions * layer.in ? at(o, i % layer.in) : nullptr;
+      return all ? all + i / layer.in : nullptr;
+    });
   } else {
-    for (const ConvPass& pass : plan.backward) pack_any(net, pass, threads, at, packed);
+    for (const ConvPass& pass : plan.backward) pack(pass, at);
   }
 }
 
@@ -139,6 +146,28 @@ void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, 
     fill(plan.bias, weights[k].bias, 0.0f);
     std::copy_n(weights[k].settings.data(), 2, packed + plan.settings);
   }
+}
+
+void pack_convolution(const Convolution& conv, const float* weights, float* packed, int threads) {
+  const auto at = weights_at(conv.layer, weights);
+  for (const ConvPass& pass : conv.passes) {
+    if (conv.gradient) {
+      pack_any(*conv.kernels, false, pass, threads, at, packed);
+    } else {
+      pack_any(*conv.kernels, false, pass, threads,
+               [&](int64_t i, int64_t o) { return at(o, i); }, packed);
+    }
+  }
+}
+
+void convolve(const Convolution& conv, const ConvolutionBatch& batch, int64_t chains, int threads) {
+  // Enough chains for whole tiles of small images, whose frames stay in the second-level cache.
+  constexpr int64_t kMost = 8, kNumbers = 1 << 16;
+  const int64_t chunk = std::clamp<int64_t>(kNumbers / conv.read.chain, 1, kMost);
+  parallel_for(chains, threads, [&](int64_t first, int64_t last) {
+    std::vector<float> memory(conv.read.chain * std::min(chunk, last - first) + conv.scratch);
+    conv.kernels->convolve(conv, batch, first, last, chunk, memory.data());
+  });
 }
 
 void convnet_score(const ConvNet& net, const ConvBatch& batch, void* workspace, int threads) {

@@ -19,6 +19,10 @@ struct ConvKernels {
   using Score = void(const ConvNet& net, const ConvBatch& batch, int64_t first_chain,
                      int64_t last_chain, void* workspace);
   Score *score, *score_bfloat16;
+  // Convolves chains [first, last). `memory`, all zero, holds the frames of a chunk of chains and
+  // then conv.scratch numbers.
+  void (*convolve)(const Convolution& conv, const ConvolutionBatch& batch, int64_t first,
+                   int64_t last, int64_t chunk, float* memory);
 };
 
 extern const ConvKernels kConvBaseline;
@@ -35,6 +39,16 @@ const ConvKernels& conv_kernels();
 // and the energy is a linear function of the values `heads`.
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
                      const std::vector<int32_t>& heads, bool bfloat16);
+
+// Plans a convolution that reads images of this size or, if it is a gradient, writes them. What it
+// writes has whole vectors of channels.
+Convolution plan_convolution(const ConvLayer& layer, int height, int width, bool gradient);
+
+// Packs contiguous weights [out, in, kh, kw] into conv.packed words.
+void pack_convolution(const Convolution& conv, const float* weights, float* packed, int threads);
+
+// Computes a convolution of all chains.
+void convolve(const Convolution& conv, const ConvolutionBatch& batch, int64_t chains, int threads);
 
 // The parameters of a layer: contiguous weights [out, in, kh, kw] of kConv or [out] of kPointwise
 // and kNorm, a bias [out], or null, and the settings of the activation.

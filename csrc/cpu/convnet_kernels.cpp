@@ -273,6 +273,42 @@ void score(const ConvNet& net, const ConvBatch& batch, int64_t first, int64_t la
   }
 }
 
+void convolve(const Convolution& conv, const ConvolutionBatch& batch, int64_t first, int64_t last,
+              int64_t chunk, float* memory) {
+  const ConvBuffer &in = conv.read, &out = conv.written;
+  for (; first < last; first += chunk) {
+    const int64_t chains = std::min(last - first, chunk);
+    const float* from = batch.x + first * in.height * in.width * in.channels;
+    for (int64_t n = 0; n < chains; ++n) {
+      for (int y = 0; y < in.height; ++y) {
+        for (int x = 0; x < in.width; ++x, from += in.channels) {
+          std::copy_n(from, in.channels, memory + n * in.chain + in.at(y, x));
+        }
+      }
+    }
+    float* to = batch.out + first * out.chain;
+    const auto finish = [&](const Finish& each) {
+      for (const ConvPass& pass : conv.passes) {
+        run(pass, Ends<Float32>{memory, in.chain, out.chain}, chains, batch.packed, each,
+            memory + chains * in.chain);
+      }
+    };
+    const float *bias = batch.bias, leak = batch.leak;
+    if (bias == nullptr) {
+      finish([=](int64_t at, int, Float sum) { Vector::store(to + at, sum); });
+    } else if (leak == 1.0f) {
+      finish([=](int64_t at, int channel, Float sum) {
+        Vector::store(to + at, sum + Vector::load(bias + channel));
+      });
+    } else {
+      finish([=](int64_t at, int channel, Float sum) {
+        const Float z = sum + Vector::load(bias + channel);
+        Vector::store(to + at, z > 0.0f ? z : z * leak);
+      });
+    }
+  }
+}
+
 }  // namespace
 }  // namespace FASTLANGEVIN_ISA
 
@@ -280,6 +316,6 @@ namespace cpu {
 const ConvKernels FASTLANGEVIN_CONV_KERNELS = {
     FASTLANGEVIN_ISA::kLanes, FASTLANGEVIN_ISA::kVectors,
     FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::Float32>,
-    FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::BFloat16>};
+    FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::BFloat16>, FASTLANGEVIN_ISA::convolve};
 }  // namespace cpu
 }  // namespace fastlangevin

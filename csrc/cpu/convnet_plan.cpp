@@ -250,15 +250,21 @@ std::vector<int> plan_arrivals(ConvNet& net) {
   return parts;
 }
 
+// The stride of pixels of whole vectors. Pixels that are a power of two apart would share a few sets
+// of the first-level cache.
+int64_t padded(int64_t channels, int lanes) {
+  const int64_t pixel = round_up(channels, lanes);
+  return pixel % 256 == 0 ? pixel + lanes : pixel;
+}
+
 // Chooses the strides of every buffer and where its values, slopes and gradients are.
 void place_buffers(ConvNet& net, const std::vector<int>& parts) {
   const int lanes = net.kernels->lanes, step = net.bfloat16 ? 2 : 1;
   for (size_t v = 0; v < net.buffers.size(); ++v) {
     ConvBuffer& buffer = net.buffers[v];
     // No vector is written to a state that one convolution reads, a number or pair at a time.
-    buffer.pixel = round_up(buffer.channels, v == 0 && net.direct ? step : lanes);
-    // Pixels that are a power of two apart would share a few sets of the first-level cache.
-    if (buffer.pixel % 256 == 0) buffer.pixel += lanes;
+    buffer.pixel = v == 0 && net.direct ? round_up(buffer.channels, step)
+                                        : padded(buffer.channels, lanes);
     buffer.row = buffer.pixel * (buffer.left + buffer.width + buffer.right);
     buffer.chain = round_up(buffer.row * (buffer.top + buffer.height + buffer.bottom), lanes * step);
     const auto reserve = [&](int64_t size) { return (net.workspace += size) - size; };
@@ -284,7 +290,45 @@ void place_buffers(ConvNet& net, const std::vector<int>& parts) {
   net.workspace *= sizeof(float) / step;
 }
 
+// Places the packed weights of a pass after those that are there, and returns the numbers that its
+// tiles take.
+int64_t place_pass(const ConvKernels& kernels, int step, ConvPass& pass, int64_t& packed) {
+  const WinogradTiles& tiles = pass.tiles;
+  if (!tiles.used()) join_taps(pass, step);
+  pass.weights = packed;
+  packed += (tiles.used() ? tiles.products() : int64_t(pass.taps.size())) * pass.steps *
+            round_up(pass.out, kernels.lanes);
+  if (!tiles.used()) return 0;
+  return tiles.products() * tiles.block * (tiles.row + kernels.vectors * kernels.lanes);
+}
+
 }  // namespace
+
+Convolution plan_convolution(const ConvLayer& layer, int height, int width, bool gradient) {
+  const ConvKernels& kernels = conv_kernels();
+  Convolution conv{&kernels, layer, gradient};
+  ConvBuffer in{height, width, layer.in}, out{layer.height, layer.width, layer.out};
+  frame(layer, in, out);
+  conv.read = gradient ? out : in;
+  conv.written = {gradient ? height : layer.height, gradient ? width : layer.width,
+                  gradient ? layer.in : layer.out};
+  conv.read.pixel = padded(conv.read.channels, kernels.lanes);
+  conv.written.pixel = conv.written.channels;
+  for (ConvBuffer* buffer : {&conv.read, &conv.written}) {
+    buffer->row = buffer->pixel * (buffer->left + buffer->width + buffer->right);
+    buffer->chain = buffer->row * (buffer->top + buffer->height + buffer->bottom);
+  }
+  conv.passes = gradient ? plan_backward(layer, conv.written, conv.read, kernels.lanes)
+                         : std::vector{plan_forward(layer, conv.read, conv.written, kernels.lanes)};
+  double all = 0, saved = 0;
+  for (ConvPass& pass : conv.passes) {
+    const double products = double(pass.to.size()) * pass.rows.size();
+    all += products, saved += products * pass.tiles.saving;
+    conv.scratch = std::max(conv.scratch, place_pass(kernels, 1, pass, conv.packed));
+  }
+  conv.saving = all > 0 ? saved / all : 0;
+  return conv;
+}
 
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
                      const std::vector<int32_t>& heads, bool bfloat16) {
@@ -316,14 +360,7 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
   }
   int64_t tiled_numbers = 0;
   const auto place = [&](ConvPass& pass) {
-    const WinogradTiles& tiles = pass.tiles;
-    if (!tiles.used()) join_taps(pass, step);
-    pass.weights = net.packed;
-    net.packed += (tiles.used() ? tiles.products() : int64_t(pass.taps.size())) * pass.steps *
-                  round_up(pass.out, lanes);
-    if (!tiles.used()) return;
-    const int64_t numbers = tiles.row + net.kernels->vectors * lanes;  // of a tile, each product
-    tiled_numbers = std::max(tiled_numbers, tiles.products() * tiles.block * numbers);
+    tiled_numbers = std::max(tiled_numbers, place_pass(*net.kernels, step, pass, net.packed));
   };
   for (size_t k = 0; k < net.layers.size(); ++k) {
     const ConvLayer& layer = net.layers[k];

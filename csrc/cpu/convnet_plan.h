@@ -88,6 +88,7 @@ struct WinogradTiles {
   std::vector<int32_t> rows{};     // the kernel's positions [phase][taps[0]][taps[1]]
   int64_t row = 0;                 // numbers of a tile's transformed input, for each product
   int64_t block = 0;               // tiles that are multiplied together
+  double saving = 0;               // the part of the time of direct products that it takes less
 
   bool used() const { return !from.empty(); }
   int products() const {
@@ -161,6 +162,26 @@ struct ConvNet {
   int64_t head_values = 0;          // size of the weights of all heads
   int64_t workspace = 0;            // bytes of a thread's workspace for each of its chains
   int64_t scratch = 0;              // further bytes of a thread's workspace, after its chains
+};
+
+// One convolution of images in memory [n, height, width, channels] or, if it is a `gradient`, the
+// input gradient of one, which is what a transposed convolution computes.
+struct Convolution {
+  const cpu::ConvKernels* kernels;
+  ConvLayer layer;
+  bool gradient;
+  ConvBuffer read{}, written{};  // what is read is copied into a frame
+  std::vector<ConvPass> passes{};
+  int64_t packed = 0;            // size of the packed weights in words
+  int64_t scratch = 0;           // numbers of a thread, after the frames of its chains
+  double saving = 0;             // the part of the time of direct products that tiles take less
+};
+
+// The operands of one convolution: result = f(sums + bias), where f(z) is z, or leak z below 0.
+struct ConvolutionBatch {
+  const float *x, *packed, *bias;  // the bias may be null
+  float leak;
+  float* out;
 };
 
 // The operands of one call. It writes the gradient and, if requested, the energies.

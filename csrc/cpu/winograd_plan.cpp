@@ -61,6 +61,7 @@ void plan_tiles(const PassGrid& grid, int lanes, ConvPass& pass) {
   const double transformed = count * tiles.products() * kTransform *
                              (phases * vectors(pass.in) + vectors(pass.out));
   if (multiplied + transformed > direct) return;
+  tiles.saving = 1 - (multiplied + transformed) / direct;
   for (int y = 0; y < grid.size[0]; y += tiles.outputs[0]) {
     for (int x = 0; x < grid.size[1]; x += tiles.outputs[1]) {
       tiles.from.push_back(pass.from[y * grid.size[1] + x] + pass.taps.front());

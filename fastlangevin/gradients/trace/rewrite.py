@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastlangevin.gradients import onednn
+from fastlangevin.gradients.trace.convolution import Convolution, faster
 from fastlangevin.gradients.trace.instructions import Instruction, Slot, Value, mapped
 from fastlangevin.gradients.trace.split import Draft
 
@@ -155,12 +156,21 @@ def _convolution(draft: Draft, constants: set[int], instruction: Instruction) ->
         len(value.shape) != 4
         or weight.number not in constants
         or (isinstance(bias, Slot) and bias.number not in constants)
-        or not _packs(value.dtype)
-        or onednn.skips(kernel.shape[2:], stride, padding)
+        or value.dtype not in (torch.float32, torch.bfloat16)
         or any(p >= s for p, s in zip(output_padding, stride, strict=False))
     ):
         return instruction
     spread = transposed == forward  # whether it is computed as a transposed convolution
+    tiled = None
+    if value.dtype == torch.float32:
+        settings = stride, padding, dilation, groups
+        tiled = faster(source.shape, value.shape, kernel.shape, settings, spread)
+    if tiled is not None:
+        packed = draft.new_slot(kernel._replace(shape=(tiled.packed_numbers,)))
+        draft.added.append(Instruction(tiled.pack, (weight,), {}, (packed,), True))
+        return Instruction(tiled, (read, Slot(packed), bias), {}, (written,), True)
+    if not _packs(value.dtype) or onednn.skips(kernel.shape[2:], stride, padding):
+        return instruction
     if not forward:
         # What no window of the forward convolution reads, or what a transposed one adds.
         output_padding = (
@@ -205,7 +215,7 @@ def _convolution(draft: Draft, constants: set[int], instruction: Instruction) ->
 
 def _packs(dtype: torch.dtype) -> bool:
     has = hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
-    return has and dtype in (torch.float32, torch.bfloat16) and onednn.runs(dtype)
+    return has and onednn.runs(dtype)
 
 
 def _fuse_leaky_relu(draft: Draft) -> None:
@@ -213,7 +223,8 @@ def _fuse_leaky_relu(draft: Draft) -> None:
     mkldnn = torch.ops.mkldnn
     fused: set[int] = set()  # indices of the leaky relus that convolutions apply
     for k, instruction in enumerate(draft.each):
-        if instruction.op is not mkldnn._convolution_pointwise.default:
+        tiled = isinstance(instruction.op, Convolution)
+        if not tiled and instruction.op is not mkldnn._convolution_pointwise.default:
             continue
         (number,) = instruction.written
         readers = [(j, draft.each[j]) for j in draft.readers(number)]
@@ -225,9 +236,9 @@ def _fuse_leaky_relu(draft: Draft) -> None:
         if slope <= 0 or any(i.args[0] == Slot(number) for _, i in backward):
             continue
         (out,) = activation.written
-        draft.each[k] = replace(
-            instruction, args=(*instruction.args[:7], "leaky_relu", [slope], ""), outputs=(out,)
-        )
+        args = (slope,) if tiled else ("leaky_relu", [slope], "")
+        args = *instruction.args[: 3 if tiled else 7], *args
+        draft.each[k] = replace(instruction, args=args, outputs=(out,))
         fused.add(j)
         for b, i in backward:
             draft.each[b] = replace(i, args=(i.args[0], Slot(out), slope, True))
@@ -287,7 +298,9 @@ _POINTWISE = frozenset((
 
 def _in_place(instruction: Instruction) -> Any:
     """Return the operator that writes its result to its first argument, or None."""
-    schema = instruction.op._schema  # type: ignore[attr-defined]
+    schema = getattr(instruction.op, "_schema", None)
+    if schema is None:
+        return None
     space, _, name = schema.name.partition("::")
     if space != "aten":
         return None
