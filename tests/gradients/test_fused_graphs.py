@@ -94,6 +94,29 @@ def test_a_piecewise_activation_that_several_layers_read(slope: float) -> None:
     check(energy, numbers(SHAPE), half_bound=0.2)  # rounded values are on other sides of kinks
 
 
+@pytest.mark.parametrize("chains", [1, 5])
+def test_instance_norms(chains: int) -> None:
+    """Torch writes them as batch norms of one image with the channels of all chains."""
+    image = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.SiLU(), nn.InstanceNorm2d(4),
+        nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 1),
+    )  # fmt: skip
+    sequence = nn.Sequential(
+        nn.Conv1d(3, 4, 1), nn.InstanceNorm1d(4, affine=True), nn.SiLU(), nn.Flatten(),
+        nn.Linear(4 * 9, 1),
+    )  # fmt: skip
+    for energy, shape in ((image, (3, 6, 6)), (sequence, (3, 9))):
+        nn.init.normal_(energy[1].weight)
+        nn.init.normal_(energy[1].bias)
+        check(energy, numbers((chains, *shape)))
+
+
+def test_a_batch_norm_of_all_chains_is_no_instance_norm() -> None:
+    norm = nn.BatchNorm2d(3, track_running_stats=False)
+    energy = nn.Sequential(norm, nn.SiLU(), nn.Flatten(), nn.Linear(3 * 36, 1)).eval()
+    assert recognise(energy, numbers((4, 3, 6, 6))) == ("a batch norm in train mode mixes chains")
+
+
 def test_layer_norms_of_vectors() -> None:
     energy = nn.Sequential(mlp(nn.SiLU, 3, 9)[0], nn.LayerNorm(9), nn.SiLU(), nn.Linear(9, 1))
     nn.init.normal_(energy[1].weight)

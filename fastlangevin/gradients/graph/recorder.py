@@ -43,6 +43,10 @@ class OperatorRecorder:
         self._parameters = {id(t): t for t in constants if t.layout is torch.strided}
         self._constants: dict[int, Constant] = {}  # by slot, views of parameters and computed ones
         self._computed: set[int] = set()  # slots of tensors computed without the states
+        # How torch writes an instance norm: as a batch norm of one image with all chains' channels,
+        # whose weights are repeated for each chain. By slot, values in this form and the weights.
+        self._joined: dict[int, int] = {}
+        self._repeated: dict[int, Constant] = {}
 
     def refuse(self, reason: str) -> Exception:
         """Return the error to raise for what a graph cannot hold."""
@@ -68,7 +72,8 @@ class OperatorRecorder:
     ) -> None:
         tensors = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
         read = [self.slots.slot_of(tensor) for tensor in tensors]
-        if not any(slot in self.values or slot in self.spoilt for slot in read):
+        moving = self.values.keys() | self.spoilt.keys() | self._joined.keys()
+        if moving.isdisjoint(read):
             self._see_constants(func, name, args, out)
             return
         if name == "detach":
@@ -80,6 +85,8 @@ class OperatorRecorder:
                 raise self.refuse(self.spoilt[slot])
         if not torch.is_grad_enabled():
             raise self.refuse(f"{name} runs under torch.no_grad, or in a torch.autograd.Function")
+        if self._see_instance_norm(name, _named(func, args, kwargs), out):
+            return
         describe = OPERATORS.get(name)
         if describe is None:
             raise self.refuse(f"{name} is not supported")
@@ -102,12 +109,50 @@ class OperatorRecorder:
         self.nodes.append(node)
         self.values[written] = len(self.nodes)
 
+    def _see_instance_norm(self, name: str, a: dict[str, Any], out: Any) -> bool:
+        """See an operator of an instance norm; return whether it is one."""
+        tensor = a.get("self", a.get("input"))
+        if not isinstance(tensor, Tensor):
+            return False
+        shape, slot = tuple(tensor.shape), self.slots.slot_of(tensor)
+        joins = len(shape) > 2 and slot in self.values and shape[0] == self.chains
+        if name == "view" and joins and tuple(out.shape) == (1, shape[0] * shape[1], *shape[2:]):
+            self._joined[self.slots.slot_of(out)] = self.values[slot]
+            # Of a single chain, this is no other shape.
+            return self.chains > 1
+        value = self._joined.get(slot)
+        if value is None:
+            return False
+        each = (self.chains, shape[1] // self.chains, *shape[2:])
+        if name == "view" and tuple(out.shape) == each:
+            self.values[self.slots.slot_of(out)] = value
+            return True
+        if name != "native_batch_norm" or not a["training"] or a["running_mean"] is not None:
+            return False
+        weights = [a[key] for key in ("weight", "bias")]
+        slots = [None if w is None else self.slots.slot_of(w) for w in weights]
+        if any(slot is not None and slot not in self._repeated for slot in slots):
+            return False
+        constants = tuple(None if slot is None else self._repeated[slot] for slot in slots)
+        settings = each[1], float(a["eps"])
+        self.nodes.append(Node("group_norm", (value,), each[1:], settings, constants))
+        normal, *others = map(self.slots.slot_of, out)
+        self._joined[normal] = len(self.nodes)
+        self.spoilt |= dict.fromkeys(others, f"{name}'s other results are not supported")
+        if self.chains == 1:
+            self.values[normal] = len(self.nodes)
+        return True
+
     def _see_constants(self, func: Any, name: str, args: tuple[Any, ...], out: Any) -> None:
         """See an operator that does not read the state; views of constants are constants."""
         if func._schema.is_mutable:
             raise self.refuse(f"{name} changes a tensor in place")
         new = [tensor for tensor in _flat((out,)) if isinstance(tensor, Tensor)]
         self._computed.update(map(self.slots.slot_of, new))
+        if name == "repeat" and list(args[1]) == [self.chains]:
+            repeated = self._known(args[0])
+            if repeated is not None and out.dtype == self.leaf.dtype:
+                self._repeated[self.slots.slot_of(out)] = repeated
         if isinstance(out, Tensor):
             viewed = self._known(args[0]) if args and isinstance(args[0], Tensor) else None
             alias = func._schema.returns[0].alias_info
