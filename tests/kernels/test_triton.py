@@ -29,9 +29,12 @@ from fastlangevin.kernels import triton  # noqa: E402
 from fastlangevin.kernels.triton_step import _box_muller  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(
-    triton.available(DEVICE) is not None, reason=f"triton: {triton.available(DEVICE)}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        triton.available(DEVICE) is not None, reason=f"triton: {triton.available(DEVICE)}"
+    ),
+    pytest.mark.usefixtures("real_tiles"),
+]
 
 ADDRESS = {"seed": 2**64 - 3, "step": 2**32 - 1, "first_chain": 2**31 - 2}
 OPTIONS: dict[str, Any] = {"step_size": 0.3, "noise_std": 0.05, "clamp": (-0.9, 0.8), **ADDRESS}
