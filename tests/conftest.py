@@ -27,6 +27,14 @@ TILE_BYTES = triton._TILE_BYTES
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `pytest -n`, each worker runs neighbouring tests, which share fixtures and caches."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(params=SERVING, ids=lambda place: f"{place[0]} on {place[1].type}")
 def place(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
     """Every backend of the step on every kind of device that it serves here.

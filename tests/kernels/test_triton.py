@@ -239,8 +239,7 @@ VECTORS = {  # contiguous float32 and bfloat16 tensors: 16 bytes a load; bfloat1
 
 
 per_architecture = pytest.mark.parametrize(
-    "arch",
-    [pytest.param(arch, marks=() if arch == "90" else pytest.mark.slow) for arch in ARCHITECTURES],
+    "arch", [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
 )
 
 
