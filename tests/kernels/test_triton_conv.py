@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -361,47 +360,33 @@ def test_other_states_and_the_plan() -> None:
 ARCHITECTURES = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
 
 
-per_architecture = pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
-)
-
-
-@pytest.fixture(scope="module")
-def compile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """What tests/compile_triton_conv.py says of every launch on an architecture."""
+def compiled_for(arch: str, cache: Path) -> dict[str, dict[str, Any]]:
+    """What compile_triton_conv.py says of every launch on an architecture."""
     root = Path(__file__).resolve().parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    @functools.cache
-    def run(arch: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "tests.kernels.compile_triton_conv", arch]
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-m", "tests.kernels.compile_triton_conv", arch]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {launch: results[arch] for launch, results in json.loads(done.stdout).items()}
 
 
-@per_architecture
-def test_matrix_instructions_and_no_spills(
-    compile_for: Callable[[str], dict[str, Any]], arch: str
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiled_kernels_use_matrix_instructions_spill_nothing_and_fuse_nothing(
+    arch: str, tmp_path: Path
 ) -> None:
-    """The image's launch is too narrow for the later ones, and takes the first's."""
+    """The image's launch is too narrow for the later instructions, and takes the first's.
+
+    Nothing is fused, so a step is the same, bit for bit, in whichever launch it is. One test per
+    architecture, as the compilation is what takes time.
+    """
     kinds = {"fp16": "F32", "bf16": "F32.BF16", "tf32": "F32.TF32"}
-    for launch, results in compile_for(arch).items():
-        assert results[arch]["local"] == 0, launch
+    for launch, result in compiled_for(arch, tmp_path).items():
+        assert result["local"] == 0, launch
+        assert result["fused"] == 0, launch
         instruction = "HMMA" if launch.endswith("backward 0") else ARCHITECTURES[arch]
-        (found,) = results[arch]["matrix"]
+        (found,) = result["matrix"]
         assert found.split(".")[0] == instruction, launch
         if instruction != "UTCHMMA":  # whose descriptor, not its name, holds the types
             assert found.endswith(kinds[launch.split()[0]]), launch
-
-
-@per_architecture
-def test_the_launch_with_the_step_rounds_as_the_step_does(
-    compile_for: Callable[[str], dict[str, Any]], arch: str
-) -> None:
-    """Nothing is fused: a step is the same, bit for bit, in whichever launch it is."""
-    for launch, results in compile_for(arch).items():
-        assert results[arch]["fused"] == 0, launch
