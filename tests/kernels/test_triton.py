@@ -68,14 +68,14 @@ def normals(shape: tuple) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
-def test_words(shape: tuple) -> None:
+def test_triton_uniforms_equal_the_contracts_bit_for_bit(shape: tuple) -> None:
     """Uniforms are the words' upper 24 bits: equal bit for bit, so are the words."""
     got = triton.fill(shape, Address(stream=4, **ADDRESS), DEVICE, uniform=True)
     assert torch.equal(got.cpu(), fl.noise.uniform(shape, stream=4, **ADDRESS))
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
-def test_normals(shape: tuple) -> None:
+def test_triton_normals_match_float64(shape: tuple) -> None:
     got = normals(shape).cpu()
     exact = fl.noise.normal(shape, dtype=torch.float64, **ADDRESS)
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6)
@@ -104,7 +104,7 @@ def test_normals_of_every_word() -> None:
             assert float((z.cpu() - exact).abs().max()) <= 2e-6
 
 
-def test_the_native_backends_normals() -> None:
+def test_triton_normals_equal_the_native_backends() -> None:
     """Bit for bit, on whatever device."""
     extension = pytest.importorskip("fastlangevin.kernels.extension", reason="no native kernels")
     cpu = torch.device("cpu")
@@ -137,7 +137,9 @@ def test_steps_equal_the_reference_on_the_same_normals(shape: tuple, dtype: torc
 
 @pytest.mark.parametrize("layouts", LAYOUTS)
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
-def test_layouts(shape: tuple, layouts: tuple[str, ...]) -> None:
+def test_triton_steps_are_equal_in_both_memory_formats(
+    shape: tuple, layouts: tuple[str, ...]
+) -> None:
     """Of x and grad, bit for bit; noise is drawn in logical order in all of them."""
     x, grad = numbers(shape), numbers(shape, torch.bfloat16, 1)
     z = normals(shape)
@@ -150,7 +152,7 @@ def test_layouts(shape: tuple, layouts: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_without_noise(layout: str) -> None:
+def test_triton_steps_without_noise_equal_the_reference(layout: str) -> None:
     x, grad = in_layout(numbers((2, 3, 5, 7)), layout), in_layout(numbers((2, 3, 5, 7)), layout)
     options = OPTIONS | {"noise_std": 0.0}
     want = reference.step_(x.clone(), grad, None, **options)
@@ -189,14 +191,14 @@ def test_seed_and_step_from_device_memory() -> None:
         (numbers((2, 3)), [0], ValueError, r"must be contiguous and of shape \[2\], got \[1\]"),
     ],
 )
-def test_a_state_that_would_not_be_read(
+def test_an_rng_state_that_would_not_be_read_is_refused(
     x: Tensor, state: list, error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=f"langevin_step_: rng_state {match}"):
         triton.step_(x, None, None, **OPTIONS, rng_state=torch.tensor(state, device=DEVICE))
 
 
-def test_batch_split() -> None:
+def test_triton_steps_are_equal_in_every_batch_split() -> None:
     x, grad = numbers((300, 6)), numbers((300, 6), seed=1)
     options = OPTIONS | {"first_chain": 5, "step_size": numbers((300,)).abs()}
     whole = triton.step_(x.clone(), grad, None, **options)
@@ -205,7 +207,7 @@ def test_batch_split() -> None:
         assert torch.equal(triton.step_(x[i:j].clone(), grad[i:j], None, **part), whole[i:j])
 
 
-def test_a_grids_third_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_grids_use_a_third_axis_for_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains of more tiles than a grid's second axis has places for."""
     x, grad = numbers((2, 4097)), numbers((2, 4097), seed=1)
     want = triton.step_(x.clone(), grad, None, **OPTIONS)
@@ -222,7 +224,7 @@ def test_rows_more_than_two_to_the_31_apart() -> None:
     assert torch.equal(triton.step_(x, None, None, **OPTIONS), want)
 
 
-def test_the_change_is_counted() -> None:
+def test_triton_steps_increment_the_tensors_version() -> None:
     """Autograd must notice that a tensor it saved has changed."""
     x = numbers((2, 5))
     version = x._version

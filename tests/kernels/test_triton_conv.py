@@ -116,7 +116,7 @@ def scored_silu(layout: torch.memory_format) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_energies_and_gradient(case: str) -> None:
+def test_fused_energies_and_gradients_match_float64(case: str) -> None:
     x = state(case)
     energies, grad = fused(case)(x, want_energies=True)
     want_energies, want = exact(case, x)
@@ -126,7 +126,9 @@ def test_energies_and_gradient(case: str) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", ["silu", "whole blocks"])
-def test_precisions(case: str, precision: str) -> None:
+def test_fused_gradients_of_each_precision_are_within_its_tolerance(
+    case: str, precision: str
+) -> None:
     x = state(case)
     score = fused(case, precision=precision)
     energies, grad = score(x, want_energies=True)
@@ -152,7 +154,7 @@ def test_channels_last_and_other_layouts() -> None:
     assert torch.equal(grad, want)
 
 
-def test_sign_words() -> None:
+def test_saved_sign_bits_are_those_of_the_activations_inputs() -> None:
     """Bit c % 32 of word c // 32 is set where channel c is positive before its activation."""
     energy, shape = paper("leaky_relu", width=40), (3, 8, 8)
     score = FusedGradient(stack_of(energy, shape), 2, DEVICE, "fp32")
@@ -169,7 +171,7 @@ def test_sign_words() -> None:
         h = energy.layers[2 * i + 1](h)
 
 
-def test_tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_gradients_are_right_with_a_gpus_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of rows and of columns, the last of them partly filled."""
     x, energy = state("leaky_relu", 3), paper(width=24)
     monkeypatch.undo()
@@ -191,7 +193,7 @@ def test_nan_spreads_as_autograds_does(case: str, precision: str) -> None:
     assert torch.equal(grad.isnan(), want.isnan())
 
 
-def test_new_weights_are_noticed() -> None:
+def test_changed_weights_are_packed_again() -> None:
     energy, x = paper(), state("leaky_relu")
     score = FusedGradient(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
     addresses = [plan.weight.data_ptr() for plan in (*score._forward, *score._backward)]
@@ -264,7 +266,9 @@ STEPS: dict[str, dict[str, Any]] = {
     ],
     ids=str,
 )
-def test_a_step_is_the_steps_own_along_the_gradient(name: str, layout: torch.memory_format) -> None:
+def test_a_fused_step_equals_the_step_along_the_gradient(
+    name: str, layout: torch.memory_format
+) -> None:
     """Bit for bit, and near a step in float64 along the exact gradient."""
     x, score = state("silu").clone(memory_format=layout), fused("silu")
     options = OPTIONS | STEPS[name]
@@ -326,7 +330,7 @@ def test_chains_do_not_depend_on_their_batch() -> None:
 # Refusals ----------------------------------------------------------------------------------------
 
 
-def test_refusals() -> None:
+def test_networks_that_cannot_be_fused_say_why() -> None:
     def reason(*layers: nn.Module, channels: int = 3, precision: str | None = "fp32") -> str | None:
         energy = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(1)).to(DEVICE)
         energy(torch.zeros(1, channels, 8, 8, device=DEVICE))
@@ -345,7 +349,7 @@ def test_refusals() -> None:
                             (3, 8, 8)), 1, DEVICE, "fp32")  # fmt: skip
 
 
-def test_other_states_and_the_plan() -> None:
+def test_other_shapes_are_refused_and_the_plan_is_printed() -> None:
     score = fused("silu")
     with pytest.raises(ValueError, match=r"float32 \[5, 3, 8, 8\], got torch.float64"):
         score(state("silu").double())

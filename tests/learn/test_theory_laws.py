@@ -117,7 +117,7 @@ def test_the_plane_is_two_lines() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 7, 200])
-def test_gaussian_chain(steps: int) -> None:
+def test_a_gaussian_chain_has_the_known_variance(steps: int) -> None:
     """Variance c^2k s + b^2 (1 - c^2k) / (1 - c^2), c = 1 - a / v; and the known stationary one."""
     energy, grid, contraction = fl.GaussianEnergy(0.3), Grid(-6, 6, 240), 1 - A / 0.3
     sampler = sampler_of(energy, steps, maximize=False)
@@ -263,7 +263,7 @@ class Network(nn.Module):
         return self.layers(x.double()).flatten() - x.double().square().flatten() / 2
 
 
-def test_deep_energy() -> None:
+def test_a_nonlinear_energy_reaches_the_estimating_equation() -> None:
     """E_data[df / dtheta] = E_q[df / dtheta] for every weight and bias, where f is not linear.
 
     Algorithm 1 with exact expectations comes near, Newton's method ends it: the energy's moments
@@ -298,7 +298,7 @@ def test_the_learner_stands_still_at_the_fixed_point() -> None:
     assert z.abs().max() <= 5
 
 
-def test_the_learner_gets_there() -> None:
+def test_the_learner_converges_to_the_solved_law() -> None:
     """ShortRunLearner from theta = 0 ends at solve's law, up to the noise of its last batches."""
     energy, exact = Polynomial(2), Polynomial(2)
     data = torch.tensor([[-1.0], [0.5], [1.5], [0.3]])
@@ -316,7 +316,7 @@ def test_the_learner_gets_there() -> None:
     assert kl(q, LINE.law(torch.zeros(160))) > 0.3
 
 
-def test_the_docs_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_docs_table_is_what_its_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/theory.md says what its command prints; here for K = 5."""
     root = Path(__file__).resolve().parents[2]
     monkeypatch.syspath_prepend(str(root))
@@ -335,7 +335,7 @@ def test_the_docs_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("grid", [Grid(-3, 3, 150), PLANE], ids=["line", "plane"])
 @pytest.mark.parametrize("step_size", [0.02, 0.1])
-def test_adjusted_chains_never_move_away(grid: Grid, step_size: float) -> None:
+def test_adjusted_chains_never_move_away_from_the_energys_law(grid: Grid, step_size: float) -> None:
     """Detailed balance; KL(p_K | p_theta) falls at every step, from any start."""
     noise_std = math.sqrt(2 * step_size)
     changes = {"step_size": step_size, "noise_std": noise_std, "metropolis": True}
@@ -352,7 +352,7 @@ def test_adjusted_chains_never_move_away(grid: Grid, step_size: float) -> None:
         assert falls[0] < -1e-3
 
 
-def test_unadjusted_chains_do() -> None:
+def test_unadjusted_chains_move_away_from_the_energys_law() -> None:
     """Started at p_theta itself KL(p_K | p_theta) rises, to the value at the chain's own law."""
     grid = Grid(-3, 3, 150)
     sampler = sampler_of(double_well, 200, step_size=0.06, noise_std=0.12**0.5, maximize=False)
@@ -395,12 +395,12 @@ def test_the_bias_is_of_the_first_order_in_the_step() -> None:
         ({"noise_std": torch.full((3,), 0.2)}, "noise_std must be the same for every chain"),
     ],
 )
-def test_no_such_kernel(changes: dict, message: str) -> None:
+def test_chains_without_a_transition_density_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         transition(sampler_of(double_well, **changes), LINE)
 
 
-def test_no_such_grid() -> None:
+def test_wrong_grids_are_refused() -> None:
     with pytest.raises(ValueError, match="finite lo < hi, got 1, 1"):
         Grid(1, 1, 5)
     with pytest.raises(ValueError, match="dim must be 1 or 2, got 3"):
@@ -414,7 +414,7 @@ def test_no_such_grid() -> None:
         transition(clamped, Grid(-1, 1, 40, atoms=True), metropolis=True)
 
 
-def test_no_such_moments() -> None:
+def test_moments_that_no_law_has_are_refused() -> None:
     """A variance below 0; and a learner that cannot make such data, whose weights stay."""
     x = LINE.points[:, 0]
     features = torch.stack([x, x * x], 1)

@@ -35,7 +35,7 @@ from tests.learn.train_shared import (
 )
 
 
-def test_what_a_run_leaves(whole: Path, config: TrainConfig) -> None:
+def test_a_run_leaves_these_files(whole: Path, config: TrainConfig) -> None:
     """Of the checkpoints the last two; no TensorBoard where it is not installed."""
     files = [name for name, content in snapshot(whole).items() if content is not None]
     assert sorted(files) == [
@@ -53,7 +53,9 @@ def test_what_a_run_leaves(whole: Path, config: TrainConfig) -> None:
     assert names == {"model", "ema", "ema_updates", "adam", "buffer"}
 
 
-def test_records(whole: Path, config: TrainConfig) -> None:
+def test_records_have_the_annealed_settings_and_finite_figures(
+    whole: Path, config: TrainConfig
+) -> None:
     found = records(whole)
     assert [record["iteration"] for record in found] == [2, 4, 6, 8, 10, 12]
     for record in found:
