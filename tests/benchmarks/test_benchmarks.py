@@ -268,6 +268,7 @@ def test_pytest_collects_the_benchmarks_only_when_asked(pytestconfig):
     assert pytestconfig.getini("testpaths") == ["tests"]
 
 
+@pytest.mark.slow
 def test_sanitize_takes_every_step_that_kernels_here_can():
     done = python("-m", "benchmarks.sanitize", "--device", "cpu", TRITON_INTERPRET="0")
     reasons = backend_status(CPU)

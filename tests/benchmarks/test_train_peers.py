@@ -54,6 +54,7 @@ def test_a_loop_that_is_not_the_samplers_is_refused(
         benchmarks.check()
 
 
+@pytest.mark.slow
 def test_the_command_and_its_report(benchmark_module: Any, tmp_path: Path) -> None:
     benchmark_module("train_peers").main(["--out", str(tmp_path), "--quick"])
     content = json.loads((tmp_path / "train_peers-cpu.json").read_text())

@@ -222,7 +222,12 @@ def solved(
 
 @pytest.mark.parametrize(
     ("grid", "data", "steps"),
-    [(LINE, TWO, 5), (LINE, TWO, 20), (LINE, TWO, 80), (PLANE, THREE, 10)],
+    [
+        (LINE, TWO, 5),
+        (LINE, TWO, 20),
+        pytest.param(LINE, TWO, 80, marks=pytest.mark.slow),
+        pytest.param(PLANE, THREE, 10, marks=pytest.mark.slow),
+    ],
 )
 def test_generalised_moment_matching(grid: Grid, data: Tensor, steps: int) -> None:
     """q has the data's moments though p_theta has not; both identities, each side by itself."""
@@ -263,6 +268,7 @@ class Network(nn.Module):
         return self.layers(x.double()).flatten() - x.double().square().flatten() / 2
 
 
+@pytest.mark.slow
 def test_a_nonlinear_energy_reaches_the_estimating_equation() -> None:
     """E_data[df / dtheta] = E_q[df / dtheta] for every weight and bias, where f is not linear.
 
@@ -316,6 +322,7 @@ def test_the_learner_converges_to_the_solved_law() -> None:
     assert kl(q, LINE.law(torch.zeros(160))) > 0.3
 
 
+@pytest.mark.slow
 def test_the_docs_table_is_what_its_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/theory.md says what its command prints; here for K = 5."""
     root = Path(__file__).resolve().parents[2]
