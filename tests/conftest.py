@@ -124,6 +124,17 @@ def _without_tensorboard() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _without_waiting_for_disks() -> Iterator[None]:
+    """Nothing waits until a file is on the disk: training writes hundreds of small files.
+
+    tests/learn/test_interruptions.py simulates power cuts by what was synced.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(params=instruction_sets())
 def instruction_set(request):
     best = extension.library.instruction_set()
