@@ -1,5 +1,6 @@
 """Fixtures for every test: the backends that can run here, and settings of the process."""
 
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -17,11 +18,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastlangevin.kernels import extension
+from fastlangevin.kernels import extension, triton
 from tests.backends import SERVING, choose, instruction_sets
+
+TILE_BYTES = triton._TILE_BYTES
 
 # A shell has SIGINT ignored for what it runs in the background, and so for the runs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `pytest -n`, each worker runs neighbouring tests, which share fixtures and caches."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(params=SERVING, ids=lambda place: f"{place[0]} on {place[1].type}")
@@ -44,13 +55,20 @@ def device(place: tuple[str, torch.device]) -> torch.device:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _bfloat16_of_tritons_interpreter() -> None:
-    """Bfloat16 as on GPUs. The interpreter cuts where they round, loses subnormals and NaN, and
-    multiplies matrices of the bits as if those were integers."""
+def _tritons_interpreter() -> None:
+    """Triton's interpreter, with bfloat16 as on GPUs and without the checks that it ignores.
+
+    In bfloat16 the interpreter truncates where GPUs round, loses subnormals and NaN, and multiplies
+    matrices of the bits as if those were integers. Its check of every integer operation for
+    overflow takes half of its time, and is only looked at in debug mode.
+    """
     if ("triton", torch.device("cpu")) not in SERVING:
         return
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
+
+    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    interpreter_builder.options = options
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
@@ -73,6 +91,26 @@ def _bfloat16_of_tritons_interpreter() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+@pytest.fixture
+def real_tiles() -> Iterator[None]:
+    """Triton's programs with the tiles that GPUs get, also where they are interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "_TILE_BYTES", TILE_BYTES)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _large_tiles() -> Iterator[None]:
+    """Interpreted programs run one by one, and cost the same whatever their tile: so few of them.
+
+    Tests of the tiles themselves use the fixture `real_tiles`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if ("triton", torch.device("cpu")) in SERVING:
+            patch.setattr(triton, "_TILE_BYTES", 16 * TILE_BYTES)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _without_tensorboard() -> Iterator[None]:
     """Training runs write no TensorBoard events: importing it takes seconds in every process."""
@@ -83,6 +121,17 @@ def _without_tensorboard() -> Iterator[None]:
             "find_spec",
             lambda name, *more: None if name == "tensorboard" else find_spec(name, *more),
         )
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_waiting_for_disks() -> Iterator[None]:
+    """Nothing waits until a file is on the disk: training writes hundreds of small files.
+
+    tests/learn/test_interruptions.py simulates power cuts by what was synced.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
         yield
 
 

@@ -41,7 +41,7 @@ PAIRS = [*itertools.product((1, 2, 3, 5, 8, 13, 34, 60), (1, 2, 3, 5, 8)), (90, 
 
 
 @pytest.mark.parametrize(("steps", "states"), PAIRS)
-def test_no_schedule_recomputes_less(steps: int, states: int) -> None:
+def test_schedules_recompute_the_least_possible(steps: int, states: int) -> None:
     """The count, and that of a run of the actions in which each finds what it needs."""
     want = fewest_advances(steps, states) - (steps - 1)
     assert recomputed(steps, states) == want
@@ -73,7 +73,7 @@ def test_no_schedule_recomputes_less(steps: int, states: int) -> None:
 
 
 @pytest.mark.parametrize(("steps", "states"), [(1, 1), (2, 1), (7, 2), (7, 6), (9, 3), (12, 1)])
-def test_evaluations_of_a_run(steps: int, states: int) -> None:
+def test_evaluations_match_the_schedules_count(steps: int, states: int) -> None:
     net, x0 = make_net(), starts()
     calls = Calls(net)
     out = sampler(net, steps=steps)(x0, seed=0, differentiable=True, checkpoint=states)
@@ -105,7 +105,7 @@ def chain_peak(net: nn.Module, steps: int, checkpoint: Any) -> int:
 
 
 @pytest.mark.slow
-def test_memory_of_every_state() -> None:
+def test_step_checkpoints_take_a_25th_of_the_memory_of_a_plain_unroll() -> None:
     """The network has half of the benchmark's width, so states are large beside a graph."""
     net = fl.ConvEnergy(width=16, activation="silu")
     assert chain_peak(net, 100, "none") >= 25 * chain_peak(net, 100, "step")
@@ -118,7 +118,9 @@ def test_memory_does_not_grow_with_the_chain() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("share", "schedule"), [(0.0, "least"), (0.3, "states"), (1.5, "graphs")])
-def test_a_budget_is_kept(activation: str, share: float, schedule: str) -> None:
+def test_peak_memory_stays_within_a_byte_budget(
+    activation: str, share: float, schedule: str
+) -> None:
     net, x0 = make_net(activation, torch.float32), starts(torch.float32)
     run = sampler(net, steps=15)
     calls = Calls(net)

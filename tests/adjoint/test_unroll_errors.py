@@ -138,7 +138,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("wrong", "error", "match"), WRONG, ids=[c[2] for c in WRONG])
-def test_options_that_do_not_fit(wrong: dict, error: type[Exception], match: str) -> None:
+def test_options_of_a_differentiable_call_are_checked(
+    wrong: dict, error: type[Exception], match: str
+) -> None:
     with pytest.raises(error, match=match):
         sampler(make_net())(starts(), **{"seed": 0, "differentiable": True} | wrong)
 
@@ -179,7 +181,7 @@ def test_energies_that_are_not_twice_differentiable(checkpoint: Any) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "step", 2])
-def test_nothing_requires_grad(checkpoint: Any) -> None:
+def test_a_chain_where_nothing_requires_grad_is_refused(checkpoint: Any) -> None:
     net, calls = make_net().requires_grad_(False), []
     counted = lambda x: calls.append(1) or net(x)  # noqa: E731
     call = {"seed": 0, "differentiable": True, "checkpoint": checkpoint}

@@ -138,10 +138,9 @@ def results(tmp_path):
     return path
 
 
-def test_report_makes_the_tables(results):
-    done = python("-m", "benchmarks.report", str(results))  # as users start it
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_report_makes_the_tables(load, results, capsys):
+    load("report").main([str(results)])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[2] == (
         "**CPU**: A CPU, 2 cores, torch 2.9, python 3.11.7, commit 0123456789, 2026-01-02, "
         "load before the run 0.0."
@@ -188,12 +187,10 @@ def test_report_draws(load, results, tmp_path):
     assert b"<svg" in first
 
 
-def test_step_runs_and_writes_what_it_promises(tmp_path):
-    done = python(
-        "-m", "benchmarks.step", "--quick", "--threads", "1,2", "--out", str(tmp_path / "new"),
-        TRITON_INTERPRET="0",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_step_runs_and_writes_what_it_promises(load, tmp_path, monkeypatch, threads):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with torch.random.fork_rng([]):
+        load("step").main(["--quick", "--threads", "1,2", "--out", str(tmp_path / "new")])
     content = json.loads((tmp_path / "new" / "step-cpu.json").read_text())
     keys = "date cpu cores load gpu driver cuda platform python torch triton commit changed"
     assert set(keys.split()) <= set(content["machine"])
@@ -263,6 +260,7 @@ def test_migrate_compares_every_preset_with_its_original(tmp_path):
     assert max(row["difference_float64"] for row in rows.values()) < 1e-12
 
 
+@pytest.mark.slow
 def test_pytest_collects_the_benchmarks_only_when_asked(pytestconfig):
     asked = python("-m", "pytest", "benchmarks", "--collect-only")
     assert asked.returncode == 0, asked.stdout
@@ -270,6 +268,7 @@ def test_pytest_collects_the_benchmarks_only_when_asked(pytestconfig):
     assert pytestconfig.getini("testpaths") == ["tests"]
 
 
+@pytest.mark.slow
 def test_sanitize_takes_every_step_that_kernels_here_can():
     done = python("-m", "benchmarks.sanitize", "--device", "cpu", TRITON_INTERPRET="0")
     reasons = backend_status(CPU)

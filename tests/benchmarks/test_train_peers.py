@@ -24,7 +24,7 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("b", [[1.1, 1.9, 3.2], [2.0, 2.1], [-4.0, -3.0, -3.5, -3.6]])
-def test_same_is_students_test(benchmark_module: Any, b: list[float]) -> None:
+def test_curves_are_compared_by_students_t_test(benchmark_module: Any, b: list[float]) -> None:
     a = [1.0, 2.0, 3.0]
     found, want = benchmark_module("train_peers").same(a, b), stats.ttest_ind(b, a)
     assert found["t"] == pytest.approx(want.statistic)
@@ -54,6 +54,7 @@ def test_a_loop_that_is_not_the_samplers_is_refused(
         benchmarks.check()
 
 
+@pytest.mark.slow
 def test_the_command_and_its_report(benchmark_module: Any, tmp_path: Path) -> None:
     benchmark_module("train_peers").main(["--out", str(tmp_path), "--quick"])
     content = json.loads((tmp_path / "train_peers-cpu.json").read_text())

@@ -43,7 +43,9 @@ OPTIONS: list[dict[str, Any]] = [
 @as_on_cuda
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("activation", ["silu", "leaky_relu"])
-def test_a_replay_is_the_chain(activation: str, options: dict[str, Any]) -> None:
+def test_a_replayed_graph_gives_the_chain_of_the_loop(
+    activation: str, options: dict[str, Any]
+) -> None:
     energy = net(activation)
     run, want = recorded(energy, **options), plain(energy, **options)
     for call, seed in enumerate((0, 0, 1, 2**64 - 1, 0)):
@@ -82,7 +84,7 @@ def test_weights_are_read_at_every_replay(make: Callable[[], nn.Module]) -> None
 
 
 @as_on_cuda
-def test_another_energy_is_recorded_anew() -> None:
+def test_another_energy_gets_its_own_graph() -> None:
     energy, x = nn.Sequential(net()), numbers()
     run = recorded(energy)
     for count, activation in ((1, "silu"), (2, "elu"), (3, "leaky_relu")):
@@ -106,7 +108,9 @@ def test_a_score_that_has_moved_is_recorded_anew() -> None:
 
 
 @as_on_cuda
-def test_the_fused_score(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replayed_fused_gradient_gives_the_chain_of_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("fastlangevin.sampler.check_precision", lambda *_: None)
     monkeypatch.setattr(conv_plan, "_MULTIPROCESSORS", 1)
     monkeypatch.setattr(conv_plan, "_TILES", ((512, 32, 4),))
@@ -187,7 +191,9 @@ def test_what_cannot_be_recorded_runs_step_by_step_from_then_on() -> None:
 
 
 @as_on_cuda
-def test_the_host_may_not_look_while_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_energy_that_reads_values_on_the_host_runs_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     forward = OnCuda.forward
 
     def looks(self: OnCuda, x: Tensor) -> Tensor | None:

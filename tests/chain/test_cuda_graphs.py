@@ -51,13 +51,13 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_what_fits() -> None:
+def test_calls_that_fit_a_cuda_graph_have_no_reason_against_it() -> None:
     assert refusal(**FITS) is None
     assert refusal(**FITS | {"engine": "fused", "backend": "triton"}) is None
 
 
 @pytest.mark.parametrize(("wrong", "reason"), REFUSALS, ids=[reason for _, reason in REFUSALS])
-def test_what_does_not_fit(wrong: dict[str, Any], reason: str) -> None:
+def test_calls_that_do_not_fit_a_cuda_graph_say_why(wrong: dict[str, Any], reason: str) -> None:
     assert reason in str(refusal(**FITS | wrong))
 
 
@@ -97,13 +97,13 @@ OTHER: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("other", OTHER, ids=lambda o: str(o) if "x" not in o else "x")
-def test_a_key_holds_what_a_recording_does(other: dict[str, Any]) -> None:
+def test_a_graphs_key_covers_everything_baked_into_it(other: dict[str, Any]) -> None:
     assert key(**other) != key()
     assert key(**other) == key(**other)
     assert len({key(**other), key()}) == 2
 
 
-def test_a_key_does_not_hold_what_is_in_memory() -> None:
+def test_a_graphs_key_ignores_values_read_from_memory() -> None:
     assert key(x=numbers(5), seed=5, first_step=7) == key()
 
 
@@ -171,7 +171,7 @@ def test_few_recordings_are_held_and_the_least_recent_gives_way() -> None:
 
 
 @as_on_cuda
-def test_kinds_are_forgotten() -> None:
+def test_the_oldest_kinds_of_calls_are_forgotten() -> None:
     run, x = recorded(net(), steps=1), numbers()
     for chain in range(graphs._KINDS + 3):
         run(x, seed=0, first_chain=chain)
@@ -180,7 +180,7 @@ def test_kinds_are_forgotten() -> None:
 
 
 @as_on_cuda
-def test_a_copy_has_no_recordings() -> None:
+def test_a_copied_sampler_has_no_cuda_graphs() -> None:
     run, x = recorded(net()), numbers()
     for _ in range(2):
         want = run(x, seed=0)
@@ -192,7 +192,7 @@ def test_a_copy_has_no_recordings() -> None:
 
 
 @as_on_cuda
-def test_threads_take_turns() -> None:
+def test_threads_take_turns_at_one_cuda_graph() -> None:
     run, x = recorded(net(), Rerun()), numbers()
     for _ in range(2):
         run(x, seed=0)

@@ -193,7 +193,7 @@ def test_acceptance_and_moments_on_a_double_well() -> None:
     assert abs(score_of(plain**2, float(law @ grid**2))) > 10
 
 
-def test_a_box_is_a_law_cut_off_and_not_piled_up_at_its_walls() -> None:
+def test_clamped_chains_sample_the_truncated_law_without_atoms_at_its_bounds() -> None:
     """exp(-c x) in [0, 1], started from it. Clamped chains have mass on the walls."""
     c, n, a = 2.0, 20_000, 0.05
     settings: dict[str, Any] = dict(
@@ -214,7 +214,7 @@ def test_a_box_is_a_law_cut_off_and_not_piled_up_at_its_walls() -> None:
     assert bool((fl.LangevinSampler(energy, **settings)(x0, seed=8) == 0).any())
 
 
-def test_a_law_is_reached_from_elsewhere() -> None:
+def test_chains_converge_to_the_law_from_another_start() -> None:
     n = 4000
     run = fl.LangevinSampler(
         fl.GaussianEnergy(), steps=60, step_size=0.5, noise_std=1.0, metropolis=True
@@ -278,7 +278,7 @@ def make_net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_lean_and_general_are_the_same_chain(layout: torch.memory_format) -> None:
+def test_the_short_loop_gives_the_chain_of_the_general_loop(layout: torch.memory_format) -> None:
     x0 = numbers(N, 2, 4, 4).to(memory_format=layout)
     runs = [mala(make_net(), gradient=gradient) for gradient in ("autograd", "explicit")]
     general, lean = (run.diagnose(x0, seed=1) for run in runs)

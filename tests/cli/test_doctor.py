@@ -9,7 +9,9 @@ import fastlangevin as fl
 from tests.cli.shared import Command
 
 
-def test_doctor(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_backends_and_versions(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Versions, optional packages, and each backend with the reason where it does not serve."""
     reasons = {"native": "no compiler was found", "triton": None, "reference": None}
     monkeypatch.setattr("fastlangevin.doctor.backend_status", lambda device: reasons)

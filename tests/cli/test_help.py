@@ -118,7 +118,7 @@ def test_misuse_is_exit_status_2_and_one_line(
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])
-def test_version(arguments: list[str], command: Command) -> None:
+def test_version_is_printed(arguments: list[str], command: Command) -> None:
     assert command(*arguments)[:2] == (0, f"{fl.__version__}\n")
 
 

@@ -93,6 +93,7 @@ def test_a_terminal_that_closes_saves_and_exits_129(tmp_path: Path) -> None:
     assert_saved(run)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_does_not_end_the_run(tmp_path: Path) -> None:
     """As in `fastlangevin train 2>&1 | head -1`, with Python's own end of a process."""
     run = tmp_path / "run"

@@ -15,7 +15,7 @@ from fastlangevin.learn.checkpoint import read_checkpoint
 from tests.cli.shared import TINY, Command, assert_refused, options
 
 
-def test_train(command: Command, tmp_path: Path) -> None:
+def test_train_writes_a_run(command: Command, tmp_path: Path) -> None:
     result = command("train", "--out", "run", *options())
     assert result.exit_code == 0, result.output
     assert [line.split() for line in result.stdout.splitlines()] == [
@@ -114,7 +114,7 @@ def test_a_folder_is_chosen_where_none_is_named(
         assert (tmp_path / folder / "config.yaml").exists()
 
 
-def test_resume(command: Command, copied: Path, tmp_path: Path) -> None:
+def test_resume_continues_a_run(command: Command, copied: Path, tmp_path: Path) -> None:
     """The run's own settings, and what it may change."""
     result = command("train", "--out", copied, "--resume", "--log-every", "1")
     assert result.exit_code == 0, result.output
@@ -123,13 +123,13 @@ def test_resume(command: Command, copied: Path, tmp_path: Path) -> None:
     assert read_checkpoint(copied)[1]["iteration"] == 4
 
 
-def test_overwrite(command: Command, copied: Path) -> None:
+def test_overwrite_replaces_a_run(command: Command, copied: Path) -> None:
     result = command("train", "--out", copied, "--overwrite", *options(iterations=1, seed=5))
     assert result.exit_code == 0, result.output
     assert read_checkpoint(copied)[1]["iteration"] == 1
     assert resolve(copied / "config.yaml").seed == 5
 
 
-def test_a_run_that_diverges(command: Command, tmp_path: Path) -> None:
+def test_a_diverging_run_is_a_one_line_error(command: Command, tmp_path: Path) -> None:
     result = command("train", "--out", "run", *options(noise_std=3e38))
     assert_refused(result, "not finite.*no checkpoint was saved yet")

@@ -16,7 +16,7 @@ SHAPE = (N, 2, 5, 3)
 A, B = 0.3, 0.2
 ORDERS = ["after", "before", "last"]
 # With the net below these clips and this clamp act on some elements or chains and spare others:
-# test_the_cases_bite holds them to it.
+# test_every_option_of_the_cases_changes_the_chain holds them to it.
 CLIPS = [None, 0.4, ("chain_norm", 1.9), ("batch_norm", 2.0)]
 CLAMPS = [None, (-0.9, 0.8)]
 GRID = [

@@ -24,10 +24,8 @@ from fastlangevin.learn.tasks.measurements import Blur, make_operator
 
 # "meta" stands for a device that no call is about.
 DEFAULTS: list[tuple[torch.dtype, str | None]] = [
-    (torch.float64, None), (torch.float64, "cpu"), (torch.float64, "meta"),
-    (torch.float16, None), (torch.float16, "meta"),
-    (torch.bfloat16, None), (torch.bfloat16, "cpu"),
-    (torch.float32, "meta"),
+    (torch.float64, None), (torch.float64, "meta"), (torch.float16, "cpu"),
+    (torch.bfloat16, None), (torch.float32, "meta"),
 ]  # fmt: skip
 GRADIENTS = ("autograd", "explicit", "fused")
 SHAPE = (1, 8, 8)

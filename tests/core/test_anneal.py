@@ -11,7 +11,7 @@ import fastlangevin as fl
 
 
 @pytest.mark.parametrize("form", [list, torch.tensor], ids=["list", "tensor"])
-def test_levels(form: Callable) -> None:
+def test_annealing_levels_have_the_papers_step_sizes_and_noise(form: Callable) -> None:
     sigmas, each, rate = [8.0, 2.0, 0.5], 4, 3e-4
     plan = fl.anneal.levels(form(sigmas), steps_each=each, step_lr=rate)
     assert plan.steps == 12
@@ -60,7 +60,7 @@ def test_linear_harmonic_and_geometric() -> None:
     assert fl.anneal.geometric(8.0, 1.0, 1) == [8.0]
 
 
-def test_the_samplers_take_them() -> None:
+def test_a_sampler_accepts_annealing_schedules() -> None:
     """b_K-1 = 0: the last step adds no noise, so that its end is a function of the state before."""
     run = fl.LangevinSampler(
         fl.GaussianEnergy(), steps=5, step_size=1.0, noise_std=fl.anneal.linear(0.5, 5)
@@ -83,6 +83,6 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("make", "match"), WRONG, ids=[w[1] for w in WRONG])
-def test_schedules_that_cannot_be(make: Callable, match: str) -> None:
+def test_impossible_annealing_schedules_are_refused(make: Callable, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()

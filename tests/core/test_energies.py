@@ -51,7 +51,7 @@ ACTIVATION_MODULES = {
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("n", [0, 1, 5])
-def test_it_is_the_network_built_by_hand(activation: str, n: int) -> None:
+def test_conv_energy_equals_the_network_built_by_hand(activation: str, n: int) -> None:
     net = fl.ConvEnergy(width=8, leak=0.05, activation=activation)
     hand = by_hand(8, ACTIVATION_MODULES[activation])
     for ours, theirs in zip(net.parameters(), hand.parameters(), strict=True):
@@ -61,7 +61,7 @@ def test_it_is_the_network_built_by_hand(activation: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
-def test_sizes(size: int) -> None:
+def test_conv_energy_of_every_size_has_the_papers_widths_and_reads_every_pixel(size: int) -> None:
     """A stride-2 layer per halving from ``size`` to 4, and every pixel counts."""
     net = fl.ConvEnergy(channels=1, size=size, width=2, activation="silu").double()
     convolutions = [layer for layer in net.layers if isinstance(layer, nn.Conv2d)]

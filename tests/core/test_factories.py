@@ -62,7 +62,7 @@ def test_every_factory_says_dtype_and_device() -> None:
         ("torch.Tensor([1.0])", "torch.Tensor without another constructor"),
     ],
 )
-def test_what_is_left_out_is_found(source: str, missing: str) -> None:
+def test_a_tensor_factory_without_dtype_or_device_is_found(source: str, missing: str) -> None:
     assert list(unsaid(source)) == [(1, missing)]
     assert list(unsaid(f"def f():\n    return {source}")) == [(2, missing)]
 

@@ -123,7 +123,7 @@ def test_a_scripted_module_in_train_mode_keeps_its_statistics() -> None:
 
 
 @pytest.mark.parametrize("name", ["a module", "scripted", "frozen", "a function", "DataParallel"])
-def test_and_through_the_chain(name: str) -> None:
+def test_an_energy_of_any_make_can_be_differentiated_through(name: str) -> None:
     energy, x0 = ENERGIES[name](), X0.clone().requires_grad_()
     sampler(energy)(x0, noise=Z, differentiable=True).sum().backward()
     assert x0.grad is not None
@@ -278,7 +278,7 @@ BAD_STARTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("name", BAD_STARTS)
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
-def test_a_start_that_cannot_be_walked_from_says_what_to_do(name: str, method: str) -> None:
+def test_an_unsupported_start_is_refused_with_a_remedy(name: str, method: str) -> None:
     make, error, message = BAD_STARTS[name]
     with pytest.raises(error, match=OP + ".*" + message):
         getattr(sampler(Net()), method)(make(), seed=0)
@@ -301,7 +301,7 @@ def test_a_list_whose_energy_fails_by_itself_tells_why() -> None:
             sampler(lambda x: x.nothing)(x0, seed=0)
 
 
-def test_a_module_on_several_devices_is_its_own_affair() -> None:
+def test_x0_may_be_on_any_device_of_an_energy_on_several() -> None:
     """x0 has to be on one of them: on the first or not."""
     from fastlangevin.inputs import check_tensors
 
@@ -349,7 +349,7 @@ def test_an_extra_state_that_is_a_tensor_is_saved(tmp_path: Any) -> None:
     assert torch.equal(other.energy.extra, torch.arange(5.0))  # type: ignore[arg-type]
 
 
-def test_a_lazy_energy_is_not_learnt() -> None:
+def test_a_learner_refuses_an_uninitialized_lazy_energy() -> None:
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(1))
     with pytest.raises(ValueError, match=r"1\.weight has no shape yet"):
         fl.learn.ShortRunLearner(sampler(lazy), X0)

@@ -305,7 +305,7 @@ def test_energies_that_handle_the_generators_are_noticed(
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_profile_function_hears_of_the_watched_objects_alone(
+def test_only_watched_objects_call_the_profile_function(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:

@@ -89,7 +89,7 @@ def test_put_writes_to_its_slots_alone() -> None:
     assert not chains.states.requires_grad
 
 
-def test_what_is_put_is_drawn_again() -> None:
+def test_states_that_were_put_are_drawn_again() -> None:
     chains = buffer()
     for step in range(8):
         slots, x = chains.draw(16, step)

@@ -39,7 +39,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("wrong", "error", "match"), ERRORS, ids=[str(case[0]) for case in ERRORS])
-def test_wrong_arguments(wrong: dict, error: type[Exception], match: str) -> None:
+def test_wrong_buffer_arguments_are_named(wrong: dict, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         buffer(**wrong)
 
@@ -51,7 +51,7 @@ def test_more_chains_than_slots(n: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 3, 6), (4, 3, 5), (3, 1, 3, 5), (1, 1, 3, 5)], ids=str)
-def test_states_of_another_shape(shape: tuple[int, ...]) -> None:
+def test_putting_states_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     chains = buffer()
     slots, before = chains.draw(4, 0)[0], chains.states.clone()
     with pytest.raises(ValueError, match=r"x must have shape \[4, 1, 3, 5\], got \[") as caught:
@@ -118,6 +118,8 @@ CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("call", "error", "match"), CALLS, ids=[case[2] for case in CALLS])
-def test_wrong_calls(call: Callable[[], object], error: type[Exception], match: str) -> None:
+def test_wrong_buffer_calls_are_named(
+    call: Callable[[], object], error: type[Exception], match: str
+) -> None:
     with pytest.raises(error, match=f"ReplayBuffer: .*{match}" if match[0] != "R" else match):
         call()

@@ -25,7 +25,9 @@ from tests.core.sampler_shared import (
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("options", GRID, ids=str)
-def test_every_option(net: nn.Module, x0: Tensor, options: dict, maximize: bool) -> None:
+def test_chains_match_a_plain_loop_under_every_option(
+    net: nn.Module, x0: Tensor, options: dict, maximize: bool
+) -> None:
     """With supplied noise, and with the contract's."""
     options = options | {"maximize": maximize}
     z = numbers((K, *SHAPE), seed=1)
@@ -37,7 +39,7 @@ def test_every_option(net: nn.Module, x0: Tensor, options: dict, maximize: bool)
     assert torch.allclose(run(x0, seed=7, **first), want, atol=1e-12)
 
 
-def test_the_cases_bite(net: nn.Module, x0: Tensor) -> None:
+def test_every_option_of_the_cases_changes_the_chain(net: nn.Module, x0: Tensor) -> None:
     """Orders, clamp, clips and sign all change the chain, so that the test above can fail."""
     z = numbers((K, *SHAPE), seed=1)
     variants = [{"noise_order": order, "clamp": CLAMPS[1]} for order in ORDERS]
@@ -53,7 +55,9 @@ def test_the_cases_bite(net: nn.Module, x0: Tensor) -> None:
 @pytest.mark.parametrize("noise_order", ORDERS)
 @pytest.mark.parametrize("form", SCHEDULES)
 @pytest.mark.parametrize("name", ["step_size", "noise_std"])
-def test_schedules(net: nn.Module, x0: Tensor, name: str, form: str, noise_order: str) -> None:
+def test_chains_match_a_plain_loop_under_schedules(
+    net: nn.Module, x0: Tensor, name: str, form: str, noise_order: str
+) -> None:
     schedule, z = SCHEDULES[form](), numbers((K, *SHAPE), seed=1)
     got = sampler(net, **{name: schedule}, noise_order=noise_order)(x0, noise=z)
     plain = {name: spelled_out(schedule)}
@@ -80,7 +84,7 @@ def test_without_noise_it_is_gradient_descent_exactly(noise_order: str) -> None:
     assert torch.allclose(ends[0], x, atol=1e-6)
 
 
-def test_the_papers_defaults(net: nn.Module, x0: Tensor) -> None:
+def test_sampler_defaults_are_the_papers(net: nn.Module, x0: Tensor) -> None:
     run = fl.LangevinSampler(net)
     z = contract_noise(SHAPE, seed=3, steps=100)
     want = last(plain_chain(net, x0, z, step_size=1.0, noise_std=0.01))

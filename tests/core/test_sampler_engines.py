@@ -35,7 +35,9 @@ needs_extension = pytest.mark.skipif(extension.library is None, reason="the exte
 
 
 @pytest.mark.parametrize(("every", "kept"), [(1, 6), (2, 3), (3, 2), (5, 2), (6, 1), (100, 1)])
-def test_trajectory(net: nn.Module, x0: Tensor, every: int, kept: int) -> None:
+def test_trajectory_returns_every_nth_state_of_the_chain(
+    net: nn.Module, x0: Tensor, every: int, kept: int
+) -> None:
     z = numbers((K, *SHAPE), seed=1)
     states = [x0, *(step["x"] for step in plain_chain(net, x0, z))]
     got = sampler(net).trajectory(x0, noise=z, every=every)
@@ -46,7 +48,9 @@ def test_trajectory(net: nn.Module, x0: Tensor, every: int, kept: int) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_diagnose(net: nn.Module, x0: Tensor, options: dict) -> None:
+def test_diagnose_measures_each_step_of_the_chain(
+    net: nn.Module, x0: Tensor, options: dict
+) -> None:
     z = numbers((K, *SHAPE), seed=1)
     steps = list(plain_chain(net, x0, z, **options))
     states = torch.stack([x0, *(step["x"] for step in steps)])
@@ -147,7 +151,9 @@ def test_fused_chains_are_the_same_bits_in_every_batch() -> None:
 
 
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
-def test_lean_and_general_are_the_same_chain(method: str, net: nn.Module, x0: Tensor) -> None:
+def test_the_short_loop_gives_the_chain_of_the_general_loop(
+    method: str, net: nn.Module, x0: Tensor
+) -> None:
     ends = []
     for gradient in ("autograd", "explicit"):
         got = getattr(sampler(net, gradient=gradient, maximize=True), method)(x0, seed=0)
@@ -253,7 +259,9 @@ def test_fp32_is_strict_inside_autocast(make: Callable, differentiable: bool) ->
 
 
 @pytest.mark.parametrize("make", NETS.values(), ids=NETS)
-def test_no_precision_is_what_the_callers_loop_would_do(make: Callable[[], nn.Module]) -> None:
+def test_precision_none_follows_the_callers_flags_and_autocast(
+    make: Callable[[], nn.Module],
+) -> None:
     net, x0, z = make(), numbers(SHAPE, torch.float32), numbers((K, *SHAPE), torch.float32, 1)
     outside = sampler(net)(x0, noise=z)
     with torch.autocast("cpu", dtype=torch.bfloat16):

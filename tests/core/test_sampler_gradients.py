@@ -1,6 +1,7 @@
 """The differentiable chain against autograd through a plain loop."""
 
 import functools
+import itertools
 import math
 import weakref
 from typing import Any
@@ -44,8 +45,11 @@ def assert_same_chain(ours: Tensor, plain: Tensor, leaves: list[Tensor]) -> None
         assert bool(want.any())
 
 
-@pytest.mark.parametrize("checkpoint", ["auto", "none", "step"])
-@pytest.mark.parametrize("options", GRID, ids=str)
+@pytest.mark.parametrize(
+    ("options", "checkpoint"),
+    list(zip(GRID, itertools.cycle(["auto", "none", "step"]), strict=False)),
+    ids=str,
+)
 def test_gradients_of_a_plain_unroll(
     net: nn.Module, x0: Tensor, options: dict, checkpoint: str
 ) -> None:
@@ -224,8 +228,8 @@ def test_gradcheck(noise_order: str, grad_clip: Any) -> None:
         return run(x0, seed=0, differentiable=True)
 
     inputs = (
-        numbers((2, 3)),
-        numbers((3, 4), seed=1),
+        numbers((2, 2)),
+        numbers((2, 2), seed=1),
         torch.tensor(A).double(),
         torch.ones(2).double(),
     )

@@ -165,7 +165,7 @@ RUNS = {
 
 @pytest.mark.parametrize("reassigning", [False, True], ids=["", "reassigned buffer"])
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_no_trace(x0: Tensor, run: Callable, reassigning: bool) -> None:
+def test_a_call_changes_nothing_outside(x0: Tensor, run: Callable, reassigning: bool) -> None:
     energy = everything(reassigning)
     before = trace(energy)
     run(sampler(energy, step_size=0.01), x0, seed=0)
@@ -173,7 +173,9 @@ def test_no_trace(x0: Tensor, run: Callable, reassigning: bool) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_no_trace_beyond_one_draw_without_a_seed(x0: Tensor, run: Callable) -> None:
+def test_a_call_without_a_seed_changes_only_one_draw_of_the_generator(
+    x0: Tensor, run: Callable
+) -> None:
     energy = everything()
     torch.manual_seed(1)
     fl.noise.draw_seed()
@@ -184,7 +186,7 @@ def test_no_trace_beyond_one_draw_without_a_seed(x0: Tensor, run: Callable) -> N
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_no_trace_of_a_chain_that_raises(x0: Tensor, run: Callable) -> None:
+def test_a_chain_that_raises_changes_nothing_outside(x0: Tensor, run: Callable) -> None:
     energy, calls = everything(), []
 
     def raise_at_step_3(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -201,7 +203,7 @@ def test_no_trace_of_a_chain_that_raises(x0: Tensor, run: Callable) -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net.forward, functools.partial], ids=["m", "partial"])
-def test_no_trace_of_a_wrapped_module(x0: Tensor, wrap: Callable) -> None:
+def test_a_call_changes_nothing_in_a_wrapped_module(x0: Tensor, wrap: Callable) -> None:
     energy = everything()
     before = trace(energy)
     sampler(wrap(energy), step_size=0.01)(x0, seed=0)
@@ -231,7 +233,9 @@ def test_dropout_is_drawn_anew_at_every_step(x0: Tensor, differentiable: bool) -
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
-def test_callers_modes(net: nn.Module, x0: Tensor, mode: Callable, method: str) -> None:
+def test_the_callers_grad_and_inference_modes_are_kept(
+    net: nn.Module, x0: Tensor, mode: Callable, method: str
+) -> None:
     """The same numbers in any mode of the caller, and a result that autograd can use after it."""
     want = sampler(net)(x0, seed=0)
     with mode():

@@ -82,7 +82,9 @@ def test_backends_by_name(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sizes(step_: Callable[..., Tensor], shape: tuple, dtype: torch.dtype) -> None:
+def test_steps_of_every_size_match_float64(
+    step_: Callable[..., Tensor], shape: tuple, dtype: torch.dtype
+) -> None:
     x, grad, z = (numbers(shape, dtype, seed) for seed in range(3))
     exact = langevin_step(x.double(), grad.double(), z.double(), step_size=A, noise_std=B)
     eager = eager_step(x, grad, z, step_size=A, noise_std=B)
@@ -94,7 +96,7 @@ def test_sizes(step_: Callable[..., Tensor], shape: tuple, dtype: torch.dtype) -
     pairwise(OPTIONS, ["", "step_size", "noise_std", "step_size noise_std"], DTYPES),
     ids=str,
 )
-def test_options(
+def test_steps_with_every_option_match_float64(
     step_: Callable[..., Tensor], chosen: str, per_chain: str, dtype: torch.dtype
 ) -> None:
     options = OPTIONS[chosen]
@@ -149,10 +151,10 @@ def test_noise_equals_the_contracts_normals(step_: Callable[..., Tensor], first_
 @pytest.mark.parametrize(
     ("chosen", "dtype"), list(zip(OPTIONS, itertools.cycle(DTYPES), strict=False)), ids=str
 )
-def test_contract_noise_and_gradient(
+def test_steps_with_drawn_noise_match_float64(
     step_: Callable[..., Tensor], chosen: str, dtype: torch.dtype
 ) -> None:
-    """Each option once: test_options pairs them with dtypes."""
+    """Each option once: test_steps_with_every_option_match_float64 pairs them with dtypes."""
     options = OPTIONS[chosen]
     x, grad = numbers((4, 3, 5, 7), dtype), numbers((4, 3, 5, 7), dtype, 1)
     z = fl.noise.normal(x.shape, seed=3, step=5, first_chain=9, dtype=torch.float64)
@@ -163,7 +165,9 @@ def test_contract_noise_and_gradient(
 
 @pytest.mark.parametrize("clamp", [None, (-0.9, 0.8)])
 @pytest.mark.parametrize("noise_last", [False, True])
-def test_noise_alone(step_: Callable[..., Tensor], clamp: tuple | None, noise_last: bool) -> None:
+def test_steps_without_a_gradient_match_float64(
+    step_: Callable[..., Tensor], clamp: tuple | None, noise_last: bool
+) -> None:
     x, z = numbers((3, 1023)), numbers((3, 1023), seed=1)
     options = {"noise_std": B, "clamp": clamp, "noise_last": noise_last}
     exact = langevin_step(x.double(), torch.zeros(3, 1023), z.double(), step_size=A, **options)
@@ -184,7 +188,7 @@ def clipped(grad: Tensor, kind: str, bound: float) -> Tensor:
     pairwise([0.3, 3.0, 300.0], ["chain_norm", "batch_norm"], DTYPES, [None, (0.1, 0.5, 0.0, 0.3)]),
     ids=str,
 )
-def test_norm_clips(
+def test_norm_clips_match_float64(
     step_: Callable[..., Tensor],
     bound: float,
     kind: str,

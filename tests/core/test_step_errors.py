@@ -94,7 +94,7 @@ CASES += [
 @pytest.mark.parametrize(
     ("wrong", "error", "match"), CASES, ids=[f"{next(iter(case[0]))}-{case[2]}" for case in CASES]
 )
-def test_errors(wrong: dict, error: type[Exception], match: str) -> None:
+def test_wrong_step_arguments_are_named(wrong: dict, error: type[Exception], match: str) -> None:
     """Of the op's own checks, which no backend sees; x stays as it was."""
     x = wrong.get("x", ONES.clone())
     before = x.detach().clone() if isinstance(x, Tensor) else x

@@ -33,7 +33,7 @@ LAYOUTS = ["contiguous", *layouts(torch.zeros(2, 3, 5, 7))]
 @pytest.mark.parametrize(
     ("layout", "grad_layout", "dtype"), pairwise(LAYOUTS, LAYOUTS, DTYPES), ids=str
 )
-def test_memory_layouts(
+def test_a_step_is_the_same_bits_in_every_memory_layout(
     step_: Callable[..., Tensor], layout: str, grad_layout: str, dtype: torch.dtype
 ) -> None:
     x, grad = numbers((4, 3, 5, 7), dtype), numbers((4, 3, 5, 7), dtype, 1)
@@ -68,7 +68,7 @@ def test_a_slice_is_written_and_nothing_beside_it(step_: Callable[..., Tensor]) 
     pairwise([1, 5, 1023, 1024], [None, 0.4, ("chain_norm", 5.0)], DTYPES),
     ids=str,
 )
-def test_batch_split(
+def test_a_step_is_the_same_bits_in_every_batch_split(
     step_: Callable[..., Tensor], elements: int, clip: Any, dtype: torch.dtype
 ) -> None:
     x, grad = numbers((16, elements), dtype), numbers((16, elements), dtype, 1)
@@ -80,7 +80,7 @@ def test_batch_split(
 
 
 @pytest.mark.parametrize("shape", [(8, 20_001), (1, 100_003)])
-def test_thread_count(
+def test_a_step_is_the_same_bits_for_every_thread_count(
     step_: Callable[..., Tensor], place: tuple[str, torch.device], shape: tuple
 ) -> None:
     backend, device = place
@@ -97,7 +97,7 @@ def test_thread_count(
     assert torch.equal(*results)
 
 
-def test_repeat_and_address(step_: Callable[..., Tensor]) -> None:
+def test_repeated_steps_are_equal_and_other_addresses_differ(step_: Callable[..., Tensor]) -> None:
     """The same address gives the same bits; any other gives other numbers everywhere."""
     x, grad = numbers((3, 1023)), numbers((3, 1023), seed=1)
     first = step_(x.clone(), grad)

@@ -1,5 +1,6 @@
 """The engine that replays a trace gives autograd's chain, whatever operators an energy uses."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -191,8 +192,9 @@ def test_a_chain_is_autograds(name: str) -> None:
     assert not torch.equal(got, x0)
 
 
-@pytest.mark.parametrize("metropolis", [False, True])
-@pytest.mark.parametrize("name", ENERGIES)
+@pytest.mark.parametrize(
+    ("name", "metropolis"), list(zip(ENERGIES, itertools.cycle([False, True]), strict=False))
+)
 def test_a_chain_in_float32_is_as_near_to_float64_as_autograds(name: str, metropolis: bool) -> None:
     energy, x0, kwargs = made(name, torch.float32)
     options = {"metropolis": True, "step_size": 0.005} if metropolis else {}
@@ -200,8 +202,13 @@ def test_a_chain_in_float32_is_as_near_to_float64_as_autograds(name: str, metrop
     torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ENERGIES)
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    list(zip(ENERGIES, itertools.cycle(LAYOUTS), strict=False)),
+)
 def test_a_sampler_follows_weights_labels_and_modes(name: str, layout: torch.memory_format) -> None:
     """Each call is that of a new sampler, whatever the calls before have recorded."""
     energy, x0, kwargs = made(name, torch.float64)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._functorch.config
-import torch._inductor.config
 from torch import Tensor
 
 import fastlangevin as fl
@@ -147,6 +145,9 @@ def test_the_op_takes_any_strides_so_that_inductor_copies_no_gradient() -> None:
 @pytest.mark.slow
 def test_inductor(backend: str, device: torch.device) -> None:
     """Above all that ``before`` is not computed again from the moved x."""
+    import torch._functorch.config
+    import torch._inductor.config  # takes seconds
+
     torch._dynamo.reset()
     compiled = torch.compile(walk, fullgraph=True)
     x, y = moved(device, numbers(4, 3, 5, 7), numbers(4, 3, 5, 7))

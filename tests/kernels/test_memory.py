@@ -19,6 +19,7 @@ from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.kernels.signs import apply_signs_, pack_signs
 from fastlangevin.step import bind_step, resolve_backend
+from tests.pairwise import pairwise
 
 SHAPE = (2, 3)
 VALUES = torch.linspace(-1.0, 1.0, 6).view(SHAPE)
@@ -243,9 +244,9 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("kind", ["fake", "meta"])
+@pytest.mark.parametrize(
+    ("kind", "method", "settings"), pairwise(["fake", "meta"], METHODS.values(), SETTINGS)
+)
 def test_a_chain_of_shapes(
     kind: str, method: Callable[[fl.LangevinSampler, Tensor], Any], settings: dict[str, Any]
 ) -> None:

@@ -4,14 +4,12 @@ What every backend promises is in test_step.py, which runs this one too where it
 here is what only these kernels do: their words, their tiles, their outputs and their machine code.
 """
 
-import functools
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,12 @@ from fastlangevin.kernels import triton  # noqa: E402
 from fastlangevin.kernels.triton_step import _box_muller  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(
-    triton.available(DEVICE) is not None, reason=f"triton: {triton.available(DEVICE)}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        triton.available(DEVICE) is not None, reason=f"triton: {triton.available(DEVICE)}"
+    ),
+    pytest.mark.usefixtures("real_tiles"),
+]
 
 ADDRESS = {"seed": 2**64 - 3, "step": 2**32 - 1, "first_chain": 2**31 - 2}
 OPTIONS: dict[str, Any] = {"step_size": 0.3, "noise_std": 0.05, "clamp": (-0.9, 0.8), **ADDRESS}
@@ -67,14 +68,14 @@ def normals(shape: tuple) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
-def test_words(shape: tuple) -> None:
+def test_triton_uniforms_equal_the_contracts_bit_for_bit(shape: tuple) -> None:
     """Uniforms are the words' upper 24 bits: equal bit for bit, so are the words."""
     got = triton.fill(shape, Address(stream=4, **ADDRESS), DEVICE, uniform=True)
     assert torch.equal(got.cpu(), fl.noise.uniform(shape, stream=4, **ADDRESS))
 
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
-def test_normals(shape: tuple) -> None:
+def test_triton_normals_match_float64(shape: tuple) -> None:
     got = normals(shape).cpu()
     exact = fl.noise.normal(shape, dtype=torch.float64, **ADDRESS)
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6)
@@ -103,7 +104,7 @@ def test_normals_of_every_word() -> None:
             assert float((z.cpu() - exact).abs().max()) <= 2e-6
 
 
-def test_the_native_backends_normals() -> None:
+def test_triton_normals_equal_the_native_backends() -> None:
     """Bit for bit, on whatever device."""
     extension = pytest.importorskip("fastlangevin.kernels.extension", reason="no native kernels")
     cpu = torch.device("cpu")
@@ -118,8 +119,14 @@ def test_the_native_backends_normals() -> None:
 # Steps -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, torch.float32) for shape in SIZES),
+        *itertools.product([(2, 1023), (1, 4097), (300, 2)], DTYPES[1:]),
+    ],
+    ids=str,
+)
 def test_steps_equal_the_reference_on_the_same_normals(shape: tuple, dtype: torch.dtype) -> None:
     x, grad = numbers(shape, dtype), numbers(shape, torch.float32, 1)
     z = normals(shape)
@@ -130,7 +137,9 @@ def test_steps_equal_the_reference_on_the_same_normals(shape: tuple, dtype: torc
 
 @pytest.mark.parametrize("layouts", LAYOUTS)
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
-def test_layouts(shape: tuple, layouts: tuple[str, ...]) -> None:
+def test_triton_steps_are_equal_in_both_memory_formats(
+    shape: tuple, layouts: tuple[str, ...]
+) -> None:
     """Of x and grad, bit for bit; noise is drawn in logical order in all of them."""
     x, grad = numbers(shape), numbers(shape, torch.bfloat16, 1)
     z = normals(shape)
@@ -143,7 +152,7 @@ def test_layouts(shape: tuple, layouts: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_without_noise(layout: str) -> None:
+def test_triton_steps_without_noise_equal_the_reference(layout: str) -> None:
     x, grad = in_layout(numbers((2, 3, 5, 7)), layout), in_layout(numbers((2, 3, 5, 7)), layout)
     options = OPTIONS | {"noise_std": 0.0}
     want = reference.step_(x.clone(), grad, None, **options)
@@ -182,14 +191,14 @@ def test_seed_and_step_from_device_memory() -> None:
         (numbers((2, 3)), [0], ValueError, r"must be contiguous and of shape \[2\], got \[1\]"),
     ],
 )
-def test_a_state_that_would_not_be_read(
+def test_an_rng_state_that_would_not_be_read_is_refused(
     x: Tensor, state: list, error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=f"langevin_step_: rng_state {match}"):
         triton.step_(x, None, None, **OPTIONS, rng_state=torch.tensor(state, device=DEVICE))
 
 
-def test_batch_split() -> None:
+def test_triton_steps_are_equal_in_every_batch_split() -> None:
     x, grad = numbers((300, 6)), numbers((300, 6), seed=1)
     options = OPTIONS | {"first_chain": 5, "step_size": numbers((300,)).abs()}
     whole = triton.step_(x.clone(), grad, None, **options)
@@ -198,7 +207,7 @@ def test_batch_split() -> None:
         assert torch.equal(triton.step_(x[i:j].clone(), grad[i:j], None, **part), whole[i:j])
 
 
-def test_a_grids_third_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_grids_use_a_third_axis_for_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains of more tiles than a grid's second axis has places for."""
     x, grad = numbers((2, 4097)), numbers((2, 4097), seed=1)
     want = triton.step_(x.clone(), grad, None, **OPTIONS)
@@ -215,7 +224,7 @@ def test_rows_more_than_two_to_the_31_apart() -> None:
     assert torch.equal(triton.step_(x, None, None, **OPTIONS), want)
 
 
-def test_the_change_is_counted() -> None:
+def test_triton_steps_increment_the_tensors_version() -> None:
     """Autograd must notice that a tensor it saved has changed."""
     x = numbers((2, 5))
     version = x._version
@@ -235,44 +244,31 @@ VECTORS = {  # contiguous float32 and bfloat16 tensors: 16 bytes a load; bfloat1
 }
 
 
-per_architecture = pytest.mark.parametrize(
-    "arch",
-    [pytest.param(arch, marks=() if arch == "90" else pytest.mark.slow) for arch in ARCHITECTURES],
-)
-
-
-@pytest.fixture(scope="module")
-def compile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """What tests/compile_triton.py says of every launch on an architecture."""
+def compiled_for(arch: str, cache: Path) -> dict[str, dict[str, Any]]:
+    """What compile_triton.py says of every launch on an architecture."""
     script = Path(__file__).with_name("compile_triton.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    @functools.cache
-    def run(arch: str) -> dict[str, Any]:
-        command = [sys.executable, str(script), arch]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(script), arch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {launch: results[arch] for launch, results in json.loads(done.stdout).items()}
 
 
-@per_architecture
-def test_nothing_spills_and_nothing_is_fused(
-    compile_for: Callable[[str], dict[str, Any]], arch: str
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiled_kernels_spill_nothing_fuse_nothing_and_access_16_bytes(
+    arch: str, tmp_path: Path
 ) -> None:
-    """At most 64 registers: 1,024 threads of 2,048 still fit. Fused roundings would differ."""
-    for launch, results in compile_for(arch).items():
-        assert results[arch]["local"] == 0, launch
-        assert results[arch]["registers"] <= 64, launch
-        assert results[arch]["fused"] == 0, launch
+    """At most 64 registers: 1,024 threads of 2,048 still fit. Fused roundings would differ.
 
-
-@per_architecture
-@pytest.mark.parametrize("launch", VECTORS)
-def test_accesses_of_16_bytes(
-    compile_for: Callable[[str], dict[str, Any]], launch: str, arch: str
-) -> None:
-    assert set(compile_for(arch)[launch][arch]["loads"]) == VECTORS[launch]
-    assert compile_for(arch)[launch][arch]["stores"] == ["v4.b32"]
+    One test per architecture, as the compilation is what takes time.
+    """
+    launches = compiled_for(arch, tmp_path)
+    for launch, result in launches.items():
+        assert result["local"] == 0, launch
+        assert result["registers"] <= 64, launch
+        assert result["fused"] == 0, launch
+    for launch, loads in VECTORS.items():
+        assert set(launches[launch]["loads"]) == loads, launch
+        assert launches[launch]["stores"] == ["v4.b32"], launch

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def scored_silu(layout: torch.memory_format) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_energies_and_gradient(case: str) -> None:
+def test_fused_energies_and_gradients_match_float64(case: str) -> None:
     x = state(case)
     energies, grad = fused(case)(x, want_energies=True)
     want_energies, want = exact(case, x)
@@ -127,7 +126,9 @@ def test_energies_and_gradient(case: str) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", ["silu", "whole blocks"])
-def test_precisions(case: str, precision: str) -> None:
+def test_fused_gradients_of_each_precision_are_within_its_tolerance(
+    case: str, precision: str
+) -> None:
     x = state(case)
     score = fused(case, precision=precision)
     energies, grad = score(x, want_energies=True)
@@ -153,7 +154,7 @@ def test_channels_last_and_other_layouts() -> None:
     assert torch.equal(grad, want)
 
 
-def test_sign_words() -> None:
+def test_saved_sign_bits_are_those_of_the_activations_inputs() -> None:
     """Bit c % 32 of word c // 32 is set where channel c is positive before its activation."""
     energy, shape = paper("leaky_relu", width=40), (3, 8, 8)
     score = FusedGradient(stack_of(energy, shape), 2, DEVICE, "fp32")
@@ -170,7 +171,7 @@ def test_sign_words() -> None:
         h = energy.layers[2 * i + 1](h)
 
 
-def test_tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_gradients_are_right_with_a_gpus_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of rows and of columns, the last of them partly filled."""
     x, energy = state("leaky_relu", 3), paper(width=24)
     monkeypatch.undo()
@@ -192,7 +193,7 @@ def test_nan_spreads_as_autograds_does(case: str, precision: str) -> None:
     assert torch.equal(grad.isnan(), want.isnan())
 
 
-def test_new_weights_are_noticed() -> None:
+def test_changed_weights_are_packed_again() -> None:
     energy, x = paper(), state("leaky_relu")
     score = FusedGradient(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
     addresses = [plan.weight.data_ptr() for plan in (*score._forward, *score._backward)]
@@ -265,7 +266,9 @@ STEPS: dict[str, dict[str, Any]] = {
     ],
     ids=str,
 )
-def test_a_step_is_the_steps_own_along_the_gradient(name: str, layout: torch.memory_format) -> None:
+def test_a_fused_step_equals_the_step_along_the_gradient(
+    name: str, layout: torch.memory_format
+) -> None:
     """Bit for bit, and near a step in float64 along the exact gradient."""
     x, score = state("silu").clone(memory_format=layout), fused("silu")
     options = OPTIONS | STEPS[name]
@@ -327,7 +330,7 @@ def test_chains_do_not_depend_on_their_batch() -> None:
 # Refusals ----------------------------------------------------------------------------------------
 
 
-def test_refusals() -> None:
+def test_networks_that_cannot_be_fused_say_why() -> None:
     def reason(*layers: nn.Module, channels: int = 3, precision: str | None = "fp32") -> str | None:
         energy = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(1)).to(DEVICE)
         energy(torch.zeros(1, channels, 8, 8, device=DEVICE))
@@ -346,7 +349,7 @@ def test_refusals() -> None:
                             (3, 8, 8)), 1, DEVICE, "fp32")  # fmt: skip
 
 
-def test_other_states_and_the_plan() -> None:
+def test_other_shapes_are_refused_and_the_plan_is_printed() -> None:
     score = fused("silu")
     with pytest.raises(ValueError, match=r"float32 \[5, 3, 8, 8\], got torch.float64"):
         score(state("silu").double())
@@ -361,47 +364,33 @@ def test_other_states_and_the_plan() -> None:
 ARCHITECTURES = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
 
 
-per_architecture = pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
-)
-
-
-@pytest.fixture(scope="module")
-def compile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """What tests/compile_triton_conv.py says of every launch on an architecture."""
+def compiled_for(arch: str, cache: Path) -> dict[str, dict[str, Any]]:
+    """What compile_triton_conv.py says of every launch on an architecture."""
     root = Path(__file__).resolve().parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    @functools.cache
-    def run(arch: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "tests.kernels.compile_triton_conv", arch]
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-m", "tests.kernels.compile_triton_conv", arch]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {launch: results[arch] for launch, results in json.loads(done.stdout).items()}
 
 
-@per_architecture
-def test_matrix_instructions_and_no_spills(
-    compile_for: Callable[[str], dict[str, Any]], arch: str
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiled_kernels_use_matrix_instructions_spill_nothing_and_fuse_nothing(
+    arch: str, tmp_path: Path
 ) -> None:
-    """The image's launch is too narrow for the later ones, and takes the first's."""
+    """The image's launch is too narrow for the later instructions, and takes the first's.
+
+    Nothing is fused, so a step is the same, bit for bit, in whichever launch it is. One test per
+    architecture, as the compilation is what takes time.
+    """
     kinds = {"fp16": "F32", "bf16": "F32.BF16", "tf32": "F32.TF32"}
-    for launch, results in compile_for(arch).items():
-        assert results[arch]["local"] == 0, launch
+    for launch, result in compiled_for(arch, tmp_path).items():
+        assert result["local"] == 0, launch
+        assert result["fused"] == 0, launch
         instruction = "HMMA" if launch.endswith("backward 0") else ARCHITECTURES[arch]
-        (found,) = results[arch]["matrix"]
+        (found,) = result["matrix"]
         assert found.split(".")[0] == instruction, launch
         if instruction != "UTCHMMA":  # whose descriptor, not its name, holds the types
             assert found.endswith(kinds[launch.split()[0]]), launch
-
-
-@per_architecture
-def test_the_launch_with_the_step_rounds_as_the_step_does(
-    compile_for: Callable[[str], dict[str, Any]], arch: str
-) -> None:
-    """Nothing is fused: a step is the same, bit for bit, in whichever launch it is."""
-    for launch, results in compile_for(arch).items():
-        assert results[arch]["fused"] == 0, launch

@@ -81,7 +81,7 @@ def test_images_are_read_and_not_changed() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 2, 8, 8), (4, 8, 8), (0, 1, 8, 8), (4, 4, 8, 8)], ids=str)
-def test_what_is_no_batch_of_images(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_tensors_that_are_no_images_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"images must be \[n, 1 or 3, H, W\], got \[") as caught:
         save_grid(torch.zeros(shape), tmp_path / "grid.png")
     assert str(list(shape)) in str(caught.value)
@@ -96,7 +96,7 @@ def test_what_is_no_batch_of_images(shape: tuple[int, ...], tmp_path: Path) -> N
         (torch.zeros(2, 1, 8, 8), 1.5, TypeError, "columns must be an integer, got 1.5"),
     ],
 )
-def test_what_is_no_grid(
+def test_wrong_grid_settings_are_refused(
     images: Any, columns: Any, error: type[Exception], match: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=f"to_grid: {match}"):

@@ -268,7 +268,7 @@ def test_lr_may_be_set_between_steps() -> None:
     assert equal(weights(learning.energy), before)
 
 
-def test_betas_are_adams() -> None:
+def test_betas_are_passed_to_adam() -> None:
     """The first moment after one step is (1 - beta1) g, the second (1 - beta2) g^2."""
     learning = tiny(betas=(0.5, 0.75))
     learning.step()

@@ -35,7 +35,7 @@ from tests.learn.train_shared import (
 )
 
 
-def test_what_a_run_leaves(whole: Path, config: TrainConfig) -> None:
+def test_a_run_leaves_these_files(whole: Path, config: TrainConfig) -> None:
     """Of the checkpoints the last two; no TensorBoard where it is not installed."""
     files = [name for name, content in snapshot(whole).items() if content is not None]
     assert sorted(files) == [
@@ -53,7 +53,9 @@ def test_what_a_run_leaves(whole: Path, config: TrainConfig) -> None:
     assert names == {"model", "ema", "ema_updates", "adam", "buffer"}
 
 
-def test_records(whole: Path, config: TrainConfig) -> None:
+def test_records_have_the_annealed_settings_and_finite_figures(
+    whole: Path, config: TrainConfig
+) -> None:
     found = records(whole)
     assert [record["iteration"] for record in found] == [2, 4, 6, 8, 10, 12]
     for record in found:
@@ -117,13 +119,22 @@ def test_a_run_outside_the_main_thread(config: TrainConfig, whole: Path, tmp_pat
     assert_same_end(tmp_path / "run", whole)
 
 
+@pytest.fixture(scope="module")
+def short(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of half of the iterations."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    train(dataclasses.replace(config, iterations=6), out)
+    return out
+
+
 @pytest.mark.parametrize("name", [k for k in OTHER if k not in ("on_corrupt", "backend")])
 def test_every_setting_reaches_the_run(
-    name: str, config: TrainConfig, whole: Path, tmp_path: Path
+    name: str, config: TrainConfig, short: Path, tmp_path: Path
 ) -> None:
     """Changed alone, it changes the weights or their average; these two change only how."""
-    train(dataclasses.replace(config, **{name: OTHER[name]}), tmp_path / "run")
-    runs = [read_checkpoint(run)[0] for run in (whole, tmp_path / "run")]
+    changed = dataclasses.replace(config, **{"iterations": 6, name: OTHER[name]})
+    train(changed, tmp_path / "run")
+    runs = [read_checkpoint(run)[0] for run in (short, tmp_path / "run")]
     got, want = ({k: v.tolist() for k, v in run.items() if k[:3] in ("mod", "ema")} for run in runs)
     assert got != want
 

@@ -28,7 +28,7 @@ def runaway(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, lr_final=1e4)
 
 
-def test_energies_that_run_away(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_run_whose_energies_diverge_stops(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="energies run away at iteration 9: ") as caught:
         train(runaway(config), tmp_path / "run")
     good = named_checkpoint(caught)

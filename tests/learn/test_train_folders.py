@@ -59,7 +59,7 @@ def test_resume_on_other_data(config: TrainConfig, copied: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "series.jsonl", "samples.png", "config.yaml"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_files_of_the_users_are_in_nobodys_way(
+def test_other_files_in_the_folder_do_not_stop_a_run(
     name: str, overwrite: bool, config: TrainConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -110,7 +110,7 @@ def test_two_processes_in_one_folder(config: TrainConfig, whole: Path, copied: P
     train(config, copied, resume=True)  # the lock went with the process
 
 
-def test_a_folder_made_for_nothing_goes(tmp_path: Path) -> None:
+def test_a_folder_made_by_a_failed_start_is_removed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"), only_writer(tmp_path / "new"):
         raise ValueError("no")
     (tmp_path / "old").mkdir()
@@ -223,7 +223,7 @@ def test_a_device_that_is_not_there(config: TrainConfig, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_overwrite_starts_anew(config: TrainConfig, copied: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_the_run(config: TrainConfig, copied: Path, tmp_path: Path) -> None:
     """Nothing of the longer run is left, and nothing of it is in the numbers."""
     shorter = dataclasses.replace(config, iterations=4, seed=3)
     train(shorter, copied, overwrite=True)

@@ -179,7 +179,7 @@ def close(mine: Any, theirs: Any) -> None:
         for j, case in enumerate(V2)
     ],
 )
-def test_nae_v2(case: str, state: str, model: str) -> None:
+def test_nae_v2_matches_the_original_loop(case: str, state: str, model: str) -> None:
     options, settings = V2[case]
     x0, z = STATES[state], Z[state]
     before = x0.clone()
@@ -203,7 +203,7 @@ def test_nae_v2(case: str, state: str, model: str) -> None:
 
 @pytest.mark.parametrize("shape", ["[n, 1]", "[n]"])
 @pytest.mark.parametrize(("state", "case"), list(itertools.product(STATES, MCMC)))
-def test_nae_mcmc(case: str, state: str, shape: str) -> None:
+def test_nae_mcmc_matches_the_original_loop(case: str, state: str, shape: str) -> None:
     options, settings = MCMC[case]
     x0, z = STATES[state], Z[state]
     options = {"stepsize": 0.05} | options
@@ -264,7 +264,7 @@ def test_nae_v2_is_a_function_of_its_seed_and_leaves_no_trace() -> None:
     close([part], [fl.presets.nae_v2()(x0, NET, 0.05, K, seed=3)["sample"][2:]])
 
 
-def test_what_nae_v2_refuses() -> None:
+def test_nae_v2_refuses_wrong_settings() -> None:
     x0, run = STATES["vectors"], fl.presets.nae_v2()
     for arguments, error, message in (
         ((x0, NET, None, K), ValueError, "nae_v2: give stepsize or noise_scale"),

@@ -74,7 +74,7 @@ SIGNATURES: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_has_the_originals_signature(name: str) -> None:
+def test_every_preset_has_the_originals_signature(name: str) -> None:
     """Its positional parameters, in order, with their defaults; the rest by keyword alone."""
     make, want = SIGNATURES[name]
     found = [
@@ -148,6 +148,8 @@ def jem(f: Net, y: Any = None, **options: Any) -> Tensor:
         (ValueError, "temperature", lambda f: fl.presets.ula(f, -1.0)),
     ],
 )
-def test_bad_input(net: Net, error: type, match: str, call: Callable[[Net], Any]) -> None:
+def test_presets_name_wrong_input(
+    net: Net, error: type, match: str, call: Callable[[Net], Any]
+) -> None:
     with pytest.raises(error, match=match):
         call(net)

@@ -306,7 +306,7 @@ def test_slots_drawn_twice_keep_the_later_chain(
     settings = args(batch_size=300, sgld_std=0.1)
     sample = getattr(fl.presets, preset)(settings)
     for seed in range(5):
-        buffer = torch.zeros(512, 64, 8, 8)
+        buffer = torch.zeros(512, 16, 8, 8)
         x = sample(lambda v: 0 * v.flatten(1).sum(1), buffer, None, 1, seed=seed)
         slots = fl.presets.common.draw_slots(300, 512, seed).tolist()
         last = {slot: row for row, slot in enumerate(slots)}

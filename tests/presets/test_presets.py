@@ -12,7 +12,7 @@ from tests.presets.shared import CASES, K, Net, numbers
 
 @pytest.mark.parametrize("steps", [1, K])
 @pytest.mark.parametrize("case", CASES)
-def test_is_the_originals_equation(case: str, steps: int, net: Net) -> None:
+def test_every_preset_matches_the_originals_equation(case: str, steps: int, net: Net) -> None:
     """One step to rounding, K = 20 to 1e-9, in float64."""
     step, x0, preset = CASES[case]
     z, start = numbers(steps, *x0.shape, seed=3), x0.clone()
@@ -57,14 +57,14 @@ def left_as_found(net: Net) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:LangevinSampler. in train mode")
 @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith(("nae", "ncsn"))])
-def test_leaves_no_trace(case: str, net: Net) -> None:
+def test_presets_change_nothing_outside(case: str, net: Net) -> None:
     _, x0, preset = CASES[case]
     with left_as_found(net):
         preset(net, x0, numbers(2, *x0.shape))
 
 
 @pytest.mark.parametrize("case", ["jem", "igebm", "uva"])
-def test_runs_in_eval_mode_as_the_original(case: str, net: Net) -> None:
+def test_presets_run_in_eval_mode_as_the_original(case: str, net: Net) -> None:
     """Chains of a net in train mode are those of the net in eval mode, also after an error."""
     _, x0, preset = CASES[case]
     z = numbers(3, *x0.shape)

@@ -53,7 +53,9 @@ compare = functools.partial(fl.testing.compare, rounds=1)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64])
-def test_the_same_chain(energy: nn.Module, x0: Tensor, dtype: torch.dtype | None) -> None:
+def test_equal_loops_are_found_equal(
+    energy: nn.Module, x0: Tensor, dtype: torch.dtype | None
+) -> None:
     report = compare(functools.partial(loop, energy), sampler(energy), x0, dtype=dtype)
     assert report.same
     assert report.dtype == (dtype or torch.float32)
@@ -292,14 +294,14 @@ def test_a_loop_that_changes_its_x0_in_place(energy: nn.Module, x0: Tensor) -> N
     assert compare(original, sampler(energy), x0).same
 
 
-def test_a_lost_chain_is_no_equal_chain(x0: Tensor) -> None:
+def test_chains_that_are_not_finite_are_not_equal(x0: Tensor) -> None:
     def lost(x: Tensor) -> Tensor:
         return loop(lambda x: x.square().flatten(1).sum(1), x) + torch.nan
 
     assert not compare(lost, sampler(lambda x: x.square().flatten(1).sum(1)), x0).same
 
 
-def test_all_is_left_as_it_was(energy: nn.Module, x0: Tensor) -> None:
+def test_compare_changes_nothing_outside(energy: nn.Module, x0: Tensor) -> None:
     """Also by a loop that thaws, leaves train mode, fills .grads and draws."""
     net = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 1))
     net[2].weight.requires_grad_(False)
@@ -383,7 +385,7 @@ def test_a_preset_of_several_chains(x0: Tensor) -> None:
         (ValueError, "rounds", {"rounds": 0}),
     ],
 )
-def test_bad_input(
+def test_compare_names_wrong_input(
     energy: nn.Module, x0: Tensor, error: type, match: str, options: dict[str, Any]
 ) -> None:
     given: dict[str, Any] = {"original": functools.partial(loop, energy), "x0": x0}

@@ -84,7 +84,7 @@ def test_axes_through_the_centre() -> None:
     assert own.lines("width") == [[{"steps": 2, "width": w, "noise_std": b} for w in (2, 4)]]
 
 
-def test_grid() -> None:
+def test_a_grid_has_a_run_for_every_combination() -> None:
     own = Sweep(resolve(overrides=CENTRE), {"steps": [1, 2], "width": [2, 4]}, grid=True)
     assert sorted(settings(own)) == [(1, 2), (1, 4), (2, 2), (2, 4)]
     assert own.lines("steps") == [[{"steps": k, "width": w} for k in (1, 2)] for w in (2, 4)]
@@ -127,7 +127,9 @@ def test_a_file_and_options(tmp_path: Path) -> None:
     assert changed == want
 
 
-def test_a_run_is_one_of_train(plan: Sweep, whole: tuple[Path, Results], tmp_path: Path) -> None:
+def test_a_sweeps_run_equals_a_training_run(
+    plan: Sweep, whole: tuple[Path, Results], tmp_path: Path
+) -> None:
     """The same weights, and a record of what the sweep says of it."""
     run, (out, results) = plan.runs()[1], whole
     train(run.config, tmp_path / "own")
@@ -144,7 +146,7 @@ def test_a_run_is_one_of_train(plan: Sweep, whole: tuple[Path, Results], tmp_pat
 
 
 @pytest.mark.parametrize(("at_run", "at_iteration"), [(0, 1), (2, 3), (3, 4)])
-def test_cut_and_called_again(
+def test_an_interrupted_sweep_goes_on_when_called_again(
     at_run: int,
     at_iteration: int,
     plan: Sweep,
@@ -243,7 +245,9 @@ def test_means_and_standard_errors(plan: Sweep, whole: tuple[Path, Results]) -> 
     assert alone["points"][0]["measures"]["gap"]["error"] is None
 
 
-def test_files(plan: Sweep, whole: tuple[Path, Results], tmp_path: Path) -> None:
+def test_a_sweep_writes_its_tables_and_pictures(
+    plan: Sweep, whole: tuple[Path, Results], tmp_path: Path
+) -> None:
     written = write_report(plan, whole[1], tmp_path)
     content = json.loads((tmp_path / "sweep.json").read_text())
     assert content == summarise(plan, whole[1])
@@ -341,7 +345,7 @@ def test_quality_of_data_without_labels() -> None:
     assert QualityCheck(data)(torch.zeros(8, 1, 8, 8)).sure is None
 
 
-def test_folders_that_do_not_serve(
+def test_sweep_refuses_folders_that_it_cannot_use(
     plan: Sweep, whole: tuple[Path, Results], tmp_path: Path
 ) -> None:
     other = dataclasses.replace(plan, axes={"steps": [1, 2, 3]})
@@ -378,7 +382,7 @@ def test_folders_that_do_not_serve(
     ],
     ids=["cut", "empty", "list", "bytes", "no measure", "no seed", "no reason", "no number"],
 )
-def test_damaged_results(
+def test_damaged_sweep_results_are_named(
     damage: Callable[[str], str],
     plan: Sweep,
     whole: tuple[Path, Results],
@@ -401,6 +405,8 @@ def test_damaged_results(
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
-def test_ranks_that_do_not_serve(rank: int, world_size: int, plan: Sweep, tmp_path: Path) -> None:
+def test_sweep_refuses_impossible_ranks(
+    rank: int, world_size: int, plan: Sweep, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"rank must be in 0|world_size must be at least 1"):
         run_sweep(plan, tmp_path, rank=rank, world_size=world_size)

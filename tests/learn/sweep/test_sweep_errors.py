@@ -39,7 +39,7 @@ def _light() -> Iterator[None]:
         ({"data_noise": [0.1, -0.1]}, "at data_noise=-0.1: train: data_noise must be >= 0"),
     ],
 )
-def test_plans_that_do_not_serve(axes: Any, message: str) -> None:
+def test_wrong_plans_are_refused_by_name(axes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sweep(resolve(overrides=CENTRE), axes)
 
@@ -70,13 +70,13 @@ def test_every_point_is_checked_before_any_work(axes: Any, message: str, tmp_pat
         ({"axes": {"steps": [1, 2]}, "grid": "yes please"}, "grid must be true or false"),
     ],
 )
-def test_files_that_do_not_serve(content: Any, message: str, tmp_path: Path) -> None:
+def test_wrong_plan_files_are_refused_by_name(content: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=message):
         read_sweep(tmp_path / "plan.yaml")
 
 
-def test_command(tmp_path: Path) -> None:
+def test_the_sweep_command_runs_a_plan(tmp_path: Path) -> None:
     """The environment names two processes, and the second one writes the report."""
     out = tmp_path / "sweep"
     command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
@@ -91,7 +91,9 @@ def test_command(tmp_path: Path) -> None:
     assert [p["settings"]["steps"] for p in points] == [1, 2, centre, centre]
 
 
-def test_command_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_command_stops_on_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "sweep"
     command = ["sweep", *options(steps="1,2"), "--seeds=1", f"--out={out}"]
     stop = interrupted(1, 1, lambda: signal.raise_signal(signal.SIGTERM))
@@ -127,7 +129,9 @@ def test_a_process_of_torchruns_takes_its_own_gpu(
         (["--steps=5,ten"], "at steps=ten: steps must be int, got 'ten'"),
     ],
 )
-def test_command_refuses(given: list[str], message: str, tmp_path: Path) -> None:
+def test_the_sweep_command_refuses_wrong_options(
+    given: list[str], message: str, tmp_path: Path
+) -> None:
     done = run_command("sweep", *given, f"--out={tmp_path / 'sweep'}")
     assert done.exit_code == 1
     assert message in done.output
