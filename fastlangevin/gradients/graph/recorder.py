@@ -71,15 +71,16 @@ class OperatorRecorder:
         if not any(slot in self.values or slot in self.spoilt for slot in read):
             self._see_constants(func, name, args, out)
             return
+        if name == "detach":
+            # Autograd makes detached copies itself, which nothing reads.
+            reason = self.spoilt.get(read[0], "part of it is detached")
+            self.spoilt[self.slots.slot_of(out)] = reason
+            return
         for slot in read:
             if slot in self.spoilt:
                 raise self.refuse(self.spoilt[slot])
         if not torch.is_grad_enabled():
             raise self.refuse(f"{name} runs under torch.no_grad, or in a torch.autograd.Function")
-        if name == "detach":
-            # Autograd makes detached copies itself, which nothing reads.
-            self.spoilt[self.slots.slot_of(out)] = "part of it is detached"
-            return
         describe = OPERATORS.get(name)
         if describe is None:
             raise self.refuse(f"{name} is not supported")
