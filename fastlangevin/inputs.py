@@ -18,6 +18,7 @@ from fastlangevin.arguments import (
     check_tensor,
 )
 from fastlangevin.gradients.network import modules_of, tensors_of
+from fastlangevin.kernels.memory import in_memory
 
 
 def check_energy(op: str, energy: Any) -> None:
@@ -84,6 +85,15 @@ def copy_state(op: str, x0: Any, energy: Callable[..., Any]) -> Tensor:
 
     Raises TypeError or ValueError if x0 is not a state, or is on another device than the energy.
     """
+    x, is_copy = read_state(op, x0, energy)
+    return x if is_copy else x.clone()
+
+
+def read_state(op: str, x0: Any, energy: Callable[..., Any]) -> tuple[Tensor, bool]:
+    """The state of :func:`copy_state` for reading, and whether it is a copy.
+
+    It is x0's own memory if that has the dtype and layout of a copy.
+    """
     if isinstance(x0, int):
         hint = f"; n={x0} starts that many chains from U(-1, 1)"
     else:
@@ -95,7 +105,17 @@ def copy_state(op: str, x0: Any, energy: Callable[..., Any]) -> Tensor:
     check_chain_dimension(op, "x0", x0)
     check_tensors(op, energy, x0.device)
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    return x0.detach().to(dtype, copy=True)
+    as_it_is = (
+        x0.dtype == dtype
+        and type(x0) in (Tensor, nn.Parameter)
+        and in_memory(x0)
+        and not x0.is_inference()
+        and (
+            x0.is_contiguous()
+            or (x0.ndim == 4 and x0.is_contiguous(memory_format=torch.channels_last))
+        )
+    )
+    return (x0.detach() if as_it_is else x0.detach().to(dtype, copy=True)), not as_it_is
 
 
 def check_noise(op: str, noise: Any, shape: Sequence[int], device: torch.device) -> None:

@@ -35,7 +35,7 @@ from fastlangevin.gradients.select import (
     EngineChoice,
     check_gradient,
 )
-from fastlangevin.inputs import check_energy, check_noise, check_tensors, copy_state
+from fastlangevin.inputs import check_energy, check_noise, check_tensors, read_state
 from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
@@ -282,7 +282,7 @@ class LangevinSampler:
                 during the backward pass: the energy cannot be differentiated twice, returns other
                 values when a step is recomputed, or has been changed in place in the meantime.
         """
-        x, chain = self._prepare(
+        x, is_copy, chain = self._read(
             x0,
             n=n,
             seed=seed,
@@ -299,6 +299,7 @@ class LangevinSampler:
                 "rejecting a step is not differentiable"
             )
         if differentiable:
+            note(x, chain)
             start = x if x0 is None else x0.to(x.dtype)
             return unroll(chain, start, checkpoint, grad_steps, grad_through, offload)
         if (checkpoint, grad_steps, grad_through, offload) != ("auto", None, "exact", False):
@@ -306,7 +307,7 @@ class LangevinSampler:
                 f"{_OP}: checkpoint and grad_steps need differentiable=True, as do grad_through "
                 "and offload"
             )
-        choice = chain.choose(x) if len(x) else None
+        x, choice = self._begin(x, is_copy, chain)
         energies = None if choice is None else self._graphs.run(chain, x, choice)
         if energies is None:
             for step in chain.walk(x, choice=choice, every=self.steps):
@@ -330,11 +331,12 @@ class LangevinSampler:
             The errors of a call.
         """
         every = check_count(_OP, "every", every)
-        x, chain = self._prepare(x0, **options)
+        x, is_copy, chain = self._read(x0, **options)
+        x, choice = self._begin(x, is_copy, chain)
         states = x.new_empty((1 + self.steps // every, *x.shape))
         states[0] = x
         energies: Tensor | None = None
-        for step in chain.walk(x, every=every):
+        for step in chain.walk(x, choice=choice, every=every):
             energies = step.energies
             if (step.k + 1) % every == 0:
                 states[(step.k + 1) // every] = x
@@ -356,11 +358,12 @@ class LangevinSampler:
             The errors of a call, except that chains that are not finite do not raise: the
             diagnostics show at which step they became so.
         """
-        x, chain = self._prepare(x0, **options)
+        x, is_copy, chain = self._read(x0, **options)
+        x, choice = self._begin(x, is_copy, chain)
         records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(5)]
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
-        for step in chain.walk(x, want_energies=True):
+        for step in chain.walk(x, want_energies=True, choice=choice):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype)
             assert step.grad is not None
             values = (
@@ -427,15 +430,15 @@ class LangevinSampler:
             The errors of a call with this x0.
         """
         if x0 is not None:
-            x, chain = self._prepare(x0, seed=0)
-            return explain(chain, x, True, self._graphs)
+            x, is_copy, chain = self._read(x0, seed=0)
+            return explain(chain, x if is_copy else x.clone(), True, self._graphs)
         shape, device = getattr(self.energy, "shape", None), device_of(self.energy)
         zeros = None
         if shape is not None:
             zeros = torch.zeros((1, *shape), dtype=torch.float32, device=device or "cpu")
         return explain(self._chain(), zeros, False, self._graphs)
 
-    def _prepare(
+    def _read(
         self,
         x0: Tensor | None,
         *,
@@ -447,8 +450,11 @@ class LangevinSampler:
         noise: Tensor | None = None,
         step_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor, Chain]:
-        """Checks a call before any work, and returns a copy of the state and the call's chain."""
+    ) -> tuple[Tensor, bool, Chain]:
+        """Checks a call before any work.
+
+        Returns the starting state, whether it is a copy of x0 and not x0 itself, and the chain.
+        """
         for name in ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload"):
             if name in model_kwargs:
                 raise TypeError(
@@ -469,7 +475,10 @@ class LangevinSampler:
         if (x0 is None) == (n is None):
             raise ValueError(f"{_OP}: give either x0 or n")
         seed = _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
-        x = self._initial(n, seed, first_chain) if x0 is None else copy_state(_OP, x0, self.energy)
+        if x0 is None:
+            x, is_copy = self._initial(n, seed, first_chain), True
+        else:
+            x, is_copy = read_state(_OP, x0, self.energy)
         for name in ("step_size", "noise_std"):
             check_chains(_OP, name, getattr(self, name), x.shape[0])
         check_noise(_OP, noise, (self.steps, *x.shape), x.device)
@@ -479,8 +488,14 @@ class LangevinSampler:
             first_chain, x.shape[0], first_step, self.steps
         )
         chain = self._chain(seed, first_chain, first_step, noise, model_kwargs, by_step)
+        return x, is_copy, chain
+
+    def _begin(self, x: Tensor, is_copy: bool, chain: Chain) -> tuple[Tensor, EngineChoice | None]:
+        """The state to change, and the engine, which is chosen while no copy of x0 takes memory."""
+        choice = chain.choose(x) if len(x) else None
+        x = x if is_copy else x.clone()
         note(x, chain)
-        return x, chain
+        return x, choice
 
     def _initial(self, n: Any, seed: int, first_chain: int) -> Tensor:
         """n states from U(-1, 1), drawn from the seed's stream of initial states."""

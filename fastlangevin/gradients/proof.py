@@ -17,7 +17,7 @@ _BOUNDS = {torch.float64: 1e-6, torch.float32: 0.05}
 _MEDIAN_BOUND = 0.005
 _HALF_BOUND = 0.3
 # Converted to float64 at a time, so that a proof needs no more memory than a step.
-_ELEMENTS = 2048
+_ELEMENTS = 512
 
 
 class Verdict(NamedTuple):

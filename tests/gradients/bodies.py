@@ -62,5 +62,6 @@ COMMON: dict[str, Callable[[Body, Tensor], Tensor]] = {
     "batch norm": lambda m, x: mean(F.silu(m.norm(m.one(F.silu(m.norm(x)))))),
     "group norm": lambda m, x: mean(F.silu(m.groups(m.one(F.silu(m.groups(x)))))),
     "layer norm": lambda m, x: mean(m.one(F.silu(F.layer_norm(m.one(x), (4, 9, 7))))),
+    "squares": lambda m, x: mean(F.silu(m.one(x)).square() + 0.5 * x.pow(2)),
     "scaled channels": lambda m, x: mean(F.silu(m.gain * m.one(x))) * m.beta,
 }

@@ -186,17 +186,13 @@ def test_graphs(body: Callable[[Body, Tensor], Tensor]) -> None:
 
 
 def test_activations_in_place_that_autograd_refuses() -> None:
-    """An in-place relu on what a tanh has saved: the gradient is that of the relu out of place."""
-
-    def body(m: Body, x: Tensor, relu: Callable[[Tensor], Tensor] = F.relu_) -> Tensor:
-        return mean(m.one(relu(torch.tanh(m.one(x)))))
-
-    energy, x = seeded(lambda: Body(body)), numbers(SHAPE)
-    grad = lean(energy, x)(x, False)[1]
+    """An in-place relu on what a tanh has saved is refused for autograd's own reason."""
+    energy, x = Body(lambda m, x: mean(F.relu_(torch.tanh(m.one(x))))), numbers(SHAPE)
+    refusal = recognise(energy, x)
+    assert isinstance(refusal, str)
+    assert "modified by an inplace operation" in refusal
     with pytest.raises(RuntimeError, match="inplace"):
-        energy_and_grad(energy, x, {})
-    energy.body = lambda m, x: body(m, x, F.relu)
-    assert error(grad, energy_and_grad(energy.double(), x.double(), {})[1]) < 1e-6
+        fl.LangevinSampler(energy, 2)(x, seed=0)
 
 
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {

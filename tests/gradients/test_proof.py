@@ -1,5 +1,6 @@
 """An engine is used once its gradient has been autograd's; what runs of an energy leave alone."""
 
+import contextlib
 import cProfile
 import sys
 from collections.abc import Callable
@@ -159,3 +160,45 @@ def test_a_chain_that_is_lost_does_not_hide_the_others() -> None:
     x0 = states(3)
     x0[0] = float("nan")
     assert sampler(Own()).choose_engine(x0, {}).name != "autograd"
+
+
+class Anchored(nn.Module):
+    """An energy that also reads the states of a chain's start, as a constant."""
+
+    def __init__(self, anchor: Tensor | None) -> None:
+        super().__init__()
+        self.net, self.anchor = nn.Linear(4, 4), anchor
+
+    def forward(self, x: Tensor, anchor: Tensor | None = None) -> Tensor:
+        anchor = self.anchor if anchor is None else anchor
+        return (torch.tanh(self.net(x)) - torch.tanh(self.net(anchor))).square().sum(1)
+
+
+@pytest.mark.parametrize("by_argument", [True, False])
+def test_the_start_as_a_constant_is_not_the_state(by_argument: bool) -> None:
+    x = torch.randn(3, 4)
+    before = x.clone()
+    energy = Anchored(None if by_argument else x)
+    kwargs = {"anchor": x} if by_argument else {}
+    sampler = fl.LangevinSampler(energy, 4, 0.1, 0.1)
+    assert sampler.choose_engine(x, kwargs).name != "autograd"
+    end = sampler(x, seed=0, **kwargs)
+    expected = fl.LangevinSampler(energy, 4, 0.1, 0.1, gradient="autograd")(x, seed=0, **kwargs)
+    assert torch.allclose(end, expected, atol=1e-5)
+    assert torch.equal(x, before)
+    assert Anchored.forward(energy, x, **kwargs).abs().max() == 0
+
+
+def test_no_energy_writes_to_the_start() -> None:
+    x = torch.randn(3, 4)
+    before = x.clone()
+    energies = (
+        lambda x: x.mul_(2).square().sum(1),
+        lambda x: x.detach().mul_(2).sum(1) + x.square().sum(1),
+        lambda x: x.data.mul_(2).sum(1) + x.square().sum(1),
+        lambda x: torch.relu_(x.view(-1)).view(x.shape).square().sum(1),
+    )
+    for energy in energies:
+        with contextlib.suppress(RuntimeError):
+            fl.LangevinSampler(energy, 2, 0.1, 0.1)(x, seed=0)
+        assert torch.equal(x, before)

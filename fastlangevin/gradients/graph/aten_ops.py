@@ -155,6 +155,12 @@ def _product(operands: Operands, name: str, one: Tensor, two: Tensor, out: Tenso
     return Node("mul", values, shape[1:])
 
 
+def _square(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    if a["exponent"] != 2:
+        raise operands.refuse(f"{name} is supported only as a square")
+    return _product(operands, name, a["self"], a["self"], out)
+
+
 def _swish(nodes: list[Node], x: int, gate: int) -> Node | None:
     """Return x gate as one node if gate is sigmoid(beta x)."""
     if gate == 0 or nodes[gate - 1].kind != "sigmoid":
@@ -254,6 +260,7 @@ OPERATORS: dict[str, Callable[..., Node | None]] = (
     )
     | dict.fromkeys(_VIEWS, _view)
     | dict.fromkeys(("mul", "mul_", "div", "div_", "neg", "neg_"), _scale)
+    | {"pow": _square}
     | dict.fromkeys(("add", "add_", "sub", "sub_"), _add)
     | {
         name + suffix: functools.partial(_activation, settings=settings)

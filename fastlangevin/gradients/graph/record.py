@@ -70,9 +70,10 @@ def record(
 ) -> tuple[Recording, RunResults | None]:
     """Run the energy and its gradient once on x [n, ...] and record what they compute.
 
-    The run cannot change x: every operator is refused before it writes to the states. With a half ``precision`` the run is under autocast, and there is no graph. The results are None
-    if the run cannot be repeated from a recording. State of modules, objects and globals that the
-    run changes is restored. If x is empty, one chain of zeros is run.
+    The run cannot change x: every operator is refused before it writes to the states. With a half
+    ``precision`` the run is under autocast, and there is no graph. The results are None if the run
+    cannot be repeated from a recording. State of modules, objects and globals that the run changes
+    is restored. If x is empty, one chain of zeros is run.
     """
     owner = getattr(energy, "__self__", None)
     if isinstance(owner, nn.Module) and getattr(energy, "__func__", None) is type(owner).forward:
@@ -283,5 +284,5 @@ def _entering_dtype(
         return x.dtype
     network = Network(energy)
     with left_as_found(energy, x.device), torch.no_grad():
-        network(x, **model_kwargs)
+        network(x.clone(), **model_kwargs)  # no operator is refused here
     return network.dtype or x.dtype

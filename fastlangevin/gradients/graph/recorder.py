@@ -78,7 +78,8 @@ class OperatorRecorder:
             return
         if name == "detach":
             # Autograd makes detached copies itself, which nothing reads.
-            self.spoilt[self.slots.slot_of(out)] = "part of it is detached"
+            reason = self.spoilt.get(read[0], "part of it is detached")
+            self.spoilt[self.slots.slot_of(out)] = reason
             return
         for slot in read:
             if slot in self.spoilt:
