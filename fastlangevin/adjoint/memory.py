@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlangevin.gradients.dispatch_mode import DispatchMode
 
 
 class States:
@@ -81,7 +82,7 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(DispatchMode):
     """A context that counts the live and peak bytes of the tensors that torch makes in it."""
 
     def __init__(self) -> None:

@@ -13,7 +13,6 @@ another dimension equals n.
 """
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -166,8 +165,7 @@ def _record(
     tracer, watch = Tracer(leaf, refuse), Watch(snapshot, refuse)
     recorder = _recorder(energy, leaf, precision, tracer)
     values = Values(refuse, tracer.reads_state, lambda: recorder.stop("a tensor has hooks"))
-    # The first operator under a dispatch mode imports this module; watching the import is slow.
-    importlib.import_module("torch._dynamo")
+    tracer.prepare()  # it would be slow under the watch
     tracer.watch, tracer.observe = watch, recorder.see
     graph: Graph | str = ""
     trace: Trace | str = ""

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlangevin.gradients.dispatch_mode import DispatchMode
 from fastlangevin.gradients.graph.watch import Watch
 from fastlangevin.gradients.trace.instructions import Instruction, Slot, Trace, Value, mapped
 
@@ -25,7 +25,7 @@ _DATA_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _CHANGED = object()
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(DispatchMode):
     """Records operators and refuses those that a replay could not repeat.
 
     ``leaf``: the states [n, ...] of the run. ``refuse`` notes a reason and returns the error to
