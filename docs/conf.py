@@ -22,7 +22,6 @@ version = release = fastlangevin.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
-suppress_warnings = ["toc.empty_glob"]  # a glob of the navigation may match no page yet
 nitpicky = True  # a reference to a function that does not exist is an error
 nitpick_ignore_regex = [("py:(class|obj|data|exc|attr|mod)", ".*")]  # types of other packages
 
@@ -109,8 +108,18 @@ class NetworkSpeed(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+def drop_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
+    """Let an entry of the navigation that ends in ? name a page that need not be there."""
+
+    def entry(match: re.Match) -> str:
+        return f"{match[1]}\n" if match[1] in app.project.docnames else ""
+
+    source[0] = re.sub(r"^([\w/-]+)\?\n", entry, source[0], flags=re.MULTILINE)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
+    app.connect("source-read", drop_missing_pages)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)
     app.add_directive("network-speed", NetworkSpeed)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
