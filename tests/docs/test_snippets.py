@@ -86,3 +86,11 @@ def test_what_the_documentation_installs_and_runs_is_there() -> None:
                 assert path.is_dir() or path.with_suffix(".py").exists(), command
             for script in re.findall(r"(?:python|bash|torchrun.*?) ([\w/]+\.(?:py|sh))", command):
                 assert (ROOT / script).exists(), command
+
+
+def test_the_figures_of_the_readme_are_those_of_the_tables() -> None:
+    tables = "".join((ROOT / f"docs/{page}.md").read_text() for page in ("benchmarks", "networks"))
+    figures = re.findall(r"\b\d+\.\d+x|\b[\d.]+ MiB", (ROOT / "README.md").read_text())
+    assert len(figures) >= 6
+    for figure in figures:
+        assert figure.removesuffix(" MiB") in tables, f"README.md: {figure}"
