@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import fastlangevin as fl
 from tests.docs.snippets import ROOT
 
 pytest.importorskip("furo", reason='the site needs pip install -e ".[docs]"')
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+pytestmark = pytest.mark.slow
 
 PUBLIC = {
     "fastlangevin": fl.__all__,
@@ -39,12 +40,24 @@ OVERFLOW = """() => {
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built with warnings as errors: broken links and references among them."""
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", ROOT / "docs", out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The site, built with warnings as errors: broken links and references among them.
+
+    The workers of pytest-xdist share one build.
+    """
+    base = tmp_path_factory.getbasetemp()
+    out = (base if worker_id == "master" else base.parent) / "site"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going"]
+            done = subprocess.run(
+                [*command, "-d", f"{out}.doctrees", ROOT / "docs", f"{out}.new"],
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+            assert done.returncode == 0, done.stderr
+            Path(f"{out}.new").rename(out)
     return out
 
 

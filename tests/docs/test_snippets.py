@@ -94,3 +94,14 @@ def test_the_figures_of_the_readme_are_those_of_the_tables() -> None:
     assert len(figures) >= 6
     for figure in figures:
         assert figure.removesuffix(" MiB") in tables, f"README.md: {figure}"
+
+
+def test_links_between_files_lead_somewhere_also_without_the_site() -> None:
+    """As on a page that shows the Markdown itself. Building the site checks the sections."""
+    broken = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if not target.startswith("http") and not (page.parent / target).exists():
+                broken.append(f"{name(page)}: {target}")
+    assert broken == []
