@@ -5,6 +5,8 @@ Equations become MathML, which browsers draw without a script, a font or the net
 """
 
 import dataclasses
+import importlib.util
+import posixpath
 import re
 from typing import Any
 
@@ -22,6 +24,8 @@ version = release = fastlangevin.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
+if importlib.util.find_spec("fastlangevin.distributed") is None:
+    exclude_patterns.append("api/distributed.rst")
 nitpicky = True  # a reference to a function that does not exist is an error
 nitpick_ignore_regex = [("py:(class|obj|data|exc|attr|mod)", ".*")]  # types of other packages
 
@@ -113,9 +117,10 @@ def drop_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
     """Let an entry of the navigation that ends in ? name a page that need not be there."""
 
     def entry(match: re.Match) -> str:
-        return f"{match[1]}\n" if match[1] in app.project.docnames else ""
+        page = posixpath.join(posixpath.dirname(name), match[2])
+        return f"{match[1]}{match[2]}\n" if page in app.project.docnames else ""
 
-    source[0] = re.sub(r"^([\w/-]+)\?\n", entry, source[0], flags=re.MULTILINE)
+    source[0] = re.sub(r"^( *)([\w/-]+)\?\n", entry, source[0], flags=re.MULTILINE)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
