@@ -6,16 +6,19 @@ Equations become MathML, which browsers draw without a script, a font or the net
 
 import dataclasses
 import importlib.util
+import io
 import posixpath
 import re
 from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from rich.console import Console
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import fastlangevin
+from fastlangevin.cli.app import NAMES, make_app
 
 project = "fastlangevin"
 author = "the fastlangevin authors"
@@ -113,6 +116,22 @@ class NetworkSpeed(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class CommandHelp(SphinxDirective):
+    """Shows the help of every command, as it is printed on a terminal of 88 columns."""
+
+    def run(self) -> list[nodes.Node]:
+        sections = []
+        for name in NAMES:
+            console = Console(file=io.StringIO(), width=88)
+            make_app(name).help_print([name], console=console)
+            text = console.file.getvalue()  # type: ignore[attr-defined]
+            section = nodes.section(ids=[nodes.make_id(name)], names=[name])
+            section += nodes.title(text=name)
+            section += nodes.literal_block(text, text, language="text")
+            sections.append(section)
+        return sections
+
+
 def drop_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
     """Let an entry of the navigation that ends in ? name a page that need not be there."""
 
@@ -128,4 +147,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", drop_missing_pages)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)
     app.add_directive("network-speed", NetworkSpeed)
+    app.add_directive("command-help", CommandHelp)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
