@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 from fastlangevin._version import __version__
 
 if TYPE_CHECKING:
-    from fastlangevin import anneal, learn, noise, presets, testing  # noqa: F401
+    # "as" tells type checkers that these modules are public.
+    from fastlangevin import anneal as anneal
+    from fastlangevin import learn as learn
+    from fastlangevin import noise as noise
+    from fastlangevin import presets as presets
+    from fastlangevin import testing as testing
     from fastlangevin.energies import ConvEnergy, GaussianEnergy
     from fastlangevin.learn.checkpoint import load
     from fastlangevin.replay import ReplayBuffer

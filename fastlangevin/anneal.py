@@ -13,11 +13,11 @@ from fastlangevin.arguments import check_count, check_number
 class Annealed(NamedTuple):
     """The schedules of a chain through noise levels, and the level of every step."""
 
-    steps: int  # K = L steps_each
-    step_size: list[float]  # [K]
-    noise_std: list[float]  # [K]
-    sigma: list[float]  # [K] the noise level of the step
-    level: list[int]  # [K] its index from 0 to L - 1, the input of label-conditioned networks
+    steps: int  #: K = L steps_each
+    step_size: list[float]  #: [K]
+    noise_std: list[float]  #: [K]
+    sigma: list[float]  #: [K] the noise level of the step
+    level: list[int]  #: [K] its index from 0 to L - 1, the input of label-conditioned networks
 
 
 def levels(sigmas: Sequence[float] | Tensor, steps_each: int, step_lr: float) -> Annealed:

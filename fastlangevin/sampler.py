@@ -47,12 +47,12 @@ _R = TypeVar("_R")
 class Diagnostics(NamedTuple):
     """The last state, and measurements of every chain at every step as tensors [K, n]."""
 
-    x: Any  # [n, ...] the last state, in the form in which the sampler returns it
-    energy: Tensor  # at the state where the gradient was taken; NaN for a score network
-    grad_norm: Tensor  # |dE/dx|, the L2 norm over the chain's elements, before any clip
-    displacement: Tensor  # |x after the step - x before it|
-    saturation: Tensor  # fraction of elements at or beyond clamp, or (-1, 1) without one
-    accepted: Tensor  # 1 if the step was taken, 0 if metropolis rejected it
+    x: Any  #: [n, ...] the last state, in the form in which the sampler returns it
+    energy: Tensor  #: at the state where the gradient was taken; NaN for a score network
+    grad_norm: Tensor  #: |dE/dx|, the L2 norm over the chain's elements, before any clip
+    displacement: Tensor  #: |x after the step - x before it|
+    saturation: Tensor  #: fraction of elements at or beyond clamp, or (-1, 1) without one
+    accepted: Tensor  #: 1 if the step was taken, 0 if metropolis rejected it
 
 
 def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:

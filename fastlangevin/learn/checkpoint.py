@@ -253,13 +253,15 @@ def load(
 ) -> LangevinSampler:
     """Return the sampler of a trained model, ready to call.
 
-    path: a run's folder, a checkpoint, or the name of a model in the package, as in
-        ``load("digits")``.
-    energy: the energy to load the weights into, for a run on an energy of your own. By default, a
-        ConvEnergy is built from the file.
-    device: device of the energy. Its dtype is that of the file, independent of torch's defaults.
-    averaged: use the moving average of the weights if the run kept one, else the weights.
-    changes: settings of the sampler to replace, such as ``steps=200``.
+    Args:
+        path: A run's folder, a checkpoint, or the name of a model in the package, as in
+            ``load("digits")``.
+        energy: The energy to load the weights into, for a run on an energy of your own. By default,
+            a ConvEnergy is built from the file.
+        device: Device of the energy. Its dtype is that of the file, independent of torch's
+            defaults.
+        averaged: Use the moving average of the weights if the run kept one, else the weights.
+        changes: Settings of the sampler to replace, such as ``steps=200``.
 
     The energy is in eval mode. Raises FileNotFoundError, or CheckpointError for a file that is
     truncated, not a checkpoint, or of another architecture.

@@ -153,9 +153,10 @@ def resolve(
 ) -> TrainConfig:
     """Return the settings of a config, changed by ``overrides``.
 
-    config: the name of a config in the package (default: "digits"), or a YAML, TOML or JSON file.
-        The settings in a file change the config that the file names as ``config`` (default:
-        "digits").
+    Args:
+        config: The name of a config in the package (default: "digits"), or a YAML, TOML or JSON
+            file. The settings in a file change the config that the file names as ``config``
+            (default: "digits").
 
     Raises ValueError naming the field and what was expected, and FileError, whose message begins
     with the path, if the file is at fault.

@@ -12,12 +12,12 @@ class DivergedError(RuntimeError):
 class DivergenceGuard:
     """Raises DivergedError if energies grow without bound or chains stay saturated.
 
-    max_energy: bound on |mean energy| of the data and of the samples, in every iteration.
-    max_saturation: bound on the fraction of sample elements at or beyond the clamp, which is
-        (-1, 1) if the sampler has none.
-    patience: number of consecutive iterations for which max_saturation must be exceeded, because
-        the saturation of single batches varies widely.
-    """
+    Args:
+        max_energy: Bound on |mean energy| of the data and of the samples, in every iteration.
+        max_saturation: Bound on the fraction of sample elements at or beyond the clamp, which is
+            (-1, 1) if the sampler has none.
+        patience: Number of consecutive iterations for which max_saturation must be exceeded,
+            because the saturation of single batches varies widely."""
 
     def __init__(self, max_energy: float, max_saturation: float, patience: int = 50) -> None:
         self.max_energy = max_energy

@@ -17,10 +17,11 @@ _BAND = 16  # most images in a row of save_rows
 def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.ndarray:
     """Arrange images [n, C, H, W] in a grid: one uint8 picture [height, width, 3].
 
-    images: C is 1 or 3. Values are clamped to [-1, 1] and rounded to 256 levels.
-    columns: number of columns (default: a square grid).
-    tile: small images are enlarged by an integer factor, to at most this many pixels. Images are
-        separated by 2 pixels.
+    Args:
+        images: C is 1 or 3. Values are clamped to [-1, 1] and rounded to 256 levels.
+        columns: Number of columns (default: a square grid).
+        tile: Small images are enlarged by an integer factor, to at most this many pixels. Images
+            are separated by 2 pixels.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"to_grid: images must be a tensor, got {type(images).__name__}")

@@ -44,14 +44,14 @@ class Images(Protocol):
 class Metrics(NamedTuple):
     """The figures of one iteration. Energies are the model's output, which is f with maximize."""
 
-    iteration: int  # 1 after the first iteration
-    energy_data: float  # mean over the batch of data, with their noise
-    energy_samples: float  # mean over the last states of the chains
-    gap: float  # energy_data - energy_samples, which is the loss, or its negative with maximize
-    saturation: float  # fraction of sample elements at or beyond the clamp, by default (-1, 1)
-    reach: float  # mean over chains of |x_K - x_0|
-    grad_norm: float | None = None  # mean over steps and chains of |d energy / d x|
-    displacement: float | None = None  # mean over steps and chains of |x after - x before|
+    iteration: int  #: 1 after the first iteration
+    energy_data: float  #: mean over the batch of data, with their noise
+    energy_samples: float  #: mean over the last states of the chains
+    gap: float  #: energy_data - energy_samples, which is the loss, or its negative with maximize
+    saturation: float  #: fraction of sample elements at or beyond the clamp, by default (-1, 1)
+    reach: float  #: mean over chains of |x_K - x_0|
+    grad_norm: float | None = None  #: mean over steps and chains of |d energy / d x|
+    displacement: float | None = None  #: mean over steps and chains of |x after - x before|
 
 
 class ShortRunLearner:
@@ -63,16 +63,17 @@ class ShortRunLearner:
         loss    = mean E(data + sigma e) - mean E(samples),   e ~ N(0, I)
         weights <- Adam(d loss / d weights)
 
-    sampler: a LangevinSampler on an nn.Module. With ``maximize``, the module is f = -E.
-    data: a tensor [N, ...] in [-1, 1], or an object with ``shape``, ``len`` and
-        ``batch(indices, flip)``, such as the result of :func:`load_images`.
-    batch_size: number of images, and of chains, per iteration.
-    lr, betas: Adam's learning rate and decay rates.
-    data_noise: the standard deviation sigma of the noise on the data.
-    flip: whether to mirror half of the images.
-    ema: decay of a moving average of the weights, kept in ``averaged``; None keeps no average.
-    buffer: persistent chains to continue; None starts every chain from p0.
-    seed: seed of the data order, the data noise and the chains.
+    Args:
+        sampler: A LangevinSampler on an nn.Module. With ``maximize``, the module is f = -E.
+        data: A tensor [N, ...] in [-1, 1], or an object with ``shape``, ``len`` and
+            ``batch(indices, flip)``, such as the result of :func:`load_images`.
+        batch_size: Number of images, and of chains, per iteration.
+        lr, betas: Adam's learning rate and decay rates.
+        data_noise: The standard deviation sigma of the noise on the data.
+        flip: Whether to mirror half of the images.
+        ema: Decay of a moving average of the weights, kept in ``averaged``; None keeps no average.
+        buffer: Persistent chains to continue; None starts every chain from p0.
+        seed: Seed of the data order, the data noise and the chains.
 
     ``lr`` and ``data_noise`` may be set between steps. Data order, data noise and chains are
     functions of (seed, iteration), so :meth:`tensors` and the iteration are the whole state.

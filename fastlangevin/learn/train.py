@@ -63,13 +63,14 @@ def train(
     The folder receives config.yaml, metrics.jsonl, series.jsonl, checkpoints/, samples/,
     samples.png and, if TensorBoard is installed, tensorboard/.
 
-    resume: continue the run in ``out`` from its newest checkpoint. The result is identical to that
-        of an uninterrupted run. If the newest checkpoint is damaged, the run warns, renames it to
-        end in .damaged, and continues from the previous one.
-    overwrite: delete the run in ``out`` first.
-    report: called as ``report(iteration, record)`` after every iteration.
-    stop: holds, afterwards, the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
-        checkpoint after the current iteration and end the run.
+    Args:
+        resume: Continue the run in ``out`` from its newest checkpoint. The result is identical to
+            that of an uninterrupted run. If the newest checkpoint is damaged, the run warns,
+            renames it to end in .damaged, and continues from the previous one.
+        overwrite: Delete the run in ``out`` first.
+        report: Called as ``report(iteration, record)`` after every iteration.
+        stop: Holds, afterwards, the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
+            checkpoint after the current iteration and end the run.
 
     Before anything is written, raises FileExistsError if ``out`` holds a run and neither
     ``resume`` nor ``overwrite`` is given, or if another process is training in it; ValueError for

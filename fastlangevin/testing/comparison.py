@@ -23,15 +23,15 @@ class Comparison(NamedTuple):
 
     same: bool
     verdict: str
-    differences: list[float]  # at the start, then after each step from the loop's own state
-    tolerances: list[float]  # the largest difference that rounding may cause, for each of them
-    apart: list[float]  # the same differences for a whole run of the sampler, where rounding grows
-    draws: int  # how often the loop drew standard normals of x0's shape
-    gradients: int  # how many gradients of x0's shape the loop took
+    differences: list[float]  #: at the start, then after each step from the loop's own state
+    tolerances: list[float]  #: the largest difference that rounding may cause, for each of them
+    apart: list[float]  #: the same differences for a whole run of the sampler, where rounding grows
+    draws: int  #: how often the loop drew standard normals of x0's shape
+    gradients: int  #: how many gradients of x0's shape the loop took
     steps: int
-    seconds: tuple[float, float]  # loop, sampler: medians of the rounds
-    speedup: float  # median of the rounds' ratios
-    peak_bytes: tuple[int, int]  # loop, sampler: the most that a call's tensors take at a time
+    seconds: tuple[float, float]  #: loop, sampler: medians of the rounds
+    speedup: float  #: median of the rounds' ratios
+    peak_bytes: tuple[int, int]  #: loop, sampler: the most that a call's tensors take at a time
     shape: tuple[int, ...]
     dtype: torch.dtype
     notes: tuple[str, ...]
@@ -69,18 +69,19 @@ def compare(
 ) -> Comparison:
     """Run a loop and its replacement with the same noise, and report whether they agree.
 
-    original: original(x0) -> x_K, the unmodified loop, with its energy, labels and options inside.
-        Normal numbers of x0's shape that it draws from torch (randn, randn_like, normal, normal_)
-        are replaced. Its states are read where it takes gradients by autograd. If it returns a
-        tuple, the first tensor of x0's shape is its result; of a list, the last one; if it returns
-        None, x0 itself.
-    sampler: a :class:`LangevinSampler`; or, together with ``steps`` (K), a function of
-        (x0, noise=z [K, n, ...] or None, **model_kwargs), such as one that calls a preset.
-    x0 [n, ...]: float32 or float64; each run gets a copy.
-    energy: the energy whose modules are restored after each run; by default the sampler's.
-    dtype: torch.float64 runs both in it, which separates rounding from real differences: x0 and the
-        energy's parameters and buffers are converted for the duration of the call.
-    rounds: how many times both are timed, in turns, each with its own noise.
+    Args:
+        original: original(x0) -> x_K, the unmodified loop, with its energy, labels and options
+            inside. Normal numbers of x0's shape that it draws from torch (randn, randn_like,
+            normal, normal_) are replaced. Its states are read where it takes gradients by autograd.
+            If it returns a tuple, the first tensor of x0's shape is its result; of a list, the last
+            one; if it returns None, x0 itself.
+        sampler: A :class:`LangevinSampler`; or, together with ``steps`` (K), a function of (x0,
+            noise=z [K, n, ...] or None, **model_kwargs), such as one that calls a preset.
+        x0: [n, ...], float32 or float64; each run gets a copy.
+        energy: The energy whose modules are restored after each run; by default the sampler's.
+        dtype: torch.float64 runs both in it, which separates rounding from real differences: x0 and
+            the energy's parameters and buffers are converted for the duration of the call.
+        rounds: How many times both are timed, in turns, each with its own noise.
 
     Every step is judged by itself: the sampler takes it from the state that the loop had reached,
     with the step's noise, and must end where the loop does, within the rounding of that step's own

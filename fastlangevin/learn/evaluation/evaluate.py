@@ -71,16 +71,17 @@ def evaluate(
     The metrics are those of :mod:`fastlangevin.learn.evaluation.metrics`. Nearest neighbours are
     searched for by pixels, among all training images.
 
-    sets: the sets by name. They are clamped to [-1, 1].
-    train: the training images.
-    features: the features to compare.
-    held_out: name of the set of images that were not trained on, the reference of ``close``.
-    reference: most training images to compare with.
-    quantised: whether to round images to 256 levels.
-    k: number of neighbours for precision and recall.
-    neighbours: the first ``neighbours`` images of each set are compared with their nearest training
-        image.
-    seed: seed of the choice of the reference.
+    Args:
+        sets: The sets by name. They are clamped to [-1, 1].
+        train: The training images.
+        features: The features to compare.
+        held_out: Name of the set of images that were not trained on, the reference of ``close``.
+        reference: Most training images to compare with.
+        quantised: Whether to round images to 256 levels.
+        k: Number of neighbours for precision and recall.
+        neighbours: The first ``neighbours`` images of each set are compared with their nearest
+            training image.
+        seed: Seed of the choice of the reference.
 
     Warns if a set has too few images for the dimension of the features, because their covariance
     is then singular. Raises TypeError for a set that is not a tensor, and ValueError for images

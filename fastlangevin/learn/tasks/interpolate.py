@@ -25,11 +25,13 @@ def interpolate(
 
         z_rho = rho z1 + sqrt(1 - rho^2) z2,    rho = cos(t pi / 2),    t = 0 .. 1 in equal steps
 
-    z1, z2: starts [n, ...]. If they are independent draws from p0, every z_rho has the variance of
-        p0, 1/3, but not its distribution: its elements reach sqrt(2).
-    frames: number of points, 2 or more, including both ends.
-    noise: noise in the chain, "off" or "frozen". Frozen noise of chain i is the same in all frames.
-    seed: seed of the noise.
+    Args:
+        z1, z2: Starts [n, ...]. If they are independent draws from p0, every z_rho has the variance
+            of p0, 1/3, but not its distribution: its elements reach sqrt(2).
+        frames: Number of points, 2 or more, including both ends.
+        noise: Noise in the chain, "off" or "frozen". Frozen noise of chain i is the same in all
+            frames.
+        seed: Seed of the noise.
 
     Raises TypeError or ValueError naming the argument. Source: arXiv 1904.09770.
     """

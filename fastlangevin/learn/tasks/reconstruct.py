@@ -22,9 +22,9 @@ _RATES = {"adam": 0.1, "gd": 0.05}
 class Fit(NamedTuple):
     """Fitted starts and the ends of their chains: [n, restarts, ...] for n images."""
 
-    x: Tensor  # M(z), the ends of the chains
-    z: Tensor  # the starts, in the support [-1, 1] of p0
-    error: Tensor  # [n, restarts], means over elements of (y - A M(z))^2
+    x: Tensor  #: M(z), the ends of the chains
+    z: Tensor  #: the starts, in the support [-1, 1] of p0
+    error: Tensor  #: [n, restarts], means over elements of (y - A M(z))^2
 
     def best(self) -> "Fit":
         """Return the restart with the smallest error for each image: [n, ...]."""
@@ -55,19 +55,21 @@ def reconstruct(
 
         L(z) = |y - A M(z)|^2
 
-    images: images y [n, C, H, W] in [-1, 1] or, with ``operator``, measurements y = A x of images.
-    operator: the linear map A.
-    restarts: number of starts for each image, drawn from p0 = U(-1, 1). After every step they are
-        clamped to [-1, 1], the support of p0. Each returns the best of all its steps.
-    iterations: number of descent steps.
-    optimizer: "gd", which is the paper's z <- z - lr L'(z), or "adam".
-    lr: learning rate (default: 0.1 for adam, 0.05 for gd).
-    noise: noise in the chain, "off" or "frozen". Frozen noise is the same at every evaluation.
-    grad_through: "exact" differentiates through all steps of the chain. "straight" takes d M / d z
-        as the identity, which gives the same gradient if the energy is piecewise linear.
-    checkpoint: states kept for the gradient, as for a call of the sampler.
-    seed: seed of the starts and the noise.
-    report: called with (iteration, mean over images of the best error so far).
+    Args:
+        images: Images y [n, C, H, W] in [-1, 1] or, with ``operator``, measurements y = A x of
+            images.
+        operator: The linear map A.
+        restarts: Number of starts for each image, drawn from p0 = U(-1, 1). After every step they
+            are clamped to [-1, 1], the support of p0. Each returns the best of all its steps.
+        iterations: Number of descent steps.
+        optimizer: "gd", which is the paper's z <- z - lr L'(z), or "adam".
+        lr: Learning rate (default: 0.1 for adam, 0.05 for gd).
+        noise: Noise in the chain, "off" or "frozen". Frozen noise is the same at every evaluation.
+        grad_through: "exact" differentiates through all steps of the chain. "straight" takes d M /
+            d z as the identity, which gives the same gradient if the energy is piecewise linear.
+        checkpoint: States kept for the gradient, as for a call of the sampler.
+        seed: Seed of the starts and the noise.
+        report: Called with (iteration, mean over images of the best error so far).
 
     Chain i * restarts + r fits image i, independently of the other images. Raises TypeError or
     ValueError naming the argument, before any work, and FloatingPointError if a chain is not

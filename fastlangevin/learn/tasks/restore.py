@@ -31,8 +31,8 @@ FIT = tuple(
 class Restored(NamedTuple):
     """Restored images, several answers for each measurement."""
 
-    x: Tensor  # [n, answers, C, H, W]
-    residual: Tensor  # [n, answers], means over elements of (y - A x)^2
+    x: Tensor  #: [n, answers, C, H, W]
+    residual: Tensor  #: [n, answers], means over elements of (y - A x)^2
 
 
 def restore(
@@ -48,17 +48,18 @@ def restore(
 ) -> Restored:
     """Find images x that are likely under a model and agree with measurements y = A x.
 
-    y: finite measurements [n, ...], in the shape that ``operator`` returns for n images.
-    operator: the linear map A.
-    method: "posterior" runs chains from p0 on the energy + |y - A x|^2 / zeta^2. "clamped", for a
-        Mask, runs chains on the hidden pixels only and holds the known ones at y. "latent" runs
-        chains from starts that are fitted to y.
-    answers: number of answers for each measurement. Chain i * answers + k is answer k for y[i],
-        independently of the other measurements.
-    zeta: scale of the posterior's data term (default: as in :func:`with_data`).
-    seed: seed of the starts and the noise.
-    fit: options of :func:`reconstruct` for "latent". ``restarts`` (default here: 1) is the number
-        of chains for each answer; the best one is returned.
+    Args:
+        y: Finite measurements [n, ...], in the shape that ``operator`` returns for n images.
+        operator: The linear map A.
+        method: "posterior" runs chains from p0 on the energy + |y - A x|^2 / zeta^2. "clamped", for
+            a Mask, runs chains on the hidden pixels only and holds the known ones at y. "latent"
+            runs chains from starts that are fitted to y.
+        answers: Number of answers for each measurement. Chain i * answers + k is answer k for y[i],
+            independently of the other measurements.
+        zeta: Scale of the posterior's data term (default: As in :func:`with_data`).
+        seed: Seed of the starts and the noise.
+        fit: Options of :func:`reconstruct` for "latent". ``restarts`` (default here: 1) is the
+            number of chains for each answer; the best one is returned.
 
     With a Mask, "clamped" and "latent" answers reproduce the known pixels of y exactly. Raises
     TypeError or ValueError naming the argument, before any work, and FloatingPointError if a chain
@@ -112,8 +113,9 @@ def with_data(
 ) -> LangevinSampler:
     """Return this sampler on the energy + |y - A x|^2 / zeta^2, where chain i uses y[i].
 
-    zeta: the default is |A| sqrt(2 a). With it, and without the energy, one step of size a would
-        reach y along the largest singular direction of A.
+    Args:
+        zeta: The default is |A| sqrt(2 a). With it, and without the energy, one step of size a
+            would reach y along the largest singular direction of A.
 
     Raises ValueError, prefixed with ``op``, if zeta is less than 1 / sqrt(2) times the default,
     because the steps would then overshoot y further and further.

@@ -14,9 +14,10 @@ from fastlangevin.sampler import LangevinSampler
 def transfer(sampler: LangevinSampler, images: Tensor, *, seed: int = 0, **guidance: Any) -> Tensor:
     """Run the chains of the target domain's model from the source images; return [n, C, H, W].
 
-    sampler: the model of the target domain. Its number of steps controls how far images change.
-    images: the source images [n, C, H, W], in [-1, 1].
-    guidance: content, zeta, style, weight and statistics, the options of :func:`guide`.
+    Args:
+        sampler: The model of the target domain. Its number of steps controls how far images change.
+        images: The source images [n, C, H, W], in [-1, 1].
+        guidance: Content, zeta, style, weight and statistics, the options of :func:`guide`.
 
     Raises TypeError or ValueError naming the argument, before any work.
     """
@@ -35,12 +36,13 @@ def guide(
 ) -> LangevinSampler:
     """Return the sampler of :func:`transfer`, for one chain per image.
 
-    content: a linear map A. It adds |A x0 - A x|^2 / zeta^2 to the energy, which preserves A x0 of
-        the source x0: with ``Downsample``, its coarse shape.
-    zeta: scale of the content term, as in :func:`with_data`. If only zeta is given, A is the
-        identity.
-    style: images [m, C, H, W]. The chains are guided towards their feature statistics in the
-        layers of the energy; see :class:`StyleTerm` for ``weight`` and ``statistics``.
+    Args:
+        content: A linear map A. It adds |A x0 - A x|^2 / zeta^2 to the energy, which preserves A x0
+            of the source x0: with ``Downsample``, its coarse shape.
+        zeta: Scale of the content term, as in :func:`with_data`. If only zeta is given, A is the
+            identity.
+        style: Images [m, C, H, W]. The chains are guided towards their feature statistics in the
+            layers of the energy; see :class:`StyleTerm` for ``weight`` and ``statistics``.
     """
     op = "transfer"
     shape = image_shape(op, sampler, images)

@@ -1,0 +1,44 @@
+"""The notebooks run, and the outputs in the repository are those of the code beside them."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.docs.snippets import ROOT
+
+pytest.importorskip("nbclient", reason='notebooks need pip install -e ".[docs]"')
+_spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "docs/notebooks/run.py")
+assert _spec is not None
+assert _spec.loader is not None
+run = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(run)
+
+notebooks = pytest.mark.parametrize("name", run.names())
+
+
+@notebooks
+def test_outputs_belong_to_the_code(name: str) -> None:
+    notebook = run.read(name)
+    assert notebook.metadata.get("ran") == run.digest(notebook), (
+        f"{name} was edited: python docs/notebooks/run.py {name}"
+    )
+    assert run.pictures(notebook)
+    assert max(run.pictures(notebook)) <= run.MOST_BYTES
+
+
+@pytest.mark.slow
+@notebooks
+def test_the_code_of_a_notebook_runs(name: str, tmp_path: Path, monkeypatch) -> None:
+    """In this process, where torch is imported already: a kernel would take seconds to start."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    with torch.random.fork_rng(devices=()):
+        for cell in run.read(name).cells:
+            if cell.cell_type == "code":
+                exec(compile(cell.source, name, "exec"), namespace)
+    matplotlib.pyplot.close("all")
