@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fastlangevin._version import __version__
 
 if TYPE_CHECKING:
-    from fastlangevin import anneal, learn, noise, presets, testing  # noqa: F401
+    from fastlangevin import anneal, distributed, learn, noise, presets, testing  # noqa: F401
     from fastlangevin.energies import ConvEnergy, GaussianEnergy
     from fastlangevin.learn.checkpoint import load
     from fastlangevin.replay import ReplayBuffer
@@ -21,6 +21,7 @@ __all__ = [
     "ReplayBuffer",
     "__version__",
     "anneal",
+    "distributed",
     "langevin_step_",
     "load",
     "noise",
@@ -37,7 +38,7 @@ _HOMES = {
     "langevin_step_": "step",
     "load": "learn.checkpoint",
 }
-_MODULES = ("anneal", "learn", "noise", "presets", "testing")
+_MODULES = ("anneal", "distributed", "learn", "noise", "presets", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
+# In the folder of a run that torchrun or several processes made: the job, and a token of its start.
+JOB = ".job"
 # Errors of flock if another process holds the lock. Any other error is one of the file system.
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 _NUMBER = "[0-9]" * 8
@@ -109,7 +111,7 @@ def only_writer(out: Path) -> Iterator[None]:
             warnings.warn(
                 f"train: {out} cannot be locked ({error.strerror or error}); two processes must "
                 "not train in this folder at the same time",
-                stacklevel=4,
+                stacklevel=7,
             )
         yield
     finally:
@@ -142,7 +144,7 @@ def check_resumed(config: TrainConfig, out: Path) -> None:
 def remove_run(out: Path) -> None:
     """Delete the files of a run and nothing else. config.yaml is last: it marks the run."""
     remove_leftovers(out)
-    for pattern in ("tensorboard/events.out.tfevents.*", *WRITTEN):
+    for pattern in (JOB, "tensorboard/events.out.tfevents.*", *WRITTEN):
         for path in out.glob(pattern) if is_run(out) else ():
             path.unlink()
     for name in ("checkpoints", "samples", "tensorboard"):
