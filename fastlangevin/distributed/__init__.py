@@ -3,6 +3,7 @@
 from fastlangevin.distributed.group import DistributedError, Group, join
 from fastlangevin.distributed.launch import Launch, own_device, read_launch
 from fastlangevin.distributed.ordered_sum import OrderedSum
+from fastlangevin.distributed.rows import split_rows
 from fastlangevin.distributed.shards import Shard, shard
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "own_device",
     "read_launch",
     "shard",
+    "split_rows",
 ]

@@ -41,11 +41,11 @@ class Group:
         world_size: int = 1,
         *,
         store: Any = None,
-        restarts: int = 0,
+        device: torch.device | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
-        self.restarts = restarts  # how often the launcher has restarted the job
+        self.device = device or torch.device("cpu")  # of the tensors that travel
         self.bytes = 0  # sent by this process to the others
         self.seconds = 0.0  # spent in collectives of tensors, including the wait for the others
         self._store = store
@@ -127,6 +127,13 @@ class Group:
             if len(ranks) > 1:
                 values = ", ".join(f"{value} on {_named(who)}" for value, who in ranks.items())
                 raise DistributedError(f"{what}: the processes differ in {name}: {values}")
+
+    def check(self, what: str) -> None:
+        """Raise DistributedError if another process has reported a failure."""
+        if self.world_size > 1:
+            with self._asking(what):
+                if reason := self._failure():
+                    raise DistributedError(f"{what}: {reason}")
 
     def report_failure(self, error: BaseException) -> None:
         """Tell the other processes why this one ends; they raise this instead of a time-out."""
@@ -219,7 +226,7 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
         raise ValueError(f"timeout must be greater than 0, got {timeout}")
     launch = read_launch()
     if launch.world_size == 1:
-        yield Group(restarts=launch.restarts)
+        yield Group()
         return
     place = torch.device(own_device(device) if device != "auto" else _auto())
     if place.type == "cuda":
@@ -233,9 +240,7 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
             f"{launch.world_size} within {timeout:g} s: {_brief(error)}"
         ) from error
     own = dist.PrefixStore(f"fastlangevin/{launch.restarts}", store)
-    group = Group(
-        launch.rank, launch.world_size, store=own, restarts=launch.restarts, timeout=timeout
-    )
+    group = Group(launch.rank, launch.world_size, store=own, device=place, timeout=timeout)
     try:
         group.compare({"the kind of device": place.type}, "start")
         _check_own_gpus(group, place)

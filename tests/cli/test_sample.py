@@ -18,7 +18,7 @@ from tests.cli.shared import Command, assert_refused, options
         (["absent"], "absent does not exist"),
         (["[/bold]"], r"\[/bold\] does not exist"),
         (["RUN", "--out", "grid.jpg"], r"--out must end in \.png, \.gif or \.npy, got grid\.jpg"),
-        (["RUN", "--out", "grid"], r"--out must end in \.png, \.gif or \.npy, got grid"),
+        (["RUN", "--per-file", "8"], r"--per-file belongs to a folder of files"),
         (["RUN", "--seed", "-1"], r"seed must be in \[0, 2\*\*64\), got -1"),
         (["RUN", "--seed", str(2**64)], r"seed must be in \[0, 2\*\*64\)"),
         (["RUN", "--device", "gpu"], "device"),
