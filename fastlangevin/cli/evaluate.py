@@ -20,8 +20,8 @@ def evaluate(
 
     Args:
         n: Number of images per set, 8 or more (default: all that are held out, at most 2048).
-        samples: Folder of pictures or of samples, .npy or .npz to read the samples from (default: the run's model
-            draws them).
+        samples: Folder of pictures or of samples, .npy or .npz to read the samples from (default:
+            the run's model draws them).
         features: Features to compare: auto, pixels, classifier, efficientnet-lite0, inception or
             module:attribute.
         reference: Number of training images to compare with, 8 or more.
