@@ -24,7 +24,8 @@ def split_rows(
     if group.world_size == 1 or n == 0:
         return compute(slice(0, n))
     shares = [shard(-(-n // block), rank, group.world_size) for rank in range(group.world_size)]
-    slices = [slice(s.first_chain * block, min(n, (s.first_chain + s.n) * block)) for s in shares]
+    bounds = [(s.first_chain * block, (s.first_chain + s.n) * block) for s in shares]
+    slices = [slice(min(n, lo), min(n, hi)) for lo, hi in bounds]
     own = slices[group.rank]
     # Ranks without rows do not know the shapes.
     rows = compute(own) if own.start < own.stop else None

@@ -306,13 +306,10 @@ class ShortRunLearner:
         ``fl.load`` makes a sampler from it. In a group, all processes must call this method, and
         rank 0 writes. Raises DistributedError if the processes have different weights.
         """
+        self.check_weights(f"checkpoint {path}")
         tensors, settings = self.tensors(), self.sampler.settings()
-        if self.group.world_size > 1:
-            weights = {name: v.cpu() for name, v in tensors.items() if name.startswith("model.")}
-            digest = checksum("", {name: v.contiguous() for name, v in weights.items()})
-            self.group.compare({"the weights": digest}, f"checkpoint {path}")
-            if self.group.rank > 0:
-                return
+        if self.group.rank > 0:
+            return
         for name, value in settings.items():
             if isinstance(value, Tensor):
                 tensors[f"sampler.{name}"], settings[name] = value, None
@@ -322,6 +319,13 @@ class ShortRunLearner:
             "sampler": settings,
         }
         save_checkpoint(path, tensors, {**info, **header})
+
+    def check_weights(self, what: str) -> None:
+        """Raise DistributedError unless all processes of the group have equal weights."""
+        if self.group.world_size > 1:
+            weights = self.energy.state_dict()
+            on_cpu = {name: value.cpu().contiguous() for name, value in weights.items()}
+            self.group.compare({"the weights": checksum("", on_cpu)}, what)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore the state that :meth:`save` wrote and return the header.

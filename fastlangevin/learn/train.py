@@ -122,6 +122,7 @@ def _open_run(
     group.first(lambda: save_config(config, out / CONFIG), f"run folder {out}")
     if group.rank > 0 and iteration > 0:
         learner.load(checkpoint_path(out, iteration))
+    learner.check_weights("start")
 
 
 def _train(
@@ -158,9 +159,10 @@ def _train(
 
 def _stopped(learner: ShortRunLearner, stop: StopRequest) -> bool:
     """Return whether to stop: in a group, after the iteration in which all have learned of it."""
-    if learner.group.world_size > 1:
-        stop.signal = learner.signal or None
-    return stop.signal is not None
+    if learner.group.world_size == 1:
+        return stop.signal is not None
+    stop.signal = learner.signal or stop.signal
+    return learner.signal != 0
 
 
 def iterate(
