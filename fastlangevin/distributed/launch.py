@@ -3,6 +3,8 @@
 import os
 from typing import NamedTuple
 
+import torch
+
 _NEEDED = ("RANK", "WORLD_SIZE")
 
 
@@ -34,17 +36,18 @@ def read_launch() -> Launch:
     return Launch(rank, world_size, _number("LOCAL_RANK", rank), _number(_RESTARTS, 0))
 
 
-def own_device(device: str) -> str:
+def own_device(device: str, shared: bool = False) -> str:
     """Return the device of this process: its own GPU for "auto" or "cuda" if it was launched.
 
-    Raises ValueError if the machine has fewer GPUs than processes.
+    shared: whether several processes may use one GPU. Otherwise, raises ValueError if the machine
+        has fewer GPUs than processes.
     """
-    import torch
-
-    launch = read_launch()
-    if launch.world_size == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+    launched = "LOCAL_RANK" in os.environ or "RANK" in os.environ
+    if not launched or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
-    count = torch.cuda.device_count()
+    launch, count = read_launch(), torch.cuda.device_count()
+    if shared:
+        return f"cuda:{launch.local_rank % count}"
     if launch.local_rank >= count:
         raise ValueError(
             f"rank {launch.rank} is process {launch.local_rank + 1} on a machine with {count} "

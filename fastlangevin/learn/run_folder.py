@@ -48,6 +48,10 @@ FREE_SETTINGS = (
 )
 
 
+class FolderInUseError(FileExistsError):
+    """Another process is training in the folder."""
+
+
 def is_run(out: Path) -> bool:
     """Return whether a folder was written by a training run."""
     config = out / CONFIG
@@ -107,7 +111,7 @@ def only_writer(out: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _LOCKED:
-                raise FileExistsError(f"train: another process is training in {out}") from error
+                raise FolderInUseError(f"train: another process is training in {out}") from error
             warnings.warn(
                 f"train: {out} cannot be locked ({error.strerror or error}); two processes must "
                 "not train in this folder at the same time",
