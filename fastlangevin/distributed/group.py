@@ -1,6 +1,7 @@
 """Group: the processes of a job, with collectives that end in time and say who is missing."""
 
 import contextlib
+import itertools
 import json
 import platform
 import time
@@ -17,6 +18,7 @@ from fastlangevin.distributed.launch import own_device, read_launch
 TIMEOUT = 600.0
 GRACE = 5.0  # seconds in which the other processes may say why a collective failed
 _FAILURE = "failure"
+_JOINS = itertools.count()
 
 
 class DistributedError(RuntimeError):
@@ -61,7 +63,7 @@ class Group:
         if self.world_size == 1:
             return sent
         received = sent.new_empty((sum(expected), *sent.shape[1:]))
-        with self._during(what):
+        with self.timed(what):
             self._all_to_all(received, sent.contiguous(), list(expected), list(counts))
         self._count(sent[: sum(counts) - counts[self.rank]], 1)
         return received
@@ -71,7 +73,7 @@ class Group:
         if self.world_size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        with self._during(what):
+        with self.timed(what):
             self._all_gather(parts, tensor.contiguous())
         self._count(tensor, self.world_size - 1)
         return torch.stack(parts)
@@ -81,7 +83,7 @@ class Group:
         if self.world_size == 1:
             return
         for tensor in tensors:
-            with self._during(what):
+            with self.timed(what):
                 self._broadcast(tensor)
             self._count(tensor, self.world_size - 1 if self.rank == 0 else 0)
 
@@ -151,6 +153,19 @@ class Group:
     def _broadcast(tensor: Tensor) -> None:
         dist.broadcast(tensor, 0)
 
+    def leave(self, error: BaseException) -> None:
+        """Report a failure, and let the others read the store before this process ends.
+
+        Without torchrun, the store is a part of rank 0.
+        """
+        self.report_failure(error)
+        gone = [f"gone/{rank}" for rank in range(self.world_size)]
+        deadline = time.monotonic() + GRACE
+        with contextlib.suppress(RuntimeError):
+            self._store.set(gone[self.rank], "")
+            while self.rank == 0 and time.monotonic() < deadline and not self._store.check(gone):
+                time.sleep(0.05)
+
     def _count(self, tensor: Tensor, times: int) -> None:
         self.bytes += tensor.numel() * tensor.element_size() * times
 
@@ -188,7 +203,7 @@ class Group:
             ) from error
 
     @contextlib.contextmanager
-    def _during(self, what: str) -> Iterator[None]:
+    def timed(self, what: str) -> Iterator[None]:
         """Time a collective, and turn its error into one that says what it was for and why."""
         started = time.perf_counter()
         try:
@@ -247,22 +262,30 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
             f"start: rank {launch.rank} did not meet the other processes of WORLD_SIZE="
             f"{launch.world_size} within {timeout:g} s: {_brief(error)}"
         ) from error
-    own = dist.PrefixStore(f"fastlangevin/{launch.restarts}", store)
+    # A process that joins again meets the keys of the last time, if the store still runs.
+    store = dist.PrefixStore(f"{launch.restarts}/{next(_JOINS)}", store)
+    own = dist.PrefixStore("fastlangevin", store)
     group = Group(launch.rank, launch.world_size, store=own, device=place, timeout=timeout)
     try:
         group.compare({"the kind of device": place.type}, "start")
         _check_own_gpus(group, place)
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=limit
-        )
+        with group.timed("start"):
+            dist.init_process_group(
+                "nccl" if place.type == "cuda" else "gloo",
+                store=store,
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=limit,
+            )
         yield group
         # No process may end, and with it perhaps the store, while another still needs it.
         group.all_gather(torch.zeros(1, device=place), "the end of the job")
-        dist.destroy_process_group()
     except BaseException as error:
-        group.report_failure(error)
+        group.leave(error)
         raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _check_own_gpus(group: Group, place: torch.device) -> None:

@@ -38,7 +38,7 @@ def read_shards(folder: Path, limit: int | None = None) -> ArraySource:
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise FileError(
-            f"{missing[0]} and {len(missing) - 1} more files of {len(paths)} are missing; the "
+            f"{missing[0]} is missing, as are {len(missing)} of {len(paths)} files in all; the "
             "command that made the others continues with them"
         )
     count = n if limit is None else min(n, limit)

@@ -3,8 +3,8 @@
 A claim is a file that its owner creates and touches while it works. A claim that has not been
 touched for a while belongs to a process that was lost. To take it over, another process creates a
 file of the next number: an old claim is never removed or replaced by somebody who only believes
-that it is old. The only operation that must be atomic is os.link, as it is on network file systems, or, where
-there are no links, the exclusive creation of a file.
+that it is old. Only the creation must be atomic. It is a link of a finished file, as network file
+systems support, or an exclusive creation where there are no links.
 """
 
 import contextlib
