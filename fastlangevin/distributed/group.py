@@ -1,9 +1,9 @@
 """Group: the processes of a job, with collectives that end in time and say who is missing."""
 
 import contextlib
-import itertools
 import json
 import platform
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlangevin.distributed.launch import own_device, read_launch
+from fastlangevin.distributed.launch import Launch, own_device, read_launch
 
 TIMEOUT = 600.0
 GRACE = 5.0  # seconds in which the other processes may say why a collective failed
 _FAILURE = "failure"
-_JOINS = itertools.count()
 
 
 class DistributedError(RuntimeError):
@@ -262,8 +261,7 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
             f"start: rank {launch.rank} did not meet the other processes of WORLD_SIZE="
             f"{launch.world_size} within {timeout:g} s: {_brief(error)}"
         ) from error
-    # A process that joins again meets the keys of the last time, if the store still runs.
-    store = dist.PrefixStore(f"{launch.restarts}/{next(_JOINS)}", store)
+    store = dist.PrefixStore(_meet(store, launch, timeout), store)
     own = dist.PrefixStore("fastlangevin", store)
     group = Group(launch.rank, launch.world_size, store=own, device=place, timeout=timeout)
     try:
@@ -286,6 +284,39 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(store: Any, launch: Launch, timeout: float) -> str:
+    """Return a new name that all processes share: rank 0's, which the others can only get from it.
+
+    torchrun keeps its store when it restarts the processes, with the keys of the dead ones. The
+    names of the processes are therefore new each time, and rank 0 answers each name by its own.
+    """
+    own, rank = secrets.token_hex(8), launch.rank
+    others = [str(r) for r in range(1, launch.world_size)]
+    deadline, pause = time.monotonic() + timeout, 0.001
+    missing: list[int] = []
+    try:
+        store.set(f"name/{rank}", own)
+        while time.monotonic() < deadline:
+            if rank > 0 and store.check([f"answer/{own}"]):
+                name = store.get(f"answer/{own}").decode()
+                store.set(f"met/{name}/{rank}", "")
+                return name
+            if rank == 0:
+                for r in others:
+                    if store.check([f"name/{r}"]):
+                        store.set(f"answer/{store.get(f'name/{r}').decode()}", own)
+                missing = [int(r) for r in others if not store.check([f"met/{own}/{r}"])]
+                if not missing:
+                    return own
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+    except RuntimeError as error:
+        raise DistributedError(f"start: rank {rank} lost the store: {_brief(error)}") from error
+    raise DistributedError(
+        f"start: no answer to rank {rank} from {_named(missing or [0])} within {timeout:g} s"
+    )
 
 
 def _check_own_gpus(group: Group, place: torch.device) -> None:

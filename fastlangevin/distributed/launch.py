@@ -14,7 +14,6 @@ class Launch(NamedTuple):
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0  # number of the process on its machine
-    restarts: int = 0  # how often torchrun has restarted the processes
 
 
 def read_launch() -> Launch:
@@ -33,7 +32,7 @@ def read_launch() -> Launch:
         raise ValueError(
             f"RANK must be less than WORLD_SIZE, got RANK={rank} and WORLD_SIZE={world_size}"
         )
-    return Launch(rank, world_size, _number("LOCAL_RANK", rank), _number(_RESTARTS, 0))
+    return Launch(rank, world_size, _number("LOCAL_RANK", rank))
 
 
 def own_device(device: str, shared: bool = False) -> str:
@@ -54,9 +53,6 @@ def own_device(device: str, shared: bool = False) -> str:
             "GPUs; start at most one process per GPU, or give the device cpu"
         )
     return f"cuda:{launch.local_rank}"
-
-
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 def _number(variable: str, default: int) -> int:

@@ -1,13 +1,16 @@
 """Ranks as threads: sums that no number of processes changes, and failures that are named."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastlangevin.distributed import DistributedError, Group, OrderedSum, join, split_rows
+import fastlangevin.distributed.group as group_module
+from fastlangevin.distributed import DistributedError, Group, Launch, OrderedSum, join, split_rows
 from tests.distributed.threads import run_ranks
 
 
@@ -124,3 +127,23 @@ def test_processes_that_do_not_come_are_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(DistributedError, match="MASTER_ADDR expected, but not set"), join("cpu"):
         pass
+
+
+def test_processes_that_meet_again_in_one_store_leave_the_dead_alone() -> None:
+    """As after a restart by torchrun, which keeps its store: here, a second time and a third."""
+    store = dist.HashStore()
+    names = []
+    for late in (0, 1, 2):
+
+        def meet(rank: int, late: int = late) -> str:
+            time.sleep(0.2 * (rank == late))
+            return group_module._meet(store, Launch(rank, 3, rank), timeout=20)
+
+        with ThreadPoolExecutor(3) as pool:
+            (name,) = set(pool.map(meet, range(3)))
+        names.append(name)
+    assert len(set(names)) == 3
+    for rank, missing in ((0, "ranks 1, 2"), (1, "rank 0")):
+        match = f"start: no answer to rank {rank} from {missing} within 0.2 s"
+        with pytest.raises(DistributedError, match=match):
+            group_module._meet(store, Launch(rank, 3, rank), timeout=0.2)
