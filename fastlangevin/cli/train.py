@@ -65,7 +65,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _progress(iterations: int, shown: bool) -> Iterator[Callable[[int, Any], None] | None]:
+def _progress(iterations: int, shown: bool = True) -> Iterator[Callable[[int, Any], None] | None]:
     """Yield a function that shows progress: as a bar on a terminal, else as occasional lines."""
     if not shown:
         yield None

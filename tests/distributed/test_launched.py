@@ -133,7 +133,7 @@ def wait_for(condition: Any, job: "subprocess.Popen[bytes]") -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc names the workers")
 def test_torchrun_restarts_a_killed_job_from_its_checkpoint(tmp_path: Path) -> None:
-    settings = SETTINGS | {"iterations": 400, "save_every": 10}
+    settings = SETTINGS | {"iterations": 150, "save_every": 10}
     run, log = tmp_path / "run", tmp_path / "log"
     line = torchrun(2, 3, "train", "--out", run, *options(**settings))
     with log.open("wb") as file, subprocess.Popen(line, stdout=file, stderr=file) as job:
