@@ -176,7 +176,7 @@ def samples(out: Path, n: int = 50_000) -> dict[str, Any]:
     return found
 
 
-def speed(out: Path, rounds: int = 5) -> dict[str, Any]:
+def speed(out: Path, rounds: int = 3) -> dict[str, Any]:
     """Two processes of one thread against one process of two threads, by turns."""
     forms = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
     learning: dict[str, list[float]] = {form: [] for form in forms}

@@ -288,7 +288,7 @@ def test_every_file_of_the_package_is_written_by_the_one_helper() -> None:
     assert found == {
         ("learn/log.py", "path.open"),
         ("learn/checkpoint.py", "path.open"),
-        ("learn/sweep/claims.py", "path.open"),
+        ("learn/sweep/claims.py", "temporary.write_text"),
     }
 
 
