@@ -144,12 +144,17 @@ class Group:
             reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
             self._store.set(_FAILURE, json.dumps(reason))
 
-    # The three collectives; tests run them in threads.
-    _all_to_all = staticmethod(dist.all_to_all_single)
-    _all_gather = staticmethod(dist.all_gather)
+    # The three collectives, which tests run in threads. Some builds of torch have none of them.
 
-    @staticmethod
-    def _broadcast(tensor: Tensor) -> None:
+    def _all_to_all(
+        self, received: Tensor, sent: Tensor, expected: list[int], counts: list[int]
+    ) -> None:
+        dist.all_to_all_single(received, sent, expected, counts)
+
+    def _all_gather(self, parts: list[Tensor], tensor: Tensor) -> None:
+        dist.all_gather(parts, tensor)
+
+    def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, 0)
 
     def leave(self, error: BaseException) -> None:
