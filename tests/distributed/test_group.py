@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import fastlangevin.distributed.group as group_module
 from fastlangevin.distributed import DistributedError, Group, Launch, OrderedSum, join, split_rows
 from tests.distributed.threads import run_ranks
 
@@ -135,15 +134,15 @@ def test_processes_that_meet_again_in_one_store_leave_the_dead_alone() -> None:
     names = []
     for late in (0, 1, 2):
 
-        def meet(rank: int, late: int = late) -> str:
+        def come(rank: int, late: int = late) -> str:
             time.sleep(0.2 * (rank == late))
-            return group_module._meet(store, Launch(rank, 3, rank), timeout=20)
+            return meet(store, Launch(rank, 3, rank), timeout=20)
 
         with ThreadPoolExecutor(3) as pool:
-            (name,) = set(pool.map(meet, range(3)))
+            (name,) = set(pool.map(come, range(3)))
         names.append(name)
     assert len(set(names)) == 3
     for rank, missing in ((0, "ranks 1, 2"), (1, "rank 0")):
         match = f"start: no answer to rank {rank} from {missing} within 0.2 s"
         with pytest.raises(DistributedError, match=match):
-            group_module._meet(store, Launch(rank, 3, rank), timeout=0.2)
+            meet(store, Launch(rank, 3, rank), timeout=0.2)
