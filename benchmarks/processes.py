@@ -100,17 +100,21 @@ def equal(out: Path) -> dict[str, Any]:
 
 
 def kills(out: Path, per_run: int = 5) -> dict[str, Any]:
-    """SIGKILL of a random worker at random moments of one job, which torchrun restarts."""
+    """SIGKILL of a random worker at random moments of one job, which torchrun restarts.
+
+    The first one may hit the start. The others come after a new checkpoint.
+    """
     draw = random.Random(0)
-    settings = options(TRAIN | {"iterations": 1500})
+    settings = options(TRAIN | {"iterations": 1200})
     finish(command(1, "train", "--out", out / "whole", *settings), out / "log")
     want, found = weights(out / "whole"), []
     for n in (1, 2, 3, 4):
         run, at = out / f"killed-{n}", []
         job = start(command(n, "train", "--out", run, *settings, restarts=50), out / "log")
-        for _ in range(per_run):
-            seen = time.monotonic()
-            wait = draw.uniform(0, 15)
+        for i in range(per_run):
+            while i > 0 and job.poll() is None and list_checkpoints(run)[-1:] == before:
+                time.sleep(0.05)
+            seen, wait = time.monotonic(), draw.uniform(0, 3 if i else 10)
             while job.poll() is None and time.monotonic() - seen < wait:
                 time.sleep(0.05)
             while job.poll() is None and not workers(job.pid):
@@ -118,8 +122,8 @@ def kills(out: Path, per_run: int = 5) -> dict[str, Any]:
             if job.poll() is not None:
                 break
             os.kill(draw.choice(workers(job.pid)), signal.SIGKILL)
-            last = list_checkpoints(run)
-            at.append(int(last[-1].stem) if last else 0)
+            before = list_checkpoints(run)[-1:]
+            at.append(int(before[0].stem) if before else 0)
         found.append({"processes": n, "last_checkpoint_at_kill": at, "exit_status": job.wait(),
                       "weights_equal": weights(run) == want})  # fmt: skip
     return {"jobs": found, "kills": sum(len(job["last_checkpoint_at_kill"]) for job in found)}
