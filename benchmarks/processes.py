@@ -110,6 +110,7 @@ def kills(out: Path, per_run: int = 5) -> dict[str, Any]:
     want, found = weights(out / "whole"), []
     for n in (1, 2, 3, 4):
         run, at = out / f"killed-{n}", []
+        before: list[Path] = []
         job = start(command(n, "train", "--out", run, *settings, restarts=50), out / "log")
         for i in range(per_run):
             while i > 0 and job.poll() is None and list_checkpoints(run)[-1:] == before:
