@@ -43,9 +43,8 @@ class OrderedSum:
         """
 
         def add(node: Node) -> Tensor:
-            return vector(node[0]) if node[1] - node[0] == 1 else add(_left(node)) + add(
-                _right(node)
-            )  # fmt: skip
+            lo, hi = node
+            return vector(lo) if hi - lo == 1 else add(_left(node)) + add(_right(node))
 
         group = self.group
         sums = [add(node) for node in self._nodes[group.rank]]

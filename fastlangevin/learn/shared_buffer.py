@@ -93,5 +93,5 @@ class SharedBuffer:
 
 def _ranks(shards: Sequence[Shard]) -> Tensor:
     """The rank of each element of consecutive shards."""
-    counts = torch.tensor([s.n for s in shards])
-    return torch.arange(len(shards)).repeat_interleave(counts)
+    counts = torch.tensor([s.n for s in shards], device="cpu")
+    return torch.arange(len(shards), device="cpu").repeat_interleave(counts)
