@@ -1,6 +1,8 @@
 """A LightningModule that learns an energy with a sampler in place of an inline loop.
 
-pip install lightning && python examples/lightning_module.py
+    pip install lightning && torchrun --nproc-per-node 2 examples/lightning_module.py
+
+The two lines are those of the seed and of the sampler in ``training_step``.
 """
 
 import lightning
@@ -32,7 +34,23 @@ class ShortRun(lightning.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
+def main(n: int = 256, batch_size: int = 64) -> ShortRun:
+    torch.manual_seed(0)
+    module = ShortRun()
+    data = TensorDataset(2 * torch.rand(n, 1, 8, 8) - 1)
+    # Under torchrun Lightning finds the other processes by itself.
+    world_size = fl.distributed.read_launch().world_size
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        strategy="auto" if world_size == 1 else "ddp",
+        devices=world_size,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=batch_size // world_size))
+    return module
+
+
 if __name__ == "__main__":
-    data = TensorDataset(2 * torch.rand(256, 1, 8, 8) - 1)
-    trainer = lightning.Trainer(max_epochs=1, logger=False, enable_checkpointing=False)
-    trainer.fit(ShortRun(), DataLoader(data, batch_size=64))
+    main()

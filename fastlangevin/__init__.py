@@ -8,6 +8,7 @@ from fastlangevin._version import __version__
 if TYPE_CHECKING:
     # "as" tells type checkers that these modules are public.
     from fastlangevin import anneal as anneal
+    from fastlangevin import distributed as distributed
     from fastlangevin import learn as learn
     from fastlangevin import noise as noise
     from fastlangevin import presets as presets
@@ -26,6 +27,7 @@ __all__ = [
     "ReplayBuffer",
     "__version__",
     "anneal",
+    "distributed",
     "langevin_step_",
     "load",
     "noise",
@@ -42,7 +44,7 @@ _HOMES = {
     "langevin_step_": "step",
     "load": "learn.checkpoint",
 }
-_MODULES = ("anneal", "learn", "noise", "presets", "testing")
+_MODULES = ("anneal", "distributed", "learn", "noise", "presets", "testing")
 
 
 def __getattr__(name: str) -> Any:

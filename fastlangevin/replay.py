@@ -109,15 +109,13 @@ class ReplayBuffer:
             )
         self.added = 0  # states put so far, by a fifo or a reservoir
         self._seed = self.seed if self.world_size == 1 else _noise.fold_in(self.seed, rank)
-        slots = (
-            self.capacity // self.world_size,
-            *(check_count(_OP, "shape", size) for size in shape),
-        )
+        self.slots = self.capacity // self.world_size  # of this process
+        states = (self.slots, *(check_count(_OP, "shape", size) for size in shape))
         if kind == "index":
-            u = _noise.uniform(slots, seed=self._seed, step=0, device=device)
-            self.states = self._stored(self._scaled(u))
+            u = _noise.uniform(states, seed=self._seed, step=0, device=device)
+            self.states = self.stored(self._scaled(u))
         else:
-            self.states = torch.zeros(slots, dtype=dtype, device=device or "cpu")
+            self.states = torch.zeros(states, dtype=dtype, device=device or "cpu")
 
     def draw(
         self, n: int, step: int, y: Tensor | None = None, index: Tensor | None = None
@@ -139,11 +137,18 @@ class ReplayBuffer:
             TypeError, ValueError: An argument does not fit, or there are fewer slots than chains,
                 in total or for a class.
         """
-        capacity, device = self.states.shape[0], self.states.device
+        slots = self.choose(n, step, y, index)
+        return slots, self.start(self.states[slots], step)
+
+    def choose(
+        self, n: int, step: int, y: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """The slots [n] of :meth:`draw`, with its arguments and errors."""
+        slots, device = self.slots, self.states.device
         if isinstance(n, str):
             raise TypeError(f"{_OP}: n must be an integer, got {n!r}")
-        if not 1 <= n <= capacity:
-            raise ValueError(f"{_OP}: n must be in 1..capacity={capacity}, got {n}")
+        if not 1 <= n <= slots:
+            raise ValueError(f"{_OP}: n must be in 1..capacity={slots}, got {n}")
         n = check_count(_OP, "n", n)
         if y is not None and self.n_classes is None:
             raise ValueError(f"{_OP}: y needs a buffer with n_classes, got one without")
@@ -151,25 +156,33 @@ class ReplayBuffer:
             got = "y too" if y is not None else f"kind={self.kind!r}"
             raise ValueError(f"{_OP}: index needs kind='index' and no y, got {got}")
         if index is not None:
-            slots = check_numbers(_OP, "index", index, n, capacity).to(device)
-        elif self.kind == "index":
-            slots = self._distinct(n, step, y)
-        else:
-            words = _noise.words(
-                (1, n), seed=self._seed, step=step, stream=_noise.ORDER, device=device
-            )
-            slots = words[0] * min(self.added, capacity) >> 32
-        x = self.states[slots]
+            return check_numbers(_OP, "index", index, n, slots).to(device)
+        if self.kind == "index":
+            return self._distinct(n, step, y)
+        words = _noise.words((1, n), seed=self._seed, step=step, stream=_noise.ORDER, device=device)
+        return words[0] * min(self.added, slots) >> 32
+
+    def start(self, stored: Tensor, step: int, first_chain: int = 0) -> Tensor:
+        """The states from which drawn chains go on: float32, and new for a share of ``reinit``.
+
+        Args:
+            stored: States [n, ...] as they are stored.
+            step: The number of the training step.
+            first_chain: Which of the drawn chains the first one is.
+        """
+        n, device = len(stored), stored.device
         # Step 0 of this stream made the first states of the slots, hence step + 1.
-        u = _noise.uniform(x.shape, seed=self._seed, step=step + 1, device=device)
+        u = _noise.uniform(
+            stored.shape, seed=self._seed, step=step + 1, first_chain=first_chain, device=device
+        )
         if self.kind != "index" and self.added == 0:
-            return slots, self._scaled(u)
+            return self._scaled(u)
         coin = _noise.uniform(
-            (n, 1), seed=self._seed, step=step, stream=_noise.USER, device=device
-        ).view(n, *[1] * (x.ndim - 1))
-        if x.dtype == torch.uint8:
-            x = self._scaled((x + u) / 256)
-        return slots, torch.where(coin < self.reinit, self._scaled(u), x)
+            (n, 1), seed=self._seed, step=step, stream=_noise.USER, first_chain=first_chain,
+            device=device,
+        ).view(n, *[1] * (stored.ndim - 1))  # fmt: skip
+        x = self._scaled((stored + u) / 256) if stored.dtype == torch.uint8 else stored
+        return torch.where(coin < self.reinit, self._scaled(u), x)
 
     def put(self, slots: Tensor | None, x: Tensor) -> None:
         """Stores a batch of states.
@@ -182,16 +195,33 @@ class ReplayBuffer:
             TypeError, ValueError: x has another shape, another device or no floating dtype, or is
                 NaN for a uint8 buffer. Nothing has been written.
         """
-        capacity, device = self.states.shape[0], self.states.device
         if self.kind == "index":
-            slots = check_numbers(_OP, "slots", slots, None, capacity).to(device)
+            slots = check_numbers(_OP, "slots", slots, None, self.slots)
             self._check_states(x, len(slots))
-            rows = torch.arange(len(slots), dtype=torch.int64, device=device)
         else:
             self._check_states(x, None)
-            slots, rows = (numbers.to(device) for numbers in self._admit(x.shape[0]))
-            self.added += x.shape[0]
-        write_last(self.states, slots, self._stored(x.detach()[rows]))
+        slots, rows = (numbers.to(x.device) for numbers in self.admit(slots, len(x)))
+        write_last(self.states, slots, self.stored(x[rows]))
+
+    def admit(self, slots: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+        """(slots, rows): where :meth:`put` stores which of n states, which count as put.
+
+        An "index" buffer stores all of them in the ``slots`` that they were drawn from.
+        """
+        if self.kind == "index":
+            assert slots is not None
+            return slots, torch.arange(n, dtype=torch.int64, device=slots.device)
+        admitted = self._admit(n)
+        self.added += n
+        return admitted
+
+    def stored(self, x: Tensor) -> Tensor:
+        """States in the dtype in which the buffer stores them."""
+        x = x.detach().to(torch.float32)
+        if self.dtype == torch.float32:
+            return x
+        lo, hi = self.value_range
+        return ((x - lo) * (256 / (hi - lo))).floor().clamp(0, 255).to(torch.uint8)
 
     def to(self, device: torch.device | str) -> "ReplayBuffer":
         """Moves the states to a device and returns the buffer. Its draws stay the same."""
@@ -226,8 +256,16 @@ class ReplayBuffer:
                 f"{_OP}: state_dict must have states {list(self.states.shape)} of {self.dtype}, "
                 f"got {list(states.shape)} of {states.dtype}"
             )
+        self.load(states, int(state["added"]))
+
+    def gather(self) -> Tensor:
+        """Returns the states themselves, as a buffer of several processes collects them."""
+        return self.states
+
+    def load(self, states: Tensor, added: int) -> None:
+        """Restores the states and the number put so far."""
         self.states.copy_(states)
-        self.added = int(state["added"])
+        self.added = added
 
     def _settings(self) -> dict[str, Any]:
         names = ("kind", "capacity", "n_classes", "reinit", "value_range", "seed", "rank",
@@ -237,7 +275,7 @@ class ReplayBuffer:
 
     def _distinct(self, n: int, step: int, y: Tensor | None) -> Tensor:
         """n slots without repetition, from all slots or from the block of each label."""
-        capacity, device = self.states.shape[0], self.states.device
+        capacity, device = self.slots, self.states.device
         keys = _noise.words(
             (1, capacity), seed=self._seed, step=step, stream=_noise.ORDER, device=device
         )
@@ -263,7 +301,7 @@ class ReplayBuffer:
 
         Computed on the CPU: the host would have to wait for a device to know how many there are.
         """
-        capacity = self.states.shape[0]
+        capacity = self.slots
         rows = torch.arange(n, dtype=torch.int64, device="cpu")
         count = self.added + rows
         if self.kind == "fifo":
@@ -283,13 +321,6 @@ class ReplayBuffer:
         lo, hi = self.value_range
         return (hi - lo) * u + lo
 
-    def _stored(self, x: Tensor) -> Tensor:
-        x = x.to(torch.float32)
-        if self.dtype == torch.float32:
-            return x
-        lo, hi = self.value_range
-        return ((x - lo) * (256 / (hi - lo))).floor().clamp(0, 255).to(torch.uint8)
-
     def _check_states(self, x: Tensor, n: int | None) -> None:
         check_tensor(_OP, "x", x)
         if n is None:
@@ -297,10 +328,8 @@ class ReplayBuffer:
         check_shape(_OP, "x", x, (n, *self.states.shape[1:]))
         check_floating(_OP, "x", x)
         check_device(_OP, "x", x, self.states.device, "the buffer")
-        if n > self.states.shape[0]:
-            raise ValueError(
-                f"{_OP}: x must have at most capacity={self.states.shape[0]} states, got {n}"
-            )
+        if n > self.slots:
+            raise ValueError(f"{_OP}: x must have at most capacity={self.slots} states, got {n}")
         if self.dtype == torch.uint8 and bool(x.isnan().any()):
             raise ValueError(f"{_OP}: x must not be NaN, which uint8 cannot hold")
 

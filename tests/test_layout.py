@@ -10,7 +10,7 @@ PACKAGE = Path(fastlangevin.__file__).parent
 # From the bottom up. A module imports from its own floor and from those below it.
 FLOORS = [
     ("_version", "arguments", "kernels", "locks"),
-    ("noise", "energies"),
+    ("distributed", "noise", "energies"),
     ("anneal", "replay", "step"),
     ("gradients",),
     ("chain", "roofline"),

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import Count, Device, Int, Int8, Run
+from fastlangevin.cli.options import Count, Device, Int, Int8, Run, Timeout
 from fastlangevin.cli.outputs import Result, check_out
 
 
@@ -8,19 +8,20 @@ def evaluate(
     run: Run, /, *, n: Int8 | None = None, samples: str | None = None, features: str = "auto",
     reference: Int8 = 2048, noise: list[float] | None = None, quantise: bool = True, k: Count = 3,
     seed: Int = 1, out: Path | None = None, data: str | None = None, images: str | None = None,
-    device: Device = "auto", averaged: bool = True,
+    device: Device = "auto", averaged: bool = True, timeout: Timeout = 600.0,
 ) -> Result:  # fmt: skip
     """Compare samples with held-out data, noisy data and uniform noise.
 
     The table shows the Frechet and kernel distances, precision and recall, the inception score, and
     the distance to the nearest training image. Every figure depends on the features, so the table
     names them. The Frechet distance is FID only with the features of Inception. Images are clamped
-    to [-1, 1], and the table shows which share of each set was outside.
+    to [-1, 1], and the table shows which share of each set was outside. Several processes that
+    torchrun has started share the work.
 
     Args:
         n: Number of images per set, 8 or more (default: all that are held out, at most 2048).
-        samples: Folder of pictures, .npy or .npz to read the samples from (default: the run's model
-            draws them).
+        samples: Folder of pictures or of samples, .npy or .npz to read the samples from (default:
+            the run's model draws them).
         features: Features to compare: auto, pixels, classifier, efficientnet-lite0, inception or
             module:attribute.
         reference: Number of training images to compare with, 8 or more.
@@ -34,15 +35,17 @@ def evaluate(
         images: Source of the held-out images (default: those that the run held out).
         averaged: Use the moving average of the weights, if there is one.
     """
+    from fastlangevin.distributed import join
     from fastlangevin.learn.evaluation.of_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
     check_out(out)
     if samples is not None and not averaged:
         raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
-    evaluated = evaluate_run(
-        run, *load_training(run, data), n=n, samples=samples, images=images, features=features,
-        reference=reference, noise=noise or (0.3,), quantise=quantise, k=k, seed=seed,
-        device=device, averaged=averaged,
-    )  # fmt: skip
-    return Result(evaluated.text(), evaluated.save(out))
+    with join(device, timeout) as group:
+        evaluated = evaluate_run(
+            run, *load_training(run, data), n=n, samples=samples, images=images, features=features,
+            reference=reference, noise=noise or (0.3,), quantise=quantise, k=k, seed=seed,
+            device=device, averaged=averaged, group=group,
+        )  # fmt: skip
+        return Result(evaluated.text(), evaluated.save(out)) if group.rank == 0 else Result()

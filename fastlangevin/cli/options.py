@@ -34,6 +34,9 @@ Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 Run = Annotated[
     Path, Parameter(help="A run's folder, a checkpoint, or a packaged model (digits, cifar10).")
 ]
+Timeout = Annotated[
+    float, Parameter(help="Longest wait for another process of the job, in seconds.")
+]
 Device = Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda or cuda:N.")]
 
 

@@ -58,7 +58,9 @@ def error_line(error: Exception) -> None:
     """Print an error as one line on standard error."""
     from rich.console import Console
 
-    text = f"error: {' '.join(str(error).split())}"
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    where = "" if rank is None else f"rank {rank}: "
+    text = f"error: {where}{' '.join(str(error).split())}"
     Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True, highlight=False)
 
 

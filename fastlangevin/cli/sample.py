@@ -1,23 +1,36 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import FRAMES, Chains, Count, Run
-from fastlangevin.cli.outputs import Result, check_out
+from fastlangevin.cli.options import FRAMES, Chains, Count, Run, Timeout, belong
+from fastlangevin.cli.outputs import Result, check_out, note
 
 
 def sample(
     run: Run = Path("digits"), /, *, n: Count = 64, out: Path = Path("samples.png"),
-    columns: Count | None = None, chains: Chains = Chains(),
+    columns: Count | None = None, per_file: Count | None = None, timeout: Timeout = 600.0,
+    chains: Chains = Chains(),
 ) -> Result:  # fmt: skip
     """Run chains from noise through a trained model and save the images.
 
+    A folder is for many images: several processes that torchrun has started share them, and the
+    same command continues after a stop. Its files hold the images that one .npy would.
+
     Args:
         n: Number of images, 1 or more.
-        out: A .png for a grid, a .gif of the chains, or a .npy of shape [n, C, H, W].
+        out: A .png for a grid, a .gif of the chains, a .npy of shape [n, C, H, W], or a name
+            without an ending for a folder of .npy files.
         columns: Columns of the grid, 1 or more (default: a square grid).
+        per_file: Images per file of a folder, and chains that run at a time, 1 or more (default:
+            512).
     """
+    if not out.suffix:
+        return _sample_shards(run, n, out, per_file or 512, timeout, chains)
+    belong(() if per_file is None else ("per_file",), "a folder of files, a name without an ending")
+    from fastlangevin.distributed import read_launch
     from fastlangevin.learn.images import save_arrays, save_gif, save_grid
 
     check_out(out, ".png", ".gif", ".npy")
+    if read_launch().world_size > 1:
+        raise ValueError(f"several processes write a folder: --out must have no ending, got {out}")
     sampler = chains.load(run)
     if out.suffix == ".gif":
         states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // FRAMES))
@@ -27,3 +40,26 @@ def sample(
     else:
         save_arrays(out, sampler(n=n, seed=chains.seed))
     return Result(files=[out])
+
+
+def _sample_shards(
+    run: Path, n: int, out: Path, per_file: int, timeout: float, chains: Chains
+) -> Result:
+    """Draw the images into a folder, in several processes if there are."""
+    from fastlangevin.distributed import join
+    from fastlangevin.learn.sample_shards import sample_shards
+
+    shown = 0
+
+    def report(there: int, n: int) -> None:
+        nonlocal shown
+        if there == n or there - shown >= n / 20:
+            shown = there
+            note(f"{there}/{n} images")
+
+    with join(chains.device, timeout) as group:
+        sampler = chains.load(run)
+        sample_shards(
+            sampler, n, out, seed=chains.seed, per_file=per_file, group=group, report=report
+        )
+        return Result(files=[out] if group.rank == 0 else [])

@@ -20,7 +20,7 @@ def sweep(
 
     An example is `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run has
     a folder in OUT, as with `train`. If a sweep is stopped, the same command continues it. Several
-    processes share the runs if RANK and WORLD_SIZE are set in their environment, as by torchrun.
+    processes share the runs if they have the same OUT, also on several machines.
 
     Args:
         out: Folder of the sweep.
@@ -30,7 +30,7 @@ def sweep(
         seeds: Number of runs of each point, 1 or more, with consecutive seeds (default: 3).
         grid: Run all combinations of the lists, or sweep one axis at a time (default: --axes).
     """
-    from fastlangevin.learn.sweep.environment import own_device, read_number
+    from fastlangevin.distributed import own_device
     from fastlangevin.learn.sweep.plan import describe, parse_values, read_sweep
     from fastlangevin.learn.sweep.report import outcome, write_report
     from fastlangevin.learn.sweep.run import Run, run_sweep
@@ -39,8 +39,7 @@ def sweep(
     stop = StopRequest()
     values = {name: parse_values(name, text) for name, text in (lists or {}).items()}
     plan = read_sweep(config, values, seeds, grid)
-    rank, world_size = read_number("RANK", 0), read_number("WORLD_SIZE", 1)
-    total, count = len(plan.runs()[rank::world_size]), 0
+    total, count = len(plan.runs()), 0
 
     def report(run: Run, result: Mapping[str, Any]) -> None:
         nonlocal count
@@ -48,16 +47,12 @@ def sweep(
         where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
         note(f"{where}  {outcome(result)}")
 
-    device = own_device(plan.centre.device)
-    results = run_sweep(
-        plan, out, rank=rank, world_size=world_size, device=device, report=report, stop=stop
-    )
+    device = own_device(plan.centre.device, shared=True)
+    results = run_sweep(plan, out, device=device, report=report, stop=stop)
     files = [] if results is None else write_report(plan, results, out)
     if files and out / "sweep.svg" not in files:
         note('no plot: it needs matplotlib, pip install "fastlangevin[plot]"')
-    if count < total:
+    if results is None:
         note("stopped; the same command continues the sweep")
         return Result(files=files, status=128 + (stop.signal or signal.SIGINT))
-    if not files:
-        note("done; runs of other processes are still missing")
     return Result(files=files)

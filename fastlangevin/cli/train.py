@@ -4,19 +4,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastlangevin.cli.options import Flag, more, settings_options
+from fastlangevin.cli.options import Flag, Timeout, more, settings_options
 from fastlangevin.cli.outputs import Result, note, printing, table
 
 
 def train(
     *, out: Path | None = None, config: str | None = None, resume: Flag = False,
-    overwrite: Flag = False,
+    overwrite: Flag = False, timeout: Timeout = 600.0,
     settings: "Annotated[settings_options(), more('Settings')]" = None,  # type: ignore[valid-type]
 ) -> Result:  # fmt: skip
     """Learn an energy from images by short-run MCMC, into a folder.
 
     Options change settings of the config. All settings of the run are saved as OUT/config.yaml.
     Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop the run, with exit status 130, 143 or 129.
+    Several processes that torchrun has started share every batch.
 
     Args:
         out: Folder of the run (default: runs/CONFIG, or runs/CONFIG-2, ... if that exists).
@@ -25,8 +26,10 @@ def train(
         resume: Continue the run in OUT.
         overwrite: Delete the run in OUT first.
     """
+    from fastlangevin.distributed import join
     from fastlangevin.learn import run_folder
     from fastlangevin.learn.config import resolve
+    from fastlangevin.learn.job import job_id
     from fastlangevin.learn.train import StopRequest
     from fastlangevin.learn.train import train as learn
 
@@ -39,22 +42,34 @@ def train(
         if run_folder.is_run(out):
             config = str(out / run_folder.CONFIG)
     resolved = resolve(config, settings)
-    folder = out or run_folder.free_folder(Path("runs") / Path(config or "digits").stem)
-    with _progress(resolved.iterations) as report:
-        last = learn(resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop)
+    with join(resolved.device, timeout) as group:
+        if out is None and job_id() is not None:
+            raise ValueError("with torchrun, give --out, the folder of the run")
+        folder = out or run_folder.free_folder(Path("runs") / Path(config or "digits").stem)
+        with _progress(resolved.iterations, shown=group.rank == 0) as report:
+            last = learn(
+                resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop,
+                group=group,
+            )  # fmt: skip
     text = table(
         ("checkpoint", str(last)), ("samples", str(folder / "samples.png")),
         ("settings", str(folder / run_folder.CONFIG)),
     )  # fmt: skip
-    if stop.signal is None or int(last.stem) == resolved.iterations:
-        return Result(text)
-    note(f"stopped at {int(last.stem)} of {resolved.iterations}; continue with --resume")
-    return Result(text, status=128 + stop.signal)
+    stopped = stop.signal is not None and int(last.stem) < resolved.iterations
+    status = 128 + stop.signal if stop.signal is not None and stopped else 0
+    if group.rank > 0:
+        return Result(status=status)
+    if stopped:
+        note(f"stopped at {int(last.stem)} of {resolved.iterations}; continue with --resume")
+    return Result(text, status=status)
 
 
 @contextlib.contextmanager
-def _progress(iterations: int) -> Iterator[Callable[[int, Any], None]]:
+def _progress(iterations: int, shown: bool = True) -> Iterator[Callable[[int, Any], None] | None]:
     """Yield a function that shows progress: as a bar on a terminal, else as occasional lines."""
+    if not shown:
+        yield None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
+from fastlangevin.distributed import Group
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed
@@ -36,10 +37,13 @@ def load_data(config: TrainConfig) -> ImageData:
     )
 
 
-def build_learner(config: TrainConfig, data: ImageData | None = None) -> ShortRunLearner:
+def build_learner(
+    config: TrainConfig, data: ImageData | None = None, group: Group | None = None
+) -> ShortRunLearner:
     """Build the learner of a config, at iteration 0.
 
     data: the config's images, if they are already loaded.
+    group: the processes that share the batch.
 
     Raises ValueError if the settings do not fit each other, the data or this machine.
     """
@@ -61,7 +65,8 @@ def build_learner(config: TrainConfig, data: ImageData | None = None) -> ShortRu
             seed=_noise.fold_in(config.seed, _BUFFER),
             kind=config.buffer_kind,
             reinit=config.reinit,
-            device=device,
+            # The processes of a group take their shares of it to their devices.
+            device=device if group is None or group.world_size == 1 else "cpu",
         )
     return ShortRunLearner(
         build_sampler(config, energy),
@@ -74,6 +79,8 @@ def build_learner(config: TrainConfig, data: ImageData | None = None) -> ShortRu
         ema=config.ema,
         buffer=buffer,
         seed=config.seed,
+        parts=config.parts,
+        group=group,
     )
 
 

@@ -76,6 +76,10 @@ class TrainConfig:
     # learning
     iterations: int = _option("number of updates of the weights")
     batch_size: int = _option("images, and chains, per iteration")
+    parts: int = _option(
+        "parts of the batch whose gradients are added in a fixed order, so that up to PARTS "
+        "processes learn the same weights bit for bit"
+    )
     data_noise: float = _option("standard deviation sigma of the noise on the data")
     lr: float = _option("Adam's learning rate")
     beta1: float = _option("Adam's first decay rate")
@@ -106,7 +110,7 @@ class TrainConfig:
     samples: int = _option("images in a grid")
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "log_every", "sample_every", "save_every", "samples"):
+        for name in ("iterations", "parts", "log_every", "sample_every", "save_every", "samples"):
             check_count("train", name, getattr(self, name))
         for name in ("data_noise", "data_noise_final", "lr", "lr_final", "max_energy"):
             if not getattr(self, name) >= 0:

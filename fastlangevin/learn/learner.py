@@ -1,7 +1,7 @@
 """The learner: one step of Algorithm 1, short-run MCMC learning of an energy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,21 +11,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
+from fastlangevin.distributed import Group, Shard
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.draws import Draws
 from fastlangevin.gradients.network import call_network
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
+    checksum,
     iteration_of,
     load_weights,
     read_checkpoint,
     save_checkpoint,
 )
+from fastlangevin.learn.shared_buffer import SharedBuffer
+from fastlangevin.learn.split_batch import SplitBatch
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 
 _OP = "ShortRunLearner"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_PART = 2**40  # folded into the seed, together with the first chain of a part
 
 
 class Images(Protocol):
@@ -72,8 +77,16 @@ class ShortRunLearner:
         data_noise: The standard deviation sigma of the noise on the data.
         flip: Whether to mirror half of the images.
         ema: Decay of a moving average of the weights, kept in ``averaged``; None keeps no average.
-        buffer: Persistent chains to continue; None starts every chain from p0.
+        buffer: Persistent chains to continue; None starts every chain from p0. In a group,
+            its slots are divided among the processes.
         seed: Seed of the data order, the data noise and the chains.
+        parts: Parts of the batch whose gradients are computed one after another and added in a
+            fixed order. With an engine whose chains do not depend on the batch, up to ``parts``
+            processes learn the same weights, bit for bit. Each part is a forward and a backward
+            pass of its own.
+        group: The processes that share the batch. All of them create their learner with the same
+            arguments and call the same methods. Each runs its own chains, and all apply the same
+            sum of gradients. Methods raise DistributedError if another process fails.
 
     ``lr`` and ``data_noise`` may be set between steps. Data order, data noise and chains are
     functions of (seed, iteration), so :meth:`tensors` and the iteration are the whole state.
@@ -94,6 +107,8 @@ class ShortRunLearner:
         ema: float | None = None,
         buffer: ReplayBuffer | None = None,
         seed: int = 0,
+        parts: int = 1,
+        group: Group | None = None,
     ) -> None:
         if not isinstance(sampler.energy, torch.nn.Module):
             raise TypeError(
@@ -136,7 +151,21 @@ class ShortRunLearner:
         self.batch_size = check_count(_OP, "batch_size", batch_size)
         self.data_noise = data_noise
         self.flip = flip
-        self.buffer = buffer
+        self.group = group or Group()
+        self.signal = 0  # the largest signal of any process at the last step
+        self._batch = SplitBatch(
+            self.energy, self.batch_size, check_count(_OP, "parts", parts), self.group
+        )
+        self.buffer: ReplayBuffer | SharedBuffer | None = buffer
+        if self.group.world_size > 1:
+            if isinstance(sampler.grad_clip, tuple) and sampler.grad_clip[0] == "batch_norm":
+                raise ValueError(
+                    f"{_OP}: grad_clip=('batch_norm', ...) is not supported with several "
+                    "processes, none of which has the whole batch"
+                )
+            if buffer is not None:
+                device = next(self.energy.parameters()).device
+                self.buffer = SharedBuffer(buffer, self.group, self._batch.chains, device)
         self.seed = _noise.check_seed(seed)
         self.iteration = 0
         self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=lr, betas=betas)
@@ -162,54 +191,59 @@ class ShortRunLearner:
         """The module to sample from, with the averaged weights if an average is kept."""
         return self.energy if self.averaged is None else self.averaged.module
 
-    def step(self, measure: bool = False) -> Metrics:
-        """Run one iteration and return its metrics.
+    def step(self, measure: bool = False, signal: Callable[[], int] = int) -> Metrics:
+        """Run one iteration and return its metrics, which are those of the whole batch.
 
         With ``measure``, the metrics also include the gradient norm and the displacement of the
-        chain's steps. Raises FloatingPointError, before the weights change, if a chain or an
-        energy is not finite.
+        chain's steps. ``signal`` returns a number for the other processes of the group: afterwards,
+        ``self.signal`` is the largest of them, on every process. Raises FloatingPointError, before
+        the weights change, if a chain or an energy of any process is not finite.
         """
         data = self._data().float()
         slots, x0, seed = self._start()
-        grad_norm = displacement = None
-        if measure:
-            chain = self.sampler.diagnose(x0, seed=seed)
-            samples = chain.x
-            grad_norm, displacement = (
-                chain.grad_norm.mean().item(),
-                chain.displacement.mean().item(),
-            )
-        else:
-            samples = self.sampler(x0, seed=seed)
-        # Makes dropout a function of (seed, iteration), too.
-        with Draws(self.seed, data.device).step(self.iteration):
-            energy_data = call_network(self.energy, data, {}).mean()
-            energy_samples = call_network(self.energy, samples, {}).mean()
-        gap = energy_data - energy_samples
+        samples, measured, failure = self._sample(x0, seed, measure)
         lo, hi = self.sampler.clamp or (-1.0, 1.0)
-        saturation = ((samples <= lo) | (samples >= hi)).float().mean()
-        reach = torch.linalg.vector_norm((samples - x0).flatten(1), dim=1).mean()
-        values = torch.stack([energy_data, energy_samples, gap, saturation, reach]).tolist()
-        metrics = Metrics(self.iteration + 1, *values)._replace(
-            grad_norm=grad_norm, displacement=displacement
-        )
+        saturation = ((samples <= lo) | (samples >= hi)).flatten(1).float().mean(1)
+        reach = torch.linalg.vector_norm((samples - x0).flatten(1), dim=1)
+        unknown = torch.full_like(reach, math.nan)  # the energies
+        figures = torch.stack([unknown, unknown, saturation, reach, *measured], 1).float()
+
+        def loss(part: Shard) -> Tensor:
+            first = part.first_chain - self._batch.own.first_chain
+            rows = slice(first, first + part.n)
+            energy_data, energy_samples = self._energies(data[rows], samples[rows], part)
+            figures[rows, :2] = torch.stack([energy_data, energy_samples], 1).detach().float()
+            gap = (energy_data.sum() - energy_samples.sum()) / self.batch_size
+            return -gap if self.sampler.maximize else gap
+
+        self.optimizer.zero_grad(set_to_none=True)
+        what = f"the gradients of iteration {self.iteration + 1}"
+        figures, self.signal = self._batch.backward(loss, figures, signal, what)
+        values = torch.stack([column.mean() for column in figures.T.contiguous()]).tolist()
+        of_data, of_samples, *others = values
+        metrics = Metrics(self.iteration + 1, of_data, of_samples, of_data - of_samples, *others)
         if not all(math.isfinite(value) for value in values):
-            raise FloatingPointError(f"{_OP}: energies are not finite: {metrics}")
+            self.optimizer.zero_grad(set_to_none=True)
+            raise failure or FloatingPointError(f"{_OP}: energies are not finite: {metrics}")
 
         if self.buffer is not None and slots is not None:
             self.buffer.put(slots, samples)
-        self.optimizer.zero_grad(set_to_none=True)
-        (-gap if self.sampler.maximize else gap).backward()
         with torch.device("cpu"):  # Adam creates its step counts on torch's default device
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        # As in DistributedDataParallel: a forward pass may have changed them differently.
+        self.group.broadcast_(list(self.energy.buffers()), "the buffers of the energy")
         if self.averaged is not None:
             self.averaged.update_parameters(self.energy)
         self.iteration += 1
         return metrics
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights, their average, Adam's moments and the buffer, by name."""
+        """Return the weights, their average, Adam's moments and the buffer, by name.
+
+        In a group, all processes must call this method, and the states of the buffer are complete
+        on rank 0 alone.
+        """
         tensors = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
         if self.averaged is not None:
             for name, value in self.averaged.module.state_dict().items():
@@ -219,7 +253,7 @@ class ShortRunLearner:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
         if self.buffer is not None:
-            tensors["buffer"] = self.buffer.states
+            tensors["buffer"] = self.buffer.gather()
             if self.buffer.kind != "index":
                 added = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
                 tensors["buffer_added"] = added
@@ -248,14 +282,14 @@ class ShortRunLearner:
             load_weights(self.averaged.module, tensors, "ema.", path)
             self.averaged.n_averaged.copy_(take("ema_updates", ()))
         if self.buffer is not None:
-            states = take("buffer", self.buffer.states.shape)
-            if states.dtype != self.buffer.dtype:
+            states = take("buffer", (self.buffer.capacity, *self.buffer.states.shape[1:]))
+            if states.dtype != self.buffer.states.dtype:
                 raise CheckpointError(
-                    f"{path} has a buffer of {states.dtype}, this run's is of {self.buffer.dtype}"
+                    f"{path} has a buffer of {states.dtype}, this run's is of "
+                    f"{self.buffer.states.dtype}"
                 )
-            if self.buffer.kind != "index":
-                self.buffer.added = int(take("buffer_added", ()))
-            self.buffer.states.copy_(states)
+            added = int(take("buffer_added", ())) if self.buffer.kind != "index" else 0
+            self.buffer.load(states, added)
         self.optimizer.state.clear()
         for name, parameter in self.energy.named_parameters():
             # Adam has no moments for a parameter that has never had a gradient.
@@ -271,9 +305,13 @@ class ShortRunLearner:
     def save(self, path: str | Path, **info: Any) -> None:
         """Write a checkpoint, with ``info`` in its header, atomically.
 
-        ``fl.load`` makes a sampler from it.
+        ``fl.load`` makes a sampler from it. In a group, all processes must call this method, and
+        rank 0 writes. Raises DistributedError if the processes have different weights.
         """
+        self.check_weights(f"checkpoint {path}")
         tensors, settings = self.tensors(), self.sampler.settings()
+        if self.group.rank > 0:
+            return
         for name, value in settings.items():
             if isinstance(value, Tensor):
                 tensors[f"sampler.{name}"], settings[name] = value, None
@@ -283,6 +321,13 @@ class ShortRunLearner:
             "sampler": settings,
         }
         save_checkpoint(path, tensors, {**info, **header})
+
+    def check_weights(self, what: str) -> None:
+        """Raise DistributedError unless all processes of the group have equal weights."""
+        if self.group.world_size > 1:
+            weights = self.energy.state_dict()
+            on_cpu = {name: value.cpu().contiguous() for name, value in weights.items()}
+            self.group.compare({"the weights": checksum("", on_cpu)}, what)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore the state that :meth:`save` wrote and return the header.
@@ -296,8 +341,13 @@ class ShortRunLearner:
 
     def _data(self) -> Tensor:
         """Return the batch of this iteration, with its noise: a function of (seed, iteration)."""
+        first, n = self._batch.own
         words = _noise.words(
-            (self.batch_size, 2), seed=self.seed, step=self.iteration, stream=_noise.ORDER
+            (n, 2),
+            seed=self.seed,
+            step=self.iteration,
+            stream=_noise.ORDER,
+            first_chain=first,
         )
         indices = words[:, 0] * len(self.data) >> 32
         flip = words[:, 1] >= 2**31 if self.flip else None
@@ -309,6 +359,7 @@ class ShortRunLearner:
                 seed=self.seed,
                 step=self.iteration,
                 stream=_noise.DATA,
+                first_chain=first,
                 device=device,
             )
         return images
@@ -319,8 +370,37 @@ class ShortRunLearner:
         if self.buffer is not None:
             return *self.buffer.draw(self.batch_size, self.iteration), seed
         device = next(self.energy.parameters()).device
-        shape = (self.batch_size, *self.data.shape)
-        return None, _noise.initial(shape, seed=seed, device=device), seed
+        first, n = self._batch.own
+        shape = (n, *self.data.shape)
+        return None, _noise.initial(shape, seed=seed, first_chain=first, device=device), seed
+
+    def _sample(
+        self, x0: Tensor, seed: int, measure: bool
+    ) -> tuple[Tensor, list[Tensor], FloatingPointError | None]:
+        """Run the chains from x0; return their last states and, with ``measure``, two figures each.
+
+        In a group, samples that are not finite are NaN, with the error: the other processes must
+        learn of it before this one raises it.
+        """
+        first = self._batch.own.first_chain
+        if measure:
+            chain = self.sampler.diagnose(x0, seed=seed, first_chain=first)
+            return chain.x, [chain.grad_norm.mean(0), chain.displacement.mean(0)], None
+        try:
+            return self.sampler(x0, seed=seed, first_chain=first), [], None
+        except FloatingPointError as error:
+            if self.group.world_size == 1:
+                raise
+            return torch.full_like(x0, math.nan), [], error
+
+    def _energies(self, data: Tensor, samples: Tensor, part: Shard) -> tuple[Tensor, Tensor]:
+        """Return the energies of a part's data and samples, with their graph."""
+        # Makes dropout a function of (seed, iteration, part), too.
+        first = part.first_chain
+        seed = self.seed if first == 0 else _noise.fold_in(self.seed, _PART + first)
+        with Draws(seed, data.device).step(self.iteration):
+            energy_data = call_network(self.energy, data, {}).flatten()
+            return energy_data, call_network(self.energy, samples, {}).flatten()
 
 
 class _TensorImages:

@@ -19,6 +19,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
+# In the folder of a run that torchrun or several processes made: the job, and a token of its start.
+JOB = ".job"
 # Errors of flock if another process holds the lock. Any other error is one of the file system.
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 _NUMBER = "[0-9]" * 8
@@ -44,6 +46,10 @@ FREE_SETTINGS = (
     "max_energy",
     "max_saturation",
 )
+
+
+class FolderInUseError(FileExistsError):
+    """Another process is training in the folder."""
 
 
 def is_run(out: Path) -> bool:
@@ -105,11 +111,11 @@ def only_writer(out: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _LOCKED:
-                raise FileExistsError(f"train: another process is training in {out}") from error
+                raise FolderInUseError(f"train: another process is training in {out}") from error
             warnings.warn(
                 f"train: {out} cannot be locked ({error.strerror or error}); two processes must "
                 "not train in this folder at the same time",
-                stacklevel=4,
+                stacklevel=7,
             )
         yield
     finally:
@@ -142,7 +148,7 @@ def check_resumed(config: TrainConfig, out: Path) -> None:
 def remove_run(out: Path) -> None:
     """Delete the files of a run and nothing else. config.yaml is last: it marks the run."""
     remove_leftovers(out)
-    for pattern in ("tensorboard/events.out.tfevents.*", *WRITTEN):
+    for pattern in (JOB, "tensorboard/events.out.tfevents.*", *WRITTEN):
         for path in out.glob(pattern) if is_run(out) else ():
             path.unlink()
     for name in ("checkpoints", "samples", "tensorboard"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastlangevin.noise as _noise
+from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn.build import (
     build_learner,
     choose_device,
@@ -25,11 +26,13 @@ from fastlangevin.learn.checkpoint import (
 from fastlangevin.learn.config import TrainConfig, save_config
 from fastlangevin.learn.guard import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_grid
+from fastlangevin.learn.job import check_same_folder, check_same_work, is_own
 from fastlangevin.learn.learner import ShortRunLearner
 from fastlangevin.learn.log import RunLog
 from fastlangevin.learn.run_folder import (
     CONFIG,
     check_folder,
+    is_run,
     only_writer,
     remove_leftovers,
     remove_run,
@@ -57,6 +60,7 @@ def train(
     overwrite: bool = False,
     report: Report | None = None,
     stop: StopRequest | None = None,
+    group: Group | None = None,
 ) -> Path:
     """Train with the settings of ``config`` in the folder ``out``; return the last checkpoint.
 
@@ -71,69 +75,113 @@ def train(
         report: Called as ``report(iteration, record)`` after every iteration.
         stop: Holds, afterwards, the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
             checkpoint after the current iteration and end the run.
+        group: The processes that share each batch, all of which call this function; see
+            :func:`fastlangevin.distributed.join`. Rank 0 writes. A signal to any of them stops
+            all. A run that the same job of torchrun started before a restart is continued.
 
     Before anything is written, raises FileExistsError if ``out`` holds a run and neither
     ``resume`` nor ``overwrite`` is given, or if another process is training in it; ValueError for
     settings that do not fit; and, with ``resume``, FileError naming the file of the run that
     cannot be read. Later, raises DivergedError, naming the last good checkpoint, and OSError if the
-    disk is full. Checkpoints that were already written stay.
+    disk is full. Checkpoints that were already written stay. Raises DistributedError if the
+    processes of a group have other settings, code, data or folders, or if one of them fails.
     """
-    out = Path(out)
-    check_folder(config, out, resume, overwrite)
-    with only_writer(out):
-        return _train(config, out, resume, overwrite, report, stop or StopRequest())
+    out, group = Path(out), group or Group()
+    check_same_work(group, config)
+    with contextlib.ExitStack() as stack:
+
+        def open_folder() -> bool:
+            """Check and lock the folder; return whether to continue the run in it."""
+            own = is_run(out) and is_own(out)
+            check_folder(config, out, resume or own, overwrite and not own)
+            stack.enter_context(only_writer(out))
+            return resume or own
+
+        resume = group.first(open_folder, f"run folder {out}")
+        learner = build_learner(config, group=group)
+        group.compare({"the data": fingerprint(learner.data)}, "start")
+        _open_run(learner, config, out, resume, overwrite)
+        return _train(learner, config, out, report, stop or StopRequest())
+
+
+def _open_run(
+    learner: ShortRunLearner, config: TrainConfig, out: Path, resume: bool, overwrite: bool
+) -> None:
+    """Restore the learner from the run, or start a new one in the folder."""
+    group = learner.group
+
+    def prepare() -> int:
+        remove_leftovers(out)
+        if resume:
+            resume_learner(learner, config, out)
+        elif overwrite:
+            remove_run(out)
+        return learner.iteration
+
+    iteration = group.first(prepare, f"run folder {out}")
+    check_same_folder(group, out)
+    group.first(lambda: save_config(config, out / CONFIG), f"run folder {out}")
+    if group.rank > 0 and iteration > 0:
+        learner.load(checkpoint_path(out, iteration))
+    learner.check_weights("start")
 
 
 def _train(
+    learner: ShortRunLearner,
     config: TrainConfig,
     out: Path,
-    resume: bool,
-    overwrite: bool,
     report: Report | None,
     stop: StopRequest,
 ) -> Path:
-    learner = build_learner(config)
-    remove_leftovers(out)
-    if resume:
-        resume_learner(learner, config, out)
-    elif overwrite:
-        remove_run(out)
-    save_config(config, out / CONFIG)
-    log = RunLog(out, learner.iteration)
+    group = learner.group
+    log = RunLog(out, learner.iteration) if group.rank == 0 else None
     guard = DivergenceGuard(config.max_energy, config.max_saturation)
     try:
         with stop_signal(stop):
-            while learner.iteration < config.iterations and stop.signal is None:
-                iterate(learner, config, out, log, guard, report)
-            if not checkpoint_path(out, learner.iteration).exists():
-                if not is_sound(learner, config):
+            learner.signal = max(group.share(stop.signal or 0, "start"))
+            while learner.iteration < config.iterations and not _stopped(learner, stop):
+                iterate(learner, config, out, log, guard, report, stop)
+            what = f"checkpoint of iteration {learner.iteration}"
+            if not group.first(checkpoint_path(out, learner.iteration).exists, what):
+                if not sound(learner, config, what):
                     raise DivergedError(f"energies run away after iteration {learner.iteration}")
                 save_run(learner, config, out, log)
-            remove_old_checkpoints(out)  # an earlier process may have been killed before this
-            save_grid(draw_samples(learner, config), out / "samples.png")
+            return Path(group.first(lambda: finish(learner, config, out), what))
     except (DivergedError, FloatingPointError) as error:
         raise DivergedError(f"{error}; {last_good(out)}") from error
+    except DistributedError as error:
+        raise DistributedError(f"{error}; {last_good(out)}") from error
     except OSError as error:
         raise OSError(f"{error}; {last_good(out)}, resume continues from there") from error
     finally:
-        log.close()
-    return list_checkpoints(out)[-1]
+        if log is not None:
+            log.close()
+
+
+def _stopped(learner: ShortRunLearner, stop: StopRequest) -> bool:
+    """Return whether to stop: in a group, after the iteration in which all have learned of it."""
+    if learner.group.world_size == 1:
+        return stop.signal is not None
+    stop.signal = learner.signal or stop.signal
+    return learner.signal != 0
 
 
 def iterate(
     learner: ShortRunLearner,
     config: TrainConfig,
     out: Path,
-    log: RunLog,
+    log: RunLog | None,
     guard: DivergenceGuard,
     report: Report | None,
+    stop: StopRequest,
 ) -> None:
     """Run one iteration, then write the record, grid and checkpoint that are due."""
-    started = time.perf_counter()
+    started, group = time.perf_counter(), learner.group
+    sent, waited = group.bytes, group.seconds
     learner.lr, learner.data_noise = annealed(config, learner.iteration)
     due = learner.iteration + 1
     measured = due % config.log_every == 0 or due == config.iterations
-    metrics = learner.step(measure=measured)
+    metrics = learner.step(measure=measured, signal=lambda: stop.signal or 0)
     guard.check(metrics)
     record = {
         **metrics._asdict(),
@@ -141,15 +189,34 @@ def iterate(
         "data_noise": learner.data_noise,
         "seconds": time.perf_counter() - started,
     }
-    log.follow(due, metrics.gap, metrics.reach)
-    if measured:
-        log.record(record)
-    if due % config.sample_every == 0:
-        log.grid(draw_samples(learner, config), due)
-    if due % config.save_every == 0 and guard.calm and is_sound(learner, config):
+    if group.world_size > 1:
+        record |= {
+            "communicated_bytes": group.bytes - sent,
+            "communication_seconds": group.seconds - waited,
+        }
+    if log is not None:
+        log.follow(due, metrics.gap, metrics.reach)
+        if measured:
+            log.record(record)
+        if due % config.sample_every == 0:
+            log.grid(draw_samples(learner, config), due)
+    what = f"checkpoint of iteration {due}"
+    if due % config.save_every == 0 and guard.calm and sound(learner, config, what):
         save_run(learner, config, out, log)
     if report is not None:
         report(due, record)
+
+
+def finish(learner: ShortRunLearner, config: TrainConfig, out: Path) -> str:
+    """Write the last grid of a run and return the path of its last checkpoint."""
+    remove_old_checkpoints(out)  # an earlier process may have been killed before this
+    save_grid(draw_samples(learner, config), out / "samples.png")
+    return str(list_checkpoints(out)[-1])
+
+
+def sound(learner: ShortRunLearner, config: TrainConfig, what: str) -> bool:
+    """Return what :func:`is_sound` says on rank 0."""
+    return learner.group.first(lambda: is_sound(learner, config), what)
 
 
 def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
@@ -188,13 +255,14 @@ def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
     )
 
 
-def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path, log: RunLog) -> Path:
+def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path, log: RunLog | None) -> None:
     """Flush the records, save a checkpoint, and delete all older ones but the newest."""
-    log.sync()
+    if log is not None:
+        log.sync()
     path = checkpoint_path(out, learner.iteration)
     learner.save(path, config=dataclasses.asdict(config), data=fingerprint(learner.data))
-    remove_old_checkpoints(out)
-    return path
+    if learner.group.rank == 0:
+        remove_old_checkpoints(out)
 
 
 def remove_old_checkpoints(out: Path) -> None:
@@ -235,7 +303,7 @@ def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> 
         newer.replace(aside)
         warnings.warn(
             f"train: {reason}; it is now {aside.name}, and the run continues from {path}",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

@@ -18,7 +18,7 @@ from tests.cli.shared import Command, assert_refused, options
         (["absent"], "absent does not exist"),
         (["[/bold]"], r"\[/bold\] does not exist"),
         (["RUN", "--out", "grid.jpg"], r"--out must end in \.png, \.gif or \.npy, got grid\.jpg"),
-        (["RUN", "--out", "grid"], r"--out must end in \.png, \.gif or \.npy, got grid"),
+        (["RUN", "--per-file", "8"], r"--per-file belongs to a folder of files"),
         (["RUN", "--seed", "-1"], r"seed must be in \[0, 2\*\*64\), got -1"),
         (["RUN", "--seed", str(2**64)], r"seed must be in \[0, 2\*\*64\)"),
         (["RUN", "--device", "gpu"], "device"),
@@ -91,3 +91,19 @@ def test_sample_from_one_checkpoint(command: Command, run: Path, tmp_path: Path)
     found = {path.stem: np.load(path) for path in tmp_path.iterdir()}
     assert np.array_equal(found["earlier"], fl.load(earlier)(n=2, seed=0).numpy())
     assert not np.array_equal(found["earlier"], found["newest"])
+
+
+def test_the_command_writes_and_evaluate_reads_a_folder(
+    command: Command, run: Path, tmp_path: Path
+) -> None:
+    drawn = command("sample", run, "--n", 30, "--per-file", 8, "--out", "many/", "--device", "cpu")
+    assert (drawn.exit_code, drawn.stdout) == (0, "many\n"), drawn.output
+    assert len(list((tmp_path / "many").glob("*.npy"))) == 4
+    judge = ("--features", "pixels", "--reference", 99, "--samples", "many")
+    judged = command("evaluate", run, *judge)
+    assert judged.exit_code == 0, judged.output
+    assert "30 of many, 30 x 1x8x8" in judged.stdout
+    (tmp_path / "many" / "00000008.npy").unlink()
+    judged = command("evaluate", run, *judge)
+    assert judged.exit_code == 1
+    assert "00000008.npy is missing, as are 1 of 4 files" in judged.stderr

@@ -278,7 +278,8 @@ def writes(tree: ast.AST, inside: bool = False) -> Iterator[tuple[int, str]]:
 
 
 def test_every_file_of_the_package_is_written_by_the_one_helper() -> None:
-    """But for the log, whose lines are appended, and what is handed a helper's temporary path."""
+    """But for the log, whose lines are appended, claims, which a new file makes, and what is handed
+    a helper's temporary path."""
     found = {
         (path.relative_to(PACKAGE).as_posix(), called)
         for path in PACKAGE.rglob("*.py")
@@ -287,6 +288,7 @@ def test_every_file_of_the_package_is_written_by_the_one_helper() -> None:
     assert found == {
         ("learn/log.py", "path.open"),
         ("learn/checkpoint.py", "path.open"),
+        ("learn/sweep/claims.py", "temporary.write_text"),
     }
 
 

@@ -93,6 +93,7 @@ OTHER = {
     "precision": "bf16",
     "backend": "reference",
     "batch_size": 5,
+    "parts": 2,
     "data_noise": 0.5,
     "lr": 0.5,
     "beta1": 0.5,

@@ -3,10 +3,6 @@
 import importlib.util
 import inspect
 import itertools
-import os
-import re
-import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -199,34 +195,6 @@ def test_the_recipe_for_inline_loops_is_the_same_chain() -> None:
     assert record.draws == steps
     assert (got - want).abs().max() < 1e-5
     assert (got - x0).abs().max() > 1e-2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_the_ddp_example_keeps_weights_together_and_chains_apart() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "ddp.py")]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **common, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    sums = {
-        line.split()[0]: [float(n) for n in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", line)]
-        for line in outputs[0][0].splitlines()
-    }
-    assert sums["weights"][0] == sums["weights"][1]
-    assert sums["chains"][0] != sums["chains"][1]
 
 
 @pytest.mark.skipif(

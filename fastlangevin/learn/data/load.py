@@ -35,6 +35,7 @@ from fastlangevin.learn.data.pictures import (
     open_hub,
     open_parquet,
 )
+from fastlangevin.learn.data.shards import SAMPLES, read_shards
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, check_inside, cut, reading
 
@@ -140,6 +141,7 @@ def load_images(
             - "hub:owner/name", a data set of the Hugging Face hub. It needs the package datasets.
             - A folder of pictures, read recursively in sorted order. If all pictures lie in
               subfolders, the first-level subfolders are the classes.
+            - A folder of samples, as ``fastlangevin sample`` writes it.
             - A folder of idx files, or of parquet files whose names start with ``split``.
             - A folder that holds only subfolders named train, test and so on; ``split`` selects
               one.
@@ -217,6 +219,9 @@ def _open(
 def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | PictureSource:
     with reading(folder, "a folder of images"):
         subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
+    if (folder / SAMPLES).is_file():
+        _only_train(split, folder)
+        return read_shards(folder, limit)
     if has_idx(folder):
         return read_idx(folder, split, limit)
     if files := sorted(folder.glob("*.parquet")):

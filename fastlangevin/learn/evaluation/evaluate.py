@@ -15,10 +15,11 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_positive
+from fastlangevin.distributed import Group, shard, split_rows
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation import metrics
-from fastlangevin.learn.evaluation.features import Features, quantise
+from fastlangevin.learn.evaluation.features import BATCH, Features, quantise
 
 FORMAT = "fastlangevin evaluation"
 _BLOCK = 2048
@@ -65,6 +66,7 @@ def evaluate(
     k: int = 3,
     neighbours: int = 256,
     seed: int = 0,
+    group: Group | None = None,
 ) -> Evaluation:
     """Compare sets of images [n, C, H, W] with training images.
 
@@ -82,11 +84,14 @@ def evaluate(
         neighbours: The first ``neighbours`` images of each set are compared with their nearest
             training image.
         seed: Seed of the choice of the reference.
+        group: The processes that share the features and the search for the nearest images. All of
+            them call this function with the same sets, and return the same figures.
 
     Warns if a set has too few images for the dimension of the features, because their covariance
     is then singular. Raises TypeError for a set that is not a tensor, and ValueError for images
     that are not finite or differ in shape from the data.
     """
+    group = group or Group()
     check_count("evaluate", "reference", reference)
     check_count("evaluate", "k", k)
     check_count("evaluate", "neighbours", neighbours)
@@ -107,16 +112,18 @@ def evaluate(
     prepared = {name: _prepare(images, quantised) for name, images in sets.items()}
     device = next(iter(prepared.values())).device
     real = _prepare(train.batch(shuffled(train, seed)[:reference]).to(device), quantised)
-    of_real, _ = features(real)
+    of_real, _ = _features(features, real, group, "the features of the reference")
     real_rank = _warned_rank("the reference", of_real)
 
     few = [images[:neighbours] for images in prepared.values()]
-    parts = _nearest(torch.cat(few), train, quantised).split([len(images) for images in few])
+    nearest = _nearest(torch.cat(few), train, quantised, group)
+    parts = nearest.split([len(images) for images in few])
     distances = dict(zip(prepared, parts, strict=True))
     near = None if held_out is None else distances[held_out].quantile(0.05)
     figures = {}
     for name, images in prepared.items():
-        of_images, probabilities = features(images)
+        what = f"the features of {name}"
+        of_images, probabilities = _features(features, images, group, what)
         if len(of_images) <= of_images.shape[1] < len(of_real):
             _warned_rank(name, of_images)
         figures[name] = Figures(
@@ -211,14 +218,31 @@ def _prepare(images: Tensor, quantised: bool) -> Tensor:
     return quantise(images) if quantised else images.clamp(-1, 1)
 
 
-def _nearest(images: Tensor, train: ImageData, quantised: bool) -> Tensor:
-    """Return the distances [n] to the nearest training image, root mean squares per element."""
+def _features(
+    features: Features, images: Tensor, group: Group, what: str
+) -> tuple[Tensor, Tensor | None]:
+    """Return the features and probabilities of images, of which each process computes a share."""
+    of_images, probabilities = split_rows(
+        group, len(images), BATCH, lambda rows: features(images[rows]), what
+    )
+    assert of_images is not None
+    return of_images, probabilities
 
-    def blocks() -> Iterator[Tensor]:
-        for rows in torch.arange(len(train), dtype=torch.int64, device="cpu").split(_BLOCK):
+
+def _nearest(images: Tensor, train: ImageData, quantised: bool, group: Group) -> Tensor:
+    """Return the distances [n] to the nearest training image, root mean squares per element.
+
+    Each process searches a share of the training images.
+    """
+    blocks = torch.arange(len(train), dtype=torch.int64, device="cpu").split(_BLOCK)
+
+    def own() -> Iterator[Tensor]:
+        for rows in blocks[shard(len(blocks), group.rank, group.world_size).rows()]:
             yield _prepare(train.batch(rows).to(images.device), quantised).flatten(1)
 
-    return metrics.nearest(images.flatten(1), blocks()).distance / images[0].numel() ** 0.5
+    distance = metrics.nearest(images.flatten(1), own()).distance
+    nearest = group.all_gather(distance, "the nearest training images").amin(0)
+    return nearest / images[0].numel() ** 0.5
 
 
 def _warned_rank(name: str, features: Tensor) -> int:

@@ -17,7 +17,7 @@ from fastlangevin.learn.evaluation.efficientnet import EfficientNetLite0
 from fastlangevin.learn.reading import check_file, reading
 
 NAMES = ("pixels", "classifier", "efficientnet-lite0", "inception")
-_BATCH = 32
+BATCH = 32  # images per call of an extractor
 _EFFICIENTNET = "efficientnet-lite0-57934424.pth"
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 # Images are resized to 96 instead of ImageNet's 224. Of 200 CIFAR-10 images, the network classifies
@@ -41,7 +41,7 @@ class Features(NamedTuple):
         """
         parts: list[tuple[Tensor, Tensor | None]] = []
         with torch.no_grad():
-            for batch in images.split(_BATCH):
+            for batch in images.split(BATCH):
                 features, probabilities = self.extract(batch)
                 self._check(features, len(batch), parts[0][0].shape[1] if parts else None)
                 parts.append((features.double(), probabilities))

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.learn.build import choose_device
+from fastlangevin.distributed import Group, split_rows
+from fastlangevin.learn.build import choose_device, fingerprint
 from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
@@ -68,6 +69,7 @@ def evaluate_run(
     seed: int = 1,
     device: str = "auto",
     averaged: bool = True,
+    group: Group | None = None,
 ) -> RunEvaluation:
     """Evaluate n samples, and as many held-out images, noisy images and images of uniform noise.
 
@@ -81,9 +83,12 @@ def evaluate_run(
         and :func:`yardsticks`.
     device: where to compute.
     averaged: whether to draw the samples with the moving average of the weights.
+    group: the processes that share the samples, the features and the search for the nearest
+        images. All of them call this function, and return the same figures.
 
     Raises ValueError naming the argument, before any sample is drawn.
     """
+    group = group or Group()
     checkpoint, torch_device = find_checkpoint(run), choose_device(device)
     held_out = _held_out(config, train, images)
     order = shuffled(train if held_out is None else held_out, seed)
@@ -106,6 +111,11 @@ def evaluate_run(
             f"evaluate: n must be at most {most[scarce]}, the {scarce} there are, got {n}"
         )
     n = n or min(2048, most[scarce])
+    if group.world_size > 1:
+        options = {"n": n, "features": features, "reference": reference, "noise": list(noise),
+                   "quantise": quantise, "k": k, "seed": seed, "averaged": averaged}  # fmt: skip
+        sources = {"the data": fingerprint(train), "the checkpoint": checkpoint.name}
+        group.compare(options | sources, "start")
     if n <= k:
         raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
     extract = make_features(features, train, torch_device)
@@ -114,7 +124,7 @@ def evaluate_run(
     facts: dict[str, Any] = {"run": str(run), "samples": samples}
     if read is None:
         sampler = load(checkpoint, device=torch_device, averaged=averaged)
-        judged = _draw(sampler, n, seed)
+        judged = _draw(sampler, n, seed, group)
         iteration = read_checkpoint(checkpoint)[1].get("iteration")
         facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
     else:
@@ -122,7 +132,7 @@ def evaluate_run(
     evaluation = evaluate(
         {name: real, "samples": judged} | marks, train, extract,
         held_out=name if held_out else None, reference=reference, quantised=quantise, k=k,
-        seed=seed,
+        seed=seed, group=group,
     )  # fmt: skip
     facts |= {"seed": seed, "held_out": held_out.name if held_out else None}
     files = f"{n} of {read.name}" if read else None
@@ -139,6 +149,12 @@ def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> Imag
         return None
 
 
-def _draw(sampler: LangevinSampler, n: int, seed: int) -> Tensor:
-    firsts = range(0, n, _BATCH)
-    return torch.cat([sampler(n=min(_BATCH, n - i), seed=seed, first_chain=i) for i in firsts])
+def _draw(sampler: LangevinSampler, n: int, seed: int, group: Group) -> Tensor:
+    def draw(rows: slice) -> tuple[Tensor]:
+        firsts = range(rows.start, rows.stop, _BATCH)
+        parts = [sampler(n=min(_BATCH, rows.stop - i), seed=seed, first_chain=i) for i in firsts]
+        return (torch.cat(parts),)
+
+    (samples,) = split_rows(group, n, _BATCH, draw, "the samples")
+    assert samples is not None
+    return samples

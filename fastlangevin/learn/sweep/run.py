@@ -1,10 +1,14 @@
-"""Run a sweep: each run once, resumed if it was interrupted, shared among processes."""
+"""Run a sweep: each run once, resumed if it was interrupted, shared by any number of processes."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import signal
 import statistics
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,6 @@ import yaml
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.arguments import check_count
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.build import build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints, load
@@ -25,11 +28,13 @@ from fastlangevin.learn.evaluation.classifier import QualityCheck
 from fastlangevin.learn.guard import DivergedError
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.reading import brief, read_bytes, read_json
-from fastlangevin.learn.run_folder import is_run
+from fastlangevin.learn.run_folder import FolderInUseError, is_run
+from fastlangevin.learn.sweep.claims import claimed
 from fastlangevin.learn.sweep.plan import VERSION, Run, Sweep, describe
-from fastlangevin.learn.train import StopRequest, train
+from fastlangevin.learn.train import StopRequest, stop_signal, train
 
-PLAN, RESULT = "sweep.yaml", "result.json"
+PLAN, RESULT, CLAIMS = "sweep.yaml", "result.json", ".claims"
+_POLL = 2.0  # seconds between looks at what other processes have done
 MARK = "# The plan of a fastlangevin sweep.\n"
 SAMPLES = 1024
 _SAMPLES_SEED = 2**32 + 3  # folded into a run's seed; build.py uses the numbers below
@@ -52,31 +57,29 @@ def run_sweep(
     plan: Sweep,
     out: str | Path,
     *,
-    rank: int = 0,
-    world_size: int = 1,
     device: str | None = None,
     report: Report | None = None,
     stop: StopRequest | None = None,
 ) -> list[dict[str, Any]] | None:
-    """Run this process's share of a sweep, in folders under ``out``, and return all results.
+    """Make the runs of a sweep, in folders under ``out``, and return all results.
 
-    Returns None if some results are still missing, because other processes are not done (they are
-    not waited for) or because a signal ended a run. When called again, it keeps finished runs and
-    resumes an interrupted one from its checkpoint. A run that diverges has a result, with the
-    iteration and the reason.
+    Any number of processes may call this function for one folder, also on several machines and at
+    different times. Each takes the next run that nobody works on. If a process is lost, another
+    one takes its run over some minutes later and resumes it from its checkpoint. All of them
+    return when every run has a result.
 
-    rank, world_size: of ``world_size`` processes that share a folder, number ``rank`` does the
-        runs rank, rank + world_size, ...
+    Returns None if a signal ended the sweep. When called again, it keeps finished runs and resumes
+    an interrupted one. A run that diverges has a result, with the iteration and the reason.
+
     device: replaces the device of the config.
-    report: called as ``report(run, result)`` after every run, including those already finished.
-    stop: holds, afterwards, the signal that ended a run, as in ``train``.
+    report: called as ``report(run, result)`` for every run when its result is there, including
+        those already finished and those of other processes.
+    stop: holds, afterwards, the signal that ended the sweep, as in ``train``.
 
     Before anything is written, raises ValueError for a run with invalid settings or a damaged
     result, and FileExistsError for a folder that holds another sweep or anything else.
     """
     out = Path(out)
-    if not 0 <= rank < check_count("sweep", "world_size", world_size):
-        raise ValueError(f"sweep: rank must be in 0 .. {world_size - 1}, got {rank}")
     runs = plan.runs()
     if device is not None:
         runs = [
@@ -88,18 +91,59 @@ def run_sweep(
         _result(out / run.name)  # raises an error for a damaged result before any work
     judge_of = _check_runs(runs)
     stop = stop or StopRequest()
-    with replacing(out / PLAN) as temporary:
-        temporary.write_text(MARK + yaml.safe_dump(plan.plan(), sort_keys=False), "utf-8")
-    for run in runs[rank::world_size]:
-        result = _result(out / run.name)
-        if result is None:
-            result = _make(run, out / run.name, judge_of, stop)
-        if result is None:
+    if not (out / PLAN).exists():
+        with replacing(out / PLAN) as temporary:
+            temporary.write_text(MARK + yaml.safe_dump(plan.plan(), sort_keys=False), "utf-8")
+    results: dict[str, dict[str, Any]] = {}
+    while len(results) < len(runs):
+        before = len(results)
+        for run in runs:
+            if run.name in results:
+                continue
+            result = _result(out / run.name) or _claim_and_make(run, out, judge_of, stop)
+            if stop.signal is not None:
+                return None
+            if result is not None:
+                results[run.name] = result
+                if report is not None:
+                    report(run, result)
+        if len(results) == before and not _wait(stop):  # others work on all that is left
             return None
-        if report is not None:
-            report(run, result)
-    results = [_result(out / run.name) for run in runs]
-    return None if None in results else [result for result in results if result is not None]
+    with contextlib.suppress(OSError):  # another process has just removed it
+        (out / CLAIMS).rmdir()
+    return [results[run.name] for run in runs]
+
+
+def _wait(stop: StopRequest) -> bool:
+    """Wait a little for other processes; return False if a signal came."""
+    with stop_signal(stop):
+        deadline = time.monotonic() + _POLL
+        while stop.signal is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return stop.signal is None
+
+
+def _claim_and_make(
+    run: Run, out: Path, judge_of: Judge, stop: StopRequest
+) -> dict[str, Any] | None:
+    """Make a run, unless another process works on it or a signal ends it: then return None."""
+    own, lost = StopRequest(), threading.Event()
+
+    def leave() -> None:
+        lost.set()
+        own.signal = signal.SIGTERM
+
+    with claimed(out / CLAIMS / run.name, leave) as free:
+        if not free:
+            return None
+        result = _result(out / run.name)  # another process may just have finished it
+        try:
+            result = result or _make(run, out / run.name, judge_of, own)
+        except FolderInUseError:  # by a process whose claim has expired, but which still holds it
+            return None
+    if result is None and not lost.is_set():
+        stop.signal = own.signal
+    return result
 
 
 def _check_folder(plan: Sweep, out: Path) -> None:

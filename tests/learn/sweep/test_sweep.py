@@ -192,19 +192,6 @@ def test_a_signal_stops_the_sweep(
     assert_same(out, run_sweep(plan, out), whole)
 
 
-def test_ranks_share_the_runs(plan: Sweep, whole: tuple[Path, Results], tmp_path: Path) -> None:
-    out, names = tmp_path / "sweep", [run.name for run in plan.runs()]
-    seen: list[str] = []
-    for rank, returned in ((1, False), (0, True)):
-        seen.clear()
-        results = run_sweep(
-            plan, out, rank=rank, world_size=2, report=lambda run, _: seen.append(run.name)
-        )
-        assert seen == names[rank::2]
-        assert (results is not None) == returned
-    assert_same(out, results, whole)
-
-
 def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
     """Kept apart from the means, with its reason, which names no file; and not made again."""
     centre = resolve(overrides=CENTRE | {"max_energy": 1e6})
@@ -402,11 +389,3 @@ def test_damaged_sweep_results_are_named(
     assert not (out / runs[0].name / "result.json").exists()
     path.unlink()
     assert_same(out, run_sweep(plan, out), whole)
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
-def test_sweep_refuses_impossible_ranks(
-    rank: int, world_size: int, plan: Sweep, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=r"rank must be in 0|world_size must be at least 1"):
-        run_sweep(plan, tmp_path, rank=rank, world_size=world_size)

@@ -1,0 +1,231 @@
+"""Do several processes give the results of one, also when some of them are killed or stopped?
+
+    python -m benchmarks.processes --out DIR [--only equal kills hang nodes samples speed]
+
+Every experiment runs the command as torchrun starts it, on this machine with Gloo, and compares
+files. The figures are written to DIR/processes.json.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import machine, write_json
+from fastlangevin.learn.checkpoint import checksum, list_checkpoints, read_checkpoint
+
+TRAIN = {
+    "data": "digits", "width": 4, "steps": 5, "batch-size": 13, "parts": 6, "buffer-size": 50,
+    "reinit": 0.1, "ema": 0.9, "flip": True, "log-every": 20, "save-every": 25,
+    "sample-every": 1000, "samples": 4, "device": "cpu",
+}  # fmt: skip
+FASTLANGEVIN = [sys.executable, "-m", "fastlangevin"]
+
+
+def options(settings: Mapping[str, Any]) -> list[str]:
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()
+    ]
+
+
+def command(processes: int, *arguments: Any, restarts: int = 0, threads: int = 1) -> list[str]:
+    """The command line of some processes; one process is the plain command."""
+    own = [str(argument) for argument in arguments]
+    if processes == 1 and not restarts:
+        return [*FASTLANGEVIN, *own]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
+    return [*launcher, "--max-restarts", str(restarts), "-m", "--", "fastlangevin", *own]
+
+
+def start(line: list[str], log: Path, threads: int = 1) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log.open("ab") as file:
+        return subprocess.Popen(line, stdout=file, stderr=file, env=environment)
+
+
+def finish(line: list[str], log: Path, threads: int = 1) -> None:
+    if start(line, log, threads).wait() != 0:
+        raise RuntimeError(f"{' '.join(line)} failed, see {log}")
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that a launcher has started."""
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def weights(run: Path) -> str:
+    """A checksum of everything in the last checkpoint of a run."""
+    return checksum("", read_checkpoint(run)[0])
+
+
+def digest(folder: Path) -> str:
+    """A digest of all images in a folder of samples."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.npy")):
+        found.update(np.load(path).tobytes())
+    return found.hexdigest()[:16]
+
+
+def equal(out: Path) -> dict[str, Any]:
+    """Training, sampling and evaluating with 1 to 4 processes."""
+    found: dict[str, Any] = {"weights": {}, "samples": {}, "figures": {}}
+    for n in (1, 2, 3, 4):
+        run, samples, figures = (out / f"{name}-{n}" for name in ("run", "samples", "figures"))
+        settings = options(TRAIN | {"iterations": 100})
+        finish(command(n, "train", "--out", run, *settings), out / "log")
+        found["weights"][n] = weights(run)
+        many = ("--n", 500, "--per-file", 64, "--device", "cpu", "--out", samples)
+        finish(command(n, "sample", out / "run-1", *many), out / "log")
+        found["samples"][n] = digest(samples)
+        judge = ("--features", "classifier", "--reference", 500, "--n", 400, "--device", "cpu")
+        finish(command(n, "evaluate", out / "run-1", *judge, "--out", figures), out / "log")
+        found["figures"][n] = hashlib.sha256(figures.read_bytes()).hexdigest()[:16]
+    return {name: {"equal": len(set(f.values())) == 1, **f} for name, f in found.items()}
+
+
+def kills(out: Path, per_run: int = 5) -> dict[str, Any]:
+    """SIGKILL of a random worker at random moments of one job, which torchrun restarts.
+
+    The first one may hit the start. The others come after a new checkpoint.
+    """
+    draw = random.Random(0)
+    settings = options(TRAIN | {"iterations": 1200})
+    finish(command(1, "train", "--out", out / "whole", *settings), out / "log")
+    want, found = weights(out / "whole"), []
+    for n in (1, 2, 3, 4):
+        run, at = out / f"killed-{n}", []
+        before: list[Path] = []
+        job = start(command(n, "train", "--out", run, *settings, restarts=50), out / "log")
+        for i in range(per_run):
+            while i > 0 and job.poll() is None and list_checkpoints(run)[-1:] == before:
+                time.sleep(0.05)
+            seen, wait = time.monotonic(), draw.uniform(0, 3 if i else 10)
+            while job.poll() is None and time.monotonic() - seen < wait:
+                time.sleep(0.05)
+            while job.poll() is None and not workers(job.pid):
+                time.sleep(0.05)
+            if job.poll() is not None:
+                break
+            os.kill(draw.choice(workers(job.pid)), signal.SIGKILL)
+            before = list_checkpoints(run)[-1:]
+            at.append(int(before[0].stem) if before else 0)
+        found.append({"processes": n, "last_checkpoint_at_kill": at, "exit_status": job.wait(),
+                      "weights_equal": weights(run) == want})  # fmt: skip
+    return {"jobs": found, "kills": sum(len(job["last_checkpoint_at_kill"]) for job in found)}
+
+
+def hang(out: Path, limit: float = 15) -> dict[str, Any]:
+    """SIGSTOP of one rank: the others end within the time limit, and name it."""
+    settings = options(TRAIN | {"iterations": 10**6, "save-every": 10**6})
+    line = command(3, "train", "--out", out / "run", "--timeout", limit, *settings)
+    job = start(line, out / "log")
+    while not (out / "run" / "series.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(3)
+    stopped, since = workers(job.pid)[1], time.monotonic()
+    os.kill(stopped, signal.SIGSTOP)
+    status = job.wait()
+    lines = [text for text in (out / "log").read_text().splitlines() if "no answer from" in text]
+    return {"limit_s": limit, "ended_after_s": time.monotonic() - since, "exit_status": status,
+            "errors": lines[:2]}  # fmt: skip
+
+
+def nodes(out: Path) -> dict[str, Any]:
+    """Two launchers that meet on loopback, as two machines would, with two processes each."""
+    settings = options(TRAIN | {"iterations": 100})
+    finish(command(1, "train", "--out", out / "alone", *settings), out / "log")
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    line += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29511", "--rdzv-id", "nodes"]
+    line += ["-m", "--", "fastlangevin", "train", "--out", str(out / "run"), *settings]
+    jobs = [start(line, out / "log") for _ in range(2)]
+    status = [job.wait() for job in jobs]
+    return {"exit_status": status, "weights_equal": weights(out / "run") == weights(out / "alone")}
+
+
+def samples(out: Path, n: int = 50_000) -> dict[str, Any]:
+    """CIFAR-shaped samples by two ranks, killed half way and continued, against one process."""
+    np.save(out / "images.npy", np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), "uint8"))
+    changes = {"data": out / "images.npy", "width": 1, "steps": 1, "iterations": 1, "flip": True}
+    settings = options({"batch-size": 2, "samples": 1, "device": "cpu"} | changes)
+    finish(command(1, "train", "--out", out / "run", *settings), out / "log")
+    line = ("sample", out / "run", "--n", n, "--device", "cpu", "--out")
+    finish(command(1, *line, out / "one"), out / "log")
+    job = start(command(2, *line, out / "two"), out / "log")
+    while len(list((out / "two").glob("*.npy"))) < n / 512 / 2:
+        time.sleep(0.05)
+    for pid in (*workers(job.pid), job.pid):
+        os.kill(pid, signal.SIGKILL)
+    job.wait()
+    kept = len(list((out / "two").glob("*.npy")))
+    finish(command(2, *line, out / "two"), out / "log")
+    found = {"n": n, "files_at_kill": kept, "files": len(list((out / "two").glob("*.npy"))),
+             "equal": digest(out / "one") == digest(out / "two")}  # fmt: skip
+    for folder in ("one", "two"):
+        shutil.rmtree(out / folder)
+    return found
+
+
+def speed(out: Path, rounds: int = 3) -> dict[str, Any]:
+    """Two processes of one thread against one process of two threads, by turns."""
+    forms = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
+    learning: dict[str, list[float]] = {form: [] for form in forms}
+    sampling: dict[str, list[float]] = {form: [] for form in forms}
+    for i in range(rounds):
+        for form, (n, threads) in forms.items():
+            run, folder = out / f"run-{n}-{i}", out / f"samples-{n}-{i}"
+            settings = options({"iterations": 60, "log-every": 1, "device": "cpu"})
+            finish(command(n, "train", "--out", run, *settings), out / "log", threads)
+            lines = (run / "metrics.jsonl").read_text().splitlines()[10:]
+            learning[form].append(statistics.median(json.loads(x)["seconds"] for x in lines))
+            many = ("--n", 4096, "--per-file", 256, "--device", "cpu", "--out", folder)
+            finish(command(n, "sample", "digits", *many), out / "log", threads)
+            times = sorted(path.stat().st_mtime for path in folder.glob("*.npy"))
+            # The first file of each process also has its start in it.
+            sampling[form].append((times[-1] - times[n - 1]) / (len(times) - n) / 256)
+    return {
+        "seconds_per_iteration": {f: statistics.median(v) for f, v in learning.items()},
+        "seconds_per_sample": {f: statistics.median(v) for f, v in sampling.items()},
+        "rounds": rounds,
+    }
+
+
+EXPERIMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "equal": equal, "kills": kills, "hang": hang, "nodes": nodes, "samples": samples,
+    "speed": speed,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    chosen = parser.parse_args()
+    file = chosen.out / "processes.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for name in chosen.only:
+        folder = chosen.out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        results[name] = EXPERIMENTS[name](folder)
+        write_json(file, results | {"machine": machine()})
+        print(name, json.dumps(results[name], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A sum over all processes whose rounding does not depend on how many there are."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastlangevin.distributed.group import Group
+from fastlangevin.distributed.shards import shard
+
+Node = tuple[int, int]  # leaves lo, ..., hi - 1 of the tree
+
+
+class OrderedSum:
+    """Adds one vector per leaf, along a binary tree over the leaves.
+
+    Floating-point addition depends on the order. Here the order is that of the tree, which is a
+    function of the number of leaves alone. Every process holds consecutive leaves. It adds those
+    whose subtree it holds completely, and sends a slice of each sum to every process. Each process
+    completes the sum of its slice, and collects the slices of the others. With as many leaves as
+    processes this moves as many bytes as an all-reduce does.
+
+    leaves: the number of vectors, at least one per process.
+    group: the processes; leaf i belongs to the process whose ``shard(leaves)`` holds it.
+    """
+
+    def __init__(self, leaves: int, group: Group) -> None:
+        self.leaves, self.group = leaves, group
+        ranks = range(group.world_size)
+        self.shards = [shard(leaves, rank, group.world_size) for rank in ranks]
+        self._nodes = [
+            _complete((0, leaves), (first, first + count)) for first, count in self.shards
+        ]
+
+    def __call__(
+        self, vector: Callable[[int], Tensor], extra: Callable[[], Tensor], what: str
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return (sum over all leaves of vector(leaf), [extra() of every process]).
+
+        ``vector`` is called for this process's leaves, in ascending order; afterwards ``extra``
+        returns a vector of the same dtype and of equal length on all processes, which travels with
+        the slices.
+        """
+
+        def add(node: Node) -> Tensor:
+            lo, hi = node
+            return vector(lo) if hi - lo == 1 else add(_left(node)) + add(_right(node))
+
+        group = self.group
+        sums = [add(node) for node in self._nodes[group.rank]]
+        if group.world_size == 1:
+            return sums[0], [extra()]
+        length = len(sums[0])
+        width = -(-length // group.world_size)  # of a slice
+        sent = sums[0].new_zeros(group.world_size, len(sums), width)
+        for i, total in enumerate(sums):
+            padded = torch.nn.functional.pad(total, (0, width * group.world_size - length))
+            sent[:, i] = padded.view(group.world_size, width)
+        counts = [len(nodes) * width for nodes in self._nodes]
+        received = group.all_to_all(
+            sent.flatten(), [len(sums) * width] * group.world_size, counts, what
+        )
+        nodes = [node for nodes in self._nodes for node in nodes]
+        slices = dict(zip(nodes, received.view(len(nodes), width), strict=True))
+
+        def complete(node: Node) -> Tensor:
+            done = slices.get(node)
+            return complete(_left(node)) + complete(_right(node)) if done is None else done
+
+        gathered = group.all_gather(torch.cat([complete((0, self.leaves)), extra()]), what)
+        return gathered[:, :width].flatten()[:length], list(gathered[:, width:])
+
+
+def _left(node: Node) -> Node:
+    """The left child: the largest power of two of leaves that leaves one for the right child."""
+    lo, hi = node
+    return lo, lo + (1 << (hi - lo - 1).bit_length() - 1)
+
+
+def _right(node: Node) -> Node:
+    return _left(node)[1], node[1]
+
+
+def _complete(node: Node, held: Node) -> list[Node]:
+    """The largest subtrees of ``node`` all of whose leaves are among those held."""
+    (lo, hi), (first, last) = node, held
+    if first <= lo and hi <= last:
+        return [node]
+    if hi <= first or last <= lo:
+        return []
+    return _complete(_left(node), held) + _complete(_right(node), held)

@@ -1,0 +1,130 @@
+"""Many samples as files of a folder, drawn by any number of processes and resumed after a stop."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlangevin.arguments import check_count
+from fastlangevin.distributed import DistributedError, Group
+from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.checkpoint import checksum
+from fastlangevin.learn.data.shards import FORMAT, SAMPLES, VERSION, shard_paths
+from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.images import save_arrays
+from fastlangevin.learn.job import check_same_folder
+from fastlangevin.learn.reading import read_json
+from fastlangevin.sampler import LangevinSampler
+
+Progress = Callable[[int, int], None]
+
+
+def sample_shards(
+    sampler: LangevinSampler,
+    n: int,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    per_file: int = 512,
+    group: Group | None = None,
+    report: Progress | None = None,
+) -> list[Path]:
+    """Draw n samples from noise into files of ``per_file`` samples each, and return their paths.
+
+    The samples are those of one call ``sampler(n=n, seed=seed)``, in float32. The file of chains
+    i, i + 1, ... is called i.npy, with eight digits, and has shape [per_file, ...], or less at the
+    end. samples.json says what the files hold. Files that are complete are kept, so that the same
+    call continues after a stop, with any number of processes. The call returns when the files of
+    all processes are there.
+
+    per_file: samples per file, which one call of the sampler draws; it bounds the memory.
+    group: the processes that share the files.
+    report: called as ``report(samples that are there, n)``, on rank 0 alone.
+
+    Raises FileExistsError if the folder holds samples of another model, seed or number, or other
+    files; DistributedError if the processes differ, do not share the folder, or stop making files.
+    """
+    out, group = Path(out), group or Group()
+    plan = _plan(sampler, check_count("sample", "n", n), seed, per_file)
+    group.compare(plan, "start")
+    group.first(lambda: _open(out, plan), f"folder of samples {out}")
+    check_same_folder(group, out)
+    paths = shard_paths(out, n, per_file)
+    for i, path in enumerate(paths):
+        if i % group.world_size == group.rank and not path.exists():
+            first = i * per_file
+            count = min(per_file, n - first)
+            save_arrays(path, sampler(n=count, seed=seed, first_chain=first).float())
+            group.check("samples")
+        if report is not None and group.rank == 0 and i % group.world_size == 0:
+            report(_there(paths, per_file, n), n)
+    _wait_for_all(paths, per_file, n, group, report)
+    return paths
+
+
+def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[str, Any]:
+    """Return what the samples depend on, JSON-ready."""
+    energy = sampler.energy
+    weights = energy.state_dict() if isinstance(energy, torch.nn.Module) else {}
+    digest = checksum("", {name: v.detach().cpu().contiguous() for name, v in weights.items()})
+    settings = {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in sampler.settings().items()
+    }
+    plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
+    return json.loads(json.dumps(plan | {"weights": digest, "sampler": settings}))
+
+
+def _open(out: Path, plan: dict[str, Any]) -> None:
+    """Write the plan into a new folder; FileExistsError unless an old one has the same plan."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"sample: {out} is a file, not a folder for samples")
+    file = out / SAMPLES
+    if not file.exists():
+        others = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
+        if others:
+            raise FileExistsError(
+                f"sample: {out} holds {others[0]} but no {SAMPLES}; name another folder"
+            )
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
+        return
+    saved = read_json(file)
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise FileError(f"{file} does not describe samples of fastlangevin")
+    changed = [name for name in plan if saved.get(name) != plan[name]]
+    if changed:
+        changes = ", ".join(
+            f"{name} ({saved.get(name)} there, {plan[name]} now)" for name in changed
+        )
+        raise FileExistsError(f"sample: {out} holds other samples: {changes}; name another folder")
+
+
+def _there(paths: list[Path], per_file: int, n: int) -> int:
+    """Return how many samples are in files that exist."""
+    full = sum(path.exists() for path in paths[:-1]) * per_file
+    return full + (n - (len(paths) - 1) * per_file) * paths[-1].exists()
+
+
+def _wait_for_all(
+    paths: list[Path], per_file: int, n: int, group: Group, report: Progress | None
+) -> None:
+    """Return once all files exist; DistributedError if none appears within the time limit."""
+    deadline, before = time.monotonic() + group.timeout, _there(paths, per_file, n)
+    while before < n:
+        time.sleep(0.2)
+        group.check("samples")
+        now = _there(paths, per_file, n)
+        if now > before:
+            deadline, before = time.monotonic() + group.timeout, now
+            if report is not None and group.rank == 0:
+                report(now, n)
+        elif time.monotonic() > deadline:
+            raise DistributedError(
+                f"samples: {n - now} of {n} samples of other processes are missing, and none came "
+                f"within {group.timeout:g} s; the same command continues"
+            )

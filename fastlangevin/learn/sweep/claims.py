@@ -1,0 +1,129 @@
+"""Claims: which process of several works on what, in a folder that all of them see.
+
+A claim is a file that its owner creates and touches while it works. A claim that has not been
+touched for a while belongs to a process that was lost. To take it over, another process creates a
+file of the next number: an old claim is never removed or replaced by somebody who only believes
+that it is old. Only the creation must be atomic. It is a link of a finished file, as network file
+systems support, or an exclusive creation where there are no links.
+"""
+
+import contextlib
+import os
+import platform
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fastlangevin.learn.atomic import make_folder
+
+EXPIRES = 300.0  # seconds without a touch after which a claim is lost
+_TOUCHES = 10  # in that time
+
+
+@contextlib.contextmanager
+def claimed(path: Path, lost: Callable[[], None]) -> Iterator[bool]:
+    """Try to claim ``path`` for the duration of the context, and yield whether that succeeded.
+
+    lost: called, in another thread, if another process took the claim over, because this one had
+        been stopped for longer than ``EXPIRES``. It must then leave the work to the other.
+    """
+    make_folder(path.parent)
+    owner = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
+    own = _take(path, owner)
+    if own is None:
+        yield False
+        return
+    done = threading.Event()
+    keeper = threading.Thread(target=_keep, args=(path, own, owner, done, lost), daemon=True)
+    keeper.start()
+    try:
+        yield True
+    finally:
+        done.set()
+        keeper.join()
+        if _is_owner(path, own, owner):
+            for claim in _claims(path):  # the newest is its own, and goes last
+                claim.unlink(missing_ok=True)
+
+
+def _claims(path: Path) -> list[Path]:
+    """Return all claims of ``path``, oldest first."""
+    numbers = (p.name.removeprefix(f"{path.name}.") for p in path.parent.glob("*"))
+    return [
+        path.with_name(f"{path.name}.{i}") for i in sorted(int(n) for n in numbers if n.isdigit())
+    ]
+
+
+def _take(path: Path, owner: str) -> Path | None:
+    """Create the next claim, unless the last one is in use; return its path."""
+    last = next(reversed(_claims(path)), None)
+    if last is not None and not _expired(last):
+        return None
+    number = 0 if last is None else int(last.suffix[1:]) + 1
+    own = path.with_name(f"{path.name}.{number}")
+    if not _create(own, owner):
+        return None
+    if last is not None and not _expired(last):  # all was finished and claimed anew in between
+        own.unlink()
+        return None
+    return own
+
+
+def _create(path: Path, owner: str) -> bool:
+    # The content must be there when the name appears.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        temporary.write_text(owner, "utf-8")
+        os.link(temporary, path)
+    except (FileExistsError, FileNotFoundError):  # or all work is done and the folder is gone
+        return False
+    except OSError:  # a file system without links
+        return _create_without_links(path, owner)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _create_without_links(path: Path, owner: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(owner)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _expired(path: Path) -> bool:
+    """Compare a claim's time with that of a new file, as machines may have different clocks."""
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime > EXPIRES
+    except FileNotFoundError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _keep(
+    path: Path, own: Path, owner: str, done: threading.Event, lost: Callable[[], None]
+) -> None:
+    """Touch a claim until the work is done."""
+    while not done.wait(EXPIRES / _TOUCHES):
+        if not _is_owner(path, own, owner):
+            lost()
+            return
+        with contextlib.suppress(OSError):
+            os.utime(own)
+
+
+def _is_owner(path: Path, own: Path, owner: str) -> bool:
+    return _read(own) == owner and _claims(path)[-1:] == [own]
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text("utf-8")
+    except OSError:
+        return None

@@ -1,0 +1,157 @@
+"""The command and the examples in real processes, as torchrun starts them."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastlangevin.cli import main
+from fastlangevin.learn import resolve, train
+from fastlangevin.learn.checkpoint import list_checkpoints, read_checkpoint
+from tests.cli.shared import TINY, options
+from tests.distributed.launch import launch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SETTINGS = TINY | {"batch_size": 5, "parts": 3, "buffer_size": 9, "ema": 0.9}
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="these tests fork")
+
+
+def same_weights(run: Path, other: Path) -> bool:
+    these, those = read_checkpoint(run)[0], read_checkpoint(other)[0]
+    return all(torch.equal(value, those[name]) for name, value in these.items())
+
+
+def test_train_sample_and_evaluate_in_two_processes(tmp_path: Path) -> None:
+    """As in one, bit for bit; and every result is printed once."""
+    run, folder, log = tmp_path / "run", tmp_path / "samples", tmp_path / "log"
+
+    def commands() -> None:
+        judge = ["--features", "pixels", "--n", "40", "--reference", "99"]
+        for line in (
+            ["train", "--out", run, *options(**SETTINGS)],
+            ["sample", run, "--n", "23", "--per-file", "5", "--out", folder, "--device", "cpu"],
+            ["evaluate", run, *judge, "--device", "cpu", "--out", tmp_path / "figures.json"],
+        ):
+            with pytest.raises(SystemExit) as end:
+                main([str(argument) for argument in line])
+            assert end.value.code == 0
+
+    assert launch(2, log, commands) == [0, 0], log.read_text()
+    train(resolve(overrides=SETTINGS), tmp_path / "alone")
+    assert same_weights(run, tmp_path / "alone")
+    text = log.read_text()
+    assert text.count(f"checkpoint  {list_checkpoints(run)[-1]}") == 1
+    assert text.count(f"{folder}\n") == 1
+    for line in (
+        ["sample", run, "--n", "23", "--out", tmp_path / "all.npy"],
+        ["evaluate", run, "--features", "pixels", "--n", "40", "--reference", "99"],
+    ):
+        with pytest.raises(SystemExit):
+            main([*map(str, line), "--device", "cpu"])
+    shards = [np.load(path) for path in sorted(folder.glob("*.npy"))]
+    assert [len(shard) for shard in shards] == [5, 5, 5, 5, 3]
+    assert np.array_equal(np.concatenate(shards), np.load(tmp_path / "all.npy"))
+    alone = json.loads((run / "evaluate.json").read_text())
+    assert json.loads((tmp_path / "figures.json").read_text())["figures"] == alone["figures"]
+
+
+def test_a_rank_with_other_settings_ends_all_with_its_name(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def command() -> None:
+        changes = SETTINGS | {"lr": 0.5 if os.environ["RANK"] == "1" else 0.1}
+        main(["train", "--out", str(tmp_path / "run"), *options(**changes)])
+
+    assert launch(2, log, command) == [1, 1]
+    match = "start: the processes differ in lr: 0.1 on rank 0, 0.5 on rank 1"
+    assert [f"error: rank {rank}: {match}" in log.read_text() for rank in (0, 1)] == [True, True]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "accelerate_loop"])
+def test_an_example_learns_the_same_in_two_processes(name: str, tmp_path: Path) -> None:
+    if name == "accelerate_loop":
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    def example(world_size: int) -> None:
+        weights, x = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](n=6)
+        torch.save((weights, x), tmp_path / f"{world_size}-{os.environ['RANK']}.pt")
+
+    for world_size in (1, 2):
+        log = tmp_path / "log"
+        assert launch(world_size, log, example, world_size) == [0] * world_size, log.read_text()
+    (alone, whole), first, second = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in ("1-0", "2-0", "2-1")
+    )
+    for key, value in alone.items():
+        assert torch.equal(first[0][key], second[0][key])
+        torch.testing.assert_close(first[0][key], value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.cat([first[1], second[1]]), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_the_lightning_module_learns_the_same_on_both_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="lightning is not installed")
+
+    def example() -> None:
+        module = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["main"](n=16, batch_size=8)
+        torch.save(module.energy.state_dict(), tmp_path / f"{os.environ['RANK']}.pt")
+
+    assert launch(2, tmp_path / "log", example) == [0, 0], (tmp_path / "log").read_text()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def torchrun(processes: int, restarts: int, *arguments: Any) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
+    launcher += ["--max-restarts", str(restarts), "-m", "--", "fastlangevin"]
+    return [*launcher, *map(str, arguments)]
+
+
+def workers(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition: Any, job: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the workers")
+def test_torchrun_restarts_a_killed_job_from_its_checkpoint(tmp_path: Path) -> None:
+    settings = SETTINGS | {"iterations": 150, "save_every": 10}
+    run, log = tmp_path / "run", tmp_path / "log"
+    line = torchrun(2, 3, "train", "--out", run, *options(**settings))
+    with log.open("wb") as file, subprocess.Popen(line, stdout=file, stderr=file) as job:
+        wait_for(lambda: list_checkpoints(run), job)
+        os.kill(workers(job.pid)[1], signal.SIGKILL)
+        assert job.wait(300) == 0, log.read_text()
+    train(resolve(overrides=settings), tmp_path / "alone")
+    assert same_weights(run, tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the workers")
+def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    settings = SETTINGS | {"iterations": 10**6, "save_every": 10**6}
+    run, log = tmp_path / "run", tmp_path / "log"
+    line = torchrun(2, 0, "train", "--out", run, "--timeout", 5, *options(**settings))
+    with log.open("wb") as file, subprocess.Popen(line, stdout=file, stderr=file) as job:
+        wait_for(lambda: (run / "series.jsonl").exists(), job)
+        os.kill(workers(job.pid)[1], signal.SIGSTOP)
+        assert job.wait(300) == 1
+    assert "no answer from rank 1 within 5 s; no checkpoint was saved yet" in log.read_text()

@@ -1,0 +1,198 @@
+"""A learner in several processes, here threads, learns what it learns alone."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlangevin as fl
+from fastlangevin.distributed import DistributedError, Group
+from fastlangevin.learn import ShortRunLearner
+from tests.distributed.threads import run_ranks
+from tests.learn.learner_shared import B, Normed, images, learner, net, same_state, sampler, state
+
+LOCK = threading.Lock()  # networks are initialised from torch's global generator
+
+
+def fresh(make: Callable[[], nn.Module] = net) -> nn.Module:
+    with LOCK:
+        return make()
+
+
+def learn(iterations: int = 3, **options: Any) -> Any:
+    """Work of a rank: (state, metrics) after some iterations of a learner on a fresh network."""
+
+    def work(group: Group) -> tuple[dict[str, Tensor], list[Any]]:
+        made = {key: value() if callable(value) else value for key, value in options.items()}
+        learning = learner(sampler(fresh()), group=group, **made)
+        metrics = [learning.step(measure=i == 1) for i in range(iterations)]
+        return state(learning), metrics
+
+    return work
+
+
+def persistent(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    return lambda: fl.ReplayBuffer(17, (1, 8, 8), seed=3, kind=kind, dtype=dtype, reinit=0.2)
+
+
+EVERYTHING = {"parts": 4, "ema": 0.9, "flip": False}
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [None, persistent("index"), persistent("fifo"), persistent("reservoir", torch.uint8)],
+    ids=["no buffer", "index", "fifo", "reservoir"],
+)
+def test_weights_metrics_and_chains_are_the_same_bits_for_every_number_of_processes(
+    buffer: Any,
+) -> None:
+    options = EVERYTHING | ({} if buffer is None else {"buffer": buffer})
+    ((alone, metrics),) = run_ranks(1, learn(**options))
+    assert not same_state(alone, state(learner(sampler(fresh()), ema=0.9)))
+    for world_size in (2, 3):
+        results = run_ranks(world_size, learn(**options))
+        assert same_state(results[0][0], alone)
+        for tensors, theirs in results:
+            assert theirs == metrics
+            tensors = tensors | ({} if buffer is None else {"buffer": alone["buffer"]})
+            assert same_state(tensors, alone)  # rank 0 alone has all of the buffer
+
+
+def test_without_parts_the_weights_agree_to_rounding_and_between_the_ranks() -> None:
+    ((alone, _),) = run_ranks(1, learn())
+    results = run_ranks(4, learn())
+    for name, value in alone.items():
+        torch.testing.assert_close(results[0][0][name], value, rtol=1e-4, atol=1e-5)
+    for tensors, _ in results[1:]:
+        assert same_state(tensors, results[0][0])
+    again = run_ranks(4, learn())
+    assert same_state(again[0][0], results[0][0])
+
+
+def test_a_checkpoint_of_one_number_of_processes_is_resumed_by_another(tmp_path: Any) -> None:
+    options = EVERYTHING | {"buffer": persistent("fifo")}
+    ((whole, _),) = run_ranks(1, learn(iterations=4, **options))
+
+    def cut(group: Group) -> None:
+        made = options | {"buffer": options["buffer"]()}
+        learning = learner(sampler(fresh()), group=group, **made)
+        for _ in range(2):
+            learning.step()
+        learning.save(tmp_path / "cut.safetensors")
+
+    def resume(group: Group) -> dict[str, Tensor]:
+        made = options | {"buffer": options["buffer"]()}
+        learning = learner(sampler(fresh()), group=group, **made)
+        learning.load(tmp_path / "cut.safetensors")
+        for _ in range(2):
+            learning.step()
+        return state(learning)
+
+    assert run_ranks(3, cut) == [None] * 3
+    for world_size in (1, 2):
+        assert same_state(run_ranks(world_size, resume)[0], whole)
+
+
+class Dropping(nn.Module):
+    """An energy with dropout, an unused parameter and a buffer that counts forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 1))
+        self.unused = nn.Parameter(torch.ones(2))
+        self.register_buffer("passes", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore:LangevinSampler. in train mode Dropout")
+def test_dropout_belongs_to_the_parts_and_buffers_to_rank_0() -> None:
+    def work(group: Group) -> dict[str, Tensor]:
+        learning = learner(sampler(fresh(Dropping), gradient="autograd"), group=group, parts=3)
+        for _ in range(2):
+            learning.step()
+        return state(learning)
+
+    (alone,) = run_ranks(1, work)
+    first, second = run_ranks(2, work)
+    assert same_state(first, second)
+    assert not any("unused" in name for name in alone if name.startswith("adam"))
+    passes = "model.passes"
+    assert same_state(
+        {n: v for n, v in first.items() if n != passes} | {passes: alone[passes]}, alone
+    )
+
+
+def test_a_chain_that_is_not_finite_on_one_rank_ends_all() -> None:
+    def work(group: Group) -> None:
+        learning = learner(sampler(fresh()), group=group)
+        learning.step()
+        if group.rank == 1:
+            learning.data.images.fill_(float("nan"))
+        before = state(learning)
+        try:
+            learning.step()
+        finally:
+            assert same_state(state(learning), before)
+
+    for error in run_ranks(2, work):
+        assert isinstance(error, FloatingPointError), error
+
+
+def test_ranks_with_other_weights_are_noticed_at_a_checkpoint(tmp_path: Any) -> None:
+    def work(group: Group) -> None:
+        learning = learner(sampler(fresh()), group=group)
+        if group.rank == 1:
+            with torch.no_grad():
+                next(learning.energy.parameters()).add_(1e-7)
+        learning.save(tmp_path / "x.safetensors")
+
+    for error in run_ranks(2, work):
+        assert isinstance(error, DistributedError)
+        assert "the processes differ in the weights" in str(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_signal_of_one_rank_reaches_all() -> None:
+    def work(group: Group) -> list[int]:
+        learning = learner(sampler(fresh()), group=group)
+        found = []
+        for iteration in range(3):
+            sent = 15 if (group.rank, iteration) == (1, 1) else 0
+            learning.step(signal=lambda sent=sent: sent)
+            found.append(learning.signal)
+        return found
+
+    assert run_ranks(3, work) == [[0, 15, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "energy", "match"),
+    [
+        ({"batch_size": 1}, None, "batch_size must be at least the number of processes = 2, got 1"),
+        ({"parts": B + 1}, None, f"parts must be at most batch_size = {B}, got {B + 1}"),
+        ({"parts": 0}, None, "parts must be at least 1, got 0"),
+        ({}, Normed, "needs an energy without batch normalisation, got BatchNorm2d layers.1"),
+    ],
+)
+def test_what_cannot_be_split(options: dict[str, Any], energy: Any, match: str) -> None:
+    def work(group: Group) -> ShortRunLearner:
+        return learner(sampler(fresh(energy or net)), group=group, **options)
+
+    for error in run_ranks(2, work):
+        assert isinstance(error, ValueError)
+        assert match in str(error)
+
+
+def test_a_norm_of_the_batch_cannot_be_split() -> None:
+    def work(group: Group) -> ShortRunLearner:
+        return learner(sampler(fresh(), grad_clip=("batch_norm", 1.0)), images(), group=group)
+
+    for error in run_ranks(2, work):
+        assert "grad_clip=('batch_norm', ...) is not supported" in str(error)

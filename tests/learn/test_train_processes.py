@@ -1,0 +1,169 @@
+"""Training runs of several processes, here threads: one folder, one result, named failures."""
+
+import importlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastlangevin.learn.job as job
+from fastlangevin.distributed import DistributedError, Group
+from fastlangevin.learn import TrainConfig, resolve, train
+from fastlangevin.learn.checkpoint import list_checkpoints
+from fastlangevin.learn.train import StopRequest
+from tests.distributed.threads import run_ranks
+from tests.learn.train_shared import SETTINGS, CutError, assert_same_end, cut_at, records
+
+train_module = importlib.import_module("fastlangevin.learn.train")
+
+
+@pytest.fixture(autouse=True)
+def _one_builds_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are drawn from torch's global generator, which the threads of a test share."""
+    lock, build = threading.Lock(), train_module.build_learner
+
+    def locked(*arguments: Any, **options: Any) -> Any:
+        with lock:
+            return build(*arguments, **options)
+
+    monkeypatch.setattr(train_module, "build_learner", locked)
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    return resolve(overrides=SETTINGS | {"data": "digits", "parts": 3})
+
+
+@pytest.fixture(scope="module")
+def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(config, out)
+    return out
+
+
+def assert_ends_as(run: Path, whole: Path) -> None:
+    """The same checkpoint, grids and records, but for what the processes communicated."""
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.startswith("commu")} for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_run_of_several_processes_is_that_of_one(
+    world_size: int, config: TrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    last = run_ranks(world_size, lambda group: train(config, out, group=group))
+    assert last == [list_checkpoints(out)[-1]] * world_size
+    for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        assert record["communicated_bytes"] > 0
+        assert record["communication_seconds"] > 0
+    assert_ends_as(out, whole)
+
+
+def test_a_run_is_resumed_by_another_number_of_processes(
+    config: TrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    cut = cut_at(7)
+    for error in run_ranks(3, lambda group: train(config, out, report=cut, group=group)):
+        assert isinstance(error, CutError)
+    run_ranks(2, lambda group: train(config, out, resume=True, group=group))
+    assert_ends_as(out, whole)
+
+
+def test_a_signal_to_one_process_stops_all_with_one_checkpoint(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+
+    def work(group: Group) -> tuple[int | None, Path]:
+        stop = StopRequest()
+
+        def report(iteration: int, record: Any) -> None:
+            if group.rank == 1 and iteration == 4:
+                stop.signal = 15
+
+        return train(config, out, report=report, stop=stop, group=group) and stop.signal
+
+    assert run_ranks(3, work) == [15] * 3
+    (last, *_) = reversed(list_checkpoints(out))
+    assert int(last.stem) == 5  # the iteration that told the others
+    assert records(out)[-1]["iteration"] == 4
+
+
+def test_processes_with_other_settings_are_named_before_anything_is_written(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    def work(group: Group) -> Path:
+        other = resolve(overrides=SETTINGS | {"data": "digits", "parts": 3, "lr": 0.5})
+        return train(other if group.rank == 2 else config, tmp_path / "run", group=group)
+
+    for error in run_ranks(3, work):
+        assert isinstance(error, DistributedError)
+        assert str(error) == (
+            "start: the processes differ in lr: 0.01 on ranks 0, 1, 0.5 on rank 2"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_data_or_code_are_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = resolve(overrides=SETTINGS | {"data": "mnist5k", "size": 8, "parts": 3, "limit": 5})
+    same = resolve(overrides=SETTINGS | {"data": "digits", "size": 8, "parts": 3, "limit": 5})
+
+    def work(group: Group) -> Path:
+        return train(other if group.rank else same, tmp_path / "run", group=group)
+
+    pytest.importorskip("mlxtend")
+    for error in run_ranks(2, work):
+        assert "start: the processes differ in the data: {" in str(error)
+    digests = iter("ab")
+    monkeypatch.setattr(job, "_digest", lambda: next(digests))
+    for error in run_ranks(2, lambda group: train(config, tmp_path / "run", group=group)):
+        assert "start: the processes differ in the code: " in str(error)
+
+
+def test_a_folder_that_a_rank_does_not_see_is_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_SEEN_WITHIN", 0.2)
+
+    def work(group: Group) -> Path:
+        return train(config, tmp_path / f"disk-{group.rank}" / "run", group=group)
+
+    for error in run_ranks(2, work):
+        assert "run of rank 0 is not the folder that ranks 1 see under this name" in str(error)
+
+
+def test_the_reason_of_rank_0_reaches_the_others(
+    config: TrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    first, *others = run_ranks(3, lambda group: train(config, whole, group=group))
+    assert isinstance(first, FileExistsError)
+    for error in others:
+        assert isinstance(error, DistributedError)
+        assert "rank 0 failed: FileExistsError: train: " in str(error)
+        assert "already holds a run" in str(error)
+
+
+def test_a_restarted_job_continues_its_run_and_no_other(
+    config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with pytest.raises(CutError):
+        train(config, out, report=cut_at(7))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(config, out)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    # Overwriting means what was there before the job began.
+    train(config, out, overwrite=True)
+    assert_same_end(out, whole)
+    assert min(r["iteration"] for r in records(out)) == 2
