@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from fastlangevin import distributed
-from fastlangevin.distributed import DistributedError, Group
-from fastlangevin.learn import ShortRunLearner
+from fastlangevin.distributed import Group
 from tests.distributed.launch import launch
 from tests.distributed.threads import run_ranks
-from tests.learn.learner_shared import B, Normed, images, learner, net, same_state, sampler, state
+from tests.learn.learner_shared import learner, net, same_state, sampler, state
 
 LOCK = threading.Lock()  # networks are initialised from torch's global generator
 
@@ -122,15 +121,11 @@ def learn_with_dropout(folder: Path) -> None:
         torch.save(state(learning), folder / f"{group.world_size}-{group.rank}.pt")
 
 
-def test_dropout_belongs_to_the_parts_and_buffers_to_rank_0(tmp_path: Path) -> None:
-    """Dropout draws from torch's global generator, so the ranks must be processes."""
-    for ranks in (1, 2):
-        log = tmp_path / "log.txt"
-        assert launch(ranks, log, learn_with_dropout, tmp_path) == [0] * ranks, log.read_text()
-    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+def test_ranks_with_dropout_learn_the_same_and_buffers_come_from_rank_0(tmp_path: Path) -> None:
+    """The dropout of a chain depends on the chains of its process, so one process differs."""
+    log = tmp_path / "log.txt"
+    assert launch(2, log, learn_with_dropout, tmp_path) == [0, 0], log.read_text()
+    first, second = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
     assert same_state(first, second)
-    assert not any("unused" in name for name in alone if name.startswith("adam"))
-    passes = "model.passes"
-    assert same_state(
-        {n: v for n, v in first.items() if n != passes} | {passes: alone[passes]}, alone
-    )
+    assert not any("unused" in name for name in first if name.startswith("adam"))
+    assert first["model.passes"] > 0
