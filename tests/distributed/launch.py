@@ -1,5 +1,9 @@
-"""Real processes with the environment variables of torchrun, forked because torch loads slowly."""
+"""Real processes with the environment variables of torchrun.
 
+They are not forked: this process has threads of Gloo, whose locks a fork would copy.
+"""
+
+import multiprocessing
 import os
 import socket
 import sys
@@ -7,22 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.processes import start
-
 
 def launch(world_size: int, log: Path, function: Callable[..., Any], *arguments: Any) -> list[int]:
-    """The exit status of every rank after ``function(*arguments)``; all print to ``log``."""
+    """The exit status of every rank after ``function(*arguments)``; all print to ``log``.
+
+    The function is one of a module, so that another interpreter can import it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with log.open("wb") as file:
-        output = file.fileno()
-        ranks = [
-            start(_run, rank, world_size, port, output, function, arguments)
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.join(120)
+    log.write_bytes(b"")
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(
+            target=_run, args=(rank, world_size, port, log, function, arguments), daemon=True
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
     return [-1 if process.exitcode is None else process.exitcode for process in ranks]
 
 
@@ -30,10 +39,11 @@ def _run(
     rank: int,
     world_size: int,
     port: int,
-    output: int,
+    log: Path,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))

@@ -23,7 +23,32 @@ from tests.distributed.launch import launch
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SETTINGS = TINY | {"batch_size": 5, "parts": 3, "buffer_size": 9, "ema": 0.9}
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="these tests fork")
+
+def run_commands(run: Path, folder: Path, figures: Path) -> None:
+    judge = ["--features", "pixels", "--n", "40", "--reference", "99"]
+    for line in (
+        ["train", "--out", run, *options(**SETTINGS)],
+        ["sample", run, "--n", "23", "--per-file", "5", "--out", folder, "--device", "cpu"],
+        ["evaluate", run, *judge, "--device", "cpu", "--out", figures],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in line])
+        assert end.value.code == 0
+
+
+def train_with_settings_of_its_own(run: Path) -> None:
+    changes = SETTINGS | {"lr": 0.5 if os.environ["RANK"] == "1" else 0.1}
+    main(["train", "--out", str(run), *options(**changes)])
+
+
+def run_example(name: str, folder: Path) -> None:
+    results = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](n=6)
+    torch.save(results, folder / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.pt")
+
+
+def run_lightning_example(folder: Path) -> None:
+    module = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["main"](n=16, batch_size=8)
+    torch.save(module.energy.state_dict(), folder / f"{os.environ['RANK']}.pt")
 
 
 def same_weights(run: Path, other: Path) -> bool:
@@ -35,18 +60,8 @@ def test_train_sample_and_evaluate_in_two_processes(tmp_path: Path) -> None:
     """As in one, bit for bit; and every result is printed once."""
     run, folder, log = tmp_path / "run", tmp_path / "samples", tmp_path / "log"
 
-    def commands() -> None:
-        judge = ["--features", "pixels", "--n", "40", "--reference", "99"]
-        for line in (
-            ["train", "--out", run, *options(**SETTINGS)],
-            ["sample", run, "--n", "23", "--per-file", "5", "--out", folder, "--device", "cpu"],
-            ["evaluate", run, *judge, "--device", "cpu", "--out", tmp_path / "figures.json"],
-        ):
-            with pytest.raises(SystemExit) as end:
-                main([str(argument) for argument in line])
-            assert end.value.code == 0
-
-    assert launch(2, log, commands) == [0, 0], log.read_text()
+    outcome = launch(2, log, run_commands, run, folder, tmp_path / "figures.json")
+    assert outcome == [0, 0], log.read_text()
     train(resolve(overrides=SETTINGS), tmp_path / "alone")
     assert same_weights(run, tmp_path / "alone")
     text = log.read_text()
@@ -67,29 +82,23 @@ def test_train_sample_and_evaluate_in_two_processes(tmp_path: Path) -> None:
 
 def test_a_rank_with_other_settings_ends_all_with_its_name(tmp_path: Path) -> None:
     log = tmp_path / "log"
-
-    def command() -> None:
-        changes = SETTINGS | {"lr": 0.5 if os.environ["RANK"] == "1" else 0.1}
-        main(["train", "--out", str(tmp_path / "run"), *options(**changes)])
-
-    assert launch(2, log, command) == [1, 1]
+    outcome = launch(2, log, train_with_settings_of_its_own, tmp_path / "run")
+    assert outcome == [1, 1], log.read_text()
     match = "start: the processes differ in lr: 0.1 on rank 0, 0.5 on rank 1"
     assert [f"error: rank {rank}: {match}" in log.read_text() for rank in (0, 1)] == [True, True]
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "accelerate_loop"])
 def test_an_example_learns_the_same_in_two_processes(name: str, tmp_path: Path) -> None:
     if name == "accelerate_loop":
         pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-    def example(world_size: int) -> None:
-        weights, x = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](n=6)
-        torch.save((weights, x), tmp_path / f"{world_size}-{os.environ['RANK']}.pt")
-
     for world_size in (1, 2):
         log = tmp_path / "log"
-        assert launch(world_size, log, example, world_size) == [0] * world_size, log.read_text()
+        outcome = launch(world_size, log, run_example, name, tmp_path)
+        assert outcome == [0] * world_size, log.read_text()
     (alone, whole), first, second = (
         torch.load(tmp_path / f"{rank}.pt") for rank in ("1-0", "2-0", "2-1")
     )
@@ -99,14 +108,11 @@ def test_an_example_learns_the_same_in_two_processes(name: str, tmp_path: Path) 
     torch.testing.assert_close(torch.cat([first[1], second[1]]), whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_lightning_module_learns_the_same_on_both_ranks(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="lightning is not installed")
 
-    def example() -> None:
-        module = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["main"](n=16, batch_size=8)
-        torch.save(module.energy.state_dict(), tmp_path / f"{os.environ['RANK']}.pt")
-
-    assert launch(2, tmp_path / "log", example) == [0, 0], (tmp_path / "log").read_text()
+    assert launch(2, tmp_path / "log", run_lightning_example, tmp_path) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
