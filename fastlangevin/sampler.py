@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -35,7 +36,14 @@ from fastlangevin.gradients.select import (
     EngineChoice,
     check_gradient,
 )
-from fastlangevin.inputs import check_energy, check_noise, check_tensors, read_state
+from fastlangevin.inputs import (
+    check_energy,
+    check_model_kwargs,
+    check_noise,
+    check_tensors,
+    read_state,
+)
+from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
@@ -145,6 +153,7 @@ class LangevinSampler:
         TypeError, ValueError: A setting does not fit. The message names it.
     """
 
+    @keywords_checked
     def __init__(
         self,
         energy: Callable[..., Tensor],
@@ -161,10 +170,7 @@ class LangevinSampler:
         metropolis: bool = False,
     ) -> None:
         check_energy(_OP, energy)
-        if noise_order not in NOISE_ORDERS:
-            raise ValueError(
-                f"{_OP}: noise_order must be one of {', '.join(NOISE_ORDERS)}, got {noise_order!r}"
-            )
+        check_name(f"{_OP}: noise_order", noise_order, NOISE_ORDERS)
         self.energy = energy
         self.steps = check_count(_OP, "steps", steps)
         self.step_size = check_schedule(_OP, "step_size", step_size, self.steps)
@@ -461,6 +467,7 @@ class LangevinSampler:
                     f"{_OP}: {name} is an option of a call to the sampler, not of this method"
                 )
         by_step = check_step_kwargs(_OP, step_kwargs, self.steps, model_kwargs)
+        check_model_kwargs(_OP, self.energy, model_kwargs | by_step, _options(), Settings._fields)
         if by_step and self.metropolis:
             raise ValueError(
                 f"{_OP}: step_kwargs are not supported with metropolis=True, which compares the "
@@ -509,3 +516,11 @@ class LangevinSampler:
         if device is not None:
             check_tensors(_OP, self.energy, device)
         return _noise.initial((n, *shape), seed=seed, first_chain=first_chain, device=device)
+
+
+@functools.cache
+def _options() -> frozenset[str]:
+    """The names of the arguments of calls, of :meth:`LangevinSampler.trajectory` too."""
+    methods = (LangevinSampler.__call__, LangevinSampler.trajectory)
+    parameters = [p for m in methods for p in inspect.signature(m).parameters.values()]
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) - {"self"}

@@ -1,7 +1,6 @@
 """Training settings: a config, changed by a file and by options, resolved to a TrainConfig."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -23,6 +22,7 @@ from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.data.load import SOURCES
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, called, read_text, reading
+from fastlangevin.names import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -129,11 +129,9 @@ def config_text(name: str) -> str:
     """Return the YAML text of a config in the package, with its comments."""
     names = config_names()
     if name not in names:
-        near = "".join(
-            f"; did you mean {n}?" for n in difflib.get_close_matches(str(name), names, 1)
-        )
         raise ValueError(
-            f"config must be one of {', '.join(names)}, or a file, got {brief(name)}{near}"
+            f"config must be one of {', '.join(names)}, or a file, got {brief(name)}"
+            f"{did_you_mean(name, names)}"
         )
     return (_CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -251,11 +249,13 @@ def _of_file(file: str | Path, error: Exception) -> FileError:
 
 def _cast_all(changes: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Convert settings to the types of their fields; ValueError for an unknown name."""
-    unknown = [called(name) for name in changes if name not in FIELDS]
-    if unknown:
+    others = [name for name in changes if name not in FIELDS]
+    if others:
+        unknown = [called(name) for name in others[:_MOST_NAMED]]
+        hint = did_you_mean(others[0], FIELDS) if len(others) == 1 else ""
         raise ValueError(
-            f"{source}: no setting is called {', '.join(unknown[:_MOST_NAMED])}; the settings are "
-            f"{', '.join(FIELDS)}"
+            f"{source}: no setting is called {', '.join(unknown)}"
+            f"{hint or '; the settings are ' + ', '.join(FIELDS)}"
         )
     return {name: _cast(name, value) for name, value in changes.items()}
 

@@ -21,6 +21,7 @@ from fastlangevin.learn.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from fastlangevin.names import keywords_checked
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 
@@ -81,6 +82,7 @@ class ShortRunLearner:
     Raises TypeError or ValueError naming the argument. Source: arXiv 1904.09770, algorithm 1.
     """
 
+    @keywords_checked
     def __init__(
         self,
         sampler: LangevinSampler,

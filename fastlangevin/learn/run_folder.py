@@ -109,7 +109,7 @@ def only_writer(out: Path) -> Iterator[None]:
             warnings.warn(
                 f"train: {out} cannot be locked ({error.strerror or error}); two processes must "
                 "not train in this folder at the same time",
-                stacklevel=4,
+                stacklevel=5,
             )
         yield
     finally:

@@ -37,6 +37,7 @@ from fastlangevin.learn.data.pictures import (
 )
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, check_inside, cut, reading
+from fastlangevin.names import check_name, did_you_mean, keywords_checked
 
 SOURCES = ("digits", "fashion-mnist", "mnist5k")
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
@@ -118,6 +119,7 @@ def spread(data: ImageData, most: int) -> ImageData:
     return replace(data, pixels=data.pixels[rows], labels=labels)
 
 
+@keywords_checked
 def load_images(
     source: str | PathLike[str],
     *,
@@ -176,8 +178,7 @@ def load_images(
         check_count("load_images", "limit", limit)
     if channels not in (None, 1, 3):
         raise ValueError(f"load_images: channels must be 1, 3 or None, got {channels}")
-    if on_corrupt not in ("error", "skip"):
-        raise ValueError(f'load_images: on_corrupt must be "error" or "skip", got {on_corrupt!r}')
+    check_name("load_images: on_corrupt", on_corrupt, ("error", "skip"))
     opened = _open(source, split, limit)
     if isinstance(opened, ArraySource):
         return _from_array(opened, size, channels, limit, bounded)
@@ -199,6 +200,7 @@ def _open(
         raise FileNotFoundError(
             f"load_images: {brief(str(source))} is neither an existing path nor one of "
             f'{", ".join(SOURCES)} or "hub:owner/name"; looked for {cut(str(path.absolute()))}'
+            f"{did_you_mean(source, SOURCES)}"
         )
     _only_train(split, source)
     if source == "digits":
