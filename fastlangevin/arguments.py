@@ -81,6 +81,15 @@ def check_count(op: str, name: str, value: int) -> int:
     return number
 
 
+def check_sizes(op: str, name: str, value: Any) -> tuple[int, ...]:
+    """The value as a tuple of integers >= 1, the shape of one chain; it may be empty."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"{op}: {name} must be a sequence of integers, such as (3, 32, 32), got {value!r}"
+        )
+    return tuple(check_count(op, f"{name}[{i}]", size) for i, size in enumerate(value))
+
+
 def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Coefficient:
     """The value as a float >= 0, or a floating tensor, 0-d or [chains].
 

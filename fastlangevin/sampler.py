@@ -21,6 +21,7 @@ from fastlangevin.arguments import (
     check_count,
     check_grad_clip,
     check_schedule,
+    check_sizes,
     check_step_kwargs,
 )
 from fastlangevin.chain.chain import Chain, norms, note, rows
@@ -44,6 +45,7 @@ from fastlangevin.inputs import (
     read_state,
 )
 from fastlangevin.names import check_name, keywords_checked
+from fastlangevin.reprs import short, short_repr
 from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
@@ -62,6 +64,17 @@ class Diagnostics(NamedTuple):
     saturation: Tensor  #: fraction of elements at or beyond clamp, or (-1, 1) without one
     accepted: Tensor  #: 1 if the step was taken, 0 if metropolis rejected it
 
+    def __repr__(self) -> str:
+        measured = self._asdict()
+        x = measured.pop("x")
+        steps, chains = self.energy.shape
+        text = f"Diagnostics(x={short(x)}, steps={steps}, chains={chains}"
+        if chains:
+            means = {name: values.double().mean(1) for name, values in measured.items()}
+            figures = [f"{name} {m[0]:.4g} to {m[-1]:.4g}" for name, m in means.items()]
+            text += f", mean at the first and the last step: {', '.join(figures)}"
+        return f"{text})"
+
 
 def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:
     """Makes a method work in torch.inference_mode, which has no gradients, and on packed states."""
@@ -78,12 +91,15 @@ def _packed(
     method: Callable[..., Any], sampler: "LangevinSampler", x0: Any, options: dict[str, Any]
 ) -> Any:
     """Calls the method with a state of several tensors packed into one."""
-    packing = packing_of(x0, sampler.energy)
+    shape = options.get("shape")
+    packing = packing_of(x0, getattr(sampler.energy, "shape", None) if shape is None else shape)
     if packing is None:
         return method(sampler, x0, **options)
     flat = copy.copy(sampler)
     flat.energy = PackedEnergy(sampler.energy, packing, is_score=sampler.gradient == "network")
     n: Any = options.get("n")
+    if x0 is None:
+        options.pop("shape", None)  # the packed energy has it
     if x0 is not None:
         n = len(x0[packing.keys[0]])
         x0 = packing.pack("x0", x0, (n,))
@@ -227,6 +243,7 @@ class LangevinSampler:
         x0: Any = None,
         *,
         n: int | None = None,
+        shape: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         first_chain: int = 0,
@@ -248,7 +265,9 @@ class LangevinSampler:
 
         Args:
             x0: The starting state [n, ...], which is copied, or None to give ``n``.
-            n: How many chains to start from U(-1, 1) in the energy's ``shape``.
+            n: How many chains to start from U(-1, 1).
+            shape: The shape of one chain that ``n`` starts, or a list or dict of shapes for a state
+                of several tensors. By default it is the energy's attribute ``shape``.
             seed: Seed of the noise, in [0, 2**64). By default one is drawn from ``generator``.
             generator: Source of the seed; torch's default generator if None.
             first_chain, first_step: Numbers of the first chain and step, in [0, 2**32).
@@ -291,6 +310,7 @@ class LangevinSampler:
         x, is_copy, chain = self._read(
             x0,
             n=n,
+            shape=shape,
             seed=seed,
             generator=generator,
             first_chain=first_chain,
@@ -417,8 +437,15 @@ class LangevinSampler:
         return self.__dict__ | {"_graphs": Graphs()}  # every copy, even a shallow one, has its own
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
-        return f"{_OP}({type(self.energy).__name__}, {shown})"
+        """The energy, the settings of the chain, and the other settings that are no defaults."""
+        defaults = inspect.signature(LangevinSampler).parameters
+        shown = {
+            name: value
+            for name, value in self.settings().items()
+            if name in ("steps", "step_size", "noise_std") or value != defaults[name].default
+        }
+        energy = getattr(self.energy, "__name__", type(self.energy).__name__)
+        return short_repr(_OP, shown).replace("(", f"({energy}, ", 1)
 
     @_entry
     def explain(self, x0: Any = None) -> str:
@@ -449,6 +476,7 @@ class LangevinSampler:
         x0: Tensor | None,
         *,
         n: int | None = None,
+        shape: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         first_chain: int = 0,
@@ -481,9 +509,11 @@ class LangevinSampler:
             raise ValueError(f"{_OP}: give seed or generator, not both")
         if (x0 is None) == (n is None):
             raise ValueError(f"{_OP}: give either x0 or n")
+        if x0 is not None and shape is not None:
+            raise ValueError(f"{_OP}: shape belongs to chains that n starts; x0 has its own")
         seed = _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
         if x0 is None:
-            x, is_copy = self._initial(n, seed, first_chain), True
+            x, is_copy = self._initial(n, shape, seed, first_chain), True
         else:
             x, is_copy = read_state(_OP, x0, self.energy)
         for name in ("step_size", "noise_std"):
@@ -504,12 +534,16 @@ class LangevinSampler:
         note(x, chain)
         return x, choice
 
-    def _initial(self, n: Any, seed: int, first_chain: int) -> Tensor:
+    def _initial(self, n: Any, shape: Any, seed: int, first_chain: int) -> Tensor:
         """n states from U(-1, 1), drawn from the seed's stream of initial states."""
-        shape = getattr(self.energy, "shape", None)
+        if shape is None:
+            shape = getattr(self.energy, "shape", None)
+        else:
+            shape = check_sizes(_OP, "shape", shape)
         if shape is None:
             raise ValueError(
-                f"{_OP}: n needs an energy with an attribute shape (one chain's shape); give x0"
+                f"{_OP}: n needs shape, one chain's, such as shape=(3, 32, 32): the energy has no "
+                "attribute of that name; or give x0"
             )
         n = 0 if n == 0 else check_count(_OP, "n", n)
         device = device_of(self.energy)

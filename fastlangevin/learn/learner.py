@@ -149,6 +149,13 @@ class ShortRunLearner:
                 else AveragedModel(self.energy, multi_avg_fn=get_ema_multi_avg_fn(ema))
             )
 
+    def __repr__(self) -> str:
+        data = f"<{len(self.data)} images {list(self.data.shape)}>"
+        return (
+            f"{_OP}({self.sampler!r}, iteration={self.iteration}, data={data}, "
+            f"batch_size={self.batch_size})"
+        )
+
     @property
     def lr(self) -> float:
         """Adam's learning rate."""

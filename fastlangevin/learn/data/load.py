@@ -38,6 +38,7 @@ from fastlangevin.learn.data.pictures import (
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, check_inside, cut, reading
 from fastlangevin.names import check_name, did_you_mean, keywords_checked
+from fastlangevin.reprs import short_repr
 
 SOURCES = ("digits", "fashion-mnist", "mnist5k")
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
@@ -55,6 +56,9 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def __repr__(self) -> str:
+        return short_repr("ImageData", vars(self))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.gradients.network import modules_of
 from fastlangevin.learn.tasks.measurements import Operator, check_operator, identity
 from fastlangevin.names import check_name, keywords_checked
+from fastlangevin.reprs import short_repr
 from fastlangevin.sampler import LangevinSampler
 
 OPTIMIZERS = ("adam", "gd")
@@ -26,6 +27,9 @@ class Fit(NamedTuple):
     x: Tensor  #: M(z), the ends of the chains
     z: Tensor  #: the starts, in the support [-1, 1] of p0
     error: Tensor  #: [n, restarts], means over elements of (y - A M(z))^2
+
+    def __repr__(self) -> str:
+        return short_repr("Fit", self._asdict())
 
     def best(self) -> "Fit":
         """Return the restart with the smallest error for each image: [n, ...]."""

@@ -18,6 +18,7 @@ from fastlangevin.learn.tasks.reconstruct import (
     starts,
 )
 from fastlangevin.names import check_name, did_you_mean
+from fastlangevin.reprs import short_repr
 from fastlangevin.sampler import LangevinSampler
 
 METHODS = ("posterior", "clamped", "latent")
@@ -34,6 +35,9 @@ class Restored(NamedTuple):
 
     x: Tensor  #: [n, answers, C, H, W]
     residual: Tensor  #: [n, answers], means over elements of (y - A x)^2
+
+    def __repr__(self) -> str:
+        return short_repr("Restored", self._asdict())
 
 
 def restore(
