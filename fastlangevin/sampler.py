@@ -45,11 +45,15 @@ from fastlangevin.inputs import (
     read_state,
 )
 from fastlangevin.names import check_name, keywords_checked
+from fastlangevin.progress import step_bar
 from fastlangevin.reprs import short, short_repr
 from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _OP = "LangevinSampler"
+# Options of a call that the other methods do not have.
+_CALL_ONLY = ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload", "callback",
+              "callback_every", "progress")  # fmt: skip
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -105,6 +109,9 @@ def _packed(
         x0 = packing.pack("x0", x0, (n,))
     if options.get("noise") is not None:
         options["noise"] = packing.pack("noise", options["noise"], (sampler.steps, n))
+    callback = options.get("callback")
+    if callable(callback):
+        options["callback"] = lambda step, x: callback(step, packing.unpack(x))
     result = method(flat, x0, **options)
     if isinstance(result, Diagnostics):
         return result._replace(x=packing.unpack(result.x))
@@ -255,6 +262,9 @@ class LangevinSampler:
         grad_through: str = "exact",
         offload: bool = False,
         step_kwargs: Mapping[str, Any] | None = None,
+        callback: Callable[[int, Any], Any] | None = None,
+        callback_every: int = 1,
+        progress: bool = False,
         **model_kwargs: Any,
     ) -> Tensor:
         """Runs the chains and returns the state after K steps.
@@ -293,6 +303,14 @@ class LangevinSampler:
             offload: Whether to store the states in host memory. No effect on a CPU.
             step_kwargs: Keyword arguments of the energy that change from step to step, as
                 {name: tensor [K, ...] or sequence of K}; the k-th step receives entry k.
+            callback: Called as callback(step, x) after every ``callback_every`` steps and after the
+                last one. step counts from 1. x is the chain's own state, which the next step
+                changes: copy it to keep it, and do not change it.
+            callback_every: The number of steps between two calls of ``callback``.
+            progress: Whether to show a bar on standard error, if that is a terminal. On a GPU it
+                shows the steps that have been launched. Neither the bar nor a callback changes the
+                chain. They are not supported with ``differentiable``, and with them the steps on a
+                GPU are not replayed as one CUDA graph.
             **model_kwargs: Further keyword arguments of the energy.
 
         Returns:
@@ -319,6 +337,13 @@ class LangevinSampler:
             step_kwargs=step_kwargs,
             **model_kwargs,
         )
+        if callback is not None and not callable(callback):
+            raise TypeError(f"{_OP}: callback must be a function of (step, x), got {callback!r}")
+        every = check_count(_OP, "callback_every", callback_every)
+        if differentiable and (callback is not None or progress):
+            raise ValueError(
+                f"{_OP}: callback and progress are not supported with differentiable=True"
+            )
         if differentiable and self.metropolis:
             raise ValueError(
                 f"{_OP}: differentiable=True is not supported with metropolis=True: accepting or "
@@ -334,10 +359,12 @@ class LangevinSampler:
                 "and offload"
             )
         x, choice = self._begin(x, is_copy, chain)
-        energies = None if choice is None else self._graphs.run(chain, x, choice)
+        energies = None
+        if choice is not None and callback is None and not progress:
+            energies = self._graphs.run(chain, x, choice)
         if energies is None:
-            for step in chain.walk(x, choice=choice, every=self.steps):
-                energies = step.energies
+            every = self.steps if callback is None else every
+            energies = self._walk(chain, x, choice, callback, every, progress)
         chain.check_finite(x, energies)
         return x
 
@@ -489,7 +516,7 @@ class LangevinSampler:
 
         Returns the starting state, whether it is a copy of x0 and not x0 itself, and the chain.
         """
-        for name in ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload"):
+        for name in _CALL_ONLY:
             if name in model_kwargs:
                 raise TypeError(
                     f"{_OP}: {name} is an option of a call to the sampler, not of this method"
@@ -526,6 +553,30 @@ class LangevinSampler:
         )
         chain = self._chain(seed, first_chain, first_step, noise, model_kwargs, by_step)
         return x, is_copy, chain
+
+    def _walk(
+        self,
+        chain: Chain,
+        x: Tensor,
+        choice: EngineChoice | None,
+        callback: Callable[[int, Tensor], Any] | None,
+        every: int,
+        progress: bool,
+    ) -> Tensor | None:
+        """Runs the chain in place on x and returns the last energies."""
+        energies = None
+        stride = every
+        if progress:  # a bar does not need more than a hundred updates
+            stride = max(1, self.steps // 100)
+            stride = stride if callback is None else math.gcd(every, stride)
+        with step_bar(self.steps) if progress else nullcontext(None) as show:
+            for step in chain.walk(x, choice=choice, every=stride):
+                energies, done = step.energies, step.k + 1
+                if show is not None:
+                    show(done)
+                if callback is not None and (done % every == 0 or done == self.steps):
+                    callback(done, x)
+        return energies
 
     def _begin(self, x: Tensor, is_copy: bool, chain: Chain) -> tuple[Tensor, EngineChoice | None]:
         """The state to change, and the engine, which is chosen while no copy of x0 takes memory."""
