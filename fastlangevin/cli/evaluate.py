@@ -1,14 +1,14 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import Count, Device, Int, Int8, Run
-from fastlangevin.cli.outputs import Result, check_out
+from fastlangevin.cli.options import Count, Device, Flag, Int, Int8, Run
+from fastlangevin.cli.outputs import Result, announce_replacing, check_folder, choose_out
 
 
 def evaluate(
     run: Run, /, *, n: Int8 | None = None, samples: str | None = None, features: str = "auto",
     reference: Int8 = 2048, noise: list[float] | None = None, quantise: bool = True, k: Count = 3,
     seed: Int = 1, out: Path | None = None, data: str | None = None, images: str | None = None,
-    device: Device = "auto", averaged: bool = True,
+    device: Device = "auto", averaged: bool = True, overwrite: Flag = False,
 ) -> Result:  # fmt: skip
     """Compare samples with held-out data, noisy data and uniform noise.
 
@@ -33,11 +33,15 @@ def evaluate(
         data: Source of the training images (default: the run's).
         images: Source of the held-out images (default: those that the run held out).
         averaged: Use the moving average of the weights, if there is one.
+        overwrite: Replace the file of --out if it exists.
     """
     from fastlangevin.learn.evaluation.of_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
-    check_out(out)
+    if out is not None:
+        choose_out(out, "", overwrite)
+    elif run.is_dir():
+        check_folder(run)
     if samples is not None and not averaged:
         raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
     evaluated = evaluate_run(
@@ -45,4 +49,6 @@ def evaluate(
         reference=reference, noise=noise or (0.3,), quantise=quantise, k=k, seed=seed,
         device=device, averaged=averaged,
     )  # fmt: skip
+    if out is None and evaluated.folder is not None:
+        announce_replacing(evaluated.folder / "evaluate.json")
     return Result(evaluated.text(), evaluated.save(out))

@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 from typing_extensions import TypedDict
 
-from fastlangevin.cli.outputs import Result, table
+from fastlangevin.cli.outputs import Result, choose_out, table
 
 FRAMES = 50  # most frames of a GIF after the first
 
@@ -47,6 +47,7 @@ class Chains:
         steps: Number of Langevin steps, 1 or more (default: the run's).
         tile: Enlarge small images to about this many pixels per side.
         averaged: Use the moving average of the weights, if there is one.
+        overwrite: Replace the file if it exists.
     """
 
     seed: Int = 0
@@ -54,6 +55,7 @@ class Chains:
     tile: Count = 32
     device: Device = "auto"
     averaged: bool = True
+    overwrite: Flag = False
 
     def load(self, run: Path) -> Any:
         """Load the sampler of a run, a checkpoint or a model in the package."""
@@ -62,6 +64,10 @@ class Chains:
 
         changes: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         return load(run, device=choose_device(self.device), averaged=self.averaged, **changes)
+
+    def choose_out(self, out: Path | None, default: str, *suffixes: str) -> Path:
+        """Return the file to write; see :func:`outputs.choose_out`."""
+        return choose_out(out, default, self.overwrite, *suffixes)
 
     def save(self, result: Any, out: Path, *rows: tuple[str, str]) -> Result:
         """Save the result of a task, and return its rows and ``rows`` as the command's."""

@@ -1,23 +1,24 @@
 from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run
-from fastlangevin.cli.outputs import Result, check_out
+from fastlangevin.cli.outputs import Result
 
 
 def sample(
-    run: Run = Path("digits"), /, *, n: Count = 64, out: Path = Path("samples.png"),
+    run: Run = Path("digits"), /, *, n: Count = 64, out: Path | None = None,
     columns: Count | None = None, chains: Chains = Chains(),
 ) -> Result:  # fmt: skip
     """Run chains from noise through a trained model and save the images.
 
     Args:
         n: Number of images, 1 or more.
-        out: A .png for a grid, a .gif of the chains, or a .npy of shape [n, C, H, W].
+        out: A .png for a grid, a .gif of the chains, or a .npy of shape [n, C, H, W] (default:
+            samples.png, or samples-2.png, ... if that exists).
         columns: Columns of the grid, 1 or more (default: a square grid).
     """
     from fastlangevin.learn.images import save_arrays, save_gif, save_grid
 
-    check_out(out, ".png", ".gif", ".npy")
+    out = chains.choose_out(out, "samples.png", ".png", ".gif", ".npy")
     sampler = chains.load(run)
     if out.suffix == ".gif":
         states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // FRAMES))

@@ -26,11 +26,13 @@ from fastlangevin.learn.data.arrays import (
 )
 from fastlangevin.learn.data.collect import collect
 from fastlangevin.learn.data.pictures import (
+    EXTENSIONS,
     ColourFoundError,
     Item,
     PictureSource,
     convert_array,
     decode,
+    open_file,
     open_folder,
     open_hub,
     open_parquet,
@@ -149,6 +151,7 @@ def load_images(
             - A folder of idx files, or of parquet files whose names start with ``split``.
             - A folder that holds only subfolders named train, test and so on; ``split`` selects
               one.
+            - One picture.
             - A .parquet file with a column img or image and optionally a column label.
             - A .npy or .npz file of [N, H, W], [N, H, W, C] or [N, C, H, W], as uint8 or as float
               in [0, 1], or in [-1, 1] if any value is negative. A .npz holds the images as images,
@@ -217,7 +220,12 @@ def _open(
         return read_npz(path)
     if path.suffix == ".parquet":
         return open_parquet([path], path.stem)
-    raise ValueError(f"load_images: a file must be .npy, .npz or .parquet, got {path}")
+    if path.suffix.lower() in EXTENSIONS:
+        return open_file(path)
+    raise ValueError(
+        f"load_images: a file must be .npy, .npz, .parquet or a picture ({' '.join(EXTENSIONS)}), "
+        f"got {path}"
+    )
 
 
 def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | PictureSource:
