@@ -18,7 +18,7 @@ FLOORS = [
     ("explain", "inputs"),
     ("sampler",),
     ("",),  # fastlangevin itself: the list of public names
-    ("bench", "doctor", "learn", "models", "presets", "testing"),
+    ("bench", "doctor", "learn", "models", "presets", "testing", "train_config"),
     ("cli",),
     ("__main__",),
 ]

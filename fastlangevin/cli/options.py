@@ -111,7 +111,7 @@ def more(group: str) -> Parameter:
 
 def settings_options(lists: bool = False) -> Any:
     """Return a TypedDict of the fields of TrainConfig or, with ``lists``, of texts of lists."""
-    from fastlangevin.learn.config import FIELDS, TYPES
+    from fastlangevin.train_config import FIELDS, TYPES
 
     options = {}
     for name, field in FIELDS.items():

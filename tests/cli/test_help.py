@@ -37,7 +37,9 @@ def test_help_groups_the_commands_by_use(flag: str | None, command: Command) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["-h"], [], ["--version"], ["version"], ["sample", "--help"]]
+    "arguments",
+    [["--help"], ["-h"], [], ["--version"], ["version"], *([name, "-h"] for name in NAMES)],
+    ids=" ".join,
 )
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     program = (
