@@ -8,7 +8,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,16 +163,17 @@ def _of_file(file: str | Path, error: Exception) -> FileError:
     return FileError(text if text.startswith(str(file)) else f"{file}: {text}")
 
 
+def no_setting(source: str, names: Sequence[Any], known: Collection[str] = FIELDS) -> str:
+    """Return the error text for ``names``, which are none of the ``known`` settings."""
+    text = f"{source}: no setting is called {', '.join(map(called, names[:_MOST_NAMED]))}"
+    hint = did_you_mean(names[0], known) if len(names) == 1 else ""
+    return text + (hint or f"; the settings are {', '.join(known)}")
+
+
 def _cast_all(changes: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Convert settings to the types of their fields; ValueError for an unknown name."""
-    others = [name for name in changes if name not in FIELDS]
-    if others:
-        unknown = [called(name) for name in others[:_MOST_NAMED]]
-        hint = did_you_mean(others[0], FIELDS) if len(others) == 1 else ""
-        raise ValueError(
-            f"{source}: no setting is called {', '.join(unknown)}"
-            f"{hint or '; the settings are ' + ', '.join(FIELDS)}"
-        )
+    if others := [name for name in changes if name not in FIELDS]:
+        raise ValueError(no_setting(source, others))
     return {name: _cast(name, value) for name, value in changes.items()}
 
 
