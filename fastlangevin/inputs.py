@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def check_model_kwargs(
     """
     if not model_kwargs:
         return
-    accepted, takes_any = keywords_of(energy)
+    accepted, takes_any = _keywords(energy, model_kwargs.keys())
     for name in model_kwargs.keys() - accepted:
         if name in settings:
             raise TypeError(
@@ -97,15 +97,16 @@ def check_model_kwargs(
             )
 
 
-def keywords_of(energy: Callable[..., Any]) -> tuple[set[str], bool]:
+def _keywords(energy: Callable[..., Any], wanted: Set[str]) -> tuple[set[str], bool]:
     """Return the names that an energy accepts as keywords besides x, and whether any other too.
 
     What an energy with ``**kwargs`` passes them on to is not known: it accepts the names that one
     of its submodules, attributes or closed-over functions accepts.
+    The search ends as soon as all ``wanted`` names are accepted.
     """
     names: set[str] = set()
     takes_any, waiting, seen = False, [energy], set()
-    while waiting:
+    while waiting and not wanted <= names:
         function = waiting.pop()
         if id(function) in seen:
             continue
