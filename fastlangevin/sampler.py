@@ -522,12 +522,12 @@ class LangevinSampler:
                     f"{_OP}: {name} is an option of a call to the sampler, not of this method"
                 )
         by_step = check_step_kwargs(_OP, step_kwargs, self.steps, model_kwargs)
-        check_model_kwargs(_OP, self.energy, model_kwargs | by_step, _options(), Settings._fields)
         if by_step and self.metropolis:
             raise ValueError(
                 f"{_OP}: step_kwargs are not supported with metropolis=True, which compares the "
                 "energies of two steps and needs one function for both"
             )
+        check_model_kwargs(_OP, self.energy, model_kwargs | by_step, _options(), Settings._fields)
         for kwargs in (model_kwargs, by_step):
             for name, value in kwargs.items():
                 if isinstance(value, Tensor) and value.is_inference():
