@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fastlangevin.kernels.memory import in_memory
+from fastlangevin.names import did_you_mean
 
 Shape = Sequence[int]
 Coefficient = float | Tensor
 Schedule = float | Sequence[float] | Tensor
 GradClip = float | tuple[str, float]
+CLIP_NORMS = ("chain_norm", "batch_norm")
 
 
 def check_tensor(op: str, name: str, value: Any, hint: str = "") -> None:
@@ -77,6 +79,15 @@ def check_count(op: str, name: str, value: int) -> int:
     if number < 1:
         raise ValueError(f"{op}: {name} must be at least 1, got {number}")
     return number
+
+
+def check_sizes(op: str, name: str, value: Any) -> tuple[int, ...]:
+    """The value as a tuple of integers >= 1, the shape of one chain; it may be empty."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"{op}: {name} must be a sequence of integers, such as (3, 32, 32), got {value!r}"
+        )
+    return tuple(check_count(op, f"{name}[{i}]", size) for i, size in enumerate(value))
 
 
 def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Coefficient:
@@ -197,10 +208,10 @@ def check_grad_clip(op: str, grad_clip: GradClip | None) -> GradClip | None:
         return None
     if not isinstance(grad_clip, tuple | list):
         return _check_bound(op, grad_clip)
-    if len(grad_clip) != 2 or grad_clip[0] not in ("chain_norm", "batch_norm"):
+    if len(grad_clip) != 2 or grad_clip[0] not in CLIP_NORMS:
         raise ValueError(
             f'{op}: grad_clip must be a number, ("chain_norm", c) or ("batch_norm", c), '
-            f"got {grad_clip!r}"
+            f"got {grad_clip!r}{did_you_mean(grad_clip[0] if grad_clip else None, CLIP_NORMS)}"
         )
     return grad_clip[0], _check_bound(op, grad_clip[1])
 

@@ -5,6 +5,8 @@ import math
 
 from torch import Tensor, nn
 
+from fastlangevin.names import check_name, keywords_checked
+
 ACTIVATIONS = ("leaky_relu", "relu", "silu", "softplus", "elu")
 
 
@@ -30,6 +32,7 @@ class ConvEnergy(nn.Module):
         ValueError: An argument does not fit or, in ``forward``, the shape of the images.
     """
 
+    @keywords_checked
     def __init__(
         self,
         channels: int = 3,
@@ -44,11 +47,7 @@ class ConvEnergy(nn.Module):
         for name, value in (("channels", channels), ("width", width)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"ConvEnergy: {name} must be an integer >= 1, got {value!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"ConvEnergy: activation must be one of {', '.join(ACTIVATIONS)}, "
-                f"got {activation!r}"
-            )
+        check_name("ConvEnergy: activation", activation, ACTIVATIONS)
         if not (math.isfinite(leak) and leak >= 0):
             raise ValueError(f"ConvEnergy: leak must be finite and >= 0, got {leak!r}")
         self.channels, self.size, self.width = channels, size, width

@@ -1,9 +1,10 @@
 """Checks of a call's inputs before any work: the energy, the starting state and the noise."""
 
+import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from fastlangevin.arguments import (
 )
 from fastlangevin.gradients.network import modules_of, tensors_of
 from fastlangevin.kernels.memory import in_memory
+from fastlangevin.names import nearest
+
+# The least similarity at which a name is taken for a mistake although the energy accepts it: "sede"
+# and "seed" have 0.75.
+_NEAR_ANY = 0.75
 
 
 def check_energy(op: str, energy: Any) -> None:
@@ -58,6 +64,83 @@ def check_energy(op: str, energy: Any) -> None:
         ) from None
     except ValueError:  # some builtins have no signature
         pass
+
+
+def check_model_kwargs(
+    op: str,
+    energy: Callable[..., Any],
+    model_kwargs: Mapping[str, Any],
+    options: Collection[str],
+    settings: Collection[str],
+) -> None:
+    """TypeError if a keyword argument of a call is probably not meant for the energy.
+
+    That is a name that the energy does not accept by name, and that is one of the ``options`` of
+    calls or of the ``settings`` of samplers, or near one. An energy that accepts any keyword would
+    otherwise swallow it, and the sampler would ignore what it stands for.
+    """
+    if not model_kwargs:
+        return
+    accepted, takes_any = _keywords(energy, model_kwargs.keys())
+    for name in model_kwargs.keys() - accepted:
+        if name in settings:
+            raise TypeError(
+                f"{op}: {name} is a setting of the sampler and not an argument of its calls; give "
+                f"it to {op}(energy, {name}=...)"
+            )
+        near = nearest(name, {*options, *settings, *accepted}, _NEAR_ANY if takes_any else 0.6)
+        if near is not None:
+            hint = " If it is the energy's, name it in the energy's signature." * takes_any
+            raise TypeError(
+                f"{op}: no argument of a call or of the energy is called {name}; did you mean "
+                f"{near}?{hint}"
+            )
+
+
+def _keywords(energy: Callable[..., Any], wanted: Set[str]) -> tuple[set[str], bool]:
+    """Return the names that an energy accepts as keywords besides x, and whether any other too.
+
+    What an energy with ``**kwargs`` passes them on to is not known: it accepts the names that one
+    of its submodules, attributes or closed-over functions accepts.
+    The search ends as soon as all ``wanted`` names are accepted.
+    """
+    names: set[str] = set()
+    takes_any, waiting, seen = False, [energy], set()
+    while waiting and not wanted <= names:
+        function = waiting.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        call = function.forward if isinstance(function, nn.Module) else function
+        if (schema := getattr(call, "schema", None)) is not None:  # of TorchScript
+            names |= {argument.name for argument in schema.arguments[2:]}
+            continue
+        try:
+            parameters = list(inspect.signature(call).parameters.values())
+        except (TypeError, ValueError):  # some builtins have no signature
+            takes_any = True
+            continue
+        names |= {
+            p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            takes_any = True
+            waiting += _callables_in(function)
+    return names, takes_any
+
+
+def _callables_in(function: Any) -> Iterator[Callable[..., Any]]:
+    """Yield the functions and modules that a function or object can reach directly."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = getattr(function, "__self__", None)
+    parts = [owner, *getattr(function, "__dict__", {}).values()]
+    if isinstance(function, nn.Module):
+        parts += function.children()
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # it is empty
+            parts.append(cell.cell_contents)
+    yield from (part for part in parts if callable(part) and not isinstance(part, type))
 
 
 def check_tensors(op: str, energy: Callable[..., Any], device: torch.device) -> None:

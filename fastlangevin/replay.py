@@ -14,6 +14,7 @@ from fastlangevin.arguments import (
     check_shape,
     check_tensor,
 )
+from fastlangevin.names import check_name, keywords_checked
 
 KINDS = ("index", "fifo", "reservoir")
 VERSION = 1
@@ -64,6 +65,7 @@ class ReplayBuffer:
         TypeError, ValueError: An argument does not fit. The message names it.
     """
 
+    @keywords_checked
     def __init__(
         self,
         capacity: int,
@@ -79,8 +81,7 @@ class ReplayBuffer:
         world_size: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"{_OP}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        check_name(f"{_OP}: kind", kind, KINDS)
         if isinstance(reinit, str):
             raise TypeError(f"{_OP}: reinit must be a number, got {reinit!r}")
         if not 0 <= reinit <= 1:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from fastlangevin.arguments import (
     check_count,
     check_grad_clip,
     check_schedule,
+    check_sizes,
     check_step_kwargs,
 )
 from fastlangevin.chain.chain import Chain, norms, note, rows
@@ -35,11 +37,23 @@ from fastlangevin.gradients.select import (
     EngineChoice,
     check_gradient,
 )
-from fastlangevin.inputs import check_energy, check_noise, check_tensors, read_state
+from fastlangevin.inputs import (
+    check_energy,
+    check_model_kwargs,
+    check_noise,
+    check_tensors,
+    read_state,
+)
+from fastlangevin.names import check_name, keywords_checked
+from fastlangevin.progress import step_bar
+from fastlangevin.reprs import short, short_repr
 from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _OP = "LangevinSampler"
+# Options of a call that the other methods do not have.
+_CALL_ONLY = ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload", "callback",
+              "callback_every", "progress")  # fmt: skip
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -53,6 +67,17 @@ class Diagnostics(NamedTuple):
     displacement: Tensor  #: |x after the step - x before it|
     saturation: Tensor  #: fraction of elements at or beyond clamp, or (-1, 1) without one
     accepted: Tensor  #: 1 if the step was taken, 0 if metropolis rejected it
+
+    def __repr__(self) -> str:
+        measured = self._asdict()
+        x = measured.pop("x")
+        steps, chains = self.energy.shape
+        text = f"Diagnostics(x={short(x)}, steps={steps}, chains={chains}"
+        if chains:
+            means = {name: values.double().mean(1) for name, values in measured.items()}
+            figures = [f"{name} {m[0]:.4g} to {m[-1]:.4g}" for name, m in means.items()]
+            text += f", mean at the first and the last step: {', '.join(figures)}"
+        return f"{text})"
 
 
 def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -70,17 +95,23 @@ def _packed(
     method: Callable[..., Any], sampler: "LangevinSampler", x0: Any, options: dict[str, Any]
 ) -> Any:
     """Calls the method with a state of several tensors packed into one."""
-    packing = packing_of(x0, sampler.energy)
+    shape = options.get("shape")
+    packing = packing_of(x0, getattr(sampler.energy, "shape", None) if shape is None else shape)
     if packing is None:
         return method(sampler, x0, **options)
     flat = copy.copy(sampler)
     flat.energy = PackedEnergy(sampler.energy, packing, is_score=sampler.gradient == "network")
     n: Any = options.get("n")
+    if x0 is None:
+        options.pop("shape", None)  # the packed energy has it
     if x0 is not None:
         n = len(x0[packing.keys[0]])
         x0 = packing.pack("x0", x0, (n,))
     if options.get("noise") is not None:
         options["noise"] = packing.pack("noise", options["noise"], (sampler.steps, n))
+    callback = options.get("callback")
+    if callable(callback):
+        options["callback"] = lambda step, x: callback(step, packing.unpack(x))
     result = method(flat, x0, **options)
     if isinstance(result, Diagnostics):
         return result._replace(x=packing.unpack(result.x))
@@ -145,6 +176,7 @@ class LangevinSampler:
         TypeError, ValueError: A setting does not fit. The message names it.
     """
 
+    @keywords_checked
     def __init__(
         self,
         energy: Callable[..., Tensor],
@@ -161,10 +193,7 @@ class LangevinSampler:
         metropolis: bool = False,
     ) -> None:
         check_energy(_OP, energy)
-        if noise_order not in NOISE_ORDERS:
-            raise ValueError(
-                f"{_OP}: noise_order must be one of {', '.join(NOISE_ORDERS)}, got {noise_order!r}"
-            )
+        check_name(f"{_OP}: noise_order", noise_order, NOISE_ORDERS)
         self.energy = energy
         self.steps = check_count(_OP, "steps", steps)
         self.step_size = check_schedule(_OP, "step_size", step_size, self.steps)
@@ -221,6 +250,7 @@ class LangevinSampler:
         x0: Any = None,
         *,
         n: int | None = None,
+        shape: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         first_chain: int = 0,
@@ -232,6 +262,9 @@ class LangevinSampler:
         grad_through: str = "exact",
         offload: bool = False,
         step_kwargs: Mapping[str, Any] | None = None,
+        callback: Callable[[int, Any], Any] | None = None,
+        callback_every: int = 1,
+        progress: bool = False,
         **model_kwargs: Any,
     ) -> Tensor:
         """Runs the chains and returns the state after K steps.
@@ -242,7 +275,9 @@ class LangevinSampler:
 
         Args:
             x0: The starting state [n, ...], which is copied, or None to give ``n``.
-            n: How many chains to start from U(-1, 1) in the energy's ``shape``.
+            n: How many chains to start from U(-1, 1).
+            shape: The shape of one chain that ``n`` starts, or a list or dict of shapes for a state
+                of several tensors. By default it is the energy's attribute ``shape``.
             seed: Seed of the noise, in [0, 2**64). By default one is drawn from ``generator``.
             generator: Source of the seed; torch's default generator if None.
             first_chain, first_step: Numbers of the first chain and step, in [0, 2**32).
@@ -268,6 +303,14 @@ class LangevinSampler:
             offload: Whether to store the states in host memory. No effect on a CPU.
             step_kwargs: Keyword arguments of the energy that change from step to step, as
                 {name: tensor [K, ...] or sequence of K}; the k-th step receives entry k.
+            callback: Called as callback(step, x) after every ``callback_every`` steps and after the
+                last one. step counts from 1. x is the chain's own state, which the next step
+                changes: copy it to keep it, and do not change it.
+            callback_every: The number of steps between two calls of ``callback``.
+            progress: Whether to show a bar on standard error, if that is a terminal. On a GPU it
+                shows the steps that have been launched. Neither the bar nor a callback changes the
+                chain. They are not supported with ``differentiable``, and with them the steps on a
+                GPU are not replayed as one CUDA graph.
             **model_kwargs: Further keyword arguments of the energy.
 
         Returns:
@@ -285,6 +328,7 @@ class LangevinSampler:
         x, is_copy, chain = self._read(
             x0,
             n=n,
+            shape=shape,
             seed=seed,
             generator=generator,
             first_chain=first_chain,
@@ -293,6 +337,13 @@ class LangevinSampler:
             step_kwargs=step_kwargs,
             **model_kwargs,
         )
+        if callback is not None and not callable(callback):
+            raise TypeError(f"{_OP}: callback must be a function of (step, x), got {callback!r}")
+        every = check_count(_OP, "callback_every", callback_every)
+        if differentiable and (callback is not None or progress):
+            raise ValueError(
+                f"{_OP}: callback and progress are not supported with differentiable=True"
+            )
         if differentiable and self.metropolis:
             raise ValueError(
                 f"{_OP}: differentiable=True is not supported with metropolis=True: accepting or "
@@ -308,10 +359,12 @@ class LangevinSampler:
                 "and offload"
             )
         x, choice = self._begin(x, is_copy, chain)
-        energies = None if choice is None else self._graphs.run(chain, x, choice)
+        energies = None
+        if choice is not None and callback is None and not progress:
+            energies = self._graphs.run(chain, x, choice)
         if energies is None:
-            for step in chain.walk(x, choice=choice, every=self.steps):
-                energies = step.energies
+            every = self.steps if callback is None else every
+            energies = self._walk(chain, x, choice, callback, every, progress)
         chain.check_finite(x, energies)
         return x
 
@@ -411,8 +464,15 @@ class LangevinSampler:
         return self.__dict__ | {"_graphs": Graphs()}  # every copy, even a shallow one, has its own
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
-        return f"{_OP}({type(self.energy).__name__}, {shown})"
+        """The energy, the settings of the chain, and the other settings that are no defaults."""
+        defaults = inspect.signature(LangevinSampler).parameters
+        shown = {
+            name: value
+            for name, value in self.settings().items()
+            if name in ("steps", "step_size", "noise_std") or value != defaults[name].default
+        }
+        energy = getattr(self.energy, "__name__", type(self.energy).__name__)
+        return short_repr(_OP, shown).replace("(", f"({energy}, ", 1)
 
     @_entry
     def explain(self, x0: Any = None) -> str:
@@ -443,6 +503,7 @@ class LangevinSampler:
         x0: Tensor | None,
         *,
         n: int | None = None,
+        shape: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         first_chain: int = 0,
@@ -455,7 +516,7 @@ class LangevinSampler:
 
         Returns the starting state, whether it is a copy of x0 and not x0 itself, and the chain.
         """
-        for name in ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload"):
+        for name in _CALL_ONLY:
             if name in model_kwargs:
                 raise TypeError(
                     f"{_OP}: {name} is an option of a call to the sampler, not of this method"
@@ -466,6 +527,7 @@ class LangevinSampler:
                 f"{_OP}: step_kwargs are not supported with metropolis=True, which compares the "
                 "energies of two steps and needs one function for both"
             )
+        check_model_kwargs(_OP, self.energy, model_kwargs | by_step, _options(), Settings._fields)
         for kwargs in (model_kwargs, by_step):
             for name, value in kwargs.items():
                 if isinstance(value, Tensor) and value.is_inference():
@@ -474,9 +536,11 @@ class LangevinSampler:
             raise ValueError(f"{_OP}: give seed or generator, not both")
         if (x0 is None) == (n is None):
             raise ValueError(f"{_OP}: give either x0 or n")
+        if x0 is not None and shape is not None:
+            raise ValueError(f"{_OP}: shape belongs to chains that n starts; x0 has its own")
         seed = _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
         if x0 is None:
-            x, is_copy = self._initial(n, seed, first_chain), True
+            x, is_copy = self._initial(n, shape, seed, first_chain), True
         else:
             x, is_copy = read_state(_OP, x0, self.energy)
         for name in ("step_size", "noise_std"):
@@ -490,6 +554,30 @@ class LangevinSampler:
         chain = self._chain(seed, first_chain, first_step, noise, model_kwargs, by_step)
         return x, is_copy, chain
 
+    def _walk(
+        self,
+        chain: Chain,
+        x: Tensor,
+        choice: EngineChoice | None,
+        callback: Callable[[int, Tensor], Any] | None,
+        every: int,
+        progress: bool,
+    ) -> Tensor | None:
+        """Runs the chain in place on x and returns the last energies."""
+        energies = None
+        stride = every
+        if progress:  # a bar does not need more than a hundred updates
+            stride = max(1, self.steps // 100)
+            stride = stride if callback is None else math.gcd(every, stride)
+        with step_bar(self.steps) if progress else nullcontext(None) as show:
+            for step in chain.walk(x, choice=choice, every=stride):
+                energies, done = step.energies, step.k + 1
+                if show is not None:
+                    show(done)
+                if callback is not None and (done % every == 0 or done == self.steps):
+                    callback(done, x)
+        return energies
+
     def _begin(self, x: Tensor, is_copy: bool, chain: Chain) -> tuple[Tensor, EngineChoice | None]:
         """The state to change, and the engine, which is chosen while no copy of x0 takes memory."""
         choice = chain.choose(x) if len(x) else None
@@ -497,15 +585,27 @@ class LangevinSampler:
         note(x, chain)
         return x, choice
 
-    def _initial(self, n: Any, seed: int, first_chain: int) -> Tensor:
+    def _initial(self, n: Any, shape: Any, seed: int, first_chain: int) -> Tensor:
         """n states from U(-1, 1), drawn from the seed's stream of initial states."""
-        shape = getattr(self.energy, "shape", None)
+        if shape is None:
+            shape = getattr(self.energy, "shape", None)
+        else:
+            shape = check_sizes(_OP, "shape", shape)
         if shape is None:
             raise ValueError(
-                f"{_OP}: n needs an energy with an attribute shape (one chain's shape); give x0"
+                f"{_OP}: n needs shape, one chain's, such as shape=(3, 32, 32): the energy has no "
+                "attribute of that name; or give x0"
             )
         n = 0 if n == 0 else check_count(_OP, "n", n)
         device = device_of(self.energy)
         if device is not None:
             check_tensors(_OP, self.energy, device)
         return _noise.initial((n, *shape), seed=seed, first_chain=first_chain, device=device)
+
+
+@functools.cache
+def _options() -> frozenset[str]:
+    """The names of the arguments of calls, of :meth:`LangevinSampler.trajectory` too."""
+    methods = (LangevinSampler.__call__, LangevinSampler.trajectory)
+    parameters = [p for m in methods for p in inspect.signature(m).parameters.values()]
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) - {"self"}

@@ -25,6 +25,7 @@ from fastlangevin.arguments import (
 )
 from fastlangevin.kernels import native, reference, triton
 from fastlangevin.kernels.memory import check_injective, check_overlap, in_memory
+from fastlangevin.names import check_name
 
 BACKENDS = ("auto", "native", "triton", "reference")
 _OP = "langevin_step_"
@@ -299,8 +300,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 def check_backend(backend: str) -> None:
     """ValueError unless ``backend`` is "auto" or the name of a backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_name("backend", backend, BACKENDS)
 
 
 def backend_status(device: torch.device) -> dict[str, str | None]:

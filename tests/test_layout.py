@@ -9,7 +9,7 @@ import fastlangevin
 PACKAGE = Path(fastlangevin.__file__).parent
 # From the bottom up. A module imports from its own floor and from those below it.
 FLOORS = [
-    ("_version", "arguments", "kernels", "locks"),
+    ("_version", "arguments", "kernels", "locks", "names", "progress", "reprs"),
     ("distributed", "noise", "energies"),
     ("anneal", "replay", "step"),
     ("gradients",),
@@ -18,7 +18,7 @@ FLOORS = [
     ("explain", "inputs"),
     ("sampler",),
     ("",),  # fastlangevin itself: the list of public names
-    ("bench", "doctor", "learn", "models", "presets", "testing"),
+    ("bench", "doctor", "learn", "models", "presets", "testing", "train_config"),
     ("cli",),
     ("__main__",),
 ]

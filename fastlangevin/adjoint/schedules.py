@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from math import comb
 from typing import NamedTuple
 
+from fastlangevin.names import did_you_mean
+
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 # "auto" gives the states 1 / _SHARE of the free memory; the rest of a training step needs some too.
@@ -150,7 +152,8 @@ def check_checkpoint(op: str, checkpoint: str | int) -> Checkpoint:
         return checkpoint
     budget = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", checkpoint)
     if budget is None:
-        raise ValueError(f"{op}: checkpoint must be {forms}, got {checkpoint!r}")
+        near = did_you_mean(checkpoint, ("none", "step", "auto"))
+        raise ValueError(f"{op}: checkpoint must be {forms}, got {checkpoint!r}{near}")
     number, prefix = budget.groups()
     return Budget(int(float(number) * _UNITS[f"{prefix}B" if prefix else ""]), checkpoint)
 

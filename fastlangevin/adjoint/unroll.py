@@ -39,6 +39,7 @@ from fastlangevin.adjoint.schedules import (
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import Chain
 from fastlangevin.kernels import reference
+from fastlangevin.names import check_name
 
 GRAD_THROUGH = ("exact", "straight")
 _OP = "LangevinSampler"
@@ -66,10 +67,7 @@ def unroll(
     grad_steps = steps if grad_steps is None else check_count(_OP, "grad_steps", grad_steps)
     if grad_steps > steps:
         raise ValueError(f"{_OP}: grad_steps must be at most steps={steps}, got {grad_steps}")
-    if grad_through not in GRAD_THROUGH:
-        raise ValueError(
-            f"{_OP}: grad_through must be one of {', '.join(GRAD_THROUGH)}, got {grad_through!r}"
-        )
+    check_name(f"{_OP}: grad_through", grad_through, GRAD_THROUGH)
     if offload and schedule == "none":
         raise ValueError(
             f'{_OP}: offload stores states in host memory, and checkpoint="none" stores no states'

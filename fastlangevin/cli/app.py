@@ -13,7 +13,8 @@ from fastlangevin.cli.outputs import EXPECTED, Result, error_line, note
 # Each command is a function in a module, both of its name. The function's docstring is its help.
 COMMANDS = {
     "Learn": ("train", "configs", "sweep"),
-    "Use a model": ("sample", "reconstruct", "interpolate", "restore", "transfer", "export"),
+    "Sample": ("sample",),
+    "Use a model": ("reconstruct", "interpolate", "restore", "transfer", "export"),
     "Judge": ("check", "evaluate", "diagnose", "report"),
     "Machine": ("doctor", "bench", "version"),
 }
@@ -21,7 +22,10 @@ NAMES = [name for names in COMMANDS.values() for name in names]
 
 
 def make_app(chosen: str | None = None) -> App:
-    """Build the application; only the chosen command is inspected, so that help is fast."""
+    """Build the application; only what is shown is imported, so that help is fast.
+
+    chosen: the first argument. The list of commands with their summaries is for help alone.
+    """
     app = App(
         name="fastlangevin",
         help="Langevin sampling and short-run MCMC learning of energy-based models.",
@@ -36,8 +40,9 @@ def make_app(chosen: str | None = None) -> App:
         group = Group.create_ordered(title)
         for name in names:
             where = f"fastlangevin.cli.{name}"
-            summary = str(getattr(import_module(where), name).__doc__).split("\n")[0]
-            text, place = None if name == chosen else summary, NAMES.index(name)
+            text, place = None if name == chosen else "", NAMES.index(name)
+            if chosen in (None, *app.help_flags):
+                text = str(getattr(import_module(where), name).__doc__).split("\n")[0]
             app.command(f"{where}:{name}", name=name, group=group, sort_key=place, help=text)
     flags = Group.create_ordered("Help")
     for flag in (*app.help_flags, *app.version_flags):

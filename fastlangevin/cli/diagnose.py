@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from fastlangevin.cli.options import Count, Device, Int, Int2, Int16, Run
-from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.outputs import Result, announce_replacing, check_folder
 
 
 def diagnose(
@@ -28,8 +28,13 @@ def diagnose(
     from fastlangevin.learn.diagnosis.of_run import diagnose_run
     from fastlangevin.learn.run_data import load_training
 
+    if out is not None or run.is_dir():
+        check_folder(out or run)
+
     diagnosed = diagnose_run(
         run, *load_training(run, data), n=n, seed=seed, device=device, averaged=averaged,
         long=long, starts=starts, lags=lags,
     )  # fmt: skip
+    if (folder := out or diagnosed.folder) is not None:
+        announce_replacing(folder / "diagnose.json")
     return Result(diagnosed.text(), diagnosed.save(out))

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import Count, Device, Int, Int8, Run, Timeout
-from fastlangevin.cli.outputs import Result, check_out
+from fastlangevin.cli.options import Count, Device, Flag, Int, Int8, Run, Timeout
+from fastlangevin.cli.outputs import Result, announce_replacing, check_folder, choose_out
 
 
 def evaluate(
@@ -9,6 +9,7 @@ def evaluate(
     reference: Int8 = 2048, noise: list[float] | None = None, quantise: bool = True, k: Count = 3,
     seed: Int = 1, out: Path | None = None, data: str | None = None, images: str | None = None,
     device: Device = "auto", averaged: bool = True, timeout: Timeout = 600.0,
+    overwrite: Flag = False,
 ) -> Result:  # fmt: skip
     """Compare samples with held-out data, noisy data and uniform noise.
 
@@ -34,12 +35,16 @@ def evaluate(
         data: Source of the training images (default: the run's).
         images: Source of the held-out images (default: those that the run held out).
         averaged: Use the moving average of the weights, if there is one.
+        overwrite: Replace the file of --out if it exists.
     """
     from fastlangevin.distributed import join
     from fastlangevin.learn.evaluation.of_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
-    check_out(out)
+    if out is not None:
+        choose_out(out, "", overwrite)
+    elif run.is_dir():
+        check_folder(run)
     if samples is not None and not averaged:
         raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
     with join(device, timeout) as group:
@@ -48,4 +53,8 @@ def evaluate(
             reference=reference, noise=noise or (0.3,), quantise=quantise, k=k, seed=seed,
             device=device, averaged=averaged, group=group,
         )  # fmt: skip
-        return Result(evaluated.text(), evaluated.save(out)) if group.rank == 0 else Result()
+        if group.rank > 0:
+            return Result()
+        if out is None and evaluated.folder is not None:
+            announce_replacing(evaluated.folder / "evaluate.json")
+        return Result(evaluated.text(), evaluated.save(out))

@@ -1,19 +1,21 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import Run
-from fastlangevin.cli.outputs import Result, check_out
+from fastlangevin.cli.options import Flag, Run
+from fastlangevin.cli.outputs import Result, choose_out
 
 
-def export(run: Run, /, *, out: Path = Path("model.safetensors")) -> Result:
+def export(run: Run, /, *, out: Path | None = None, overwrite: Flag = False) -> Result:
     """Write a run's averaged weights and settings as a small checkpoint.
 
     The checkpoint can be sampled from, but training cannot be resumed from it.
 
     Args:
-        out: The file, a .safetensors.
+        out: The file, a .safetensors (default: model.safetensors, or model-2.safetensors, ... if
+            that exists).
+        overwrite: Replace the file if it exists.
     """
     from fastlangevin.learn import checkpoint
 
-    check_out(out, ".safetensors")
+    out = choose_out(out, "model.safetensors", overwrite, ".safetensors")
     checkpoint.export(run, out)
     return Result(files=[out])

@@ -2,11 +2,11 @@ from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Run, ShortFit, belong, more
-from fastlangevin.cli.outputs import Result, check_out, note
+from fastlangevin.cli.outputs import Result, note
 
 
 def interpolate(
-    run: Run, /, *, n: Count = 8, out: Path = Path("interpolated.png"), frames: Count | None = None,
+    run: Run, /, *, n: Count | None = None, out: Path | None = None, frames: Count | None = None,
     images: str | None = None, noise: str = "off", chains: Chains = Chains(),
     fit: Annotated[ShortFit | None, more("Fit (--images)")] = None,
 ) -> Result:  # fmt: skip
@@ -18,15 +18,16 @@ def interpolate(
     how sure it is of the ends and of the frames between them.
 
     Args:
-        n: Number of pairs, 1 or more.
-        out: A .png, a .gif, or a .npy of shape [frames, n, C, H, W].
+        n: Number of pairs, 1 or more (default: 8, or all that there are).
+        out: A .png, a .gif, or a .npy of shape [frames, n, C, H, W] (default:
+            interpolated.png, or interpolated-2.png, ... if that exists).
         frames: Frames of each pair, 2 or more, including the ends (default: 9; 25 in a .gif).
         images: Source of images to interpolate between (default: random starting points).
         noise: Noise in the chain: off, or frozen (always the same).
     """
     from fastlangevin.learn.tasks.of_run import confidence_rows, interpolate_run
 
-    check_out(out, ".png", ".gif", ".npy")
+    out = chains.choose_out(out, "interpolated.png", ".png", ".gif", ".npy")
     if images is None:
         belong(fit or (), "--images")
     elif noise != "off":

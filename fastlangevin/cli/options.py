@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 from typing_extensions import TypedDict
 
-from fastlangevin.cli.outputs import Result, table
+from fastlangevin.cli.outputs import Result, choose_out, table
 
 FRAMES = 50  # most frames of a GIF after the first
 
@@ -50,6 +50,7 @@ class Chains:
         steps: Number of Langevin steps, 1 or more (default: the run's).
         tile: Enlarge small images to about this many pixels per side.
         averaged: Use the moving average of the weights, if there is one.
+        overwrite: Replace the file if it exists.
     """
 
     seed: Int = 0
@@ -57,6 +58,7 @@ class Chains:
     tile: Count = 32
     device: Device = "auto"
     averaged: bool = True
+    overwrite: Flag = False
 
     def load(self, run: Path) -> Any:
         """Load the sampler of a run, a checkpoint or a model in the package."""
@@ -65,6 +67,10 @@ class Chains:
 
         changes: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         return load(run, device=choose_device(self.device), averaged=self.averaged, **changes)
+
+    def choose_out(self, out: Path | None, default: str, *suffixes: str) -> Path:
+        """Return the file to write; see :func:`outputs.choose_out`."""
+        return choose_out(out, default, self.overwrite, *suffixes)
 
     def save(self, result: Any, out: Path, *rows: tuple[str, str]) -> Result:
         """Save the result of a task, and return its rows and ``rows`` as the command's."""
@@ -108,7 +114,7 @@ def more(group: str) -> Parameter:
 
 def settings_options(lists: bool = False) -> Any:
     """Return a TypedDict of the fields of TrainConfig or, with ``lists``, of texts of lists."""
-    from fastlangevin.learn.config import FIELDS, TYPES
+    from fastlangevin.train_config import FIELDS, TYPES
 
     options = {}
     for name, field in FIELDS.items():

@@ -64,10 +64,40 @@ def error_line(error: Exception) -> None:
     Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True, highlight=False)
 
 
-def check_out(out: Path | None, *suffixes: str) -> None:
-    """Raise ValueError if ``out`` is a folder or, given suffixes, has none of them."""
-    if out is not None and suffixes and out.suffix not in suffixes:
+def choose_out(out: Path | None, default: str, overwrite: bool, *suffixes: str) -> Path:
+    """Return the file that a command will write, before its work, so that the work is not lost.
+
+    It is ``out``, or ``default`` if that is None. Without ``overwrite``, a file of that name stays:
+    the default becomes the first of NAME-2, NAME-3, ... that does not exist.
+
+    Raises FileExistsError if ``out`` exists, ValueError for a folder or another suffix than
+    ``suffixes``, and OSError if no file can be written there.
+    """
+    path = Path(default) if out is None else out
+    if suffixes and path.suffix not in suffixes:
         endings = " or ".join(", ".join(suffixes).rsplit(", ", 1))
-        raise ValueError(f"--out must end in {endings}, got {out}")
-    if out is not None and out.is_dir():
-        raise ValueError(f"--out must be a file, got the folder {out}")
+        raise ValueError(f"--out must end in {endings}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {path}")
+    if path.exists() and not overwrite:
+        if out is not None:
+            raise FileExistsError(f"{out} exists; name another --out, or replace it by --overwrite")
+        others = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(2, 10**6))
+        path = next(other for other in others if not other.exists())
+    check_folder(path.parent)
+    return path
+
+
+def announce_replacing(path: Path) -> None:
+    """Print a line if a file is there that a command is about to replace."""
+    if path.exists():
+        note(f"replacing {path}")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError unless files can be written in a folder, which need not exist yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to: no permission in {there}")

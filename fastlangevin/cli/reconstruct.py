@@ -2,11 +2,11 @@ from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, Run, more
-from fastlangevin.cli.outputs import Result, check_out
+from fastlangevin.cli.outputs import Result
 
 
 def reconstruct(
-    run: Run, /, *, n: Count = 16, out: Path = Path("reconstructed.png"), images: str | None = None,
+    run: Run, /, *, n: Count | None = None, out: Path | None = None, images: str | None = None,
     samples: Count = 64, chains: Chains = Chains(), fit: Annotated[Fit | None, more("Fit")] = None,
 ) -> Result:  # fmt: skip
     """Fit starting points whose chains end at held-out images.
@@ -15,14 +15,16 @@ def reconstruct(
     samples.
 
     Args:
-        n: Number of images, 1 or more.
-        out: A .png, or a .npz of images, x, z and error.
-        images: Source of the images (default: those that the run held out).
+        n: Number of images, 1 or more (default: 16, or all if there are fewer).
+        out: A .png, or a .npz of images, x, z and error (default:
+            reconstructed.png, or reconstructed-2.png, ... if that exists).
+        images: Source of the images: a picture, a folder, a file of arrays or a data set (default:
+            those that the run held out).
         samples: Number of random samples, 1 or more; the nearest one is shown for comparison.
     """
     from fastlangevin.learn.tasks.of_run import reconstruct_run
 
-    check_out(out, ".png", ".npz")
+    out = chains.choose_out(out, "reconstructed.png", ".png", ".npz")
     result = reconstruct_run(
         run, chains.load(run), n=n, images=images, samples=samples, seed=chains.seed, **fit or {}
     )

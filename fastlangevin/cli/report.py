@@ -7,7 +7,14 @@ from fastlangevin.cli.diagnose import diagnose
 from fastlangevin.cli.evaluate import evaluate
 from fastlangevin.cli.interpolate import interpolate
 from fastlangevin.cli.options import Chains, Device, Flag, Run
-from fastlangevin.cli.outputs import EXPECTED, Result, error_line, note
+from fastlangevin.cli.outputs import (
+    EXPECTED,
+    Result,
+    announce_replacing,
+    choose_out,
+    error_line,
+    note,
+)
 from fastlangevin.cli.reconstruct import reconstruct
 from fastlangevin.cli.restore import restore
 
@@ -16,8 +23,9 @@ _SHORT: dict[str, Any] = {"n": 8, "fit": {"restarts": 1, "iterations": 100}}
 
 
 def report(
-    run: Run, /, *, out: Path | None = None, compute: Flag = False, device: Device = "auto"
-) -> Result:
+    run: Run, /, *, out: Path | None = None, compute: Flag = False, overwrite: Flag = False,
+    device: Device = "auto",
+) -> Result:  # fmt: skip
     """Write one HTML page: samples, curves, results, diagnosis and settings.
 
     The page needs no other file and no network. Each picture in RUN is shown with the text file of
@@ -26,9 +34,10 @@ def report(
     no curves, but samples, interpolations and short fits of reconstructions, always computed.
 
     Args:
-        out: The page (default: report.html in RUN; in the working directory for a model without a
-            run).
+        out: The page (default: report.html in RUN, which is replaced; for a model without a run,
+            report.html in the working directory, or report-2.html, ... if that exists).
         compute: First compute the results that RUN lacks or has only for other weights.
+        overwrite: Replace the page if it exists.
     """
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.checkpoint import load
@@ -36,6 +45,8 @@ def report(
     from fastlangevin.learn.images import save_grid
     from fastlangevin.learn.run_folder import is_run
 
+    inside = out is None and is_run(run)
+    path = run / "report.html" if inside else choose_out(out, "report.html", overwrite)
     made = None
     with contextlib.ExitStack() as stack:
         if not is_run(run):
@@ -44,7 +55,7 @@ def report(
             save_grid(sampler(n=64, seed=0), made / "samples.png")
         if made or compute:
             _compute(run, made or run, device, compute)
-        path = out or (Path() if made else run) / "report.html"
+        announce_replacing(path)
         write_report(run, path, made)
     return Result(files=[path])
 
@@ -63,7 +74,9 @@ def _compute(run: Path, folder: Path, device: str, everything: bool) -> None:
             continue
         options: dict[str, Any] = {"device": device}
         if path.suffix == ".png":
-            options = {"chains": Chains(**options)}
+            options = {"chains": Chains(**options, overwrite=True)}
+        elif command is evaluate:
+            options["overwrite"] = True
         if command is reconstruct and not everything:
             options |= _SHORT
         note(f"computing {name}")

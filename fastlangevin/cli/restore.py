@@ -2,12 +2,12 @@ from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, Int, Run, belong, given, more
-from fastlangevin.cli.outputs import Result, check_out
+from fastlangevin.cli.outputs import Result
 
 
 def restore(
-    run: Run, /, *, operator: str = "mask", method: str = "posterior", n: Count = 8,
-    answers: Count = 4, out: Path = Path("restored.png"), images: str | None = None,
+    run: Run, /, *, operator: str = "mask", method: str = "posterior", n: Count | None = None,
+    answers: Count = 4, out: Path | None = None, images: str | None = None,
     mask: str | None = None, factor: Int | None = None, sigma: float | None = None,
     zeta: float | None = None, chains: Chains = Chains(),
     fit: Annotated[Fit | None, more("Fit (--method latent)")] = None,
@@ -20,10 +20,12 @@ def restore(
     Args:
         operator: The measurement A: mask, downsample, blur or grey.
         method: Method: posterior, clamped (for masks) or latent.
-        n: Number of images, 1 or more.
+        n: Number of images, 1 or more (default: 8, or all if there are fewer).
         answers: Answers per image, 1 or more.
-        out: A .png, or a .npz of images, y and x of shape [n, answers, C, H, W].
-        images: Source of the images (default: those that the run held out).
+        out: A .png, or a .npz of images, y and x of shape [n, answers, C, H, W] (default:
+            restored.png, or restored-2.png, ... if that exists).
+        images: Source of the images: a picture, a folder, a file of arrays or a data set (default:
+            those that the run held out).
         mask: The mask: box, half, or a picture or .npy in which 0 marks hidden pixels (default:
             box).
         factor: Factor of downsample (default: 2).
@@ -33,7 +35,7 @@ def restore(
     from fastlangevin.learn.tasks.measurements import make_operator
     from fastlangevin.learn.tasks.of_run import restore_run
 
-    check_out(out, ".png", ".npz")
+    out = chains.choose_out(out, "restored.png", ".png", ".npz")
     options = given(mask=mask, factor=factor, sigma=sigma)
     own = {"mask": "mask", "downsample": "factor", "blur": "sigma"}.get(operator)
     belong(options.keys() - {own}, f"another operator than {operator}")

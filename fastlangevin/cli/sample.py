@@ -1,11 +1,11 @@
 from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run, Timeout, belong
-from fastlangevin.cli.outputs import Result, check_out, note
+from fastlangevin.cli.outputs import Result, note
 
 
 def sample(
-    run: Run = Path("digits"), /, *, n: Count = 64, out: Path = Path("samples.png"),
+    run: Run = Path("digits"), /, *, n: Count = 64, out: Path | None = None,
     columns: Count | None = None, per_file: Count | None = None, timeout: Timeout = 600.0,
     chains: Chains = Chains(),
 ) -> Result:  # fmt: skip
@@ -17,20 +17,21 @@ def sample(
     Args:
         n: Number of images, 1 or more.
         out: A .png for a grid, a .gif of the chains, a .npy of shape [n, C, H, W], or a name
-            without an ending for a folder of .npy files.
+            without an ending for a folder of .npy files (default: samples.png, or samples-2.png,
+            ... if that exists).
         columns: Columns of the grid, 1 or more (default: a square grid).
         per_file: Images per file of a folder, and chains that run at a time, 1 or more (default:
             512).
     """
-    if not out.suffix:
+    if out is not None and not out.suffix:
         return _sample_shards(run, n, out, per_file or 512, timeout, chains)
     belong(() if per_file is None else ("per_file",), "a folder of files, a name without an ending")
     from fastlangevin.distributed import read_launch
     from fastlangevin.learn.images import save_arrays, save_gif, save_grid
 
-    check_out(out, ".png", ".gif", ".npy")
     if read_launch().world_size > 1:
         raise ValueError(f"several processes write a folder: --out must have no ending, got {out}")
+    out = chains.choose_out(out, "samples.png", ".png", ".gif", ".npy")
     sampler = chains.load(run)
     if out.suffix == ".gif":
         states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // FRAMES))

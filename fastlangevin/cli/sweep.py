@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from fastlangevin.cli.options import Count, more, settings_options
-from fastlangevin.cli.outputs import Result, note
+from fastlangevin.cli.outputs import Result, check_folder, note
 
 _LISTS = more("Settings: one value each, or several to sweep over, such as 5,10,25")
 
@@ -36,6 +36,7 @@ def sweep(
     from fastlangevin.learn.sweep.run import Run, run_sweep
     from fastlangevin.learn.train import StopRequest
 
+    check_folder(out)
     stop = StopRequest()
     values = {name: parse_values(name, text) for name, text in (lists or {}).items()}
     plan = read_sweep(config, values, seeds, grid)

@@ -1,11 +1,11 @@
 from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run, belong, given
-from fastlangevin.cli.outputs import Result, check_out
+from fastlangevin.cli.outputs import Result
 
 
 def transfer(
-    run: Run, /, *, images: str, n: Count = 8, out: Path = Path("transferred.png"),
+    run: Run, /, *, images: str, n: Count | None = None, out: Path | None = None,
     content: Count | None = None, zeta: float | None = None, style: str | None = None,
     weight: float | None = None, statistics: str | None = None, chains: Chains = Chains(),
 ) -> Result:  # fmt: skip
@@ -15,9 +15,10 @@ def transfer(
     ends of their chains.
 
     Args:
-        images: The source images.
-        n: Number of images, 1 or more.
-        out: A .png, a .gif of the chains, or a .npy of shape [n, C, H, W].
+        images: The source images: a picture, a folder, a file of arrays or a data set.
+        n: Number of images, 1 or more (default: 8, or all if there are fewer).
+        out: A .png, a .gif of the chains, or a .npy of shape [n, C, H, W] (default:
+            transferred.png, or transferred-2.png, ... if that exists).
         content: Preserve the means of the source over squares of this side, 1 or more; 1 preserves
             its pixels.
         zeta: Scale of the content term |A x0 - A x|^2 / zeta^2 (default: |A| sqrt(2 a)).
@@ -27,7 +28,7 @@ def transfer(
     """
     from fastlangevin.learn.tasks.of_run import transfer_images
 
-    check_out(out, ".png", ".gif", ".npy")
+    out = chains.choose_out(out, "transferred.png", ".png", ".gif", ".npy")
     options = given(zeta=zeta, weight=weight, statistics=statistics)
     if content is None:
         belong(options.keys() & {"zeta"}, "--content")

@@ -121,13 +121,12 @@ class PackedEnergy:
         return self.packing.pack("the score", out, (x.shape[0],))
 
 
-def packing_of(x0: Any, energy: Callable[..., Any]) -> Packing | None:
+def packing_of(x0: Any, shapes: Any) -> Packing | None:
     """Return the packing of x0, or None if it is a tensor.
 
-    If x0 is None, the packing is that of the energy's ``shape``, or None if this is no container.
+    If x0 is None, the packing is that of ``shapes``, or None if this is no container of shapes.
     """
     if x0 is None:
-        shapes: Any = getattr(energy, "shape", None)
         keys = _keys(shapes)
         if not keys or not all(isinstance(shapes[key], Sequence) for key in keys):
             return None

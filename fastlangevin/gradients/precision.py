@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastlangevin.locks import in_forked_child, new_rlock
+from fastlangevin.names import did_you_mean
 
 PRECISIONS = (None, "fp32", "tf32", "fp16", "bf16")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,6 +41,7 @@ def check_precision(precision: str | None, device: torch.device | None = None) -
     if precision not in PRECISIONS:
         raise ValueError(
             f'precision must be None, "fp32", "tf32", "fp16" or "bf16", got {precision!r}'
+            f"{did_you_mean(precision, [name for name in PRECISIONS if name])}"
         )
     if device is not None and device.type == "cpu" and precision in ("tf32", "fp16"):
         raise ValueError(f'precision "{precision}" needs a CUDA device; on a CPU use "bf16"')

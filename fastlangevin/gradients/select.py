@@ -23,6 +23,7 @@ from fastlangevin.gradients.timing import step_seconds
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
+from fastlangevin.names import check_name
 
 GRADIENTS = ("auto", "autograd", "explicit", "fused", "network")
 
@@ -41,8 +42,7 @@ class EngineChoice(NamedTuple):
 
 def check_gradient(gradient: str) -> None:
     """Raise ValueError unless the name is that of an engine, or "auto"."""
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    check_name("gradient", gradient, GRADIENTS)
 
 
 def choose_engine(

@@ -16,6 +16,7 @@ from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig, config_names, resolve
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.learner import Images, ShortRunLearner
+from fastlangevin.names import did_you_mean
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
@@ -106,8 +107,11 @@ def find_energy(target: str) -> torch.nn.Module:
     """Return the energy of a config, or the one that module:attribute is or returns."""
     if ":" not in target:
         if target not in config_names():
-            names = ", ".join(config_names())
-            raise ValueError(f"give a config ({names}) or module:attribute, got {target!r}")
+            names = config_names()
+            raise ValueError(
+                f"give a config ({', '.join(names)}) or module:attribute, got {target!r}"
+                f"{did_you_mean(target, names)}"
+            )
         config = resolve(target)
         return build_energy(config, load_data(config))
     module, _, attribute = target.partition(":")
@@ -142,7 +146,13 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # torch's message lists twenty kinds of devices, and not "auto"
+        raise ValueError(
+            f"device must be auto, cpu, cuda or cuda:N, got {name!r}"
+            f"{did_you_mean(name, ('auto', 'cpu', 'cuda'))}"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
     return indexed(device)

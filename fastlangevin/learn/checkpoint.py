@@ -20,6 +20,7 @@ from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import check_file
 from fastlangevin.learn.run_folder import is_run
+from fastlangevin.names import did_you_mean
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
 
@@ -201,7 +202,7 @@ def find_checkpoint(path: str | Path) -> Path:
     what = "holds no checkpoint yet" if path.is_dir() else "does not exist"
     raise FileNotFoundError(
         f"{path} {what} (looked for {path / 'checkpoints'}/*{_SUFFIX}); models that come with the "
-        f"package: {', '.join(models)}"
+        f"package: {', '.join(models)}{did_you_mean(path.name, models)}"
     )
 
 

@@ -1,7 +1,6 @@
 """Training settings: a config, changed by a file and by options, resolved to a TrainConfig."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -9,20 +8,20 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastlangevin._version import __version__
-from fastlangevin.arguments import check_count
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.data.load import SOURCES
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, called, read_text, reading
+from fastlangevin.names import did_you_mean
+from fastlangevin.train_config import FIELDS, TYPES, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,93 +36,6 @@ _MOST_DOTS = 300  # in a line of TOML
 _MOST_NAMED = 20  # unknown settings in an error message
 
 
-def _option(text: str) -> Any:
-    return field(metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All settings of a run. A config states every field; files and options change some."""
-
-    # data
-    data: str | None = _option(
-        "images: digits, mnist5k, fashion-mnist, hub:NAME, or a folder, .npy, .npz or parquet"
-    )
-    size: int | None = _option(
-        "crop and resize the images to this power of two; unset keeps their size"
-    )
-    channels: int | None = _option("convert the images to 1 (grey) or 3 (colour) channels")
-    limit: int | None = _option("use the first LIMIT images only")
-    flip: bool = _option("mirror half of the images")
-    on_corrupt: str = _option("what to do with images that cannot be decoded: error or skip")
-    # energy
-    width: int = _option("channels of the first convolution, the paper's n_f")
-    activation: str = _option("activation: leaky_relu, relu, silu, softplus or elu")
-    leak: float = _option("negative slope of leaky_relu")
-    # chain
-    steps: int = _option("Langevin steps K")
-    step_size: float = _option("step size a, which multiplies the gradient")
-    noise_std: float = _option("standard deviation b of the noise added per step")
-    clamp: tuple[float, float] | None = _option("lower and upper bound of the state, two numbers")
-    grad_clip: float | None = _option("elementwise bound on the gradient")
-    noise_order: str = _option(
-        "when noise is added, relative to the gradient step: after, before or last"
-    )
-    precision: str | None = _option(
-        "precision of the network in the chain: fp32, tf32, fp16 or bf16"
-    )
-    backend: str = _option("backend of the update: auto, native, triton or reference")
-    # learning
-    iterations: int = _option("number of updates of the weights")
-    batch_size: int = _option("images, and chains, per iteration")
-    parts: int = _option(
-        "parts of the batch whose gradients are added in a fixed order, so that up to PARTS "
-        "processes learn the same weights bit for bit"
-    )
-    data_noise: float = _option("standard deviation sigma of the noise on the data")
-    lr: float = _option("Adam's learning rate")
-    beta1: float = _option("Adam's first decay rate")
-    beta2: float = _option("Adam's second decay rate")
-    anneal_start: float = _option(
-        "fraction of the run after which lr and data noise change linearly"
-    )
-    lr_final: float = _option("learning rate at the end")
-    data_noise_final: float = _option("data noise at the end")
-    ema: float | None = _option("decay of a moving average of the weights")
-    buffer_size: int = _option("number of persistent chains; 0 starts every chain from noise")
-    buffer_kind: str = _option(
-        "where chains are stored: where they came from (index), or in place of the oldest (fifo) "
-        "or of random ones (reservoir)"
-    )
-    reinit: float = _option("fraction of persistent chains that restart from noise")
-    max_energy: float = _option("stop the run as diverged if |energy| exceeds this")
-    max_saturation: float = _option(
-        "stop the run as diverged if more than this fraction of the sample elements stays at the "
-        "bounds"
-    )
-    # run
-    seed: int = _option("seed of the weights, the data order and all noise")
-    device: str = _option("where to compute: auto, cpu, cuda or cuda:N")
-    log_every: int = _option("iterations between records")
-    sample_every: int = _option("iterations between sample grids")
-    save_every: int = _option("iterations between checkpoints")
-    samples: int = _option("images in a grid")
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "parts", "log_every", "sample_every", "save_every", "samples"):
-            check_count("train", name, getattr(self, name))
-        for name in ("data_noise", "data_noise_final", "lr", "lr_final", "max_energy"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"train: {name} must be >= 0, got {getattr(self, name)}")
-        for name in ("anneal_start", "reinit", "max_saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"train: {name} must be in [0, 1], got {getattr(self, name)}")
-
-
-FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
-TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
-
-
 def config_names() -> list[str]:
     """Return the names of the configs in the package."""
     return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
@@ -133,11 +45,9 @@ def config_text(name: str) -> str:
     """Return the YAML text of a config in the package, with its comments."""
     names = config_names()
     if name not in names:
-        near = "".join(
-            f"; did you mean {n}?" for n in difflib.get_close_matches(str(name), names, 1)
-        )
         raise ValueError(
-            f"config must be one of {', '.join(names)}, or a file, got {brief(name)}{near}"
+            f"config must be one of {', '.join(names)}, or a file, got {brief(name)}"
+            f"{did_you_mean(name, names)}"
         )
     return (_CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -253,14 +163,17 @@ def _of_file(file: str | Path, error: Exception) -> FileError:
     return FileError(text if text.startswith(str(file)) else f"{file}: {text}")
 
 
+def no_setting(source: str, names: Sequence[Any], known: Collection[str] = FIELDS) -> str:
+    """Return the error text for ``names``, which are none of the ``known`` settings."""
+    text = f"{source}: no setting is called {', '.join(map(called, names[:_MOST_NAMED]))}"
+    hint = did_you_mean(names[0], known) if len(names) == 1 else ""
+    return text + (hint or f"; the settings are {', '.join(known)}")
+
+
 def _cast_all(changes: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Convert settings to the types of their fields; ValueError for an unknown name."""
-    unknown = [called(name) for name in changes if name not in FIELDS]
-    if unknown:
-        raise ValueError(
-            f"{source}: no setting is called {', '.join(unknown[:_MOST_NAMED])}; the settings are "
-            f"{', '.join(FIELDS)}"
-        )
+    if others := [name for name in changes if name not in FIELDS]:
+        raise ValueError(no_setting(source, others))
     return {name: _cast(name, value) for name, value in changes.items()}
 
 

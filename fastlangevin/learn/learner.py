@@ -25,6 +25,7 @@ from fastlangevin.learn.checkpoint import (
 )
 from fastlangevin.learn.shared_buffer import SharedBuffer
 from fastlangevin.learn.split_batch import SplitBatch
+from fastlangevin.names import keywords_checked
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 
@@ -94,6 +95,7 @@ class ShortRunLearner:
     Raises TypeError or ValueError naming the argument. Source: arXiv 1904.09770, algorithm 1.
     """
 
+    @keywords_checked
     def __init__(
         self,
         sampler: LangevinSampler,
@@ -175,6 +177,13 @@ class ShortRunLearner:
                 if ema is None
                 else AveragedModel(self.energy, multi_avg_fn=get_ema_multi_avg_fn(ema))
             )
+
+    def __repr__(self) -> str:
+        data = f"<{len(self.data)} images {list(self.data.shape)}>"
+        return (
+            f"{_OP}({self.sampler!r}, iteration={self.iteration}, data={data}, "
+            f"batch_size={self.batch_size})"
+        )
 
     @property
     def lr(self) -> float:

@@ -73,8 +73,17 @@ def load_held_out(
     )
 
 
-def spaced_images(data: ImageData, n: int, device: torch.device | None, each: int = 1) -> Tensor:
-    """Return n times ``each`` images, spaced evenly over the data, on a device."""
+def spaced_images(
+    data: ImageData, n: int | None, device: torch.device | None, each: int = 1, usual: int = 8
+) -> Tensor:
+    """Return n times ``each`` images, spaced evenly over the data, on a device.
+
+    Without n, these are ``usual`` times ``each`` images, or as many as there are.
+    """
+    if len(data) < each:
+        raise ValueError(f"images must be {each} or more, got {len(data)}: {data.name}")
+    if n is None:
+        n = max(1, min(usual, len(data) // each))
     if n * each > len(data):
         most = f"{len(data) // each}" + (f", of {each} images each" if each > 1 else "")
         raise ValueError(f"n must be at most {most}, the images of {data.name}, got {n}")

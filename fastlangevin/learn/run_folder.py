@@ -115,7 +115,7 @@ def only_writer(out: Path) -> Iterator[None]:
             warnings.warn(
                 f"train: {out} cannot be locked ({error.strerror or error}); two processes must "
                 "not train in this folder at the same time",
-                stacklevel=7,
+                stacklevel=8,
             )
         yield
     finally:

@@ -37,6 +37,7 @@ from fastlangevin.learn.run_folder import (
     remove_leftovers,
     remove_run,
 )
+from fastlangevin.names import keywords_checked
 
 # The newest checkpoint, and the previous one in case the newest is damaged. Each holds the weights
 # four times (with their average and Adam's two moments) and the buffer.
@@ -52,6 +53,7 @@ class StopRequest:
         self.signal: int | None = None
 
 
+@keywords_checked
 def train(
     config: TrainConfig,
     out: str | Path,
@@ -303,7 +305,7 @@ def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> 
         newer.replace(aside)
         warnings.warn(
             f"train: {reason}; it is now {aside.name}, and the run continues from {path}",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

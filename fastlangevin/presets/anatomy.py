@@ -7,12 +7,14 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.gradients.network import device_of
+from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.presets.common import Randomness, Samplers, check_finite, random_keywords
 from fastlangevin.sampler import Diagnostics, LangevinSampler
 
 INITS = ("persistent", "data", "uniform", "gaussian")
 
 
+@keywords_checked
 def anatomy(
     f: Callable[..., Tensor],
     config: Mapping[str, Any],
@@ -41,10 +43,7 @@ def anatomy(
 
     def start(init_type: str, seed: int, first_chain: int) -> tuple[Tensor, Tensor | None]:
         """(x0, its slots in s_t_0 or None)."""
-        if init_type not in INITS:
-            raise ValueError(
-                f"anatomy: init_type must be one of {', '.join(INITS)}, got {init_type!r}"
-            )
+        check_name("anatomy: init_type", init_type, INITS)
         device = device_of(f)
         if init_type == "uniform":
             return _noise.initial(shape, seed=seed, first_chain=first_chain, device=device), None
@@ -87,6 +86,7 @@ def anatomy(
     return sample_s_t
 
 
+@keywords_checked
 def anatomy_eval(
     f: Callable[..., Tensor], config: Mapping[str, Any], x_s_t_0: Tensor
 ) -> Callable[..., tuple[Tensor, ...]]:

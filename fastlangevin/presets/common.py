@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import GradClip
 from fastlangevin.gradients.network import modules_of
+from fastlangevin.names import unknown_keyword
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import langevin_step_
 
@@ -47,6 +48,9 @@ def random_keywords(call: Callable[..., T]) -> Callable[..., T]:
         first_chain: int = 0,
         **kwargs: Any,
     ) -> T:
+        for name in kwargs:
+            if name not in names:
+                raise unknown_keyword(call.__qualname__.partition(".")[0], name, names)
         random = Randomness(take_seed(seed, generator), noise, first_chain)
         return call(*args, random=random, **kwargs)
 
@@ -54,6 +58,7 @@ def random_keywords(call: Callable[..., T]) -> Callable[..., T]:
     shown = [p for p in signature.parameters.values() if p.name != "random"]
     added = inspect.signature(with_keywords, follow_wrapped=False).parameters.values()
     shown += [p for p in added if p.kind is p.KEYWORD_ONLY]
+    names = [p.name for p in shown if p.name != "self"]
     with_keywords.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return with_keywords
 

@@ -14,6 +14,7 @@ from fastlangevin.arguments import (
     check_number,
     check_schedule,
 )
+from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import Randomness, Samplers, random_keywords
 from fastlangevin.sampler import LangevinSampler
 
@@ -30,6 +31,7 @@ class ebmkit:  # lower case, like all presets
     returned, in float32. Source: ebmkit 0.16.0, ebm/samplers/langevin.py.
     """
 
+    @keywords_checked
     def __init__(
         self,
         step_size: Schedule = 1e-2,

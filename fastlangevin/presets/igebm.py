@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlangevin.arguments import GradClip, check_count
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.untouched import left_as_found
+from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import (
     Randomness,
     Samplers,
@@ -25,6 +26,7 @@ from fastlangevin.presets.common import (
 from fastlangevin.sampler import LangevinSampler
 
 
+@keywords_checked
 def igebm(
     model: Callable[..., Tensor], step_size: float = 10, sample_step: int = 60
 ) -> Callable[..., Tensor]:
@@ -54,6 +56,7 @@ def igebm(
     return sample
 
 
+@keywords_checked
 def openai_igebm(
     model: Callable[..., Tensor],
     *,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import fastlangevin.noise as _noise
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.network import device_of
+from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import (
     Randomness,
     Samplers,
@@ -21,6 +22,7 @@ from fastlangevin.presets.common import (
 from fastlangevin.replay import check_numbers, write_last
 
 
+@keywords_checked
 def jem(
     args: Any, device: Any = None, *, shape: Sequence[int] = (3, 32, 32)
 ) -> Callable[..., Tensor]:
@@ -68,6 +70,7 @@ def jem(
     return sample_q
 
 
+@keywords_checked
 def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[..., Tensor]:
     """JEM++'s ``sample_q(f, replay_buffer, y=None, n_steps=10, in_steps=10, args, save=True)``.
 

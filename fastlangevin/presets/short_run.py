@@ -6,9 +6,11 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.gradients.network import device_of
+from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import Randomness, Samplers, random_keywords
 
 
+@keywords_checked
 def short_run(
     f: Callable[..., Tensor], shape: Sequence[int] = (3, 32, 32), m: int = 64
 ) -> Callable[..., Tensor]:

@@ -11,6 +11,7 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_clamp, check_number
 from fastlangevin.gradients.network import call_network, device_of
 from fastlangevin.gradients.untouched import left_as_found
+from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import Randomness, Samplers, random_keywords
 from fastlangevin.sampler import LangevinSampler
 
@@ -37,6 +38,7 @@ class torchebm(nn.Module):  # lower case, like all presets
 
     _device_marker: Tensor
 
+    @keywords_checked
     def __init__(
         self,
         model: Callable[..., Tensor],

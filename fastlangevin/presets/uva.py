@@ -7,6 +7,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.gradients.network import device_of
+from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import (
     Randomness,
     Samplers,
@@ -38,6 +39,7 @@ class uva:  # lower case, like all presets
     Source: phlippe/uvadlc_notebooks, tutorial 8, cell 5.
     """
 
+    @keywords_checked
     def __init__(
         self,
         model: Callable[..., Tensor],

@@ -28,7 +28,7 @@ def plain(text: str) -> str:
 def test_help_groups_the_commands_by_use(flag: str | None, command: Command) -> None:
     text = command(*([flag] if flag else [])).stdout
     titles = re.findall(r"^╭─ (.*?) ─", text, re.MULTILINE)
-    assert titles == ["Learn", "Use a model", "Judge", "Machine", "Help"]
+    assert titles == ["Learn", "Sample", "Use a model", "Judge", "Machine", "Help"]
     lines = [line.strip("│ ").split(maxsplit=1) for line in text.splitlines() if line[:1] == "│"]
     assert [line[0] for line in lines] == [*NAMES, "--help", "--version"]
     for line in lines[: len(NAMES)]:
@@ -37,7 +37,9 @@ def test_help_groups_the_commands_by_use(flag: str | None, command: Command) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["-h"], [], ["--version"], ["version"], ["sample", "--help"]]
+    "arguments",
+    [["--help"], ["-h"], [], ["--version"], ["version"], *([name, "-h"] for name in NAMES)],
+    ids=" ".join,
 )
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     program = (

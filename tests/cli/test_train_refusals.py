@@ -36,7 +36,7 @@ BAD_OPTIONS = [
     (["--config", "list.yaml"], "list.yaml must hold settings by name, got list"),
     (
         ["--config", "unknown.yaml"],
-        "unknown.yaml: no setting is called widht; the settings are ",
+        r"unknown.yaml: no setting is called widht; did you mean width\?",
     ),
     (["--config", "type.yaml"], r"clamp must be .*, got \['a', 'b'\]"),
 ]

@@ -79,7 +79,7 @@ CALLS = [
     ({"x0": X0.to("meta")}, ValueError, "x0 is on meta, the energy on cpu"),
     ({"x0": None}, ValueError, "give either x0 or n"),
     ({"n": 4}, ValueError, "give either x0 or n"),
-    ({"x0": None, "n": 4}, ValueError, "n needs an energy with an attribute shape"),
+    ({"x0": None, "n": 4}, ValueError, "n needs shape, one chain's"),
     ({"seed": -1}, ValueError, r"seed must be in \[0, 2\*\*64\), got -1"),
     ({"seed": 2**64}, ValueError, "seed must be in"),
     ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),

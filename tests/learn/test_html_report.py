@@ -240,7 +240,7 @@ def test_a_model_alone(
         ("small.safetensors", "Model small", "iteration 20 of 20"),
         (checkpoint, "Model 00000010", "iteration 10 of 20"),
     ):
-        found = command(model, "--device", "cpu")
+        found = command(model, "--device", "cpu", "--overwrite")
         assert found.exit_code == 0, found.output
         assert found.stdout.strip() == "report.html"
         page = Page(Path("report.html").read_text("utf-8"))
@@ -255,7 +255,7 @@ def test_a_model_alone(
     assert sorted(run.rglob("*")) == before
     tensors, info = read_checkpoint(checkpoint)
     save_checkpoint(tmp_path / "own.safetensors", tensors, info | {"config": None})
-    found = command("own.safetensors", "--device", "cpu")
+    found = command("own.safetensors", "--device", "cpu", "--overwrite")
     assert found.exit_code == 0, found.output
     assert found.stderr.count("it names no data") == 2
     page = Page(Path("report.html").read_text("utf-8"))

@@ -78,7 +78,7 @@ def collect(
     if skipped:
         warnings.warn(
             f"load_images: skipped {len(skipped)} corrupt image(s), the first is {skipped[0]}",
-            stacklevel=5,  # the caller of load_images
+            stacklevel=6,  # the caller of load_images
         )
     labelled = None not in labels
     return writer.finish(), np.array(labels, dtype=np.int64) if labelled else None

@@ -26,11 +26,13 @@ from fastlangevin.learn.data.arrays import (
 )
 from fastlangevin.learn.data.collect import collect
 from fastlangevin.learn.data.pictures import (
+    EXTENSIONS,
     ColourFoundError,
     Item,
     PictureSource,
     convert_array,
     decode,
+    open_file,
     open_folder,
     open_hub,
     open_parquet,
@@ -38,6 +40,8 @@ from fastlangevin.learn.data.pictures import (
 from fastlangevin.learn.data.shards import SAMPLES, read_shards
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, check_inside, cut, reading
+from fastlangevin.names import check_name, did_you_mean, keywords_checked
+from fastlangevin.reprs import short_repr
 
 SOURCES = ("digits", "fashion-mnist", "mnist5k")
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
@@ -55,6 +59,9 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def __repr__(self) -> str:
+        return short_repr("ImageData", vars(self))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -119,6 +126,7 @@ def spread(data: ImageData, most: int) -> ImageData:
     return replace(data, pixels=data.pixels[rows], labels=labels)
 
 
+@keywords_checked
 def load_images(
     source: str | PathLike[str],
     *,
@@ -145,6 +153,7 @@ def load_images(
             - A folder of idx files, or of parquet files whose names start with ``split``.
             - A folder that holds only subfolders named train, test and so on; ``split`` selects
               one.
+            - One picture.
             - A .parquet file with a column img or image and optionally a column label.
             - A .npy or .npz file of [N, H, W], [N, H, W, C] or [N, C, H, W], as uint8 or as float
               in [0, 1], or in [-1, 1] if any value is negative. A .npz holds the images as images,
@@ -178,8 +187,7 @@ def load_images(
         check_count("load_images", "limit", limit)
     if channels not in (None, 1, 3):
         raise ValueError(f"load_images: channels must be 1, 3 or None, got {channels}")
-    if on_corrupt not in ("error", "skip"):
-        raise ValueError(f'load_images: on_corrupt must be "error" or "skip", got {on_corrupt!r}')
+    check_name("load_images: on_corrupt", on_corrupt, ("error", "skip"))
     opened = _open(source, split, limit)
     if isinstance(opened, ArraySource):
         return _from_array(opened, size, channels, limit, bounded)
@@ -201,6 +209,7 @@ def _open(
         raise FileNotFoundError(
             f"load_images: {brief(str(source))} is neither an existing path nor one of "
             f'{", ".join(SOURCES)} or "hub:owner/name"; looked for {cut(str(path.absolute()))}'
+            f"{did_you_mean(source, SOURCES)}"
         )
     _only_train(split, source)
     if source == "digits":
@@ -213,7 +222,12 @@ def _open(
         return read_npz(path)
     if path.suffix == ".parquet":
         return open_parquet([path], path.stem)
-    raise ValueError(f"load_images: a file must be .npy, .npz or .parquet, got {path}")
+    if path.suffix.lower() in EXTENSIONS:
+        return open_file(path)
+    raise ValueError(
+        f"load_images: a file must be .npy, .npz, .parquet or a picture ({' '.join(EXTENSIONS)}), "
+        f"got {path}"
+    )
 
 
 def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | PictureSource:

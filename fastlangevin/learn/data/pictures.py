@@ -27,7 +27,7 @@ from fastlangevin.learn.reading import (
     require,
 )
 
-_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _IMAGE_COLUMNS = ("img", "image")
 _BATCH_ROWS = 64
 _MOST_LINKED = 1000  # folders entered through links, because a few links can make any number
@@ -77,7 +77,7 @@ def open_folder(folder: Path) -> PictureSource:
         parts = sorted(path.relative_to(folder).parts for path in _pictures(folder))
     if not parts:
         raise FileError(
-            f"{folder} holds no images; looked for {' '.join(_EXTENSIONS)}, *.parquet and idx files"
+            f"{folder} holds no images; looked for {' '.join(EXTENSIONS)}, *.parquet and idx files"
         )
     labelled = all(len(path) > 1 for path in parts)
     classes = {name: label for label, name in enumerate(sorted({path[0] for path in parts}))}
@@ -88,6 +88,12 @@ def open_folder(folder: Path) -> PictureSource:
             yield Item(str(file), file, classes[path[0]] if labelled else None)
 
     return PictureSource(folder.name, len(parts), items)
+
+
+def open_file(path: Path) -> PictureSource:
+    """Open one picture; FileError if it is not a regular file."""
+    check_file(path)
+    return PictureSource(path.name, 1, lambda: [Item(str(path), path, None)])
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
@@ -110,7 +116,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
                 if linked > _MOST_LINKED:
                     raise FileError(f"{path} is a link beyond the first {_MOST_LINKED} to folders")
                 pending.append((path, (*above, real)))
-            elif path.suffix.lower() in _EXTENSIONS:
+            elif path.suffix.lower() in EXTENSIONS:
                 check_file(path)
                 yield path
 

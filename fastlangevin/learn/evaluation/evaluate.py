@@ -20,6 +20,7 @@ from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation import metrics
 from fastlangevin.learn.evaluation.features import BATCH, Features, quantise
+from fastlangevin.names import check_name
 
 FORMAT = "fastlangevin evaluation"
 _BLOCK = 2048
@@ -95,8 +96,8 @@ def evaluate(
     check_count("evaluate", "reference", reference)
     check_count("evaluate", "k", k)
     check_count("evaluate", "neighbours", neighbours)
-    if held_out is not None and held_out not in sets:
-        raise ValueError(f"evaluate: held_out must be one of {', '.join(sets)}, got {held_out!r}")
+    if held_out is not None:
+        check_name("evaluate: held_out", held_out, sets)
     if not sets:
         raise ValueError("evaluate: sets must hold a set of images, got none")
     for name, images in sets.items():

@@ -15,6 +15,7 @@ from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.evaluation.efficientnet import EfficientNetLite0
 from fastlangevin.learn.reading import check_file, reading
+from fastlangevin.names import did_you_mean
 
 NAMES = ("pixels", "classifier", "efficientnet-lite0", "inception")
 BATCH = 32  # images per call of an extractor
@@ -97,7 +98,10 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
         yours = _users(name, device)
         yours(train.batch(range(min(2, len(train)))).to(device))  # fails before any work is done
         return yours
-    raise ValueError(f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}")
+    raise ValueError(
+        f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}"
+        f"{did_you_mean(name, NAMES)}"
+    )
 
 
 def quantise(images: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastlangevin.learn.bounded_yaml import parse_yaml
-from fastlangevin.learn.config import FIELDS, TrainConfig, read_config, resolve
+from fastlangevin.learn.config import FIELDS, TrainConfig, no_setting, read_config, resolve
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.reading import brief, called
+from fastlangevin.learn.reading import brief
 
 VERSION = 1
 # lr and data_noise change linearly to a final value during a run. A sweep scales both values.
@@ -62,10 +62,7 @@ class Sweep:
         cast: dict[str, list[Any]] = {}
         for name, values in self.axes.items():
             if name not in FIELDS:
-                raise ValueError(
-                    f"sweep: no setting is called {called(name)}; the settings are "
-                    f"{', '.join(FIELDS)}"
-                )
+                raise ValueError(no_setting("sweep", [name]))
             if name == "seed":
                 raise ValueError("sweep: seed cannot be an axis; set seeds, the number per point")
             if isinstance(values, str) or not isinstance(values, Sequence):
@@ -162,10 +159,8 @@ def read_sweep(
     grid = of_file[1] if grid is None else grid
     for name in changes:
         if name not in FIELDS:
-            names = ", ".join([*FIELDS, "axes", "seeds", "grid", "config"])
-            raise FileError(
-                f"{config}: no setting is called {called(name)}; the settings are {names}"
-            )
+            known = [*FIELDS, "axes", "seeds", "grid", "config"]
+            raise FileError(no_setting(str(config), [name], known))
     for name, values in (lists or {}).items():
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastlangevin.arguments import check_positive
 from fastlangevin.learn.tasks.measurements import Mask, Operator
+from fastlangevin.names import check_name
 from fastlangevin.sampler import LangevinSampler
 
 STATISTICS = ("gram", "mean-std")
@@ -80,10 +81,7 @@ class StyleTerm(nn.Module):
                 f"more, got {type(network).__name__}"
             )
         self.weight = check_positive("StyleTerm", "weight", weight)
-        if statistics not in STATISTICS:
-            raise ValueError(
-                f"StyleTerm: statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}"
-            )
+        check_name("StyleTerm: statistics", statistics, STATISTICS)
         shape = getattr(network, "shape", style.shape[1:])
         if style.shape[1:] != shape or len(style) == 0:
             raise ValueError(

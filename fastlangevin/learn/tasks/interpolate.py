@@ -7,9 +7,11 @@ from torch import Tensor
 
 from fastlangevin.arguments import check_count
 from fastlangevin.learn.tasks.reconstruct import check_tensor, with_noise
+from fastlangevin.names import keywords_checked
 from fastlangevin.sampler import LangevinSampler
 
 
+@keywords_checked
 def interpolate(
     sampler: LangevinSampler,
     z1: Tensor,

@@ -16,6 +16,7 @@ from fastlangevin.learn.data.arrays import map_npy
 from fastlangevin.learn.data.pictures import ALPHA_MODES, GREY_MODES, open_picture, read_picture
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import cut, reading
+from fastlangevin.names import check_name, did_you_mean
 
 Operator = Callable[[Tensor], Tensor]
 OPERATORS = ("mask", "downsample", "blur", "grey")
@@ -124,8 +125,7 @@ def make_operator(
     Raises FileNotFoundError, FileError for a file that is not a mask, or ValueError naming what
     does not fit.
     """
-    if name not in OPERATORS:
-        raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {name!r}")
+    check_name("operator", name, OPERATORS)
     operators: dict[str, Callable[[], Operator]] = {
         "mask": lambda: Mask(_read_mask(mask, shape)),
         "downsample": lambda: Downsample(factor),
@@ -151,7 +151,9 @@ def _read_mask(name: str, shape: tuple[int, ...]) -> Tensor:
     try:
         values = map_npy(path) if path.suffix == ".npy" else _read_picture(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"mask must be box, half or a file, got {name!r}") from None
+        raise FileNotFoundError(
+            f"mask must be box, half or a file, got {name!r}{did_you_mean(name, ('box', 'half'))}"
+        ) from None
     if values.size > math.prod(shape):
         raise FileError(f"{name} must be a mask {list(shape[-2:])}, got {list(values.shape)}")
     if values.dtype.kind not in "biuf" or not np.isfinite(values).all():

@@ -61,7 +61,7 @@ def reconstruct_run(
     run: str | Path,
     sampler: LangevinSampler,
     *,
-    n: int = 16,
+    n: int | None = None,
     images: str | None = None,
     samples: int = 64,
     seed: int = 0,
@@ -69,9 +69,11 @@ def reconstruct_run(
 ) -> Reconstruction:
     """Reconstruct n images that a run held out, or n images of the source ``images``.
 
+    n: number of images (default: 16, or all of the source if it has fewer).
+
     fit: options of :func:`reconstruct`.
     """
-    source, truth = _held_out(run, sampler, images, n)
+    source, truth = _held_out(run, sampler, images, n, usual=16)
     best = reconstruct(sampler, truth, seed=seed, **fit).best()
     drawn = sampler(n=samples, seed=seed)
     error, nearest = _squares(truth[:, None], drawn[None]).min(1)
@@ -107,7 +109,7 @@ def interpolate_run(
     run: str | Path,
     sampler: LangevinSampler,
     *,
-    n: int = 8,
+    n: int | None = None,
     frames: int = 9,
     images: str | None = None,
     noise: str = "off",
@@ -116,14 +118,17 @@ def interpolate_run(
 ) -> Interpolation:
     """Interpolate between n pairs of random starts, or of starts fitted to images.
 
+    n: number of pairs (default: 8, or as many as the source of the images has).
+
     images: source of 2 n images to fit starts to, with the options ``fit`` of :func:`reconstruct`.
     noise: as for :func:`interpolate`.
     """
     run_config(run)  # refuses a checkpoint without data before any work
-    shape = (2 * n, *_shape(sampler))
-    z = _noise.initial(shape, seed=seed, device=device_of(sampler.energy))
     source = error = None
-    if images is not None:
+    if images is None:
+        shape = (2 * (8 if n is None else n), *_shape(sampler))
+        z = _noise.initial(shape, seed=seed, device=device_of(sampler.energy))
+    else:
         source, truth = _held_out(run, sampler, images, n, each=2)
         best = reconstruct(sampler, truth, seed=seed, **fit).best()
         z, error = best.z, float(best.error.mean())
@@ -204,12 +209,14 @@ def restore_run(
     sampler: LangevinSampler,
     operator: Operator,
     *,
-    n: int = 8,
+    n: int | None = None,
     images: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Restoration:
     """Measure n images that a run held out, or n images of the source ``images``; restore them.
+
+    n: number of images (default: 8, or all of the source if it has fewer).
 
     options: those of :func:`restore`.
     """
@@ -251,7 +258,7 @@ def transfer_images(
     sampler: LangevinSampler,
     images: str,
     *,
-    n: int = 8,
+    n: int | None = None,
     content: int | None = None,
     style: str | None = None,
     frames: int = 1,
@@ -259,6 +266,8 @@ def transfer_images(
     **guidance: Any,
 ) -> Transferred:
     """Run the chains of ``sampler`` from n images of the source ``images``.
+
+    n: number of images (default: 8, or all of the source if it has fewer).
 
     content: side of the squares whose means are held; 1 holds the pixels.
     style: source of images whose statistics guide the chains.
@@ -291,13 +300,18 @@ def transfer_images(
 
 
 def _held_out(
-    run: str | Path, sampler: LangevinSampler, source: str | None, n: int, each: int = 1
+    run: str | Path,
+    sampler: LangevinSampler,
+    source: str | None,
+    n: int | None,
+    each: int = 1,
+    usual: int = 8,
 ) -> tuple[str, Tensor]:
     """Return the name of the held-out images, and n times ``each`` of them."""
     config = run_config(run)
     with suggesting("images", source):
         data = load_held_out(config, _shape(sampler), source)
-    return data.name, spaced_images(data, n, device_of(sampler.energy), each)
+    return data.name, spaced_images(data, n, device_of(sampler.energy), each, usual)
 
 
 def _shape(sampler: LangevinSampler) -> tuple[int, int, int]:

@@ -12,6 +12,8 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_positive
 from fastlangevin.gradients.network import modules_of
 from fastlangevin.learn.tasks.measurements import Operator, check_operator, identity
+from fastlangevin.names import check_name, keywords_checked
+from fastlangevin.reprs import short_repr
 from fastlangevin.sampler import LangevinSampler
 
 OPTIMIZERS = ("adam", "gd")
@@ -26,6 +28,9 @@ class Fit(NamedTuple):
     z: Tensor  #: the starts, in the support [-1, 1] of p0
     error: Tensor  #: [n, restarts], means over elements of (y - A M(z))^2
 
+    def __repr__(self) -> str:
+        return short_repr("Fit", self._asdict())
+
     def best(self) -> "Fit":
         """Return the restart with the smallest error for each image: [n, ...]."""
         rows = torch.arange(len(self.error), dtype=torch.int64, device=self.x.device)
@@ -34,6 +39,7 @@ class Fit(NamedTuple):
 
 
 @torch.inference_mode(False)  # the caller's inference mode would disable gradients
+@keywords_checked
 def reconstruct(
     sampler: LangevinSampler,
     images: Tensor,
@@ -78,8 +84,8 @@ def reconstruct(
     op = "reconstruct"
     check_count(op, "restarts", restarts)
     check_count(op, "iterations", iterations)
-    _check_name(op, "optimizer", optimizer, OPTIMIZERS)
-    _check_name(op, "grad_through", grad_through, ("exact", "straight"))
+    check_name(f"{op}: optimizer", optimizer, OPTIMIZERS)
+    check_name(f"{op}: grad_through", grad_through, ("exact", "straight"))
     lr = check_positive(op, "lr", _RATES[optimizer] if lr is None else lr)
     quiet = with_noise(op, sampler, noise)
     if report is not None and not callable(report):
@@ -117,7 +123,7 @@ def reconstruct(
 
 def with_noise(op: str, sampler: LangevinSampler, noise: str) -> LangevinSampler:
     """Return the sampler itself for "frozen" noise, or a sampler without noise for "off"."""
-    _check_name(op, "noise", noise, NOISES)
+    check_name(f"{op}: noise", noise, NOISES)
     if noise == "frozen":
         return sampler
     return LangevinSampler(sampler.energy, **sampler.settings() | {"noise_std": 0.0})
@@ -190,8 +196,3 @@ def _better(best: Fit, fit: Fit) -> Fit:
     wide = better.view(-1, *[1] * (fit.x.ndim - 1))
     x, z = torch.where(wide, fit.x, best.x), torch.where(wide, fit.z, best.z)
     return Fit(x, z, torch.where(better, fit.error, best.error))
-
-
-def _check_name(op: str, name: str, value: str, names: tuple[str, ...]) -> None:
-    if value not in names:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(names)}, got {value!r}")

@@ -17,6 +17,8 @@ from fastlangevin.learn.tasks.reconstruct import (
     reconstruct,
     starts,
 )
+from fastlangevin.names import check_name, did_you_mean
+from fastlangevin.reprs import short_repr
 from fastlangevin.sampler import LangevinSampler
 
 METHODS = ("posterior", "clamped", "latent")
@@ -33,6 +35,9 @@ class Restored(NamedTuple):
 
     x: Tensor  #: [n, answers, C, H, W]
     residual: Tensor  #: [n, answers], means over elements of (y - A x)^2
+
+    def __repr__(self) -> str:
+        return short_repr("Restored", self._asdict())
 
 
 def restore(
@@ -66,8 +71,7 @@ def restore(
     is not finite.
     """
     op = "restore"
-    if method not in METHODS:
-        raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_name(f"{op}: method", method, METHODS)
     if method == "clamped" and not isinstance(operator, Mask):
         raise ValueError(
             f'{op}: method "clamped" holds known pixels, so operator must be a Mask, '
@@ -76,10 +80,11 @@ def restore(
     if method != "posterior" and zeta is not None:
         raise ValueError(f'{op}: zeta belongs to method "posterior", got method={method!r}')
     options = {"posterior": ("zeta",), "clamped": (), "latent": FIT}[method]
+    names = {*options, *inspect.signature(restore).parameters} - {"fit"}
     if others := [name for name in fit if name not in options]:
         raise TypeError(
             f'{op}: method "{method}" has no option {", ".join(others)}; it takes '
-            f"{', '.join(options) or 'none'}"
+            f"{', '.join(options) or 'none'}{did_you_mean(others[0], names)}"
         )
     check_count(op, "answers", answers)
     shape = image_shape(op, sampler, y, "y")

@@ -8,6 +8,7 @@ from fastlangevin.learn.tasks.guidance import StyleTerm, with_term
 from fastlangevin.learn.tasks.measurements import Operator, check_operator, identity
 from fastlangevin.learn.tasks.reconstruct import check_measurements, image_shape
 from fastlangevin.learn.tasks.restore import with_data
+from fastlangevin.names import keywords_checked
 from fastlangevin.sampler import LangevinSampler
 
 
@@ -24,6 +25,7 @@ def transfer(sampler: LangevinSampler, images: Tensor, *, seed: int = 0, **guida
     return guide(sampler, images, **guidance)(images, seed=seed)
 
 
+@keywords_checked
 def guide(
     sampler: LangevinSampler,
     images: Tensor,

@@ -229,7 +229,9 @@ def test_unknown_sources(tmp_path, monkeypatch):
         load_images("digts")
     assert str(tmp_path / "digts") in str(error.value)
     (tmp_path / "a.zip").touch()
-    with pytest.raises(ValueError, match=r"must be \.npy, \.npz or \.parquet, got a\.zip"):
+    with pytest.raises(
+        ValueError, match=r"must be \.npy, \.npz, \.parquet or a picture .*, got a\.zip"
+    ):
         load_images("a.zip")
     # A name stands before a path, a path object is a path.
     write_png(tmp_path / "digits" / "0.png", noise(4, 5))

@@ -322,7 +322,7 @@ def test_samples_from_files(command: Any, tmp_path: Path) -> None:
     figures = {}
     common = ("--n", "60", "--features", "pixels", "--reference", "100", "--out")
     for samples in ((), ("--samples", "x.npy"), ("--samples", "x.npz"), ("--samples", "pictures")):
-        found = command("digits", *samples, *common, "a.json")
+        found = command("digits", *samples, *common, "a.json", "--overwrite")
         assert found.exit_code == 0, found.output
         record = json.loads((tmp_path / "a.json").read_text())
         assert record["samples"] == (samples[1] if samples else None)

@@ -30,7 +30,8 @@ def _light() -> Iterator[None]:
     ("axes", "message"),
     [
         ({}, "no field is swept"),
-        ({"depth": [1]}, "no setting is called depth"),
+        ({"zzz": [1]}, "no setting is called zzz; the settings are data, "),
+        ({"stpes": [1, 2]}, r"no setting is called stpes; did you mean steps\?$"),
         ({"seed": [1, 2]}, "seed cannot be an axis"),
         ({"steps": []}, "steps must have one value or more"),
         ({"steps": 5}, "steps must have a list of values, got 5"),
@@ -64,7 +65,8 @@ def test_every_point_is_checked_before_any_work(axes: Any, message: str, tmp_pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"depth": 5}, "plan.yaml: no setting is called depth"),
+        ({"zzz": 5}, "plan.yaml: no setting is called zzz; the settings are data, "),
+        ({"sedes": 5}, r"plan.yaml: no setting is called sedes; did you mean seeds\?$"),
         ({"axes": [1, 2]}, "plan.yaml: axes must hold lists"),
         ({"axes": {"steps": [1, 2]}, "seeds": 0}, "seeds must be at least 1"),
         ({"axes": {"steps": [1, 2]}, "grid": "yes please"}, "grid must be true or false"),

@@ -262,7 +262,7 @@ def test_transfer_command_warns_of_chains_that_left_the_images(command: Any, run
     options = ("--images", "digits", "--n", 3, "--style", "digits.npy", "--out", "a.npy")
     np.save("digits.npy", np.zeros((2, 8, 8), np.uint8))
     for weight in (1e-3, 1e4):
-        result = command("transfer", run, *options, "--weight", weight)
+        result = command("transfer", run, *options, "--weight", weight, "--overwrite")
         assert result.exit_code == 0, result.output
         reached = np.abs(np.load("a.npy")).max()
         warned = f"warning: chains ended at up to {reached:.3g}, but images lie in [-1, 1]"
