@@ -161,7 +161,9 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "torchebm", "fastlangevin")},
+        # The package's metadata leave out the build, as in 2.11.0+cu130.
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "torchebm", "fastlangevin")},
         # GIT_COMMIT is for copies of the tree without its history.
         "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
         "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),

@@ -187,6 +187,11 @@ def test_report_draws(load, results, tmp_path):
     assert b"<svg" in first
 
 
+def test_a_result_names_the_build_of_torch(load, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert load("timing").machine()["torch"] == "2.11.0+cu130"
+
+
 def test_step_runs_and_writes_what_it_promises(load, tmp_path, monkeypatch, threads):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with torch.random.fork_rng([]):
