@@ -243,14 +243,30 @@ def test_chains_are_timed_beside_the_papers_loop_and_reported(load, tmp_path):
     assert "**CUDA**: not measured." in text
 
 
-def test_a_score_off_the_loops_gradient_is_not_timed(load, monkeypatch):
+def test_a_chain_off_float64_is_timed_and_its_row_says_that_it_differs(load, monkeypatch):
     chain = load("chain")
-    case = chain.Case(2, 4, 8, CPU)
-    chain.check(case)
-    right = chain.plain_loop
-    monkeypatch.setattr(chain, "plain_loop", lambda *args: right(*args) + 1.0)
-    with pytest.raises(SystemExit, match="autograd is off the loop's gradient"):
-        chain.check(case)
+    case, names = chain.Case(2, 4, 8, CPU), ["autograd fp32", "explicit fp32"]
+
+    def rows():
+        found = chain.measure(case, 1, 0.01, False, names)
+        assert [row["variant"] for row in found] == [chain.PAPER, *names]
+        assert all(row["seconds"]["median"] > 0 for row in found)
+        return found
+
+    right = rows()
+    assert [row.get("differs") for row in right] == [None, False, False]
+    assert all(0 < row["deviation"] < 1e-5 for row in right[1:])
+    sampler = chain.fl.LangevinSampler
+
+    def rough(energy, *args, gradient, **options):
+        run = sampler(energy, *args, gradient=gradient, **options)
+        return (lambda x, seed: run(x, seed=seed) * 1.01) if gradient == "explicit" else run
+
+    monkeypatch.setattr(chain.fl, "LangevinSampler", rough)
+    wrong = rows()
+    assert [row.get("differs") for row in wrong] == [None, False, True]
+    assert "differs by" in load("report_chain").speed(wrong[2])
+    assert "differs" not in load("report_chain").speed(wrong[1])
 
 
 @pytest.mark.slow
