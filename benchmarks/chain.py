@@ -12,7 +12,6 @@ whether it differs by more than its precision explains.
 import argparse
 import functools
 import importlib.util
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,7 +149,7 @@ def measure(
         except (RuntimeError, ValueError) as error:
             errors[name] = str(error)
             del runs[name]
-    samplers = {name: _timed(run, case.device) for name, run in runs.items()}
+    samplers = {name: timing.timed(run, case.device) for name, run in runs.items()}
     seconds = timing.interleave(samplers, timing.rounds_within(samplers, budget, 5, 100))
     graph = recognise(case.energy(), case.states())
     assert not isinstance(graph, str), graph
@@ -226,22 +225,6 @@ def peak_bytes(run: Callable[[], Any]) -> int:
             allocated += event.nbytes()
             peak = max(peak, allocated)
     return peak
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> timing.Sampler:
-    """Time a whole chain as users call it, without capturing it in a CUDA graph."""
-
-    def wait() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def sample() -> float:
-        begin = wait()
-        run()
-        return wait() - begin
-
-    return sample
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

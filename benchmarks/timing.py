@@ -91,6 +91,22 @@ def _cuda_sampler(steps: Sequence[Callable[[], Any]], least: float) -> Sampler:
     return lambda: run(loops)
 
 
+def timed(run: Callable[[], Any], device: torch.device) -> Sampler:
+    """Return a function that times ``run`` as users call it, without a CUDA graph around it."""
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def sample() -> float:
+        begin = wait()
+        run()
+        return wait() - begin
+
+    return sample
+
+
 def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int]:
     """Capture the steps in a CUDA graph. Returns its replay function and its number of steps.
 

@@ -57,13 +57,13 @@ def matrix_rate(device: torch.device, precision: str | None, threads: int) -> fl
         precision = "tf32"
     rates = []
     for dtype in {torch.float32, HALVES.get(precision or "", torch.float32)}:
-        a, b = (operand(size, dtype, device, seed) for seed in range(2))
+        a, b = (_operand(size, dtype, device, seed) for seed in range(2))
         with network_precision(precision, device):
             rates.append(2 * size**3 / _best(functools.partial(torch.mm, a, b), device))
     return max(rates)
 
 
-def operand(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+def _operand(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     """Return a square matrix of normal random numbers, without use of torch's own generators."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(size, size, generator=generator, dtype=torch.float32, device=device).to(
