@@ -160,7 +160,7 @@ int main() {
 }
 END
     if ! { "$nvcc" -arch="sm_$architecture" -o "$folder/probe" "$folder/probe.cu" &&
-        timeout 30 "$1" --error-exitcode 9 "$folder/probe"; } >"$folder/said" 2>&1; then
+        timeout 10 "$1" --error-exitcode 9 "$folder/probe"; } >"$folder/said" 2>&1; then
         echo "it fails on a trivial program: $(grep -m 1 -i 'error\|not supported' "$folder/said")"
     fi
     cat "$folder/said" >>"$log"
@@ -171,7 +171,7 @@ stage limits 15 "$python" -m benchmarks.limits "${device[@]}" --out "$out"
 
 # The build beside the compilation of the fused engine's kernels, which needs no extension.
 if [ -z "$dry" ]; then
-    "$python" -m benchmarks.fused_step "${device[@]}" --widths 64 32 --precisions fp16 tf32 \
+    setsid "$python" -m benchmarks.fused_step "${device[@]}" --widths 64 32 --precisions fp16 tf32 \
         >"$out/triton-cache.log" 2>&1 &
     filling=$!
 fi
@@ -179,7 +179,7 @@ FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$archit
     device_stage build 75 "$python" -m pip install -e . --no-build-isolation --no-deps
 if [ -z "$dry" ]; then
     stage triton-cache 20 tail --pid="$filling" -f /dev/null # waits for the rest of it
-    kill "$filling" 2>/dev/null
+    kill -- "-$filling" 2>/dev/null # with its workers
     if ! wait "$filling"; then
         echo "triton-cache: FAILED; see $out/triton-cache.log"
         record triton-cache "failed or cut" 0
@@ -232,7 +232,7 @@ if [ -n "$dry" ] || [ -n "$profiler" ]; then
     # One line per kernel and metric: time, bytes from memory and from L2, and the tensor pipe.
     device_stage profile 35 "${profiler:-ncu}" --csv --log-file "$out/ncu.csv" --metrics \
 "gpu__time_duration.sum,dram__bytes.sum,lts__t_bytes.sum,\
-sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active" \
+sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active" \
         "$python" -m benchmarks.fused_step --widths 64 --precisions fp16
 else
     echo "profile: not run, ncu not found"
