@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.fused_step import engine, odd, paper
+from benchmarks.fused_step import BATCH, NETS, engine
 from benchmarks.sanitize import DTYPES, SHAPES, options
 from fastlangevin.kernels import native, triton
 
@@ -60,8 +60,7 @@ def checks(device: torch.device, quick: bool) -> Iterator[tuple[str, float, Chec
         for shape, dtype in cases[:1] if quick else cases:
             yield f"native {list(shape)} {dtype}", 0.0, lambda s=shape, d=dtype: bits(s, d, device)
     if triton.available(device) is None:
-        nets = {"paper": (paper, (3, 8, 8)), "odd": (odd, (2, 9, 7))}
-        for (name, (make, shape)), precision in itertools.product(nets.items(), LIMITS):
+        for (name, (make, shape)), precision in itertools.product(NETS.items(), LIMITS):
             if quick and (name, precision) != ("paper", "fp32"):
                 continue
             if precision == "bf16" and device.type == "cpu":
@@ -99,7 +98,7 @@ def deviation(energy: nn.Module, shape: tuple[int, ...], precision: str) -> floa
     """The error of the fused gradient, relative to the norm of the one in float64."""
     device = next(energy.parameters()).device
     generator = torch.Generator().manual_seed(1)
-    x = (2 * torch.rand((5, *shape), generator=generator) - 1).to(device)
+    x = (2 * torch.rand((BATCH, *shape), generator=generator) - 1).to(device)
     _, grad = engine(energy, shape, len(x), precision)(x, want_energies=True)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(energy.double()(leaf).sum(), leaf)

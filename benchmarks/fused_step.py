@@ -1,6 +1,6 @@
 """Take one step of the paper's networks in the GPU's fused engine, in one process per network.
 
-    python -m benchmarks.fused_step [--widths 64 32] [--precisions fp16 tf32] [--quick]
+    python -m benchmarks.fused_step [--widths 64 32] [--precisions fp16 tf32] [--odd] [--quick]
 
 The processes compile at the same time and leave the kernels in Triton's cache, where later
 benchmarks find them. A profiler can be run on one width and precision, which then need no other
@@ -9,15 +9,17 @@ process. Without a GPU, the kernels are interpreted if TRITON_INTERPRET=1.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from torch import nn
 
 import fastlangevin as fl
 from fastlangevin.gradients.fused_gpu import FusedGradient
+from fastlangevin.gradients.fused_gpu_plan import DTYPES
 from fastlangevin.gradients.graph.conv_stack import ConvStack, conv_stack
 from fastlangevin.gradients.graph.record import recognise
 
@@ -29,17 +31,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 32])
     parser.add_argument("--precisions", nargs="+", default=["fp16", "tf32"])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--odd", action="store_true", help="also the networks of device_checks")
     parser.add_argument("--quick", action="store_true", help="one tiny network")
     options = parser.parse_args(arguments)
-    jobs = [(w, p, options.device) for w in options.widths for p in options.precisions]
+    device = options.device
+    jobs: list[tuple[Any, ...]] = [
+        (step, w, p, device) for w in options.widths for p in options.precisions
+    ]
+    if options.odd:
+        jobs += [(odd_step, name, p, device) for name in NETS for p in DTYPES]
     if options.quick:
-        jobs = [(2, options.precisions[0], options.device)]
+        jobs = [(step, 2, options.precisions[0], device)]
     if len(jobs) == 1:
-        print(step(*jobs[0]))
+        run, *values = jobs[0]
+        print(run(*values))
         return
     failed = False
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("spawn")) as pool:
-        futures = {pool.submit(step, *job): job for job in jobs}
+        futures = {pool.submit(*job): job[1:] for job in jobs}
         for future in as_completed(futures):
             error = future.exception()
             failed |= error is not None
@@ -59,6 +68,18 @@ def step(width: int, precision: str, device: str) -> str:
     if not bool(torch.isfinite(x).all()):
         raise AssertionError(f"width {width}, {precision}: the state is not finite")
     return f"width {width}, {precision}: {score.plan()}"
+
+
+def odd_step(name: str, precision: str, device: str) -> str:
+    """Take a step with one of NETS, and compute its gradient and energies alone."""
+    make, shape = NETS[name]
+    x = torch.rand(BATCH, *shape, device=device)
+    score = engine(make().to(device), shape, BATCH, precision)
+    score(x, want_energies=True)
+    score.step_(x, want_energies=True, **OPTIONS)
+    if not bool(torch.isfinite(x).all()):
+        raise AssertionError(f"{name}, {precision}: the state is not finite")
+    return f"{name}, {precision}: {score.plan()}"
 
 
 def engine(energy: nn.Module, shape: tuple[int, ...], batch: int, precision: str) -> FusedGradient:
@@ -90,6 +111,13 @@ def odd() -> nn.Module:
         nn.Flatten(),
         nn.Linear(7 * 4 * 2, 1),
     )
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "paper": (paper, (3, 8, 8)),
+    "odd": (odd, (2, 9, 7)),
+}
+BATCH = 5  # of these networks
 
 
 if __name__ == "__main__":

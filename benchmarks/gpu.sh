@@ -172,7 +172,7 @@ stage limits 15 "$python" -m benchmarks.limits "${device[@]}" --out "$out"
 # The build beside the compilation of the fused engine's kernels, which needs no extension.
 if [ -z "$dry" ]; then
     setsid "$python" -m benchmarks.fused_step "${device[@]}" --widths 64 32 --precisions fp16 tf32 \
-        >"$out/triton-cache.log" 2>&1 &
+        --odd >"$out/triton-cache.log" 2>&1 &
     filling=$!
 fi
 FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \

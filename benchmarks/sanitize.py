@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.fused_step import OPTIONS, engine, odd, paper
+from benchmarks.fused_step import NETS, odd_step
 from fastlangevin.kernels import extension, triton
 from fastlangevin.kernels.philox import Address
 from fastlangevin.step import backend_status, resolve_backend
@@ -78,16 +78,10 @@ def steps(run: Callable[..., Tensor], device: torch.device) -> int:
 
 def fused_steps(device: torch.device) -> int:
     """Take a step of the fused engine with smooth networks of odd sizes; returns their number."""
-    count = 0
-    for make, shape in ((paper, (3, 8, 8)), (odd, (2, 9, 7))):
-        for precision in ("fp32", "tf32", "fp16"):
-            x = torch.randn(3, *shape, device=device)
-            score = engine(make().to(device), shape, len(x), precision)
-            score.step_(x, want_energies=True, **OPTIONS)
-            if not bool(torch.isfinite(x).all()):
-                raise AssertionError(f"fused {precision}: not finite on {list(x.shape)}")
-            count += 1
-    return count
+    chosen = list(itertools.product(NETS, ("fp32", "tf32", "fp16")))
+    for name, precision in chosen:
+        odd_step(name, precision, str(device))
+    return len(chosen)
 
 
 def tensors(
