@@ -1,21 +1,35 @@
 #!/usr/bin/env bash
-# Builds, tests, sanitizes and benchmarks on a CUDA machine, in ten minutes and without a network:
+# Builds, checks, tests, sanitizes and benchmarks on a CUDA machine, in eight minutes and without a
+# network:
 #
 #     benchmarks/gpu.sh OUT
+#     benchmarks/gpu.sh --dry-run OUT
 #
 # Installs this checkout (editable) into the environment of $PYTHON, by default python3, which must
 # hold a CUDA build of torch with triton; numpy, safetensors, pillow, pyyaml, rich, scikit-learn and
-# cyclopts; pytest, pytest-benchmark and, for the fuzz, hypothesis; pip, setuptools >= 77, cmake, ninja
-# and pybind11. It also needs nvcc and a C++ compiler, and uses compute-sanitizer if it works. Writes
-# gpu.log, tests.xml, chain-cuda.json, step-cuda.json, pytest-benchmark.json and summary.md to OUT.
-# A failed stage does not stop the others. The exit status is 1 if a stage failed, and 2 if nothing
-# could be run.
+# cyclopts; pytest, pytest-benchmark and, for tests in parallel, pytest-xdist; pip, setuptools >= 77,
+# cmake, ninja and pybind11. It also needs nvcc and a C++ compiler, and uses compute-sanitizer and
+# ncu if they work.
+#
+# Every stage writes its results to OUT as it goes, and is stopped at its own time limit; a failed
+# stage does not stop the others. The stages that matter most come first. OUT/stages.tsv has a line
+# for each with its status and seconds, and OUT/gpu.log what they printed. The exit status is 1 if a
+# stage failed, and 2 if nothing could be run.
+#
+# --dry-run needs no GPU. Each stage runs in its smallest form on the CPU, with Triton's kernels
+# interpreted, or is only printed if it has none (build, ncu, learning); a program or a file that a
+# command names and that is missing is a failure.
 set -uo pipefail
 
-BUDGET=570 # seconds in all
+BUDGET=480 # seconds in all
 
+dry=
+if [ "${1:-}" = --dry-run ]; then
+    dry=yes
+    shift
+fi
 if [ $# -ne 1 ]; then
-    echo "usage: benchmarks/gpu.sh OUT" >&2
+    echo "usage: benchmarks/gpu.sh [--dry-run] OUT" >&2
     exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -28,45 +42,104 @@ python=$python_folder/$(basename "$python")
 export PATH=$python_folder:$PATH
 log=$out/gpu.log
 : >"$log"
+: >"$out/stages.tsv"
 failed=()
 
-architecture=$("$python" -c '
+if [ -n "$dry" ]; then
+    architecture=90
+    device=(--device cpu --quick)
+    export TRITON_INTERPRET=1
+else
+    architecture=$("$python" -c '
 import torch
 if not torch.cuda.is_available():
     raise SystemExit("torch sees no CUDA device")
 print("{}{}".format(*torch.cuda.get_device_capability()))' 2>>"$log")
-if [ -z "$architecture" ]; then
-    echo "gpu.sh: no CUDA device: $(tail -n 1 "$log")" >&2
-    exit 2
+    if [ -z "$architecture" ]; then
+        echo "gpu.sh: no CUDA device: $(tail -n 1 "$log")" >&2
+        exit 2
+    fi
+    device=(--device cuda)
+    # Triton must compile its kernels here and not interpret them.
+    unset TRITON_INTERPRET
 fi
+
+# Prints each file and module that a command names and that does not exist.
+missing() { # COMMAND...
+    local word before=
+    for word in "$@"; do
+        case $before in
+        -m) case $word in
+            benchmarks.*)
+                local file=${word//.//}
+                [ -f "$file.py" ] || [ -f "$file/__main__.py" ] || echo "no module $word"
+                ;;
+            esac ;;
+        *) case $word in
+            tests/*) [ -e "${word%%::*}" ] || echo "no file $word" ;;
+            esac ;;
+        esac
+        before=$word
+    done
+}
+
+record() { # NAME STATUS SECONDS
+    printf '%s\t%s\t%s\n' "$@" >>"$out/stages.tsv"
+    case $2 in passed | printed | "not run"*) ;; *) failed+=("$1") ;; esac
+}
 
 stage() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) status first
     shift 2
-    if [ "$left" -lt 5 ]; then
+    if [ -z "$dry" ] && [ "$left" -lt 5 ]; then
         echo "$name: not run, no time left"
-        failed+=("$name")
+        record "$name" "no time left" 0
         return
     fi
     [ "$limit" -le "$left" ] || limit=$left
+    [ -z "$dry" ] || limit=300
     echo "=== $name: $*" >>"$log"
     first=$(wc -l <"$log")
-    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
-    status=$?
+    missing "$@" >>"$log"
+    if [ "$(wc -l <"$log")" -ne "$first" ]; then
+        status=127
+    else
+        timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+        status=$?
+    fi
     if [ $status -eq 0 ]; then
         echo "$name: passed in $((SECONDS - start)) s"
+        record "$name" passed $((SECONDS - start))
         return
     fi
     [ $status -ne 124 ] || echo "stopped after $limit s" >>"$log"
     echo "$name: FAILED ($status) after $((SECONDS - start)) s; the end of its output:"
     tail -n +"$((first + 1))" "$log" | tail -n 25
-    failed+=("$name")
+    record "$name" "failed ($status)" $((SECONDS - start))
 }
 
-find_sanitizer() {
-    command -v compute-sanitizer && return
+# A stage that has no form without a GPU.
+device_stage() { # NAME SECONDS COMMAND...
+    if [ -z "$dry" ]; then
+        stage "$@"
+        return
+    fi
+    local name=$1 wrong
+    shift 2
+    wrong=$(missing "$@")
+    echo "$name: would run $*"
+    if [ -n "$wrong" ]; then
+        echo "$name: FAILED: $wrong"
+        record "$name" "failed (127)" 0
+    else
+        record "$name" printed 0
+    fi
+}
+
+find_tool() { # NAME
+    command -v "$1" && return
     local candidate
-    for candidate in "${CUDA_HOME:-/usr/local/cuda}"/{bin,compute-sanitizer}/compute-sanitizer; do
+    for candidate in "${CUDA_HOME:-/usr/local/cuda}"/{bin,compute-sanitizer}/"$1"; do
         [ ! -x "$candidate" ] || { echo "$candidate" && return; }
     done
 }
@@ -87,53 +160,106 @@ int main() {
 }
 END
     if ! { "$nvcc" -arch="sm_$architecture" -o "$folder/probe" "$folder/probe.cu" &&
-        timeout 30 "$1" --error-exitcode 9 "$folder/probe"; } >"$folder/said" 2>&1; then
+        timeout 10 "$1" --error-exitcode 9 "$folder/probe"; } >"$folder/said" 2>&1; then
         echo "it fails on a trivial program: $(grep -m 1 -i 'error\|not supported' "$folder/said")"
     fi
     cat "$folder/said" >>"$log"
     rm -r "$folder"
 }
 
-# Triton must compile its kernels here and not interpret them.
-unset TRITON_INTERPRET
+stage limits 15 "$python" -m benchmarks.limits "${device[@]}" --out "$out"
 
-FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
-    stage build 150 "$python" -m pip install -e . --no-build-isolation --no-deps
-# The tests of what runs on the device and of its references; the other tests need no device.
-stage tests 240 "$python" -m pytest --junitxml="$out/tests.xml" tests/kernels/test_cuda.py \
-    tests/kernels/test_triton_conv.py tests/kernels/test_triton.py tests/kernels/test_dispatch.py \
-    tests/core/test_noise.py tests/core/test_step*.py tests/kernels/test_native.py \
-    tests/kernels/test_fuzz.py
-
-stage chains 150 "$python" -m benchmarks.chain --device cuda --out "$out" --seconds 3
-stage steps 120 "$python" -m benchmarks.step --device cuda --out "$out" --seconds 0.3
-# The variants timed above, at the most common size.
-stage pytest-benchmark 75 "$python" -m pytest benchmarks -k "64x3x32x32-fp32-contiguous" \
-    --benchmark-json="$out/pytest-benchmark.json" --benchmark-max-time=0.2
-
-# After the benchmarks, which come first if time is short.
-sanitizer=$(find_sanitizer)
-reason=$(why_no_sanitizer "$sanitizer")
-if [ -z "$reason" ]; then
-    # First without the sanitizer, under which Triton's compiler would be much slower.
-    stage kernels 90 "$python" -m benchmarks.sanitize
+# The build beside the compilation of the fused engine's kernels, which needs no extension.
+if [ -z "$dry" ]; then
+    setsid "$python" -m benchmarks.fused_step "${device[@]}" --widths 64 32 --precisions fp16 tf32 \
+        --odd >"$out/triton-cache.log" 2>&1 &
+    filling=$!
 fi
-for tool in memcheck racecheck initcheck; do
-    if [ -z "$reason" ]; then
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 90 \
-            "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.sanitize
-    else
-        echo "$tool: not run, $reason"
+FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
+    device_stage build 75 "$python" -m pip install -e . --no-build-isolation --no-deps
+if [ -z "$dry" ]; then
+    stage triton-cache 20 tail --pid="$filling" -f /dev/null # waits for the rest of it
+    kill -- "-$filling" 2>/dev/null # with its workers
+    if ! wait "$filling"; then
+        echo "triton-cache: FAILED; see $out/triton-cache.log"
+        record triton-cache "failed or cut" 0
     fi
-done
+else
+    stage triton-cache 20 "$python" -m benchmarks.fused_step "${device[@]}" --precisions fp16
+fi
+
+stage checks 20 "$python" -m benchmarks.device_checks "${device[@]}" --out "$out"
+
+# The tests of what runs on the device. Each prints its line as it ends, for a run that is cut.
+several=()
+if [ -z "$dry" ] && "$python" -c 'import xdist' 2>>"$log"; then several=(-n 8); fi
+only=()
+[ -z "$dry" ] || only=(--collect-only)
+breaks_a_capture=tests/kernels/test_cuda.py::test_a_failed_recording_leaves_torch_as_it_was
+stage tests 70 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${only[@]}" \
+    --junitxml="$out/tests.xml" --deselect "$breaks_a_capture" tests/kernels/test_cuda.py \
+    tests/kernels/test_triton_conv.py tests/kernels/test_triton.py
+# Alone and last, since a capture that fails may leave its process in an unknown state.
+stage failed-capture 15 "$python" -m pytest -v -p no:cacheprovider "${only[@]}" "$breaks_a_capture"
+
+if [ -n "$dry" ]; then
+    stage memcheck 25 "$python" -m benchmarks.sanitize --device cpu
+    device_stage racecheck 25 "$python" -m benchmarks.sanitize
+else
+    sanitizer=$(find_tool compute-sanitizer)
+    reason=$(why_no_sanitizer "$sanitizer")
+    # First without the sanitizer, under which Triton's compiler would be much slower.
+    [ -n "$reason" ] || stage kernels 15 "$python" -m benchmarks.sanitize
+    for tool in memcheck racecheck; do
+        if [ -z "$reason" ]; then
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 25 \
+                "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.sanitize
+        else
+            echo "$tool: not run, $reason"
+            record "$tool" "not run: $reason" 0
+        fi
+    done
+fi
+
+# The paper's loop beside these, at batch 64: widths 64, 32 and, if time is left, 128.
+chosen=(--only batch-64 --seconds 10
+    --variants "explicit tf32" "fused tf32" "explicit fp16" "fused fp16")
+[ -z "$dry" ] || chosen=(--variants "explicit fp32")
+stage chains 75 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
+
+profiler=$(find_tool ncu)
+if [ -n "$dry" ] || [ -n "$profiler" ]; then
+    # One line per kernel and metric: time, bytes from memory and from L2, and the tensor pipe.
+    device_stage profile 35 "${profiler:-ncu}" --csv --log-file "$out/ncu.csv" --metrics \
+"gpu__time_duration.sum,dram__bytes.sum,lts__t_bytes.sum,\
+sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active" \
+        "$python" -m benchmarks.fused_step --widths 64 --precisions fp16
+else
+    echo "profile: not run, ncu not found"
+    record profile "not run: ncu not found" 0
+fi
+
+# Steps of every size in float32 beside a copy of as many bytes.
+chosen=(--only fp32-contiguous --seconds 0.3 --no-compile)
+[ -z "$dry" ] || chosen=()
+stage steps 30 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
+stage chain-memory 30 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
+# In all the time that is left. A run that is stopped saves a checkpoint.
+if [ -n "$dry" ] || [ -d "${FASTLANGEVIN_DATA:-data}/cifar10" ]; then
+    device_stage learning "$BUDGET" "$python" -m fastlangevin train --config paper-cifar10 \
+        --out "$out/cifar10" --width 32 --iterations 300
+else
+    echo "learning: not run, no CIFAR-10 in \$FASTLANGEVIN_DATA"
+    record learning "not run: no data" 0
+fi
 
 results=()
-for file in "$out"/{chain,step}-cuda.json; do
+for file in "$out"/{chain,step,chain_memory}-*.json; do
     [ ! -f "$file" ] || results+=("$file")
 done
 if [ ${#results[@]} -ne 0 ]; then
-    "$python" -m benchmarks.report "${results[@]}" >"$out/summary.md"
-    "$python" -m benchmarks.report --short "${results[@]}"
+    "$python" -m benchmarks.report "${results[@]}" >"$out/summary.md" 2>>"$log"
+    [ -n "$dry" ] || "$python" -m benchmarks.report --short "${results[@]}"
 fi
 if [ ${#failed[@]} -ne 0 ]; then
     echo "gpu.sh: FAILED after $SECONDS s: ${failed[*]}; see $log"

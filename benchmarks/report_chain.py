@@ -41,7 +41,8 @@ def label(name: str) -> str:
 def speed(row: Row | None) -> str:
     if row is None or "error" in row:
         return MISSING if row is None else "no"
-    return f"{number(1e3 * row['seconds']['median'])} ({row['speedup']['median']:.2f}x)"
+    differs = f", differs by {row['deviation']:.0e}" if row.get("differs") else ""
+    return f"{number(1e3 * row['seconds']['median'])} ({row['speedup']['median']:.2f}x{differs})"
 
 
 def peak(row: Row | None) -> str:

@@ -2,6 +2,8 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python -m benchmarks.sanitize
 
+Without --device cuda, the convolution kernels run only if TRITON_INTERPRET=1.
+
 Set PYTORCH_NO_CUDA_MEMORY_CACHING=1. Otherwise tensors are adjacent in torch's memory pools, where
 an access beyond a tensor is no error. The numbers themselves are checked by the tests.
 """
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.fused_step import NETS, odd_step
 from fastlangevin.kernels import extension, triton
 from fastlangevin.kernels.philox import Address
 from fastlangevin.step import backend_status, resolve_backend
@@ -73,6 +76,14 @@ def steps(run: Callable[..., Tensor], device: torch.device) -> int:
     return count
 
 
+def fused_steps(device: torch.device) -> int:
+    """Take a step of the fused engine with smooth networks of odd sizes; returns their number."""
+    chosen = list(itertools.product(NETS, ("fp32", "tf32", "fp16")))
+    for name, precision in chosen:
+        odd_step(name, precision, str(device))
+    return len(chosen)
+
+
 def tensors(
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -93,6 +104,8 @@ def main() -> None:
             print(f"{name}: {steps(resolve_backend(name, device), device)} steps", flush=True)
         else:
             print(f"{name}: cannot run: {reason}")
+    if kernels["triton"] is None:
+        print(f"fused: {fused_steps(device)} steps", flush=True)
     if all(kernels.values()):
         raise SystemExit(f"sanitize: no kernels run on {device}")
     makers = {"native": extension, "triton": triton}

@@ -91,6 +91,22 @@ def _cuda_sampler(steps: Sequence[Callable[[], Any]], least: float) -> Sampler:
     return lambda: run(loops)
 
 
+def timed(run: Callable[[], Any], device: torch.device) -> Sampler:
+    """Return a function that times ``run`` as users call it, without a CUDA graph around it."""
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def sample() -> float:
+        begin = wait()
+        run()
+        return wait() - begin
+
+    return sample
+
+
 def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int]:
     """Capture the steps in a CUDA graph. Returns its replay function and its number of steps.
 
@@ -161,7 +177,9 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "torchebm", "fastlangevin")},
+        # The package's metadata leave out the build, as in 2.11.0+cu130.
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "torchebm", "fastlangevin")},
         # GIT_COMMIT is for copies of the tree without its history.
         "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
         "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),

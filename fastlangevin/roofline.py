@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.precision import HALVES
+from fastlangevin.gradients.precision import HALVES, network_precision
 
 
 class Cost(NamedTuple):
@@ -46,25 +46,42 @@ def cost(graph: Graph) -> Cost:
 def matrix_rate(device: torch.device, precision: str | None, threads: int) -> float:
     """Return the FLOP/s of torch's product of two square matrices, the best of several runs.
 
-    In a half precision, float32 counts too if it is faster, since some CPUs lack bfloat16. The rate
-    is measured once per set of arguments. ``threads`` is torch's number of threads, on which the
-    rate depends; it is not set here.
+    The matrices hold random numbers: constant ones switch fewer transistors, so that GPUs and AMX
+    run faster on them than on any real data. In a half precision, float32 counts too if it is
+    faster, since some CPUs lack bfloat16. On CUDA None is TF32, torch's default for convolutions.
+    The rate is measured once per set of arguments. ``threads`` is torch's number of threads, on
+    which the rate depends; it is not set here.
     """
     size = 1024 if device.type == "cpu" else 8192
+    if device.type == "cuda" and precision is None:
+        precision = "tf32"
     rates = []
     for dtype in {torch.float32, HALVES.get(precision or "", torch.float32)}:
-        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-        rates.append(2 * size**3 / _best(functools.partial(torch.mm, a, b), device))
+        a, b = (_operand(size, dtype, device, seed) for seed in range(2))
+        with network_precision(precision, device):
+            rates.append(2 * size**3 / _best(functools.partial(torch.mm, a, b), device))
     return max(rates)
+
+
+def _operand(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """Return a square matrix of normal random numbers, without use of torch's own generators."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(size, size, generator=generator, dtype=torch.float32, device=device).to(
+        dtype
+    )
 
 
 @functools.lru_cache
 def copy_bandwidth(device: torch.device, threads: int) -> float:
-    """Return the bytes/s that a copy of 64 MiB reads and writes, the best of several runs.
+    """Return the bytes/s that a copy reads and writes, the best of several runs.
 
-    The bandwidth is measured once per set of arguments.
+    It copies 64 MiB, or eight times a GPU's L2 cache. The bandwidth is measured once per set of
+    arguments.
     """
-    source = torch.ones(2**26, dtype=torch.uint8, device=device)
+    size = 2**26
+    if device.type == "cuda":
+        size = max(size, 8 * torch.cuda.get_device_properties(device).L2_cache_size)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _best(lambda: target.copy_(source), device)
 

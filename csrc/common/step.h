@@ -4,7 +4,8 @@
 //     x <- clamp(x + s a clip(g)) + b z               noise_last
 //
 // It is computed in float32 for every storage dtype, and every operation is rounded once, without
-// fused multiply-adds.
+// fused multiply-adds. All results have the same bits on CPUs and GPUs, except the sign and payload
+// of a NaN that comes out of an addition or a product, which are the processor's own.
 #pragma once
 
 #include <cstdint>

@@ -59,6 +59,10 @@ struct Item {
     first *= size;
     a = s.scales ? s.scale * s.scales[chain * s.scales_stride] : s.scale;
     b = s.noise_stds ? s.noise_stds[chain * s.noise_stds_stride] : s.noise_std;
+    // A term that is absent has a zero operand and is then -0, which changes no sum; +0 would make
+    // +0 of a state of -0.
+    if (!s.grad.data) a = -0.0f;
+    if (!s.noisy()) b = -0.0f;
     seed = s.rng_state ? static_cast<uint64_t>(s.rng_state[0]) : s.seed;
     step = s.step + (s.rng_state ? static_cast<uint32_t>(s.rng_state[1]) : 0u);
   }

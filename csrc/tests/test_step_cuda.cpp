@@ -38,8 +38,40 @@ void errors_name_the_kernel_and_the_sizes() {
   CHECK(number == 0);
 }
 
+// Zeros of both signs and a NaN with a payload, at bounds of both signs and with each term absent.
+void zeros_and_nan_keep_their_bits() {
+  const float values[] = {0.0f, -0.0f, Scalar::from_bits(0x7fc00123u), 1.0f, -1.0f};
+  constexpr int kValues = 5, kElements = kValues * kValues;
+  float x[kElements], terms[kElements];
+  for (int k = 0; k < kElements; ++k) x[k] = values[k % kValues], terms[k] = values[k / kValues];
+  const float bounds[][2] = {{0.0f, 1.0f}, {-0.0f, 1.0f}, {-1.0f, 0.0f}, {-1.0f, -0.0f}};
+  for (int form = 0; form < 8 * 4; ++form) {
+    const auto run = [&](auto&& take) {
+      std::vector<float> states(x, x + kElements);
+      Step step;
+      step.dims = 2, step.shape[0] = 1, step.shape[1] = kElements;
+      step.positions[1] = step.x.strides[1] = 1;
+      step.grad.strides[1] = step.noise.strides[1] = 1;
+      step.x.strides[0] = step.grad.strides[0] = step.noise.strides[0] = kElements;
+      step.x.data = states.data();
+      if (form & 1) step.grad.data = terms;
+      if (form & 2) step.noise.data = terms;
+      step.noise_last = form & 4;
+      step.scale = -1, step.noise_std = 0.5f;
+      step.lo = bounds[form / 8][0], step.hi = bounds[form / 8][1];
+      take(step);
+      std::vector<uint32_t> words;
+      for (const float value : states) words.push_back(Scalar::bits(value));
+      return words;
+    };
+    CHECK(run([](const Step& step) { cuda::langevin_step(step, 0, nullptr); }) ==
+          run([](const Step& step) { cpu::langevin_step(step, 1); }));
+  }
+}
+
 int main() {
   errors_name_the_kernel_and_the_sizes();
+  zeros_and_nan_keep_their_bits();
   CHECK(cuda::reason(0)[0] == '\0');
   each_case([](const Case& c) {
     const auto expected = outcome(c, [](const Step& step) { cpu::langevin_step(step, 1); });

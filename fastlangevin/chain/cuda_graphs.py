@@ -35,6 +35,9 @@ _RESTED = 8
 _KINDS = 16
 # A step has about 25 launches, and each takes one or two kilobytes and 10 us to instantiate.
 _MAX_STEPS = 1024
+# A kind whose recording failed is tried again after this many calls, and then after twice as many,
+# since memory may have been short or another library may have been at work on the device.
+_RETRY = 32
 # Equal bits are expected, except that cuDNN may sum in an order that changes from run to run.
 _TOLERANCE = 1e-5
 # Only one thread of a process may capture a CUDA graph at a time.
@@ -80,11 +83,40 @@ class CudaRecorder:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # A graph's own memory holds nothing between replays, so that two graphs can share it.
-            pool = None if shared_with is None else shared_with.pool()
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                before = torch.cuda.memory_reserved()
-                run()
+            # The pool is named here, since a graph whose capture failed does not give its name.
+            pool = torch.cuda.graph_pool_handle() if shared_with is None else shared_with.pool()
+            capture = torch.cuda.graph(
+                graph, pool=pool, stream=side, capture_error_mode="thread_local"
+            )
+            try:
+                with capture:
+                    before = torch.cuda.memory_reserved()
+                    run()
+            except BaseException:
+                _end_capture(device, pool)
+                raise
             return graph, max(0, torch.cuda.memory_reserved() - before)
+
+
+def _end_capture(device: torch.device, pool: Any) -> None:
+    """Undo what torch leaves behind if a capture fails while it ends.
+
+    CUDAGraph.capture_end raises before it tells the allocator that the capture is over. The
+    allocator would then postpone frees for ever and keep the pool's memory. Up to torch 2.12 the
+    default generator also stays in its capturing state, in which it draws no more numbers.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # torch 2.6 and 2.7 have it under the second name.
+    names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"
+    end = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    try:
+        if end is not None:
+            end(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+    except RuntimeError:
+        return  # the capture itself has ended, and only ``run`` has failed
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())  # a clone is not capturing
 
 
 def refusal(
@@ -167,7 +199,8 @@ class Recording:
     ) -> None:
         start = time.perf_counter()
         self.engine = engine
-        self.overflow = Overflow(x.device) if chain.settings.precision == "fp16" else None
+        fp16 = chain.settings.precision == "fp16"
+        self.overflow = Overflow(chain.settings.steps) if fp16 else None
         self.x = x.clone()
         self.rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)
         self.energies: Tensor | None = None
@@ -178,8 +211,6 @@ class Recording:
 
         def run() -> None:
             energies = None
-            if self.overflow is not None:
-                self.overflow.begin()
             for step in other.stride(engine, self.x, self.overflow):
                 energies = step.energies
             assert energies is not None
@@ -225,7 +256,14 @@ class _Kind:
     engine: "weakref.ref[Any]"
     last_call: int = 0
     recording: Recording | None = None
-    reason: str | None = None  # why it cannot be recorded
+    reason: str | None = None  # why the last try to record it failed
+    failures: int = 0
+    next_try: int = 0  # the first call at which it is tried again
+
+    def fail(self, reason: str, call: int) -> None:
+        self.reason = reason
+        self.next_try = call + (_RETRY << self.failures)
+        self.failures += 1
 
 
 class Graphs:
@@ -272,7 +310,7 @@ class Graphs:
                 if energies is None:
                     kind.recording = None
                 return energies
-            if not seen_before or kind.reason is not None or not self._make_room():
+            if not seen_before or self._calls < kind.next_try or not self._make_room():
                 return None
             return self._run_and_record(chain, x, choice, kind)
 
@@ -291,15 +329,16 @@ class Graphs:
             recording = Recording(chain, start, engine, self._record, shared_with)
             replayed = recording.replay(chain, start)
             if replayed is not None and _close(start, x) and _close(replayed, energies):
-                kind.recording = recording
+                kind.recording, kind.reason = recording, None
             else:
-                kind.reason = "its replay differs from the chain run step by step"
+                kind.fail("its replay differs from the chain run step by step", self._calls)
         except Exception as error:  # the chain itself has been run, so no error is fatal
             first: BaseException = error
             while first.__context__ is not None:  # leaving a failed capture raises another error
                 first = first.__context__
             text = str(first).strip().split("\n")[0]
-            kind.reason = f"its launches could not be recorded: {type(first).__name__}: {text}"
+            reason = f"its launches could not be recorded: {type(first).__name__}: {text}"
+            kind.fail(reason, self._calls)
         return energies
 
     def _recordings(self) -> list[Recording]:
@@ -341,7 +380,8 @@ class Graphs:
             if kind is not None and kind.engine() is not choice.engine:
                 kind = None
             if kind is not None and kind.reason is not None:
-                return f"no: {kind.reason}"
+                wait = max(1, kind.next_try - self._calls)
+                return f"no: {kind.reason}; the next try is in {wait} calls"
             if kind is not None and kind.recording is not None:
                 recording = kind.recording
                 return (

@@ -94,8 +94,9 @@ def draw(block, chain, step, stream, seed_low, seed_high, UNIFORM: tl.constexpr)
 
 @triton.jit
 def clamp(x, lo, hi):
-    """x clamped to [lo, hi]; NaN stays NaN."""
-    return tl.clamp(x, lo, hi, propagate_nan=tl.PropagateNan.ALL)
+    """x clamped to [lo, hi]. NaN keeps its bits, and so does -0 at a bound of 0."""
+    x = tl.where(x < lo, lo, x)
+    return tl.where(x > hi, hi, x)
 
 
 @triton.jit

@@ -187,6 +187,11 @@ def test_report_draws(load, results, tmp_path):
     assert b"<svg" in first
 
 
+def test_a_result_names_the_build_of_torch(load, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert load("timing").machine()["torch"] == "2.11.0+cu130"
+
+
 def test_step_runs_and_writes_what_it_promises(load, tmp_path, monkeypatch, threads):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with torch.random.fork_rng([]):
@@ -238,14 +243,30 @@ def test_chains_are_timed_beside_the_papers_loop_and_reported(load, tmp_path):
     assert "**CUDA**: not measured." in text
 
 
-def test_a_score_off_the_loops_gradient_is_not_timed(load, monkeypatch):
+def test_a_chain_off_float64_is_timed_and_its_row_says_that_it_differs(load, monkeypatch):
     chain = load("chain")
-    case = chain.Case(2, 4, 8, CPU)
-    chain.check(case)
-    right = chain.plain_loop
-    monkeypatch.setattr(chain, "plain_loop", lambda *args: right(*args) + 1.0)
-    with pytest.raises(SystemExit, match="autograd is off the loop's gradient"):
-        chain.check(case)
+    case, names = chain.Case(2, 4, 8, CPU), ["autograd fp32", "explicit fp32"]
+
+    def rows():
+        found = chain.measure(case, 1, 0.01, False, names)
+        assert [row["variant"] for row in found] == [chain.PAPER, *names]
+        assert all(row["seconds"]["median"] > 0 for row in found)
+        return found
+
+    right = rows()
+    assert [row.get("differs") for row in right] == [None, False, False]
+    assert all(0 < row["deviation"] < 1e-5 for row in right[1:])
+    sampler = chain.fl.LangevinSampler
+
+    def rough(energy, *args, gradient, **options):
+        run = sampler(energy, *args, gradient=gradient, **options)
+        return (lambda x, seed: run(x, seed=seed) * 1.01) if gradient == "explicit" else run
+
+    monkeypatch.setattr(chain.fl, "LangevinSampler", rough)
+    wrong = rows()
+    assert [row.get("differs") for row in wrong] == [None, False, True]
+    assert "differs by" in load("report_chain").speed(wrong[2])
+    assert "differs" not in load("report_chain").speed(wrong[1])
 
 
 @pytest.mark.slow
@@ -301,24 +322,31 @@ class TestGpuScript:
         assert done.returncode == 2
         assert "gpu.sh: no CUDA device: torch sees no CUDA device" in done.stderr
 
-    def stand_in(self, folder: Path, python: str, sanitizer: str) -> subprocess.CompletedProcess:
+    def stand_in(
+        self, folder: Path, python: str, sanitizer: str, *options: str, **environment: str
+    ) -> subprocess.CompletedProcess:
         """Run with programs in place of Python, nvcc and the sanitizer, all in one folder."""
         programs = {"python": python, "nvcc": "", "compute-sanitizer": sanitizer}
         for name, body in programs.items():
             (folder / name).write_text(f"#!/bin/sh\n{body}\n")
             (folder / name).chmod(0o755)
-        environment = {key: v for key, v in os.environ.items() if not key.startswith("CMAKE")}
+        inherited = {key: v for key, v in os.environ.items() if not key.startswith("CMAKE")}
         return subprocess.run(
-            ["bash", str(GPU_SH), str(folder / "out")],
+            ["bash", str(GPU_SH), *options, str(folder / "out")],
             capture_output=True,
             text=True,
-            env={**environment, "CUDA_HOME": str(folder), "PYTHON": str(folder / "python")},
+            env={
+                **inherited,
+                "CUDA_HOME": str(folder),
+                "PYTHON": str(folder / "python"),
+                **environment,
+            },
         )
 
     def test_a_sanitizer_that_is_refused_the_device(self, tmp_path):
         refused = 'echo "========= Error: Device not supported"; exit 1'
         done = self.stand_in(tmp_path, "echo 91", refused)
-        for tool in ("memcheck", "racecheck", "initcheck"):
+        for tool in ("memcheck", "racecheck"):
             assert f"{tool}: not run, it fails on a trivial program: =========" in done.stdout
         assert "Device not supported" in done.stdout
         assert done.returncode == 0
@@ -330,19 +358,23 @@ class TestGpuScript:
             'case "$*" in -c*) echo 91;; *junitxml*) exit 3;; esac\n'
             'echo "asked: $* for $CMAKE_CUDA_ARCHITECTURES"',
             'echo "asked: $*"; [ "$2" != racecheck ]',
+            FASTLANGEVIN_DATA=str(tmp_path / "none"),
         )
         assert done.returncode == 1
         told = re.findall(r"^([\w-]+): (passed|FAILED \(\d+\))", done.stdout, re.MULTILINE)
         assert told == [
+            ("limits", "passed"),
             ("build", "passed"),
+            ("triton-cache", "passed"),
+            ("checks", "passed"),
             ("tests", "FAILED (3)"),
-            ("chains", "passed"),
-            ("steps", "passed"),
-            ("pytest-benchmark", "passed"),
+            ("failed-capture", "passed"),
             ("kernels", "passed"),
             ("memcheck", "passed"),
             ("racecheck", "FAILED (1)"),
-            ("initcheck", "passed"),
+            ("chains", "passed"),
+            ("steps", "passed"),
+            ("chain-memory", "passed"),
         ]
         assert re.search(r"gpu.sh: FAILED after \d+ s: tests racecheck; see", done.stdout)
         log = (tmp_path / "out" / "gpu.log").read_text()
@@ -352,7 +384,59 @@ class TestGpuScript:
     def test_says_how_it_is_called(self):
         done = self.run(str(GPU_SH))
         assert done.returncode == 2
-        assert "usage: benchmarks/gpu.sh OUT" in done.stderr
+        assert "usage: benchmarks/gpu.sh [--dry-run] OUT" in done.stderr
+
+    def test_the_limits_of_the_stages_fit_into_the_budget(self):
+        """All but learning, which takes what is left."""
+        text = GPU_SH.read_text()
+        limits = dict(re.findall(r"^ *(?:\S+=\S+ )*(?:device_)?stage ([\w-]+) (\d+) ", text, re.M))
+        limits |= dict(re.findall(r"\|\| stage (kernels) (\d+) ", text))
+        assert {"limits", "build", "tests", "racecheck", "chains", "profile"} <= set(limits)
+        assert "learning" not in limits
+        budget = int(re.search(r"BUDGET=(\d+)", text)[1])
+        assert 0.9 * budget <= sum(map(int, limits.values())) <= budget
+
+    def test_a_dry_run_names_every_stage_and_each_file_exists(self, tmp_path):
+        """With a stand-in for Python; the slow test below runs the stages themselves."""
+        done = self.stand_in(tmp_path, "echo", "exit 1", "--dry-run")
+        assert done.returncode == 0, done.stdout
+        stages = dict(
+            line.split("\t")[:2]
+            for line in (tmp_path / "out" / "stages.tsv").read_text().splitlines()
+        )
+        printed = {"build", "racecheck", "profile", "learning"}
+        ran = {"limits", "triton-cache", "checks", "tests", "failed-capture", "memcheck"}
+        ran |= {"chains", "steps", "chain-memory"}
+        assert stages == dict.fromkeys(ran, "passed") | dict.fromkeys(printed, "printed")
+
+    def test_a_dry_run_fails_for_a_module_that_is_gone(self, tmp_path):
+        script = tmp_path / "benchmarks" / "gpu.sh"
+        script.parent.mkdir()
+        for module in ("limits", "fused_step", "device_checks", "sanitize", "step", "report"):
+            (script.parent / f"{module}.py").touch()
+        script.write_text(GPU_SH.read_text())
+        (tmp_path / "python").write_text("#!/bin/sh\n")
+        (tmp_path / "python").chmod(0o755)
+        done = subprocess.run(
+            ["bash", str(script), "--dry-run", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHON": str(tmp_path / "python")},
+        )
+        assert done.returncode == 1
+        assert "no module benchmarks.chain\n" in done.stdout
+        assert "no module benchmarks.chain_memory" in done.stdout
+        assert "no file tests/kernels/test_cuda.py" in done.stdout
+
+    @pytest.mark.slow
+    def test_a_dry_run_takes_every_stage_in_its_smallest_form(self, tmp_path):
+        done = self.run(str(GPU_SH), "--dry-run", str(tmp_path))
+        assert done.returncode == 0, done.stdout
+        for name in ("limits", "checks", "chain", "step", "chain_memory"):
+            assert json.loads((tmp_path / f"{name}-cpu.json").read_text())
+        checks = json.loads((tmp_path / "checks-cpu.json").read_text())["results"]
+        assert [row["right"] for row in checks] == [True] * len(checks)
+        assert "paper's loop" in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,17 +1,22 @@
 """Which calls are recorded as CUDA graphs, and the memory and copies of recordings."""
 
+import contextlib
 import copy
+import math
 import pickle
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
+from fastlangevin.chain.chain import Overflow, Step
 from fastlangevin.chain.cuda_graphs import kind_of, refusal
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
@@ -210,3 +215,86 @@ def test_threads_take_turns_at_one_cuda_graph() -> None:
     for seed, ends in got.items():
         assert all(torch.equal(end, want[seed]) for end in ends)
     assert len(got) == 4
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["the capture breaks", "Python raises"])
+def test_a_failed_capture_ends_for_torchs_allocator_and_generator(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for what torch does in CUDAGraph.capture_begin and capture_end."""
+    capturing, released = [], []
+
+    class Capture:
+        def __init__(self, graph: Any, pool: Any, **options: Any) -> None:
+            self.pool = pool
+
+        def __enter__(self) -> None:
+            capturing.append((0, self.pool))
+
+        def __exit__(self, *args: object) -> None:
+            if not ends:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            capturing.remove((0, self.pool))
+
+    def end(device: int, pool: Any) -> None:
+        if (device, pool) not in capturing:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        capturing.remove((device, pool))
+
+    def run() -> None:
+        if capturing:
+            raise ValueError("in the capture")
+
+    cuda, state = torch.cuda, []
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    generator = SimpleNamespace(clone_state=lambda: "a clone", graphsafe_set_state=state.append)
+    for name, value in {
+        "device": contextlib.nullcontext, "stream": contextlib.nullcontext, "graph": Capture,
+        "current_stream": lambda *_: stream, "Stream": lambda: stream, "CUDAGraph": object,
+        "graph_pool_handle": lambda: (0, 7), "memory_reserved": lambda: 0,
+        "default_generators": (generator,),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_releasePool", lambda *pool: released.append(pool), raising=False
+    )
+    with pytest.raises(ValueError if ends else RuntimeError):
+        graphs.CudaRecorder()(run, torch.device("cuda", 0), None)
+    assert not capturing
+    # A capture that has ended is released by the graph, and its generator is as it was.
+    assert released == ([] if ends else [(0, (0, 7))])
+    assert state == ([] if ends else ["a clone"])
+
+
+def test_a_step_is_searched_for_overflows_by_one_operator() -> None:
+    overflow, operators = Overflow(3), []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            operators.append(op)
+            return op(*args, **(kwargs or {}))
+
+    grads = [numbers(0), numbers(1), numbers(2)]
+    grads[1][0, 0, 1, 1], grads[2][1, 0, 0, 0] = -math.inf, math.nan
+    with Count():
+        for k, grad in enumerate(grads):
+            operators.clear()
+            overflow.look_at(Step(k, grad, None, grad))
+    launches = [op for op in operators if not op.is_view]
+    assert launches == [torch.ops.aten.linalg_vector_norm.out]
+    with pytest.raises(FloatingPointError, match="at step 1 the gradient is not finite"):
+        overflow.check()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_value_that_is_not_finite_is_an_overflow(value: float) -> None:
+    overflow, grad = Overflow(1), numbers()
+    overflow.look_at(Step(0, grad, None, grad))
+    overflow.check()
+    grad[1, 2, 3, 4] = value
+    overflow.look_at(Step(0, grad, None, grad))
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        overflow.check()

@@ -121,6 +121,7 @@ def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "matrix": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b[.\w]*", usage))),
         "fused": len(re.findall(r"fma\.rn\.f32", ptx)),
+        "bounds": sorted(set(re.findall(r"\b(?:min|max)\S*\.f32", ptx))),
     }
 
 

@@ -81,12 +81,24 @@ def test_cuda_kernels_compile_everywhere_without_spills(tmp_path):
     assert max(registers) <= 64
 
 
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ptx") / "step.ptx"
+    run(NVCC, *NVCC_FLAGS, "-arch=sm_80", "-ptx", "-o", path)
+    return path.read_text()
+
+
 @needs_nvcc
-def test_cuda_kernels_move_16_bytes_at_a_time(tmp_path):
-    run(NVCC, *NVCC_FLAGS, "-arch=sm_80", "-ptx", "-o", tmp_path / "step.ptx")
-    entries = (tmp_path / "step.ptx").read_text().split(".entry ")[1:]
+def test_cuda_kernels_move_16_bytes_at_a_time(ptx):
+    entries = ptx.split(".entry ")[1:]
     linear = [entry for entry in entries if "linear_step" in entry.split("(")[0]]
     assert len(linear) == 9
     for entry in linear:
         assert re.search(r"ld\.global\.v4\.[fu]32", entry)
         assert re.search(r"st\.global\.wb\.v4\.[fu]32", entry)
+
+
+@needs_nvcc
+def test_cuda_clamps_compare_and_select_as_the_cpus_do(ptx):
+    """The bits of -0 and NaN that come out of PTX's min and max are others."""
+    assert not re.search(r"\b(?:min|max)\S*\.f32", ptx)

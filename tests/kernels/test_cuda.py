@@ -256,6 +256,13 @@ def test_a_failed_recording_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPat
         assert torch.cuda.current_stream(CUDA) == stream
         assert not torch.cuda.is_current_stream_capturing()
     assert "could not be recorded" in graph_line(run, x)
+    # Neither the allocator nor the generator still believes that a capture is under way.
+    monkeypatch.undo()
+    assert torch.rand(4, device=CUDA).isfinite().all()
+    other = chain("explicit")
+    for _ in range(3):
+        assert torch.equal(other(x, seed=0), want)
+    assert other._graphs._recordings()
 
 
 @same_sums

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastlangevin as fl
-from fastlangevin.kernels import reference
+from fastlangevin.kernels import native, reference
 from fastlangevin.kernels.philox import Address
 
 compiler = pytest.importorskip("triton", reason="triton is not installed")
@@ -174,6 +174,20 @@ def test_nan_stays_in_every_place() -> None:
     assert float(x.nan_to_num().abs().max()) <= 0.9
 
 
+def test_triton_clamps_give_the_native_backends_bits() -> None:
+    """Both zeros at bounds of both signs, and NaN with a payload; the step only clamps."""
+    reason = native.available(torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(f"native: {reason}")
+    words = [0x00000000, -(2**31), 0x7FC00123, 0x7F800000, 0x3F800000, -0x00400000]
+    for lo, hi in ((0.0, 1.0), (-0.0, 1.0), (-1.0, 0.0), (-1.0, -0.0)):
+        x = torch.tensor([words], dtype=torch.int32).view(torch.float32)
+        options = OPTIONS | {"noise_std": 0.0, "clamp": (lo, hi)}
+        want = native.step_(x.clone(), None, None, **options)
+        got = triton.step_(x.clone().to(DEVICE), None, None, **options)
+        assert got.cpu().view(torch.int32).tolist() == want.view(torch.int32).tolist()
+
+
 def test_seed_and_step_from_device_memory() -> None:
     """What a captured graph reads when it is replayed replaces the seed and adds to the step."""
     x = numbers((2, 1023))
@@ -269,6 +283,8 @@ def test_compiled_kernels_spill_nothing_fuse_nothing_and_access_16_bytes(
         assert result["local"] == 0, launch
         assert result["registers"] <= 64, launch
         assert result["fused"] == 0, launch
+        # Their -0 and NaN would differ from the CPU's, which compares and selects.
+        assert result["bounds"] == [], launch
     for launch, loads in VECTORS.items():
         assert set(launches[launch]["loads"]) == loads, launch
         assert launches[launch]["stores"] == ["v4.b32"], launch
