@@ -69,17 +69,18 @@ void pack_tiles(const ConvKernels& kernels, const ConvPass& pass, int threads, c
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * whole, block = pass.out - begin > lanes ? whole : lanes;
       float* to = packed + begin * products * pass.steps;
+      PhaseTaps taps = {};
+      PhaseProducts words;
       for (int64_t phase = 0; phase < phases; ++phase) {
         const int32_t* rows = tiles.rows.data() + phase * positions;
         for (int64_t i = 0; i < pass.in; ++i) {
           for (int64_t o = 0; o < block; ++o) {
-            float taps[kMostTaps * kMostTaps] = {}, words[(kMostTaps + 1) * (kMostTaps + 1)];
             const float* one = at(i, begin + o);
-            for (int k = 0; one && k < positions; ++k) taps[k] = one[rows[k]];
-            transform_weights(tiles, taps, words);
-            for (int p = 0; p < products; ++p) {
-              to[(p * pass.steps + phase * pass.in + i) * block + o] = words[p];
-            }
+            for (int k = 0; k < positions; ++k) taps[k][o] = one ? one[rows[k]] : 0.0f;
+          }
+          transform_weights(tiles, taps, words);
+          for (int p = 0; p < products; ++p) {
+            std::copy_n(words[p], block, to + (p * pass.steps + phase * pass.in + i) * block);
           }
         }
       }

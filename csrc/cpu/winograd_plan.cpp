@@ -14,31 +14,31 @@ constexpr int64_t kTogether = 12;  // a block has whole tiles of registers
 // A transform costs about as much as this number of products of vectors, for each number.
 constexpr double kTransform = 8;
 
-// G w of F(n, r), for weights that are `stride` apart.
-void transform_axis(int taps, const float* w, int stride, float* products) {
-  if (taps == 1) {
-    products[0] = w[0];
-  } else if (taps == 2) {
-    products[0] = w[0], products[1] = w[0] + w[stride], products[2] = w[stride];
-  } else {
-    const float outer = (w[0] + w[2 * stride]) * 0.5f, inner = w[stride] * 0.5f;
-    products[0] = w[0], products[1] = outer + inner, products[2] = outer - inner;
-    products[3] = w[2 * stride];
+// G w of F(n, r), for rows of weights and of results that are this number of rows apart.
+void transform_axis(int taps, const float (*w)[kTransformed], int step,
+                    float (*products)[kTransformed], int apart) {
+  for (int k = 0; k < kTransformed; ++k) {
+    const float first = w[0][k], last = w[(taps - 1) * step][k];
+    products[0][k] = first;
+    if (taps == 2) products[apart][k] = first + last;
+    if (taps == 3) {
+      const float outer = (first + last) * 0.5f, inner = w[step][k] * 0.5f;
+      products[apart][k] = outer + inner, products[2 * apart][k] = outer - inner;
+    }
+    products[taps == 1 ? 0 : taps * apart][k] = last;
   }
 }
 
 }  // namespace
 
-void transform_weights(const WinogradTiles& tiles, const float* taps, float* products) {
-  const int wide = tiles.outputs[1] + tiles.taps[1] - 1;
-  const int tall = tiles.outputs[0] + tiles.taps[0] - 1;
-  float rows[kMostTaps][kMostTaps + 1] = {}, column[kMostTaps + 1];
-  for (int y = 0; y < tiles.taps[0]; ++y) {
-    transform_axis(tiles.taps[1], taps + y * tiles.taps[1], 1, rows[y]);
+void transform_weights(const WinogradTiles& tiles, const PhaseTaps& taps, PhaseProducts& products) {
+  const int tall = tiles.taps[0], wide = tiles.outputs[1] + tiles.taps[1] - 1;
+  float rows[kMostTaps * (kMostTaps + 1)][kTransformed];
+  for (int y = 0; y < tall; ++y) {
+    transform_axis(tiles.taps[1], taps + y * tiles.taps[1], 1, rows + y * wide, 1);
   }
   for (int x = 0; x < wide; ++x) {
-    transform_axis(tiles.taps[0], &rows[0][x], kMostTaps + 1, column);
-    for (int y = 0; y < tall; ++y) products[y * wide + x] = column[y];
+    transform_axis(tall, rows + x, wide, products + x, wide);
   }
 }
 

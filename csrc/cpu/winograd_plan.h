@@ -29,8 +29,12 @@ struct PassGrid {
 // rows, in the order of the grid.
 void plan_tiles(const PassGrid& grid, int lanes, ConvPass& pass);
 
-// Transforms the weights of one phase, [taps[0]][taps[1]], to one number for each product.
-void transform_weights(const WinogradTiles& tiles, const float* taps, float* products);
+// The weights of one phase, [position of the kernel][output channel], and their transform, [product]
+// [output channel]. As many channels as a block has at most are transformed at a time, in vectors.
+constexpr int kTransformed = 32;
+using PhaseTaps = float[kMostTaps * kMostTaps][kTransformed];
+using PhaseProducts = float[(kMostTaps + 1) * (kMostTaps + 1)][kTransformed];
+void transform_weights(const WinogradTiles& tiles, const PhaseTaps& taps, PhaseProducts& products);
 
 }  // namespace cpu
 }  // namespace fastlangevin
