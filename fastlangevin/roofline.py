@@ -65,7 +65,7 @@ def matrix_rate(device: torch.device, precision: str | None, threads: int) -> fl
 
 def _operand(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     """Return a square matrix of normal random numbers, without use of torch's own generators."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
     return torch.randn(size, size, generator=generator, dtype=torch.float32, device=device).to(
         dtype
     )

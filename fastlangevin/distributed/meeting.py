@@ -48,6 +48,7 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
     store = dist.PrefixStore(meet(store, launch, timeout), store)
     own = dist.PrefixStore("fastlangevin", store)
     group = Group(launch.rank, launch.world_size, store=own, device=place, timeout=timeout)
+    initialised = False
     try:
         group.compare({"the kind of device": place.type}, "start")
         _check_own_gpus(group, place)
@@ -59,14 +60,15 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
                 world_size=launch.world_size,
                 timeout=limit,
             )
+        initialised = True
         yield group
         # No process may end, and with it perhaps the store, while another still needs it.
-        group.all_gather(torch.zeros(1, device=place), "the end of the job")
+        group.all_gather(torch.zeros(1, dtype=torch.float32, device=place), "the end of the job")
     except BaseException as error:
         group.leave(error)
         raise
     finally:
-        if dist.is_initialized():
+        if initialised:
             dist.destroy_process_group()
 
 

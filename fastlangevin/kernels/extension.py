@@ -27,7 +27,7 @@ except ImportError as error:
     _why_missing = str(error)
 
 _NAMES = (
-    "ACTIVATIONS", "CUDA", "ConvNet", "DTYPES", "MAX_DIMS", "apply_signs",
+    "ACTIVATIONS", "CUDA", "ConvNet", "Convolution", "DTYPES", "MAX_DIMS", "apply_signs",
     "fill_noise", "instruction_set", "langevin_step", "pack_signs",
 )  # fmt: skip
 if missing := [name for name in _NAMES if library is not None and not hasattr(library, name)]:

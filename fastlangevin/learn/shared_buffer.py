@@ -32,7 +32,10 @@ class SharedBuffer:
         self._held = [shard(buffer.capacity, r, group.world_size) for r in range(group.world_size)]
         self._own = self._held[group.rank]
         self.states = buffer.states[self._own.rows()].to(device, copy=True)
-        buffer.states = buffer.states[:0].cpu()  # the numbers of slots are computed on the CPU
+        # A view would keep all states. The numbers of slots are computed on the CPU.
+        buffer.states = torch.empty(
+            (0, *buffer.states.shape[1:]), dtype=buffer.states.dtype, device="cpu"
+        )
         self._buffer, self._group, self._chains = buffer, group, chains
 
     @property
@@ -93,5 +96,5 @@ class SharedBuffer:
 
 def _ranks(shards: Sequence[Shard]) -> Tensor:
     """The rank of each element of consecutive shards."""
-    counts = torch.tensor([s.n for s in shards], device="cpu")
-    return torch.arange(len(shards), device="cpu").repeat_interleave(counts)
+    counts = torch.tensor([s.n for s in shards], dtype=torch.int64, device="cpu")
+    return torch.arange(len(shards), dtype=torch.int64, device="cpu").repeat_interleave(counts)

@@ -97,6 +97,7 @@ def test_a_piecewise_activation_that_several_layers_read(slope: float) -> None:
 @pytest.mark.parametrize("chains", [1, 5])
 def test_instance_norms(chains: int) -> None:
     """Torch writes them as batch norms of one image with the channels of all chains."""
+    torch.manual_seed(0)
     image = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.SiLU(), nn.InstanceNorm2d(4),
         nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 1),
@@ -108,6 +109,7 @@ def test_instance_norms(chains: int) -> None:
     for energy, shape in ((image, (3, 6, 6)), (sequence, (3, 9))):
         nn.init.normal_(energy[1].weight)
         nn.init.normal_(energy[1].bias)
+        nn.init.ones_(energy[-1].weight)  # no energy near zero, whose relative error says little
         check(energy, numbers((chains, *shape)))
 
 

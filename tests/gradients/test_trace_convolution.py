@@ -48,6 +48,8 @@ def test_convolutions_and_their_input_gradients(name: str, instruction_set: str)
         packed = conv.pack(weight)
         assert error(conv(x, packed, bias), want) < 1e-6
         assert error(conv(x, packed, bias, 0.2), F.leaky_relu(want, 0.2)) < 1e-6
+        strided = torch.stack([bias, -bias], 1)[:, 0]
+        assert torch.equal(conv(x, packed, strided), conv(x, packed, bias))
         plain = want - bias.double()[:, None, None]
         assert error(conv(x, packed, None), plain) < 1e-6
         assert error(conv(x, packed, None, 0.2), F.leaky_relu(plain, 0.2)) < 1e-6

@@ -402,3 +402,31 @@ def test_chains_and_marks_are_those_of_the_energys_own_code(make: Callable) -> N
 def test_engines_serve_code_of_other_people_that_keeps_nothing(body: Callable) -> None:
     for n in SIZES:
         assert run_both(lambda: body, n) != "autograd"
+
+
+class Power(nn.Module):
+    """A power whose exponent is a buffer, which may change between calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 8)
+        self.register_buffer("exponent", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(self.linear(x)).pow(self.exponent).sum(1)
+
+
+def test_an_exponent_that_is_a_tensor_is_read_again() -> None:
+    torch.manual_seed(0)
+    energy, x = Power(), torch.randn(4, 3)
+    for exponent in (2.0, 3.0):
+        energy.exponent.fill_(exponent)
+        ours, theirs = (
+            fl.LangevinSampler(energy, 3, 0.1, 0.0, gradient=gradient)(x)
+            for gradient in ("auto", "autograd")
+        )
+        torch.testing.assert_close(ours, theirs)
+    sampler = fl.LangevinSampler(energy, 3, 0.1, 0.0)
+    two = sampler(x)
+    energy.exponent.fill_(1.0)
+    assert not torch.allclose(sampler(x), two)

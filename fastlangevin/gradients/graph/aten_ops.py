@@ -156,7 +156,7 @@ def _product(operands: Operands, name: str, one: Tensor, two: Tensor, out: Tenso
 
 
 def _square(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
-    if a["exponent"] != 2:
+    if isinstance(a["exponent"], Tensor) or a["exponent"] != 2:
         raise operands.refuse(f"{name} is supported only as a square")
     return _product(operands, name, a["self"], a["self"], out)
 

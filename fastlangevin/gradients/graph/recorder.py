@@ -104,6 +104,7 @@ class OperatorRecorder:
         written = self.slots.slot_of(out)
         if out is args[0]:
             self._spoil_aliases(written, name)
+            self._joined.pop(written, None)
         if node is None:
             self.values[written] = self.value(args[0], name)
             return

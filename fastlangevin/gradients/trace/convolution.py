@@ -29,7 +29,7 @@ class Convolution:
 
     def pack(self, weight: Tensor) -> Tensor:
         """Return weights [out, in, kh, kw] in the order of the products."""
-        packed = torch.empty(self.packed_numbers, dtype=torch.float32)
+        packed = torch.empty(self.packed_numbers, dtype=torch.float32, device="cpu")
         weight = weight.contiguous()
         self._native.pack(weight.data_ptr(), packed.data_ptr(), torch.get_num_threads())
         return packed
@@ -39,10 +39,14 @@ class Convolution:
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         out = torch.empty(
-            (x.shape[0], *self._shape), dtype=x.dtype, memory_format=torch.channels_last
+            (x.shape[0], *self._shape),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
         )
         if bias is None and slope != 1:
             bias = x.new_zeros(self._shape[0])
+        bias = None if bias is None else bias.contiguous()
         address = 0 if bias is None else bias.data_ptr()
         self._native.run(
             x.shape[0], x.data_ptr(), packed.data_ptr(), address, slope, out.data_ptr(),
@@ -67,7 +71,7 @@ def faster(
     if extension.library is None or not plain or written[1] % _LANES or 0 in (*read, *written):
         return None
     outer, inner = (written, read) if gradient else (read, written)
-    if math.prod(kernel[2:]) == 1 or max(map(math.prod, (read[1:], written[1:]))) > 2**29:
+    if math.prod(kernel[2:]) == 1 or max(map(math.prod, (read[1:], written[1:]))) > 2**26:
         return None
     native = extension.library.Convolution(
         outer[1], inner[1], tuple(inner[2:]), tuple(outer[2:]), tuple(kernel[2:]), tuple(stride),

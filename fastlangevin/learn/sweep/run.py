@@ -130,8 +130,9 @@ def _claim_and_make(
     own, lost = StopRequest(), threading.Event()
 
     def leave() -> None:
-        lost.set()
-        own.signal = signal.SIGTERM
+        if own.signal is None:  # a signal of the user stays
+            lost.set()
+            own.signal = signal.SIGTERM
 
     with claimed(out / CLAIMS / run.name, leave) as free:
         if not free:
@@ -141,8 +142,8 @@ def _claim_and_make(
             result = result or _make(run, out / run.name, judge_of, own)
         except FolderInUseError:  # by a process whose claim has expired, but which still holds it
             return None
-    if result is None and not lost.is_set():
-        stop.signal = own.signal
+    if not lost.is_set():
+        stop.signal = own.signal  # also one that came when the run was complete
     return result
 
 
