@@ -16,10 +16,11 @@ def split_rows(
 ) -> Rows:
     """Return compute(slice(0, n)), of which every process computes a share.
 
-    compute: returns tensors whose rows are those of the slice, or None in place of a tensor. It is
-        called with slices that begin at a multiple of ``block``. If it works block by block, the
-        result does not depend on the number of processes, bit for bit.
-    what: what the rows are, for error messages.
+    Args:
+        compute: Returns tensors whose rows are those of the slice, or None in place of a tensor. It
+            is called with slices that begin at a multiple of ``block``. If it works block by block,
+            the result does not depend on the number of processes, bit for bit.
+        what: What the rows are, for error messages.
     """
     if group.world_size == 1 or n == 0:
         return compute(slice(0, n))
