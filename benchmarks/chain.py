@@ -241,7 +241,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--variants",
         nargs="+",
         default=(),
-        help="beside the paper's loop: 'fused fp16'; default all",
+        help="time these variants and the paper's loop, such as 'fused fp16' (default: all)",
     )
     parser.add_argument(
         "--steps", type=int, default=None, help="of a chain; default 10, on CUDA 20"

@@ -14,7 +14,7 @@ Rows = tuple[Tensor | None, ...]
 def split_rows(
     group: Group, n: int, block: int, compute: Callable[[slice], Rows], what: str
 ) -> Rows:
-    """Return compute(slice(0, n)), of which every process computes a share.
+    """Return compute(slice(0, n)). Every process computes a share of it.
 
     Args:
         compute: Returns tensors whose rows are those of the slice, or None in place of a tensor. It

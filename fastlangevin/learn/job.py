@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import fastlangevin
 from fastlangevin._version import __version__
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn.atomic import replacing
@@ -27,7 +26,19 @@ def job_id() -> str | None:
     It is the job's id for torchrun or, if the user gave none, torchrun's own process.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{platform.node()} {os.getppid()}" if name == "none" else name
+    if name != "none":
+        return name
+    launcher = os.getppid()
+    return f"{platform.node()} {launcher} {_started(launcher)}"
+
+
+def _started(process: int) -> str:
+    """Return when a process started, in ticks, since containers use process numbers again."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text("utf-8")
+    except OSError:  # not Linux
+        return ""
+    return stat.rpartition(")")[2].split()[19]
 
 
 def is_own(out: Path) -> bool:
@@ -79,7 +90,7 @@ def _reads(path: Path, text: str) -> bool:
 
 def _digest() -> str:
     """Return a digest of the package's Python files."""
-    package = Path(fastlangevin.__file__).parent
+    package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode())

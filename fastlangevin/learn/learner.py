@@ -163,7 +163,7 @@ class ShortRunLearner:
             if isinstance(sampler.grad_clip, tuple) and sampler.grad_clip[0] == "batch_norm":
                 raise ValueError(
                     f"{_OP}: grad_clip=('batch_norm', ...) is not supported with several "
-                    "processes, none of which has the whole batch"
+                    "processes, and no process has the whole batch"
                 )
             if buffer is not None:
                 device = next(self.energy.parameters()).device

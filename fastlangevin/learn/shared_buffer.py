@@ -10,7 +10,7 @@ from fastlangevin.replay import ReplayBuffer, write_last
 
 
 class SharedBuffer:
-    """A ReplayBuffer of which every process holds a shard of the slots.
+    """A ReplayBuffer whose slots are divided among the processes.
 
     It draws and stores the chains that the buffer would in a single process: which slots these
     are is computed on every process, and the states travel between the processes that hold the
@@ -71,7 +71,7 @@ class SharedBuffer:
         return group.all_to_all(self.states, [len(self.states), *others], expected, what).cpu()
 
     def load(self, states: Tensor, added: int) -> None:
-        """Restore the states of all slots, of which this process keeps its own."""
+        """Restore this process's slots from the states of all slots."""
         self.states.copy_(states[self._own.rows()])
         self._buffer.added = added
 

@@ -77,7 +77,7 @@ def train(
         report: Called as ``report(iteration, record)`` after every iteration.
         stop: Holds, afterwards, the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
             checkpoint after the current iteration and end the run.
-        group: The processes that share each batch, all of which call this function; see
+        group: The processes that share each batch. All of them call this function; see
             :func:`fastlangevin.distributed.join`. Rank 0 writes. A signal to any of them stops
             all. A run that the same job of torchrun started before a restart is continued.
 

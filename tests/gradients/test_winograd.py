@@ -64,11 +64,13 @@ def test_dilated_and_narrow_convolutions_multiply_directly():
         check(module, x)
 
 
-def test_a_state_of_many_channels_is_read_directly_and_its_gradient_comes_by_tiles():
+def test_a_state_that_one_convolution_reads_is_multiplied_directly():
     module = nn.Sequential(
         nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(WIDTH * 64, 1)
     )
-    check(module, numbers((3, WIDTH, 8, 8)))
+    x = numbers((3, WIDTH, 8, 8))
+    assert fused(module, x).net.tiled_passes == 0
+    check(module, x)
 
 
 def test_a_chain_that_is_not_finite_leaves_the_others_as_they_are():

@@ -222,7 +222,7 @@ def _prepare(images: Tensor, quantised: bool) -> Tensor:
 def _features(
     features: Features, images: Tensor, group: Group, what: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the features and probabilities of images, of which each process computes a share."""
+    """Return the features and probabilities of images. Each process computes a share of them."""
     of_images, probabilities = split_rows(
         group, len(images), BATCH, lambda rows: features(images[rows]), what
     )

@@ -64,7 +64,7 @@ def _take(path: Path, owner: str) -> Path | None:
     own = path.with_name(f"{path.name}.{number}")
     if not _create(own, owner):
         return None
-    if last is not None and not _expired(last):  # all was finished and claimed anew in between
+    if last is not None and not _expired(last):  # another process was faster
         own.unlink()
         return None
     return own
