@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds, checks, tests, sanitizes and benchmarks on a CUDA machine, in eight minutes and without a
-# network:
+# Builds, checks, tests, sanitizes and benchmarks on a CUDA machine, without a network, in eight
+# minutes or in GPU_SECONDS:
 #
 #     benchmarks/gpu.sh OUT
 #     benchmarks/gpu.sh --dry-run OUT
@@ -21,7 +21,7 @@
 # command names and that is missing is a failure.
 set -uo pipefail
 
-BUDGET=480 # seconds in all
+BUDGET=${GPU_SECONDS:-480} # seconds in all
 
 dry=
 if [ "${1:-}" = --dry-run ]; then
@@ -230,7 +230,7 @@ stage chains 75 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${cho
 profiler=$(find_tool ncu)
 if [ -n "$dry" ] || [ -n "$profiler" ]; then
     # One line per kernel and metric: time, bytes from memory and from L2, and the tensor pipe.
-    device_stage profile 35 "${profiler:-ncu}" --csv --log-file "$out/ncu.csv" --metrics \
+    device_stage profile 35 "${profiler:-ncu}" --clock-control none --csv --log-file "$out/ncu.csv" --metrics \
 "gpu__time_duration.sum,dram__bytes.sum,lts__t_bytes.sum,\
 sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active" \
         "$python" -m benchmarks.fused_step --widths 64 --precisions fp16
@@ -247,7 +247,7 @@ stage chain-memory 30 "$python" -m benchmarks.chain_memory "${device[@]}" --out 
 # In all the time that is left. A run that is stopped saves a checkpoint.
 if [ -n "$dry" ] || [ -d "${FASTLANGEVIN_DATA:-data}/cifar10" ]; then
     device_stage learning "$BUDGET" "$python" -m fastlangevin train --config paper-cifar10 \
-        --out "$out/cifar10" --width 32 --iterations 300
+        --data "${FASTLANGEVIN_DATA:-data}/cifar10" --out "$out/cifar10" --width 32 --iterations 300
 else
     echo "learning: not run, no CIFAR-10 in \$FASTLANGEVIN_DATA"
     record learning "not run: no data" 0
