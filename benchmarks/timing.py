@@ -125,7 +125,12 @@ def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int
         for _ in range(repeats):
             for step in steps:
                 step()
-    return graph.replay, repeats * len(steps)
+
+    def replay(kept: Sequence[Callable[[], Any]] = steps) -> None:
+        # The graph has no more than the addresses of the tensors that the steps hold.
+        graph.replay()
+
+    return replay, repeats * len(steps)
 
 
 def buffer_sets(set_bytes: int, device: torch.device) -> int:

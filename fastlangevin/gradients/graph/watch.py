@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import typing_extensions
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -286,6 +287,8 @@ _TRUSTED = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(np.__file__) + os.sep,
     str(Path(__file__).parents[2]) + os.sep,
+    # Until Python 3.12, it replaces a function of typing, which torch calls in its backward pass.
+    typing_extensions.__file__,
     "<frozen ",
 )
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
