@@ -79,13 +79,16 @@ class EngineCache:
             self._remember(self._recordings, key, recording)
         return recording, results
 
-    def traced(self, trace: Trace, call: EnergyCall) -> TracedGradient:
-        """Return the engine that replays a trace with the call's keyword arguments."""
+    def traced(self, trace: Trace, call: EnergyCall, is_kept: bool = True) -> TracedGradient:
+        """Return the engine that replays a trace with the call's keyword arguments.
+
+        ``is_kept`` is whether later calls may replay the same trace.
+        """
         programs = self._programs.get(id(trace))
         if programs is None or programs.trace is not trace:
             programs = Programs(trace)
         self._remember(self._programs, id(trace), programs)
-        return TracedGradient(trace, programs, call.model_kwargs, call.precision)
+        return TracedGradient(trace, programs, call.model_kwargs, call.precision, is_kept)
 
     def engine(self, make: Callable[[], Engine], graph: Graph | None, *key: Any) -> Engine:
         """Return the engine remembered for a graph and key, or else the one that ``make`` makes."""

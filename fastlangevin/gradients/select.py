@@ -106,18 +106,20 @@ def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> Engine
         choice = _by_layers(gradient, recording.graph, results, call, cache)
     if isinstance(choice, EngineChoice) or gradient == "fused":
         return choice
-    if call.x.device.type != "cpu":
-        return choice  # replaying has not been measured on other devices
+    device_type = call.x.device.type
+    if device_type not in ("cpu", "cuda"):
+        return choice  # replaying has not been tried on other devices
     with network_precision(call.precision, call.x.device):
-        # Without hardware for the half precision, float32 is faster and more precise.
-        if half and onednn.runs(HALVES[half]):
+        # On a CPU without hardware for the half precision, float32 is faster and more precise.
+        if half and (device_type == "cuda" or onednn.runs(HALVES[half])):
             recording, results = cache.recording(call, half)
         trace = recording.trace
         if not isinstance(trace, Trace):
             return trace
-        if recording.guard is None:
+        is_kept = recording.guard is not None
+        if not is_kept:
             cache = EngineCache()  # the recording is for this call, and must not outlive it
-        engine = cache.traced(trace, call)
+        engine = cache.traced(trace, call, is_kept)
         try:
             reason = cache.disproof("traced", lambda: engine, trace, results, call)
         except Exception as error:
