@@ -227,6 +227,15 @@ chosen=(--only batch-64 --seconds 10
 [ -z "$dry" ] || chosen=(--variants "explicit fp32")
 stage chains 75 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
 
+# The same for networks in the manner of other people's code. Those with labels or observations, and
+# the spectral norm by hand, are replayed traces.
+chosen=(--steps 20 --seconds 0.5 --precision tf32 fp16)
+[ -z "$dry" ] || chosen=(--seconds 0)
+stage networks 40 "$python" -m benchmarks.networks "${device[@]}" "${chosen[@]}" \
+    --json "$out/networks-${device[1]}.json" --only residual "wide residual, label" \
+    "scale and shift by class" "action given vector" "residual, spectral norm by hand" \
+    "wide residual, GroupNorm, SiLU" "MLP 2-128-128-1" "Swish tutorial"
+
 profiler=$(find_tool ncu)
 if [ -n "$dry" ] || [ -n "$profiler" ]; then
     # One line per kernel and metric: time, bytes from memory and from L2, and the tensor pipe.
@@ -242,8 +251,8 @@ fi
 # Steps of every size in float32 beside a copy of as many bytes.
 chosen=(--only fp32-contiguous --seconds 0.3 --no-compile)
 [ -z "$dry" ] || chosen=()
-stage steps 30 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
-stage chain-memory 30 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
+stage steps 25 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
+stage chain-memory 25 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
 # In all the time that is left. A run that is stopped saves a checkpoint.
 if [ -n "$dry" ] || [ -d "${FASTLANGEVIN_DATA:-data}/cifar10" ]; then
     device_stage learning "$BUDGET" "$python" -m fastlangevin train --config paper-cifar10 \
@@ -254,7 +263,7 @@ else
 fi
 
 results=()
-for file in "$out"/{chain,step,chain_memory}-*.json; do
+for file in "$out"/{chain,networks,step,chain_memory}-*.json; do
     [ ! -f "$file" ] || results+=("$file")
 done
 if [ ${#results[@]} -ne 0 ]; then

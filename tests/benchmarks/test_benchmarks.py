@@ -373,6 +373,7 @@ class TestGpuScript:
             ("memcheck", "passed"),
             ("racecheck", "FAILED (1)"),
             ("chains", "passed"),
+            ("networks", "passed"),
             ("steps", "passed"),
             ("chain-memory", "passed"),
         ]
@@ -393,7 +394,7 @@ class TestGpuScript:
         limits |= dict(re.findall(r"\|\| stage (kernels) (\d+) ", text))
         assert {"limits", "build", "tests", "racecheck", "chains", "profile"} <= set(limits)
         assert "learning" not in limits
-        budget = int(re.search(r"BUDGET=(\d+)", text)[1])
+        budget = int(re.search(r"GPU_SECONDS:-(\d+)", text)[1])
         assert 0.9 * budget <= sum(map(int, limits.values())) <= budget
 
     def test_a_dry_run_names_every_stage_and_each_file_exists(self, tmp_path):
@@ -406,7 +407,7 @@ class TestGpuScript:
         )
         printed = {"build", "racecheck", "profile", "learning"}
         ran = {"limits", "triton-cache", "checks", "tests", "failed-capture", "memcheck"}
-        ran |= {"chains", "steps", "chain-memory"}
+        ran |= {"chains", "networks", "steps", "chain-memory"}
         assert stages == dict.fromkeys(ran, "passed") | dict.fromkeys(printed, "printed")
 
     def test_a_dry_run_fails_for_a_module_that_is_gone(self, tmp_path):
@@ -432,7 +433,7 @@ class TestGpuScript:
     def test_a_dry_run_takes_every_stage_in_its_smallest_form(self, tmp_path):
         done = self.run(str(GPU_SH), "--dry-run", str(tmp_path))
         assert done.returncode == 0, done.stdout
-        for name in ("limits", "checks", "chain", "step", "chain_memory"):
+        for name in ("limits", "checks", "chain", "networks", "step", "chain_memory"):
             assert json.loads((tmp_path / f"{name}-cpu.json").read_text())
         checks = json.loads((tmp_path / "checks-cpu.json").read_text())["results"]
         assert [row["right"] for row in checks] == [True] * len(checks)
