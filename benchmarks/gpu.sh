@@ -171,14 +171,14 @@ stage limits 15 "$python" -m benchmarks.limits "${device[@]}" --out "$out"
 
 # The build beside the compilation of the fused engine's kernels, which needs no extension.
 if [ -z "$dry" ]; then
-    setsid "$python" -m benchmarks.fused_step "${device[@]}" --widths 64 32 --precisions fp16 tf32 \
-        --odd >"$out/triton-cache.log" 2>&1 &
+    setsid "$python" -m benchmarks.fused_step "${device[@]}" --widths 64 32 128 \
+        --batches 64 256 1024 --precisions fp16 tf32 --odd >"$out/triton-cache.log" 2>&1 &
     filling=$!
 fi
 FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
     device_stage build 75 "$python" -m pip install -e . --no-build-isolation --no-deps
 if [ -z "$dry" ]; then
-    stage triton-cache 20 tail --pid="$filling" -f /dev/null # waits for the rest of it
+    stage triton-cache 30 tail --pid="$filling" -f /dev/null # waits for the rest of it
     kill -- "-$filling" 2>/dev/null # with its workers
     if ! wait "$filling"; then
         echo "triton-cache: FAILED; see $out/triton-cache.log"
@@ -221,11 +221,11 @@ else
     done
 fi
 
-# The paper's loop beside these, at batch 64: widths 64, 32 and, if time is left, 128.
-chosen=(--only batch-64 --seconds 10
+# The paper's loop beside these, with its K = 100: batch 64 first, widths 64, 32 and 128.
+chosen=(--steps 100 --seconds 4
     --variants "explicit tf32" "fused tf32" "explicit fp16" "fused fp16")
 [ -z "$dry" ] || chosen=(--variants "explicit fp32")
-stage chains 75 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
+stage chains 100 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
 
 profiler=$(find_tool ncu)
 if [ -n "$dry" ] || [ -n "$profiler" ]; then
