@@ -256,6 +256,7 @@ chosen=(--only fp32-contiguous --seconds 0.3 --no-compile)
 [ -z "$dry" ] || chosen=()
 stage steps 30 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
 stage chain-memory 30 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
+stage capacity 45 "$python" -m benchmarks.capacity "${device[@]}" --out "$out" --seconds 40
 # In all the time that is left. A run that is stopped saves a checkpoint.
 if [ -n "$dry" ] || [ -d "${FASTLANGEVIN_DATA:-data}/cifar10" ]; then
     device_stage learning "$BUDGET" "$python" -m fastlangevin train --config paper-cifar10 \
