@@ -176,7 +176,7 @@ if [ -z "$dry" ]; then
     filling=$!
 fi
 FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
-    device_stage build 75 "$python" -m pip install -e . --no-build-isolation --no-deps
+    device_stage build 50 "$python" -m pip install -e . --no-build-isolation --no-deps
 if [ -z "$dry" ]; then
     stage triton-cache 20 tail --pid="$filling" -f /dev/null # waits for the rest of it
     kill -- "-$filling" 2>/dev/null # with its workers
@@ -196,7 +196,7 @@ if [ -z "$dry" ] && "$python" -c 'import xdist' 2>>"$log"; then several=(-n 8); 
 only=()
 [ -z "$dry" ] || only=(--collect-only)
 breaks_a_capture=tests/kernels/test_cuda.py::test_a_failed_recording_leaves_torch_as_it_was
-stage tests 70 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${only[@]}" \
+stage tests 65 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${only[@]}" \
     --junitxml="$out/tests.xml" --deselect "$breaks_a_capture" tests/kernels/test_cuda.py \
     tests/kernels/test_triton_conv.py tests/kernels/test_triton.py
 # Alone and last, since a capture that fails may leave its process in an unknown state.
@@ -208,8 +208,9 @@ if [ -n "$dry" ]; then
 else
     sanitizer=$(find_tool compute-sanitizer)
     reason=$(why_no_sanitizer "$sanitizer")
-    # First without the sanitizer, under which Triton's compiler would be much slower.
-    [ -n "$reason" ] || stage kernels 15 "$python" -m benchmarks.sanitize
+    # First without the sanitizer, under which Triton's compiler would be much slower. Some 65
+    # variants of the step take 0.3 s each to compile.
+    [ -n "$reason" ] || stage kernels 45 "$python" -m benchmarks.sanitize
     for tool in memcheck racecheck; do
         if [ -z "$reason" ]; then
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 25 \
@@ -230,7 +231,7 @@ stage chains 75 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${cho
 profiler=$(find_tool ncu)
 if [ -n "$dry" ] || [ -n "$profiler" ]; then
     # One line per kernel and metric: time, bytes from memory and from L2, and the tensor pipe.
-    device_stage profile 35 "${profiler:-ncu}" --clock-control none --csv --log-file "$out/ncu.csv" --metrics \
+    device_stage profile 30 "${profiler:-ncu}" --clock-control none --csv --log-file "$out/ncu.csv" --metrics \
 "gpu__time_duration.sum,dram__bytes.sum,lts__t_bytes.sum,\
 sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active" \
         "$python" -m benchmarks.fused_step --widths 64 --precisions fp16
@@ -242,7 +243,7 @@ fi
 # Steps of every size in float32 beside a copy of as many bytes.
 chosen=(--only fp32-contiguous --seconds 0.3 --no-compile)
 [ -z "$dry" ] || chosen=()
-stage steps 30 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
+stage steps 25 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
 stage chain-memory 30 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
 # In all the time that is left. A run that is stopped saves a checkpoint.
 if [ -n "$dry" ] || [ -d "${FASTLANGEVIN_DATA:-data}/cifar10" ]; then
