@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds, checks, tests, sanitizes and benchmarks on a CUDA machine, without a network, in eight
+# Builds, checks, tests, sanitizes and benchmarks on a CUDA machine, without a network, in nine
 # minutes or in GPU_SECONDS:
 #
 #     benchmarks/gpu.sh OUT [STAGE ...]
@@ -22,7 +22,7 @@
 # command names and that is missing is a failure.
 set -uo pipefail
 
-BUDGET=${GPU_SECONDS:-480} # seconds in all
+BUDGET=${GPU_SECONDS:-490} # seconds in all
 
 dry=
 if [ "${1:-}" = --dry-run ]; then
@@ -177,7 +177,7 @@ END
     rm -r "$folder"
 }
 
-stage limits 15 "$python" -m benchmarks.limits "${device[@]}" --out "$out"
+stage limits 10 "$python" -m benchmarks.limits "${device[@]}" --out "$out"
 
 # The build beside the compilation of the fused engine's kernels, which needs no extension.
 if [ -z "$dry" ] && is_wanted triton-cache; then
@@ -186,9 +186,9 @@ if [ -z "$dry" ] && is_wanted triton-cache; then
     filling=$!
 fi
 FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
-    device_stage build 75 "$python" -m pip install -e . --no-build-isolation --no-deps
+    device_stage build 40 "$python" -m pip install -e . --no-build-isolation --no-deps
 if [ -z "$dry" ] && is_wanted triton-cache; then
-    stage triton-cache 30 tail --pid="$filling" -f /dev/null # waits for the rest of it
+    stage triton-cache 25 tail --pid="$filling" -f /dev/null # waits for the rest of it
     kill -- "-$filling" 2>/dev/null # with its workers
     if ! wait "$filling"; then
         echo "triton-cache: FAILED; see $out/triton-cache.log"
@@ -206,7 +206,7 @@ if [ -z "$dry" ] && "$python" -c 'import xdist' 2>>"$log"; then several=(-n 8); 
 only=()
 [ -z "$dry" ] || only=(--collect-only)
 breaks_a_capture=tests/kernels/test_cuda.py::test_a_failed_recording_leaves_torch_as_it_was
-stage tests 70 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${only[@]}" \
+stage tests 60 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${only[@]}" \
     --junitxml="$out/tests.xml" --deselect "$breaks_a_capture" tests/kernels/test_cuda.py \
     tests/kernels/test_triton_conv.py tests/kernels/test_triton.py
 # Alone and last, since a capture that fails may leave its process in an unknown state.
@@ -220,7 +220,7 @@ else
     reason=
     if is_wanted memcheck || is_wanted racecheck; then reason=$(why_no_sanitizer "$sanitizer"); fi
     # First without the sanitizer, under which Triton's compiler would be much slower.
-    [ -n "$reason" ] || stage kernels 15 "$python" -m benchmarks.sanitize
+    [ -n "$reason" ] || stage kernels 35 "$python" -m benchmarks.sanitize
     for tool in memcheck racecheck; do
         is_wanted "$tool" || continue
         if [ -z "$reason" ]; then
@@ -237,12 +237,12 @@ fi
 chosen=(--steps 100 --seconds 4
     --variants "explicit tf32" "fused tf32" "explicit fp16" "fused fp16")
 [ -z "$dry" ] || chosen=(--variants "explicit fp32")
-stage chains 100 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
+stage chains 80 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
 
 profiler=$(find_tool ncu)
 if [ -n "$dry" ] || [ -n "$profiler" ]; then
     # One line per kernel and metric: time, bytes from memory and from L2, and the tensor pipe.
-    device_stage profile 35 "${profiler:-ncu}" --clock-control none --csv --log-file "$out/ncu.csv" --metrics \
+    device_stage profile 30 "${profiler:-ncu}" --clock-control none --csv --log-file "$out/ncu.csv" --metrics \
 "gpu__time_duration.sum,dram__bytes.sum,lts__t_bytes.sum,\
 sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active" \
         "$python" -m benchmarks.fused_step --widths 64 --precisions fp16
@@ -254,9 +254,9 @@ fi
 # Steps of every size in float32 beside a copy of as many bytes.
 chosen=(--only fp32-contiguous --seconds 0.3 --no-compile)
 [ -z "$dry" ] || chosen=()
-stage steps 30 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
-stage chain-memory 30 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
-stage capacity 45 "$python" -m benchmarks.capacity "${device[@]}" --out "$out" --seconds 40
+stage steps 20 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
+stage chain-memory 25 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
+stage capacity 40 "$python" -m benchmarks.capacity "${device[@]}" --out "$out" --seconds 35
 # In all the time that is left. A run that is stopped saves a checkpoint.
 if [ -n "$dry" ] || [ -d "${FASTLANGEVIN_DATA:-data}/cifar10" ]; then
     device_stage learning "$BUDGET" "$python" -m fastlangevin train --config paper-cifar10 \

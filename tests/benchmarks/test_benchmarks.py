@@ -393,7 +393,7 @@ class TestGpuScript:
         limits |= dict(re.findall(r"\|\| stage (kernels) (\d+) ", text))
         assert {"limits", "build", "tests", "racecheck", "chains", "profile"} <= set(limits)
         assert "learning" not in limits
-        budget = int(re.search(r"BUDGET=(\d+)", text)[1])
+        budget = int(re.search(r"GPU_SECONDS:-(\d+)", text)[1])
         assert 0.9 * budget <= sum(map(int, limits.values())) <= budget
 
     def test_a_dry_run_names_every_stage_and_each_file_exists(self, tmp_path):
@@ -406,7 +406,7 @@ class TestGpuScript:
         )
         printed = {"build", "racecheck", "profile", "learning"}
         ran = {"limits", "triton-cache", "checks", "tests", "failed-capture", "memcheck"}
-        ran |= {"chains", "steps", "chain-memory"}
+        ran |= {"chains", "steps", "chain-memory", "capacity"}
         assert stages == dict.fromkeys(ran, "passed") | dict.fromkeys(printed, "printed")
 
     def test_a_dry_run_fails_for_a_module_that_is_gone(self, tmp_path):
@@ -439,6 +439,21 @@ class TestGpuScript:
         assert "paper's loop" in (tmp_path / "summary.md").read_text()
 
 
+def test_gradients_of_a_schedule_off_the_plain_loops_are_reported_and_not_raised(load):
+    memory = load("chain_memory")
+    case = memory.Case(steps=3, batch=2, width=2, size=8, device=CPU)
+    net, x0 = case.make()
+    chains, leaves = memory.chains(case, net, x0), [x0, *net.parameters()]
+    chains = {name: chains[name] for name in ("plain loop", "step")}
+    chains["rough"] = lambda: chains["step"]() * 1.001
+    chains["not a number"] = lambda: chains["step"]() * math.nan
+    rows = memory.check(chains, leaves)
+    assert [row["differs"] for row in rows.values()] == [False, False, True, True]
+    assert 1e-3 < rows["rough"]["deviation"] < 3e-3
+    row = {"peak_bytes": 2**20, "seconds": {"median": 1.0}, **rows["rough"]}
+    assert "differs by 2e-03" in load("report_memory").cell(row)
+
+
 @pytest.mark.slow
 def test_chain_memory_runs_and_draws(tmp_path):
     done = python("-m", "benchmarks.chain_memory", "--quick", "--out", str(tmp_path))
@@ -447,6 +462,7 @@ def test_chain_memory_runs_and_draws(tmp_path):
     content = json.loads(result.read_text())
     rows = {row["variant"]: row for row in content["results"]}
     assert set(rows) == {"plain loop", "torch checkpoint", "none", "step", "4 states", "64MiB"}
+    assert not any(row["differs"] for row in rows.values())
     evaluations = {name: row["evaluations"] for name, row in rows.items()}
     # torch.utils.checkpoint evaluates twice forward; a budget measures a step; 4 states lack one.
     assert evaluations["plain loop"] == evaluations["none"] == 6
