@@ -323,7 +323,13 @@ class TestGpuScript:
         assert "gpu.sh: no CUDA device: torch sees no CUDA device" in done.stderr
 
     def stand_in(
-        self, folder: Path, python: str, sanitizer: str, *options: str, **environment: str
+        self,
+        folder: Path,
+        python: str,
+        sanitizer: str,
+        *options: str,
+        stages: tuple[str, ...] = (),
+        **environment: str,
     ) -> subprocess.CompletedProcess:
         """Run with programs in place of Python, nvcc and the sanitizer, all in one folder."""
         programs = {"python": python, "nvcc": "", "compute-sanitizer": sanitizer}
@@ -332,7 +338,7 @@ class TestGpuScript:
             (folder / name).chmod(0o755)
         inherited = {key: v for key, v in os.environ.items() if not key.startswith("CMAKE")}
         return subprocess.run(
-            ["bash", str(GPU_SH), *options, str(folder / "out")],
+            ["bash", str(GPU_SH), *options, str(folder / "out"), *stages],
             capture_output=True,
             text=True,
             env={
@@ -375,6 +381,7 @@ class TestGpuScript:
             ("chains", "passed"),
             ("steps", "passed"),
             ("chain-memory", "passed"),
+            ("capacity", "passed"),
         ]
         assert re.search(r"gpu.sh: FAILED after \d+ s: tests racecheck; see", done.stdout)
         log = (tmp_path / "out" / "gpu.log").read_text()
@@ -408,6 +415,15 @@ class TestGpuScript:
         ran = {"limits", "triton-cache", "checks", "tests", "failed-capture", "memcheck"}
         ran |= {"chains", "steps", "chain-memory", "capacity"}
         assert stages == dict.fromkeys(ran, "passed") | dict.fromkeys(printed, "printed")
+
+    def test_only_the_stages_that_are_named_run(self, tmp_path):
+        done = self.stand_in(tmp_path, "echo", "exit 1", "--dry-run", stages=("checks", "chains"))
+        assert done.returncode == 0, done.stdout
+        lines = (tmp_path / "out" / "stages.tsv").read_text().splitlines()
+        assert [line.split("\t")[:2] for line in lines] == [
+            ["checks", "passed"],
+            ["chains", "passed"],
+        ]
 
     def test_a_dry_run_fails_for_a_module_that_is_gone(self, tmp_path):
         script = tmp_path / "benchmarks" / "gpu.sh"
