@@ -17,7 +17,6 @@ from fastlangevin.gradients.precision import (
     HALVES,
     convolutions_use_tf32,
     half_name,
-    network_precision,
 )
 from fastlangevin.gradients.timing import step_seconds
 from fastlangevin.gradients.trace.instructions import Trace
