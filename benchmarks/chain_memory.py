@@ -5,11 +5,12 @@
 writes DIR/chain_memory-DEVICE.json. For the plain loop, for torch.utils.checkpoint around each of
 its steps and for our schedules, it records against K: the peak bytes of the tensors allocated in a
 forward and backward pass, the seconds (rounds interleaved) and the evaluations of the energy.
-Gradients go to x0 and all parameters of the paper's net with SiLU, at batch 8 and width 32. Two
-more figures: the cost of "step" relative to the plain loop at K = 16, and the time of s states
-relative to the prediction from their number of evaluations and the two passes of "step".
-``--long`` adds K = 1000 with 20 states, and once more at batch 64 and width 16 with the memory of
-the process.
+Gradients go to x0 and all parameters of the paper's net with SiLU, at batch 8 and width 32. Each
+row also has the largest deviation from the plain loop's gradients, relative to the largest element
+of each, both in strict float32, and says whether it is above the limit. Two more figures: the cost
+of "step" relative to the plain loop at K = 16, and the time of s states relative to the prediction
+from their number of evaluations and the two passes of "step". ``--long`` adds K = 1000 with 20
+states, and once more at batch 64 and width 16 with the memory of the process.
 """
 
 import argparse
@@ -28,9 +29,13 @@ import fastlangevin as fl
 from benchmarks import timing
 from fastlangevin.adjoint.memory import Allocations
 from fastlangevin.adjoint.schedules import recomputed
+from fastlangevin.gradients.precision import float32_products
 
 STEP_SIZE, NOISE_STD = 0.1, 0.01
 STATES, BUDGET = (4, 10), "64MiB"
+# In strict float32. In TF32, torch's default for convolutions on GPUs, rounding alone moved
+# gradients through 4 steps by 6e-4 of their largest element (H200).
+LIMIT = 1e-4
 
 
 class Case(NamedTuple):
@@ -115,22 +120,35 @@ def plain_loop(case: Case, net: fl.ConvEnergy, x: Tensor, checkpointed: bool = F
 
 
 def compare(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """One row per variant, after a check that it has the plain loop's gradients."""
+    """One row per variant, with its deviation from the plain loop's gradients."""
     net, x0 = case.make()
     variants = chains(case, net, x0)
     leaves = [x0, *net.parameters()]
-    rows, want = [], None
-    for name, chain in variants.items():
-        grads = torch.autograd.grad(chain().square().sum(), leaves, allow_unused=True)[:-1]
-        want = want or grads
-        for ours, plain in zip(grads, want, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
-        rows.append({**memory(case, name), "variant": name})
+    deviations = check(variants, leaves)
+    rows = [{**memory(case, name), **deviations[name]} for name in variants]
     seconds = timing.interleave(
         {name: functools.partial(_seconds, chain, leaves) for name, chain in variants.items()},
         rounds,
     )
     return [{**row, "seconds": timing.summary(seconds[row["variant"]])} for row in rows]
+
+
+def check(
+    variants: dict[str, Callable[[], Tensor]], leaves: Sequence[Tensor]
+) -> dict[str, dict[str, Any]]:
+    """How far the gradients of each variant are from those of the first, the plain loop."""
+    deviations, want = {}, None
+    for name, chain in variants.items():
+        with float32_products("ieee", leaves[0].device.type):
+            grads = torch.autograd.grad(chain().square().sum(), leaves, allow_unused=True)[:-1]
+        want = want or grads
+        errors = [
+            (ours - plain).abs().max() / plain.abs().max()
+            for ours, plain in zip(grads, want, strict=True)
+        ]
+        deviation = float(torch.stack(errors).max())
+        deviations[name] = {"deviation": deviation, "differs": not deviation <= LIMIT}
+    return deviations
 
 
 def memory(case: Case, name: str, states: int | None = None) -> dict[str, Any]:

@@ -28,7 +28,10 @@ def cell(row: Row | None) -> str:
     if row is None:
         return MISSING
     peak = number(row["peak_bytes"] / 2**20)
-    return f"{peak} ({number(row['seconds']['median'])} s)" if "seconds" in row else peak
+    if "seconds" not in row:
+        return peak
+    differs = f", differs by {row['deviation']:.0e}" if row.get("differs") else ""
+    return f"{peak} ({number(row['seconds']['median'])} s{differs})"
 
 
 def plot(content: Row, path: Path) -> None:

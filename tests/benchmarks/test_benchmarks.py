@@ -323,7 +323,13 @@ class TestGpuScript:
         assert "gpu.sh: no CUDA device: torch sees no CUDA device" in done.stderr
 
     def stand_in(
-        self, folder: Path, python: str, sanitizer: str, *options: str, **environment: str
+        self,
+        folder: Path,
+        python: str,
+        sanitizer: str,
+        *options: str,
+        stages: tuple[str, ...] = (),
+        **environment: str,
     ) -> subprocess.CompletedProcess:
         """Run with programs in place of Python, nvcc and the sanitizer, all in one folder."""
         programs = {"python": python, "nvcc": "", "compute-sanitizer": sanitizer}
@@ -332,7 +338,7 @@ class TestGpuScript:
             (folder / name).chmod(0o755)
         inherited = {key: v for key, v in os.environ.items() if not key.startswith("CMAKE")}
         return subprocess.run(
-            ["bash", str(GPU_SH), *options, str(folder / "out")],
+            ["bash", str(GPU_SH), *options, str(folder / "out"), *stages],
             capture_output=True,
             text=True,
             env={
@@ -376,6 +382,7 @@ class TestGpuScript:
             ("networks", "passed"),
             ("steps", "passed"),
             ("chain-memory", "passed"),
+            ("capacity", "passed"),
         ]
         assert re.search(r"gpu.sh: FAILED after \d+ s: tests racecheck; see", done.stdout)
         log = (tmp_path / "out" / "gpu.log").read_text()
@@ -407,8 +414,17 @@ class TestGpuScript:
         )
         printed = {"build", "racecheck", "profile", "learning"}
         ran = {"limits", "triton-cache", "checks", "tests", "failed-capture", "memcheck"}
-        ran |= {"chains", "networks", "steps", "chain-memory"}
+        ran |= {"chains", "networks", "steps", "chain-memory", "capacity"}
         assert stages == dict.fromkeys(ran, "passed") | dict.fromkeys(printed, "printed")
+
+    def test_only_the_stages_that_are_named_run(self, tmp_path):
+        done = self.stand_in(tmp_path, "echo", "exit 1", "--dry-run", stages=("checks", "chains"))
+        assert done.returncode == 0, done.stdout
+        lines = (tmp_path / "out" / "stages.tsv").read_text().splitlines()
+        assert [line.split("\t")[:2] for line in lines] == [
+            ["checks", "passed"],
+            ["chains", "passed"],
+        ]
 
     def test_a_dry_run_fails_for_a_module_that_is_gone(self, tmp_path):
         script = tmp_path / "benchmarks" / "gpu.sh"
@@ -440,6 +456,21 @@ class TestGpuScript:
         assert "paper's loop" in (tmp_path / "summary.md").read_text()
 
 
+def test_gradients_of_a_schedule_off_the_plain_loops_are_reported_and_not_raised(load):
+    memory = load("chain_memory")
+    case = memory.Case(steps=3, batch=2, width=2, size=8, device=CPU)
+    net, x0 = case.make()
+    chains, leaves = memory.chains(case, net, x0), [x0, *net.parameters()]
+    chains = {name: chains[name] for name in ("plain loop", "step")}
+    chains["rough"] = lambda: chains["step"]() * 1.001
+    chains["not a number"] = lambda: chains["step"]() * math.nan
+    rows = memory.check(chains, leaves)
+    assert [row["differs"] for row in rows.values()] == [False, False, True, True]
+    assert 1e-3 < rows["rough"]["deviation"] < 3e-3
+    row = {"peak_bytes": 2**20, "seconds": {"median": 1.0}, **rows["rough"]}
+    assert "differs by 2e-03" in load("report_memory").cell(row)
+
+
 @pytest.mark.slow
 def test_chain_memory_runs_and_draws(tmp_path):
     done = python("-m", "benchmarks.chain_memory", "--quick", "--out", str(tmp_path))
@@ -448,6 +479,7 @@ def test_chain_memory_runs_and_draws(tmp_path):
     content = json.loads(result.read_text())
     rows = {row["variant"]: row for row in content["results"]}
     assert set(rows) == {"plain loop", "torch checkpoint", "none", "step", "4 states", "64MiB"}
+    assert not any(row["differs"] for row in rows.values())
     evaluations = {name: row["evaluations"] for name, row in rows.items()}
     # torch.utils.checkpoint evaluates twice forward; a budget measures a step; 4 states lack one.
     assert evaluations["plain loop"] == evaluations["none"] == 6
