@@ -21,13 +21,14 @@ def section(content: Row) -> str:
         rows = [variants.get(name) for variants in cases.values()]
         times.append([label(name), *map(speed, rows)])
         memory.append([label(name), *map(peak, rows)])
-    rates = [best(variants) for variants in cases.values()]
+    chosen = "fp16" if content["device"] == "cuda" else "fp32"
+    rates = [best(variants, chosen) for variants in cases.values()]
     return "\n\n".join((
         about(content),
         "Milliseconds per step of a chain on the paper's networks for 3x32x32 images, and how many "
         "times faster this is than the paper's five-line loop in the same run (medians of ratios "
         "taken round by round).",
-        table(header, [*times, ["share of the matrix rate, best fp32", *rates]]),
+        table(header, [*times, [f"share of the matrix rate, best {chosen}", *rates]]),
         "Memory: the most that one step holds at a time, without the energy's weights, by "
         "counting allocations. Packed copies of weights are included.",
         table(header, memory),
@@ -51,8 +52,9 @@ def peak(row: Row | None) -> str:
     return f"{number(row['peak_bytes'] / 2**20)} MiB"
 
 
-def best(variants: Row) -> str:
-    rates = [r["percent_of_matrix_rate"] for n, r in variants.items() if n.endswith("fp32")]
+def best(variants: Row, precision: str) -> str:
+    rows = [row for name, row in variants.items() if name.endswith(precision)]
+    rates = [row["percent_of_matrix_rate"] for row in rows if "error" not in row]
     return f"{max(rates):.0f} %" if rates else MISSING
 
 

@@ -475,23 +475,26 @@ class LangevinSampler:
         return short_repr(_OP, shown).replace("(", f"({energy}, ", 1)
 
     @_entry
-    def explain(self, x0: Any = None) -> str:
+    def explain(self, x0: Any = None, **model_kwargs: Any) -> str:
         """Describes what a call will run and on which device, and why nothing faster.
 
         Args:
             x0: A starting state. With it the text also lists what gradients through the chain cost
                 for each ``checkpoint``, in bytes and in evaluations of the energy and its gradient.
                 For this, one step is run and differentiated.
+            **model_kwargs: Keyword arguments of the energy, as in a call; they need x0.
 
         Returns:
             Text of several lines.
 
         Raises:
-            The errors of a call with this x0.
+            The errors of a call with this x0, and TypeError for model_kwargs without one.
         """
         if x0 is not None:
-            x, is_copy, chain = self._read(x0, seed=0)
+            x, is_copy, chain = self._read(x0, seed=0, **model_kwargs)
             return explain(chain, x if is_copy else x.clone(), True, self._graphs)
+        if model_kwargs:
+            raise TypeError(f"{_OP}: explain needs x0 beside {', '.join(model_kwargs)}")
         shape, device = getattr(self.energy, "shape", None), device_of(self.energy)
         zeros = None
         if shape is not None:

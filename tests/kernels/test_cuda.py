@@ -184,6 +184,7 @@ def test_the_rounding_of_a_precision_does_not_keep_a_network_from_an_engine(
     assert "gradient   autograd" not in run.explain(numbers((64, 3, 32, 32), 0).to(CUDA))
 
 
+@same_sums
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_weights_of_the_moment_without_a_new_recording(gradient: str) -> None:
     run, x = chain(gradient), numbers((4, 3, 16, 16), 0).to(CUDA)

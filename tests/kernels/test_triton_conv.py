@@ -43,8 +43,8 @@ def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted programs run one by one, and cost the same whatever their tile."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(conv_plan, "_MULTIPROCESSORS", 1)
-        monkeypatch.setattr(conv_plan, "_TILES", ((512, 32, 4),))
-        monkeypatch.setattr(conv_plan, "_IEEE_TILES", ((512, 32, 4),))
+        for tiles in ("_TILES", "_NARROW_TILES", "_FLAT_TILES", "_IEEE_TILES"):
+            monkeypatch.setattr(conv_plan, tiles, (conv_plan.Tile(512, 32, 4, 3),))
 
 
 def stack_of(energy: nn.Module, shape: tuple[int, ...]) -> ConvStack:
@@ -345,9 +345,10 @@ def test_networks_that_cannot_be_fused_say_why() -> None:
     assert "convolution 1: it has 2 groups" in str(reason(conv, nn.ReLU(), grouped, nn.ReLU()))
     assert "dilation" in str(reason(nn.Conv2d(3, 6, 3, 2, dilation=2), nn.ReLU()))
     assert "17 channels" in str(reason(nn.Conv2d(17, 6, 3), nn.ReLU(), channels=17))
+    energy = nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.Linear(216, 1)).to(DEVICE)
+    stack = stack_of(energy, (3, 8, 8))
     with pytest.raises(ValueError, match="gelu"):
-        FusedGradient(stack_of(nn.Sequential(conv, nn.GELU(), nn.Flatten(), nn.Linear(216, 1)),
-                            (3, 8, 8)), 1, DEVICE, "fp32")  # fmt: skip
+        FusedGradient(stack, 1, DEVICE, "fp32")
 
 
 def test_other_shapes_are_refused_and_the_plan_is_printed() -> None:
