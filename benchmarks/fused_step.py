@@ -1,6 +1,7 @@
 """Take one step of the paper's networks in the GPU's fused engine, in one process per network.
 
-    python -m benchmarks.fused_step [--widths 64 32] [--precisions fp16 tf32] [--odd] [--quick]
+    python -m benchmarks.fused_step [--widths 64 32] [--batches 64] [--precisions fp16 tf32]
+        [--odd] [--quick]
 
 The processes compile at the same time and leave the kernels in Triton's cache, where later
 benchmarks find them. A profiler can be run on one width and precision, which then need no other
@@ -8,6 +9,7 @@ process. Without a GPU, the kernels are interpreted if TRITON_INTERPRET=1.
 """
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +31,7 @@ OPTIONS = {"step_size": 1.0, "noise_std": 0.01, "seed": 0, "step": 0, "first_cha
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fused_step")
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 32])
+    parser.add_argument("--batches", nargs="+", type=int, default=[64])
     parser.add_argument("--precisions", nargs="+", default=["fp16", "tf32"])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--odd", action="store_true", help="also the networks of device_checks")
@@ -36,12 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = options.device
     jobs: list[tuple[Any, ...]] = [
-        (step, w, p, device) for w in options.widths for p in options.precisions
+        (step, w, n, p, device)
+        for w, n, p in itertools.product(options.widths, options.batches, options.precisions)
     ]
     if options.odd:
         jobs += [(odd_step, name, p, device) for name in NETS for p in DTYPES]
     if options.quick:
-        jobs = [(step, 2, options.precisions[0], device)]
+        jobs = [(step, 2, 2, options.precisions[0], device)]
     if len(jobs) == 1:
         run, *values = jobs[0]
         print(run(*values))
@@ -57,17 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def step(width: int, precision: str, device: str) -> str:
-    """Take a step with a leaky_relu network at batch 64, and say what was launched."""
-    batch, size = (64, 32) if device == "cuda" else (2, 8)
+def step(width: int, batch: int, precision: str, device: str) -> str:
+    """Take a step with a leaky_relu network, and say what was launched."""
+    size = 32 if device == "cuda" else 8
     torch.manual_seed(0)
     energy = fl.ConvEnergy(size=size, width=width).to(device)
     score = engine(energy, (3, size, size), batch, precision)
     x = torch.rand(batch, 3, size, size, device=device)
     score.step_(x, **OPTIONS)
     if not bool(torch.isfinite(x).all()):
-        raise AssertionError(f"width {width}, {precision}: the state is not finite")
-    return f"width {width}, {precision}: {score.plan()}"
+        raise AssertionError(f"width {width}, batch {batch}, {precision}: the state is not finite")
+    return f"width {width}, batch {batch}, {precision}: {score.plan()}"
 
 
 def odd_step(name: str, precision: str, device: str) -> str:

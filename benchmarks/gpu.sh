@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds, checks, tests, sanitizes and benchmarks on a CUDA machine, without a network, in eight
+# Builds, checks, tests, sanitizes and benchmarks on a CUDA machine, without a network, in nine
 # minutes or in GPU_SECONDS:
 #
-#     benchmarks/gpu.sh OUT
-#     benchmarks/gpu.sh --dry-run OUT
+#     benchmarks/gpu.sh OUT [STAGE ...]
+#     benchmarks/gpu.sh --dry-run OUT [STAGE ...]
 #
 # Installs this checkout (editable) into the environment of $PYTHON, by default python3, which must
 # hold a CUDA build of torch with triton; numpy, safetensors, pillow, pyyaml, rich, scikit-learn and
@@ -12,7 +12,8 @@
 # ncu if they work.
 #
 # Every stage writes its results to OUT as it goes, and is stopped at its own time limit; a failed
-# stage does not stop the others. The stages that matter most come first. OUT/stages.tsv has a line
+# stage does not stop the others. The stages that matter most come first; with names of stages, only
+# these run. OUT/stages.tsv has a line
 # for each with its status and seconds, and OUT/gpu.log what they printed. The exit status is 1 if a
 # stage failed, and 2 if nothing could be run.
 #
@@ -21,19 +22,21 @@
 # command names and that is missing is a failure.
 set -uo pipefail
 
-BUDGET=${GPU_SECONDS:-480} # seconds in all
+BUDGET=${GPU_SECONDS:-490} # seconds in all
 
 dry=
 if [ "${1:-}" = --dry-run ]; then
     dry=yes
     shift
 fi
-if [ $# -ne 1 ]; then
-    echo "usage: benchmarks/gpu.sh [--dry-run] OUT" >&2
+if [ $# -lt 1 ]; then
+    echo "usage: benchmarks/gpu.sh [--dry-run] OUT [STAGE ...]" >&2
     exit 2
 fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
+shift
+wanted=" $* "
 cd "$(dirname "$0")/.." || exit 2
 python=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: no ${PYTHON:-python3}" >&2 && exit 2; }
 # Its cmake and ninja are in the same folder, also if its environment has not been activated.
@@ -41,8 +44,8 @@ python_folder=$(cd "$(dirname "$python")" && pwd)
 python=$python_folder/$(basename "$python")
 export PATH=$python_folder:$PATH
 log=$out/gpu.log
-: >"$log"
-: >"$out/stages.tsv"
+: >>"$log"
+: >>"$out/stages.tsv"
 failed=()
 
 if [ -n "$dry" ]; then
@@ -83,12 +86,18 @@ missing() { # COMMAND...
     done
 }
 
+# Whether a stage is to run.
+is_wanted() { # NAME
+    [ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]]
+}
+
 record() { # NAME STATUS SECONDS
     printf '%s\t%s\t%s\n' "$@" >>"$out/stages.tsv"
     case $2 in passed | printed | "not run"*) ;; *) failed+=("$1") ;; esac
 }
 
 stage() { # NAME SECONDS COMMAND...
+    is_wanted "$1" || return
     local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) status first
     shift 2
     if [ -z "$dry" ] && [ "$left" -lt 5 ]; then
@@ -120,6 +129,7 @@ stage() { # NAME SECONDS COMMAND...
 
 # A stage that has no form without a GPU.
 device_stage() { # NAME SECONDS COMMAND...
+    is_wanted "$1" || return
     if [ -z "$dry" ]; then
         stage "$@"
         return
@@ -167,24 +177,24 @@ END
     rm -r "$folder"
 }
 
-stage limits 15 "$python" -m benchmarks.limits "${device[@]}" --out "$out"
+stage limits 10 "$python" -m benchmarks.limits "${device[@]}" --out "$out"
 
 # The build beside the compilation of the fused engine's kernels, which needs no extension.
-if [ -z "$dry" ]; then
-    setsid "$python" -m benchmarks.fused_step "${device[@]}" --widths 64 32 --precisions fp16 tf32 \
-        --odd >"$out/triton-cache.log" 2>&1 &
+if [ -z "$dry" ] && is_wanted triton-cache; then
+    setsid "$python" -m benchmarks.fused_step "${device[@]}" --widths 64 32 128 \
+        --batches 64 256 1024 --precisions fp16 tf32 --odd >"$out/triton-cache.log" 2>&1 &
     filling=$!
 fi
 FASTLANGEVIN_CUDA=1 CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-$architecture} \
-    device_stage build 50 "$python" -m pip install -e . --no-build-isolation --no-deps
-if [ -z "$dry" ]; then
-    stage triton-cache 20 tail --pid="$filling" -f /dev/null # waits for the rest of it
+    device_stage build 40 "$python" -m pip install -e . --no-build-isolation --no-deps
+if [ -z "$dry" ] && is_wanted triton-cache; then
+    stage triton-cache 25 tail --pid="$filling" -f /dev/null # waits for the rest of it
     kill -- "-$filling" 2>/dev/null # with its workers
     if ! wait "$filling"; then
         echo "triton-cache: FAILED; see $out/triton-cache.log"
         record triton-cache "failed or cut" 0
     fi
-else
+elif [ -n "$dry" ]; then
     stage triton-cache 20 "$python" -m benchmarks.fused_step "${device[@]}" --precisions fp16
 fi
 
@@ -196,7 +206,7 @@ if [ -z "$dry" ] && "$python" -c 'import xdist' 2>>"$log"; then several=(-n 8); 
 only=()
 [ -z "$dry" ] || only=(--collect-only)
 breaks_a_capture=tests/kernels/test_cuda.py::test_a_failed_recording_leaves_torch_as_it_was
-stage tests 65 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${only[@]}" \
+stage tests 60 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${only[@]}" \
     --junitxml="$out/tests.xml" --deselect "$breaks_a_capture" tests/kernels/test_cuda.py \
     tests/kernels/test_triton_conv.py tests/kernels/test_triton.py
 # Alone and last, since a capture that fails may leave its process in an unknown state.
@@ -207,11 +217,12 @@ if [ -n "$dry" ]; then
     device_stage racecheck 25 "$python" -m benchmarks.sanitize
 else
     sanitizer=$(find_tool compute-sanitizer)
-    reason=$(why_no_sanitizer "$sanitizer")
-    # First without the sanitizer, under which Triton's compiler would be much slower. Some 65
-    # variants of the step take 0.3 s each to compile.
-    [ -n "$reason" ] || stage kernels 45 "$python" -m benchmarks.sanitize
+    reason=
+    if is_wanted memcheck || is_wanted racecheck; then reason=$(why_no_sanitizer "$sanitizer"); fi
+    # First without the sanitizer, under which Triton's compiler would be much slower.
+    [ -n "$reason" ] || stage kernels 35 "$python" -m benchmarks.sanitize
     for tool in memcheck racecheck; do
+        is_wanted "$tool" || continue
         if [ -z "$reason" ]; then
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 25 \
                 "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.sanitize
@@ -222,11 +233,20 @@ else
     done
 fi
 
-# The paper's loop beside these, at batch 64: widths 64, 32 and, if time is left, 128.
-chosen=(--only batch-64 --seconds 10
+# The paper's loop beside these, with its K = 100: batch 64 first, widths 64, 32 and 128.
+chosen=(--steps 100 --seconds 4
     --variants "explicit tf32" "fused tf32" "explicit fp16" "fused fp16")
 [ -z "$dry" ] || chosen=(--variants "explicit fp32")
-stage chains 75 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
+stage chains 80 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
+
+# The same for networks in the manner of other people's code. Those with labels or observations, and
+# the spectral norm by hand, are replayed traces.
+chosen=(--steps 20 --seconds 0.5 --precision tf32 fp16)
+[ -z "$dry" ] || chosen=(--seconds 0)
+stage networks 40 "$python" -m benchmarks.networks "${device[@]}" "${chosen[@]}" \
+    --json "$out/networks-${device[1]}.json" --only residual "wide residual, label" \
+    "scale and shift by class" "action given vector" "residual, spectral norm by hand" \
+    "wide residual, GroupNorm, SiLU" "MLP 2-128-128-1" "Swish tutorial"
 
 profiler=$(find_tool ncu)
 if [ -n "$dry" ] || [ -n "$profiler" ]; then
@@ -243,8 +263,9 @@ fi
 # Steps of every size in float32 beside a copy of as many bytes.
 chosen=(--only fp32-contiguous --seconds 0.3 --no-compile)
 [ -z "$dry" ] || chosen=()
-stage steps 25 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
-stage chain-memory 30 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
+stage steps 20 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
+stage chain-memory 25 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
+stage capacity 40 "$python" -m benchmarks.capacity "${device[@]}" --out "$out" --seconds 35
 # In all the time that is left. A run that is stopped saves a checkpoint.
 if [ -n "$dry" ] || [ -d "${FASTLANGEVIN_DATA:-data}/cifar10" ]; then
     device_stage learning "$BUDGET" "$python" -m fastlangevin train --config paper-cifar10 \
@@ -255,7 +276,7 @@ else
 fi
 
 results=()
-for file in "$out"/{chain,step,chain_memory}-*.json; do
+for file in "$out"/{chain,networks,step,chain_memory}-*.json; do
     [ ! -f "$file" ] || results+=("$file")
 done
 if [ ${#results[@]} -ne 0 ]; then

@@ -1,4 +1,4 @@
-"""Tables of networks-cpu.json: a step of a chain on energies in the manner of public code."""
+"""Tables of networks-DEVICE.json: a step of a chain on energies in the manner of public code."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,7 @@ def section(content: Row) -> str:
     for row in content["results"]:
         settings.setdefault((row["precision"], row["threads"]), []).append(row)
     for (precision, threads), rows in settings.items():
-        how = f", the loop under autocast, {bf16_of(content)}" if precision == "bf16" else ""
-        parts += [f"{precision}{how}, {threads} thread{'s' * (threads > 1)}:", *tables(rows)]
+        parts += [f"{precision}{_how(content, precision, threads)}:", *tables(rows)]
     return "\n\n".join(parts)
 
 
@@ -39,6 +38,14 @@ def tables(rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
     body = [line(loops[row["energy"]], row, len(gradients) > 1, with_memory) for row in ours]
     return [table(header, body), *(summary(loops, ours, name) for name in gradients)]
+
+
+def _how(content: Row, precision: str, threads: int) -> str:
+    autocast = ", the loop under autocast" if precision in ("bf16", "fp16") else ""
+    if content["device"] == "cuda":
+        return autocast
+    with_bf16 = f", {bf16_of(content)}" if precision == "bf16" else ""
+    return f"{autocast}{with_bf16}, {threads} thread{'s' * (threads > 1)}"
 
 
 def bf16_of(content: Row) -> str:
@@ -62,7 +69,10 @@ def line(loop: Row, row: Row, several: bool, with_memory: bool) -> list[str]:
         f"{row['gradient_error']:.0e}",
         f"{loop['gradient_error']:.0e}",
         *([mebibytes(loop), mebibytes(row)] if with_memory else []),
-        "; ".join(f"{engine}: {reason}" for engine, reason in row["why_not"].items()),
+        "; ".join(
+            [f"{engine}: {reason}" for engine, reason in row["why_not"].items()]
+            + ([f"CUDA graph: {row['cuda_graph']}"] if "cuda_graph" in row else [])
+        ),
     ]
 
 

@@ -42,6 +42,7 @@ class Case(NamedTuple):
     narrow: int = 4  # the width in tests
     step_size: float = 0.1
     noise_std: float = 0.01
+    device: torch.device = torch.device("cpu")
 
     def build(self, dtype: torch.dtype = torch.float32) -> Built:
         """Make the case in eval mode. It is the same for every dtype, up to rounding to it."""
@@ -54,8 +55,9 @@ class Case(NamedTuple):
                 name: value.to(dtype) if value.is_floating_point() else value
                 for name, value in self.kwargs(self.batch).items()
             }
-        module = module.eval().to(dtype)
-        return Built(self.energy(module), module, x.to(dtype), kwargs)
+        module = module.eval().to(self.device, dtype)
+        kwargs = {name: value.to(self.device) for name, value in kwargs.items()}
+        return Built(self.energy(module), module, x.to(self.device, dtype), kwargs)
 
     def small(self) -> "Case":
         """The case in the size of tests."""

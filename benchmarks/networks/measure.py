@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from benchmarks.chain import peak_bytes
 from benchmarks.networks.cases import Built, Case
 from benchmarks.report_networks import LOOP
 from fastlangevin.bench import plain_loop
+from fastlangevin.gradients.precision import network_autocast, network_precision
 
 LEAST_SECONDS = 0.05  # of one measurement
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
@@ -43,6 +44,7 @@ def measure(
         runs[LOOP] = loop_of(case, built, precision)
     except RuntimeError as refusal:
         return [rows[LOOP] | {"error": reason(refusal)}]
+    samplers: dict[str, fl.LangevinSampler] = {}
     for gradient in gradients:
         rows[gradient] = about | {"gradient": gradient}
         sampler = sampler_of(case, built, precision, gradient)
@@ -52,18 +54,32 @@ def measure(
             rows[gradient]["gradient_error"] = error(found, exact)
             run = call_of(sampler, built)
             run()
-            runs[gradient] = run
+            runs[gradient], samplers[gradient] = run, sampler
         except (ArithmeticError, RuntimeError, ValueError) as refusal:
             rows[gradient]["error"] = reason(refusal)
+    try:
+        timed(rows, runs, case, built, seconds)
+    except (ArithmeticError, RuntimeError) as failure:  # the other energies can still be timed
+        return [rows[LOOP] | {"error": reason(failure)}]
+    for name in runs:
+        if name in samplers and case.device.type == "cuda":
+            rows[name]["cuda_graph"] = cuda_graph(samplers[name], built)
+        if memory:
+            rows[name]["peak_bytes"] = step_bytes(case, precision, name)
+    return list(rows.values())
+
+
+def timed(
+    rows: dict[str, Row], runs: dict[str, Callable[[], Tensor]], case: Case, built: Built,
+    seconds: float,
+) -> None:  # fmt: skip
+    """Time the runs in turn, and write times and ratios to the loop's into the rows."""
     timers = {name: chain_timer(run, built, case.steps) for name, run in runs.items()}
     rounds = timing.rounds_within(timers, seconds, LEAST_ROUNDS, MOST_ROUNDS)
     times = timing.interleave(timers, rounds)
     for name, samples in times.items():
         ratios = [loop / ours for loop, ours in zip(times[LOOP], samples, strict=True)]
         rows[name] |= {"seconds": timing.summary(samples), "speedup": timing.summary(ratios)}
-        if memory:
-            rows[name]["peak_bytes"] = step_bytes(case, precision, name)
-    return list(rows.values())
 
 
 def reason(refusal: Exception) -> str:
@@ -72,11 +88,11 @@ def reason(refusal: Exception) -> str:
 
 
 def loop_of(case: Case, built: Built, precision: str) -> Callable[[], Tensor]:
-    """The five-line loop, under autocast if the precision is bf16."""
+    """The five-line loop, in the same precision."""
 
     def loop() -> Tensor:
         energy = functools.partial(built.energy, **built.kwargs)
-        with autocast(precision):
+        with torchs(precision, built.x.device):
             return plain_loop(energy, built.x, case.steps, case.step_size, case.noise_std)
 
     return loop
@@ -85,7 +101,8 @@ def loop_of(case: Case, built: Built, precision: str) -> Callable[[], Tensor]:
 def sampler_of(case: Case, built: Built, precision: str, gradient: str) -> fl.LangevinSampler:
     return fl.LangevinSampler(
         built.energy, case.steps, case.step_size, case.noise_std,
-        precision="bf16" if precision == "bf16" else None, gradient=gradient,
+        precision=None if precision == "fp32" and built.x.device.type == "cpu" else precision,
+        gradient=gradient,
     )  # fmt: skip
 
 
@@ -93,10 +110,14 @@ def call_of(sampler: fl.LangevinSampler, built: Built) -> Callable[[], Tensor]:
     return lambda: sampler(built.x, **built.kwargs)
 
 
-def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    if precision == "bf16":
-        return torch.autocast("cpu", torch.bfloat16)
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def torchs(precision: str, device: torch.device) -> Iterator[None]:
+    """Torch in a precision: under autocast in a half precision, strict in fp32 on CUDA."""
+    if device.type == "cpu" and precision == "fp32":
+        yield
+        return
+    with network_precision(precision, device), network_autocast(precision, device):
+        yield
 
 
 def chosen(sampler: fl.LangevinSampler, built: Built) -> Row:
@@ -105,24 +126,38 @@ def chosen(sampler: fl.LangevinSampler, built: Built) -> Row:
     return {"engine": choice.name, "why_not": choice.why_not}
 
 
+def cuda_graph(sampler: fl.LangevinSampler, built: Built) -> str:
+    """Whether the chains were replayed as a CUDA graph, or why not."""
+    lines = sampler.explain(built.x, **built.kwargs).split("\n")
+    return next(line for line in lines if line.startswith("graph ")).removeprefix("graph").strip()
+
+
 def chain_timer(run: Callable[[], Any], built: Built, steps: int) -> timing.Sampler:
     """Time whole chains of ``steps`` as a training loop runs them.
 
     Before each chain, outside its time, all parameters are written to, as an optimiser does, and
     the energy's arguments become new tensors, as those of another batch are. What an engine
-    prepares for weights and arguments therefore counts. The clock is the processor time of the
-    process with one thread, which other work on the machine disturbs little, else wall time.
+    prepares for weights and arguments therefore counts. On a CPU the clock is the processor time of
+    the process with one thread, which other work on the machine disturbs little, else wall time. On
+    CUDA it is wall time, until the device has finished.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    on_cuda = built.x.is_cuda
+    one_thread = torch.get_num_threads() == 1 and not on_cuda
+    clock = time.process_time if one_thread else time.perf_counter
+
+    def now() -> float:
+        if on_cuda:
+            torch.cuda.synchronize()
+        return clock()
 
     def chain() -> float:
         with torch.no_grad():
             for parameter in built.module.parameters():
                 parameter.mul_(1.0)
         built.kwargs.update({name: value.clone() for name, value in built.kwargs.items()})
-        start = clock()
+        start = now()
         run()
-        return clock() - start
+        return now() - start
 
     first = chain()
     chains = 1 if first > 1 else max(1, round(LEAST_SECONDS / max(chain(), 1e-6)))
@@ -143,7 +178,7 @@ def exact_gradient(case: Case) -> Tensor:
 
 def loop_gradient(built: Built, precision: str) -> Tensor:
     x = built.x.clone().requires_grad_()
-    with autocast(precision):
+    with torchs(precision, x.device):
         (grad,) = torch.autograd.grad(built.energy(x, **built.kwargs).sum(), x)
     return grad
 

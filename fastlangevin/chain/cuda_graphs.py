@@ -1,8 +1,9 @@
 """Chains as CUDA graphs: the launches of all K steps are recorded once and replayed by one call.
 
 A graph repeats the same launches on the same memory. Values that may change from call to call are
-therefore kept in fixed memory: the state, the packed weights, and the seed and first step, which
-the step's kernels read from there. Everything else is part of a recording's key. A chain is
+therefore kept in fixed memory: the state, the weights and arguments of the network or what is
+computed from them alone, and the seed and first step, which the step's kernels read from there.
+Everything else is part of a recording's key. A chain is
 recorded when its key occurs for the second time, since a single call would pay for the recording
 and gain nothing. A recording is used only after its replay has reproduced a chain that was also run
 step by step.
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from fastlangevin.arguments import Coefficient
 from fastlangevin.chain.chain import Chain, Overflow, check_overflow
+from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.precision import switches
 from fastlangevin.gradients.select import EngineChoice
+from fastlangevin.gradients.trace.engine import TracedGradient
 from fastlangevin.locks import new_lock
 from fastlangevin.step import choose_backend
 
@@ -42,6 +45,8 @@ _RETRY = 32
 _TOLERANCE = 1e-5
 # Only one thread of a process may capture a CUDA graph at a time.
 _CAPTURING = new_lock()
+
+RecordedEngine = ExplicitGradient | FusedGradient | TracedGradient
 
 
 class Recorder(Protocol):
@@ -131,12 +136,13 @@ def refusal(
     noise_std: Coefficient | list[float],
     noise: Tensor | None = None,
     metropolis: bool = False,
+    is_kept: bool = True,
     device_type: str = "cuda",
 ) -> str | None:
     """None if a chain can be recorded, else the reason.
 
     ``device``, ``dtype`` and ``chains`` are those of the state; ``engine`` and ``backend`` are the
-    chosen names, not "auto".
+    chosen names, not "auto". ``is_kept`` is whether later calls may use the engine's operators.
     """
     if device.type != device_type:
         return f"the states are on {device}; only CUDA has graphs"
@@ -150,6 +156,8 @@ def refusal(
         return "autograd runs the energy's own code, and a graph cannot follow its branches"
     if engine not in ("explicit", "fused"):
         return f"the {engine} engine is not recorded"
+    if not is_kept:
+        return "the energy may compute something else in the next call, unnoticed"
     if backend not in ("native", "triton"):
         return f"backend {backend} reads no seed from memory"
     if noise is not None:
@@ -187,18 +195,22 @@ def _torch_settings(device_type: str) -> tuple[Any, ...]:
 
 
 class Recording:
-    """The launches of a chain, for any state, seed and first step and the current weights."""
+    """The launches of a chain.
+
+    They are repeated for any state, seed and first step, the current weights, and the tensors among
+    the network's arguments.
+    """
 
     def __init__(
         self,
         chain: Chain,
         x: Tensor,
-        engine: ExplicitGradient | FusedGradient,
+        engine: RecordedEngine,
         record: Recorder,
         shared_with: Any,
     ) -> None:
         start = time.perf_counter()
-        self.engine = engine
+        self.engine = engine.recordable() if isinstance(engine, TracedGradient) else engine
         fp16 = chain.settings.precision == "fp16"
         self.overflow = Overflow(chain.settings.steps) if fp16 else None
         self.x = x.clone()
@@ -211,24 +223,29 @@ class Recording:
 
         def run() -> None:
             energies = None
-            for step in other.stride(engine, self.x, self.overflow):
+            self._forget_constants()
+            for step in other.stride(self.engine, self.x, self.overflow):
                 energies = step.energies
             assert energies is not None
             if self.energies is None:
                 self.energies = torch.empty_like(energies)
             self.energies.copy_(energies)
 
-        engine.begin()
+        self._begin(engine)
         self.graph, self.bytes = record(run, x.device, shared_with)
-        self.addresses = _addresses(engine)
+        self._forget_constants()  # they are in the graph's own memory
+        if self.engine is not engine:
+            self.bytes += sum(buffer.nbytes for buffer in self.engine.buffers())
+        self.addresses = _addresses(self.engine)
         self.seconds = time.perf_counter() - start
 
-    def replay(self, chain: Chain, x: Tensor) -> Tensor | None:
+    def replay(self, chain: Chain, x: Tensor, engine: RecordedEngine) -> Tensor | None:
         """Runs the chain in place on x, waits for the device and returns the last energies.
 
-        Returns None and leaves x unchanged if the engine has moved to other memory.
+        ``engine`` is the call's, with its arguments of the network. Returns None and leaves x
+        unchanged if the engine has moved to other memory.
         """
-        self.engine.begin()
+        self._begin(engine)
         if _addresses(self.engine) != self.addresses:
             return None
         assert self.energies is not None
@@ -244,8 +261,28 @@ class Recording:
         check_overflow(self.engine, self.overflow)
         return energies
 
+    def _begin(self, engine: RecordedEngine) -> None:
+        """Read the weights, and the arguments that a call's engine has."""
+        if isinstance(self.engine, TracedGradient):
+            assert isinstance(engine, TracedGradient)
+            self.engine.begin_with(engine)
+        else:
+            self.engine.begin()
 
-def _addresses(engine: ExplicitGradient | FusedGradient) -> list[int]:
+    def _forget_constants(self) -> None:
+        if isinstance(self.engine, TracedGradient):
+            self.engine.forget_constants()
+
+
+def _source(engine: Engine | None) -> Any:
+    """Returns what stays the same in all calls that a recording is for.
+
+    An engine that replays a trace is made anew for every call.
+    """
+    return engine.trace if isinstance(engine, TracedGradient) else engine
+
+
+def _addresses(engine: RecordedEngine) -> list[int]:
     return [buffer.data_ptr() for buffer in engine.buffers()]
 
 
@@ -253,7 +290,7 @@ def _addresses(engine: ExplicitGradient | FusedGradient) -> list[int]:
 class _Kind:
     """What is remembered of the chains with one key."""
 
-    engine: "weakref.ref[Any]"
+    source: "weakref.ref[Any]"  # the engine or its trace
     last_call: int = 0
     recording: Recording | None = None
     reason: str | None = None  # why the last try to record it failed
@@ -294,19 +331,19 @@ class Graphs:
             engine = choice.engine
             if self._refusal(chain, x, choice) is not None:
                 return None
-            assert isinstance(engine, ExplicitGradient | FusedGradient)
+            assert isinstance(engine, RecordedEngine)
             self._calls += 1
             key = kind_of(chain, x)
             kind = self._kinds.pop(key, None)
-            seen_before = kind is not None and kind.engine() is engine
+            seen_before = kind is not None and kind.source() is _source(engine)
             if kind is None or not seen_before:
-                kind = _Kind(weakref.ref(engine))
+                kind = _Kind(weakref.ref(_source(engine)))
             self._kinds[key] = kind
             kind.last_call = self._calls
             if len(self._kinds) > _KINDS:
                 self._kinds.pop(next(iter(self._kinds)))
             if kind.recording is not None:
-                energies = kind.recording.replay(chain, x)
+                energies = kind.recording.replay(chain, x, engine)
                 if energies is None:
                     kind.recording = None
                 return energies
@@ -318,7 +355,7 @@ class Graphs:
         self, chain: Chain, x: Tensor, choice: EngineChoice, kind: _Kind
     ) -> Tensor | None:
         engine = choice.engine
-        assert isinstance(engine, ExplicitGradient | FusedGradient)
+        assert isinstance(engine, RecordedEngine)
         start, energies = x.clone(), None
         for step in chain.walk(x, choice=choice):
             energies = step.energies
@@ -327,7 +364,7 @@ class Graphs:
         shared_with = next((r.graph for r in self._recordings()), None)
         try:
             recording = Recording(chain, start, engine, self._record, shared_with)
-            replayed = recording.replay(chain, start)
+            replayed = recording.replay(chain, start, engine)
             if replayed is not None and _close(start, x) and _close(replayed, energies):
                 kind.recording, kind.reason = recording, None
             else:
@@ -367,6 +404,7 @@ class Graphs:
             noise_std=settings.noise_std,
             noise=chain.noise,
             metropolis=settings.metropolis,
+            is_kept=not isinstance(choice.engine, TracedGradient) or choice.engine.is_kept,
             device_type=self._record.device_type,
         )
 
@@ -377,7 +415,7 @@ class Graphs:
             return f"no: {reason}"
         with self._lock:
             kind = self._kinds.get(kind_of(chain, x))
-            if kind is not None and kind.engine() is not choice.engine:
+            if kind is not None and kind.source() is not _source(choice.engine):
                 kind = None
             if kind is not None and kind.reason is not None:
                 wait = max(1, kind.next_try - self._calls)

@@ -1,6 +1,7 @@
 """What a sampler remembers of its energy between calls: recordings, engines and proofs."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, RunResults, record
-from fastlangevin.gradients.precision import HALVES
+from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.gradients.proof import other_states, prove
 from fastlangevin.gradients.trace.engine import Programs, TracedGradient
 from fastlangevin.gradients.trace.instructions import Trace
@@ -63,7 +64,8 @@ class EngineCache:
         guard = None if kept is None else kept.guard
         if kept is not None and guard is not None and guard.holds(energy, x, model_kwargs):
             return kept, None
-        recording, results = record(energy, x, model_kwargs, half)
+        with _strict(call, half):
+            recording, results = record(energy, x, model_kwargs, half)
         graph = recording.graph
         if isinstance(graph, Graph) and not all_in_memory(*graph.bases):
             recording = recording._replace(graph=f"a parameter or buffer is {NOT_IN_MEMORY}")
@@ -79,13 +81,16 @@ class EngineCache:
             self._remember(self._recordings, key, recording)
         return recording, results
 
-    def traced(self, trace: Trace, call: EnergyCall) -> TracedGradient:
-        """Return the engine that replays a trace with the call's keyword arguments."""
+    def traced(self, trace: Trace, call: EnergyCall, is_kept: bool = True) -> TracedGradient:
+        """Return the engine that replays a trace with the call's keyword arguments.
+
+        ``is_kept`` is whether later calls may replay the same trace.
+        """
         programs = self._programs.get(id(trace))
         if programs is None or programs.trace is not trace:
             programs = Programs(trace)
         self._remember(self._programs, id(trace), programs)
-        return TracedGradient(trace, programs, call.model_kwargs, call.precision)
+        return TracedGradient(trace, programs, call.model_kwargs, call.precision, is_kept)
 
     def engine(self, make: Callable[[], Engine], graph: Graph | None, *key: Any) -> Engine:
         """Return the engine remembered for a graph and key, or else the one that ``make`` makes."""
@@ -106,9 +111,10 @@ class EngineCache:
     ) -> str | None:
         """Return why an engine is not to be used, or None if its gradient is autograd's.
 
-        An engine that has been proved is not compared again. In half precision a graph is compared
-        by the explicit engine in the network's own dtype, and a trace under autocast. ``results``
-        are those of the run that was recorded, if it took place in this call.
+        An engine that has been proved is not compared again. On CUDA and in half precision a graph
+        is compared by the explicit engine, in strict float32 or the network's own dtype, and in
+        half precision a trace is compared under autocast. ``results`` are those of the run that was
+        recorded, if it took place in this call.
         """
         energy, x, precision, model_kwargs = call
         key = name, precision, recorded.key if isinstance(recorded, Graph) else id(recorded)
@@ -116,21 +122,24 @@ class EngineCache:
             return None
         half = precision if precision in HALVES else None
         if isinstance(recorded, Graph):
-            engine = ExplicitGradient(recorded, x, "fp32") if half else make()
+            reduced = half is not None or x.is_cuda
+            engine = ExplicitGradient(recorded, x, "fp32") if reduced else make()
             half = None
         else:
-            engine = make()
             half = half if recorded.is_autocast else None
-        if results is None:
-            results = record(energy, x, model_kwargs, half)[1]
-        if results is None:
-            return "its energy could not be run again for a comparison"
-        verdict = prove(results, engine, x)
-        if not verdict.shown:  # every gradient at x is zero, or not finite
-            elsewhere = other_states(x)
-            results = record(energy, elsewhere, model_kwargs, half)[1]
-            if results is not None:
-                verdict = prove(results, engine, elsewhere)
+            strict = x.is_cuda and half is None
+            engine = self.traced(recorded, call._replace(precision="fp32")) if strict else make()
+        with _strict(call, half):
+            if results is None:
+                results = record(energy, x, model_kwargs, half)[1]
+            if results is None:
+                return "its energy could not be run again for a comparison"
+            verdict = prove(results, engine, x)
+            if not verdict.shown:  # every gradient at x is zero, or not finite
+                elsewhere = other_states(x)
+                results = record(energy, elsewhere, model_kwargs, half)[1]
+                if results is not None:
+                    verdict = prove(results, engine, elsewhere)
         if verdict.reason is None and verdict.shown:
             self._remember(self._proved, key, recorded)
         return verdict.reason
@@ -142,3 +151,15 @@ class EngineCache:
             entries[key] = value
             if len(entries) > _ENTRIES:
                 entries.pop(next(iter(entries)))
+
+
+def _strict(call: EnergyCall, half: str | None) -> AbstractContextManager[None]:
+    """Return the context in which an energy is recorded and an engine compared with it.
+
+    Across the kinks of LeakyReLU, the rounding of TF32 alone moves a gradient by 1 %, and TF32 is
+    torch's default on CUDA. There, both are computed in strict float32.
+    """
+    precision = call.precision
+    if half is None and (precision in HALVES or call.x.is_cuda):
+        precision = "fp32"
+    return network_precision(precision, call.x.device)

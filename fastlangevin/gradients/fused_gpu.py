@@ -39,8 +39,6 @@ from fastlangevin.step import apply_step_
 if TYPE_CHECKING:
     from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv
 
-OFF = 'not measured on a GPU yet, so "auto" never chooses it; gradient="fused" runs it'
-
 _PIECEWISE_LINEAR = ("leaky_relu", "relu")  # piecewise linear: their derivatives are saved as bits
 _ACTIVATIONS = (*_PIECEWISE_LINEAR, "silu", "softplus", "elu")
 # The last launch holds all channels of a tile of pixels, with their noise, in registers.
@@ -247,7 +245,7 @@ class FusedGradient:
         size = sum(b.numel() * b.element_size() for b in buffers) / 2**20
         return (
             f"fused: {len(self._forward) + len(self._backward) + 1} launches a step, operands "
-            f"{self.precision}, {work:.1f} GFLOP, {size:.1f} MiB of buffers; {OFF}"
+            f"{self.precision}, {work:.1f} GFLOP, {size:.1f} MiB of buffers"
         )
 
     def _check(self, x: Tensor) -> None:

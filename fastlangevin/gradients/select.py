@@ -17,7 +17,6 @@ from fastlangevin.gradients.precision import (
     HALVES,
     convolutions_use_tf32,
     half_name,
-    network_precision,
 )
 from fastlangevin.gradients.timing import step_seconds
 from fastlangevin.gradients.trace.instructions import Trace
@@ -85,43 +84,42 @@ def proved_graph(
     reason = _refusal(call, step_kwargs)
     if reason is not None:
         return reason
-    with network_precision(precision, x.device):
-        recording, results = cache.recording(call)
-        graph = recording.graph
-        if isinstance(graph, str):
-            return graph
-        cache = _cache_for(graph, cache)
+    recording, results = cache.recording(call)
+    graph = recording.graph
+    if isinstance(graph, str):
+        return graph
+    cache = _cache_for(graph, cache)
 
-        def make() -> Engine:
-            return ExplicitGradient(graph, x, precision)
+    def make() -> Engine:
+        return ExplicitGradient(graph, x, precision)
 
-        return cache.disproof("explicit", make, graph, results, call) or graph
+    return cache.disproof("explicit", make, graph, results, call) or graph
 
 
 def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineChoice | str:
     """Return the fastest engine that may run instead of the energy's code, or why none may."""
     half = call.precision if call.precision in HALVES else None
-    with network_precision("fp32" if half else call.precision, call.x.device):
-        recording, results = cache.recording(call)
-        choice = _by_layers(gradient, recording.graph, results, call, cache)
+    recording, results = cache.recording(call)
+    choice = _by_layers(gradient, recording.graph, results, call, cache)
     if isinstance(choice, EngineChoice) or gradient == "fused":
         return choice
-    if call.x.device.type != "cpu":
-        return choice  # replaying has not been measured on other devices
-    with network_precision(call.precision, call.x.device):
-        # Without hardware for the half precision, float32 is faster and more precise.
-        if half and onednn.runs(HALVES[half]):
-            recording, results = cache.recording(call, half)
-        trace = recording.trace
-        if not isinstance(trace, Trace):
-            return trace
-        if recording.guard is None:
-            cache = EngineCache()  # the recording is for this call, and must not outlive it
-        engine = cache.traced(trace, call)
-        try:
-            reason = cache.disproof("traced", lambda: engine, trace, results, call)
-        except Exception as error:
-            reason = f"a replay raises {type(error).__name__}: {error}"
+    device_type = call.x.device.type
+    if device_type not in ("cpu", "cuda"):
+        return choice  # replaying has not been tried on other devices
+    # On a CPU without hardware for the half precision, float32 is faster and more precise.
+    if half and (device_type == "cuda" or onednn.runs(HALVES[half])):
+        recording, results = cache.recording(call, half)
+    trace = recording.trace
+    if not isinstance(trace, Trace):
+        return trace
+    is_kept = recording.guard is not None
+    if not is_kept:
+        cache = EngineCache()  # the recording is for this call, and must not outlive it
+    engine = cache.traced(trace, call, is_kept)
+    try:
+        reason = cache.disproof("traced", lambda: engine, trace, results, call)
+    except Exception as error:
+        reason = f"a replay raises {type(error).__name__}: {error}"
     return reason or EngineChoice("explicit", engine, {"fused": choice})
 
 
@@ -246,8 +244,8 @@ def _fused(
         precision = "tf32" if convolutions_use_tf32() else "fp32"
     precision = precision or half_name(graph.dtype)
     reason = fused_gpu.refusal(stack, device, precision)
-    if reason is None and not by_name:
-        reason = fused_gpu.OFF
+    if reason is None and precision == "fp32" and not by_name:
+        reason = 'without matrix instructions, cuDNN is faster; gradient="fused" runs it'
     if reason is not None:
         return reason
     assert precision is not None

@@ -323,7 +323,13 @@ class TestGpuScript:
         assert "gpu.sh: no CUDA device: torch sees no CUDA device" in done.stderr
 
     def stand_in(
-        self, folder: Path, python: str, sanitizer: str, *options: str, **environment: str
+        self,
+        folder: Path,
+        python: str,
+        sanitizer: str,
+        *options: str,
+        stages: tuple[str, ...] = (),
+        **environment: str,
     ) -> subprocess.CompletedProcess:
         """Run with programs in place of Python, nvcc and the sanitizer, all in one folder."""
         programs = {"python": python, "nvcc": "", "compute-sanitizer": sanitizer}
@@ -332,7 +338,7 @@ class TestGpuScript:
             (folder / name).chmod(0o755)
         inherited = {key: v for key, v in os.environ.items() if not key.startswith("CMAKE")}
         return subprocess.run(
-            ["bash", str(GPU_SH), *options, str(folder / "out")],
+            ["bash", str(GPU_SH), *options, str(folder / "out"), *stages],
             capture_output=True,
             text=True,
             env={
@@ -373,8 +379,10 @@ class TestGpuScript:
             ("memcheck", "passed"),
             ("racecheck", "FAILED (1)"),
             ("chains", "passed"),
+            ("networks", "passed"),
             ("steps", "passed"),
             ("chain-memory", "passed"),
+            ("capacity", "passed"),
         ]
         assert re.search(r"gpu.sh: FAILED after \d+ s: tests racecheck; see", done.stdout)
         log = (tmp_path / "out" / "gpu.log").read_text()
@@ -406,8 +414,17 @@ class TestGpuScript:
         )
         printed = {"build", "racecheck", "profile", "learning"}
         ran = {"limits", "triton-cache", "checks", "tests", "failed-capture", "memcheck"}
-        ran |= {"chains", "steps", "chain-memory"}
+        ran |= {"chains", "networks", "steps", "chain-memory", "capacity"}
         assert stages == dict.fromkeys(ran, "passed") | dict.fromkeys(printed, "printed")
+
+    def test_only_the_stages_that_are_named_run(self, tmp_path):
+        done = self.stand_in(tmp_path, "echo", "exit 1", "--dry-run", stages=("checks", "chains"))
+        assert done.returncode == 0, done.stdout
+        lines = (tmp_path / "out" / "stages.tsv").read_text().splitlines()
+        assert [line.split("\t")[:2] for line in lines] == [
+            ["checks", "passed"],
+            ["chains", "passed"],
+        ]
 
     def test_a_dry_run_fails_for_a_module_that_is_gone(self, tmp_path):
         script = tmp_path / "benchmarks" / "gpu.sh"
@@ -432,7 +449,7 @@ class TestGpuScript:
     def test_a_dry_run_takes_every_stage_in_its_smallest_form(self, tmp_path):
         done = self.run(str(GPU_SH), "--dry-run", str(tmp_path))
         assert done.returncode == 0, done.stdout
-        for name in ("limits", "checks", "chain", "step", "chain_memory"):
+        for name in ("limits", "checks", "chain", "networks", "step", "chain_memory"):
             assert json.loads((tmp_path / f"{name}-cpu.json").read_text())
         checks = json.loads((tmp_path / "checks-cpu.json").read_text())["results"]
         assert [row["right"] for row in checks] == [True] * len(checks)

@@ -151,6 +151,32 @@ def test_a_sampler_that_cannot_run_has_a_row_with_the_reason(
     assert "cannot run" in capsys.readouterr().out
 
 
+def test_the_name_of_an_energy_chooses_no_other_of_which_it_is_a_part(run: Run) -> None:
+    content = run("--only", "MLP, LayerNorm", "residual", "--steps", "3")
+    assert {row["energy"] for row in content["results"]} == {"MLP, LayerNorm", "residual"}
+
+
+def test_a_failure_while_timing_leaves_the_other_energies(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_once(*arguments: Any) -> None:
+        monkeypatch.undo()
+        raise FloatingPointError("1 of 3 chains are not finite")
+
+    monkeypatch.setattr(measure, "timed", fail_once)
+    one, *others = run("--only", "residual", "MLP, LayerNorm")["results"]
+    assert one["error"] == "1 of 3 chains are not finite"
+    assert [row["gradient"] for row in others] == ["plain loop", "auto"]
+    assert all(row["seconds"]["median"] > 0 for row in others)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_precisions_that_need_cuda(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--precision", precision])
+    assert f'precision "{precision}" needs a CUDA device' in capsys.readouterr().err
+
+
 def test_an_unknown_energy_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["--energies", "nothing like it"])

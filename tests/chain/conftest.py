@@ -7,6 +7,7 @@ import pytest
 from fastlangevin import step
 from fastlangevin.gradients import passes, select
 from fastlangevin.gradients.explicit import ExplicitGradient
+from fastlangevin.gradients.trace import rewrite
 from fastlangevin.kernels import triton
 from tests.chain.shared import CPU, OnCuda, taped_step_
 
@@ -20,4 +21,6 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         select, "ExplicitGradient", functools.partial(ExplicitGradient, inplace=True)
     )
     monkeypatch.setattr(passes, "Activation", OnCuda)
+    # Traces keep torch's convolutions, and bring values into channels_last as they do on a GPU.
+    monkeypatch.setattr(rewrite, "_is_on_cpu", lambda draft: False)
     monkeypatch.setitem(step._STEPS, "triton", taped_step_)

@@ -70,7 +70,10 @@ class Tape:
                 out, new = (out,), (new,)
             pairs = zip(out, new, strict=True) if isinstance(out, tuple | list) else ()
             for old, value in pairs:
-                if old.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
+                if (
+                    old is not None
+                    and old.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
+                ):
                     old.copy_(value)  # not a view, nor what was changed in place
 
 

@@ -11,6 +11,7 @@ import pickle
 import random
 import time
 import types
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -430,3 +431,18 @@ def test_an_exponent_that_is_a_tensor_is_read_again() -> None:
     two = sampler(x)
     energy.exponent.fill_(1.0)
     assert not torch.allclose(sampler(x), two)
+
+
+def test_torch_may_evaluate_types_during_a_run() -> None:
+    """Up to Python 3.12 typing_extensions replaces a function that this calls by one of its own."""
+    code = "import typing\ndef evaluate(): return typing.Union[typing.Sequence[int], str]"
+    of_torch: dict[str, Any] = {}
+    exec(compile(code, torch.__file__, "exec"), of_torch)
+
+    def energy(x: Tensor) -> Tensor:
+        for clear_cache in typing._cleanups:
+            clear_cache()
+        of_torch["evaluate"]()
+        return F.silu(x).sum(1)
+
+    assert "gradient   explicit" in fl.LangevinSampler(energy, 2).explain(torch.ones(4, 3))

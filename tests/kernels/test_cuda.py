@@ -174,6 +174,16 @@ def test_a_replay_is_the_chain(
 
 
 @same_sums
+@pytest.mark.parametrize("precision", [None, "tf32", "fp16", "bf16"])
+def test_the_rounding_of_a_precision_does_not_keep_a_network_from_an_engine(
+    precision: str | None,
+) -> None:
+    """In TF32, kinks alone turn 1 % of the gradients of this network."""
+    energy = fl.ConvEnergy(size=32, width=32).to(CUDA)
+    run = fl.LangevinSampler(energy, 4, precision=precision)
+    assert "gradient   autograd" not in run.explain(numbers((64, 3, 32, 32), 0).to(CUDA))
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_weights_of_the_moment_without_a_new_recording(gradient: str) -> None:
     run, x = chain(gradient), numbers((4, 3, 16, 16), 0).to(CUDA)

@@ -94,7 +94,8 @@ def _described(x: Tensor, model_kwargs: dict[str, Any]) -> tuple[Any, ...]:
         for name, value in model_kwargs.items()
     ]
     defaults = torch.get_default_dtype(), torch.get_default_device(), torch.backends.mkldnn.enabled
-    return (_layout(x), kwargs, *defaults)
+    # The run differentiates with respect to the states, whether a caller does or not.
+    return (_layout(x.detach()), kwargs, *defaults)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

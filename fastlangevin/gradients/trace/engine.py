@@ -21,6 +21,7 @@ class TracedGradient:
 
     The constants are computed by :meth:`begin` from the current weights and from the call's keyword
     arguments, and again by a call if a version counter or an address shows that one has changed.
+    ``is_kept`` is whether later calls may replay the same trace.
     """
 
     def __init__(
@@ -29,13 +30,15 @@ class TracedGradient:
         programs: "Programs",
         model_kwargs: dict[str, Any],
         precision: str | None,
+        is_kept: bool = True,
     ) -> None:
-        self.trace, self.precision = trace, precision
+        self.trace, self.precision, self.is_kept = trace, precision, is_kept
         self._programs = programs
         self._model_kwargs = model_kwargs
         self._watched = list(trace.leaves.values())
         self._inputs: dict[int, Tensor] = {}  # what the energy computes without the states
         self._constants: dict[bool, tuple[Tensor, ...]] = {}
+        self._fixed: FixedInputs | None = None
         self._seen: list[tuple[int, int]] = []
         self._dtype = trace.values[0].dtype
 
@@ -45,6 +48,31 @@ class TracedGradient:
         This is needed before every chain: a write through ``.data`` leaves no other trace.
         """
         self._seen, self._inputs, self._constants = self._versions(), {}, {}
+
+    def recordable(self) -> "TracedGradient":
+        """Return an engine whose steps read the same memory in every chain, for a CUDA graph.
+
+        Its chains start with :meth:`begin_with` in place of :meth:`begin`.
+        """
+        engine = TracedGradient(self.trace, self._programs, {}, self.precision)
+        engine._fixed = FixedInputs(self.trace.values[0].device)
+        return engine
+
+    def begin_with(self, call: "TracedGradient") -> None:
+        """Write the inputs for the arguments of a call's engine, and for the weights of now."""
+        assert self._fixed is not None
+        self.begin()
+        with torch.no_grad(), network_precision(self.precision, self._fixed.device):
+            self._inputs = self._fixed.write(self._programs.inputs(call._model_kwargs))
+
+    def forget_constants(self) -> None:
+        """Let the next step compute its constants from the inputs again."""
+        self._constants = {}
+
+    def buffers(self) -> list[Tensor]:
+        """Return the fixed memory that the steps read. A number in it has moved if it changed."""
+        assert self._fixed is not None
+        return list(self._fixed.tensors.values())
 
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
         """Return (energies [n] or None, d energy / d x in x's shape and dtype)."""
@@ -72,6 +100,28 @@ class TracedGradient:
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._watched]
+
+
+class FixedInputs:
+    """The inputs of a trace's programs, by slot, in memory of their own on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tensors: dict[int, Tensor] = {}
+
+    def write(self, values: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Copy values of the same shapes as before, and return the tensors that hold them."""
+        if not self.tensors:
+            self.tensors = {n: value.clone() for n, value in values.items()}
+            return self.tensors
+        here = [n for n, value in values.items() if value.device == self.device]
+        if here:
+            torch._foreach_copy_([self.tensors[n] for n in here], [values[n] for n in here])
+        for n in values.keys() - here:
+            # A launch contains a number from the host's memory itself: one for each value.
+            if not torch.equal(self.tensors[n], values[n]):
+                self.tensors[n] = values[n].clone()
+        return self.tensors
 
 
 class Programs:

@@ -5,6 +5,7 @@ input gradients no longer read their inputs, and operators work in place where n
 the memory.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,27 +21,40 @@ aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)
 # Their arguments hold strides of the recorded layout.
 _STRIDED = (aten.as_strided.default, aten.empty_strided.default, aten.new_empty_strided.default)
+# CUDA kernels that read their arguments as contiguous memory.
+_CONTIGUOUS_ON_CUDA = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 _BACKWARD_IN_PLACE = (
     "silu", "leaky_relu", "threshold", "gelu", "elu", "sigmoid", "tanh", "softplus", "hardtanh",
 )  # fmt: skip
 
 
 def rewrite(draft: Draft) -> None:
-    """Rewrite the instructions of a draft on a CPU; other devices keep the recorded ones."""
-    if draft.values[0].device.type != "cpu":
+    """Rewrite the instructions of a draft on a CPU or a CUDA device."""
+    if draft.values[0].device.type not in ("cpu", "cuda"):
         return
-    if _prefers_channels_last(draft):
-        _keep_channels_last(draft)
-        constants = set(draft.constants())
-        draft.each = [_convolution(draft, constants, instruction) for instruction in draft.each]
-        _fuse_leaky_relu(draft)
+    on_cpu = _is_on_cpu(draft)
+    if _prefers_channels_last(draft, () if on_cpu else _CONTIGUOUS_ON_CUDA):
+        _keep_channels_last(draft, with_weights=not on_cpu)
+        if on_cpu:
+            constants = set(draft.constants())
+            draft.each = [_convolution(draft, constants, i) for i in draft.each]
+            _fuse_leaky_relu(draft)
         draft.prune()
     _work_in_place(draft)
 
 
-def _prefers_channels_last(draft: Draft) -> bool:
-    """Return whether convolutions gain more from channels_last than views lose by copies."""
-    if any(i.op in _STRIDED for i in draft.each) or _writes_through_views(draft):
+def _is_on_cpu(draft: Draft) -> bool:
+    """Return whether oneDNN and the compiled extension may run a draft's convolutions."""
+    return draft.values[0].device.type == "cpu"
+
+
+def _prefers_channels_last(draft: Draft, unless: Iterable[Any]) -> bool:
+    """Return whether convolutions gain more from channels_last than views lose by copies.
+
+    Operators in ``unless`` do not take it.
+    """
+    excluded = {*_STRIDED, *unless}
+    if any(i.op in excluded for i in draft.each) or _writes_through_views(draft):
         return False
     convolutions = copies = 0
     for instruction in draft.each:
@@ -64,11 +78,16 @@ def _writes_through_views(draft: Draft) -> bool:
     return not changed.isdisjoint(viewed)
 
 
-def _keep_channels_last(draft: Draft) -> None:
-    """Bring the states and the constants of 4 dimensions into channels_last."""
+def _keep_channels_last(draft: Draft, with_weights: bool) -> None:
+    """Bring the states and the constants of 4 dimensions into channels_last.
+
+    ``with_weights`` is whether those of convolutions are brought there too, once per chain.
+    """
     moved: dict[int, int] = {}
     before: list[Instruction] = []
-    weights = {n for i in draft.each if i.op in _CONVOLUTIONS for n in _weights(i)}
+    weights: set[int] = set()
+    if not with_weights:
+        weights = {n for i in draft.each if i.op in _CONVOLUTIONS for n in _weights(i)}
     for number in (0, *draft.constants()):
         value = draft.values[number]
         if len(value.shape) != 4 or number in weights or value.shape[1] == 1:

@@ -1,0 +1,101 @@
+"""How long a chain, and how wide a network, can be differentiated in 16 GiB of a GPU?
+
+    python -m benchmarks.capacity --out DIR [--device cuda] [--seconds 60] [--quick]
+
+writes DIR/capacity-DEVICE.json after each figure: for the plain loop, torch.utils.checkpoint around
+each of its steps, and our schedules, the most steps K at width 64 and the largest width at K = 16
+whose gradients with respect to x0 and all parameters do not run out of memory. The network is that
+of :mod:`benchmarks.chain_memory`, at batch 64 on 3x32x32 states. K and the width are tried in
+powers of two, up to the largest that are listed or until the time is used. On a CPU, which has no
+such limit, only the smallest are tried.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.chain_memory import Case, chains
+
+MEMORY = 2**34  # bytes
+METHODS = ("plain loop", "torch checkpoint", "none", "step", "10 states")
+STEPS = tuple(2**k for k in range(4, 13))
+WIDTHS = tuple(2**k for k in range(6, 12))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=60.0, help="in all; default 60")
+    parser.add_argument("--quick", action="store_true", help="tiny cases")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / total))
+    path = options.out / f"capacity-{device.type}.json"
+    content: dict[str, Any] = {
+        "benchmark": "capacity",
+        "device": device.type,
+        "quick": options.quick,
+        "bytes": MEMORY,
+        "machine": timing.machine(),
+        "results": [],
+    }
+    batch, size = (2, 8) if options.quick else (64, 32)
+    end = time.perf_counter() + options.seconds
+    searches = [
+        (
+            "steps",
+            [Case(steps, batch, 4 if options.quick else 64, size, device) for steps in STEPS],
+        ),
+        ("width", [Case(16, batch, width, size, device) for width in WIDTHS]),
+    ]
+    for k, (quantity, cases) in enumerate(searches):
+        for m, method in enumerate(METHODS):
+            left = (len(searches) - k) * len(METHODS) - m
+            tried = cases[:1] if options.quick else cases
+            row = search(quantity, method, tried, (end - time.perf_counter()) / left)
+            content["results"].append(row)
+            timing.write_json(path, content)
+            more = "" if row["out_of_memory"] else " or more"
+            print(f"{method}: {quantity} {row['largest']}{more}", flush=True)
+
+
+def search(quantity: str, method: str, cases: Sequence[Case], seconds: float) -> dict[str, Any]:
+    """Run the cases until one is out of memory, or until a further one would take too long."""
+    row: dict[str, Any] = {"quantity": quantity, "method": method, "largest": 0}
+    row |= {"out_of_memory": False, "seconds": None}
+    end = time.perf_counter() + seconds
+    for case in cases:
+        if row["seconds"] and 3 * row["seconds"] > end - time.perf_counter():
+            break
+        start = time.perf_counter()
+        try:
+            differentiate(case, method)
+        except torch.OutOfMemoryError:
+            row["out_of_memory"] = True
+            break
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        row["largest"] = case.steps if quantity == "steps" else case.width
+        row["seconds"] = time.perf_counter() - start
+    return row
+
+
+def differentiate(case: Case, method: str) -> None:
+    net, x0 = case.make()
+    out = chains(case, net, x0)[method]()
+    grads = torch.autograd.grad(out.square().sum(), [x0, *net.parameters()], allow_unused=True)
+    assert all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
+
+
+if __name__ == "__main__":
+    main()

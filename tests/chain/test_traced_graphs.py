@@ -1,0 +1,266 @@
+"""Chains of replayed traces as CUDA graphs: weights and arguments are read at every replay."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import fastlangevin as fl
+from fastlangevin.chain import cuda_graphs as graphs
+from fastlangevin.gradients.trace.engine import FixedInputs, TracedGradient
+from tests.chain.shared import (
+    CHANGES,
+    Tape,
+    as_on_cuda,
+    line,
+    made,
+    numbers,
+    plain,
+    recorded,
+)
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Residual(nn.Module):
+    """A residual block between convolutions; ``wrap`` is applied to all of them."""
+
+    def __init__(self, norm: bool = False, wrap: Wrap = lambda conv: conv) -> None:
+        super().__init__()
+        self.stem = wrap(nn.Conv2d(3, 8, 3, padding=1))
+        self.one, self.two = (wrap(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(2))
+        self.norm = nn.GroupNorm(2, 8) if norm else nn.Identity()
+        self.head = nn.Linear(8, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.stem(x), 0.2)
+        h = h + self.two(F.silu(self.norm(self.one(h))))
+        return F.leaky_relu(F.avg_pool2d(h, 2), 0.2).sum((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)).squeeze(1)
+
+
+class Labelled(Residual):
+    """The energy of images and labels: scale and shift by class, and one-hot planes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4, 8)
+        self.planes = nn.Conv2d(3 + 4, 3, 1)
+
+    def forward(self, x: Tensor, y: Tensor, shift: Tensor | None = None) -> Tensor:
+        planes = F.one_hot(y, 4).to(x.dtype)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        h = self.features(self.planes(torch.cat((x, planes), 1)))
+        h = F.silu(h if shift is None else h + shift)
+        return self.head(h * self.embed(y)).squeeze(1) + self.embed(y).sum(1)
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(192, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).square()
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def opaque(module: nn.Module) -> Callable[..., Tensor]:
+    """An energy that is not a module: it has no graph of layers."""
+    return lambda x, **arguments: module(x, **arguments)
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "residual": Residual,
+    "residual with GroupNorm": lambda: Residual(norm=True),
+    "spectral norm": lambda: Residual(wrap=parametrizations.spectral_norm),
+    "weight norm": lambda: Residual(wrap=parametrizations.weight_norm),
+    "MLP": MLP,
+}
+every_net = pytest.mark.parametrize("make", NETS.values(), ids=NETS)
+
+
+def samplers(module: nn.Module, **options: Any) -> tuple[fl.LangevinSampler, fl.LangevinSampler]:
+    """A sampler whose chains are recorded, and one whose chains are not."""
+    energy: Any = opaque(module)
+    return recorded(energy, **options), plain(energy, **options)
+
+
+@as_on_cuda
+@every_net
+def test_a_replayed_trace_gives_the_chain_of_the_loop(make: Callable[[], nn.Module]) -> None:
+    for options in ({}, {"steps": 1}, {"noise_order": "before", "clamp": (-0.8, 0.8)}):
+        run, want = samplers(seeded(make), **options)
+        for call, seed in enumerate((0, 0, 1, 2**64 - 1, 0)):
+            x = numbers(call)
+            got = run(x, seed=seed, first_step=9 * call)
+            assert isinstance(run.choose_engine(x, {}).engine, TracedGradient)
+            assert torch.equal(got, want(x, seed=seed, first_step=9 * call))
+            assert made(run) == min(call, 1)
+        assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one")
+
+
+@as_on_cuda
+@every_net
+def test_a_replayed_trace_reads_the_weights_of_now(make: Callable[[], nn.Module]) -> None:
+    module, x = seeded(make), numbers()
+    run, want = samplers(module)
+    for _ in range(2):
+        before = run(x, seed=0)
+    for name, change in CHANGES.items():
+        if "parametrizations" in str(dict(module.named_parameters()).keys()) and "loaded" in name:
+            continue  # a minus sign in its state leaves the weight as it was
+        change(module)
+        after = run(x, seed=0)
+        assert torch.equal(after, want(x, seed=0))
+        assert not torch.allclose(after, before)
+        before = after
+    assert len(run._graphs._recordings()) == made(run) == 1  # used all along, at new addresses too
+
+
+@as_on_cuda
+def test_a_replayed_trace_reads_the_arguments_of_the_call() -> None:
+    run, want = samplers(seeded(Labelled))
+    x, ends = numbers(shape=(3, 3, 8, 8)), []
+    for call in range(6):
+        # On a CPU one_hot reads the least and the largest label, which are the same in all calls.
+        arguments = {"y": torch.tensor([0, call % 4, 3]), "shift": numbers(call, (3, 8))}
+        ends.append(run(x, seed=0, **arguments))
+        assert torch.equal(ends[-1], want(x, seed=0, **arguments))
+    assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
+    assert len(run._graphs._recordings()) == made(run) == 1
+
+
+@as_on_cuda
+def test_arguments_of_another_shape_get_their_own_recording() -> None:
+    run, want = samplers(seeded(Labelled))
+    x, y = numbers(), torch.tensor([0, 3])
+    for size in (8, 1):
+        for call in range(3):
+            arguments = {"y": y, "shift": numbers(call, (2, size))}
+            assert torch.equal(run(x, seed=0, **arguments), want(x, seed=0, **arguments))
+    assert made(run) == 2
+    assert len(run._graphs._recordings()) == 1  # the first one's trace no longer holds
+
+
+@as_on_cuda
+def test_a_recording_keeps_neither_the_arguments_nor_the_values_of_a_step() -> None:
+    run, _ = samplers(seeded(Labelled))
+    for _ in range(3):
+        run(numbers(), seed=0, y=torch.tensor([0, 1]))
+    (recording,) = run._graphs._recordings()
+    engine = recording.engine
+    assert isinstance(engine, TracedGradient)
+    assert not engine._model_kwargs
+    assert not engine._constants
+    assert recording.bytes == 2**20 + sum(b.nbytes for b in engine.buffers())
+
+
+@as_on_cuda
+def test_an_energy_that_may_change_unnoticed_is_not_recorded() -> None:
+    module, seen = seeded(Residual), []
+
+    class Hidden(nn.Module):
+        """The weights of a module that no search finds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.get = iter(lambda: module, None).__next__
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(1)
+            return module(x)
+
+    run, x = recorded(Hidden(), gradient="auto"), numbers()
+    for _ in range(3):
+        run(x, seed=0)
+    assert made(run) == 0
+
+
+@as_on_cuda
+def test_a_trace_that_is_for_one_call_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlangevin.gradients.graph.record.may_be_kept", lambda *_: False)
+    run, want = samplers(seeded(Residual))
+    for call in range(3):
+        assert torch.equal(run(numbers(call), seed=0), want(numbers(call), seed=0))
+    assert made(run) == 0
+    assert (
+        line(run, numbers()) == "no: the energy may compute something else in the next call, "
+        "unnoticed"
+    )
+
+
+@as_on_cuda
+def test_a_network_that_draws_numbers_is_not_recorded() -> None:
+    energy: Any = lambda x: (x + torch.rand_like(x)).square().sum((1, 2, 3))  # noqa: E731
+    run = recorded(energy, gradient="auto")
+    for _ in range(3):
+        run(numbers(), seed=0)
+    assert made(run) == 0
+    assert "autograd runs the energy's own code" in line(run, numbers())
+
+
+@as_on_cuda
+def test_a_changed_number_in_host_memory_leads_to_another_recording() -> None:
+    fixed, values = FixedInputs(torch.device("meta")), {0: torch.tensor(2.0)}
+    fixed.write(values)
+    places = [t.data_ptr() for t in fixed.tensors.values()]
+    fixed.write({0: torch.tensor(2.0)})
+    assert [t.data_ptr() for t in fixed.tensors.values()] == places
+    assert fixed.write({0: torch.tensor(3.0)})[0] == 3
+    assert [t.data_ptr() for t in fixed.tensors.values()] != places
+
+
+@as_on_cuda
+def test_inputs_that_moved_lead_to_another_recording() -> None:
+    run, want = samplers(seeded(Residual))
+    x = numbers()
+    for _ in range(2):
+        run(x, seed=0)
+    (recording,) = run._graphs._recordings()
+    engine = recording.engine
+    assert isinstance(engine, TracedGradient)
+    assert engine._fixed is not None
+    engine._fixed.tensors = {n: t.clone() for n, t in engine._fixed.tensors.items()}
+    for count in (1, 2, 2):
+        assert torch.equal(run(x, seed=0), want(x, seed=0))
+        assert made(run) == count
+
+
+@as_on_cuda
+def test_few_recordings_of_traces_are_held() -> None:
+    run, want = samplers(seeded(MLP))
+    batches = [numbers(shape=(n, 3, 8, 8)) for n in (1, 2, 3)]
+    for _ in range(graphs._RESTED):
+        for x in batches:
+            assert torch.equal(run(x, seed=0), want(x, seed=0))
+    assert len(run._graphs._recordings()) == made(run) == 2
+
+
+@as_on_cuda
+def test_a_replayed_trace_that_differs_is_never_used() -> None:
+    class Deaf(Tape):
+        """A recording of the first call's weights."""
+
+        def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
+            tape, size = super().__call__(run, device, shared_with)
+            tape.calls = [call for call in tape.calls if "convolution" not in str(call[0])]
+            return tape, size
+
+    module = seeded(Residual)
+    run, want = recorded(opaque(module), Deaf()), plain(opaque(module))  # type: ignore[arg-type]
+    for seed in range(3):
+        assert torch.equal(run(numbers(), seed=seed), want(numbers(), seed=seed))
+    assert line(run, numbers()).startswith("no: its replay differs")
