@@ -471,6 +471,32 @@ def test_gradients_of_a_schedule_off_the_plain_loops_are_reported_and_not_raised
     assert "differs by 2e-03" in load("report_memory").cell(row)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=["torch", "cuDNN", "another"],
+)
+def test_the_largest_case_is_the_last_before_the_memory_ends(load, monkeypatch, error):
+    capacity = load("capacity")
+
+    def differentiate(case, method):
+        if case.width > 4:
+            raise error
+
+    monkeypatch.setattr(capacity, "differentiate", differentiate)
+    cases = [capacity.Case(16, 2, width, 8, CPU) for width in (2, 4, 8, 16)]
+    if "illegal" in str(error):
+        with pytest.raises(RuntimeError, match="illegal"):
+            capacity.search("width", "none", cases, 60.0)
+        return
+    row = capacity.search("width", "none", cases, 60.0)
+    assert (row["largest"], row["out_of_memory"]) == (4, True)
+
+
 @pytest.mark.slow
 def test_chain_memory_runs_and_draws(tmp_path):
     done = python("-m", "benchmarks.chain_memory", "--quick", "--out", str(tmp_path))

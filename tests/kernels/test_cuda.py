@@ -173,7 +173,6 @@ def test_a_replay_is_the_chain(
     assert len(run._graphs._recordings()) == 1, [k.reason for k in run._graphs._kinds.values()]
 
 
-@same_sums
 @pytest.mark.parametrize("precision", [None, "tf32", "fp16", "bf16"])
 def test_the_rounding_of_a_precision_does_not_keep_a_network_from_an_engine(
     precision: str | None,
@@ -184,6 +183,7 @@ def test_the_rounding_of_a_precision_does_not_keep_a_network_from_an_engine(
     assert "gradient   autograd" not in run.explain(numbers((64, 3, 32, 32), 0).to(CUDA))
 
 
+@same_sums
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_weights_of_the_moment_without_a_new_recording(gradient: str) -> None:
     run, x = chain(gradient), numbers((4, 3, 16, 16), 0).to(CUDA)
