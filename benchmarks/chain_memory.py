@@ -80,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.long:
         # First, because the other runs would leave the process larger than this one makes it.
         figures["long"] = long_chain(Case(1000, 64, 16, 32, device), 20)
+    steps, rounds = (6, 1) if options.quick else (16, 9)
+    figures["times"] = times(case(steps), STATES[0], rounds)
     for steps in (6,) if options.quick else (4, 16, 50, 100):
         for row in compare(case(steps), rounds=1 if options.quick or steps > 16 else 3):
             add(row)
-    steps, rounds = (6, 1) if options.quick else (16, 9)
-    figures["times"] = times(case(steps), STATES[0], rounds)
     if options.long:
         for row in (memory(case(20), "20 states", 20), memory(case(1000), "20 states", 20)):
             add(row)

@@ -10,39 +10,17 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 import fastlangevin as fl
 from fastlangevin.step import backend_status
+from tests.benchmarks.shared import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"torchebm": "torchebm", "ebmkit": "ebm"}  # presets whose original is a package
 GPU_SH = ROOT / "benchmarks" / "gpu.sh"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of ``benchmarks``, which stands beside the package and is not installed."""
-
-    def module(name: str) -> ModuleType:
-        monkeypatch.syspath_prepend(str(ROOT))
-        return importlib.import_module(f"benchmarks.{name}")
-
-    return module
-
-
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_interleave_calls_everyone_once_a_round(load):
@@ -454,40 +432,3 @@ class TestGpuScript:
         checks = json.loads((tmp_path / "checks-cpu.json").read_text())["results"]
         assert [row["right"] for row in checks] == [True] * len(checks)
         assert "paper's loop" in (tmp_path / "summary.md").read_text()
-
-
-def test_gradients_of_a_schedule_off_the_plain_loops_are_reported_and_not_raised(load):
-    memory = load("chain_memory")
-    case = memory.Case(steps=3, batch=2, width=2, size=8, device=CPU)
-    net, x0 = case.make()
-    chains, leaves = memory.chains(case, net, x0), [x0, *net.parameters()]
-    chains = {name: chains[name] for name in ("plain loop", "step")}
-    chains["rough"] = lambda: chains["step"]() * 1.001
-    chains["not a number"] = lambda: chains["step"]() * math.nan
-    rows = memory.check(chains, leaves)
-    assert [row["differs"] for row in rows.values()] == [False, False, True, True]
-    assert 1e-3 < rows["rough"]["deviation"] < 3e-3
-    row = {"peak_bytes": 2**20, "seconds": {"median": 1.0}, **rows["rough"]}
-    assert "differs by 2e-03" in load("report_memory").cell(row)
-
-
-@pytest.mark.slow
-def test_chain_memory_runs_and_draws(tmp_path):
-    done = python("-m", "benchmarks.chain_memory", "--quick", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = tmp_path / "chain_memory-cpu.json"
-    content = json.loads(result.read_text())
-    rows = {row["variant"]: row for row in content["results"]}
-    assert set(rows) == {"plain loop", "torch checkpoint", "none", "step", "4 states", "64MiB"}
-    assert not any(row["differs"] for row in rows.values())
-    evaluations = {name: row["evaluations"] for name, row in rows.items()}
-    # torch.utils.checkpoint evaluates twice forward; a budget measures a step; 4 states lack one.
-    assert evaluations["plain loop"] == evaluations["none"] == 6
-    assert (evaluations["step"], evaluations["4 states"]) == (12, 13)
-    assert rows["4 states"]["peak_bytes"] < rows["step"]["peak_bytes"] < rows["none"]["peak_bytes"]
-    assert content["figures"]["times"]["step_over_plain_loop"]["median"] > 0
-    pytest.importorskip("matplotlib")
-    done = python("-m", "benchmarks.report", str(result), "--plots", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "| plain loop |" in done.stdout
-    assert b"<svg" in (tmp_path / "chain_memory-cpu.svg").read_bytes()

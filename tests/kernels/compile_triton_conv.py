@@ -1,8 +1,9 @@
 """Compile the convolution kernels ahead of time, as a fused score would launch them: JSON.
 
-    python tests/compile_triton_conv.py 80 90 100
+    python -m tests.kernels.compile_triton_conv [--all] 80 90 100
 
-As compile_triton.py does it, for the paper's network at batch 64 and width 64.
+As compile_triton.py does it, for the paper's network at batch 64 and width 64. With --all,
+every launch in fp16 and tf32, and else one of each kind.
 """
 
 import contextlib
@@ -60,12 +61,13 @@ def launches(precision: str, n: int = 64, width: int = 64) -> dict[str, Recorder
 
 def main() -> None:
     results: dict[str, dict[str, Any]] = {}
-    for precision in ("fp16", "bf16", "tf32"):
+    every, *architectures = sys.argv[1:] if "--all" in sys.argv else ["", *sys.argv[1:]]
+    for precision in ("fp16", "tf32") if every else ("fp16", "bf16", "tf32"):
         for name, launch in launches(precision).items():
             # The others differ from the second in their sizes alone.
-            if name[-1] == "1" or (precision == "fp16" and name in ("forward 3", *ENDS)):
+            if every or name[-1] == "1" or (precision == "fp16" and name in ("forward 3", *ENDS)):
                 key = f"{precision} {name}"
-                results[key] = {arch: compiled(launch, int(arch)) for arch in sys.argv[1:]}
+                results[key] = {arch: compiled(launch, int(arch)) for arch in architectures}
     json.dump(results, sys.stdout)
 
 

@@ -1,0 +1,121 @@
+"""How much a step of the GPU's fused engine is predicted to move through L2, and how long it takes.
+
+    python -m benchmarks.traffic --out DIR
+
+writes DIR/fused-predicted.json, for the paper's networks on 3x32x32 states. It needs no GPU: the
+bytes are counted from the launches' tiles. Each tap reads its pixels again and the copies bypass
+L1, so the bytes that reach the multiprocessors from L2 bound a layer. The time of a step lies
+between that at a fast L2 with short launches and that at a slow L2 with long ones. The bytes are to
+be compared with lts__t_bytes.sum of Nsight Compute, and the times with the rows of
+:mod:`benchmarks.chain`.
+"""
+
+import argparse
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastlangevin as fl
+from benchmarks import timing
+from fastlangevin.gradients import fused_gpu_plan as conv_plan
+from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv, conv_stack
+from fastlangevin.gradients.graph.record import recognise
+
+WIDTHS, BATCHES, PRECISIONS = (32, 64, 128), (64, 256, 1024), ("fp16", "tf32")
+# Bytes per second from L2 on an H100 or H200, and seconds for a launch in a CUDA graph.
+FAST, SLOW = (9e12, 1.5e-6), (5.5e12, 3.5e-6)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    options = parser.parse_args(arguments)
+    rows = [predicted(*case) for case in itertools.product(WIDTHS, BATCHES, PRECISIONS)]
+    content = {"benchmark": "fused-predicted", "results": rows}
+    timing.write_json(options.out / "fused-predicted.json", content)
+    for row in rows:
+        low, high = (1e6 * seconds for seconds in row["seconds"])
+        print(
+            f"width {row['width']}, batch {row['batch']}, {row['precision']}: "
+            f"{row['bytes'] / 1e6:.0f} MB, {low:.0f} to {high:.0f} us a step"
+        )
+
+
+def predicted(width: int, batch: int, precision: str) -> dict[str, Any]:
+    """The bytes of each launch of a step, their sum, and the least and the most seconds."""
+    launches = launches_of(fl.ConvEnergy(width=width), (3, 32, 32), batch, precision)
+    total = sum(launches.values())
+    return {
+        "width": width,
+        "batch": batch,
+        "precision": precision,
+        "launches": launches,
+        "bytes": total,
+        "seconds": [total / rate + len(launches) * launch for rate, launch in (FAST, SLOW)],
+    }
+
+
+def launches_of(
+    energy: nn.Module, shape: conv_plan.Image, batch: int, precision: str
+) -> dict[str, int]:
+    """The bytes that each launch reads and writes, in the order of the launches.
+
+    The signs that LeakyReLU keeps, a bit per value, are left out.
+    """
+    stack = conv_stack(recognise(energy, torch.zeros(1, *shape)))
+    assert isinstance(stack, ConvStack), stack
+    sizes = [shape]
+    for conv in stack.convs:
+        sizes.append((conv.weight.shape[0], *conv.output_size(sizes[-1][1:])))
+    layers = list(enumerate(zip(stack.convs, sizes, sizes[1:], strict=False)))
+    itemsize, state = conv_plan.DTYPES[precision].itemsize, 4  # x is float32 in every precision
+    found = {}
+    for i, layer in layers:
+        plan, read = conv_plan.forward_plan(*layer, batch, precision), state if i == 0 else itemsize
+        written = batch * math.prod(layer[2]) * itemsize
+        found[f"forward {i}"] = operands(plan, batch * pairs(*layer), read) + written
+    for i, layer in reversed(layers[1:]):
+        plan = conv_plan.backward_plan(*layer, batch, precision)
+        written = batch * math.prod(layer[1]) * itemsize
+        found[f"backward {i}"] = operands(plan, batch * pairs(*layer), itemsize) + written
+    _, first = layers[0]
+    plan = conv_plan.image_plan(*first, batch, precision)
+    stepped = 2 * batch * math.prod(shape) * state
+    found["image"] = operands(plan, batch * pairs(*first), itemsize) + stepped
+    return found
+
+
+def operands(plan: conv_plan.Plan, pixels: int, itemsize: int) -> int:
+    """The bytes of a product's operands.
+
+    Every tile of columns reads the pixels again, and every tile of rows the weights.
+    """
+    gathered = pixels * plan.constants["C"] * plan.tiles * itemsize
+    programs = plan.grid[0] // plan.tiles * plan.grid[1]
+    row = plan.constants["COLUMNS"] * plan.constants["K"] * plan.weight.element_size()
+    return gathered + programs * row
+
+
+def pairs(conv: StackedConv, source: conv_plan.Image, result: conv_plan.Image) -> int:
+    """How often a tap of a convolution's output meets a pixel of its input, and not its padding.
+
+    An input gradient reads as many pixels of the output.
+    """
+    each = (
+        sum(
+            0 <= out * conv.stride[i] - conv.padding[i] + tap * conv.dilation[i] < source[1 + i]
+            for out in range(result[1 + i])
+            for tap in range(conv.weight.shape[2 + i])
+        )
+        for i in range(2)
+    )
+    return math.prod(each)
+
+
+if __name__ == "__main__":
+    main()
