@@ -25,6 +25,20 @@ def operand(value, dtype: tl.constexpr, TF32: tl.constexpr):
 
 
 @triton.jit
+def _length(number):
+    """The number of passes of a loop."""
+    return number
+
+
+def _interpreted_length(number):
+    """For Triton 3.6, which interprets a number as an array [1]: NumPy 2.4 makes no int of it."""
+    return number.handle.data.item() if isinstance(number, tl.tensor) else number
+
+
+length = _length if isinstance(_length, triton.JITFunction) else _interpreted_length
+
+
+@triton.jit
 def products(
     acc, source, weight, y, x, live, filled, taps_y, taps_x,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
@@ -39,7 +53,7 @@ def products(
     STATE means that the source is x, which is read as float32 and rounded to the weights' dtype.
     """
     inner = tl.arange(0, BK)
-    for k in range(0, tl.cdiv(taps_y * taps_x * C, BK)):
+    for k in range(0, length(tl.cdiv(taps_y * taps_x * C, BK))):
         if FLAT:
             tap, c = ((k * BK + inner) // C)[None, :], (k * BK + inner) % C
             inside = live & (tap < taps_y * taps_x)
