@@ -21,6 +21,8 @@ from tests.chain.shared import (
     plain,
     recorded,
 )
+from tests.gradients.test_trace import ENERGIES
+from tests.gradients.test_trace import made as traced_energy
 
 every_net = pytest.mark.parametrize("make", NETS.values(), ids=NETS)
 
@@ -43,6 +45,25 @@ def test_a_replayed_trace_gives_the_chain_of_the_loop(make: Callable[[], nn.Modu
             assert torch.equal(got, want(x, seed=seed, first_step=9 * call))
             assert made(run) == min(call, 1)
         assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one")
+
+
+@as_on_cuda
+@pytest.mark.filterwarnings("ignore:.*in train mode:UserWarning")
+@pytest.mark.parametrize("name", ENERGIES)
+def test_chains_of_many_operators_are_replayed(name: str) -> None:
+    module, x, arguments = traced_energy(name, torch.float32)
+    run, want = samplers(module, step_size=0.05)
+    for seed in (0, 1, 2):
+        got = run(x, seed=seed, **arguments)
+        assert torch.equal(got, want(x, seed=seed, **arguments))
+    (kind,) = run._graphs._kinds.values()
+    assert kind.recording is not None, kind.reason
+    module, x, arguments = traced_energy(name, torch.float64)
+    run, want = samplers(module, step_size=0.05)
+    want.gradient = "autograd"
+    torch.testing.assert_close(
+        run(x, seed=0, **arguments), want(x, seed=0, **arguments), rtol=0, atol=1e-11
+    )
 
 
 @as_on_cuda
@@ -143,6 +164,19 @@ def test_a_network_that_draws_numbers_is_not_recorded() -> None:
         run(numbers(), seed=0)
     assert made(run) == 0
     assert "autograd runs the energy's own code" in line(run, numbers())
+
+
+@as_on_cuda
+def test_a_branch_by_a_label_leads_to_another_recording() -> None:
+    module = seeded(Labelled)
+    energy: Any = lambda x, y: (1 if y[0] > 1 else -1) * module(x, y)  # noqa: E731
+    run, want = recorded(energy), plain(energy)
+    x = numbers()
+    for first, count in ((0, 1), (3, 2), (0, 3)):
+        y = torch.tensor([first, 1])
+        for seed in range(3):
+            assert torch.equal(run(x, seed=seed, y=y), want(x, seed=seed, y=y))
+        assert made(run) == count
 
 
 @as_on_cuda
