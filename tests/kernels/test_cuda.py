@@ -220,9 +220,9 @@ def test_two_shapes_take_turns_in_one_memory(gradient: str) -> None:
     assert "replayed as one" in graph_line(run, batches[0])
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", [*GRADIENTS, "traced"])
 def test_the_memory_of_recordings_is_bounded(gradient: str) -> None:
-    run = chain(gradient)
+    run = traced(seeded(Residual)) if gradient == "traced" else chain(gradient)
     reserved = []
     for _ in range(3):
         for n in (16, 32, 48, 64):
