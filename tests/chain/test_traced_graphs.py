@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
@@ -67,10 +67,13 @@ def test_chains_of_many_operators_are_replayed(name: str) -> None:
 
 
 @as_on_cuda
+@pytest.mark.parametrize("steps", [1, 3])
 @every_net
-def test_a_replayed_trace_reads_the_weights_of_now(make: Callable[[], nn.Module]) -> None:
+def test_a_replayed_trace_reads_the_weights_of_now(
+    make: Callable[[], nn.Module], steps: int
+) -> None:
     module, x = seeded(make), numbers()
-    run, want = samplers(module)
+    run, want = samplers(module, steps=steps)
     for _ in range(2):
         before = run(x, seed=0)
     for name, change in CHANGES.items():
@@ -123,27 +126,6 @@ def test_a_recording_keeps_neither_the_arguments_nor_the_values_of_a_step() -> N
 
 
 @as_on_cuda
-def test_an_energy_that_may_change_unnoticed_is_not_recorded() -> None:
-    module, seen = seeded(Residual), []
-
-    class Hidden(nn.Module):
-        """The weights of a module that no search finds."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.get = iter(lambda: module, None).__next__
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(1)
-            return module(x)
-
-    run, x = recorded(Hidden(), gradient="auto"), numbers()
-    for _ in range(3):
-        run(x, seed=0)
-    assert made(run) == 0
-
-
-@as_on_cuda
 def test_a_trace_that_is_for_one_call_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastlangevin.gradients.graph.record.may_be_kept", lambda *_: False)
     run, want = samplers(seeded(Residual))
@@ -164,6 +146,17 @@ def test_a_network_that_draws_numbers_is_not_recorded() -> None:
         run(numbers(), seed=0)
     assert made(run) == 0
     assert "autograd runs the energy's own code" in line(run, numbers())
+
+
+@as_on_cuda
+def test_explain_and_differentiable_calls_leave_a_recording_in_place() -> None:
+    run, _ = samplers(seeded(Residual))
+    x = numbers()
+    for _ in range(4):
+        run(x, seed=0)
+        run(x, seed=0, differentiable=True)
+        run.explain(x.clone().requires_grad_())
+    assert len(run._graphs._recordings()) == made(run) == 1
 
 
 @as_on_cuda
