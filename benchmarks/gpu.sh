@@ -235,7 +235,7 @@ else
 fi
 
 # The paper's loop beside these, with its K = 100: batch 64 first, widths 64, 32 and 128.
-chosen=(--steps 100 --seconds 4
+chosen=(--steps 100 --seconds 2
     --variants "explicit tf32" "fused tf32" "explicit fp16" "fused fp16")
 [ -z "$dry" ] || chosen=(--variants "explicit fp32")
 stage chains 80 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${chosen[@]}"
@@ -256,6 +256,7 @@ if [ -n "$dry" ] || [ -n "$profiler" ]; then
 "gpu__time_duration.sum,dram__bytes.sum,lts__t_bytes.sum,\
 sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active" \
         "$python" -m benchmarks.fused_step --widths 64 --precisions fp16
+    [ ! -f "$out/ncu.csv" ] || "$python" -m benchmarks.profile "$out/ncu.csv" --out "$out" 2>>"$log"
 else
     echo "profile: not run, ncu not found"
     record profile "not run: ncu not found" 0

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from torch import nn
 
@@ -41,3 +42,18 @@ def test_the_file_of_predictions_is_the_plans(load):
     for row in json.loads(path.read_text())["results"]:
         if row["batch"] == 64:
             assert load("traffic").predicted(row["width"], 64, row["precision"]) == row
+
+
+def test_the_profilers_launches_stand_beside_the_prediction(load):
+    profile = load("profile")
+    metrics = ("gpu__time_duration.sum", "lts__t_bytes.sum")
+    lines = ["==PROF== a line of ncu's own", '"ID","Kernel Name","Metric Name","Metric Value"']
+    for number, kernel in enumerate(("fill", "forward_kernel", "image_kernel")):
+        lines += [f'"{number}","{kernel}","{m}","{10 + number},000"' for m in metrics]
+    rows = profile.launches("\n".join(lines), {"forward 0": 9000, "image": 8000})
+    assert rows == [
+        {"launch": "forward 0", "ns": 11000, "l2_bytes": 11000, "predicted_l2_bytes": 9000},
+        {"launch": "image", "ns": 12000, "l2_bytes": 12000, "predicted_l2_bytes": 8000},
+    ]
+    with pytest.raises(ValueError, match="expected 1 launches"):
+        profile.launches("\n".join(lines), {"forward 0": 9000})
