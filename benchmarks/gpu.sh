@@ -276,6 +276,9 @@ else
     record learning "not run: no data" 0
 fi
 
+if [ -s "$out/ncu.csv" ]; then
+    "$python" -m benchmarks.traffic --ncu "$out/ncu.csv" --out "$out" >>"$log" 2>&1
+fi
 results=()
 for file in "$out"/{chain,networks,step,chain_memory}-*.json; do
     [ ! -f "$file" ] || results+=("$file")
