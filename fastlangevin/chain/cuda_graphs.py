@@ -233,7 +233,6 @@ class Recording:
 
         self._begin(engine)
         self.graph, self.bytes = record(run, x.device, shared_with)
-        self._forget_constants()  # they are in the graph's own memory
         if self.engine is not engine:
             self.bytes += sum(buffer.nbytes for buffer in self.engine.buffers())
         self.addresses = _addresses(self.engine)

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch import nn
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
 from fastlangevin.gradients.trace.engine import FixedInputs, TracedGradient
+from tests.chain.nets import MLP, NETS, Labelled, Residual, opaque, seeded
 from tests.chain.shared import (
     CHANGES,
     Tape,
@@ -22,73 +21,9 @@ from tests.chain.shared import (
     plain,
     recorded,
 )
+from tests.gradients.test_trace import ENERGIES
+from tests.gradients.test_trace import made as traced_energy
 
-Wrap = Callable[[nn.Module], nn.Module]
-
-
-class Residual(nn.Module):
-    """A residual block between convolutions; ``wrap`` is applied to all of them."""
-
-    def __init__(self, norm: bool = False, wrap: Wrap = lambda conv: conv) -> None:
-        super().__init__()
-        self.stem = wrap(nn.Conv2d(3, 8, 3, padding=1))
-        self.one, self.two = (wrap(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(2))
-        self.norm = nn.GroupNorm(2, 8) if norm else nn.Identity()
-        self.head = nn.Linear(8, 1)
-
-    def features(self, x: Tensor) -> Tensor:
-        h = F.leaky_relu(self.stem(x), 0.2)
-        h = h + self.two(F.silu(self.norm(self.one(h))))
-        return F.leaky_relu(F.avg_pool2d(h, 2), 0.2).sum((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x)).squeeze(1)
-
-
-class Labelled(Residual):
-    """The energy of images and labels: scale and shift by class, and one-hot planes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(4, 8)
-        self.planes = nn.Conv2d(3 + 4, 3, 1)
-
-    def forward(self, x: Tensor, y: Tensor, shift: Tensor | None = None) -> Tensor:
-        planes = F.one_hot(y, 4).to(x.dtype)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        h = self.features(self.planes(torch.cat((x, planes), 1)))
-        h = F.silu(h if shift is None else h + shift)
-        return self.head(h * self.embed(y)).squeeze(1) + self.embed(y).sum(1)
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Flatten(), nn.Linear(192, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).square()
-
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make().eval()
-
-
-def opaque(module: nn.Module) -> Callable[..., Tensor]:
-    """An energy that is not a module: it has no graph of layers."""
-    return lambda x, **arguments: module(x, **arguments)
-
-
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "residual": Residual,
-    "residual with GroupNorm": lambda: Residual(norm=True),
-    "spectral norm": lambda: Residual(wrap=parametrizations.spectral_norm),
-    "weight norm": lambda: Residual(wrap=parametrizations.weight_norm),
-    "MLP": MLP,
-}
 every_net = pytest.mark.parametrize("make", NETS.values(), ids=NETS)
 
 
@@ -113,10 +48,32 @@ def test_a_replayed_trace_gives_the_chain_of_the_loop(make: Callable[[], nn.Modu
 
 
 @as_on_cuda
+@pytest.mark.filterwarnings("ignore:.*in train mode:UserWarning")
+@pytest.mark.parametrize("name", ENERGIES)
+def test_chains_of_many_operators_are_replayed(name: str) -> None:
+    module, x, arguments = traced_energy(name, torch.float32)
+    run, want = samplers(module, step_size=0.05)
+    for seed in (0, 1, 2):
+        got = run(x, seed=seed, **arguments)
+        assert torch.equal(got, want(x, seed=seed, **arguments))
+    (kind,) = run._graphs._kinds.values()
+    assert kind.recording is not None, kind.reason
+    module, x, arguments = traced_energy(name, torch.float64)
+    run, want = samplers(module, step_size=0.05)
+    want.gradient = "autograd"
+    torch.testing.assert_close(
+        run(x, seed=0, **arguments), want(x, seed=0, **arguments), rtol=0, atol=1e-11
+    )
+
+
+@as_on_cuda
+@pytest.mark.parametrize("steps", [1, 3])
 @every_net
-def test_a_replayed_trace_reads_the_weights_of_now(make: Callable[[], nn.Module]) -> None:
+def test_a_replayed_trace_reads_the_weights_of_now(
+    make: Callable[[], nn.Module], steps: int
+) -> None:
     module, x = seeded(make), numbers()
-    run, want = samplers(module)
+    run, want = samplers(module, steps=steps)
     for _ in range(2):
         before = run(x, seed=0)
     for name, change in CHANGES.items():
@@ -169,27 +126,6 @@ def test_a_recording_keeps_neither_the_arguments_nor_the_values_of_a_step() -> N
 
 
 @as_on_cuda
-def test_an_energy_that_may_change_unnoticed_is_not_recorded() -> None:
-    module, seen = seeded(Residual), []
-
-    class Hidden(nn.Module):
-        """The weights of a module that no search finds."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.get = iter(lambda: module, None).__next__
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(1)
-            return module(x)
-
-    run, x = recorded(Hidden(), gradient="auto"), numbers()
-    for _ in range(3):
-        run(x, seed=0)
-    assert made(run) == 0
-
-
-@as_on_cuda
 def test_a_trace_that_is_for_one_call_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastlangevin.gradients.graph.record.may_be_kept", lambda *_: False)
     run, want = samplers(seeded(Residual))
@@ -210,6 +146,30 @@ def test_a_network_that_draws_numbers_is_not_recorded() -> None:
         run(numbers(), seed=0)
     assert made(run) == 0
     assert "autograd runs the energy's own code" in line(run, numbers())
+
+
+@as_on_cuda
+def test_explain_and_differentiable_calls_leave_a_recording_in_place() -> None:
+    run, _ = samplers(seeded(Residual))
+    x = numbers()
+    for _ in range(4):
+        run(x, seed=0)
+        run(x, seed=0, differentiable=True)
+        run.explain(x.clone().requires_grad_())
+    assert len(run._graphs._recordings()) == made(run) == 1
+
+
+@as_on_cuda
+def test_a_branch_by_a_label_leads_to_another_recording() -> None:
+    module = seeded(Labelled)
+    energy: Any = lambda x, y: (1 if y[0] > 1 else -1) * module(x, y)  # noqa: E731
+    run, want = recorded(energy), plain(energy)
+    x = numbers()
+    for first, count in ((0, 1), (3, 2), (0, 3)):
+        y = torch.tensor([first, 1])
+        for seed in range(3):
+            assert torch.equal(run(x, seed=seed, y=y), want(x, seed=seed, y=y))
+        assert made(run) == count
 
 
 @as_on_cuda

@@ -79,6 +79,11 @@ def attention(m: Any, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(h, h, h)
 
 
+def several_heads(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x).flatten(2).unflatten(1, (2, 2)).transpose(2, 3)  # [n, heads, pixels, 2]
+    return F.scaled_dot_product_attention(h, h, h)
+
+
 def conditional(m: Any, x: Tensor, y: Tensor) -> Tensor:
     scale, shift = m.embedding(y).chunk(2, dim=1)
     return F.silu(m.conv(x) * scale[:, :, None, None] + shift[:, :, None, None])
@@ -142,6 +147,7 @@ ENERGIES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "sorted": (lambda: Energy(
         lambda m, x: m.a(x).flatten(2).sort(2).values.cumsum(2), a=conv()), {}),
     "attention": (lambda: Energy(attention, conv=conv()), {}),
+    "attention of several heads": (lambda: Energy(several_heads, conv=conv()), {}),
     "one dimension": (lambda: Energy(
         lambda m, x: m.a(x.flatten(2)).tanh(), a=nn.Conv1d(4, 6, 5, 2)), {}),
     "three dimensions": (lambda: Energy(
@@ -309,6 +315,7 @@ def test_threads_with_other_labels_do_not_meet() -> None:
     ("forward", "reason"),
     [
         (lambda m, x: m.a(x) + torch.rand_like(x), "draws random numbers"),
+        (lambda m, x: F.scaled_dot_product_attention(*[m.a(x)] * 3, dropout_p=0.1), "draws random"),
         (lambda m, x: m.a(x) * x.mean().item(), r"reads values through item\(\)"),
         (lambda m, x: m.a(x) * m.table.mul_(2).sum(), "changes a tensor in place"),
         (lambda m, x: m.a(x.detach().mul_(0.5) + x), "changes a tensor in place"),

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
+from fastlangevin.gradients.trace.engine import TracedGradient
 from fastlangevin.kernels import native, triton
+from tests.chain.nets import NETS, Labelled, Residual, opaque, seeded
 
 CUDA = torch.device("cuda", 0)
 REASON = native.available(CUDA) if torch.cuda.is_available() else "there is no CUDA device here"
@@ -141,7 +143,7 @@ def chain(gradient: str, activation: str = "leaky_relu", **options: Any) -> fl.L
     return fl.LangevinSampler(energy, **defaults | {"gradient": gradient} | options)
 
 
-def step_by_step(run: fl.LangevinSampler, x: Tensor, **address: int) -> Tensor:
+def step_by_step(run: fl.LangevinSampler, x: Tensor, **address: Any) -> Tensor:
     return run.trajectory(x, every=run.steps, **address)[-1]
 
 
@@ -218,9 +220,9 @@ def test_two_shapes_take_turns_in_one_memory(gradient: str) -> None:
     assert "replayed as one" in graph_line(run, batches[0])
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", [*GRADIENTS, "traced"])
 def test_the_memory_of_recordings_is_bounded(gradient: str) -> None:
-    run = chain(gradient)
+    run = traced(seeded(Residual)) if gradient == "traced" else chain(gradient)
     reserved = []
     for _ in range(3):
         for n in (16, 32, 48, 64):
@@ -283,3 +285,69 @@ def test_replays_on_streams_of_the_users() -> None:
     for seed in range(6):
         with torch.cuda.stream(torch.cuda.Stream(CUDA)):
             assert torch.equal(run(x, seed=seed), want[seed])
+
+
+# Recorded traces ---------------------------------------------------------------------------------
+
+
+def traced(module: nn.Module, **options: Any) -> fl.LangevinSampler:
+    energy: Any = opaque(module.to(CUDA))
+    defaults = {"steps": 8, "step_size": 0.1, "noise_std": 0.05, "gradient": "explicit"}
+    return fl.LangevinSampler(energy, **defaults | options)
+
+
+def assert_replayed(run: fl.LangevinSampler) -> None:
+    """All calls but the first two were replays of one recording, of a trace."""
+    (kind,) = run._graphs._kinds.values()
+    assert kind.recording is not None, kind.reason
+    assert isinstance(kind.recording.engine, TracedGradient)
+
+
+@same_sums
+@pytest.mark.parametrize("precision", [None, "fp32", "tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", NETS)
+def test_a_replayed_trace_is_the_chain(name: str, precision: str | None) -> None:
+    module = seeded(NETS[name])
+    run = traced(module, precision=precision)
+    optimiser = torch.optim.SGD(module.parameters(), lr=1e-3)
+    for call in range(5):
+        x = numbers((4, 3, 8, 8), call).to(CUDA)
+        want = step_by_step(run, x, seed=call, first_step=7 * call)
+        torch.testing.assert_close(
+            run(x, seed=call, first_step=7 * call), want, rtol=1e-5, atol=1e-5
+        )
+        optimiser.zero_grad()
+        run.energy(x).sum().backward()
+        optimiser.step()
+    assert_replayed(run)
+
+
+@same_sums
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_replayed_trace_reads_the_labels_of_the_call(precision: str) -> None:
+    run, ends = traced(seeded(Labelled), precision=precision), []
+    x = numbers((3, 3, 8, 8), 0).to(CUDA)
+    for call in range(6):
+        y = torch.tensor([0, call % 4, 3], device=CUDA)
+        arguments = {"y": y, "shift": numbers((3, 8), call).to(CUDA)}
+        ends.append(run(x, seed=0, **arguments))
+        want = step_by_step(run, x, seed=0, **arguments)
+        torch.testing.assert_close(ends[-1], want, rtol=1e-5, atol=1e-5)
+    assert all(not torch.allclose(a, b) for i, a in enumerate(ends) for b in ends[:i])
+    assert_replayed(run)
+
+
+@same_sums
+def test_a_number_in_host_memory_is_read_at_every_replay() -> None:
+    module = seeded(Residual).to(CUDA)
+    scale = torch.tensor(1.0)
+    module.register_buffer("scale", scale)
+    energy: Any = lambda x: module(x * module.scale)  # noqa: E731
+    run = fl.LangevinSampler(energy, steps=8, step_size=0.1, gradient="explicit")
+    x = numbers((3, 3, 8, 8), 0).to(CUDA)
+    for call in range(8):
+        if call == 3:  # the recording is made again
+            scale.mul_(1.5)
+        want = step_by_step(run, x, seed=call)
+        torch.testing.assert_close(run(x, seed=call), want, rtol=1e-5, atol=1e-5)
+    assert_replayed(run)

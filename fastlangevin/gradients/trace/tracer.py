@@ -72,7 +72,7 @@ class Tracer(DispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _draws(func, args, kwargs):
             raise self.refuse(f"{name} draws random numbers")
         if name == "_local_scalar_dense" and not self.reads_state(args[0]):
             number, slot = func(*args, **kwargs), self.slot_of(args[0])
@@ -182,6 +182,17 @@ class Tracer(DispatchMode):
         self._slots[id(tensor)] = weakref.ref(tensor), number
         self.values[number] = Value(tuple(tensor.shape), tensor.dtype, tensor.device, storage)
         return number
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an operator draws random numbers, unlike attention without a dropout."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    k = names.index("dropout_p")
+    return bool((args[k] if k < len(args) else kwargs.get("dropout_p", 0.0)) != 0)
 
 
 def _tensors(arguments: Any) -> list[Tensor]:
