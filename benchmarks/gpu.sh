@@ -256,7 +256,6 @@ if [ -n "$dry" ] || [ -n "$profiler" ]; then
 "gpu__time_duration.sum,dram__bytes.sum,lts__t_bytes.sum,\
 sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active" \
         "$python" -m benchmarks.fused_step --widths 64 --precisions fp16
-    [ ! -f "$out/ncu.csv" ] || "$python" -m benchmarks.profile "$out/ncu.csv" --out "$out" 2>>"$log"
 else
     echo "profile: not run, ncu not found"
     record profile "not run: ncu not found" 0
@@ -277,6 +276,9 @@ else
     record learning "not run: no data" 0
 fi
 
+if [ -s "$out/ncu.csv" ]; then
+    "$python" -m benchmarks.traffic --ncu "$out/ncu.csv" --out "$out" >>"$log" 2>&1
+fi
 results=()
 for file in "$out"/{chain,networks,step,chain_memory}-*.json; do
     [ ! -f "$file" ] || results+=("$file")

@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 import fastlangevin as fl
 from benchmarks import timing
 from benchmarks.fused_step import OPTIONS, engine
-from benchmarks.profile import KERNELS
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.fused_gpu_plan import Tile
@@ -38,6 +37,7 @@ TILES = tuple(
     )
 )  # fmt: skip
 NETS = ((32, 64), (64, 64), (32, 256))  # width, batch
+KERNELS = ("forward_kernel", "backward_kernel", "image_kernel")
 STEPS = 7
 
 

@@ -165,7 +165,7 @@ def _tile(rows: int, channels: int, columns: int, precision: str, device: torch.
     """Return the tile of a layer."""
     widest = max(32, _power_of_2(columns))  # a word of signs holds 32 channels
     if precision == "fp32":
-        tiles = _IEEE_TILES
+        tiles: tuple[Tile, ...] = _IEEE_TILES
     elif not _steps(channels, precision):
         tiles = _FLAT_TILES
     else:

@@ -1,12 +1,8 @@
 """The predicted bytes of the fused engine's launches."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
-
-from tests.benchmarks.shared import ROOT
 
 
 def test_the_bytes_of_a_launch_are_those_of_its_tiles(load):
@@ -37,23 +33,27 @@ def test_pairs_of_taps_and_pixels_are_those_of_a_convolution_of_ones(load):
         assert traffic.pairs(layer, (1, *size), tuple(counts.shape[1:])) == int(counts.sum())
 
 
-def test_the_file_of_predictions_is_the_plans(load):
-    path = ROOT / "benchmarks" / "results" / "fused-predicted.json"
-    for row in json.loads(path.read_text())["results"]:
-        if row["batch"] == 64:
-            assert load("traffic").predicted(row["width"], 64, row["precision"]) == row
-
-
-def test_the_profilers_launches_stand_beside_the_prediction(load):
-    profile = load("profile")
-    metrics = ("gpu__time_duration.sum", "lts__t_bytes.sum")
-    lines = ["==PROF== a line of ncu's own", '"ID","Kernel Name","Metric Name","Metric Value"']
-    for number, kernel in enumerate(("fill", "forward_kernel", "image_kernel")):
-        lines += [f'"{number}","{kernel}","{m}","{10 + number},000"' for m in metrics]
-    rows = profile.launches("\n".join(lines), {"forward 0": 9000, "image": 8000})
-    assert rows == [
-        {"launch": "forward 0", "ns": 11000, "l2_bytes": 11000, "predicted_l2_bytes": 9000},
-        {"launch": "image", "ns": 12000, "l2_bytes": 12000, "predicted_l2_bytes": 8000},
+def test_a_profile_is_read_launch_by_launch(load):
+    traffic = load("traffic")
+    metrics = {
+        "dram__bytes.sum": ("byte", "4,352"),
+        "gpu__time_duration.sum": ("us", "7.5"),
+        "lts__t_bytes.sum": ("byte", "1,177,920"),
+        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": ("%", "17.79"),
+    }
+    lines = ["==PROF== Connected to process 2179"]
+    lines.append('"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"')
+    for number, kernel in enumerate(("void at::fill(int, T)", "forward_kernel", "image_kernel")):
+        for name, (unit, value) in metrics.items():
+            lines.append(f'"{number}","{kernel}","{name}","{unit}","{value}"')
+    text = "\n".join(lines)
+    rows = traffic.profiled(text, {"forward 0": 10, "image": 20})
+    assert [(row["launch"], row["predicted_bytes"]) for row in rows] == [
+        ("forward 0", 10),
+        ("image", 20),
     ]
-    with pytest.raises(ValueError, match="expected 1 launches"):
-        profile.launches("\n".join(lines), {"forward 0": 9000})
+    assert rows[1]["bytes"] == 1177920
+    assert rows[1]["seconds"] == pytest.approx(7.5e-6)
+    assert rows[1]["tensor_percent"] == 17.79
+    with pytest.raises(ValueError, match="has 2 launches, expected 3"):
+        traffic.profiled(text, {"forward 0": 10, "forward 1": 10, "image": 20})
