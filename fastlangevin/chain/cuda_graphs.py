@@ -23,6 +23,7 @@ from fastlangevin.chain.chain import Chain, Overflow, check_overflow
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
+from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.precision import switches
 from fastlangevin.gradients.select import EngineChoice
 from fastlangevin.gradients.trace.engine import TracedGradient
@@ -206,6 +207,7 @@ class Recording:
         chain: Chain,
         x: Tensor,
         engine: RecordedEngine,
+        graph: Graph | None,
         record: Recorder,
         shared_with: Any,
     ) -> None:
@@ -231,8 +233,11 @@ class Recording:
                 self.energies = torch.empty_like(energies)
             self.energies.copy_(energies)
 
+        self._packing: Packing | None = None
         self._begin(engine)
         self.graph, self.bytes = record(run, x.device, shared_with)
+        if not isinstance(engine, TracedGradient) and graph is not None and graph.computed is None:
+            self._packing = recorded_packing(engine, graph.bases, record, x.device)
         if self.engine is not engine:
             self.bytes += sum(buffer.nbytes for buffer in self.engine.buffers())
         self.addresses = _addresses(self.engine)
@@ -265,12 +270,48 @@ class Recording:
         if isinstance(self.engine, TracedGradient):
             assert isinstance(engine, TracedGradient)
             self.engine.begin_with(engine)
+        elif self._packing is not None and self._packing.fits():
+            self._packing.graph.replay()
         else:
             self.engine.begin()
 
     def _forget_constants(self) -> None:
         if isinstance(self.engine, TracedGradient):
             self.engine.forget_constants()
+
+
+class Packing:
+    """The launches that pack an engine's weights, some 60 of them, as one graph.
+
+    ``weights`` are the parameters and buffers that they read, and ``addresses`` where these were.
+    """
+
+    def __init__(self, graph: Any, weights: list[Tensor]) -> None:
+        self.graph, self.weights = graph, weights
+        self.addresses = [weight.data_ptr() for weight in weights]
+
+    def fits(self) -> bool:
+        """Whether the weights are where the launches read them."""
+        return [weight.data_ptr() for weight in self.weights] == self.addresses
+
+
+def recorded_packing(
+    engine: ExplicitGradient | FusedGradient,
+    weights: list[Tensor],
+    record: Recorder,
+    device: torch.device,
+) -> Packing | None:
+    """Returns the launches of ``engine.begin``, or None if a replay would not do the same."""
+    packed = engine.packed()
+    want = [tensor.clone() for tensor in packed]
+    try:
+        graph, _ = record(engine.begin, device, None)
+        for tensor in packed:
+            tensor.mul_(2)  # which leaves the zeros that pad weights
+        graph.replay()
+    except Exception:  # the chain's own launches are recorded, and begin itself still works
+        return None
+    return Packing(graph, weights) if all(map(torch.equal, packed, want)) else None
 
 
 def _source(engine: Engine | None) -> Any:
@@ -362,7 +403,7 @@ class Graphs:
             return energies  # the caller reports it; there is nothing to compare a replay with
         shared_with = next((r.graph for r in self._recordings()), None)
         try:
-            recording = Recording(chain, start, engine, self._record, shared_with)
+            recording = Recording(chain, start, engine, choice.graph, self._record, shared_with)
             replayed = recording.replay(chain, start, engine)
             if replayed is not None and _close(start, x) and _close(replayed, energies):
                 kind.recording, kind.reason = recording, None

@@ -104,8 +104,12 @@ class ExplicitGradient:
 
     def buffers(self) -> list[Tensor]:
         """Return the tensors that a chain's launches use and that outlive a call, after begin."""
+        return [self._x, *self.packed()]
+
+    def packed(self) -> list[Tensor]:
+        """Return the tensors that :meth:`begin` writes, after it."""
         packed = [v for layer in self._weighted.values() for v in (layer.weight, layer.bias)]
-        return [v for v in (self._x, *packed, *self._offsets) if v is not None]
+        return [v for v in (*packed, *self._offsets) if v is not None]
 
     def _layer(self, node: Node, read: tuple[int, ...], constant: bool) -> Weighted:
         # The linear part after the activations is small, so it runs in the weights' own dtype.

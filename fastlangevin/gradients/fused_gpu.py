@@ -149,10 +149,14 @@ class FusedGradient:
 
     def buffers(self) -> list[Tensor]:
         """Return the tensors that a chain's launches use and that outlive a call."""
+        return [*self._arenas, *self._saved, self._partial, *self.packed()]
+
+    def packed(self) -> list[Tensor]:
+        """Return the tensors that :meth:`begin` writes."""
         weights = [plan.weight for plan in (*self._forward, *self._backward, self._image)]
         small = [*self._biases, self._head, self._unscale, self._offset]
         flag = [] if self.overflow is None else [self.overflow]
-        return [*self._arenas, *self._saved, self._partial, *weights, *small, *flag]
+        return [*weights, *small, *flag]
 
     def pack(self, force: bool = False) -> None:
         """Copy the current weights if their version counters show a change, or with ``force``.
