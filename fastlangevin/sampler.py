@@ -161,8 +161,8 @@ class LangevinSampler:
         gradient: Engine that computes dE/dx. "autograd" differentiates any energy. "explicit"
             replays its operators, recorded once, without autograd. "fused" runs networks of known
             layers in custom kernels, natively on the CPU, and plain stacks of convolutions in
-            Triton on GPUs, where it must be named because it has not been measured there. "auto"
-            takes the fastest engine that supports the energy; :meth:`explain` says which.
+            Triton on GPUs, where it must be named for strict float32. "auto" takes the fastest
+            engine that supports the energy; :meth:`explain` says which.
             Differentiable chains use the explicit engine, with its second-order pass, in place of
             the fused one, and autograd with checkpoint="none" and in half precision. "network"
             takes the callable's output as the gradient; see :meth:`from_score`.
