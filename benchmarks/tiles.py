@@ -2,8 +2,9 @@
 
     python -m benchmarks.tiles --out DIR
 
-writes DIR/fused-tiles-cuda.json, for the paper's networks in fp16: the microseconds of every launch
-of a step, and of the whole step in a CUDA graph. The kernels are first compiled by processes beside
+writes DIR/fused-tiles-cuda.json, for the paper's networks: the microseconds of every launch of a
+step, and of the whole step in a CUDA graph, with each tile in fp16 and then, for more networks and
+precisions, with the tiles that the engine chooses. The kernels are first compiled by processes beside
 each other. :mod:`fastlangevin.gradients.fused_gpu_plan` takes its tiles from these figures.
 """
 
@@ -37,6 +38,10 @@ TILES = tuple(
     )
 )  # fmt: skip
 NETS = ((32, 64), (64, 64), (32, 256))  # width, batch
+MORE = (
+    (64, 64, "tf32"), (32, 64, "tf32"), (64, 64, "bf16"), (64, 1024, "fp16"), (64, 256, "fp16"),
+    (128, 64, "fp16"), (64, 64, "fp32"), (32, 64, "fp32"),
+)  # fmt: skip
 KERNELS = ("forward_kernel", "backward_kernel", "image_kernel")
 STEPS = 7
 
@@ -45,26 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     options = parser.parse_args(arguments)
-    jobs = [(width, batch, tile) for width, batch in NETS for tile in (None, *TILES)]
+    jobs: list[tuple[int, int, str, Tile | None]] = [
+        (width, batch, "fp16", tile) for width, batch in NETS for tile in (None, *TILES)
+    ]
+    jobs += [(*case, None) for case in MORE]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         list(pool.map(compile_kernels, jobs))
     content: dict[str, Any] = {
         "benchmark": "fused-tiles", "device": "cuda", "machine": timing.machine(), "results": [],
     }  # fmt: skip
-    for width, batch, tile in jobs:
-        step, x = make(width, batch, tile)
-        row = {"width": width, "batch": batch, "tile": tile, **measure(step, x)}
+    for width, batch, precision, tile in jobs:
+        step, x = make(width, batch, precision, tile)
+        row = {"width": width, "batch": batch, "precision": precision, "tile": tile}
+        row |= measure(step, x)
         content["results"].append(row)
         timing.write_json(options.out / "fused-tiles-cuda.json", content)
-        print(width, batch, tile or "as chosen", f"{row['step']:.1f} us", flush=True)
+        print(width, batch, precision, tile or "as chosen", f"{row['step']:.1f} us", flush=True)
 
 
-def compile_kernels(job: tuple[int, int, Tile | None]) -> None:
+def compile_kernels(job: tuple[int, int, str, Tile | None]) -> None:
     step, x = make(*job)
     step.step_(x, **OPTIONS)
 
 
-def make(width: int, batch: int, tile: Tile | None) -> tuple[FusedGradient, Tensor]:
+def make(width: int, batch: int, precision: str, tile: Tile | None) -> tuple[FusedGradient, Tensor]:
     """A network's engine with one tile for all its layers, or with the tiles that it chooses."""
 
     def only(rows: int, channels: int, columns: int, *_: Any) -> Tile:
@@ -76,9 +85,9 @@ def make(width: int, batch: int, tile: Tile | None) -> tuple[FusedGradient, Tens
     energy = fl.ConvEnergy(width=width).to("cuda")
     x = torch.rand(batch, 3, 32, 32, device="cuda")
     if tile is None:
-        return engine(energy, (3, 32, 32), batch, "fp16"), x
+        return engine(energy, (3, 32, 32), batch, precision), x
     with mock.patch.object(conv_plan, "_tile", only):
-        return engine(energy, (3, 32, 32), batch, "fp16"), x
+        return engine(energy, (3, 32, 32), batch, precision), x
 
 
 def measure(step: FusedGradient, x: Tensor) -> dict[str, Any]:
