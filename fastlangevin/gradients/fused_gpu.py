@@ -19,8 +19,8 @@ repeated reads are assumed to come from cache.
 An H200 needs 33 us for the 26.2 GFLOP at 790 TFLOP/s, the rate of a good fp16 matrix product, and
 16 us for the 76 MB at 4.8 TB/s, although most of them stay in the 50 MB of cache. At batch 64 the
 deeper layers have fewer tiles of 128 x 128 than there are multiprocessors. They get smaller tiles,
-which read more per product. On an H200 a step took 114 us in a CUDA graph, and the tensor cores were
-busy for 5 to 43 % of each launch.
+which read more per product. On an H200 a step took 114 us in a CUDA graph, and the tensor cores
+were busy for 5 to 43 % of each launch.
 """
 
 import math
