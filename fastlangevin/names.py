@@ -48,6 +48,14 @@ def unknown_keyword(op: str, name: str, names: Collection[str]) -> TypeError:
     return TypeError(f"{op}: no argument is called {name}{hint}")
 
 
+def unknown_attribute(module: str, name: str, names: Collection[str]) -> AttributeError:
+    """Return the error for a name that a module does not have: the nearest of ``names``."""
+    # Python itself asks for names with underscores, and catches the error.
+    hint = "" if name.startswith("_") else did_you_mean(name, names)
+    # With the name but no object, Python's own traceback does not add a second suggestion.
+    return AttributeError(f"module {module!r} has no attribute {name!r}{hint}", name=name)
+
+
 def keywords_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Make a function raise TypeError with the nearest argument for an unknown keyword."""
     parameters = inspect.signature(function).parameters.values()

@@ -18,8 +18,8 @@ def check(
         data: Source of the images (default: the run's).
     """
     from fastlangevin.learn.build import choose_device
-    from fastlangevin.learn.checkpoint import load
     from fastlangevin.learn.evaluation.classifier import ClassifierCheck
+    from fastlangevin.learn.model import load
     from fastlangevin.learn.run_data import load_training
 
     judge = ClassifierCheck(load_training(run, data)[1])

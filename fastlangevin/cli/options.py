@@ -63,7 +63,7 @@ class Chains:
     def load(self, run: Path) -> Any:
         """Load the sampler of a run, a checkpoint or a model in the package."""
         from fastlangevin.learn.build import choose_device
-        from fastlangevin.learn.checkpoint import load
+        from fastlangevin.learn.model import load
 
         changes: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         return load(run, device=choose_device(self.device), averaged=self.averaged, **changes)

@@ -12,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.distributed import Group, Shard
-from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.draws import Draws
 from fastlangevin.gradients.network import call_network
 from fastlangevin.learn.checkpoint import (
@@ -23,6 +22,7 @@ from fastlangevin.learn.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from fastlangevin.learn.model import check_state, describe
 from fastlangevin.learn.shared_buffer import SharedBuffer
 from fastlangevin.learn.split_batch import SplitBatch
 from fastlangevin.names import keywords_checked
@@ -118,18 +118,7 @@ class ShortRunLearner:
             )
         if not any(p.requires_grad for p in sampler.energy.parameters()):
             raise ValueError(f"{_OP}: sampler.energy has no parameter that requires grad")
-        for name, value in sampler.energy.state_dict().items():
-            if not isinstance(value, Tensor):  # otherwise the first checkpoint would fail
-                raise TypeError(
-                    f"{_OP}: sampler.energy's state_dict holds {name} of type "
-                    f"{type(value).__name__}, and checkpoints can hold only tensors; make its "
-                    "module's get_extra_state return a tensor, for example of uint8"
-                )
-            if torch.nn.parameter.is_lazy(value):
-                raise ValueError(
-                    f"{_OP}: sampler.energy's {name} has no shape yet, because its module is lazy; "
-                    "call energy(x0) once first"
-                )
+        check_state(_OP, sampler.energy)  # otherwise the first checkpoint would fail
         if not data_noise >= 0:
             raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")
         if ema is not None and not 0 < ema < 1:
@@ -318,18 +307,11 @@ class ShortRunLearner:
         rank 0 writes. Raises DistributedError if the processes have different weights.
         """
         self.check_weights(f"checkpoint {path}")
-        tensors, settings = self.tensors(), self.sampler.settings()
+        tensors = self.tensors()
         if self.group.rank > 0:
             return
-        for name, value in settings.items():
-            if isinstance(value, Tensor):
-                tensors[f"sampler.{name}"], settings[name] = value, None
-        header = {
-            "iteration": self.iteration,
-            "energy": self.energy.settings() if isinstance(self.energy, ConvEnergy) else None,
-            "sampler": settings,
-        }
-        save_checkpoint(path, tensors, {**info, **header})
+        settings, header = describe(self.sampler)
+        save_checkpoint(path, tensors | settings, {**info, "iteration": self.iteration, **header})
 
     def check_weights(self, what: str) -> None:
         """Raise DistributedError unless all processes of the group have equal weights."""

@@ -19,8 +19,9 @@ from PIL import Image
 from fastlangevin.cli import report
 from fastlangevin.cli.outputs import Result
 from fastlangevin.learn import html_report, load_images, resolve, save_grid, train
-from fastlangevin.learn.checkpoint import export, read_checkpoint, save_checkpoint
+from fastlangevin.learn.checkpoint import read_checkpoint, save_checkpoint
 from fastlangevin.learn.evaluation import evaluate, features
+from fastlangevin.learn.model import export
 from tests.command import run_command
 
 TINY = {

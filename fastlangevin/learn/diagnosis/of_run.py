@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastlangevin.learn.build import choose_device
-from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
+from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.diagnosis import report
 from fastlangevin.learn.diagnosis.diagnose import Diagnosis, diagnose, noisy_batch
 from fastlangevin.learn.log import read_records, read_series
+from fastlangevin.learn.model import load
 from fastlangevin.learn.train import annealed
 
 

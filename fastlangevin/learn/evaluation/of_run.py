@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlangevin.distributed import Group, split_rows
 from fastlangevin.learn.build import choose_device, fingerprint
-from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
+from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.evaluation.evaluate import (
@@ -22,6 +22,7 @@ from fastlangevin.learn.evaluation.evaluate import (
     yardsticks,
 )
 from fastlangevin.learn.evaluation.features import make_features
+from fastlangevin.learn.model import load
 from fastlangevin.learn.run_data import load_held_out
 from fastlangevin.sampler import LangevinSampler
 

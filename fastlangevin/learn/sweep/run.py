@@ -20,13 +20,14 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.build import build_learner, choose_device, load_data
-from fastlangevin.learn.checkpoint import list_checkpoints, load
+from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.config import TrainConfig, read_settings
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
 from fastlangevin.learn.guard import DivergedError
 from fastlangevin.learn.log import read_records
+from fastlangevin.learn.model import load
 from fastlangevin.learn.reading import brief, read_bytes, read_json
 from fastlangevin.learn.run_folder import FolderInUseError, is_run
 from fastlangevin.learn.sweep.claims import claimed
