@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,12 +114,6 @@ def test_images_that_do_not_fit_the_energy() -> None:
     match = r"data must have the energy's shape \[1, 8, 8\], got \[3, 8, 8\]"
     with pytest.raises(ValueError, match=match):
         learner(data=torch.zeros(3, 3, 8, 8))
-
-
-@pytest.mark.parametrize("data", [np.zeros((3, 1, 8, 8)), [torch.zeros(1, 8, 8)]], ids=type)
-def test_data_of_another_kind(data: Any) -> None:
-    with pytest.raises(TypeError, match=r"data must be a tensor \[N, ...\], what load_images"):
-        learner(data=data)
 
 
 def test_data_that_are_not_finite() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import at_step, check_count
 from fastlangevin.chain.chain import norms
+from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations, correlations, series_of
 from fastlangevin.learn.diagnosis.moments import (
     Residual,
@@ -23,7 +24,6 @@ from fastlangevin.learn.diagnosis.moments import (
     parameter_residuals,
     top_layer,
 )
-from fastlangevin.learn.learner import Images
 from fastlangevin.sampler import LangevinSampler
 
 
