@@ -14,6 +14,7 @@ from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.network import device_of
 from fastlangevin.gradients.precision import check_precision
+from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     check_weights,
@@ -249,7 +250,8 @@ def push_to_hub(
         else:
             export(model, folder / MODEL)
         info = read_checkpoint(folder / MODEL)[1]
-        (folder / "README.md").write_text(_card(repo, info), "utf-8")
+        with replacing(folder / "README.md") as path:
+            path.write_text(_card(repo, info), "utf-8")
         return upload(repo, folder, private, message)
 
 
