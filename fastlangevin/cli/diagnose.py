@@ -33,7 +33,7 @@ def diagnose(
 
     if out is not None or run.is_dir():
         check_folder(out or run)
-    config, images = load_training(run, data)
+    config, images = load_training(run, data, packaged=True)
     sampler = load(run, device=choose_device(device), averaged=averaged)
     start_line(f"{n} chains against {images.name}", sampler, n, out)
     with progress() as show:

@@ -18,7 +18,13 @@ from fastlangevin.gradients.network import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.images import save_arrays, save_gif, save_grid, save_rows
-from fastlangevin.learn.run_data import load_held_out, run_config, spaced_images, suggesting
+from fastlangevin.learn.run_data import (
+    load_held_out,
+    packaged_images,
+    run_config,
+    spaced_images,
+    suggesting,
+)
 from fastlangevin.learn.tasks.interpolate import interpolate
 from fastlangevin.learn.tasks.measurements import Downsample, Operator, identity, picture
 from fastlangevin.learn.tasks.reconstruct import Fit, reconstruct
@@ -327,10 +333,15 @@ def _held_out(
     each: int = 1,
     usual: int = 8,
 ) -> tuple[str, Tensor]:
-    """Return the name of the held-out images, and n times ``each`` of them."""
+    """Return the name of the held-out images, and n times ``each`` of them.
+
+    Those that come with a model in the package are used if they are enough.
+    """
     config = run_config(run)
-    with suggesting("images", source):
-        data = load_held_out(config, _shape(sampler), source)
+    data = packaged_images(run) if source is None else None
+    if data is None or len(data) < (usual if n is None else n) * each:
+        with suggesting("images", source):
+            data = load_held_out(config, _shape(sampler), source)
     return data.name, spaced_images(data, n, device_of(sampler.energy), each, usual)
 
 
