@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from fastlangevin import noise as noise
     from fastlangevin import presets as presets
     from fastlangevin import testing as testing
+    from fastlangevin.diagnostics import Diagnostics
     from fastlangevin.energies import ConvEnergy, GaussianEnergy
     from fastlangevin.learn.model import load, push_to_hub, save
     from fastlangevin.replay import ReplayBuffer
-    from fastlangevin.sampler import Diagnostics, LangevinSampler
+    from fastlangevin.sampler import LangevinSampler
     from fastlangevin.step import langevin_step_
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 # the sampler does not wait for the packages that are built on it.
 _HOMES = {
     "ConvEnergy": "energies",
-    "Diagnostics": "sampler",
+    "Diagnostics": "diagnostics",
     "GaussianEnergy": "energies",
     "LangevinSampler": "sampler",
     "ReplayBuffer": "replay",
