@@ -3,18 +3,12 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from fastlangevin.cli.outputs import note, printing
 
 PAUSE = 2.0  # least seconds between two lines
-
-
-class Shown(Protocol):
-    """A function that shows progress: of what is counted, how much is done, and its total."""
-
-    def __call__(self, what: str, done: int, total: int, state: str = "") -> None: ...
 
 
 def start_line(work: str, sampler: Any, n: int, out: Any = None) -> None:
@@ -36,8 +30,8 @@ def start_line(work: str, sampler: Any, n: int, out: Any = None) -> None:
 
 
 @contextlib.contextmanager
-def progress(shown: bool = True, pause: float | None = None) -> Iterator[Shown]:
-    """Yield a function that shows progress, with a bar for everything that it counts.
+def progress(shown: bool = True, pause: float | None = None) -> Iterator[Callable[..., None]]:
+    """Yield a function show(what, done, total, state=""), with a bar for everything it counts.
 
     If standard error is no terminal, it prints lines instead: at most one for every twentieth, and
     none within ``pause`` seconds (default: 2) of the start or of another line.
@@ -63,11 +57,14 @@ def progress(shown: bool = True, pause: float | None = None) -> Iterator[Shown]:
                 tasks[what] = bar.add_task(what, total=total, rate="", state="")
             speed = bar.tasks[tasks[what]].speed
             with printing():
-                bar.update(tasks[what], completed=done, rate=f"{speed:.1f}/s" if speed else "")
+                rate = f"{speed:.1f}/s" if speed else ""
+                bar.update(tasks[what], completed=done, total=total, rate=rate)
                 if state:
                     bar.update(tasks[what], state=state)
             return
         part = done * 20 // total
+        if part < twentieth.get(what, 0):  # the same is counted from the start again
+            del twentieth[what]
         if shown and part > twentieth.get(what, 0) and time.monotonic() >= last + pause:
             twentieth[what], last = part, time.monotonic()
             note(f"{what} {done}/{total}" + (f"  {state}" if state else ""))

@@ -52,7 +52,10 @@ def sweep(
     device = own_device(plan.centre.device, shared=True)
     note(f"{total} runs on {plan.centre.data}, device {device}, to {out}")
     with progress() as show:
-        results = run_sweep(plan, out, device=device, report=report, stop=stop, progress=show)
+        results = run_sweep(
+            plan, out, device=device, report=report, stop=stop,
+            progress=lambda _, done, of: show("iteration", done, of, f"of run {count + 1}/{total}"),
+        )  # fmt: skip
     files = [] if results is None else write_report(plan, results, out)
     if files and out / "sweep.svg" not in files:
         note('no plot: it needs matplotlib, pip install "fastlangevin[plot]"')

@@ -47,6 +47,11 @@ def test_elsewhere_it_is_lines_and_short_work_has_none(
             now += 0.5
             show("step", done, 100)
     assert capsys.readouterr().err.splitlines() == [f"step {i}/100" for i in range(5, 101, 5)]
+    with progress(pause=0.0) as show:
+        for done in (10, 20, 10, 20):
+            show("iteration", done, 20, "of a run")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["iteration 10/20  of a run", "iteration 20/20  of a run"] * 2
     with progress() as show:
         for done in range(1, 101):
             now += 0.015

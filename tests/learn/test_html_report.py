@@ -342,7 +342,8 @@ def test_it_shows_in_a_browser(run: Path, tmp_path: Path) -> None:
     path.write_text(text.replace("</body>", count), "utf-8")
     shown = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-         "--window-size=375,800", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
+         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
+         "--window-size=375,800",
          path.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
