@@ -60,12 +60,13 @@ def keywords_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Make a function raise TypeError with the nearest argument for an unknown keyword."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = frozenset(names)
     op, shown = function.__qualname__.removesuffix(".__init__"), [n for n in names if n != "self"]
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         for name in kwargs:
-            if name not in names:
+            if name not in known:
                 raise unknown_keyword(op, name, shown)
         return function(*args, **kwargs)
 
