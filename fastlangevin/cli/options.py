@@ -32,7 +32,10 @@ Int16 = Annotated[Int, Parameter(validator=Number(gte=16))]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 Run = Annotated[
-    Path, Parameter(help="A run's folder, a checkpoint, or a packaged model (digits, cifar10).")
+    Path,
+    Parameter(
+        help="A run's folder, a checkpoint, a packaged model (digits, cifar10), or hf:owner/name."
+    ),
 ]
 Timeout = Annotated[
     float, Parameter(help="Longest wait for another process of the job, in seconds.")
