@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from fastlangevin import noise as noise
     from fastlangevin import presets as presets
     from fastlangevin import testing as testing
+    from fastlangevin.diagnostics import Diagnostics
     from fastlangevin.energies import ConvEnergy, GaussianEnergy
-    from fastlangevin.learn.checkpoint import load
+    from fastlangevin.learn.model import load, push_to_hub, save
     from fastlangevin.replay import ReplayBuffer
-    from fastlangevin.sampler import Diagnostics, LangevinSampler
+    from fastlangevin.sampler import LangevinSampler
     from fastlangevin.step import langevin_step_
 
 __all__ = [
@@ -31,30 +32,38 @@ __all__ = [
     "langevin_step_",
     "load",
     "noise",
+    "push_to_hub",
+    "save",
 ]
 
 # A name is imported at its first use, so that `fastlangevin --help` does not wait for torch, and
 # the sampler does not wait for the packages that are built on it.
 _HOMES = {
     "ConvEnergy": "energies",
-    "Diagnostics": "sampler",
+    "Diagnostics": "diagnostics",
     "GaussianEnergy": "energies",
     "LangevinSampler": "sampler",
     "ReplayBuffer": "replay",
     "langevin_step_": "step",
-    "load": "learn.checkpoint",
+    "load": "learn.model",
+    "push_to_hub": "learn.model",
+    "save": "learn.model",
 }
 _MODULES = ("anneal", "distributed", "learn", "noise", "presets", "testing")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"fastlangevin.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(f"fastlangevin.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would take every name for one of this module
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(importlib.import_module(f"fastlangevin.{_HOMES[name]}"), name)
+            globals()[name] = value
+            return value
+        if name in _MODULES:
+            return importlib.import_module(f"fastlangevin.{name}")
+        from fastlangevin.names import unknown_attribute
+
+        raise unknown_attribute(__name__, name, __dir__())
 
 
 def __dir__() -> list[str]:

@@ -48,16 +48,25 @@ def unknown_keyword(op: str, name: str, names: Collection[str]) -> TypeError:
     return TypeError(f"{op}: no argument is called {name}{hint}")
 
 
+def unknown_attribute(module: str, name: str, names: Collection[str]) -> AttributeError:
+    """Return the error for a name that a module does not have: the nearest of ``names``."""
+    # Python itself asks for names with underscores, and catches the error.
+    hint = "" if name.startswith("_") else did_you_mean(name, names)
+    # With the name but no object, Python's own traceback does not add a second suggestion.
+    return AttributeError(f"module {module!r} has no attribute {name!r}{hint}", name=name)
+
+
 def keywords_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Make a function raise TypeError with the nearest argument for an unknown keyword."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = frozenset(names)
     op, shown = function.__qualname__.removesuffix(".__init__"), [n for n in names if n != "self"]
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         for name in kwargs:
-            if name not in names:
+            if name not in known:
                 raise unknown_keyword(op, name, shown)
         return function(*args, **kwargs)
 

@@ -1,7 +1,21 @@
-"""A progress bar for long chains."""
+"""Progress of long work: a bar for long chains, and how functions report what they have done."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
+
+# Called on the way as report(what, done, total): what is counted, how much is done, and all of it.
+Report = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def report_steps(report: Report, steps: int) -> dict[str, Any]:
+    """Return the options of a sampler's call that report its steps, a hundred times at most."""
+    every = max(1, steps // 100)
+    return {"callback": lambda step, _: report("step", step, steps), "callback_every": every}
 
 
 @contextlib.contextmanager

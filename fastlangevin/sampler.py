@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from fastlangevin.chain.chain import Chain, norms, note, rows
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings, check_metropolis
+from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.explain import explain
 from fastlangevin.gradients.engine_cache import EngineCache
 from fastlangevin.gradients.network import device_of
@@ -46,7 +47,7 @@ from fastlangevin.inputs import (
 )
 from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.progress import step_bar
-from fastlangevin.reprs import short, short_repr
+from fastlangevin.reprs import short_repr
 from fastlangevin.step import check_backend, choose_backend
 
 NOISE_ORDERS = ("after", "before", "last")
@@ -56,28 +57,6 @@ _CALL_ONLY = ("differentiable", "checkpoint", "grad_steps", "grad_through", "off
               "callback_every", "progress")  # fmt: skip
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-
-class Diagnostics(NamedTuple):
-    """The last state, and measurements of every chain at every step as tensors [K, n]."""
-
-    x: Any  #: [n, ...] the last state, in the form in which the sampler returns it
-    energy: Tensor  #: at the state where the gradient was taken; NaN for a score network
-    grad_norm: Tensor  #: |dE/dx|, the L2 norm over the chain's elements, before any clip
-    displacement: Tensor  #: |x after the step - x before it|
-    saturation: Tensor  #: fraction of elements at or beyond clamp, or (-1, 1) without one
-    accepted: Tensor  #: 1 if the step was taken, 0 if metropolis rejected it
-
-    def __repr__(self) -> str:
-        measured = self._asdict()
-        x = measured.pop("x")
-        steps, chains = self.energy.shape
-        text = f"Diagnostics(x={short(x)}, steps={steps}, chains={chains}"
-        if chains:
-            means = {name: values.double().mean(1) for name, values in measured.items()}
-            figures = [f"{name} {m[0]:.4g} to {m[-1]:.4g}" for name, m in means.items()]
-            text += f", mean at the first and the last step: {', '.join(figures)}"
-        return f"{text})"
 
 
 def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -25,13 +25,14 @@ from fastlangevin.arguments import (
 )
 from fastlangevin.kernels import native, reference, triton
 from fastlangevin.kernels.memory import check_injective, check_overlap, in_memory
-from fastlangevin.names import check_name
+from fastlangevin.names import check_name, keywords_checked
 
 BACKENDS = ("auto", "native", "triton", "reference")
 _OP = "langevin_step_"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@keywords_checked
 def langevin_step_(
     x: Tensor,
     grad: Tensor | None,

@@ -36,6 +36,7 @@ reveal_type(learner.step().gap)  # type: float
 fl.LangevinSampler(energy, steps="many")  # error
 fl.LangevinSampler(energy, step=10)  # error
 fl.LangevinSampler(energy).sample()  # error
+fl.LangevinSamplr  # error
 """
 TYPES = {
     line: match[1]

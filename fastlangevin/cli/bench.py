@@ -1,7 +1,7 @@
 import re
 
 from fastlangevin.cli.options import Count, Device
-from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.outputs import Result, note
 
 
 def bench(
@@ -39,5 +39,6 @@ def bench(
         raise ValueError(f"{target} has no attribute shape: give --shape, for example 3,32,32")
     x = 2 * torch.rand((batch, *sizes), dtype=torch.float32, device=torch_device) - 1
     explanation = LangevinSampler(energy, steps=steps).explain(x)
+    note(f"timing {target}, {batch} chains on {torch_device}, for about {seconds:g} s")
     rows = benchmark.bench(energy, x, (None, *(precision or ())), steps, seconds)
     return Result(f"{explanation}\n\n{benchmark.table(rows)}")

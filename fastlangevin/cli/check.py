@@ -1,5 +1,6 @@
 from fastlangevin.cli.options import Count, Device, Int, Run
 from fastlangevin.cli.outputs import Result, table
+from fastlangevin.cli.progress import progress, start_line
 
 
 def check(
@@ -18,12 +19,16 @@ def check(
         data: Source of the images (default: the run's).
     """
     from fastlangevin.learn.build import choose_device
-    from fastlangevin.learn.checkpoint import load
     from fastlangevin.learn.evaluation.classifier import ClassifierCheck
+    from fastlangevin.learn.model import load
     from fastlangevin.learn.run_data import load_training
+    from fastlangevin.progress import report_steps
 
-    judge = ClassifierCheck(load_training(run, data)[1])
-    samples = judge(load(run, device=choose_device(device))(n=n, seed=seed))
+    sampler, images = load(run, device=choose_device(device)), load_training(run, data)[1]
+    start_line(f"{n} samples and a classifier of {images.name}", sampler, n)
+    judge = ClassifierCheck(images)
+    with progress() as show:
+        samples = judge(sampler(n=n, seed=seed, **report_steps(show, sampler.steps)))
     noise = judge.of_noise(n)
     judged = {"real images": judge.of_data(), "samples": samples, "uniform noise": noise}
     passed = samples.sure >= sure and min(samples.classes) > 0

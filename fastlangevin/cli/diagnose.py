@@ -2,6 +2,7 @@ from pathlib import Path
 
 from fastlangevin.cli.options import Count, Device, Int, Int2, Int16, Run
 from fastlangevin.cli.outputs import Result, announce_replacing, check_folder
+from fastlangevin.cli.progress import progress, start_line
 
 
 def diagnose(
@@ -25,16 +26,21 @@ def diagnose(
         data: Source of the images (default: the run's).
         averaged: Diagnose the moving average of the weights instead of the weights.
     """
+    from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.diagnosis.of_run import diagnose_run
+    from fastlangevin.learn.model import load
     from fastlangevin.learn.run_data import load_training
 
     if out is not None or run.is_dir():
         check_folder(out or run)
-
-    diagnosed = diagnose_run(
-        run, *load_training(run, data), n=n, seed=seed, device=device, averaged=averaged,
-        long=long, starts=starts, lags=lags,
-    )  # fmt: skip
+    config, images = load_training(run, data, packaged=True)
+    sampler = load(run, device=choose_device(device), averaged=averaged)
+    start_line(f"{n} chains against {images.name}", sampler, n, out)
+    with progress() as show:
+        diagnosed = diagnose_run(
+            run, config, images, n=n, seed=seed, device=device, averaged=averaged, long=long,
+            starts=starts, lags=lags, report=show,
+        )  # fmt: skip
     if (folder := out or diagnosed.folder) is not None:
         announce_replacing(folder / "diagnose.json")
     return Result(diagnosed.text(), diagnosed.save(out))

@@ -1,7 +1,8 @@
 from pathlib import Path
 
 from fastlangevin.cli.options import Count, Device, Flag, Int, Int8, Run, Timeout
-from fastlangevin.cli.outputs import Result, announce_replacing, check_folder, choose_out
+from fastlangevin.cli.outputs import Result, announce_replacing, check_folder, choose_out, note
+from fastlangevin.cli.progress import progress
 
 
 def evaluate(
@@ -38,6 +39,7 @@ def evaluate(
         overwrite: Replace the file of --out if it exists.
     """
     from fastlangevin.distributed import join
+    from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.evaluation.of_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
@@ -47,11 +49,15 @@ def evaluate(
         check_folder(run)
     if samples is not None and not averaged:
         raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
-    with join(device, timeout) as group:
+    with join(device, timeout) as group, progress(group.rank == 0) as show:
+        config, training = load_training(run, data)
+        if group.rank == 0:
+            device = str(choose_device(device))
+            note(f"{samples or run} against {training.name}: features {features}, {device}")
         evaluated = evaluate_run(
-            run, *load_training(run, data), n=n, samples=samples, images=images, features=features,
+            run, config, training, n=n, samples=samples, images=images, features=features,
             reference=reference, noise=noise or (0.3,), quantise=quantise, k=k, seed=seed,
-            device=device, averaged=averaged, group=group,
+            device=device, averaged=averaged, group=group, report=show,
         )  # fmt: skip
         if group.rank > 0:
             return Result()

@@ -14,8 +14,8 @@ def export(run: Run, /, *, out: Path | None = None, overwrite: Flag = False) -> 
             that exists).
         overwrite: Replace the file if it exists.
     """
-    from fastlangevin.learn import checkpoint
+    from fastlangevin.learn import model
 
     out = choose_out(out, "model.safetensors", overwrite, ".safetensors")
-    checkpoint.export(run, out)
+    model.export(run, out)
     return Result(files=[out])

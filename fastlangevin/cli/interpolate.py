@@ -3,6 +3,7 @@ from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Run, ShortFit, belong, more
 from fastlangevin.cli.outputs import Result, note
+from fastlangevin.cli.progress import progress, start_line
 
 
 def interpolate(
@@ -33,8 +34,11 @@ def interpolate(
     elif noise != "off":
         raise ValueError("--noise belongs to random starts: --images has them fitted without noise")
     frames = frames or (25 if out.suffix == ".gif" else 9)
-    result = interpolate_run(
-        run, chains.load(run), n=n, frames=frames, images=images, noise=noise, seed=chains.seed,
-        **fit or {},
-    )  # fmt: skip
+    sampler = chains.load(run)
+    start_line(f"{frames} frames of {n or 8} pairs", sampler, n or 8, out)
+    with progress() as show:
+        result = interpolate_run(
+            run, sampler, n=n, frames=frames, images=images, noise=noise, seed=chains.seed,
+            report=show, **fit or {},
+        )  # fmt: skip
     return chains.save(result, out, *confidence_rows(run, result.x, note))

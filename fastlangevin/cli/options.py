@@ -32,7 +32,10 @@ Int16 = Annotated[Int, Parameter(validator=Number(gte=16))]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 Run = Annotated[
-    Path, Parameter(help="A run's folder, a checkpoint, or a packaged model (digits, cifar10).")
+    Path,
+    Parameter(
+        help="A run's folder, a checkpoint, a packaged model (digits, cifar10), or hf:owner/name."
+    ),
 ]
 Timeout = Annotated[
     float, Parameter(help="Longest wait for another process of the job, in seconds.")
@@ -63,7 +66,7 @@ class Chains:
     def load(self, run: Path) -> Any:
         """Load the sampler of a run, a checkpoint or a model in the package."""
         from fastlangevin.learn.build import choose_device
-        from fastlangevin.learn.checkpoint import load
+        from fastlangevin.learn.model import load
 
         changes: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         return load(run, device=choose_device(self.device), averaged=self.averaged, **changes)

@@ -3,6 +3,7 @@ from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, Run, more
 from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.progress import progress, start_line
 
 
 def reconstruct(
@@ -25,7 +26,11 @@ def reconstruct(
     from fastlangevin.learn.tasks.of_run import reconstruct_run
 
     out = chains.choose_out(out, "reconstructed.png", ".png", ".npz")
-    result = reconstruct_run(
-        run, chains.load(run), n=n, images=images, samples=samples, seed=chains.seed, **fit or {}
-    )
+    sampler = chains.load(run)
+    start_line(f"starting points for {n or 16} images", sampler, n or 16, out)
+    with progress() as show:
+        result = reconstruct_run(
+            run, sampler, n=n, images=images, samples=samples, seed=chains.seed, report=show,
+            **fit or {},
+        )  # fmt: skip
     return chains.save(result, out)

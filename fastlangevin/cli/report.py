@@ -40,9 +40,9 @@ def report(
         overwrite: Replace the page if it exists.
     """
     from fastlangevin.learn.build import choose_device
-    from fastlangevin.learn.checkpoint import load
     from fastlangevin.learn.html_report import write_report
     from fastlangevin.learn.images import save_grid
+    from fastlangevin.learn.model import load
     from fastlangevin.learn.run_folder import is_run
 
     inside = out is None and is_run(run)

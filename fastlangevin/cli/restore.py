@@ -3,6 +3,7 @@ from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, Int, Run, belong, given, more
 from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.progress import progress, start_line
 
 
 def restore(
@@ -43,8 +44,11 @@ def restore(
         belong(fit or (), f"--method latent, got {method!r}")
     sampler = chains.load(run)
     measure = make_operator(operator, sampler.energy.shape, **options)
-    result = restore_run(
-        run, sampler, measure, n=n, images=images, seed=chains.seed, method=method,
-        answers=answers, zeta=zeta, **fit or {},
-    )  # fmt: skip
+    work = f"{answers} answers, {method}, for {operator} of {n or 8} images"
+    start_line(work, sampler, answers * (n or 8), out)
+    with progress() as show:
+        result = restore_run(
+            run, sampler, measure, n=n, images=images, seed=chains.seed, method=method,
+            answers=answers, zeta=zeta, report=show, **fit or {},
+        )  # fmt: skip
     return chains.save(result, out)

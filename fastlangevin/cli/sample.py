@@ -1,7 +1,8 @@
 from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run, Timeout, belong
-from fastlangevin.cli.outputs import Result, note
+from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.progress import progress, start_line
 
 
 def sample(
@@ -28,18 +29,23 @@ def sample(
     belong(() if per_file is None else ("per_file",), "a folder of files, a name without an ending")
     from fastlangevin.distributed import read_launch
     from fastlangevin.learn.images import save_arrays, save_gif, save_grid
+    from fastlangevin.progress import report_steps
 
     if read_launch().world_size > 1:
         raise ValueError(f"several processes write a folder: --out must have no ending, got {out}")
     out = chains.choose_out(out, "samples.png", ".png", ".gif", ".npy")
     sampler = chains.load(run)
+    start_line(f"{n} images", sampler, n, out)
     if out.suffix == ".gif":
         states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // FRAMES))
         save_gif(states, out, columns, chains.tile)
-    elif out.suffix == ".png":
-        save_grid(sampler(n=n, seed=chains.seed), out, columns, chains.tile)
+        return Result(files=[out])
+    with progress() as show:
+        x = sampler(n=n, seed=chains.seed, **report_steps(show, sampler.steps))
+    if out.suffix == ".png":
+        save_grid(x, out, columns, chains.tile)
     else:
-        save_arrays(out, sampler(n=n, seed=chains.seed))
+        save_arrays(out, x)
     return Result(files=[out])
 
 
@@ -50,17 +56,12 @@ def _sample_shards(
     from fastlangevin.distributed import join
     from fastlangevin.learn.sample_shards import sample_shards
 
-    shown = 0
-
-    def report(there: int, n: int) -> None:
-        nonlocal shown
-        if there == n or there - shown >= n / 20:
-            shown = there
-            note(f"{there}/{n} images")
-
-    with join(chains.device, timeout) as group:
+    with join(chains.device, timeout) as group, progress(group.rank == 0, pause=0.0) as show:
         sampler = chains.load(run)
+        if group.rank == 0:
+            start_line(f"{n} images", sampler, min(n, per_file), out)
         sample_shards(
-            sampler, n, out, seed=chains.seed, per_file=per_file, group=group, report=report
-        )
+            sampler, n, out, seed=chains.seed, per_file=per_file, group=group,
+            report=lambda there, n: show("image", there, n),
+        )  # fmt: skip
         return Result(files=[out] if group.rank == 0 else [])

@@ -7,6 +7,7 @@ from cyclopts import Parameter
 
 from fastlangevin.cli.options import Count, more, settings_options
 from fastlangevin.cli.outputs import Result, check_folder, note
+from fastlangevin.cli.progress import progress
 
 _LISTS = more("Settings: one value each, or several to sweep over, such as 5,10,25")
 
@@ -49,7 +50,12 @@ def sweep(
         note(f"{where}  {outcome(result)}")
 
     device = own_device(plan.centre.device, shared=True)
-    results = run_sweep(plan, out, device=device, report=report, stop=stop)
+    note(f"{total} runs on {plan.centre.data}, device {device}, to {out}")
+    with progress() as show:
+        results = run_sweep(
+            plan, out, device=device, report=report, stop=stop,
+            progress=lambda _, done, of: show("iteration", done, of, f"of run {count + 1}/{total}"),
+        )  # fmt: skip
     files = [] if results is None else write_report(plan, results, out)
     if files and out / "sweep.svg" not in files:
         note('no plot: it needs matplotlib, pip install "fastlangevin[plot]"')

@@ -1,11 +1,9 @@
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastlangevin.cli.options import Flag, Timeout, more, settings_options
-from fastlangevin.cli.outputs import Result, note, printing, table
+from fastlangevin.cli.outputs import Result, note, table
+from fastlangevin.cli.progress import progress, start_line
 
 
 def train(
@@ -46,10 +44,24 @@ def train(
         if out is None and job_id() is not None:
             raise ValueError("with torchrun, give --out, the folder of the run")
         folder = out or run_folder.free_folder(Path("runs") / Path(config or "digits").stem)
-        with _progress(resolved.iterations, shown=group.rank == 0) as report:
+        with progress(shown=group.rank == 0, pause=0.0) as show:
+
+            def start(learner: Any) -> None:
+                if group.rank == 0:
+                    data = getattr(learner.data, "name", resolved.data)
+                    n = resolved.batch_size
+                    work = f"{data}; {resolved.iterations} iterations of {n} chains"
+                    start_line(work, learner.sampler, n, folder)
+
+            def report(iteration: int, record: Any) -> None:
+                norm = record["grad_norm"]
+                state = f"gap {record['gap']:+.3f}"
+                state += "" if norm is None else f"  |grad| {norm:.3f}"
+                show("iteration", iteration, resolved.iterations, state)
+
             last = learn(
-                resolved, folder, resume=resume, overwrite=overwrite, report=report, stop=stop,
-                group=group,
+                resolved, folder, resume=resume, overwrite=overwrite, report=report, start=start,
+                stop=stop, group=group,
             )  # fmt: skip
     text = table(
         ("checkpoint", str(last)), ("samples", str(folder / "samples.png")),
@@ -62,40 +74,3 @@ def train(
     if stopped:
         note(f"stopped at {int(last.stem)} of {resolved.iterations}; continue with --resume")
     return Result(text, status=status)
-
-
-@contextlib.contextmanager
-def _progress(iterations: int, shown: bool = True) -> Iterator[Callable[[int, Any], None] | None]:
-    """Yield a function that shows progress: as a bar on a terminal, else as occasional lines."""
-    if not shown:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    bar = Progress(
-        "iteration", MofNCompleteColumn(), BarColumn(), "{task.fields[rate]}",
-        TimeRemainingColumn(), "{task.fields[state]}", console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )  # fmt: skip
-    task = bar.add_task("train", total=iterations, rate="", state="")
-    every = max(1, iterations // 20)
-
-    def report(iteration: int, record: Any) -> None:
-        norm = record["grad_norm"]
-        state = f"gap {record['gap']:+.3f}" + ("" if norm is None else f"  |grad| {norm:.3f}")
-        if not bar.disable:
-            speed = bar.tasks[task].speed
-            with printing():
-                bar.update(task, completed=iteration, rate=f"{speed:.1f}/s" if speed else "")
-                if norm is not None:
-                    bar.update(task, state=state)
-        elif iteration % every == 0 or iteration == iterations:
-            note(f"iteration {iteration}/{iterations}  {state}")
-
-    bar.start()
-    try:
-        yield report
-    finally:
-        with printing():
-            bar.stop()

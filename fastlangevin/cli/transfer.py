@@ -2,6 +2,7 @@ from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run, belong, given
 from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.progress import progress, start_line
 
 
 def transfer(
@@ -35,8 +36,11 @@ def transfer(
     if style is None:
         belong(options.keys() & {"weight", "statistics"}, "--style")
     frames = FRAMES if out.suffix == ".gif" else 1
-    result = transfer_images(
-        chains.load(run), images, n=n, content=content, style=style, frames=frames,
-        seed=chains.seed, **options,
-    )  # fmt: skip
+    sampler = chains.load(run)
+    start_line(f"chains from {n or 8} images of {images}", sampler, n or 8, out)
+    with progress() as show:
+        result = transfer_images(
+            sampler, images, n=n, content=content, style=style, frames=frames, seed=chains.seed,
+            report=show, **options,
+        )  # fmt: skip
     return chains.save(result, out)

@@ -14,8 +14,9 @@ from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig, config_names, resolve
+from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.data.load import ImageData, load_images
-from fastlangevin.learn.learner import Images, ShortRunLearner
+from fastlangevin.learn.learner import ShortRunLearner
 from fastlangevin.names import did_you_mean
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler

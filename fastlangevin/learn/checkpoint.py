@@ -1,9 +1,7 @@
 """Checkpoints: one safetensors file each, with JSON in its header. Pickle is never used."""
 
-import inspect
 import json
 import reprlib
-import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +11,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastlangevin._version import __version__
-from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.precision import check_precision
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.hub import download, is_hub_name
 from fastlangevin.learn.reading import check_file
 from fastlangevin.learn.run_folder import is_run
 from fastlangevin.names import did_you_mean
-from fastlangevin.sampler import LangevinSampler
-from fastlangevin.step import choose_backend
 
 FORMAT = "fastlangevin checkpoint"
 VERSION = 1
+_MOST_FAULTS = 5  # of weights, in an error message
 _HEADER, _CHECKSUM = "fastlangevin", "checksum"  # keys of the file's metadata
 # Names of the dtypes in safetensors.
 _DTYPES = {
@@ -46,7 +41,6 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _SUFFIX = ".safetensors"
-_SETTINGS = inspect.signature(LangevinSampler).parameters
 _MODELS = Path(__file__).parents[1] / "models"
 
 
@@ -189,8 +183,11 @@ def find_checkpoint(path: str | Path) -> Path:
     """Return a checkpoint's path, from its own path, its run's folder, or a model's name.
 
     A folder stands for its newest checkpoint. Files and runs take precedence over the names of the
-    models in the package. Raises FileNotFoundError if there is none of these.
+    models in the package. "hf:owner/name" is a model on the hub, which is downloaded. Raises
+    FileNotFoundError if there is none of these, and the errors of :func:`download`.
     """
+    if is_hub_name(path):
+        return download(path)
     path = Path(path)
     if path.is_file():
         return path
@@ -202,7 +199,8 @@ def find_checkpoint(path: str | Path) -> Path:
     what = "holds no checkpoint yet" if path.is_dir() else "does not exist"
     raise FileNotFoundError(
         f"{path} {what} (looked for {path / 'checkpoints'}/*{_SUFFIX}); models that come with the "
-        f"package: {', '.join(models)}{did_you_mean(path.name, models)}"
+        f"package: {', '.join(models)}, and models on the hub: hf:owner/name"
+        f"{did_you_mean(path.name, models)}"
     )
 
 
@@ -218,23 +216,6 @@ def run_folder(checkpoint: Path) -> Path | None:
     return inside.parent if inside.name == "checkpoints" and is_run(inside.parent) else None
 
 
-def export(run: str | Path, out: str | Path) -> None:
-    """Write a small checkpoint that can be sampled from but not resumed.
-
-    It holds the averaged weights (the weights themselves if the run kept no average), the sampler's
-    settings and the run's settings. Raises CheckpointError as :func:`read_checkpoint` does.
-    """
-    tensors, info = read_checkpoint(run)
-    prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
-    weights = {
-        f"model.{name.removeprefix(prefix)}": tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-    weights |= {name: tensor for name, tensor in tensors.items() if name.startswith("sampler.")}
-    save_checkpoint(out, weights, {k: v for k, v in info.items() if k not in ("format", "version")})
-
-
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("[0-9]" * 8 + _SUFFIX))
@@ -242,104 +223,6 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def checkpoint_path(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"{iteration:08d}{_SUFFIX}"
-
-
-def load(
-    path: str | Path,
-    *,
-    energy: nn.Module | None = None,
-    device: torch.device | str = "cpu",
-    averaged: bool = True,
-    **changes: Any,
-) -> LangevinSampler:
-    """Return the sampler of a trained model, ready to call.
-
-    Args:
-        path: A run's folder, a checkpoint, or the name of a model in the package, as in
-            ``load("digits")``.
-        energy: The energy to load the weights into, for a run on an energy of your own. By default,
-            a ConvEnergy is built from the file.
-        device: Device of the energy. Its dtype is that of the file, independent of torch's
-            defaults.
-        averaged: Use the moving average of the weights if the run kept one, else the weights.
-        changes: Settings of the sampler to replace, such as ``steps=200``.
-
-    The energy is in eval mode. Raises FileNotFoundError, or CheckpointError for a file that is
-    truncated, not a checkpoint, or of another architecture.
-    """
-    tensors, info = read_checkpoint(path)
-    prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
-    built = energy is None
-    if energy is None:
-        energy = _build_energy(info.get("energy"), tensors, prefix, path)
-    if not isinstance(info.get("sampler"), dict):
-        raise CheckpointError(f"{path} has a damaged header: no sampler in it")
-    saved = _renamed(info["sampler"])
-    if unknown := [name for name in saved if name not in _SETTINGS]:
-        raise CheckpointError(
-            f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
-            f"perhaps from another version: {', '.join(unknown)}"
-        )
-    settings: dict[str, Any] = {
-        name: tensors[f"sampler.{name}"].to(device) if f"sampler.{name}" in tensors else value
-        for name, value in saved.items()
-    }
-    load_weights(energy, tensors, prefix, path, assign=built)
-    energy.to(device).eval()
-    try:
-        sampler = LangevinSampler(energy, **settings)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path} has invalid settings of the sampler: {error}") from error
-    if changes:
-        sampler = LangevinSampler(energy, **settings | changes)
-    _replace_unavailable(sampler, torch.device(device), changes)
-    return sampler
-
-
-def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved sampler's settings by their current names; ``gradient`` was ``score``."""
-    settings = dict(settings)
-    if "score" in settings and "gradient" not in settings:
-        name = settings.pop("score")
-        settings["gradient"] = {"general": "autograd", "lean": "explicit"}.get(name, name)
-    return settings
-
-
-def _build_energy(
-    settings: Any, tensors: Mapping[str, Tensor], prefix: str, path: Any
-) -> ConvEnergy:
-    """Build the energy that a header describes, on the meta device.
-
-    Raises CheckpointError if that is impossible or its shapes are not those of the weights.
-    """
-    if settings is None:
-        raise CheckpointError(f"{path} was trained on a custom energy: pass it as energy=")
-    try:
-        # The meta device allocates no memory. A header of a few bytes can describe terabytes, so
-        # its shapes are first compared with those of the weights in the file.
-        with torch.device("meta"):
-            energy = ConvEnergy(**settings)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is of another architecture: {error}") from error
-    check_weights(energy, tensors, prefix, path)
-    return energy
-
-
-def _replace_unavailable(
-    sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]
-) -> None:
-    """Replace the run's precision or backend, with a warning, if this machine does not have it."""
-    for name, check, instead in (
-        ("precision", check_precision, None),
-        ("backend", choose_backend, "auto"),
-    ):
-        try:
-            check(getattr(sampler, name), device)
-        except (RuntimeError, ValueError) as error:
-            if name in chosen:
-                raise
-            warnings.warn(f"load: {error}; using {instead!r} instead", stacklevel=3)
-            setattr(sampler, name, instead)
 
 
 def load_weights(
@@ -364,12 +247,14 @@ def check_weights(
     """Return the tensors under ``prefix``; CheckpointError unless they have the module's shapes."""
     expected = module.state_dict()
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    for name in expected.keys() | weights.keys():
+    faults = []
+    for name in [*expected, *(name for name in weights if name not in expected)]:
         want = list(expected[name].shape) if name in expected else "nothing"
         got = list(weights[name].shape) if name in weights else "nothing"
         if want != got:
-            raise CheckpointError(
-                f"{path} is of another architecture: {type(module).__name__}.{name} "
-                f"needs {want}, the file has {got}"
-            )
+            faults.append(f"{type(module).__name__}.{name} needs {want}, the file has {got}")
+    if faults:
+        more = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+        shown = "; ".join(faults[:_MOST_FAULTS])
+        raise CheckpointError(f"{path} is of another architecture: {shown}{more}")
     return weights

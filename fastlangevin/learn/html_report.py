@@ -39,7 +39,7 @@ _NO_CURVES = (
 )
 _GRIDS = 6
 _POINTS = 800
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 180, 64, 24
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 360, 160, 72, 24
 _CURVES = {
     "gap": "gap, E_data - E_samples",
     "grad_norm": "|dE/dx|, mean over chains and steps",
@@ -170,7 +170,7 @@ def _samples(run: Path, weights: Weights, iterations: Any) -> str:
         # It is drawn when a run ends, so it is outdated only while a resumed run is not done.
         old = "" if weights.iteration == iterations else age(final, weights)
         parts.append(_image(final, "the last weights" + old))
-    return "".join(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
+    return _grid(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
 
 
 def _curves(run: Path) -> str:
@@ -188,7 +188,7 @@ def _curves(run: Path) -> str:
         if len(points) > 1 and not constant:
             caption = f"<figcaption>{escape(title)}</figcaption>"
             parts.append(f"<figure>{curve(points)}{caption}</figure>")
-    return "".join(parts)
+    return _grid(parts)
 
 
 def curve(points: Sequence[tuple[float, float]]) -> str:
@@ -210,13 +210,13 @@ def curve(points: Sequence[tuple[float, float]]) -> str:
     zero = ""
     if low < 0 < high:
         (x1, y0), (x2, _) = at(xs[0], 0).split(","), at(xs[-1], 0).split(",")
-        zero = f'<line x1="{x1}" y1="{y0}" x2="{x2}" y2="{y0}" stroke="#bbb"/>'
+        zero = f'<line x1="{x1}" y1="{y0}" x2="{x2}" y2="{y0}"/>'
     line = " ".join(at(x, y) for x, y in points)
     base = _HEIGHT - _BOTTOM
     return (
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
-        f'<path d="M{_LEFT} {top}V{base}H{right}" fill="none" stroke="#999"/>{zero}'
-        f'<polyline points="{line}" fill="none" stroke="#1667a8"/>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
+        f'<path d="M{_LEFT} {top}V{base}H{right}"/>{zero}'
+        f'<polyline points="{line}"/>'
         f'<text x="{_LEFT - 4}" y="{top + 8}" text-anchor="end">{high:.4g}</text>'
         f'<text x="{_LEFT - 4}" y="{base}" text-anchor="end">{low:.4g}</text>'
         f'<text x="{_LEFT}" y="{base + 16}">{xs[0]:g}</text>'
@@ -244,8 +244,8 @@ def _pictures(run: Path, weights: Weights) -> str:
             parts.append(_image(path, path.stem.replace("_", " ") + age(path, weights)))
             if (text := path.with_suffix(".txt")) in texts:
                 words = read_bytes(text).decode("utf-8", errors="replace")
-                parts.append(f"<pre>{escape(words)}</pre>")
-    return "".join(parts)
+                parts[-1] = f"<div>{parts[-1]}<pre>{escape(words)}</pre></div>"
+    return _grid(parts)
 
 
 def _listed(folder: Path, pattern: str) -> list[Path]:
@@ -319,6 +319,11 @@ def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -
 
 def _section(title: str, content: str) -> str:
     return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
+
+
+def _grid(parts: Sequence[str]) -> str:
+    """Return figures side by side, as many as the window has room for."""
+    return f'<div class="grid">{"".join(parts)}</div>' if parts else ""
 
 
 def _image(path: Path, caption: str) -> str:

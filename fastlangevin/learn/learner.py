@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.distributed import Group, Shard
-from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.draws import Draws
 from fastlangevin.gradients.network import call_network
 from fastlangevin.learn.checkpoint import (
@@ -23,6 +22,8 @@ from fastlangevin.learn.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from fastlangevin.learn.data.datasets import Data, DatasetImages, as_images
+from fastlangevin.learn.model import check_state, describe
 from fastlangevin.learn.shared_buffer import SharedBuffer
 from fastlangevin.learn.split_batch import SplitBatch
 from fastlangevin.names import keywords_checked
@@ -31,20 +32,8 @@ from fastlangevin.sampler import LangevinSampler
 
 _OP = "ShortRunLearner"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-_PART = 2**40  # folded into the seed, together with the first chain of a part
-
-
-class Images(Protocol):
-    """A data set: its length, the shape (C, H, W) of an image, and batches of images by index."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        """Return images [n, C, H, W], float32 in [-1, 1], mirrored if their ``flip`` is True."""
-        ...
+# Folded into the seed, together with the first chain of a part, and with the iteration.
+_PART, _ITEMS = 2**40, 2**41
 
 
 class Metrics(NamedTuple):
@@ -71,8 +60,19 @@ class ShortRunLearner:
 
     Args:
         sampler: A LangevinSampler on an nn.Module. With ``maximize``, the module is f = -E.
-        data: A tensor [N, ...] in [-1, 1], or an object with ``shape``, ``len`` and
-            ``batch(indices, flip)``, such as the result of :func:`load_images`.
+        data: Images in [-1, 1], as one of
+
+            - a floating tensor or numpy array [N, ...];
+            - what :func:`load_images` returns, or another object with ``shape``, ``len`` and
+              ``batch(indices, flip)``;
+            - a map-style dataset of torch, or another object with ``len`` and items by index. An
+              item is a floating tensor, always of the same shape, or a tuple that begins with one,
+              such as (image, label). Items are read one by one, in this process. What their
+              transforms draw from torch's random numbers is a function of (seed, iteration, place
+              in the batch); of other generators, such as Python's, the learner knows nothing;
+            - a DataLoader, of which only the dataset is used, with a warning. One with a sampler or
+              a collate_fn of its own is refused.
+
         batch_size: Number of images, and of chains, per iteration.
         lr, betas: Adam's learning rate and decay rates.
         data_noise: The standard deviation sigma of the noise on the data.
@@ -99,7 +99,7 @@ class ShortRunLearner:
     def __init__(
         self,
         sampler: LangevinSampler,
-        data: Images | Tensor,
+        data: Data,
         *,
         batch_size: int = 64,
         lr: float = 1e-4,
@@ -118,28 +118,12 @@ class ShortRunLearner:
             )
         if not any(p.requires_grad for p in sampler.energy.parameters()):
             raise ValueError(f"{_OP}: sampler.energy has no parameter that requires grad")
-        for name, value in sampler.energy.state_dict().items():
-            if not isinstance(value, Tensor):  # otherwise the first checkpoint would fail
-                raise TypeError(
-                    f"{_OP}: sampler.energy's state_dict holds {name} of type "
-                    f"{type(value).__name__}, and checkpoints can hold only tensors; make its "
-                    "module's get_extra_state return a tensor, for example of uint8"
-                )
-            if torch.nn.parameter.is_lazy(value):
-                raise ValueError(
-                    f"{_OP}: sampler.energy's {name} has no shape yet, because its module is lazy; "
-                    "call energy(x0) once first"
-                )
+        check_state(_OP, sampler.energy)  # otherwise the first checkpoint would fail
         if not data_noise >= 0:
             raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"{_OP}: ema must be in (0, 1) or None, got {ema}")
-        self.data = _TensorImages(data) if isinstance(data, Tensor) else data
-        if not (hasattr(self.data, "batch") and hasattr(self.data, "shape")):
-            raise TypeError(
-                f"{_OP}: data must be a tensor [N, ...], what load_images returns, or an object "
-                f"with shape, len and batch(indices, flip), got {type(data).__name__}"
-            )
+        self.data = as_images(_OP, data)
         if len(self.data) == 0:
             raise ValueError(f"{_OP}: data is empty")
         expected = getattr(sampler.energy, "shape", None)
@@ -318,18 +302,11 @@ class ShortRunLearner:
         rank 0 writes. Raises DistributedError if the processes have different weights.
         """
         self.check_weights(f"checkpoint {path}")
-        tensors, settings = self.tensors(), self.sampler.settings()
+        tensors = self.tensors()
         if self.group.rank > 0:
             return
-        for name, value in settings.items():
-            if isinstance(value, Tensor):
-                tensors[f"sampler.{name}"], settings[name] = value, None
-        header = {
-            "iteration": self.iteration,
-            "energy": self.energy.settings() if isinstance(self.energy, ConvEnergy) else None,
-            "sampler": settings,
-        }
-        save_checkpoint(path, tensors, {**info, **header})
+        settings, header = describe(self.sampler)
+        save_checkpoint(path, tensors | settings, {**info, "iteration": self.iteration, **header})
 
     def check_weights(self, what: str) -> None:
         """Raise DistributedError unless all processes of the group have equal weights."""
@@ -361,7 +338,11 @@ class ShortRunLearner:
         indices = words[:, 0] * len(self.data) >> 32
         flip = words[:, 1] >= 2**31 if self.flip else None
         device = next(self.energy.parameters()).device
-        images = self.data.batch(indices, flip).to(device)
+        if isinstance(self.data, DatasetImages):
+            seed = _noise.fold_in(self.seed, _ITEMS + self.iteration)
+            images = self.data.batch(indices, flip, seed, first).to(device)
+        else:
+            images = self.data.batch(indices, flip).to(device)
         if self.data_noise > 0:
             images = images + self.data_noise * _noise.normal(
                 images.shape,
@@ -410,25 +391,3 @@ class ShortRunLearner:
         with Draws(seed, data.device).step(self.iteration):
             energy_data = call_network(self.energy, data, {}).flatten()
             return energy_data, call_network(self.energy, samples, {}).flatten()
-
-
-class _TensorImages:
-    """A tensor [N, ...] as a data set."""
-
-    def __init__(self, images: Tensor) -> None:
-        if not images.is_floating_point():
-            raise TypeError(f"{_OP}: data must be of floating dtype, got {images.dtype}")
-        if not bool(images.isfinite().all()):
-            raise ValueError(f"{_OP}: data must be finite, it holds NaN or infinity")
-        self.images = images
-        self.shape = tuple(images.shape[1:])
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    def batch(self, indices: Tensor, flip: Tensor | None = None) -> Tensor:
-        images = self.images[indices.to(self.images.device)]
-        if flip is None:
-            return images
-        where = flip.to(images.device).view(-1, *[1] * (images.ndim - 1))
-        return torch.where(where, images.flip(-1), images)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ import torch
 from torch import Tensor
 
 from fastlangevin.learn.build import load_data
-from fastlangevin.learn.checkpoint import iteration_of, read_checkpoint
+from fastlangevin.learn.checkpoint import (
+    find_checkpoint,
+    iteration_of,
+    read_checkpoint,
+    shipped,
+)
 from fastlangevin.learn.config import TrainConfig, resolve_saved
 from fastlangevin.learn.data.load import ImageData, load_images
 
@@ -29,11 +35,34 @@ def run_config(run: str | Path, data: str | None = None) -> TrainConfig:
     return config
 
 
-def load_training(run: str | Path, data: str | None = None) -> tuple[TrainConfig, ImageData]:
-    """Return the settings of a run and its training images, or the images of ``data``."""
+def load_training(
+    run: str | Path, data: str | None = None, packaged: bool = False
+) -> tuple[TrainConfig, ImageData]:
+    """Return the settings of a run and its training images, or the images of ``data``.
+
+    packaged: if the images of a model in the package cannot be read, return the test images that
+        come with it, with a warning.
+    """
     config = run_config(run, data)
     with suggesting("data", data):
-        return config, load_data(config)
+        try:
+            return config, load_data(config)
+        except (ImportError, OSError, ValueError) as error:
+            images = packaged_images(run) if packaged and data is None else None
+            if images is None:
+                raise
+            warnings.warn(f"{error}; using {images.name}, which come with the model", stacklevel=2)
+            return config, images
+
+
+def packaged_images(run: str | Path) -> ImageData | None:
+    """Return the test images that come with a model in the package; None for any other run."""
+    checkpoint = find_checkpoint(run)
+    path = checkpoint.with_suffix(".npz")
+    if checkpoint not in shipped().values() or not path.exists():
+        return None
+    images = load_images(path)
+    return dataclasses.replace(images, name=f"{len(images)} test images of the package")
 
 
 def load_held_out(

@@ -61,6 +61,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     report: Report | None = None,
+    start: Callable[[ShortRunLearner], None] | None = None,
     stop: StopRequest | None = None,
     group: Group | None = None,
 ) -> Path:
@@ -75,6 +76,7 @@ def train(
             renames it to end in .damaged, and continues from the previous one.
         overwrite: Delete the run in ``out`` first.
         report: Called as ``report(iteration, record)`` after every iteration.
+        start: Called with the learner before the first iteration.
         stop: Holds, afterwards, the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
             checkpoint after the current iteration and end the run.
         group: The processes that share each batch. All of them call this function; see
@@ -103,6 +105,8 @@ def train(
         learner = build_learner(config, group=group)
         group.compare({"the data": fingerprint(learner.data)}, "start")
         _open_run(learner, config, out, resume, overwrite)
+        if start is not None:
+            start(learner)
         return _train(learner, config, out, report, stop or StopRequest())
 
 

@@ -10,6 +10,9 @@ Its docstring states the equation, the source and the differences. Calls also ta
   starts, slots and noise.
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
+from fastlangevin.names import unknown_attribute
 from fastlangevin.presets.anatomy import anatomy, anatomy_eval
 from fastlangevin.presets.ebmkit import ebmkit
 from fastlangevin.presets.igebm import igebm, improved_cd, openai_igebm
@@ -39,3 +42,8 @@ __all__ = [
     "ula",
     "uva",
 ]
+
+if not TYPE_CHECKING:  # a checker would take every name for one of this module
+
+    def __getattr__(name: str) -> NoReturn:
+        raise unknown_attribute(__name__, name, __all__)

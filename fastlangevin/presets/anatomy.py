@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor
 
 import fastlangevin.noise as _noise
+from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.gradients.network import device_of
 from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.presets.common import Randomness, Samplers, check_finite, random_keywords
-from fastlangevin.sampler import Diagnostics, LangevinSampler
+from fastlangevin.sampler import LangevinSampler
 
 INITS = ("persistent", "data", "uniform", "gaussian")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlangevin.learn import checkpoint as checkpoints
+import fastlangevin as fl
 from fastlangevin.learn import load_images
 from tests.cli.shared import Command, assert_refused, options
 
@@ -40,7 +40,7 @@ def test_check_passes_what_is_sure_and_has_every_class(
     digits = load_images("digits")
     assert digits.labels is not None
     images = digits.batch(np.flatnonzero(digits.labels < classes))
-    monkeypatch.setattr(checkpoints, "load", lambda path, device: lambda n, seed: images)
+    monkeypatch.setattr(fl.LangevinSampler, "__call__", lambda sampler, **options: images)
     result = command("check", run, "--sure", sure)
     (percent,) = re.findall(r"^samples +sure of +(\d+)%", result.stdout, re.MULTILINE)
     assert (int(percent) > 50, result.exit_code) == (True, 0 if passes else 1), result.output

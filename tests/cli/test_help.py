@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -30,7 +32,7 @@ def test_help_groups_the_commands_by_use(flag: str | None, command: Command) -> 
     titles = re.findall(r"^╭─ (.*?) ─", text, re.MULTILINE)
     assert titles == ["Learn", "Sample", "Use a model", "Judge", "Machine", "Help"]
     lines = [line.strip("│ ").split(maxsplit=1) for line in text.splitlines() if line[:1] == "│"]
-    assert [line[0] for line in lines] == [*NAMES, "--help", "--version"]
+    assert [line[0] for line in lines] == [*NAMES, "--help", "--install-completion", "--version"]
     for line in lines[: len(NAMES)]:
         command_module = importlib.import_module(f"fastlangevin.cli.{line[0]}")
         assert inspect.getdoc(getattr(command_module, line[0])).splitlines()[0] == line[1]
@@ -151,3 +153,41 @@ def test_ctrl_c_is_exit_status_130_without_a_traceback(
     done = command("doctor")
     assert done.exit_code == 130
     assert "Traceback" not in done.output
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_tab_completes_commands_options_and_settings(command: Command, tmp_path: Path) -> None:
+    script = tmp_path / "completion"
+    done = command(
+        "--install-completion", "--shell", "bash", "--output", script, HOME=str(tmp_path)
+    )
+    assert done.exit_code == 0, done.output
+    program = """
+        source "$1"
+        words() { COMP_WORDS=(fastlangevin "$@"); COMP_CWORD=$#; COMPREPLY=(); _fastlangevin; }
+        for line in 'tr' 'train --ite' 'sample --col' 'sweep --step'; do
+            words $line; echo "${COMPREPLY[@]}"
+        done
+    """
+    shown = subprocess.run(
+        ["bash", "-c", program, "bash", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.splitlines() == [
+        "train transfer",
+        "--iterations",
+        "--columns",
+        "--steps --step-size",
+    ]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_leave_the_cores_to_others_unless_the_user_says_otherwise(
+    given: str | None, expected: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "fastlangevin.doctor.report", lambda: seen.append(os.environ["OMP_WAIT_POLICY"])
+    )
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    command("doctor", **({} if given is None else {"OMP_WAIT_POLICY": given}))
+    assert seen == [expected]

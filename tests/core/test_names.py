@@ -153,6 +153,13 @@ MISTYPED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fl.LangevinSampler(E_, steps=1)(IMAGES, differentiable=True, grad_through="exct"),
         "exact",
     ),
+    "step": (
+        lambda: fl.langevin_step_(X0, X0, stepsize=1, noise_std=0, seed=0, step=0),  # type: ignore
+        "step_size",
+    ),
+    "name of the package": (lambda: fl.LangevinSamplr, "LangevinSampler"),  # type: ignore
+    "name of learning": (lambda: fl.learn.load_image, "load_images"),  # type: ignore
+    "name of a preset's": (lambda: fl.presets.short_runs, "short_run"),  # type: ignore
     "preset": (lambda: fl.presets.igebm(E_, samplestep=2), "sample_step"),
     "call of a preset": (lambda: fl.presets.igebm(E_)(IMAGES, sede=1), "seed"),
     "class of a preset": (lambda: fl.presets.ebmkit(stepsize=1), "step_size"),
@@ -174,7 +181,9 @@ MISTYPED: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", MISTYPED)
 def test_the_nearest_name_is_suggested(case: str) -> None:
     call, meant = MISTYPED[case]
-    with pytest.raises((TypeError, ValueError, OSError), match=rf"; did you mean {meant}\?$"):
+    with pytest.raises(
+        (AttributeError, TypeError, ValueError, OSError), match=rf"; did you mean {meant}\?$"
+    ):
         call()
 
 

@@ -200,7 +200,7 @@ def test_an_energy_of_ones_own(tmp_path: Path) -> None:
     x0 = torch.zeros(3, 1, 8, 8)
     want = fl.LangevinSampler(learning.model, **SAMPLER)(x0, seed=0)
     assert torch.equal(fl.load(tmp_path / "a", energy=own())(x0, seed=0), want)
-    with pytest.raises(CheckpointError, match="was trained on a custom energy: pass it as energy="):
+    with pytest.raises(CheckpointError, match="weights of a custom energy: pass it as energy="):
         fl.load(tmp_path / "a")
 
 

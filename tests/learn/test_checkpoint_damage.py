@@ -20,12 +20,12 @@ from fastlangevin.learn.checkpoint import (
     DamagedCheckpointError,
     checksum,
     list_checkpoints,
-    load,
     read_checkpoint,
     save_checkpoint,
 )
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.log import RunLog, read_records, read_series
+from fastlangevin.learn.model import load
 from fastlangevin.learn.run_data import run_config
 from tests.command import run_command
 

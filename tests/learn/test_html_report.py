@@ -19,8 +19,9 @@ from PIL import Image
 from fastlangevin.cli import report
 from fastlangevin.cli.outputs import Result
 from fastlangevin.learn import html_report, load_images, resolve, save_grid, train
-from fastlangevin.learn.checkpoint import export, read_checkpoint, save_checkpoint
+from fastlangevin.learn.checkpoint import read_checkpoint, save_checkpoint
 from fastlangevin.learn.evaluation import evaluate, features
+from fastlangevin.learn.model import export
 from tests.command import run_command
 
 TINY = {
@@ -322,7 +323,8 @@ def test_compute_makes_again_what_is_of_other_weights(
 
 
 def test_it_shows_in_a_browser(run: Path, tmp_path: Path) -> None:
-    """Chromium, without a network: all pictures and curves have a size, nothing was refused."""
+    """Chromium, without a network, as wide as a phone: all pictures and curves have a size, nothing
+    was refused, and nothing is wider than the window."""
     names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
@@ -333,17 +335,19 @@ def test_it_shows_in_a_browser(run: Path, tmp_path: Path) -> None:
     count = """<script>addEventListener("load", () => { document.title = [
         [...document.images].filter(i => i.complete && i.naturalWidth > 0).length,
         [...document.querySelectorAll("polyline")].filter(p => p.getTotalLength() > 0).length,
-        performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length
+        performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length,
+        innerWidth, Math.max(0, document.documentElement.scrollWidth - innerWidth)
     ].join(" ") })</script></body>"""
     path = tmp_path / "page.html"
     path.write_text(text.replace("</body>", count), "utf-8")
     shown = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
          "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
+         "--window-size=375,800",
          path.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     page = Page(text)
     title = re.search("<title>(.*?)</title>", shown.stdout)
     assert title is not None, shown.stderr
-    assert title[1] == f"{len(page.images)} {len(page.lines)} 0"
+    assert title[1] == f"{len(page.images)} {len(page.lines)} 0 375 0"

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,12 +116,6 @@ def test_images_that_do_not_fit_the_energy() -> None:
         learner(data=torch.zeros(3, 3, 8, 8))
 
 
-@pytest.mark.parametrize("data", [np.zeros((3, 1, 8, 8)), [torch.zeros(1, 8, 8)]], ids=type)
-def test_data_of_another_kind(data: Any) -> None:
-    with pytest.raises(TypeError, match=r"data must be a tensor \[N, ...\], what load_images"):
-        learner(data=data)
-
-
 def test_data_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="data must be finite"):
         learner(data=torch.full((3, *SHAPE), math.nan))
@@ -144,7 +137,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert same_state(state(other), state(learning))
     loaded = fl.load(tmp_path / "a.safetensors", energy=Normed())
     assert torch.equal(loaded.step_size, sizes)
-    with pytest.raises(CheckpointError, match="trained on a custom energy: pass it as energy="):
+    with pytest.raises(CheckpointError, match=r"of the class .*:Normed: pass it as energy="):
         fl.load(tmp_path / "a.safetensors")
 
 

@@ -17,6 +17,7 @@ from fastlangevin.learn import checkpoint, interpolate, load_images, reconstruct
 from fastlangevin.learn.config import FIELDS
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.images import to_grid
+from fastlangevin.learn.run_data import packaged_images
 from tests.command import run_command
 
 MODELS = checkpoint.shipped()
@@ -64,6 +65,7 @@ def test_it_is_small_and_packaged() -> None:
     for path in MODELS.values():
         assert {path, path.with_suffix(".yaml")} <= packaged
         assert path.stat().st_size < 3e6
+    assert PACKAGE / "models" / "cifar10.npz" in packaged
     assert PACKAGE / "learn" / "html_report.html" in packaged
 
 
@@ -113,6 +115,38 @@ def test_what_lies_between_two_samples_is_as_sure_a_digit() -> None:
     part = torch.linspace(0, 1, 9).view(9, 1, 1, 1, 1)
     assert kept(x) >= 0.8
     assert kept(x) > kept((1 - part) * x[0] + part * x[-1])
+
+
+FEW = ("--n", 2, "--iterations", 1, "--restarts", 1)
+OFFLINE = {
+    "reconstruct": (*FEW, "--steps", 1, "--samples", 2),
+    "restore": ("--n", 2, "--answers", 1, "--steps", 1),
+    "diagnose": ("--n", 16, "--long", 1, "--starts", 2),
+}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_the_cifar10_model_brings_test_images_of_its_own(
+    name: str, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTLANGEVIN_DATA", raising=False)
+    result = command(name, "cifar10", *OFFLINE[name])
+    assert result.exit_code == 0, result.output
+    assert "64 test images of the package" in result.output
+
+
+def test_the_images_of_the_package_are_for_its_models_alone(command: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "mine.safetensors"
+    copy.write_bytes(MODELS["cifar10"].read_bytes())
+    assert packaged_images(copy) is None
+    assert packaged_images("digits") is None  # scikit-learn brings its images
+    images = packaged_images("cifar10")
+    assert images is not None
+    assert images.shape == (3, 32, 32)
+    assert images.labels is not None
+    assert images.labels.tolist() == [i % 10 for i in range(64)]
+    result = command("reconstruct", "digits", "--n", 65, "--iterations", 1, "--restarts", 1)
+    assert "65 of digits, those past the run's limit of 1500" in result.stdout
 
 
 def test_names_paths_and_what_there_is(command: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import at_step, check_count
 from fastlangevin.chain.chain import norms
+from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations, correlations, series_of
 from fastlangevin.learn.diagnosis.moments import (
     Residual,
@@ -23,7 +24,7 @@ from fastlangevin.learn.diagnosis.moments import (
     parameter_residuals,
     top_layer,
 )
-from fastlangevin.learn.learner import Images
+from fastlangevin.progress import Report, silent
 from fastlangevin.sampler import LangevinSampler
 
 
@@ -86,6 +87,7 @@ def diagnose(
     long: int = 10,
     starts: int = 16,
     lags: int = 15,
+    report: Report = silent,
 ) -> Diagnosis:
     """Diagnose a sampler with as many chains as there are data.
 
@@ -97,6 +99,7 @@ def diagnose(
         long: Length of the long run, in units of the number of steps K.
         starts: Number of starts, and of noises, for :func:`mixing`.
         lags: Most lags of the correlations.
+        report: Called as report("chains", done, total) after every K steps of chains.
 
     Raises TypeError or ValueError naming the argument, and FloatingPointError if chains are not
     finite after K steps.
@@ -110,18 +113,29 @@ def diagnose(
             series_of(records, "grad_norm", sampler),
         )
     ]
+    total = 2 + long + starts
     x0 = _starts(data, len(data), seed)
     samples = sampler(x0, seed=seed)
+    report("chains", 1, total)
     layers = layer_residuals(energy, data, samples)
+    moved = reach(sampler, data, seed)
+    report("chains", 2, total)
     return Diagnosis(
         with_log[0],
         with_log[1],
         layers,
         top_layer(layers, energy),
         parameter_residuals(energy, data, samples),
-        reach(sampler, data, seed),
-        long_run(sampler, data, seed, long),
-        mixing(sampler, data.shape[1:], seed, starts, device=data.device),
+        moved,
+        long_run(sampler, data, seed, long, lambda _, done, __: report("chains", 2 + done, total)),
+        mixing(
+            sampler,
+            data.shape[1:],
+            seed,
+            starts,
+            data.device,
+            lambda _, done, __: report("chains", 2 + long + done, total),
+        ),
     )
 
 
@@ -145,7 +159,13 @@ def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
     )
 
 
-def long_run(sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 10) -> LongRun:
+def long_run(
+    sampler: LangevinSampler,
+    data: Tensor,
+    seed: int = 0,
+    long: int = 10,
+    report: Report = silent,
+) -> LongRun:
     """Return the :class:`LongRun` of ``long`` times K steps from U(-1, 1). Its verdict is one of:
 
     diverges     an energy or a state is not finite
@@ -164,6 +184,7 @@ def long_run(sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 
         x = chain.x
         last = (chain.energy[-1], chain.saturation[-1], chain.grad_norm[-1])
         rows.append([float(value.mean()) for value in last])
+        report("chains", i + 1, long)
         if not math.isfinite(rows[-1][0]):
             break
     energy, saturation, grad_norm = (list(column) for column in zip(*rows, strict=True))
@@ -190,6 +211,7 @@ def mixing(
     seed: int = 0,
     starts: int = 16,
     device: torch.device | None = None,
+    report: Report = silent,
 ) -> Mixing:
     """Return the :class:`Mixing` of chains from ``starts`` starts z, each with ``starts`` noises u.
 
@@ -213,6 +235,7 @@ def mixing(
         # All chains share this noise; by default each chain has its own.
         noise = torch.stack(normals).expand(-1, starts, *shape)
         ends.append(sampler(z, seed=seed, noise=noise).flatten(1))
+        report("chains", u + 1, starts)
     x = torch.stack(ends, 1).double()  # [z, u, elements]
     mean, of_z, of_u = x.mean((0, 1)), x.mean(1), x.mean(0)
     degrees = starts - 1

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastlangevin.learn.build import choose_device
-from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
+from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData
-from fastlangevin.learn.diagnosis import report
 from fastlangevin.learn.diagnosis.diagnose import Diagnosis, diagnose, noisy_batch
+from fastlangevin.learn.diagnosis.report import save, to_text
 from fastlangevin.learn.log import read_records, read_series
+from fastlangevin.learn.model import load
 from fastlangevin.learn.train import annealed
+from fastlangevin.progress import Report, silent
 
 
 class RunDiagnosis(NamedTuple):
@@ -23,7 +25,7 @@ class RunDiagnosis(NamedTuple):
 
     def text(self) -> str:
         """Return all figures as text, each with its reference value."""
-        return report.to_text(self.diagnosis)
+        return to_text(self.diagnosis)
 
     def save(self, folder: Path | None = None) -> list[Path]:
         """Write the files of a diagnosis (default: in the run's folder, if there is one).
@@ -33,7 +35,7 @@ class RunDiagnosis(NamedTuple):
         folder = folder or self.folder
         if folder is None:
             return []
-        return report.save(self.diagnosis, folder, self.title, **self.facts)
+        return save(self.diagnosis, folder, self.title, **self.facts)
 
 
 def diagnose_run(
@@ -48,6 +50,7 @@ def diagnose_run(
     long: int = 10,
     starts: int = 16,
     lags: int = 15,
+    report: Report = silent,
 ) -> RunDiagnosis:
     """Diagnose a checkpoint and, if it belongs to a run, the log up to its iteration.
 
@@ -56,7 +59,7 @@ def diagnose_run(
     n: number of images, with the noise that the run added to them, and of chains to compare.
     device: where to compute.
     averaged: whether to diagnose the moving average of the weights instead of the weights.
-    seed, long, starts, lags: as for :func:`diagnose`.
+    seed, long, starts, lags, report: as for :func:`diagnose`.
     """
     checkpoint = find_checkpoint(run)
     iteration, folder = read_checkpoint(checkpoint)[1]["iteration"], run_folder(checkpoint)
@@ -66,6 +69,8 @@ def diagnose_run(
     logs = ([], []) if folder is None else (read_records(folder), read_series(folder))
     # If the run continued after this checkpoint, later records are about other weights.
     until = [[line for line in log if line["iteration"] <= iteration] for log in logs]
-    diagnosis = diagnose(sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags)
+    diagnosis = diagnose(
+        sampler, images, *until, seed=seed, long=long, starts=starts, lags=lags, report=report
+    )
     facts = {"iteration": iteration, "averaged": averaged, "seed": seed}
     return RunDiagnosis(diagnosis, f"{checkpoint.stem}, {n} chains", facts, folder)

@@ -21,6 +21,7 @@ from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation import metrics
 from fastlangevin.learn.evaluation.features import BATCH, Features, quantise
 from fastlangevin.names import check_name
+from fastlangevin.progress import Report, silent
 
 FORMAT = "fastlangevin evaluation"
 _BLOCK = 2048
@@ -68,6 +69,7 @@ def evaluate(
     neighbours: int = 256,
     seed: int = 0,
     group: Group | None = None,
+    report: Report = silent,
 ) -> Evaluation:
     """Compare sets of images [n, C, H, W] with training images.
 
@@ -87,6 +89,7 @@ def evaluate(
         seed: Seed of the choice of the reference.
         group: The processes that share the features and the search for the nearest images. All of
             them call this function with the same sets, and return the same figures.
+        report: Called as report("set", done, total) after the reference and after every set.
 
     Warns if a set has too few images for the dimension of the features, because their covariance
     is then singular. Raises TypeError for a set that is not a tensor, and ValueError for images
@@ -115,6 +118,7 @@ def evaluate(
     real = _prepare(train.batch(shuffled(train, seed)[:reference]).to(device), quantised)
     of_real, _ = _features(features, real, group, "the features of the reference")
     real_rank = _warned_rank("the reference", of_real)
+    report("set", 1, len(prepared) + 1)
 
     few = [images[:neighbours] for images in prepared.values()]
     nearest = _nearest(torch.cat(few), train, quantised, group)
@@ -137,6 +141,7 @@ def evaluate(
             None if near is None else float((distances[name] < near).double().mean()),
             float((sets[name].abs() > 1).double().mean()),
         )
+        report("set", len(figures) + 1, len(prepared) + 1)
     return Evaluation(
         features.name,
         features.inception,

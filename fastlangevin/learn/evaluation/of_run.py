@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlangevin.distributed import Group, split_rows
 from fastlangevin.learn.build import choose_device, fingerprint
-from fastlangevin.learn.checkpoint import find_checkpoint, load, read_checkpoint, run_folder
+from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.evaluation.evaluate import (
@@ -22,7 +22,9 @@ from fastlangevin.learn.evaluation.evaluate import (
     yardsticks,
 )
 from fastlangevin.learn.evaluation.features import make_features
+from fastlangevin.learn.model import load
 from fastlangevin.learn.run_data import load_held_out
+from fastlangevin.progress import Report, silent
 from fastlangevin.sampler import LangevinSampler
 
 _BATCH = 256
@@ -70,6 +72,7 @@ def evaluate_run(
     device: str = "auto",
     averaged: bool = True,
     group: Group | None = None,
+    report: Report = silent,
 ) -> RunEvaluation:
     """Evaluate n samples, and as many held-out images, noisy images and images of uniform noise.
 
@@ -85,6 +88,7 @@ def evaluate_run(
     averaged: whether to draw the samples with the moving average of the weights.
     group: the processes that share the samples, the features and the search for the nearest
         images. All of them call this function, and return the same figures.
+    report: called as report(what, done, total) on the way.
 
     Raises ValueError naming the argument, before any sample is drawn.
     """
@@ -124,7 +128,7 @@ def evaluate_run(
     facts: dict[str, Any] = {"run": str(run), "samples": samples}
     if read is None:
         sampler = load(checkpoint, device=torch_device, averaged=averaged)
-        judged = _draw(sampler, n, seed, group)
+        judged = _draw(sampler, n, seed, group, report)
         iteration = read_checkpoint(checkpoint)[1].get("iteration")
         facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
     else:
@@ -132,7 +136,7 @@ def evaluate_run(
     evaluation = evaluate(
         {name: real, "samples": judged} | marks, train, extract,
         held_out=name if held_out else None, reference=reference, quantised=quantise, k=k,
-        seed=seed, group=group,
+        seed=seed, group=group, report=report,
     )  # fmt: skip
     facts |= {"seed": seed, "held_out": held_out.name if held_out else None}
     files = f"{n} of {read.name}" if read else None
@@ -149,10 +153,12 @@ def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> Imag
         return None
 
 
-def _draw(sampler: LangevinSampler, n: int, seed: int, group: Group) -> Tensor:
+def _draw(sampler: LangevinSampler, n: int, seed: int, group: Group, report: Report) -> Tensor:
     def draw(rows: slice) -> tuple[Tensor]:
-        firsts = range(rows.start, rows.stop, _BATCH)
-        parts = [sampler(n=min(_BATCH, rows.stop - i), seed=seed, first_chain=i) for i in firsts]
+        parts: list[Tensor] = []
+        for i in range(rows.start, rows.stop, _BATCH):
+            parts.append(sampler(n=min(_BATCH, rows.stop - i), seed=seed, first_chain=i))
+            report("sample", min(i + _BATCH, rows.stop) - rows.start, rows.stop - rows.start)
         return (torch.cat(parts),)
 
     (samples,) = split_rows(group, n, _BATCH, draw, "the samples")

@@ -20,18 +20,21 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.build import build_learner, choose_device, load_data
-from fastlangevin.learn.checkpoint import list_checkpoints, load
+from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.config import TrainConfig, read_settings
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
 from fastlangevin.learn.guard import DivergedError
 from fastlangevin.learn.log import read_records
+from fastlangevin.learn.model import load
 from fastlangevin.learn.reading import brief, read_bytes, read_json
 from fastlangevin.learn.run_folder import FolderInUseError, is_run
 from fastlangevin.learn.sweep.claims import claimed
 from fastlangevin.learn.sweep.plan import VERSION, Run, Sweep, describe
 from fastlangevin.learn.train import StopRequest, stop_signal, train
+from fastlangevin.progress import Report as Progress
+from fastlangevin.progress import silent
 
 PLAN, RESULT, CLAIMS = "sweep.yaml", "result.json", ".claims"
 _POLL = 2.0  # seconds between looks at what other processes have done
@@ -60,6 +63,7 @@ def run_sweep(
     device: str | None = None,
     report: Report | None = None,
     stop: StopRequest | None = None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]] | None:
     """Make the runs of a sweep, in folders under ``out``, and return all results.
 
@@ -75,6 +79,7 @@ def run_sweep(
     report: called as ``report(run, result)`` for every run when its result is there, including
         those already finished and those of other processes.
     stop: holds, afterwards, the signal that ended the sweep, as in ``train``.
+    progress: called as progress(run, done, total) after every iteration of a run of this process.
 
     Before anything is written, raises ValueError for a run with invalid settings or a damaged
     result, and FileExistsError for a folder that holds another sweep or anything else.
@@ -100,7 +105,7 @@ def run_sweep(
         for run in runs:
             if run.name in results:
                 continue
-            result = _result(out / run.name) or _claim_and_make(run, out, judge_of, stop)
+            result = _result(out / run.name) or _claim_and_make(run, out, judge_of, stop, progress)
             if stop.signal is not None:
                 return None
             if result is not None:
@@ -124,7 +129,7 @@ def _wait(stop: StopRequest) -> bool:
 
 
 def _claim_and_make(
-    run: Run, out: Path, judge_of: Judge, stop: StopRequest
+    run: Run, out: Path, judge_of: Judge, stop: StopRequest, progress: Progress
 ) -> dict[str, Any] | None:
     """Make a run, unless another process works on it or a signal ends it: then return None."""
     own, lost = StopRequest(), threading.Event()
@@ -139,7 +144,7 @@ def _claim_and_make(
             return None
         result = _result(out / run.name)  # another process may just have finished it
         try:
-            result = result or _make(run, out / run.name, judge_of, own)
+            result = result or _make(run, out / run.name, judge_of, own, progress)
         except FolderInUseError:  # by a process whose claim has expired, but which still holds it
             return None
     if not lost.is_set():
@@ -205,7 +210,9 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
     return lambda config: judge_of(*source(config))
 
 
-def _make(run: Run, folder: Path, judge_of: Judge, stop: StopRequest) -> dict[str, Any] | None:
+def _make(
+    run: Run, folder: Path, judge_of: Judge, stop: StopRequest, progress: Progress
+) -> dict[str, Any] | None:
     """Train or resume a run, measure its samples and save the result; None if a signal ended it."""
     config = run.config
     checkpoints = list_checkpoints(folder)
@@ -214,6 +221,7 @@ def _make(run: Run, folder: Path, judge_of: Judge, stop: StopRequest) -> dict[st
     def follow(iteration: int, _record: Mapping[str, Any]) -> None:
         nonlocal done
         done = iteration
+        progress(run.name, done, config.iterations)
 
     diverged = None
     try:

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlangevin.arguments import check_count
 from fastlangevin.learn.tasks.reconstruct import check_tensor, with_noise
 from fastlangevin.names import keywords_checked
+from fastlangevin.progress import Report, silent
 from fastlangevin.sampler import LangevinSampler
 
 
@@ -20,6 +21,7 @@ def interpolate(
     *,
     noise: str = "off",
     seed: int = 0,
+    report: Report = silent,
 ) -> Tensor:
     """Run chains from points between two starts: [frames, n, ...], from M(z1) to M(z2).
 
@@ -34,6 +36,7 @@ def interpolate(
         noise: Noise in the chain, "off" or "frozen". Frozen noise of chain i is the same in all
             frames.
         seed: Seed of the noise.
+        report: Called as report("frame", done, frames) after every frame.
 
     Raises TypeError or ValueError naming the argument. Source: arXiv 1904.09770.
     """
@@ -48,4 +51,8 @@ def interpolate(
     quiet = with_noise(op, sampler, noise)
     angles = [math.pi / 2 * k / (frames - 1) for k in range(frames)]
     weights = [(1.0, 0.0), *((math.cos(a), math.sin(a)) for a in angles[1:-1]), (0.0, 1.0)]
-    return torch.stack([quiet(a * z1 + b * z2, seed=seed) for a, b in weights])
+    ends = []
+    for a, b in weights:
+        ends.append(quiet(a * z1 + b * z2, seed=seed))
+        report("frame", len(ends), frames)
+    return torch.stack(ends)

@@ -4,6 +4,7 @@ Every result can be saved as a picture or as arrays, and has rows (name, text) t
 Errors are mean squares per element, with images in [-1, 1].
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,19 @@ from fastlangevin.gradients.network import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.images import save_arrays, save_gif, save_grid, save_rows
-from fastlangevin.learn.run_data import load_held_out, run_config, spaced_images, suggesting
+from fastlangevin.learn.run_data import (
+    load_held_out,
+    packaged_images,
+    run_config,
+    spaced_images,
+    suggesting,
+)
 from fastlangevin.learn.tasks.interpolate import interpolate
 from fastlangevin.learn.tasks.measurements import Downsample, Operator, identity, picture
 from fastlangevin.learn.tasks.reconstruct import Fit, reconstruct
 from fastlangevin.learn.tasks.restore import Restored, restore
 from fastlangevin.learn.tasks.transfer import guide
+from fastlangevin.progress import Report, report_steps, silent
 from fastlangevin.sampler import LangevinSampler
 
 _FAR = 3.0  # chains that end beyond this have left the range of images, [-1, 1]
@@ -65,16 +73,18 @@ def reconstruct_run(
     images: str | None = None,
     samples: int = 64,
     seed: int = 0,
+    report: Report = silent,
     **fit: Any,
 ) -> Reconstruction:
     """Reconstruct n images that a run held out, or n images of the source ``images``.
 
     n: number of images (default: 16, or all of the source if it has fewer).
 
+    report: called as report(what, done, total) on the way.
     fit: options of :func:`reconstruct`.
     """
     source, truth = _held_out(run, sampler, images, n, usual=16)
-    best = reconstruct(sampler, truth, seed=seed, **fit).best()
+    best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
     drawn = sampler(n=samples, seed=seed)
     error, nearest = _squares(truth[:, None], drawn[None]).min(1)
     return Reconstruction(source, truth, best, samples, drawn[nearest], error)
@@ -114,6 +124,7 @@ def interpolate_run(
     images: str | None = None,
     noise: str = "off",
     seed: int = 0,
+    report: Report = silent,
     **fit: Any,
 ) -> Interpolation:
     """Interpolate between n pairs of random starts, or of starts fitted to images.
@@ -122,6 +133,7 @@ def interpolate_run(
 
     images: source of 2 n images to fit starts to, with the options ``fit`` of :func:`reconstruct`.
     noise: as for :func:`interpolate`.
+    report: called as report(what, done, total) on the way.
     """
     run_config(run)  # refuses a checkpoint without data before any work
     source = error = None
@@ -130,9 +142,9 @@ def interpolate_run(
         z = _noise.initial(shape, seed=seed, device=device_of(sampler.energy))
     else:
         source, truth = _held_out(run, sampler, images, n, each=2)
-        best = reconstruct(sampler, truth, seed=seed, **fit).best()
+        best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
         z, error = best.z, float(best.error.mean())
-    x = interpolate(sampler, z[::2], z[1::2], frames, noise=noise, seed=seed)
+    x = interpolate(sampler, z[::2], z[1::2], frames, noise=noise, seed=seed, report=report)
     return Interpolation(x, source, error)
 
 
@@ -212,15 +224,21 @@ def restore_run(
     n: int | None = None,
     images: str | None = None,
     seed: int = 0,
+    report: Report = silent,
     **options: Any,
 ) -> Restoration:
     """Measure n images that a run held out, or n images of the source ``images``; restore them.
 
     n: number of images (default: 8, or all of the source if it has fewer).
 
+    report: called as report(what, done, total) on the way.
     options: those of :func:`restore`.
     """
     source, truth = _held_out(run, sampler, images, n)
+    if options.get("method") == "latent":
+        options = _reported(options, report)
+    else:
+        options["callback"] = lambda step, _: report("step", step, sampler.steps)
     y = operator(truth)
     restored = restore(sampler, y, operator, seed=seed, **options)
     seen = picture(operator, y, _shape(sampler))
@@ -263,6 +281,7 @@ def transfer_images(
     style: str | None = None,
     frames: int = 1,
     seed: int = 0,
+    report: Report = silent,
     **guidance: Any,
 ) -> Transferred:
     """Run the chains of ``sampler`` from n images of the source ``images``.
@@ -272,6 +291,7 @@ def transfer_images(
     content: side of the squares whose means are held; 1 holds the pixels.
     style: source of images whose statistics guide the chains.
     frames: most states to return after the source images.
+    report: called as report(what, done, total) on the way, unless there are frames.
     guidance: other options of :func:`guide`.
 
     Warns if a chain ended far outside [-1, 1].
@@ -287,7 +307,7 @@ def transfer_images(
         guidance["content"] = identity if content == 1 else Downsample(content)
     guided = guide(sampler, x0, **guidance)
     if frames == 1:
-        states = torch.stack([x0, guided(x0, seed=seed)])
+        states = torch.stack([x0, guided(x0, seed=seed, **report_steps(report, guided.steps))])
     else:
         states = guided.trajectory(x0, seed=seed, every=-(-guided.steps // frames))
     with torch.no_grad():
@@ -299,6 +319,12 @@ def transfer_images(
     return Transferred(sources.name, sampler.steps, (before, after), states)
 
 
+def _reported(fit: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Return the options of a fit, with a function that reports its iterations."""
+    total = fit.get("iterations", inspect.signature(reconstruct).parameters["iterations"].default)
+    return fit | {"report": lambda i, _: report("fit", i, total)}
+
+
 def _held_out(
     run: str | Path,
     sampler: LangevinSampler,
@@ -307,10 +333,15 @@ def _held_out(
     each: int = 1,
     usual: int = 8,
 ) -> tuple[str, Tensor]:
-    """Return the name of the held-out images, and n times ``each`` of them."""
+    """Return the name of the held-out images, and n times ``each`` of them.
+
+    Those that come with a model in the package are used if they are enough.
+    """
     config = run_config(run)
-    with suggesting("images", source):
-        data = load_held_out(config, _shape(sampler), source)
+    data = packaged_images(run) if source is None else None
+    if data is None or len(data) < (usual if n is None else n) * each:
+        with suggesting("images", source):
+            data = load_held_out(config, _shape(sampler), source)
     return data.name, spaced_images(data, n, device_of(sampler.energy), each, usual)
 
 

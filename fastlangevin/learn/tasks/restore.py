@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,6 +50,7 @@ def restore(
     answers: int = 4,
     zeta: float | None = None,
     seed: int = 0,
+    callback: Callable[[int, Tensor], Any] | None = None,
     **fit: Any,
 ) -> Restored:
     """Find images x that are likely under a model and agree with measurements y = A x.
@@ -63,6 +65,7 @@ def restore(
             independently of the other measurements.
         zeta: Scale of the posterior's data term (default: As in :func:`with_data`).
         seed: Seed of the starts and the noise.
+        callback: That of a call of the sampler, for "posterior" and "clamped".
         fit: Options of :func:`reconstruct` for "latent". ``restarts`` (default here: 1) is the
             number of chains for each answer; the best one is returned.
 
@@ -79,6 +82,8 @@ def restore(
         )
     if method != "posterior" and zeta is not None:
         raise ValueError(f'{op}: zeta belongs to method "posterior", got method={method!r}')
+    if method == "latent" and callback is not None:
+        raise ValueError(f'{op}: callback belongs to chains from noise; method "latent" has report')
     options = {"posterior": ("zeta",), "clamped": (), "latent": FIT}[method]
     names = {*options, *inspect.signature(restore).parameters} - {"fit"}
     if others := [name for name in fit if name not in options]:
@@ -102,7 +107,7 @@ def restore(
         else:
             assert isinstance(operator, Mask)
             guided = clamped(sampler, target, operator)
-        x = guided(starts(len(target), shape, seed, y), seed=seed)
+        x = guided(starts(len(target), shape, seed, y), seed=seed, callback=callback)
     if method != "posterior" and isinstance(operator, Mask):
         x = operator.fill(x, target)
     residual = (target - operator(x)).square().flatten(1).mean(1)

@@ -73,6 +73,5 @@ def test_a_pair_needs_two_pictures(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "one.png")
     done = run_command("interpolate", "digits", "--images", "one.png", *FIT)
-    assert (done.exit_code, done.stderr.strip()) == (
-        1, "error: images must be 2 or more, got 1: one.png, 1 x 1x8x8",
-    )  # fmt: skip
+    assert done.exit_code == 1
+    assert done.stderr.endswith("\nerror: images must be 2 or more, got 1: one.png, 1 x 1x8x8\n")

@@ -1,0 +1,295 @@
+"""Samplers as files: save one with its weights, load it again, share it on the hub."""
+
+import inspect
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlangevin._version import __version__
+from fastlangevin.energies import ConvEnergy
+from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.precision import check_precision
+from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.checkpoint import (
+    CheckpointError,
+    check_weights,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
+from fastlangevin.learn.hub import MODEL, upload
+from fastlangevin.reprs import short
+from fastlangevin.sampler import LangevinSampler
+from fastlangevin.step import choose_backend
+
+_SETTINGS = inspect.signature(LangevinSampler).parameters
+_SUFFIX = ".safetensors"
+
+
+def save(sampler: LangevinSampler, path: str | Path) -> None:
+    """Write a sampler as one safetensors file: its energy's weights and its own settings.
+
+    Args:
+        sampler: A LangevinSampler on an nn.Module, with weights of any dtype that safetensors has.
+        path: The file, which must end in .safetensors. An existing file is replaced once the new
+            one is complete.
+
+    The file names the energy's class but holds no code. :func:`load` builds a ConvEnergy from it,
+    and needs any other energy as an argument. Raises TypeError for an energy that is not an
+    nn.Module, or has a state that is not a tensor; ValueError for another ending of ``path``; and
+    OSError if the file cannot be written.
+    """
+    path = Path(path)
+    if not isinstance(sampler, LangevinSampler):
+        raise TypeError(f"save: sampler must be a LangevinSampler, got {type(sampler).__name__}")
+    if path.suffix != _SUFFIX:
+        raise ValueError(f"save: path must end in {_SUFFIX}, got {path}")
+    if not isinstance(sampler.energy, nn.Module):
+        raise TypeError(
+            "save: the sampler's energy must be an nn.Module, whose weights can be saved, got "
+            f"{short(sampler.energy)}"
+        )
+    check_state("save", sampler.energy)
+    weights = {f"model.{name}": value for name, value in sampler.energy.state_dict().items()}
+    tensors, header = describe(sampler)
+    save_checkpoint(path, weights | tensors, header)
+
+
+def describe(sampler: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a checkpoint holds of a sampler besides weights: tensors, and JSON as header.
+
+    An energy that is no ConvEnergy is described by the name of its class alone.
+    """
+    tensors, settings, energy = {}, sampler.settings(), sampler.energy
+    for name, value in settings.items():
+        if isinstance(value, Tensor):
+            tensors[f"sampler.{name}"], settings[name] = value, None
+    kind = type(energy)
+    return tensors, {
+        "energy": energy.settings() if isinstance(energy, ConvEnergy) else None,
+        "energy_class": f"{kind.__module__}:{kind.__qualname__}",
+        "sampler": settings,
+    }
+
+
+def check_state(op: str, energy: nn.Module) -> None:
+    """Raise TypeError or ValueError unless a checkpoint can hold the energy's state."""
+    for name, value in energy.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{op}: the energy's state_dict holds {name} of type {type(value).__name__}, and "
+                "checkpoints can hold only tensors; make its module's get_extra_state return a "
+                "tensor, for example of uint8"
+            )
+        if torch.nn.parameter.is_lazy(value):
+            raise ValueError(
+                f"{op}: the energy's {name} has no shape yet, because its module is lazy; "
+                "call energy(x0) once first"
+            )
+
+
+def load(
+    path: str | Path,
+    *,
+    energy: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    averaged: bool = True,
+    **changes: Any,
+) -> LangevinSampler:
+    """Return the sampler of a trained model, ready to call.
+
+    Args:
+        path: What :func:`save` wrote, a run's folder or a checkpoint; the name of a model in the
+            package, as in ``load("digits")``; or a model on the Hugging Face hub,
+            ``"hf:owner/name"`` or ``"hf:owner/name@revision"``, which needs huggingface_hub. A file
+            is data alone: no code in it is run.
+        energy: The nn.Module to load the weights into, for an energy of your own. It keeps its
+            dtype, and is changed. By default, a ConvEnergy is built from the file, with the dtype
+            of the file.
+        device: Device of the energy (default: the one where ``energy`` is, else the CPU).
+        averaged: Use the moving average of the weights if the run kept one, else the weights.
+        changes: Settings of the sampler to replace, such as ``steps=200``.
+
+    The energy is in eval mode. Raises FileNotFoundError, ValueError for a checkpoint of an energy
+    of your own without ``energy``, and CheckpointError (a ValueError) for a file that is truncated,
+    not a checkpoint, or of another architecture; it lists what is missing in the file, what has no
+    place in the energy, and what has another shape. For a model on the hub it raises ImportError
+    without huggingface_hub, and OSError if the file cannot be had.
+    """
+    tensors, info = read_checkpoint(path)
+    prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
+    built = energy is None
+    if energy is None:
+        energy = _build_energy(info, tensors, prefix, path)
+    elif not isinstance(energy, nn.Module):
+        raise TypeError(f"load: energy must be an nn.Module, got {short(energy)}")
+    if device is None:
+        device = "cpu" if built else device_of(energy) or "cpu"
+    device = torch.device(device)
+    if not isinstance(info.get("sampler"), dict):
+        raise CheckpointError(f"{path} has a damaged header: no sampler in it")
+    saved = _renamed(info["sampler"])
+    if unknown := [name for name in saved if name not in _SETTINGS]:
+        raise CheckpointError(
+            f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
+            f"perhaps from another version: {', '.join(unknown)}"
+        )
+    settings: dict[str, Any] = {
+        name: tensors[f"sampler.{name}"].to(device) if f"sampler.{name}" in tensors else value
+        for name, value in saved.items()
+    }
+    load_weights(energy, tensors, prefix, path, assign=built)
+    energy.to(device).eval()
+    try:
+        sampler = LangevinSampler(energy, **settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path} has invalid settings of the sampler: {error}") from error
+    if changes:
+        sampler = LangevinSampler(energy, **settings | changes)
+    _replace_unavailable(sampler, device, changes)
+    return sampler
+
+
+def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved sampler's settings by their current names; ``gradient`` was ``score``."""
+    settings = dict(settings)
+    if "score" in settings and "gradient" not in settings:
+        name = settings.pop("score")
+        settings["gradient"] = {"general": "autograd", "lean": "explicit"}.get(name, name)
+    return settings
+
+
+def _build_energy(
+    info: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, path: Any
+) -> ConvEnergy:
+    """Build the energy that a header describes, on the meta device.
+
+    Raises CheckpointError if that is impossible or its shapes are not those of the weights.
+    """
+    settings, kind = info.get("energy"), info.get("energy_class")
+    if settings is None:
+        of = f" of the class {kind}" if isinstance(kind, str) else ""
+        raise CheckpointError(
+            f"{path} has the weights of a custom energy{of}: pass it as energy=, as in "
+            "load(path, energy=MyEnergy())"
+        )
+    try:
+        # The meta device allocates no memory. A header of a few bytes can describe terabytes, so
+        # its shapes are first compared with those of the weights in the file.
+        with torch.device("meta"):
+            energy = ConvEnergy(**settings)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is of another architecture: {error}") from error
+    check_weights(energy, tensors, prefix, path)
+    return energy
+
+
+def _replace_unavailable(
+    sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]
+) -> None:
+    """Replace the run's precision or backend, with a warning, if this machine does not have it."""
+    for name, check, instead in (
+        ("precision", check_precision, None),
+        ("backend", choose_backend, "auto"),
+    ):
+        try:
+            check(getattr(sampler, name), device)
+        except (RuntimeError, ValueError) as error:
+            if name in chosen:
+                raise
+            warnings.warn(f"load: {error}; using {instead!r} instead", stacklevel=3)
+            setattr(sampler, name, instead)
+
+
+def export(run: str | Path, out: str | Path) -> None:
+    """Write a small checkpoint that can be sampled from but not resumed.
+
+    It holds the averaged weights (the weights themselves if the run kept no average), the sampler's
+    settings and the run's settings. Raises CheckpointError as :func:`read_checkpoint` does.
+    """
+    tensors, info = read_checkpoint(run)
+    prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
+    weights = {
+        f"model.{name.removeprefix(prefix)}": tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    weights |= {name: tensor for name, tensor in tensors.items() if name.startswith("sampler.")}
+    save_checkpoint(out, weights, {k: v for k, v in info.items() if k not in ("format", "version")})
+
+
+def push_to_hub(
+    model: LangevinSampler | str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    message: str = "Add the model",
+) -> str:
+    """Upload a model to the Hugging Face hub, with a model card, and return its address.
+
+    Args:
+        model: A sampler, which is written as by :func:`save`, or a run or checkpoint, which is
+            written as by ``fastlangevin export``.
+        repo: The repository, "owner/name". It is made if it does not exist. Others load the model
+            by ``load("hf:owner/name")``.
+        private: Whether a new repository is private (default: as set on the hub).
+        message: The message of the commit.
+
+    You must be logged in on the hub (``hf auth login``). Raises ImportError without
+    huggingface_hub, the errors of :func:`save`, and OSError if the hub refuses.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if isinstance(model, LangevinSampler):
+            save(model, folder / MODEL)
+        else:
+            export(model, folder / MODEL)
+        info = read_checkpoint(folder / MODEL)[1]
+        with replacing(folder / "README.md") as path:
+            path.write_text(_card(repo, info), "utf-8")
+        return upload(repo, folder, private, message)
+
+
+def _card(repo: str, info: Mapping[str, Any]) -> str:
+    """Return the text of a model card: what the model is, how to load it, and its settings."""
+    kind, settings = info.get("energy_class", "ConvEnergy"), info["energy"]
+    own = settings is None
+    rows = {**(settings or {}), **info["sampler"], **(info.get("config") or {})}
+    return _CARD.format(
+        name=repo.split("/")[-1],
+        repo=repo,
+        version=__version__,
+        kind=kind,
+        energy=", energy=MyEnergy()" if own else "",
+        hint=f"  # an instance of {kind}" if own else "",
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+    )
+
+
+_CARD = """---
+library_name: fastlangevin
+tags:
+- energy-based-model
+- langevin-dynamics
+---
+
+# {name}
+
+An energy-based model ({kind}), saved by fastlangevin {version}.
+
+```python
+import fastlangevin as fl
+
+sampler = fl.load("hf:{repo}"{energy}){hint}
+x = sampler(n=64, seed=0)
+```
+
+| setting | value |
+|---|---|
+{rows}
+"""

@@ -1,0 +1,63 @@
+"""The plot of a chain's diagnostics."""
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastlangevin as fl
+
+SHOWN = ["energy", "|dE/dx|", "|x after - x before|", "elements at the clamp"]
+
+
+def diagnostics(chains: int = 5, **settings: Any) -> fl.Diagnostics:
+    sampler = fl.LangevinSampler(fl.GaussianEnergy(), steps=4, step_size=0.1, **settings)
+    return sampler.diagnose(torch.linspace(-2, 2, 3 * chains).view(chains, 3), seed=0)
+
+
+def titles(stats: fl.Diagnostics) -> list[str]:
+    pytest.importorskip("matplotlib")
+    return [axes.get_title() for axes in stats.plot().axes]
+
+
+def test_each_measurement_is_shown_by_step_with_its_median() -> None:
+    stats = diagnostics()
+    assert titles(stats) == SHOWN
+    for axes, values in zip(stats.plot().axes, stats[1:], strict=False):
+        (line,) = axes.lines
+        assert np.array_equal(line.get_xdata(), [1, 2, 3, 4])
+        assert np.allclose(line.get_ydata(), values.median(1).values)
+
+
+def test_what_says_nothing_is_left_out() -> None:
+    assert titles(diagnostics(metropolis=True, noise_std=2.0)) == [*SHOWN, "accepted steps"]
+    score = fl.LangevinSampler.from_score(lambda x: -x, steps=2, step_size=0.1)
+    assert titles(score.diagnose(torch.ones(2, 3), seed=0)) == SHOWN[1:]
+
+
+def test_chains_that_are_not_finite_are_still_plotted() -> None:
+    stats = diagnostics()
+    energy = stats.energy.clone()
+    energy[2:] = torch.nan
+    energy[1, 0] = torch.inf
+    assert titles(stats._replace(energy=energy)) == SHOWN
+    assert stats._replace(energy=energy)._repr_png_() is not None
+
+
+def test_a_notebook_shows_the_plot_as_a_picture() -> None:
+    pytest.importorskip("matplotlib")
+    assert (diagnostics()._repr_png_() or b"").startswith(b"\x89PNG")
+    assert diagnostics(chains=0)._repr_png_() is None
+    with pytest.raises(ValueError, match="a plot needs chains, got 0"):
+        diagnostics(chains=0).plot()
+
+
+def test_without_matplotlib_the_error_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "fastlangevin\[plot\]"'):
+        diagnostics().plot()
+    assert diagnostics()._repr_png_() is None
