@@ -238,6 +238,7 @@ class Recording:
         self.graph, self.bytes = record(run, x.device, shared_with)
         if not isinstance(engine, TracedGradient) and graph is not None and graph.computed is None:
             self._packing = recorded_packing(engine, graph.bases, record, x.device)
+            self.bytes += 0 if self._packing is None else self._packing.bytes
         if self.engine is not engine:
             self.bytes += sum(buffer.nbytes for buffer in self.engine.buffers())
         self.addresses = _addresses(self.engine)
@@ -275,6 +276,10 @@ class Recording:
         else:
             self.engine.begin()
 
+    def has_packing(self) -> bool:
+        """Whether the weights are packed by a graph too; a trace reads its inputs otherwise."""
+        return self._packing is not None or isinstance(self.engine, TracedGradient)
+
     def _forget_constants(self) -> None:
         if isinstance(self.engine, TracedGradient):
             self.engine.forget_constants()
@@ -283,16 +288,19 @@ class Recording:
 class Packing:
     """The launches that pack an engine's weights, some 60 of them, as one graph.
 
-    ``weights`` are the parameters and buffers that they read, and ``addresses`` where these were.
+    ``weights`` are the parameters and buffers that they read.
     """
 
-    def __init__(self, graph: Any, weights: list[Tensor]) -> None:
-        self.graph, self.weights = graph, weights
-        self.addresses = [weight.data_ptr() for weight in weights]
+    def __init__(self, graph: Any, size: int, weights: list[Tensor]) -> None:
+        self.graph, self.bytes, self.weights = graph, size, weights
+        self._places = self._of_weights()
 
     def fits(self) -> bool:
         """Whether the weights are where the launches read them."""
-        return [weight.data_ptr() for weight in self.weights] == self.addresses
+        return self._of_weights() == self._places
+
+    def _of_weights(self) -> list[tuple[Any, ...]]:
+        return [(w.data_ptr(), w.dtype, w.stride()) for w in self.weights]
 
 
 def recorded_packing(
@@ -303,15 +311,20 @@ def recorded_packing(
 ) -> Packing | None:
     """Returns the launches of ``engine.begin``, or None if a replay would not do the same."""
     packed = engine.packed()
-    want = [tensor.clone() for tensor in packed]
-    try:
-        graph, _ = record(engine.begin, device, None)
-        for tensor in packed:
-            tensor.mul_(2)  # which leaves the zeros that pad weights
-        graph.replay()
-    except Exception:  # the chain's own launches are recorded, and begin itself still works
-        return None
-    return Packing(graph, weights) if all(map(torch.equal, packed, want)) else None
+    with engine.lock:
+        want = [tensor.clone() for tensor in packed]
+        try:
+            graph, size = record(engine.begin, device, None)
+            for tensor in packed:
+                tensor.mul_(2)  # which leaves the zeros that pad weights
+            graph.replay()
+            if all(map(torch.equal, packed, want)):
+                return Packing(graph, size, weights)
+        except Exception:  # the chain itself is recorded, and begin works without a graph
+            engine.begin()
+            return None
+        engine.begin()
+    return None
 
 
 def _source(engine: Engine | None) -> Any:
@@ -465,6 +478,7 @@ class Graphs:
                 return (
                     f"yes: all {chain.settings.steps} steps are replayed as one; recorded in "
                     f"{recording.seconds:.2g} s, {recording.bytes / 2**20:.3g} MiB"
+                    + ("" if recording.has_packing() else "; weights are packed one by one")
                 )
             if len(self._recordings()) == _RECORDINGS:
                 return (

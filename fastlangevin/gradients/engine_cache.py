@@ -11,7 +11,7 @@ from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, RunResults, record
 from fastlangevin.gradients.precision import HALVES, network_precision
-from fastlangevin.gradients.proof import other_states, prove
+from fastlangevin.gradients.proof import other_states, prove, prove_kernels
 from fastlangevin.gradients.trace.engine import Programs, TracedGradient
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels.memory import all_in_memory
@@ -113,7 +113,8 @@ class EngineCache:
 
         An engine that has been proved is not compared again. On CUDA and in half precision a graph
         is compared by the explicit engine, in strict float32 or the network's own dtype, and in
-        half precision a trace is compared under autocast. ``results`` are those of the run that was
+        half precision a trace is compared under autocast. The fused engine's kernels on CUDA are
+        compared as well, with a bound for any precision. ``results`` are those of the run that was
         recorded, if it took place in this call.
         """
         energy, x, precision, model_kwargs = call
@@ -139,7 +140,9 @@ class EngineCache:
                 elsewhere = other_states(x)
                 results = record(energy, elsewhere, model_kwargs, half)[1]
                 if results is not None:
-                    verdict = prove(results, engine, elsewhere)
+                    x, verdict = elsewhere, prove(results, engine, elsewhere)
+        if verdict.reason is None and results is not None and x.is_cuda and name == "fused":
+            verdict = prove_kernels(results, make(), x)
         if verdict.reason is None and verdict.shown:
             self._remember(self._proved, key, recorded)
         return verdict.reason

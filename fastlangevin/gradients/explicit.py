@@ -18,7 +18,7 @@ from fastlangevin.gradients.graph.ir import Graph, Node
 from fastlangevin.gradients.layers import BatchNorm, GroupNorm, Linear, spread
 from fastlangevin.gradients.passes import Dataflow, Passes, Weighted, deliver, unweighted_layer
 from fastlangevin.gradients.precision import HALVES, network_precision
-from fastlangevin.locks import new_lock
+from fastlangevin.locks import new_rlock
 
 
 class ExplicitGradient:
@@ -49,7 +49,7 @@ class ExplicitGradient:
         self._passes: dict[bool, Passes] = {}
         self._seen: list[tuple[int, int]] | None = None
         # Threads may share a sampler, but the layers save values for one backward pass only.
-        self._lock = new_lock()
+        self.lock = new_rlock()
         shape = (self.chains, *graph.shape)
         self._x = spread(torch.zeros((), dtype=self.dtype, device=graph.device), shape)
 
@@ -58,7 +58,7 @@ class ExplicitGradient:
 
         This is needed before every chain: a write through ``.data`` leaves no other trace.
         """
-        with self._lock, torch.no_grad(), network_precision(self.precision, self.graph.device):
+        with self.lock, torch.no_grad(), network_precision(self.precision, self.graph.device):
             self._read()
 
     def _read(self) -> None:
@@ -79,7 +79,7 @@ class ExplicitGradient:
         """Return (energies [n] or None, d energy / d x in x's shape and dtype)."""
         if not self.chains:
             return (x.new_zeros(0) if want_energies else None), torch.zeros_like(x)
-        with self._lock, network_precision(self.precision, x.device):
+        with self.lock, network_precision(self.precision, x.device):
             if self._seen != self.graph.versions():
                 self._read()
             passes = self._passes.get(want_energies)
@@ -103,8 +103,18 @@ class ExplicitGradient:
         return int(weights + saved + item * sum(sorted(sizes)[-2:]))
 
     def buffers(self) -> list[Tensor]:
-        """Return the tensors that a chain's launches use and that outlive a call, after begin."""
-        return [self._x, *self.packed()]
+        """Return the tensors that a chain's launches use and that outlive a call, after begin.
+
+        Factors and a learned beta of silu are read where they are.
+        """
+        read = [
+            constant.tensor()
+            for k, node in enumerate(self.graph.nodes, 1)
+            if k not in self._weighted
+            for constant in node.constants
+            if constant is not None
+        ]
+        return [self._x, *read, *self.packed()]
 
     def packed(self) -> list[Tensor]:
         """Return the tensors that :meth:`begin` writes, after it."""

@@ -34,6 +34,7 @@ from fastlangevin.arguments import Coefficient, GradClip
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.kernels import reference, triton
 from fastlangevin.kernels.devices import indexed
+from fastlangevin.locks import new_rlock
 from fastlangevin.step import apply_step_
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ class FusedGradient:
         if precision == "fp16":
             self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
         self._packed: list[tuple[int, int]] | None = None
+        # Threads may share a sampler, but there is one set of buffers.
+        self.lock = new_rlock()
         self.pack()
 
     def begin(self) -> None:
@@ -140,9 +143,10 @@ class FusedGradient:
 
         This is needed before every chain: a write through ``.data`` leaves no other trace.
         """
-        if self.overflow is not None:
-            self.overflow.zero_()
-        self.pack(force=True)
+        with self.lock:
+            if self.overflow is not None:
+                self.overflow.zero_()
+            self.pack(force=True)
 
     def held_bytes(self) -> int:
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
@@ -193,7 +197,7 @@ class FusedGradient:
         if not _is_dense(x):
             x = x.contiguous()
         grad = torch.empty_like(x)
-        with torch.no_grad(), torch.cuda.device_of(x):
+        with self.lock, torch.no_grad(), torch.cuda.device_of(x):
             energies = self._passes(x, want_energies)
             self._finish(x, grad=grad)
         return energies, grad
@@ -232,7 +236,7 @@ class FusedGradient:
             energies, grad = self(x, want_energies)
             apply_step_(triton.step_, x, grad, z, **options)
             return energies
-        with torch.no_grad(), torch.cuda.device_of(x):
+        with self.lock, torch.no_grad(), torch.cuda.device_of(x):
             energies = self._passes(x, want_energies)
             self._finish(x, z=z, DRAW=draws, **options)
         if not x.is_inference():

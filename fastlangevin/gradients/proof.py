@@ -30,8 +30,19 @@ class Verdict(NamedTuple):
     shown: bool
 
 
-def prove(run: RunResults, engine: Engine, x: Tensor) -> Verdict:
-    """Compare an engine's energies and gradients at x with autograd's, chain by chain."""
+def prove_kernels(run: RunResults, engine: Engine, x: Tensor) -> Verdict:
+    """Compare kernels of any precision, which a compiler makes on the spot, with autograd's."""
+    try:
+        return prove(run, engine, x, _HALF_BOUND)
+    except Exception as error:
+        return Verdict(f"its kernels raise {type(error).__name__}: {error}", True)
+
+
+def prove(run: RunResults, engine: Engine, x: Tensor, bound: float | None = None) -> Verdict:
+    """Compare an engine's energies and gradients at x with autograd's, chain by chain.
+
+    ``bound`` is for an engine whose precision is lower than that of the energy's run.
+    """
     energies, grad = run.energies.reshape(-1), run.grad
     if grad is None:
         return Verdict("autograd finds no gradient", True)
@@ -43,7 +54,8 @@ def prove(run: RunResults, engine: Engine, x: Tensor) -> Verdict:
     # Without energies an engine may run other operators.
     distances = torch.maximum(distances, _norms(engine(x, False)[1], grad))
     norms = _norms(grad)
-    bound = _BOUNDS.get(run.x.dtype, _HALF_BOUND)
+    is_strict = run.x.dtype == torch.float32 and bound is None
+    bound = bound or _BOUNDS.get(run.x.dtype, _HALF_BOUND)
     finite = norms.isfinite() & energies.isfinite()
     # An energy may be a small difference of large terms, and the gradient shows how large.
     sizes = energies.double().abs() + norms * _norms(x)
@@ -61,7 +73,7 @@ def prove(run: RunResults, engine: Engine, x: Tensor) -> Verdict:
     if not bool(counted.any()):
         return Verdict(None, False)
     share = float((distances[counted] / norms[counted]).median())
-    if share > _MEDIAN_BOUND and run.x.dtype == torch.float32:
+    if share > _MEDIAN_BOUND and is_strict:
         return Verdict(f"its gradients differ from autograd's by {share:.2g} of the norm", True)
     return Verdict(None, True)
 

@@ -140,6 +140,11 @@ def _by_layers(
     engine = choice.engine
     assert engine is not None
     reason = cache.disproof(choice.name, lambda: engine, graph, results, call)
+    if reason is not None and gradient == "auto" and choice.name == "fused" and call.x.is_cuda:
+        # The graph may be right and the GPU's kernels wrong.
+        explicit = _by_layers("explicit", graph, results, call, cache)
+        if isinstance(explicit, EngineChoice):
+            return explicit._replace(why_not={"fused": reason})
     return reason or choice
 
 
@@ -244,8 +249,11 @@ def _fused(
         precision = "tf32" if convolutions_use_tf32() else "fp32"
     precision = precision or half_name(graph.dtype)
     reason = fused_gpu.refusal(stack, device, precision)
-    if reason is None and precision == "fp32" and not by_name:
-        reason = 'without matrix instructions, cuDNN is faster; gradient="fused" runs it'
+    if reason is None and not by_name:
+        if torch.version.hip is not None:
+            reason = 'it has not been tried on ROCm; gradient="fused" runs it'
+        elif precision == "fp32":
+            reason = 'without matrix instructions, cuDNN is faster; gradient="fused" runs it'
     if reason is not None:
         return reason
     assert precision is not None

@@ -42,6 +42,8 @@ class _Taping(TorchDispatchMode):
         if op is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         out = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten.detach.default:
+            return out  # no launch: a graph would not see that its tensor has moved
         self.calls.append((op, args, kwargs or {}, out))
         return out
 

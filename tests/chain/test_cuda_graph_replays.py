@@ -56,7 +56,7 @@ def test_a_replayed_graph_gives_the_chain_of_the_loop(
                            want(x, seed=seed, first_step=9 * call))  # fmt: skip
         assert made(run) == min(call, 1)
     assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one; recorded in ")
-    assert line(run, x).endswith(", 1 MiB")
+    assert line(run, x).endswith(", 2 MiB")  # a MiB of the chain, and one of the weights' packing
 
 
 @as_on_cuda
@@ -122,6 +122,38 @@ def test_a_packing_that_cannot_be_recorded_is_left_to_python(fault: str) -> None
         by_optimiser(energy)
         assert torch.equal(run(x, seed=seed), want(x, seed=seed))
     assert made(run) == 1
+    assert line(run, x).endswith("weights are packed one by one")
+
+
+class Gain(nn.Module):
+    """A factor and a beta of Swish, which the steps read where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(3, 4, 3)
+        self.gain, self.beta = (nn.Parameter(torch.tensor(value)) for value in (1.5, 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(x) * self.gain
+        return (h * torch.sigmoid(self.beta * h)).sum((1, 2, 3))
+
+
+@as_on_cuda
+@pytest.mark.parametrize("name", ["gain", "beta"])
+def test_a_number_that_moves_leads_to_a_new_recording(name: str) -> None:
+    torch.manual_seed(0)
+    energy, x = Gain(), numbers()
+    run, want = recorded(energy), plain(energy)
+    for seed in range(3):
+        assert torch.equal(run(x, seed=seed), want(x, seed=seed))
+    assert made(run) == 1
+    parameter = getattr(energy, name)
+    before = run(x, seed=0)
+    parameter.data = parameter.data * 0.5
+    for seed in range(3):
+        assert torch.equal(run(x, seed=seed), want(x, seed=seed))
+    assert not torch.allclose(run(x, seed=0), before)
+    assert made(run) == 2
 
 
 @as_on_cuda

@@ -15,6 +15,8 @@ import fastlangevin as fl
 from fastlangevin.gradients import engine_cache
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
+from fastlangevin.gradients.graph.record import record
+from fastlangevin.gradients.proof import prove_kernels
 from fastlangevin.gradients.trace.engine import TracedGradient
 
 
@@ -84,6 +86,28 @@ def test_a_proof_is_made_once_for_a_graph_and_a_batch_size(
         for n, made in ((2, 1), (2, 1), (3, 2), (2, 2), (3, 2)):
             run(states(n), seed=0)
             assert proofs.call_count == made
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [(1.0, None), (1.2, None), (0.5, "differs from"), (float("nan"), "differs from"),
+     (None, "its kernels raise TypeError")],
+)  # fmt: skip
+def test_kernels_of_lower_precision_may_be_off_by_rounding_alone(
+    size: float | None, reason: str | None
+) -> None:
+    energy, x = Own().net, states(3)
+    recording, results = record(energy, x, {})
+    assert results is not None
+
+    class Kernels(ExplicitGradient):
+        def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
+            energies, grad = super().__call__(x, want_energies)
+            return energies, grad * size  # type: ignore[operator]
+
+    verdict = prove_kernels(results, Kernels(recording.graph, x), x)
+    assert (verdict.reason or "").find(reason or "") >= 0
+    assert (verdict.reason is None) == (reason is None)
 
 
 def test_states_without_a_gradient_prove_nothing() -> None:

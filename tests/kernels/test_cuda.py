@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
+from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.trace.engine import TracedGradient
 from fastlangevin.kernels import native, triton
 from tests.chain.nets import NETS, Labelled, Residual, opaque, seeded
@@ -185,6 +186,31 @@ def test_the_rounding_of_a_precision_does_not_keep_a_network_from_an_engine(
     assert "gradient   autograd" not in run.explain(numbers((64, 3, 32, 32), 0).to(CUDA))
 
 
+@pytest.mark.skipif(TRITON is not None, reason=f"triton: {TRITON}")
+@pytest.mark.parametrize("wrong", [-1.0, 0.5, float("nan"), "raises"])
+def test_kernels_with_another_gradient_are_not_used(
+    wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = FusedGradient.__call__
+
+    def call(self: FusedGradient, x: Tensor, want_energies: bool = False) -> Any:
+        if wrong == "raises":
+            raise RuntimeError("out of resource: shared memory")
+        energies, grad = right(self, x, want_energies)
+        return energies, grad * wrong
+
+    energy, x = fl.ConvEnergy(size=16, width=16).to(CUDA), numbers((4, 3, 16, 16), 0).to(CUDA)
+    want = fl.LangevinSampler(energy, 3, gradient="explicit", precision="tf32")(x, seed=0)
+    monkeypatch.setattr(FusedGradient, "__call__", call)
+    run = fl.LangevinSampler(energy, 3, precision="tf32")
+    torch.testing.assert_close(run(x, seed=0), want)
+    said = run.explain(x)
+    assert "gradient   explicit" in said
+    assert ("shared memory" if wrong == "raises" else "differs from autograd's") in said
+    with pytest.raises(RuntimeError, match='"fused" cannot run'):
+        fl.LangevinSampler(energy, 3, gradient="fused", precision="tf32")(x, seed=0)
+
+
 @same_sums
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_weights_of_the_moment_without_a_new_recording(gradient: str) -> None:
@@ -201,6 +227,7 @@ def test_weights_of_the_moment_without_a_new_recording(gradient: str) -> None:
         assert torch.equal(after, step_by_step(run, x, seed=0))
         assert not torch.allclose(after, before)
         before = after
+    assert recording.has_packing()
     for parameter in run.energy.parameters():
         parameter.data = parameter.data.clone() * 0.9
     assert torch.equal(run(x, seed=0), step_by_step(run, x, seed=0))
