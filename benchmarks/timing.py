@@ -180,13 +180,13 @@ def machine() -> dict[str, Any]:
         "driver": gpu
         and _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         # The package's metadata leave out the build, as in 2.11.0+cu130.
         "torch": torch.__version__,
         **{name: _version(name) for name in ("triton", "torchebm", "fastlangevin")},
-        # GIT_COMMIT is for copies of the tree without its history.
-        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
+        # GIT_COMMIT is for copies of the tree without its history, or with an older one.
+        "commit": os.environ.get("GIT_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
     }
 
