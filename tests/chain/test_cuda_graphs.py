@@ -18,6 +18,7 @@ import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
 from fastlangevin.chain.chain import Overflow, Step
 from fastlangevin.chain.cuda_graphs import kind_of, refusal
+from fastlangevin.chain.cuda_recording import CudaRecorder
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
@@ -260,7 +261,7 @@ def test_a_failed_capture_ends_for_torchs_allocator_and_generator(
         torch._C, "_cuda_releasePool", lambda *pool: released.append(pool), raising=False
     )
     with pytest.raises(ValueError if ends else RuntimeError):
-        graphs.CudaRecorder()(run, torch.device("cuda", 0), None)
+        CudaRecorder()(run, torch.device("cuda", 0), None)
     assert not capturing
     # A capture that has ended is released by the graph, and its generator is as it was.
     assert released == ([] if ends else [(0, (0, 7))])
