@@ -48,7 +48,7 @@ def sweep(
         where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
         note(f"{where}  {outcome(result)}")
 
-    device = own_device(plan.centre.device, shared=True)
+    device = own_device(plan.centre.device)
     results = run_sweep(plan, out, device=device, report=report, stop=stop)
     files = [] if results is None else write_report(plan, results, out)
     if files and out / "sweep.svg" not in files:

@@ -1,7 +1,9 @@
 """Group: the processes of a job, with collectives that end in time and say who is missing."""
 
 import contextlib
+import functools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief, within
+
 TIMEOUT = 600.0
 GRACE = 5.0  # seconds in which the other processes may say why a collective failed
-_FAILURE = "failure"
+_LOOK = 0.2  # seconds between looks, while waiting, at what the other processes say
+_FAILURE, _SIGNS = "failure", "signs"
 
 
 class DistributedError(RuntimeError):
@@ -23,12 +28,17 @@ class Group:
     """The processes of a job: this one's rank, and how it communicates with the others.
 
     Tensors travel through torch.distributed's default process group. Small values travel as JSON
-    through its store, so that a process that waits for them can tell who is missing, and learns
-    at once if another process has failed. All processes must call the same methods in the same
-    order. Each call says in ``what`` what it is for. It raises DistributedError with this text if
-    another process fails or does not answer within ``timeout`` seconds.
+    through its store. All processes must call the same methods in the same order. Each call says
+    in ``what`` what it is for. It raises DistributedError with this text if another process fails,
+    or does not answer within ``timeout`` seconds. Values, but not tensors, are waited for longer
+    while another process is :meth:`working`.
 
     ``Group()`` is a process alone, whose calls return at once.
+
+    device: of the tensors that travel.
+    holder: whether rank 0 holds the store, which then ends with it.
+    job: a name that stays the same when the launcher restarts the processes. None if it would not.
+    start: a name that is new whenever the processes are started.
     """
 
     def __init__(
@@ -39,13 +49,20 @@ class Group:
         store: Any = None,
         device: torch.device | None = None,
         timeout: float = TIMEOUT,
+        holder: bool = False,
+        job: str | None = None,
+        start: str = "",
     ) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
-        self.device = device or torch.device("cpu")  # of the tensors that travel
+        self.device = device or torch.device("cpu")
+        self.job, self.start = job, start
         self.bytes = 0  # sent by this process to the others
         self.seconds = 0.0  # spent in collectives of tensors, including the wait for the others
-        self._store = store
+        self._holder = holder
+        where = "rank 0, which holds the store of the job," if holder else "the store of the job"
+        self._store = TimedStore(store, timeout, where)
         self._calls = 0
+        self._missing: set[int] = set()
 
     def all_to_all(
         self, sent: Tensor, counts: Sequence[int], expected: Sequence[int], what: str
@@ -56,9 +73,8 @@ class Group:
         """
         if self.world_size == 1:
             return sent
-        received = sent.new_empty((sum(expected), *sent.shape[1:]))
-        with self.timed(what):
-            self._all_to_all(received, sent.contiguous(), list(expected), list(counts))
+        received, sent = sent.new_empty((sum(expected), *sent.shape[1:])), sent.contiguous()
+        self._finish(lambda: self._all_to_all(received, sent, list(expected), list(counts)), what)
         self._count(sent[: sum(counts) - counts[self.rank]], 1)
         return received
 
@@ -67,8 +83,8 @@ class Group:
         if self.world_size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        with self.timed(what):
-            self._all_gather(parts, tensor.contiguous())
+        sent = tensor.contiguous()
+        self._finish(lambda: self._all_gather(parts, sent), what)
         self._count(tensor, self.world_size - 1)
         return torch.stack(parts)
 
@@ -77,8 +93,7 @@ class Group:
         if self.world_size == 1:
             return
         for tensor in tensors:
-            with self.timed(what):
-                self._broadcast(tensor)
+            self._finish(functools.partial(self._broadcast, tensor), what)
             self._count(tensor, self.world_size - 1 if self.rank == 0 else 0)
 
     def barrier(self, what: str) -> None:
@@ -93,8 +108,7 @@ class Group:
         keys = [f"{self._calls}/{rank}" for rank in range(self.world_size)]
         with self._asking(what):
             self._store.set(keys[self.rank], json.dumps(value))
-        self._wait(keys, what)
-        with self._asking(what):
+            self._wait(keys, what)
             return [json.loads(self._store.get(key)) for key in keys]
 
     def first(self, call: Callable[[], Any], what: str) -> Any:
@@ -108,9 +122,26 @@ class Group:
             with self._asking(what):
                 self._store.set(key, json.dumps(value))
             return value
-        self._wait([key], what)
         with self._asking(what):
+            self._wait([key], what)
             return json.loads(self._store.get(key))
+
+    def deal(self, n: int, what: str) -> Iterator[int]:
+        """Return an iterator over 0, ..., n - 1, whose numbers are dealt to the processes.
+
+        Each number goes to one process. A process gets the next number when it asks for it, so
+        that a fast one gets more of them.
+        """
+        if self.world_size == 1:
+            return iter(range(n))
+        self._calls += 1
+        key = f"{self._calls}/dealt"
+
+        def ask() -> int:
+            with self._asking(what):
+                return min(n, self._store.add(key, 1) - 1)
+
+        return iter(ask, n)
 
     def compare(self, facts: Mapping[str, Any], what: str) -> None:
         """Raise DistributedError, naming facts and ranks, unless all ranks have equal ``facts``."""
@@ -131,59 +162,117 @@ class Group:
                 if reason := self._failure():
                     raise DistributedError(f"{what}: {reason}")
 
-    def report_failure(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends; they raise this instead of a time-out."""
-        if self._store is None or isinstance(error, DistributedError):
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Let the others wait for this process as long as the context lasts and it is running.
+
+        For work of any length that not all processes have a part in. A thread tells the others
+        that this process has not been stopped or lost.
+        """
+        if self.world_size == 1:
+            yield
             return
-        with contextlib.suppress(RuntimeError):  # the store may be gone
-            reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-            self._store.set(_FAILURE, json.dumps(reason))
+        done = threading.Event()
+
+        def tell() -> None:
+            # If the store is lost, the process learns of it at its next call.
+            with contextlib.suppress(StoreError):
+                while not done.wait(self.timeout / 8):
+                    self._store.add(_SIGNS, 1)
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    @contextlib.contextmanager
+    def membership(self) -> Iterator[None]:
+        """The time in which this process belongs to the group; no process leaves it too early.
+
+        If the body raises an error, the other processes learn the reason. If rank 0 holds the
+        store, it stays until the others have left, or for ``timeout`` seconds.
+        """
+        try:
+            yield
+            self.barrier("the end of the job")
+        except BaseException as error:
+            self._report(error)
+            raise
+        finally:
+            self._leave()
+
+    def connect(self, call: Callable[[], None]) -> None:
+        """Run a call that may block until all processes are connected."""
+        try:
+            within(self.timeout, call)
+        except RuntimeError as error:
+            raise DistributedError(self._reason("start", error)) from error
 
     # The three collectives, which tests run in threads. Some builds of torch have none of them.
 
     def _all_to_all(
         self, received: Tensor, sent: Tensor, expected: list[int], counts: list[int]
-    ) -> None:
-        dist.all_to_all_single(received, sent, expected, counts)
+    ) -> Any:
+        return dist.all_to_all_single(received, sent, expected, counts, async_op=True)
 
-    def _all_gather(self, parts: list[Tensor], tensor: Tensor) -> None:
-        dist.all_gather(parts, tensor)
+    def _all_gather(self, parts: list[Tensor], tensor: Tensor) -> Any:
+        return dist.all_gather(parts, tensor, async_op=True)
 
-    def _broadcast(self, tensor: Tensor) -> None:
-        dist.broadcast(tensor, 0)
+    def _broadcast(self, tensor: Tensor) -> Any:
+        return dist.broadcast(tensor, 0, async_op=True)
 
-    def leave(self, error: BaseException) -> None:
-        """Report a failure, and let the others read the store before this process ends.
+    def _finish(self, begin: Callable[[], Any], what: str) -> None:
+        """Begin a collective and wait for its end, in the same way for NCCL and Gloo.
 
-        Without torchrun, the store is a part of rank 0.
+        NCCL's own ``wait`` returns before the end, and its own limit ends the process.
         """
-        self.report_failure(error)
-        gone = [f"gone/{rank}" for rank in range(self.world_size)]
-        deadline = time.monotonic() + GRACE
-        with contextlib.suppress(RuntimeError):
-            self._store.set(gone[self.rank], "")
-            while self.rank == 0 and time.monotonic() < deadline and not self._store.check(gone):
-                time.sleep(0.05)
+        started = time.perf_counter()
+        try:
+            work = begin()
+            self._poll(work.is_completed, what)
+            work.wait()
+        except DistributedError:
+            raise
+        except RuntimeError as error:
+            raise DistributedError(self._reason(what, error)) from error
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def _count(self, tensor: Tensor, times: int) -> None:
         self.bytes += tensor.numel() * tensor.element_size() * times
 
     def _wait(self, keys: Sequence[str], what: str) -> None:
         """Return once the store has all keys; a rank is named by what follows the last slash."""
-        deadline, pause = time.monotonic() + self.timeout, 0.001
-        with self._asking(what):
-            while not self._store.check(list(keys)):
-                if reason := self._failure():
-                    raise DistributedError(f"{what}: {reason}")
-                if time.monotonic() > deadline:
-                    missing = [
-                        int(k.rpartition("/")[2]) for k in keys if not self._store.check([k])
-                    ]
-                    raise DistributedError(self._no_answer(missing, what))
-                time.sleep(pause)
-                pause = min(2 * pause, 0.1)
+        try:
+            self._poll(lambda: self._store.check(keys), what, patient=True)
+        except DeadlineError:
+            missing = [int(k.rpartition("/")[2]) for k in keys if not self._store.check([k])]
+            raise DistributedError(self._no_answer(missing, what)) from None
+
+    def _poll(self, done: Callable[[], bool], what: str, patient: bool = False) -> None:
+        """Return once ``done()``; raise DeadlineError after the time limit.
+
+        Raises DistributedError as soon as another process has reported a failure. If ``patient``,
+        the limit begins again with every sign of a process that is working.
+        """
+        started = since = time.monotonic()
+        look, signs = started + _LOOK, None
+        while not done():
+            now = time.monotonic()
+            if now >= look:
+                with self._asking(what):
+                    if reason := self._failure():
+                        raise DistributedError(f"{what}: {reason}")
+                    before, signs = signs, self._store.add(_SIGNS, 0) if patient else 0
+                since, look = since if before in (None, signs) else now, now + _LOOK
+            if now - since > self.timeout:
+                raise DeadlineError
+            time.sleep(min(0.05, max(2e-5, (now - started) / 20)))  # 5 % more than it takes
 
     def _no_answer(self, missing: Sequence[int], what: str) -> str:
+        self._missing |= set(missing)
         return f"{what}: no answer from {named(missing)} within {self.timeout:g} s"
 
     def _failure(self) -> str | None:
@@ -191,28 +280,13 @@ class Group:
 
     @contextlib.contextmanager
     def _asking(self, what: str) -> Iterator[None]:
-        """Turn an error of the store into one that says what it was needed for."""
+        """Say in an error of the store what it was needed for."""
         try:
             yield
-        except DistributedError:
-            raise
-        except RuntimeError as error:
-            raise DistributedError(
-                f"{what}: rank {self.rank} cannot reach the store of the job: {brief(error)}"
-            ) from error
+        except StoreError as error:
+            raise DistributedError(f"{what}: {error}") from error
 
-    @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Time a collective, and turn its error into one that says what it was for and why."""
-        started = time.perf_counter()
-        try:
-            yield
-        except RuntimeError as error:
-            raise DistributedError(self._reason(what, error)) from error
-        finally:
-            self.seconds += time.perf_counter() - started
-
-    def _reason(self, what: str, error: RuntimeError) -> str:
+    def _reason(self, what: str, error: Exception) -> str:
         """Say why a collective failed: another process says so, or is missing."""
         here = [f"here/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + GRACE
@@ -223,17 +297,33 @@ class Group:
                     return f"{what}: {reason}"
                 time.sleep(0.05)
             missing = [rank for rank, key in enumerate(here) if not self._store.check([key])]
-        except RuntimeError:
-            missing = []
-        if missing and "timed out" in str(error).lower():
+        except StoreError as silence:
+            return f"{what}: {silence}"
+        if missing and "timed out" in str(error).lower():  # by this class or by Gloo
             return self._no_answer(missing, what)
+        self._missing |= set(missing)
         lost = f"{named(missing)} ended or cannot be reached" if missing else "failed"
         return f"{what}: {lost}: {brief(error)}"
+
+    def _report(self, error: BaseException) -> None:
+        """Tell the other processes why this one ends; they raise this instead of a time-out."""
+        if self.world_size == 1 or isinstance(error, DistributedError):
+            return
+        with contextlib.suppress(StoreError):
+            reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+            self._store.propose(_FAILURE, json.dumps(reason))  # the first reason counts
+
+    def _leave(self) -> None:
+        """Say that this process needs the store no more. Its holder waits until all say so."""
+        gone = [f"gone/{r}" for r in range(self.world_size) if r not in self._missing]
+        deadline = time.monotonic() + self.timeout
+        with contextlib.suppress(StoreError):
+            if self.world_size > 1:
+                self._store.set(f"gone/{self.rank}", "")
+            if self._holder and self.rank == 0:
+                while time.monotonic() < deadline and not self._store.check(gone):
+                    time.sleep(0.05)
 
 
 def named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def brief(error: BaseException) -> str:
-    return str(error).split("\n")[0][:300]

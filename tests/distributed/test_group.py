@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlangevin.distributed import DistributedError, Group, Launch, OrderedSum, join, split_rows
 from fastlangevin.distributed.meeting import meet
+from fastlangevin.distributed.store import TimedStore
 from tests.distributed.threads import run_ranks
 
 
@@ -137,7 +138,7 @@ def test_processes_that_meet_again_in_one_store_leave_the_dead_alone() -> None:
 
         def come(rank: int, late: int = late) -> str:
             time.sleep(0.2 * (rank == late))
-            return meet(store, Launch(rank, 3, rank), timeout=20)
+            return meet(TimedStore(store, 20), Launch(rank, 3, rank), timeout=20)
 
         with ThreadPoolExecutor(3) as pool:
             (name,) = set(pool.map(come, range(3)))
@@ -146,4 +147,4 @@ def test_processes_that_meet_again_in_one_store_leave_the_dead_alone() -> None:
     for rank, missing in ((0, "ranks 1, 2"), (1, "rank 0")):
         match = f"start: no answer to rank {rank} from {missing} within 0.2 s"
         with pytest.raises(DistributedError, match=match):
-            meet(store, Launch(rank, 3, rank), timeout=0.2)
+            meet(TimedStore(store, 20), Launch(rank, 3, rank), timeout=0.2)

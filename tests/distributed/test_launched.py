@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastlangevin.cli import main
+from fastlangevin.distributed import join
 from fastlangevin.learn import resolve, train
 from fastlangevin.learn.checkpoint import list_checkpoints, read_checkpoint
 from tests.cli.shared import TINY, options
@@ -39,6 +40,13 @@ def run_commands(run: Path, folder: Path, figures: Path) -> None:
 def train_with_settings_of_its_own(run: Path) -> None:
     changes = SETTINGS | {"lr": 0.5 if os.environ["RANK"] == "1" else 0.1}
     main(["train", "--out", str(run), *options(**changes)])
+
+
+def stop_rank_0() -> None:
+    with join("cpu", timeout=3) as group:
+        if group.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        group.all_gather(torch.zeros(1), "the gradients")
 
 
 def run_example(name: str, folder: Path) -> None:
@@ -87,6 +95,14 @@ def test_a_rank_with_other_settings_ends_all_with_its_name(tmp_path: Path) -> No
     match = "start: the processes differ in lr: 0.1 on rank 0, 0.5 on rank 1"
     assert [f"error: rank {rank}: {match}" in log.read_text() for rank in (0, 1)] == [True, True]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says which process has been stopped")
+def test_a_stopped_rank_that_holds_the_store_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert launch(2, log, stop_rank_0) == [-signal.SIGKILL, 1], log.read_text()
+    match = "the gradients: no answer from rank 0, which holds the store of the job, within 3 s"
+    assert f"DistributedError: {match}" in log.read_text()
 
 
 @pytest.mark.slow
