@@ -30,7 +30,10 @@ def sample(
     from fastlangevin.learn.images import save_arrays, save_gif, save_grid
 
     if read_launch().world_size > 1:
-        raise ValueError(f"several processes write a folder: --out must have no ending, got {out}")
+        got = "" if out is None else f", got {out}"
+        raise ValueError(
+            f"several processes write a folder: give --out, a name without an ending{got}"
+        )
     out = chains.choose_out(out, "samples.png", ".png", ".gif", ".npy")
     sampler = chains.load(run)
     if out.suffix == ".gif":

@@ -62,6 +62,18 @@ def test_rows_are_those_of_one_process(n: int) -> None:
             assert torch.equal(sums, images.sum(1).long())
 
 
+def test_ranks_without_rows_wait_for_rows_that_take_longer_than_the_time_limit() -> None:
+    def compute(rows: slice) -> tuple[Tensor]:
+        time.sleep(1.5)
+        return (torch.arange(rows.start, rows.stop),)
+
+    def work(group: Group) -> Any:
+        return split_rows(group, 3, 4, compute, "rows")
+
+    for (rows,) in run_ranks(3, work, timeout=0.5):
+        assert rows.tolist() == [0, 1, 2]
+
+
 def test_a_rank_that_fails_is_named_at_once_with_its_reason() -> None:
     def work(group: Group) -> None:
         if group.rank == 1:
