@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,16 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief, within
+from fastlangevin.distributed.store import TimedStore, within
+from fastlangevin.distributed.watch import DistributedError, Watch, named
 
 TIMEOUT = 600.0
-GRACE = 5.0  # seconds in which the other processes may say why a collective failed
-_LOOK = 0.2  # seconds between looks, while waiting, at what the other processes say
-_FAILURE, _SIGNS = "failure", "signs"
-
-
-class DistributedError(RuntimeError):
-    """The processes of a job cannot work together, or one of them has failed or is missing."""
 
 
 class Group:
@@ -58,11 +51,9 @@ class Group:
         self.job, self.start = job, start
         self.bytes = 0  # sent by this process to the others
         self.seconds = 0.0  # spent in collectives of tensors, including the wait for the others
-        self._holder = holder
-        where = "rank 0, which holds the store of the job," if holder else "the store of the job"
-        self._store = TimedStore(store, timeout, where)
+        self._store = TimedStore(store, timeout, holder)
+        self._watch = Watch(rank, world_size, self._store, timeout, holder)
         self._calls = 0
-        self._missing: set[int] = set()
 
     def all_to_all(
         self, sent: Tensor, counts: Sequence[int], expected: Sequence[int], what: str
@@ -106,9 +97,9 @@ class Group:
             return [value]
         self._calls += 1
         keys = [f"{self._calls}/{rank}" for rank in range(self.world_size)]
-        with self._asking(what):
+        with self._watch.asking(what):
             self._store.set(keys[self.rank], json.dumps(value))
-            self._wait(keys, what)
+            self._watch.wait_for(keys, what)
             return [json.loads(self._store.get(key)) for key in keys]
 
     def first(self, call: Callable[[], Any], what: str) -> Any:
@@ -119,11 +110,11 @@ class Group:
         key = f"{self._calls}/0"
         if self.rank == 0:
             value = call()
-            with self._asking(what):
+            with self._watch.asking(what):
                 self._store.set(key, json.dumps(value))
             return value
-        with self._asking(what):
-            self._wait([key], what)
+        with self._watch.asking(what):
+            self._watch.wait_for([key], what)
             return json.loads(self._store.get(key))
 
     def deal(self, n: int, what: str) -> Iterator[int]:
@@ -138,7 +129,7 @@ class Group:
         key = f"{self._calls}/dealt"
 
         def ask() -> int:
-            with self._asking(what):
+            with self._watch.asking(what):
                 return min(n, self._store.add(key, 1) - 1)
 
         return iter(ask, n)
@@ -158,34 +149,17 @@ class Group:
     def check(self, what: str) -> None:
         """Raise DistributedError if another process has reported a failure."""
         if self.world_size > 1:
-            with self._asking(what):
-                if reason := self._failure():
+            with self._watch.asking(what):
+                if reason := self._watch.failure():
                     raise DistributedError(f"{what}: {reason}")
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> contextlib.AbstractContextManager[None]:
         """Let the others wait for this process as long as the context lasts and it is running.
 
         For work of any length that not all processes have a part in. A thread tells the others
         that this process has not been stopped or lost.
         """
-        if self.world_size == 1:
-            yield
-            return
-        done = threading.Event()
-
-        def tell() -> None:
-            # If the store is lost, the process learns of it at its next call.
-            with contextlib.suppress(StoreError):
-                while not done.wait(self.timeout / 8):
-                    self._store.add(_SIGNS, 1)
-
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
-        try:
-            yield
-        finally:
-            done.set()
+        return contextlib.nullcontext() if self.world_size == 1 else self._watch.working()
 
     @contextlib.contextmanager
     def membership(self) -> Iterator[None]:
@@ -198,17 +172,17 @@ class Group:
             yield
             self.barrier("the end of the job")
         except BaseException as error:
-            self._report(error)
+            self._watch.report(error)
             raise
         finally:
-            self._leave()
+            self._watch.leave()
 
     def connect(self, call: Callable[[], None]) -> None:
         """Run a call that may block until all processes are connected."""
         try:
             within(self.timeout, call)
         except RuntimeError as error:
-            raise DistributedError(self._reason("start", error)) from error
+            raise DistributedError(self._watch.reason("start", error)) from error
 
     # The three collectives, which tests run in threads. Some builds of torch have none of them.
 
@@ -231,99 +205,14 @@ class Group:
         started = time.perf_counter()
         try:
             work = begin()
-            self._poll(work.is_completed, what)
+            self._watch.poll(work.is_completed, what)
             work.wait()
         except DistributedError:
             raise
         except RuntimeError as error:
-            raise DistributedError(self._reason(what, error)) from error
+            raise DistributedError(self._watch.reason(what, error)) from error
         finally:
             self.seconds += time.perf_counter() - started
 
     def _count(self, tensor: Tensor, times: int) -> None:
         self.bytes += tensor.numel() * tensor.element_size() * times
-
-    def _wait(self, keys: Sequence[str], what: str) -> None:
-        """Return once the store has all keys; a rank is named by what follows the last slash."""
-        try:
-            self._poll(lambda: self._store.check(keys), what, patient=True)
-        except DeadlineError:
-            missing = [int(k.rpartition("/")[2]) for k in keys if not self._store.check([k])]
-            raise DistributedError(self._no_answer(missing, what)) from None
-
-    def _poll(self, done: Callable[[], bool], what: str, patient: bool = False) -> None:
-        """Return once ``done()``; raise DeadlineError after the time limit.
-
-        Raises DistributedError as soon as another process has reported a failure. If ``patient``,
-        the limit begins again with every sign of a process that is working.
-        """
-        started = since = time.monotonic()
-        look, signs = started + _LOOK, None
-        while not done():
-            now = time.monotonic()
-            if now >= look:
-                with self._asking(what):
-                    if reason := self._failure():
-                        raise DistributedError(f"{what}: {reason}")
-                    before, signs = signs, self._store.add(_SIGNS, 0) if patient else 0
-                since, look = since if before in (None, signs) else now, now + _LOOK
-            if now - since > self.timeout:
-                raise DeadlineError
-            time.sleep(min(0.05, max(2e-5, (now - started) / 20)))  # 5 % more than it takes
-
-    def _no_answer(self, missing: Sequence[int], what: str) -> str:
-        self._missing |= set(missing)
-        return f"{what}: no answer from {named(missing)} within {self.timeout:g} s"
-
-    def _failure(self) -> str | None:
-        return json.loads(self._store.get(_FAILURE)) if self._store.check([_FAILURE]) else None
-
-    @contextlib.contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        """Say in an error of the store what it was needed for."""
-        try:
-            yield
-        except StoreError as error:
-            raise DistributedError(f"{what}: {error}") from error
-
-    def _reason(self, what: str, error: Exception) -> str:
-        """Say why a collective failed: another process says so, or is missing."""
-        here = [f"here/{rank}" for rank in range(self.world_size)]
-        deadline = time.monotonic() + GRACE
-        try:
-            self._store.set(here[self.rank], "")
-            while time.monotonic() < deadline and not self._store.check(here):
-                if reason := self._failure():
-                    return f"{what}: {reason}"
-                time.sleep(0.05)
-            missing = [rank for rank, key in enumerate(here) if not self._store.check([key])]
-        except StoreError as silence:
-            return f"{what}: {silence}"
-        if missing and "timed out" in str(error).lower():  # by this class or by Gloo
-            return self._no_answer(missing, what)
-        self._missing |= set(missing)
-        lost = f"{named(missing)} ended or cannot be reached" if missing else "failed"
-        return f"{what}: {lost}: {brief(error)}"
-
-    def _report(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends; they raise this instead of a time-out."""
-        if self.world_size == 1 or isinstance(error, DistributedError):
-            return
-        with contextlib.suppress(StoreError):
-            reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-            self._store.propose(_FAILURE, json.dumps(reason))  # the first reason counts
-
-    def _leave(self) -> None:
-        """Say that this process needs the store no more. Its holder waits until all say so."""
-        gone = [f"gone/{r}" for r in range(self.world_size) if r not in self._missing]
-        deadline = time.monotonic() + self.timeout
-        with contextlib.suppress(StoreError):
-            if self.world_size > 1:
-                self._store.set(f"gone/{self.rank}", "")
-            if self._holder and self.rank == 0:
-                while time.monotonic() < deadline and not self._store.check(gone):
-                    time.sleep(0.05)
-
-
-def named(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

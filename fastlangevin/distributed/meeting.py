@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastlangevin.distributed.group import GRACE, TIMEOUT, DistributedError, Group, named
+from fastlangevin.distributed.group import TIMEOUT, Group
 from fastlangevin.distributed.launch import Launch, own_device, read_launch
 from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief, within
+from fastlangevin.distributed.watch import GRACE, DistributedError, named
 
 
 @contextlib.contextmanager
@@ -42,8 +43,7 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     store = _rendezvous(launch, timeout)
-    holder = "the store of the job" if elastic else "rank 0, which holds the store of the job,"
-    shared = TimedStore(store, timeout, holder)
+    shared = TimedStore(store, timeout, holder=not elastic)
     start = meet(shared, launch, timeout)
     try:
         job = shared.propose("fastlangevin/job", secrets.token_hex(8)) if elastic else None

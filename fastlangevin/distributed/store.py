@@ -19,11 +19,12 @@ class TimedStore:
 
     store: a Store of torch.distributed.
     timeout: the longest wait for an answer, in seconds.
-    holder: what holds the keys, for error messages.
+    holder: whether rank 0 holds the keys, which errors then say.
     """
 
-    def __init__(self, store: Any, timeout: float, holder: str = "the store of the job") -> None:
-        self._store, self._timeout, self._holder = store, timeout, holder
+    def __init__(self, store: Any, timeout: float, holder: bool) -> None:
+        self._store, self._timeout = store, timeout
+        self._name = ("rank 0, which holds " if holder else "") + "the store of the job"
         self._lost = False
 
     def set(self, key: str, value: str) -> None:
@@ -46,7 +47,7 @@ class TimedStore:
         return self._call(lambda: self._store.compare_set(key, "", value)).decode()
 
     def _call(self, call: Callable[[], T]) -> T:
-        silence = f"no answer from {self._holder} within {self._timeout:g} s"
+        silence = f"no answer from {self._name} within {self._timeout:g} s"
         if self._lost:
             raise StoreError(silence)
         try:
@@ -55,7 +56,7 @@ class TimedStore:
             self._lost = True
             raise StoreError(silence) from error
         except RuntimeError as error:
-            raise StoreError(f"{self._holder} cannot be reached: {brief(error)}") from error
+            raise StoreError(f"{self._name} cannot be reached: {brief(error)}") from error
 
 
 class DeadlineError(RuntimeError):

@@ -14,6 +14,7 @@ from fastlangevin.distributed import DistributedError, Group, Launch, own_device
 from fastlangevin.distributed import meeting as meeting_module
 from fastlangevin.distributed.meeting import check_devices, meet
 from fastlangevin.distributed.store import TimedStore
+from fastlangevin.distributed.watch import Watch
 from tests.distributed.threads import ThreadGroup, run_ranks
 
 
@@ -76,7 +77,7 @@ def test_every_call_ends_when_the_process_with_the_store_has_been_stopped(
     for collective in ("_all_gather", "_broadcast", "_all_to_all"):
         monkeypatch.setattr(Group, collective, lambda *_: Endless())
     group = Group(1, 2, store=stopped, timeout=0.3, holder=True)
-    match = "a call: no answer from rank 0, which holds the store of the job, within 0.3 s"
+    match = "a call: no answer from rank 0, which holds the store of the job within 0.3 s"
     started = time.monotonic()
     with pytest.raises(DistributedError, match=match), group.membership():
         call(group)
@@ -84,7 +85,7 @@ def test_every_call_ends_when_the_process_with_the_store_has_been_stopped(
 
 
 def test_processes_do_not_meet_in_a_store_that_has_been_stopped(stopped: Stopped) -> None:
-    store = TimedStore(stopped, 0.2)
+    store = TimedStore(stopped, 0.2, holder=False)
     with pytest.raises(DistributedError, match="start: no answer from the store of the job"):
         meet(store, Launch(1, 2, 1), timeout=20)
 
@@ -92,7 +93,7 @@ def test_processes_do_not_meet_in_a_store_that_has_been_stopped(stopped: Stopped
 def test_the_limit_of_a_collective_is_the_group_s_and_not_the_backend_s(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastlangevin.distributed.group.GRACE", 0.5)
+    monkeypatch.setattr("fastlangevin.distributed.watch.GRACE", 0.5)
     monkeypatch.setattr(ThreadGroup, "_all_gather", lambda *_: Endless())
 
     def work(group: Group) -> None:
@@ -130,15 +131,15 @@ def test_a_busy_rank_still_learns_why_another_failed_before_the_store_ends(
     failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store ends with rank 0, which must not leave before the others have read the reason."""
-    monkeypatch.setattr("fastlangevin.distributed.group.GRACE", 0.1)
-    mortal, leave = Mortal(), Group._leave
+    monkeypatch.setattr("fastlangevin.distributed.watch.GRACE", 0.1)
+    mortal, leave = Mortal(), Watch.leave
 
-    def leave_and_die(group: Group) -> None:
-        leave(group)
-        if group.rank == 0:
+    def leave_and_die(watch: Watch) -> None:
+        leave(watch)
+        if watch.rank == 0:
             mortal.dead.set()
 
-    monkeypatch.setattr(Group, "_leave", leave_and_die)
+    monkeypatch.setattr(Watch, "leave", leave_and_die)
 
     def work(group: Group) -> None:
         if group.rank == failing:

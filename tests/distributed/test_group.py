@@ -93,7 +93,7 @@ def test_a_rank_that_fails_is_named_at_once_with_its_reason() -> None:
 def test_a_rank_that_does_not_answer_is_named(
     collective: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastlangevin.distributed.group.GRACE", 0.5)
+    monkeypatch.setattr("fastlangevin.distributed.watch.GRACE", 0.5)
 
     def work(group: Group) -> None:
         if group.rank == 1:
@@ -150,7 +150,7 @@ def test_processes_that_meet_again_in_one_store_leave_the_dead_alone() -> None:
 
         def come(rank: int, late: int = late) -> str:
             time.sleep(0.2 * (rank == late))
-            return meet(TimedStore(store, 20), Launch(rank, 3, rank), timeout=20)
+            return meet(TimedStore(store, 20, False), Launch(rank, 3, rank), timeout=20)
 
         with ThreadPoolExecutor(3) as pool:
             (name,) = set(pool.map(come, range(3)))
@@ -159,4 +159,4 @@ def test_processes_that_meet_again_in_one_store_leave_the_dead_alone() -> None:
     for rank, missing in ((0, "ranks 1, 2"), (1, "rank 0")):
         match = f"start: no answer to rank {rank} from {missing} within 0.2 s"
         with pytest.raises(DistributedError, match=match):
-            meet(TimedStore(store, 20), Launch(rank, 3, rank), timeout=0.2)
+            meet(TimedStore(store, 20, False), Launch(rank, 3, rank), timeout=0.2)
