@@ -42,11 +42,11 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
     place = torch.device(own_device(device) if device != "auto" else _auto())
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    store = _rendezvous(launch, timeout)
+    store = dist.PrefixStore("fastlangevin", _rendezvous(launch, timeout))
     shared = TimedStore(store, timeout, holder=not elastic)
     start = meet(shared, launch, timeout)
     try:
-        job = shared.propose("fastlangevin/job", secrets.token_hex(8)) if elastic else None
+        job = shared.propose("job", secrets.token_hex(8)) if elastic else None
     except StoreError as error:
         raise DistributedError(f"start: {error}") from error
     if launch.world_size == 1:
@@ -54,7 +54,7 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
         return
     store = dist.PrefixStore(start, store)
     group = Group(
-        launch.rank, launch.world_size, store=dist.PrefixStore("fastlangevin", store),
+        launch.rank, launch.world_size, store=dist.PrefixStore("group", store),
         device=place, timeout=timeout, holder=not elastic, job=job, start=start,
     )  # fmt: skip
     try:

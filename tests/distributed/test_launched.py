@@ -134,16 +134,14 @@ def test_the_lightning_module_learns_the_same_on_both_ranks(tmp_path: Path) -> N
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def torchrun(
-    processes: int, restarts: int, *arguments: Any, port: int = 0, **own: Any
-) -> list[str]:
-    """The command line of torchrun, whose own options are underscored here."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-    launcher += ["--rdzv-endpoint", f"localhost:{port}", "--nproc-per-node", str(processes)]
-    for name, value in own.items():
+def torchrun(processes: int, restarts: int, *arguments: Any, **own: Any) -> list[str]:
+    """The command line of torchrun, whose other options are ``own``."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    given = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", **own}
+    given |= {"nproc_per_node": processes, "max_restarts": restarts}
+    for name, value in given.items():
         launcher += [f"--{name.replace('_', '-')}", str(value)]
-    launcher += ["--max-restarts", str(restarts), "-m", "--", "fastlangevin"]
-    return [*launcher, *map(str, arguments)]
+    return [*launcher, "-m", "--", "fastlangevin", *map(str, arguments)]
 
 
 def wait_for(condition: Any, job: "subprocess.Popen[bytes]") -> None:
@@ -168,7 +166,6 @@ def test_torchrun_restarts_a_killed_job_from_its_checkpoint(processes: int, tmp_
         assert job.wait(300) == 0, log.read_text()
     train(resolve(overrides=settings), tmp_path / "alone")
     assert same_weights(run, tmp_path / "alone")
-    line = torchrun(processes, 0, "train", "--out", run, *options(**settings), rdzv_id="mine")
     again = subprocess.run(line, capture_output=True, text=True)
     assert again.returncode == 1
     assert "already holds a run; resume it, overwrite it, or name another" in again.stderr
@@ -183,7 +180,7 @@ def test_two_launchers_without_an_id_continue_after_either_loses_a_process(
     settings = SETTINGS | {"iterations": 150, "save_every": 10}
     run, log = tmp_path / "run", tmp_path / "log"
     train_line = ("train", "--out", run, *options(**settings))
-    line = torchrun(1, 3, *train_line, port=free_port(), nnodes=2)
+    line = torchrun(1, 3, *train_line, rdzv_endpoint=f"localhost:{free_port()}", nnodes=2)
     with log.open("wb") as file:
         jobs = [subprocess.Popen(line, stdout=file, stderr=file) for _ in range(2)]
         wait_for(lambda: list_checkpoints(run), jobs[0])
