@@ -29,7 +29,8 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
     timeout: the longest wait for another process, in seconds.
 
     Raises ValueError for environment variables that do not fit, and DistributedError if processes
-    do not come within the time-out, are on different kinds of devices, or are on one GPU.
+    do not come within the time-out, are on different kinds of devices, or are on one GPU, or if
+    torch.distributed is initialised already.
     """
     if not timeout > 0:
         raise ValueError(f"timeout must be greater than 0, got {timeout}")
@@ -39,6 +40,8 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
     if launch.world_size == 1 and not elastic:
         yield Group()
         return
+    if dist.is_initialized():
+        raise DistributedError("start: torch.distributed is initialised already, and join does so")
     place = torch.device(own_device(device) if device != "auto" else _auto())
     if place.type == "cuda":
         torch.cuda.set_device(place)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastlangevin.distributed import DistributedError, Group, Launch, own_device
+from fastlangevin.distributed import DistributedError, Group, Launch, join, own_device
 from fastlangevin.distributed import meeting as meeting_module
 from fastlangevin.distributed.meeting import check_devices, meet
 from fastlangevin.distributed.store import TimedStore
@@ -244,3 +244,15 @@ def test_gpus_are_told_apart_where_each_process_sees_only_its_own(
     for error in results if shared else ():
         assert isinstance(error, DistributedError)
         assert "are all on GPU GPU-a; start at most one process per GPU" in str(error)
+
+
+def test_a_process_group_of_the_user_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(DistributedError, match="initialised already"), join("cpu"):
+            pass
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
