@@ -44,18 +44,21 @@ class Watch:
         Raises DistributedError as soon as another process has reported a failure. If ``patient``,
         the limit begins again with every sign of a process that is working.
         """
-        started = since = time.monotonic()
-        look, signs = started + _LOOK, None
+        started = since = looked = time.monotonic()
+        signs = None
         while not done():
             now = time.monotonic()
-            if now >= look:
+            late = now - since > self.timeout
+            if late or now - looked > min(_LOOK, self.timeout / 4):
+                looked = now
                 with self.asking(what):
                     if reason := self.failure():
                         raise DistributedError(f"{what}: {reason}")
                     before, signs = signs, self._store.add(_SIGNS, 0) if patient else 0
-                since, look = since if before in (None, signs) else now, now + _LOOK
-            if now - since > self.timeout:
-                raise DeadlineError
+                if before not in (None, signs):
+                    since = now
+                elif late:
+                    raise DeadlineError
             time.sleep(min(0.05, max(2e-5, (now - started) / 20)))  # 5 % more than it takes
 
     def _no_answer(self, missing: Sequence[int], what: str) -> str:

@@ -189,12 +189,12 @@ def test_files_left_by_a_killed_job_are_shared_out_evenly(tmp_path: Path) -> Non
 
 
 def test_idle_ranks_wait_for_a_file_that_takes_longer_than_the_time_limit(tmp_path: Path) -> None:
-    samplers = [slow(lambda: time.sleep(1.5)) for _ in range(3)]
+    samplers = [slow(lambda: time.sleep(2)) for _ in range(3)]
 
     def work(group: Group) -> list[Path]:
         return sample_shards(samplers[group.rank], 4, tmp_path, seed=3, per_file=4, group=group)
 
-    assert run_ranks(3, work, timeout=0.5) == [[tmp_path / "00000000.npy"]] * 3
+    assert run_ranks(3, work, timeout=0.8) == [[tmp_path / "00000000.npy"]] * 3
 
 
 def test_a_rank_that_makes_no_files_any_more_is_named(tmp_path: Path) -> None:
