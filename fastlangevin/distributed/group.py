@@ -173,9 +173,9 @@ class Group:
             self.barrier("the end of the job")
         except BaseException as error:
             self._watch.report(error)
+            self._watch.leave(failed=True)
             raise
-        finally:
-            self._watch.leave()
+        self._watch.leave()
 
     def connect(self, call: Callable[[], None]) -> None:
         """Run a call that may block until all processes are connected."""

@@ -103,14 +103,18 @@ class Watch:
             reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
             self._store.propose(_FAILURE, json.dumps(reason))  # the first reason counts
 
-    def leave(self) -> None:
-        """Say that this process needs the store no more. Its holder waits until all say so."""
+    def leave(self, failed: bool = False) -> None:
+        """Say that this process needs the store no more, and wait until all others say so.
+
+        The holder of the store waits for ``timeout`` seconds. After a failure the others wait for
+        a moment, because a launcher may end all processes with the first one.
+        """
         gone = [f"gone/{r}" for r in range(self.world_size) if r not in self._missing]
-        deadline = time.monotonic() + self.timeout
+        limit = self.timeout if self._holder and self.rank == 0 else GRACE if failed else 0
+        deadline = time.monotonic() + limit
         with contextlib.suppress(StoreError):
             if self.world_size > 1:
                 self._store.set(f"gone/{self.rank}", "")
-            if self._holder and self.rank == 0:
                 while time.monotonic() < deadline and not self._store.check(gone):
                     time.sleep(0.05)
 

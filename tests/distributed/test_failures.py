@@ -1,9 +1,11 @@
 """Processes that are lost, stopped, slow or wrong, here threads; every wait ends and says why."""
 
+import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -134,8 +136,8 @@ def test_a_busy_rank_still_learns_why_another_failed_before_the_store_ends(
     monkeypatch.setattr("fastlangevin.distributed.watch.GRACE", 0.1)
     mortal, leave = Mortal(), Watch.leave
 
-    def leave_and_die(watch: Watch) -> None:
-        leave(watch)
+    def leave_and_die(watch: Watch, failed: bool = False) -> None:
+        leave(watch, failed)
         if watch.rank == 0:
             mortal.dead.set()
 
@@ -167,6 +169,30 @@ def test_a_busy_rank_still_learns_why_another_failed_before_the_store_ends(
     assert isinstance(results.pop(failing), OSError)
     for error in results.values():
         assert str(error) == f"the end: rank {failing} failed: OSError: the disk is full"
+
+
+def test_after_a_failure_no_rank_leaves_before_all_know_the_reason() -> None:
+    """A launcher ends all processes with the first one. Here no rank holds the store."""
+    store, events = dist.HashStore(), []
+
+    def work(group: Group) -> None:
+        if group.rank == 0:
+            raise OSError("the disk is full")
+        time.sleep(0.5 * group.rank)
+        group.barrier("the end")
+
+    def run(rank: int) -> None:
+        group = Group(rank, 3, store=store, timeout=60)
+        with contextlib.suppress(OSError, DistributedError), group.membership():
+            try:
+                work(group)
+            finally:
+                events.append("knows the reason")
+        events.append("has left")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    assert events == ["knows the reason"] * 3 + ["has left"] * 3
 
 
 def test_ranks_wait_for_one_that_works_longer_than_the_time_limit() -> None:
