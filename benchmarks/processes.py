@@ -7,12 +7,14 @@ files. The figures are written to DIR/processes.json.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -40,7 +42,7 @@ def options(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def command(processes: int, *arguments: Any, restarts: int = 0, threads: int = 1) -> list[str]:
+def command(processes: int, *arguments: Any, restarts: int = 0) -> list[str]:
     """The command line of some processes; one process is the plain command."""
     own = [str(argument) for argument in arguments]
     if processes == 1 and not restarts:
@@ -61,12 +63,42 @@ def finish(line: list[str], log: Path, threads: int = 1) -> None:
         raise RuntimeError(f"{' '.join(line)} failed, see {log}")
 
 
-def workers(pid: int) -> list[int]:
-    """The processes that a launcher has started."""
+def workers(job: subprocess.Popen[bytes]) -> list[int]:
+    """The processes with a RANK that a launcher has started, in the order of their ranks.
+
+    There are none while it starts or restarts them.
+    """
+    ranks = {}
+    for pid in read(f"/proc/{job.pid}/task/{job.pid}/children").split():
+        for variable in read(f"/proc/{pid.decode()}/environ").split(b"\0"):
+            if variable.startswith(b"RANK="):
+                ranks[int(variable[5:])] = int(pid)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def read(path: str) -> bytes:
+    """A file of /proc; nothing if its process has just ended."""
     try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
+        return Path(path).read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def send(job: subprocess.Popen[bytes], choose: Callable[[list[int]], int], number: int) -> bool:
+    """Send a signal to one of a job's workers; return False if the job ends before it has any."""
+    while job.poll() is None:
+        if found := workers(job):
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(choose(found), number)
+                return True
+        time.sleep(0.05)
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def weights(run: Path) -> str:
@@ -118,11 +150,8 @@ def kills(out: Path, per_run: int = 5) -> dict[str, Any]:
             seen, wait = time.monotonic(), draw.uniform(0, 3 if i else 10)
             while job.poll() is None and time.monotonic() - seen < wait:
                 time.sleep(0.05)
-            while job.poll() is None and not workers(job.pid):
-                time.sleep(0.05)
-            if job.poll() is not None:
+            if not send(job, draw.choice, signal.SIGKILL):
                 break
-            os.kill(draw.choice(workers(job.pid)), signal.SIGKILL)
             before = list_checkpoints(run)[-1:]
             at.append(int(before[0].stem) if before else 0)
         found.append({"processes": n, "last_checkpoint_at_kill": at, "exit_status": job.wait(),
@@ -135,11 +164,11 @@ def hang(out: Path, limit: float = 15) -> dict[str, Any]:
     settings = options(TRAIN | {"iterations": 10**6, "save-every": 10**6})
     line = command(3, "train", "--out", out / "run", "--timeout", limit, *settings)
     job = start(line, out / "log")
-    while not (out / "run" / "series.jsonl").exists():
+    while job.poll() is None and not (out / "run" / "series.jsonl").exists():
         time.sleep(0.1)
     time.sleep(3)
-    stopped, since = workers(job.pid)[1], time.monotonic()
-    os.kill(stopped, signal.SIGSTOP)
+    since = time.monotonic()
+    send(job, lambda ranks: ranks[-1], signal.SIGSTOP)
     status = job.wait()
     lines = [text for text in (out / "log").read_text().splitlines() if "no answer from" in text]
     return {"limit_s": limit, "ended_after_s": time.monotonic() - since, "exit_status": status,
@@ -151,7 +180,7 @@ def nodes(out: Path) -> dict[str, Any]:
     settings = options(TRAIN | {"iterations": 100})
     finish(command(1, "train", "--out", out / "alone", *settings), out / "log")
     line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    line += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29511", "--rdzv-id", "nodes"]
+    line += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
     line += ["-m", "--", "fastlangevin", "train", "--out", str(out / "run"), *settings]
     jobs = [start(line, out / "log") for _ in range(2)]
     status = [job.wait() for job in jobs]
@@ -167,10 +196,11 @@ def samples(out: Path, n: int = 50_000) -> dict[str, Any]:
     line = ("sample", out / "run", "--n", n, "--device", "cpu", "--out")
     finish(command(1, *line, out / "one"), out / "log")
     job = start(command(2, *line, out / "two"), out / "log")
-    while len(list((out / "two").glob("*.npy"))) < n / 512 / 2:
+    while job.poll() is None and len(list((out / "two").glob("*.npy"))) < n / 512 / 2:
         time.sleep(0.05)
-    for pid in (*workers(job.pid), job.pid):
-        os.kill(pid, signal.SIGKILL)
+    for pid in (*workers(job), job.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     job.wait()
     kept = len(list((out / "two").glob("*.npy")))
     finish(command(2, *line, out / "two"), out / "log")

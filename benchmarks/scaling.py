@@ -3,12 +3,13 @@
     python -m benchmarks.scaling [--docs docs/distributed.md]
 
 No cluster was measured. The operations of a step come from benchmarks/results/chain-cpu.json. The
-rate of a GPU, the least time of a step and the links are assumptions, which stand here by name.
+rate of a GPU, the least time of a step, the links and the spread of computing times are
+assumptions, which stand here by name. Iterations are simulated message by message.
 """
 
 import argparse
 import json
-import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,13 @@ class Link(NamedTuple):
 NVLINK = Link("NVLink, 450 GB/s", 450e9, 10e-6)
 INFINIBAND = Link("InfiniBand, 50 GB/s a GPU", 50e9, 20e-6)
 ETHERNET = Link("Ethernet, 100 Gb/s a node", 12.5e9 / 8, 50e-6)
-MACHINES = ((1, NVLINK), (8, NVLINK), (64, INFINIBAND), (64, ETHERNET))
+MACHINES = (
+    (64, ((1, NVLINK), (2, NVLINK), (4, NVLINK), (8, NVLINK), (64, INFINIBAND), (64, ETHERNET))),
+    (1024, ((1, NVLINK), (8, NVLINK), (16, INFINIBAND), (32, INFINIBAND), (64, INFINIBAND),
+            (64, ETHERNET))),
+)  # fmt: skip
+SPREAD = 0.01  # standard deviation of a GPU's computing time, relative to it: an assumption
+ITERATIONS = 200  # simulated for each row
 
 
 def operations() -> float:
@@ -49,28 +56,55 @@ def step(chains: int) -> float:
     return max(LEAST, chains * operations() / RATE)
 
 
-def communication(gpus: int, link: Link) -> float:
-    """Seconds of an all-to-all and an all-gather of the gradients in float32."""
-    if gpus == 1:
-        return 0.0
-    moved = 4 * PARAMETERS * (gpus - 1) / gpus
-    return 2 * (moved / link.bandwidth + link.latency * math.log2(gpus))
+def computing(chains: int) -> float:
+    """Seconds of computing of an iteration on one GPU, for its chains."""
+    # The pass for the weights costs about 1.5 steps of the data and of the samples each.
+    return STEPS * step(chains) + 1.5 * step(2 * chains)
+
+
+def communicate(ready: list[float], link: Link) -> float:
+    """When the last GPU has the sum of the gradients, if GPU i has its own at ready[i].
+
+    Each GPU sends a slice of its gradients to every other one, in turn. It adds the slices that it
+    has received, and the sums travel around a ring. A GPU sends and receives one slice at a time.
+    """
+    gpus, slice_seconds = len(ready), 4 * PARAMETERS / len(ready) / link.bandwidth
+    sends, receives, complete = list(ready), [0.0] * gpus, list(ready)
+    for distance in range(1, gpus):
+        for i in range(gpus):
+            j = (i + distance) % gpus
+            sends[i] = receives[j] = max(sends[i], receives[j]) + slice_seconds
+            complete[j] = max(complete[j], receives[j] + link.latency)
+    holds = complete  # when GPU i has the slice that it sends on
+    for _ in range(gpus - 1):
+        sends = [max(sends[i], holds[i]) + slice_seconds for i in range(gpus)]
+        holds = [sends[i - 1] + link.latency for i in range(gpus)]
+    return max(holds)
+
+
+def simulated(gpus: int, link: Link, chains: int, spread: float) -> float:
+    """Mean seconds of an iteration."""
+    draw, seconds = random.Random(0), computing(chains)
+    times = [
+        communicate([seconds * draw.gauss(1, spread) for _ in range(gpus)], link)
+        for _ in range(ITERATIONS if spread else 1)
+    ]
+    return sum(times) / len(times)
 
 
 def rows() -> Iterator[list[str]]:
     """A row for every batch and machine."""
-    for batch in (64, 1024):
-        for gpus, link in MACHINES:
+    for batch, machines in MACHINES:
+        for gpus, link in machines:
             chains = shard(batch, 0, gpus).n
-            # The pass for the weights costs about 1.5 steps of the data and of the samples each.
-            computing = STEPS * step(chains) + 1.5 * step(2 * chains)
-            talking = communication(gpus, link)
-            alone = STEPS * step(batch) + 1.5 * step(2 * batch)
+            even, total = (simulated(gpus, link, chains, s) for s in (0.0, SPREAD))
+            total = total if gpus > 1 else even
             yield [
                 str(batch), str(gpus), "-" if gpus == 1 else link.name, str(chains),
-                number(1e3 * computing), number(1e3 * talking),
-                f"{3600 / (computing + talking):,.0f}",
-                f"{alone / (computing + talking) / gpus:.0%}",
+                number(1e3 * computing(chains)),
+                number(2 * 4e-6 * PARAMETERS * (gpus - 1) / gpus),
+                number(1e3 * (even - computing(chains))), number(1e3 * (total - even)),
+                f"{3600 / total:,.0f}", f"{computing(batch) / total / gpus:.0%}",
                 f"{gpus * 1024 / (STEPS * step(1024)):,.0f}",
             ]  # fmt: skip
 
@@ -80,8 +114,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="write the table between a page's markers")
     page = parser.parse_args().docs
     text = table(
-        ["batch", "GPUs", "link", "chains a GPU", "computing, ms", "communication, ms",
-         "iterations an hour", "efficiency", "samples a second"],
+        ["batch", "GPUs", "link", "chains a GPU", "computing, ms", "sent a GPU, MB",
+         "communication, ms", "waiting, ms", "iterations an hour", "efficiency",
+         "samples a second"],
         list(rows()),
     )  # fmt: skip
     print(text)

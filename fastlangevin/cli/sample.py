@@ -32,7 +32,10 @@ def sample(
     from fastlangevin.progress import report_steps
 
     if read_launch().world_size > 1:
-        raise ValueError(f"several processes write a folder: --out must have no ending, got {out}")
+        got = "" if out is None else f", got {out}"
+        raise ValueError(
+            f"several processes write a folder: give --out, a name without an ending{got}"
+        )
     out = chains.choose_out(out, "samples.png", ".png", ".gif", ".npy")
     sampler = chains.load(run)
     start_line(f"{n} images", sampler, n, out)

@@ -49,7 +49,7 @@ def sweep(
         where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
         note(f"{where}  {outcome(result)}")
 
-    device = own_device(plan.centre.device, shared=True)
+    device = own_device(plan.centre.device)
     note(f"{total} runs on {plan.centre.data}, device {device}, to {out}")
     with progress() as show:
         results = run_sweep(

@@ -27,7 +27,6 @@ def train(
     from fastlangevin.distributed import join
     from fastlangevin.learn import run_folder
     from fastlangevin.learn.config import resolve
-    from fastlangevin.learn.job import job_id
     from fastlangevin.learn.train import StopRequest
     from fastlangevin.learn.train import train as learn
 
@@ -41,8 +40,8 @@ def train(
             config = str(out / run_folder.CONFIG)
     resolved = resolve(config, settings)
     with join(resolved.device, timeout) as group:
-        if out is None and job_id() is not None:
-            raise ValueError("with torchrun, give --out, the folder of the run")
+        if out is None and (group.world_size > 1 or group.job is not None):
+            raise ValueError("several processes need --out, the folder of the run")
         folder = out or run_folder.free_folder(Path("runs") / Path(config or "digits").stem)
         with progress(shown=group.rank == 0, pause=0.0) as show:
 

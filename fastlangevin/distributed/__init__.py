@@ -1,11 +1,12 @@
 """Several processes that share the work: their part of it, and how they communicate."""
 
-from fastlangevin.distributed.group import DistributedError, Group
+from fastlangevin.distributed.group import Group
 from fastlangevin.distributed.launch import Launch, own_device, read_launch
 from fastlangevin.distributed.meeting import join
 from fastlangevin.distributed.ordered_sum import OrderedSum
 from fastlangevin.distributed.rows import split_rows
 from fastlangevin.distributed.shards import Shard, shard
+from fastlangevin.distributed.watch import DistributedError
 
 __all__ = [
     "DistributedError",

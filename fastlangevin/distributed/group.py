@@ -1,6 +1,7 @@
 """Group: the processes of a job, with collectives that end in time and say who is missing."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,25 +11,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastlangevin.distributed.store import TimedStore, within
+from fastlangevin.distributed.watch import DistributedError, Watch, named
+
 TIMEOUT = 600.0
-GRACE = 5.0  # seconds in which the other processes may say why a collective failed
-_FAILURE = "failure"
-
-
-class DistributedError(RuntimeError):
-    """The processes of a job cannot work together, or one of them has failed or is missing."""
 
 
 class Group:
     """The processes of a job: this one's rank, and how it communicates with the others.
 
     Tensors travel through torch.distributed's default process group. Small values travel as JSON
-    through its store, so that a process that waits for them can tell who is missing, and learns
-    at once if another process has failed. All processes must call the same methods in the same
-    order. Each call says in ``what`` what it is for. It raises DistributedError with this text if
-    another process fails or does not answer within ``timeout`` seconds.
+    through its store. All processes must call the same methods in the same order. Each call says
+    in ``what`` what it is for. It raises DistributedError with this text if another process fails,
+    or does not answer within ``timeout`` seconds. Values, but not tensors, are waited for longer
+    while another process is :meth:`working`.
 
     ``Group()`` is a process alone, whose calls return at once.
+
+    device: of the tensors that travel.
+    holder: whether rank 0 holds the store, which then ends with it.
+    job: a name that stays the same when the launcher restarts the processes. None if it would not.
+    start: a name that is new whenever the processes are started.
     """
 
     def __init__(
@@ -39,12 +42,17 @@ class Group:
         store: Any = None,
         device: torch.device | None = None,
         timeout: float = TIMEOUT,
+        holder: bool = False,
+        job: str | None = None,
+        start: str = "",
     ) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
-        self.device = device or torch.device("cpu")  # of the tensors that travel
+        self.device = device or torch.device("cpu")
+        self.job, self.start = job, start
         self.bytes = 0  # sent by this process to the others
         self.seconds = 0.0  # spent in collectives of tensors, including the wait for the others
-        self._store = store
+        self._store = TimedStore(store, timeout, holder)
+        self._watch = Watch(rank, world_size, self._store, timeout, holder)
         self._calls = 0
 
     def all_to_all(
@@ -56,9 +64,8 @@ class Group:
         """
         if self.world_size == 1:
             return sent
-        received = sent.new_empty((sum(expected), *sent.shape[1:]))
-        with self.timed(what):
-            self._all_to_all(received, sent.contiguous(), list(expected), list(counts))
+        received, sent = sent.new_empty((sum(expected), *sent.shape[1:])), sent.contiguous()
+        self._finish(lambda: self._all_to_all(received, sent, list(expected), list(counts)), what)
         self._count(sent[: sum(counts) - counts[self.rank]], 1)
         return received
 
@@ -67,8 +74,8 @@ class Group:
         if self.world_size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        with self.timed(what):
-            self._all_gather(parts, tensor.contiguous())
+        sent = tensor.contiguous()
+        self._finish(lambda: self._all_gather(parts, sent), what)
         self._count(tensor, self.world_size - 1)
         return torch.stack(parts)
 
@@ -77,8 +84,7 @@ class Group:
         if self.world_size == 1:
             return
         for tensor in tensors:
-            with self.timed(what):
-                self._broadcast(tensor)
+            self._finish(functools.partial(self._broadcast, tensor), what)
             self._count(tensor, self.world_size - 1 if self.rank == 0 else 0)
 
     def barrier(self, what: str) -> None:
@@ -91,10 +97,9 @@ class Group:
             return [value]
         self._calls += 1
         keys = [f"{self._calls}/{rank}" for rank in range(self.world_size)]
-        with self._asking(what):
+        with self._watch.asking(what):
             self._store.set(keys[self.rank], json.dumps(value))
-        self._wait(keys, what)
-        with self._asking(what):
+            self._watch.wait_for(keys, what)
             return [json.loads(self._store.get(key)) for key in keys]
 
     def first(self, call: Callable[[], Any], what: str) -> Any:
@@ -105,12 +110,29 @@ class Group:
         key = f"{self._calls}/0"
         if self.rank == 0:
             value = call()
-            with self._asking(what):
+            with self._watch.asking(what):
                 self._store.set(key, json.dumps(value))
             return value
-        self._wait([key], what)
-        with self._asking(what):
+        with self._watch.asking(what):
+            self._watch.wait_for([key], what)
             return json.loads(self._store.get(key))
+
+    def deal(self, n: int, what: str) -> Iterator[int]:
+        """Return an iterator over 0, ..., n - 1, whose numbers are dealt to the processes.
+
+        Each number goes to one process. A process gets the next number when it asks for it, so
+        that a fast one gets more of them.
+        """
+        if self.world_size == 1:
+            return iter(range(n))
+        self._calls += 1
+        key = f"{self._calls}/dealt"
+
+        def ask() -> int:
+            with self._watch.asking(what):
+                return min(n, self._store.add(key, 1) - 1)
+
+        return iter(ask, n)
 
     def compare(self, facts: Mapping[str, Any], what: str) -> None:
         """Raise DistributedError, naming facts and ranks, unless all ranks have equal ``facts``."""
@@ -127,113 +149,70 @@ class Group:
     def check(self, what: str) -> None:
         """Raise DistributedError if another process has reported a failure."""
         if self.world_size > 1:
-            with self._asking(what):
-                if reason := self._failure():
+            with self._watch.asking(what):
+                if reason := self._watch.failure():
                     raise DistributedError(f"{what}: {reason}")
 
-    def report_failure(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends; they raise this instead of a time-out."""
-        if self._store is None or isinstance(error, DistributedError):
-            return
-        with contextlib.suppress(RuntimeError):  # the store may be gone
-            reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-            self._store.set(_FAILURE, json.dumps(reason))
+    def working(self) -> contextlib.AbstractContextManager[None]:
+        """Let the others wait for this process as long as the context lasts and it is running.
+
+        For work of any length that not all processes have a part in. A thread tells the others
+        that this process has not been stopped or lost.
+        """
+        return contextlib.nullcontext() if self.world_size == 1 else self._watch.working()
+
+    @contextlib.contextmanager
+    def membership(self) -> Iterator[None]:
+        """The time in which this process belongs to the group; no process leaves it too early.
+
+        If the body raises an error, the other processes learn the reason. If rank 0 holds the
+        store, it stays until the others have left, or for ``timeout`` seconds.
+        """
+        try:
+            yield
+            self.barrier("the end of the job")
+        except BaseException as error:
+            self._watch.report(error)
+            self._watch.leave(failed=True)
+            raise
+        self._watch.leave()
+
+    def connect(self, call: Callable[[], None]) -> None:
+        """Run a call that may block until all processes are connected."""
+        try:
+            within(self.timeout, call)
+        except RuntimeError as error:
+            raise DistributedError(self._watch.reason("start", error)) from error
 
     # The three collectives, which tests run in threads. Some builds of torch have none of them.
 
     def _all_to_all(
         self, received: Tensor, sent: Tensor, expected: list[int], counts: list[int]
-    ) -> None:
-        dist.all_to_all_single(received, sent, expected, counts)
+    ) -> Any:
+        return dist.all_to_all_single(received, sent, expected, counts, async_op=True)
 
-    def _all_gather(self, parts: list[Tensor], tensor: Tensor) -> None:
-        dist.all_gather(parts, tensor)
+    def _all_gather(self, parts: list[Tensor], tensor: Tensor) -> Any:
+        return dist.all_gather(parts, tensor, async_op=True)
 
-    def _broadcast(self, tensor: Tensor) -> None:
-        dist.broadcast(tensor, 0)
+    def _broadcast(self, tensor: Tensor) -> Any:
+        return dist.broadcast(tensor, 0, async_op=True)
 
-    def leave(self, error: BaseException) -> None:
-        """Report a failure, and let the others read the store before this process ends.
+    def _finish(self, begin: Callable[[], Any], what: str) -> None:
+        """Begin a collective and wait for its end, in the same way for NCCL and Gloo.
 
-        Without torchrun, the store is a part of rank 0.
+        NCCL's own ``wait`` returns before the end, and its own limit ends the process.
         """
-        self.report_failure(error)
-        gone = [f"gone/{rank}" for rank in range(self.world_size)]
-        deadline = time.monotonic() + GRACE
-        with contextlib.suppress(RuntimeError):
-            self._store.set(gone[self.rank], "")
-            while self.rank == 0 and time.monotonic() < deadline and not self._store.check(gone):
-                time.sleep(0.05)
-
-    def _count(self, tensor: Tensor, times: int) -> None:
-        self.bytes += tensor.numel() * tensor.element_size() * times
-
-    def _wait(self, keys: Sequence[str], what: str) -> None:
-        """Return once the store has all keys; a rank is named by what follows the last slash."""
-        deadline, pause = time.monotonic() + self.timeout, 0.001
-        with self._asking(what):
-            while not self._store.check(list(keys)):
-                if reason := self._failure():
-                    raise DistributedError(f"{what}: {reason}")
-                if time.monotonic() > deadline:
-                    missing = [
-                        int(k.rpartition("/")[2]) for k in keys if not self._store.check([k])
-                    ]
-                    raise DistributedError(self._no_answer(missing, what))
-                time.sleep(pause)
-                pause = min(2 * pause, 0.1)
-
-    def _no_answer(self, missing: Sequence[int], what: str) -> str:
-        return f"{what}: no answer from {named(missing)} within {self.timeout:g} s"
-
-    def _failure(self) -> str | None:
-        return json.loads(self._store.get(_FAILURE)) if self._store.check([_FAILURE]) else None
-
-    @contextlib.contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        """Turn an error of the store into one that says what it was needed for."""
+        started = time.perf_counter()
         try:
-            yield
+            work = begin()
+            self._watch.poll(work.is_completed, what)
+            work.wait()
         except DistributedError:
             raise
         except RuntimeError as error:
-            raise DistributedError(
-                f"{what}: rank {self.rank} cannot reach the store of the job: {brief(error)}"
-            ) from error
-
-    @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Time a collective, and turn its error into one that says what it was for and why."""
-        started = time.perf_counter()
-        try:
-            yield
-        except RuntimeError as error:
-            raise DistributedError(self._reason(what, error)) from error
+            raise DistributedError(self._watch.reason(what, error)) from error
         finally:
             self.seconds += time.perf_counter() - started
 
-    def _reason(self, what: str, error: RuntimeError) -> str:
-        """Say why a collective failed: another process says so, or is missing."""
-        here = [f"here/{rank}" for rank in range(self.world_size)]
-        deadline = time.monotonic() + GRACE
-        try:
-            self._store.set(here[self.rank], "")
-            while time.monotonic() < deadline and not self._store.check(here):
-                if reason := self._failure():
-                    return f"{what}: {reason}"
-                time.sleep(0.05)
-            missing = [rank for rank, key in enumerate(here) if not self._store.check([key])]
-        except RuntimeError:
-            missing = []
-        if missing and "timed out" in str(error).lower():
-            return self._no_answer(missing, what)
-        lost = f"{named(missing)} ended or cannot be reached" if missing else "failed"
-        return f"{what}: {lost}: {brief(error)}"
-
-
-def named(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def brief(error: BaseException) -> str:
-    return str(error).split("\n")[0][:300]
+    def _count(self, tensor: Tensor, times: int) -> None:
+        self.bytes += tensor.numel() * tensor.element_size() * times

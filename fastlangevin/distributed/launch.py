@@ -35,24 +35,16 @@ def read_launch() -> Launch:
     return Launch(rank, world_size, _number("LOCAL_RANK", rank))
 
 
-def own_device(device: str, shared: bool = False) -> str:
-    """Return the device of this process: its own GPU for "auto" or "cuda" if it was launched.
+def own_device(device: str) -> str:
+    """Return the device of this process: a GPU of its own for "auto" or "cuda" if it was launched.
 
-    shared: whether several processes may use one GPU. Otherwise, raises ValueError if the machine
-        has fewer GPUs than processes.
+    It is the GPU numbered LOCAL_RANK. A process may see fewer GPUs than the machine has processes:
+    launchers such as SLURM can show each only its own. Counting then begins again at 0.
     """
     launched = "LOCAL_RANK" in os.environ or "RANK" in os.environ
     if not launched or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
-    launch, count = read_launch(), torch.cuda.device_count()
-    if shared:
-        return f"cuda:{launch.local_rank % count}"
-    if launch.local_rank >= count:
-        raise ValueError(
-            f"rank {launch.rank} is process {launch.local_rank + 1} on a machine with {count} "
-            "GPUs; start at most one process per GPU, or give the device cpu"
-        )
-    return f"cuda:{launch.local_rank}"
+    return f"cuda:{read_launch().local_rank % torch.cuda.device_count()}"
 
 
 def _number(variable: str, default: int) -> int:

@@ -1,7 +1,7 @@
 """join: the processes of a launcher meet and become a Group."""
 
 import contextlib
-import platform
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastlangevin.distributed.group import TIMEOUT, DistributedError, Group, brief, named
+from fastlangevin.distributed.group import TIMEOUT, Group
 from fastlangevin.distributed.launch import Launch, own_device, read_launch
+from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief, within
+from fastlangevin.distributed.watch import GRACE, DistributedError, named
 
 
 @contextlib.contextmanager
@@ -21,58 +23,74 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
 
     A process that no launcher has started, or that is the only one, is a group of its own. Others
     initialise torch.distributed with NCCL if ``device`` is a GPU, and with Gloo otherwise. "auto"
-    and "cuda" mean the GPU numbered LOCAL_RANK, which becomes the current one.
+    and "cuda" mean the GPU numbered LOCAL_RANK, which becomes the current one. If fewer GPUs are
+    visible, for example one per task of SLURM, counting begins again at 0.
 
     timeout: the longest wait for another process, in seconds.
 
     Raises ValueError for environment variables that do not fit, and DistributedError if processes
-    do not come within the time-out or are on different kinds of devices.
+    do not come within the time-out, are on different kinds of devices, or are on one GPU, or if
+    torch.distributed is initialised already.
     """
     if not timeout > 0:
         raise ValueError(f"timeout must be greater than 0, got {timeout}")
     launch = read_launch()
-    if launch.world_size == 1:
+    # torchrun's own process holds the store, which outlives the processes that it starts.
+    elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launch.world_size == 1 and not elastic:
         yield Group()
         return
+    if dist.is_initialized():
+        raise DistributedError("start: torch.distributed is initialised already, and join does so")
     place = torch.device(own_device(device) if device != "auto" else _auto())
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    store = dist.PrefixStore("fastlangevin", _rendezvous(launch, timeout))
+    shared = TimedStore(store, timeout, holder=not elastic)
+    start = meet(shared, launch, timeout)
+    try:
+        job = shared.propose("job", secrets.token_hex(8)) if elastic else None
+    except StoreError as error:
+        raise DistributedError(f"start: {error}") from error
+    if launch.world_size == 1:
+        yield Group(job=job, start=start)
+        return
+    store = dist.PrefixStore(start, store)
+    group = Group(
+        launch.rank, launch.world_size, store=dist.PrefixStore("group", store),
+        device=place, timeout=timeout, holder=not elastic, job=job, start=start,
+    )  # fmt: skip
+    try:
+        with group.membership():
+            check_devices(group, place)
+            _connect(group, store)
+            yield group
+    except BaseException:
+        # Without the wait for collectives that cannot end any more.
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError, DeadlineError):
+                within(GRACE, dist.distributed_c10d._abort_process_group)
+        raise
+    dist.destroy_process_group()
+
+
+def _rendezvous(launch: Launch, timeout: float) -> Any:
+    """Return the store at MASTER_ADDR and MASTER_PORT."""
     limit = timedelta(seconds=timeout)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-    except (RuntimeError, ValueError) as error:
+        # Its own limit does not hold if the other process takes the connection but is stopped.
+        store, _, _ = within(
+            timeout + GRACE, lambda: next(dist.rendezvous("env://", timeout=limit))
+        )
+    except (RuntimeError, ValueError, DeadlineError) as error:
         raise DistributedError(
             f"start: rank {launch.rank} did not meet the other processes of WORLD_SIZE="
             f"{launch.world_size} within {timeout:g} s: {brief(error)}"
         ) from error
-    store = dist.PrefixStore(meet(store, launch, timeout), store)
-    own = dist.PrefixStore("fastlangevin", store)
-    group = Group(launch.rank, launch.world_size, store=own, device=place, timeout=timeout)
-    initialised = False
-    try:
-        group.compare({"the kind of device": place.type}, "start")
-        _check_own_gpus(group, place)
-        with group.timed("start"):
-            dist.init_process_group(
-                "nccl" if place.type == "cuda" else "gloo",
-                store=store,
-                rank=launch.rank,
-                world_size=launch.world_size,
-                timeout=limit,
-            )
-        initialised = True
-        yield group
-        # No process may end, and with it perhaps the store, while another still needs it.
-        group.all_gather(torch.zeros(1, dtype=torch.float32, device=place), "the end of the job")
-    except BaseException as error:
-        group.leave(error)
-        raise
-    finally:
-        if initialised:
-            dist.destroy_process_group()
+    return store
 
 
-def meet(store: Any, launch: Launch, timeout: float) -> str:
+def meet(store: TimedStore, launch: Launch, timeout: float) -> str:
     """Return a new name that all processes share: rank 0's, which the others can only get from it.
 
     torchrun keeps its store when it restarts the processes, with the keys of the dead ones. The
@@ -86,35 +104,73 @@ def meet(store: Any, launch: Launch, timeout: float) -> str:
         store.set(f"name/{rank}", own)
         while time.monotonic() < deadline:
             if rank > 0 and store.check([f"answer/{own}"]):
-                name = store.get(f"answer/{own}").decode()
+                name = store.get(f"answer/{own}")
                 store.set(f"met/{name}/{rank}", "")
                 return name
             if rank == 0:
                 for r in others:
                     if store.check([f"name/{r}"]):
-                        store.set(f"answer/{store.get(f'name/{r}').decode()}", own)
+                        store.set(f"answer/{store.get(f'name/{r}')}", own)
                 missing = [int(r) for r in others if not store.check([f"met/{own}/{r}"])]
                 if not missing:
                     return own
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-    except RuntimeError as error:
-        raise DistributedError(f"start: rank {rank} lost the store: {brief(error)}") from error
+    except StoreError as error:
+        raise DistributedError(f"start: {error}") from error
     raise DistributedError(
         f"start: no answer to rank {rank} from {named(missing or [0])} within {timeout:g} s"
     )
 
 
-def _check_own_gpus(group: Group, place: torch.device) -> None:
-    """Raise DistributedError if two processes are on one GPU, which NCCL does not support."""
+def check_devices(group: Group, place: torch.device) -> None:
+    """Raise DistributedError unless all processes are on one kind of device, each on its own GPU.
+
+    NCCL supports one process per GPU. The numbers of GPUs do not tell them apart, because each
+    process may see only its own.
+    """
+    group.compare({"the kind of device": place.type}, "start")
     if place.type != "cuda":
         return
-    places = [tuple(p) for p in group.share([platform.node(), str(place)], "start")]
-    shared = [rank for rank, where in enumerate(places) if places.count(where) > 1]
+    gpus = group.share(_identity(place), "start")
+    shared = [rank for rank, gpu in enumerate(gpus) if gpus.count(gpu) > 1]
     if shared:
-        host, gpu = places[shared[0]]
-        both = [rank for rank in shared if places[rank] == places[shared[0]]]
-        raise DistributedError(f"start: {named(both)} are all on {gpu} of {host}; use device auto")
+        both = [rank for rank in shared if gpus[rank] == gpus[shared[0]]]
+        raise DistributedError(
+            f"start: {named(both)} are all on GPU {gpus[shared[0]]}; start at most one process per "
+            "GPU, with device auto, or give the device cpu"
+        )
+
+
+def _identity(place: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(place).uuid)
+
+
+def _connect(group: Group, store: Any) -> None:
+    """Initialise torch.distributed, and connect the processes in their first collectives.
+
+    NCCL connects in these, and blocks until all processes are there.
+    """
+    cuda = group.device.type == "cuda"
+    # Gloo cannot give up an operation before its own limit. NCCL's ends the process, so it must
+    # not be reached before the Group has told the reason to the other processes.
+    limit = 3 * group.timeout + 60 if cuda else group.timeout
+
+    def connect() -> None:
+        if cuda:
+            torch.cuda.set_device(group.device)  # the current device is one of a thread
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=group.rank,
+            world_size=group.world_size, timeout=timedelta(seconds=limit),
+        )  # fmt: skip
+        numbers = torch.zeros(group.world_size, device=group.device)
+        dist.all_to_all_single(torch.empty_like(numbers), numbers)
+        dist.all_gather([torch.empty_like(numbers) for _ in range(group.world_size)], numbers)
+        dist.broadcast(numbers, 0)
+        if cuda:
+            torch.cuda.synchronize()
+
+    group.connect(connect)
 
 
 def _auto() -> str:

@@ -29,7 +29,8 @@ def split_rows(
     slices = [slice(min(n, lo), min(n, hi)) for lo, hi in bounds]
     own = slices[group.rank]
     # Ranks without rows do not know the shapes.
-    rows = compute(own) if own.start < own.stop else None
+    with group.working():
+        rows = compute(own) if own.start < own.stop else None
     kinds = None if rows is None else [_kind(r) for r in rows]
     device = next((r.device for r in rows or () if r is not None), group.device)
     known = next(kinds for kinds in group.share(kinds, what) if kinds is not None)

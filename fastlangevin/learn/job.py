@@ -1,12 +1,12 @@
-"""The processes of a training job: whether they do the same work in one folder."""
+"""The processes of a job: whether they do the same work, with the same code, in one folder."""
 
 import dataclasses
 import hashlib
-import os
-import platform
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,52 +18,39 @@ from fastlangevin.learn.run_folder import JOB
 
 _SEEN_WITHIN = 10.0  # seconds; network file systems show new files late
 _OWN = ("data", "device")  # settings that may differ between machines
+_CODE = (".py", ".so", ".pyd")
+VERSIONS = {"fastlangevin": __version__, "torch": torch.__version__}
 
 
-def job_id() -> str | None:
-    """Return a text that is the same after torchrun has restarted its processes, if it started us.
-
-    It is the job's id for torchrun or, if the user gave none, torchrun's own process.
-    """
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name != "none":
-        return name
-    launcher = os.getppid()
-    return f"{platform.node()} {launcher} {_started(launcher)}"
-
-
-def _started(process: int) -> str:
-    """Return when a process started, in ticks, since containers use process numbers again."""
+def is_own(group: Group, out: Path) -> bool:
+    """Return whether this job has begun the run in a folder, before the launcher restarted it."""
     try:
-        stat = Path(f"/proc/{process}/stat").read_text("utf-8")
-    except OSError:  # not Linux
-        return ""
-    return stat.rpartition(")")[2].split()[19]
-
-
-def is_own(out: Path) -> bool:
-    """Return whether this job, before a restart, has started the run in a folder."""
-    try:
-        return job_id() in (out / JOB).read_text("utf-8").splitlines()[:1]
-    except OSError:
+        job, start, *_ = (out / JOB).read_text("utf-8").splitlines()
+    except (OSError, ValueError):
         return False
+    # A second run that the same processes begin is another run.
+    return job == group.job and start != group.start
 
 
 def check_same_work(group: Group, config: TrainConfig) -> None:
     """Raise DistributedError, naming what differs, unless all processes have equal settings."""
-    facts = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OWN}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OWN}
+    compare_with_code(group, settings)
+
+
+def compare_with_code(group: Group, facts: Mapping[str, Any]) -> None:
+    """Raise DistributedError unless all processes have equal facts, versions and code."""
     if group.world_size > 1:
-        facts |= {"fastlangevin": __version__, "torch": torch.__version__, "the code": _digest()}
-    group.compare(facts, "start")
+        group.compare({**facts, **VERSIONS, "the code": _digest()}, "start")
 
 
-def check_same_folder(group: Group, out: Path) -> None:
+def check_same_folder(group: Group, out: Path, command: str) -> None:
     """Write the folder's job file; raise DistributedError unless all processes see it."""
-    if group.world_size == 1 and job_id() is None:
+    if group.world_size == 1 and group.job is None:
         return
 
     def write() -> str:
-        text = f"{job_id() or ''}\n{secrets.token_hex(8)}\n"
+        text = f"{group.job or ''}\n{group.start}\n{secrets.token_hex(8)}\n"
         with replacing(out / JOB) as temporary:
             temporary.write_text(text, "utf-8")
         return text
@@ -76,7 +63,7 @@ def check_same_folder(group: Group, out: Path) -> None:
     if blind:
         ranks = ", ".join(map(str, blind))
         raise DistributedError(
-            f"train: {out} of rank 0 is not the folder that ranks {ranks} see under this name; "
+            f"{command}: {out} of rank 0 is not the folder that ranks {ranks} see under this name; "
             "all processes need one shared folder"
         )
 
@@ -89,10 +76,10 @@ def _reads(path: Path, text: str) -> bool:
 
 
 def _digest() -> str:
-    """Return a digest of the package's Python files."""
+    """Return a digest of the package's code: Python files and compiled extensions."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(p for p in package.rglob("*") if p.suffix in _CODE):
         digest.update(str(path.relative_to(package)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """The learner: one step of Algorithm 1, short-run MCMC learning of an energy."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,13 @@ from fastlangevin.sampler import LangevinSampler
 
 _OP = "ShortRunLearner"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+# What the tensors of a checkpoint are, by the first word of their names.
+_KINDS = {
+    "model": "the weights",
+    "ema": "the averages",
+    "adam": "the optimiser",
+    "buffer": "the count of persistent chains",
+}
 # Folded into the seed, together with the first chain of a part, and with the iteration.
 _PART, _ITEMS = 2**40, 2**41
 
@@ -237,6 +245,13 @@ class ShortRunLearner:
         In a group, all processes must call this method, and the states of the buffer are complete
         on rank 0 alone.
         """
+        tensors = self._replicated()
+        if self.buffer is not None:
+            tensors["buffer"] = self.buffer.gather()
+        return tensors
+
+    def _replicated(self) -> dict[str, Tensor]:
+        """Return the tensors that are equal on all processes."""
         tensors = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
         if self.averaged is not None:
             for name, value in self.averaged.module.state_dict().items():
@@ -245,11 +260,9 @@ class ShortRunLearner:
         for name, parameter in self.energy.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
-        if self.buffer is not None:
-            tensors["buffer"] = self.buffer.gather()
-            if self.buffer.kind != "index":
-                added = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
-                tensors["buffer_added"] = added
+        if self.buffer is not None and self.buffer.kind != "index":
+            added = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
+            tensors["buffer_added"] = added
         return tensors
 
     def load_tensors(
@@ -299,21 +312,25 @@ class ShortRunLearner:
         """Write a checkpoint, with ``info`` in its header, atomically.
 
         ``fl.load`` makes a sampler from it. In a group, all processes must call this method, and
-        rank 0 writes. Raises DistributedError if the processes have different weights.
+        rank 0 writes. Raises DistributedError if the processes differ in their weights, averages
+        or optimiser.
         """
-        self.check_weights(f"checkpoint {path}")
+        self.check_replicas(f"checkpoint {path}")
         tensors = self.tensors()
         if self.group.rank > 0:
             return
         settings, header = describe(self.sampler)
         save_checkpoint(path, tensors | settings, {**info, "iteration": self.iteration, **header})
 
-    def check_weights(self, what: str) -> None:
-        """Raise DistributedError unless all processes of the group have equal weights."""
-        if self.group.world_size > 1:
-            weights = self.energy.state_dict()
-            on_cpu = {name: value.cpu().contiguous() for name, value in weights.items()}
-            self.group.compare({"the weights": checksum("", on_cpu)}, what)
+    def check_replicas(self, what: str) -> None:
+        """Raise DistributedError unless all processes have equal weights, averages and moments."""
+        if self.group.world_size == 1:
+            return
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for name, value in self._replicated().items():
+            kind = _KINDS[re.split(r"[._]", name)[0]]
+            kinds.setdefault(kind, {})[name] = value.detach().cpu().contiguous()
+        self.group.compare({kind: checksum("", tensors) for kind, tensors in kinds.items()}, what)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore the state that :meth:`save` wrote and return the header.

@@ -1,7 +1,6 @@
 """Many samples as files of a folder, drawn by any number of processes and resumed after a stop."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from torch import Tensor
 
 from fastlangevin.arguments import check_count
 from fastlangevin.distributed import DistributedError, Group
+from fastlangevin.gradients.network import device_of
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.checkpoint import checksum
 from fastlangevin.learn.data.shards import FORMAT, SAMPLES, VERSION, shard_paths
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_arrays
-from fastlangevin.learn.job import check_same_folder
+from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code
 from fastlangevin.learn.reading import read_json
 from fastlangevin.sampler import LangevinSampler
 
@@ -38,31 +38,41 @@ def sample_shards(
     The samples are those of one call ``sampler(n=n, seed=seed)``, in float32. The file of chains
     i, i + 1, ... is called i.npy, with eight digits, and has shape [per_file, ...], or less at the
     end. samples.json says what the files hold. Files that are complete are kept, so that the same
-    call continues after a stop, with any number of processes. The call returns when the files of
-    all processes are there.
+    call continues after a stop, with any number of processes. Each process draws the next file
+    that is missing. The call returns when the files of all processes are there.
 
     per_file: samples per file, which one call of the sampler draws; it bounds the memory.
     group: the processes that share the files.
     report: called as ``report(samples that are there, n)``, on rank 0 alone.
 
-    Raises FileExistsError if the folder holds samples of another model, seed or number, or other
-    files; DistributedError if the processes differ, do not share the folder, or stop making files.
+    Raises FileExistsError if the folder holds samples of another model, seed, number, version or
+    kind of device, or other files; DistributedError if the processes differ, do not share the
+    folder, or one of them fails.
     """
     out, group = Path(out), group or Group()
     plan = _plan(sampler, check_count("sample", "n", n), seed, per_file)
-    group.compare(plan, "start")
+    compare_with_code(group, plan)
     group.first(lambda: _open(out, plan), f"folder of samples {out}")
-    check_same_folder(group, out)
+    check_same_folder(group, out, "sample")
     paths = shard_paths(out, n, per_file)
-    for i, path in enumerate(paths):
-        if i % group.world_size == group.rank and not path.exists():
-            first = i * per_file
-            count = min(per_file, n - first)
-            save_arrays(path, sampler(n=count, seed=seed, first_chain=first).float())
-            group.check("samples")
-        if report is not None and group.rank == 0 and i % group.world_size == 0:
-            report(_there(paths, per_file, n), n)
-    _wait_for_all(paths, per_file, n, group, report)
+    try:
+        with group.working():
+            for i in group.deal(len(paths), "samples"):
+                if paths[i].exists():
+                    continue
+                first = i * per_file
+                x = sampler(n=min(per_file, n - first), seed=seed, first_chain=first)
+                save_arrays(paths[i], x.float())
+                group.check("samples")
+                if report is not None and group.rank == 0:
+                    there = _there(paths, per_file, n)
+                    if there < n:
+                        report(there, n)
+        group.barrier("samples")
+    except DistributedError as error:
+        raise DistributedError(f"{error}; the same command continues") from error
+    if report is not None and group.rank == 0:
+        report(n, n)
     return paths
 
 
@@ -76,7 +86,14 @@ def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[st
         for name, value in sampler.settings().items()
     }
     plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
-    return json.loads(json.dumps(plan | {"weights": digest, "sampler": settings}))
+    plan |= {"weights": digest, "sampler": settings, "device": _device(sampler), **VERSIONS}
+    return json.loads(json.dumps(plan))
+
+
+def _device(sampler: LangevinSampler) -> str:
+    """Return what computes the samples: the name of a GPU, or "cpu"."""
+    device = device_of(sampler.energy) or torch.device("cpu")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _open(out: Path, plan: dict[str, Any]) -> None:
@@ -108,23 +125,3 @@ def _there(paths: list[Path], per_file: int, n: int) -> int:
     """Return how many samples are in files that exist."""
     full = sum(path.exists() for path in paths[:-1]) * per_file
     return full + (n - (len(paths) - 1) * per_file) * paths[-1].exists()
-
-
-def _wait_for_all(
-    paths: list[Path], per_file: int, n: int, group: Group, report: Progress | None
-) -> None:
-    """Return once all files exist; DistributedError if none appears within the time limit."""
-    deadline, before = time.monotonic() + group.timeout, _there(paths, per_file, n)
-    while before < n:
-        time.sleep(0.2)
-        group.check("samples")
-        now = _there(paths, per_file, n)
-        if now > before:
-            deadline, before = time.monotonic() + group.timeout, now
-            if report is not None and group.rank == 0:
-                report(now, n)
-        elif time.monotonic() > deadline:
-            raise DistributedError(
-                f"samples: {n - now} of {n} samples of other processes are missing, and none came "
-                f"within {group.timeout:g} s; the same command continues"
-            )

@@ -81,7 +81,7 @@ def train(
             checkpoint after the current iteration and end the run.
         group: The processes that share each batch. All of them call this function; see
             :func:`fastlangevin.distributed.join`. Rank 0 writes. A signal to any of them stops
-            all. A run that the same job of torchrun started before a restart is continued.
+            all. A run that the same job began before torchrun restarted it is continued.
 
     Before anything is written, raises FileExistsError if ``out`` holds a run and neither
     ``resume`` nor ``overwrite`` is given, or if another process is training in it; ValueError for
@@ -96,7 +96,7 @@ def train(
 
         def open_folder() -> bool:
             """Check and lock the folder; return whether to continue the run in it."""
-            own = is_run(out) and is_own(out)
+            own = is_run(out) and is_own(group, out)
             check_folder(config, out, resume or own, overwrite and not own)
             stack.enter_context(only_writer(out))
             return resume or own
@@ -125,11 +125,11 @@ def _open_run(
         return learner.iteration
 
     iteration = group.first(prepare, f"run folder {out}")
-    check_same_folder(group, out)
+    check_same_folder(group, out, "train")
     group.first(lambda: save_config(config, out / CONFIG), f"run folder {out}")
     if group.rank > 0 and iteration > 0:
         learner.load(checkpoint_path(out, iteration))
-    learner.check_weights("start")
+    learner.check_replicas("start")
 
 
 def _train(

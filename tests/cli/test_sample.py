@@ -35,6 +35,17 @@ def test_sample_refuses(
     assert [path.name for path in tmp_path.iterdir()] == ["foreign.safetensors"]
 
 
+@pytest.mark.parametrize("out", [None, "grid.png"])
+def test_several_processes_need_a_folder(
+    out: str | None, command: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = command("sample", run, *(() if out is None else ("--out", out)))
+    assert_refused(result, "several processes write a folder: give --out, a name without an ending")
+    assert result.stderr.strip().endswith("got grid.png" if out else "a name without an ending")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there(device: str, command: Command, run: Path) -> None:

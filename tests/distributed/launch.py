@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 def launch(world_size: int, log: Path, function: Callable[..., Any], *arguments: Any) -> list[int]:
     """The exit status of every rank after ``function(*arguments)``; all print to ``log``.
 
-    The function is one of a module, so that another interpreter can import it.
+    The function is one of a module, so that another interpreter can import it. A rank that has
+    been stopped by SIGSTOP is killed when those above it have ended.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,9 +32,20 @@ def launch(world_size: int, log: Path, function: Callable[..., Any], *arguments:
     ]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(240)
+    for process in reversed(ranks):
+        deadline = time.monotonic() + 240
+        while process.is_alive() and not _is_stopped(process.pid) and time.monotonic() < deadline:
+            process.join(0.1)
+        process.kill()
+        process.join()
     return [-1 if process.exitcode is None else process.exitcode for process in ranks]
+
+
+def _is_stopped(pid: int | None) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended, or this is not Linux
+        return False
 
 
 def _run(

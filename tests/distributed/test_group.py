@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlangevin.distributed import DistributedError, Group, Launch, OrderedSum, join, split_rows
 from fastlangevin.distributed.meeting import meet
+from fastlangevin.distributed.store import TimedStore
 from tests.distributed.threads import run_ranks
 
 
@@ -61,6 +62,18 @@ def test_rows_are_those_of_one_process(n: int) -> None:
             assert torch.equal(sums, images.sum(1).long())
 
 
+def test_ranks_without_rows_wait_for_rows_that_take_longer_than_the_time_limit() -> None:
+    def compute(rows: slice) -> tuple[Tensor]:
+        time.sleep(1.5)
+        return (torch.arange(rows.start, rows.stop),)
+
+    def work(group: Group) -> Any:
+        return split_rows(group, 3, 4, compute, "rows")
+
+    for (rows,) in run_ranks(3, work, timeout=0.5):
+        assert rows.tolist() == [0, 1, 2]
+
+
 def test_a_rank_that_fails_is_named_at_once_with_its_reason() -> None:
     def work(group: Group) -> None:
         if group.rank == 1:
@@ -80,7 +93,7 @@ def test_a_rank_that_fails_is_named_at_once_with_its_reason() -> None:
 def test_a_rank_that_does_not_answer_is_named(
     collective: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastlangevin.distributed.group.GRACE", 0.5)
+    monkeypatch.setattr("fastlangevin.distributed.watch.GRACE", 0.5)
 
     def work(group: Group) -> None:
         if group.rank == 1:
@@ -137,7 +150,7 @@ def test_processes_that_meet_again_in_one_store_leave_the_dead_alone() -> None:
 
         def come(rank: int, late: int = late) -> str:
             time.sleep(0.2 * (rank == late))
-            return meet(store, Launch(rank, 3, rank), timeout=20)
+            return meet(TimedStore(store, 20, False), Launch(rank, 3, rank), timeout=20)
 
         with ThreadPoolExecutor(3) as pool:
             (name,) = set(pool.map(come, range(3)))
@@ -146,4 +159,4 @@ def test_processes_that_meet_again_in_one_store_leave_the_dead_alone() -> None:
     for rank, missing in ((0, "ranks 1, 2"), (1, "rank 0")):
         match = f"start: no answer to rank {rank} from {missing} within 0.2 s"
         with pytest.raises(DistributedError, match=match):
-            meet(store, Launch(rank, 3, rank), timeout=0.2)
+            meet(TimedStore(store, 20, False), Launch(rank, 3, rank), timeout=0.2)

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.processes import free_port, send
 from fastlangevin.cli import main
+from fastlangevin.distributed import join
 from fastlangevin.learn import resolve, train
 from fastlangevin.learn.checkpoint import list_checkpoints, read_checkpoint
 from tests.cli.shared import TINY, options
@@ -39,6 +41,13 @@ def run_commands(run: Path, folder: Path, figures: Path) -> None:
 def train_with_settings_of_its_own(run: Path) -> None:
     changes = SETTINGS | {"lr": 0.5 if os.environ["RANK"] == "1" else 0.1}
     main(["train", "--out", str(run), *options(**changes)])
+
+
+def stop_rank_0() -> None:
+    with join("cpu", timeout=3) as group:
+        if group.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        group.all_gather(torch.zeros(1), "the gradients")
 
 
 def run_example(name: str, folder: Path) -> None:
@@ -89,6 +98,14 @@ def test_a_rank_with_other_settings_ends_all_with_its_name(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says which process has been stopped")
+def test_a_stopped_rank_that_holds_the_store_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert launch(2, log, stop_rank_0) == [-signal.SIGKILL, 1], log.read_text()
+    match = "the gradients: no answer from rank 0, which holds the store of the job within 3 s"
+    assert f"DistributedError: {match}" in log.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "accelerate_loop"])
 def test_an_example_learns_the_same_in_two_processes(name: str, tmp_path: Path) -> None:
@@ -117,15 +134,14 @@ def test_the_lightning_module_learns_the_same_on_both_ranks(tmp_path: Path) -> N
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def torchrun(processes: int, restarts: int, *arguments: Any) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-    launcher += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
-    launcher += ["--max-restarts", str(restarts), "-m", "--", "fastlangevin"]
-    return [*launcher, *map(str, arguments)]
-
-
-def workers(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def torchrun(processes: int, restarts: int, *arguments: Any, **own: Any) -> list[str]:
+    """The command line of torchrun, whose other options are ``own``."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    given = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", **own}
+    given |= {"nproc_per_node": processes, "max_restarts": restarts}
+    for name, value in given.items():
+        launcher += [f"--{name.replace('_', '-')}", str(value)]
+    return [*launcher, "-m", "--", "fastlangevin", *map(str, arguments)]
 
 
 def wait_for(condition: Any, job: "subprocess.Popen[bytes]") -> None:
@@ -138,14 +154,38 @@ def wait_for(condition: Any, job: "subprocess.Popen[bytes]") -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc names the workers")
-def test_torchrun_restarts_a_killed_job_from_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchrun_restarts_a_killed_job_from_its_checkpoint(processes: int, tmp_path: Path) -> None:
+    """And another torchrun with the same id does not take the finished run for its own."""
     settings = SETTINGS | {"iterations": 150, "save_every": 10}
     run, log = tmp_path / "run", tmp_path / "log"
-    line = torchrun(2, 3, "train", "--out", run, *options(**settings))
+    line = torchrun(processes, 3, "train", "--out", run, *options(**settings), rdzv_id="mine")
     with log.open("wb") as file, subprocess.Popen(line, stdout=file, stderr=file) as job:
         wait_for(lambda: list_checkpoints(run), job)
-        os.kill(workers(job.pid)[1], signal.SIGKILL)
+        assert send(job, lambda ranks: ranks[-1], signal.SIGKILL)
         assert job.wait(300) == 0, log.read_text()
+    train(resolve(overrides=settings), tmp_path / "alone")
+    assert same_weights(run, tmp_path / "alone")
+    again = subprocess.run(line, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "already holds a run; resume it, overwrite it, or name another" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the workers")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_two_launchers_without_an_id_continue_after_either_loses_a_process(
+    killed: int, tmp_path: Path
+) -> None:
+    settings = SETTINGS | {"iterations": 150, "save_every": 10}
+    run, log = tmp_path / "run", tmp_path / "log"
+    train_line = ("train", "--out", run, *options(**settings))
+    line = torchrun(1, 3, *train_line, rdzv_endpoint=f"localhost:{free_port()}", nnodes=2)
+    with log.open("wb") as file:
+        jobs = [subprocess.Popen(line, stdout=file, stderr=file) for _ in range(2)]
+        wait_for(lambda: list_checkpoints(run), jobs[0])
+        assert send(jobs[killed], lambda ranks: ranks[0], signal.SIGKILL)
+        assert [job.wait(300) for job in jobs] == [0, 0], log.read_text()
     train(resolve(overrides=settings), tmp_path / "alone")
     assert same_weights(run, tmp_path / "alone")
 
@@ -158,6 +198,6 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path) -> None:
     line = torchrun(2, 0, "train", "--out", run, "--timeout", 5, *options(**settings))
     with log.open("wb") as file, subprocess.Popen(line, stdout=file, stderr=file) as job:
         wait_for(lambda: (run / "series.jsonl").exists(), job)
-        os.kill(workers(job.pid)[1], signal.SIGSTOP)
+        assert send(job, lambda ranks: ranks[1], signal.SIGSTOP)
         assert job.wait(300) == 1
     assert "no answer from rank 1 within 5 s; no checkpoint was saved yet" in log.read_text()

@@ -1,6 +1,5 @@
 """Several ranks as threads of this process, which communicate through Gloo."""
 
-import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -18,29 +17,31 @@ class ThreadGroup(Group):
     """A Group whose collectives are those of its own Gloo process group."""
 
     def __init__(self, rank: int, world_size: int, store: Any, timeout: float) -> None:
-        super().__init__(rank, world_size, store=store, timeout=timeout)
+        super().__init__(rank, world_size, store=store, timeout=timeout, holder=True)
         gloo = dist.PrefixStore("gloo", store)
         limit = timedelta(seconds=timeout)
         self.gloo = dist.ProcessGroupGloo(gloo, rank, world_size, limit)
 
-    def _all_to_all(self, received: Tensor, sent: Tensor, expected: Any, counts: Any) -> None:
-        self.gloo.alltoall_base(received, sent, expected, counts).wait()
+    def _all_to_all(self, received: Tensor, sent: Tensor, expected: Any, counts: Any) -> Any:
+        return self.gloo.alltoall_base(received, sent, expected, counts)
 
-    def _all_gather(self, parts: list[Tensor], tensor: Tensor) -> None:
-        self.gloo.allgather([parts], [tensor]).wait()
+    def _all_gather(self, parts: list[Tensor], tensor: Tensor) -> Any:
+        return self.gloo.allgather([parts], [tensor])
 
-    def _broadcast(self, tensor: Tensor) -> None:
-        self.gloo.broadcast([tensor], dist.BroadcastOptions()).wait()  # from rank 0
+    def _broadcast(self, tensor: Tensor) -> Any:
+        return self.gloo.broadcast([tensor], dist.BroadcastOptions())  # from rank 0
 
 
-def run_ranks(world_size: int, work: Callable[[Group], T], timeout: float = 60.0) -> list[T | Any]:
+def run_ranks(
+    world_size: int, work: Callable[[Group], T], timeout: float = 60.0, store: Any = None
+) -> list[T | Any]:
     """The results of ``work(group)`` of every rank; an exception is returned in place of one.
 
-    An exception is reported to the other ranks, as ``join`` does.
+    The ranks come and leave as they do in ``join``.
     """
     if world_size == 1:
         return [_outcome(Group(), work)]
-    store = dist.HashStore()
+    store = store or dist.HashStore()
 
     def run(rank: int) -> T | Any:
         group = ThreadGroup(rank, world_size, store, timeout)
@@ -54,8 +55,7 @@ def run_ranks(world_size: int, work: Callable[[Group], T], timeout: float = 60.0
 
 def _outcome(group: Group, work: Callable[[Group], T]) -> T | Any:
     try:
-        return work(group)
+        with group.membership():
+            return work(group)
     except BaseException as error:
-        with contextlib.suppress(RuntimeError):
-            group.report_failure(error)
         return error

@@ -1,6 +1,11 @@
 """Samples in a folder of files: the same for any number of processes, resumed, and read again."""
 
+import contextlib
+import importlib
 import json
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +14,15 @@ import pytest
 import torch
 
 import fastlangevin as fl
+import fastlangevin.learn.job as job
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn import load_images
 from fastlangevin.learn.errors import FileError
+from fastlangevin.learn.job import VERSIONS
 from fastlangevin.learn.sample_shards import sample_shards
 from tests.distributed.threads import run_ranks
+
+sample_shards_module = importlib.import_module("fastlangevin.learn.sample_shards")
 
 
 def sampler(steps: int = 2, weight: float = 0.0) -> fl.LangevinSampler:
@@ -104,16 +113,101 @@ def test_processes_with_other_weights_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_files_that_never_come_are_an_error(tmp_path: Path) -> None:
-    draw(tmp_path, n=8)
-    (tmp_path / "00000004.npy").unlink()
-    # The other process has made its files known, and none of them.
-    absent = Group(0, 2, store=torch.distributed.HashStore(), timeout=0.3)
-    absent.share = lambda value, what: [value, value]  # type: ignore[method-assign]
-    absent.first = lambda call, what: call()  # type: ignore[method-assign]
-    match = "4 of 8 samples of other processes are missing, and none came within 0.3 s"
-    with pytest.raises(DistributedError, match=match):
-        draw(tmp_path, n=8, group=absent)
+@pytest.mark.parametrize("name", ["device", "torch", "fastlangevin"])
+def test_samples_of_another_device_or_version_are_not_continued(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, second, _ = draw(tmp_path)
+    second.unlink()
+    if name == "device":
+        monkeypatch.setattr(sample_shards_module, "_device", lambda _: "another")
+    else:
+        monkeypatch.setitem(VERSIONS, name, "another")
+    with pytest.raises(FileExistsError, match=rf"holds other samples: {name} \(.* another now\)"):
+        draw(tmp_path)
+    assert not second.exists()
+
+
+def test_processes_with_other_code_do_not_share_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = iter("ab")
+    monkeypatch.setattr(job, "_digest", lambda: next(digests))
+    samplers = [sampler(), sampler()]
+
+    def work(group: Group) -> list[Path]:
+        return sample_shards(samplers[group.rank], 8, tmp_path / "new", group=group)
+
+    for error in run_ranks(2, work):
+        assert "start: the processes differ in the code: " in str(error)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_samples_that_a_rank_does_not_see_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_SEEN_WITHIN", 0.2)
+    samplers = [sampler(), sampler()]
+
+    def work(group: Group) -> list[Path]:
+        folder = tmp_path / f"disk-{group.rank}" / "samples"
+        return sample_shards(samplers[group.rank], 8, folder, group=group)
+
+    for error in run_ranks(2, work):
+        assert str(error).startswith("sample: ")
+        assert "samples of rank 0 is not the folder that ranks 1 see" in str(error)
+
+
+class Slow(fl.LangevinSampler):
+    """A sampler that does something else before every call."""
+
+    before: Callable[[], Any] = staticmethod(lambda: None)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.before()
+        return super().__call__(*arguments, **options)
+
+
+def slow(before: Callable[[], Any]) -> Slow:
+    made = Slow(sampler().energy, steps=2, noise_std=0.1)
+    made.before = before
+    return made
+
+
+def test_files_left_by_a_killed_job_are_shared_out_evenly(tmp_path: Path) -> None:
+    """Here those that one of two processes would have made if their numbers decided."""
+    together = threading.Barrier(2)  # broken unless both processes draw at the same time
+    samplers = [slow(lambda: together.wait(30)) for _ in range(2)]
+    for path in draw(tmp_path, n=32)[::2]:
+        path.unlink()
+
+    def work(group: Group) -> list[Path]:
+        return sample_shards(samplers[group.rank], 32, tmp_path, seed=3, per_file=4, group=group)
+
+    paths, _ = run_ranks(2, work)
+    assert np.array_equal(np.concatenate([np.load(p) for p in paths]), whole(32))
+
+
+def test_idle_ranks_wait_for_a_file_that_takes_longer_than_the_time_limit(tmp_path: Path) -> None:
+    samplers = [slow(lambda: time.sleep(2)) for _ in range(3)]
+
+    def work(group: Group) -> list[Path]:
+        return sample_shards(samplers[group.rank], 4, tmp_path, seed=3, per_file=4, group=group)
+
+    assert run_ranks(3, work, timeout=0.8) == [[tmp_path / "00000000.npy"]] * 3
+
+
+def test_a_rank_that_makes_no_files_any_more_is_named(tmp_path: Path) -> None:
+    samplers = [sampler(), sampler()]
+
+    def work(group: Group) -> list[Path]:
+        if group.rank == 1:  # it hangs without a sign, as if it were stopped
+            group.working = contextlib.nullcontext  # type: ignore[method-assign]
+            group.deal = lambda *_: time.sleep(2) or iter(())  # type: ignore[method-assign]
+        return sample_shards(samplers[group.rank], 8, tmp_path, per_file=4, group=group)
+
+    match = "samples: no answer from rank 1 within 0.5 s; the same command continues"
+    assert str(run_ranks(2, work, timeout=0.5)[0]) == match
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,34 @@ def test_a_checkpoint_of_one_number_of_processes_is_resumed_by_another(tmp_path:
         assert same_state(run_ranks(world_size, resume)[0], whole)
 
 
+CHANGES: dict[str, Any] = {
+    "the weights": lambda learning: next(learning.energy.parameters()).data.add_(1e-6),
+    "the averages": lambda learning: next(learning.averaged.parameters()).data.add_(1e-6),
+    "the optimiser": lambda learning: next(iter(learning.optimizer.state.values()))[
+        "exp_avg_sq"
+    ].mul_(1.001),
+    "the count of persistent chains": lambda learning: setattr(learning.buffer._buffer, "added", 3),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_rank_whose_state_differs_is_named_and_nothing_is_saved(
+    what: str, tmp_path: Path
+) -> None:
+    def work(group: Group) -> None:
+        learning = learner(sampler(fresh()), group=group, ema=0.9, buffer=persistent("fifo")())
+        learning.step()
+        if group.rank == 1:
+            CHANGES[what](learning)
+        learning.save(tmp_path / "cut.safetensors")
+
+    for error in run_ranks(3, work):
+        assert isinstance(error, distributed.DistributedError)
+        assert f"cut.safetensors: the processes differ in {what}: " in str(error)
+        assert str(error).endswith("on rank 1")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Dropping(nn.Module):
     """An energy with dropout, an unused parameter and a buffer that counts forward passes."""
 

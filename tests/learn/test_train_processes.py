@@ -1,11 +1,13 @@
 """Training runs of several processes, here threads: one folder, one result, named failures."""
 
+import dataclasses
 import importlib
 import json
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastlangevin.learn.job as job
@@ -114,19 +116,19 @@ def test_processes_with_other_settings_are_named_before_anything_is_written(
 def test_processes_with_other_data_or_code_are_named(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = resolve(overrides=SETTINGS | {"data": "mnist5k", "size": 8, "parts": 3, "limit": 5})
-    same = resolve(overrides=SETTINGS | {"data": "digits", "size": 8, "parts": 3, "limit": 5})
+    np.save(tmp_path / "images.npy", np.zeros((9, 1, 8, 8), np.uint8))
+    other = dataclasses.replace(config, data=str(tmp_path / "images.npy"))
 
     def work(group: Group) -> Path:
-        return train(other if group.rank else same, tmp_path / "run", group=group)
+        return train(other if group.rank else config, tmp_path / "run", group=group)
 
-    pytest.importorskip("mlxtend")
     for error in run_ranks(2, work):
         assert "start: the processes differ in the data: {" in str(error)
     digests = iter("ab")
     monkeypatch.setattr(job, "_digest", lambda: next(digests))
     for error in run_ranks(2, lambda group: train(config, tmp_path / "run", group=group)):
         assert "start: the processes differ in the code: " in str(error)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_a_rank_does_not_see_is_named(
@@ -153,17 +155,57 @@ def test_the_reason_of_rank_0_reaches_the_others(
 
 
 def test_a_restarted_job_continues_its_run_and_no_other(
-    config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     with pytest.raises(CutError):
-        train(config, out, report=cut_at(7))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        train(config, out)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+        train(config, out, report=cut_at(7), group=Group(job="job", start="first"))
+    for group in (Group(job="other", start="first"), Group(), Group(job="job", start="first")):
+        with pytest.raises(FileExistsError, match="already holds a run"):
+            train(config, out, group=group)
     # Overwriting means what was there before the job began.
-    train(config, out, overwrite=True)
+    train(config, out, overwrite=True, group=Group(job="job", start="second"))
     assert_same_end(out, whole)
     assert min(r["iteration"] for r in records(out)) == 2
+    # Another restart, after the run has ended and before all processes have.
+    train(config, out, overwrite=True, group=Group(job="job", start="third"))
+    assert_same_end(out, whole)
+
+
+@pytest.mark.parametrize("group", [Group(job="job", start="first"), Group(job="next", start="a")])
+def test_a_finished_run_is_overwritten_by_the_same_processes_or_another_job(
+    group: Group, config: TrainConfig, tmp_path: Path
+) -> None:
+    """And not taken for one that a restart continues."""
+    out = tmp_path / "run"
+    train(config, out, group=Group(job="job", start="first"))
+    longer = dataclasses.replace(config, lr=0.02)
+    seen: list[int] = []
+    train(longer, out, overwrite=True, report=lambda i, _: seen.append(i), group=group)
+    assert seen == list(range(1, config.iterations + 1))
+
+
+def test_more_processes_than_chains_are_refused_before_anything_is_written(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    small = dataclasses.replace(config, batch_size=2, parts=1)
+    out = tmp_path / "run"
+    for error in run_ranks(3, lambda group: train(small, out, group=group)):
+        assert isinstance(error, ValueError)
+        assert "batch_size must be at least the number of processes = 3, got 2" in str(error)
+    assert not out.exists()
+
+
+def test_the_digest_of_the_code_depends_on_compiled_extensions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "__file__", str(tmp_path / "learn" / "job.py"))
+    (tmp_path / "learn").mkdir()
+    digests = []
+    for name in ("learn/job.py", "_native.cpython-311.so", "_native.pyd"):
+        for content in ("a", "b"):
+            (tmp_path / name).write_text(content)
+            digests.append(job._digest())
+    assert len(set(digests)) == len(digests)
+    (tmp_path / "notes.txt").write_text("no code")
+    assert job._digest() == digests[-1]

@@ -246,8 +246,11 @@ def _nearest(images: Tensor, train: ImageData, quantised: bool, group: Group) ->
         for rows in blocks[shard(len(blocks), group.rank, group.world_size).rows()]:
             yield _prepare(train.batch(rows).to(images.device), quantised).flatten(1)
 
-    distance = metrics.nearest(images.flatten(1), own()).distance
-    nearest = group.all_gather(distance, "the nearest training images").amin(0)
+    what = "the nearest training images"
+    with group.working():
+        distance = metrics.nearest(images.flatten(1), own()).distance
+    group.barrier(what)  # which waits for a process that works
+    nearest = group.all_gather(distance, what).amin(0)
     return nearest / images[0].numel() ** 0.5
 
 

@@ -1,5 +1,6 @@
 """Evaluate the samples of a run, or samples in files, against the data of the run."""
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,12 @@ from torch import Tensor
 
 from fastlangevin.distributed import Group, split_rows
 from fastlangevin.learn.build import choose_device, fingerprint
-from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_folder
+from fastlangevin.learn.checkpoint import (
+    checksum,
+    find_checkpoint,
+    read_checkpoint,
+    run_folder,
+)
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.evaluation.evaluate import (
@@ -22,6 +28,7 @@ from fastlangevin.learn.evaluation.evaluate import (
     yardsticks,
 )
 from fastlangevin.learn.evaluation.features import make_features
+from fastlangevin.learn.job import compare_with_code
 from fastlangevin.learn.model import load
 from fastlangevin.learn.run_data import load_held_out
 from fastlangevin.progress import Report, silent
@@ -116,10 +123,16 @@ def evaluate_run(
         )
     n = n or min(2048, most[scarce])
     if group.world_size > 1:
+        tensors, info = read_checkpoint(checkpoint)
         options = {"n": n, "features": features, "reference": reference, "noise": list(noise),
                    "quantise": quantise, "k": k, "seed": seed, "averaged": averaged}  # fmt: skip
-        sources = {"the data": fingerprint(train), "the checkpoint": checkpoint.name}
-        group.compare(options | sources, "start")
+        sources = {
+            "the data": fingerprint(train),
+            "the held-out images": held_out and fingerprint(held_out),
+            "the samples": read and fingerprint(read),
+            "the checkpoint": checksum(json.dumps(info), tensors),
+        }
+        compare_with_code(group, options | sources)
     if n <= k:
         raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
     extract = make_features(features, train, torch_device)

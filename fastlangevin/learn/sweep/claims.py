@@ -42,9 +42,10 @@ def claimed(path: Path, lost: Callable[[], None]) -> Iterator[bool]:
     finally:
         done.set()
         keeper.join()
-        if _is_owner(path, own, owner):
-            for claim in _claims(path):  # the newest is its own, and goes last
-                claim.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the work is done, and a claim that stays expires
+            if _is_owner(path, own, owner):
+                for claim in _claims(path):  # the newest is its own, and goes last
+                    claim.unlink(missing_ok=True)
 
 
 def _claims(path: Path) -> list[Path]:
@@ -65,7 +66,7 @@ def _take(path: Path, owner: str) -> Path | None:
     if not _create(own, owner):
         return None
     if last is not None and not _expired(last):  # another process was faster
-        own.unlink()
+        own.unlink(missing_ok=True)
         return None
     return own
 
@@ -97,10 +98,10 @@ def _create_without_links(path: Path, owner: str) -> bool:
 def _expired(path: Path) -> bool:
     """Compare a claim's time with that of a new file, as machines may have different clocks."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    probe.touch()
     try:
+        probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime > EXPIRES
-    except FileNotFoundError:
+    except FileNotFoundError:  # it was given up, or all work is done and the folder is gone
         return False
     finally:
         probe.unlink(missing_ok=True)
@@ -109,21 +110,20 @@ def _expired(path: Path) -> bool:
 def _keep(
     path: Path, own: Path, owner: str, done: threading.Event, lost: Callable[[], None]
 ) -> None:
-    """Touch a claim until the work is done."""
+    """Touch a claim until the work is done.
+
+    A file system can fail for a while. Whether the claim is lost is known when it works again.
+    """
     while not done.wait(EXPIRES / _TOUCHES):
-        if not _is_owner(path, own, owner):
-            lost()
-            return
         with contextlib.suppress(OSError):
+            if not _is_owner(path, own, owner):
+                lost()
+                return
             os.utime(own)
 
 
 def _is_owner(path: Path, own: Path, owner: str) -> bool:
-    return _read(own) == owner and _claims(path)[-1:] == [own]
-
-
-def _read(path: Path) -> str | None:
     try:
-        return path.read_text("utf-8")
-    except OSError:
-        return None
+        return own.read_bytes() == owner.encode() and _claims(path)[-1:] == [own]
+    except FileNotFoundError:
+        return False

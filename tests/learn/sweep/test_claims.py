@@ -1,5 +1,7 @@
 """Processes that share a sweep through its folder, and take over what lost ones left."""
 
+import errno
+import itertools
 import os
 import threading
 import time
@@ -88,6 +90,48 @@ def test_an_owner_whose_claim_was_taken_over_is_told(
         (tmp_path / "run.1").write_text("another process")
         assert told.wait(10)
     assert (tmp_path / "run.1").read_text() == "another process"
+
+
+@pytest.mark.parametrize("failing", ["read_bytes", "glob"])
+def test_a_claim_is_kept_when_the_file_system_fails_for_a_while(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "EXPIRES", 0.5)
+    works, failures, twice = getattr(Path, failing), itertools.count(1), threading.Event()
+
+    def fails(self: Path, *arguments: Any) -> Any:
+        if threading.current_thread() is threading.main_thread() or twice.is_set():
+            return works(self, *arguments)
+        if next(failures) == 2:
+            twice.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = tmp_path / "run"
+    with claimed(path, never):
+        monkeypatch.setattr(Path, failing, fails)
+        assert twice.wait(10)
+        time.sleep(1)
+        with claimed(path, never) as free:
+            assert not free  # its owner still touches it
+        monkeypatch.setattr(Path, failing, works)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_that_is_done_counts_although_its_claim_cannot_be_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with claimed(tmp_path / "run", never) as free:
+        assert free
+        monkeypatch.setattr(Path, "unlink", fails)
+    assert (tmp_path / "run.0").exists()
+
+
+def test_a_claim_in_a_folder_that_has_gone_is_left_alone(tmp_path: Path) -> None:
+    """The process that finished the sweep has removed it."""
+    assert not claims._expired(tmp_path / "gone" / "run.0")
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> None:

@@ -122,7 +122,7 @@ def test_a_process_of_torchruns_takes_its_own_gpu(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
-    assert own_device(device, shared=True) == want
+    assert own_device(device) == want
 
 
 @pytest.mark.parametrize(

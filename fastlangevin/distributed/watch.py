@@ -1,0 +1,141 @@
+"""Watch: how a process waits for the others, and what it knows of them."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief
+
+GRACE = 5.0  # seconds in which the other processes may say why a collective failed
+_LOOK = 0.2  # seconds between looks, while waiting, at what the other processes say
+_FAILURE, _SIGNS = "failure", "signs"
+
+
+class DistributedError(RuntimeError):
+    """The processes of a job cannot work together, or one of them has failed or is missing."""
+
+
+class Watch:
+    """The waits of a process for the others, which end in time and say who is missing or why.
+
+    holder: whether rank 0 holds the store, which then ends with it.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, store: TimedStore, timeout: float, holder: bool
+    ) -> None:
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self._store, self._holder = store, holder
+        self._missing: set[int] = set()
+
+    def wait_for(self, keys: Sequence[str], what: str) -> None:
+        """Return once the store has all keys; a rank is named by what follows the last slash."""
+        try:
+            self.poll(lambda: self._store.check(keys), what, patient=True)
+        except DeadlineError:
+            missing = [int(k.rpartition("/")[2]) for k in keys if not self._store.check([k])]
+            raise DistributedError(self._no_answer(missing, what)) from None
+
+    def poll(self, done: Callable[[], bool], what: str, patient: bool = False) -> None:
+        """Return once ``done()``; raise DeadlineError after the time limit.
+
+        Raises DistributedError as soon as another process has reported a failure. If ``patient``,
+        the limit begins again with every sign of a process that is working.
+        """
+        started = since = looked = time.monotonic()
+        signs = None
+        while not done():
+            now = time.monotonic()
+            late = now - since > self.timeout
+            if late or now - looked > min(_LOOK, self.timeout / 4):
+                looked = now
+                with self.asking(what):
+                    if reason := self.failure():
+                        raise DistributedError(f"{what}: {reason}")
+                    before, signs = signs, self._store.add(_SIGNS, 0) if patient else 0
+                if before not in (None, signs):
+                    since = now
+                elif late:
+                    raise DeadlineError
+            time.sleep(min(0.05, max(2e-5, (now - started) / 20)))  # 5 % more than it takes
+
+    def _no_answer(self, missing: Sequence[int], what: str) -> str:
+        self._missing |= set(missing)
+        return f"{what}: no answer from {named(missing)} within {self.timeout:g} s"
+
+    def failure(self) -> str | None:
+        return json.loads(self._store.get(_FAILURE)) if self._store.check([_FAILURE]) else None
+
+    @contextlib.contextmanager
+    def asking(self, what: str) -> Iterator[None]:
+        """Say in an error of the store what it was needed for."""
+        try:
+            yield
+        except StoreError as error:
+            raise DistributedError(f"{what}: {error}") from error
+
+    def reason(self, what: str, error: Exception) -> str:
+        """Say why a collective failed: another process says so, or is missing."""
+        here = [f"here/{rank}" for rank in range(self.world_size)]
+        deadline = time.monotonic() + GRACE
+        try:
+            self._store.set(here[self.rank], "")
+            while time.monotonic() < deadline and not self._store.check(here):
+                if reason := self.failure():
+                    return f"{what}: {reason}"
+                time.sleep(0.05)
+            missing = [rank for rank, key in enumerate(here) if not self._store.check([key])]
+        except StoreError as silence:
+            return f"{what}: {silence}"
+        if missing and "timed out" in str(error).lower():  # by this class or by Gloo
+            return self._no_answer(missing, what)
+        self._missing |= set(missing)
+        lost = f"{named(missing)} ended or cannot be reached" if missing else "failed"
+        return f"{what}: {lost}: {brief(error)}"
+
+    def report(self, error: BaseException) -> None:
+        """Tell the other processes why this one ends; they raise this instead of a time-out."""
+        if self.world_size == 1 or isinstance(error, DistributedError):
+            return
+        with contextlib.suppress(StoreError):
+            reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+            self._store.propose(_FAILURE, json.dumps(reason))  # the first reason counts
+
+    def leave(self, failed: bool = False) -> None:
+        """Say that this process needs the store no more, and wait until all others say so.
+
+        The holder of the store waits for ``timeout`` seconds. After a failure the others wait for
+        a moment, because a launcher may end all processes with the first one.
+        """
+        gone = [f"gone/{r}" for r in range(self.world_size) if r not in self._missing]
+        limit = self.timeout if self._holder and self.rank == 0 else GRACE if failed else 0
+        deadline = time.monotonic() + limit
+        with contextlib.suppress(StoreError):
+            if self.world_size > 1:
+                self._store.set(f"gone/{self.rank}", "")
+                while time.monotonic() < deadline and not self._store.check(gone):
+                    time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Give signs, from a thread, as long as the context lasts and this process is running."""
+        done = threading.Event()
+
+        def tell() -> None:
+            # If the store is lost, the process learns of it at its next call.
+            with contextlib.suppress(StoreError):
+                while not done.wait(self.timeout / 8):
+                    self._store.add(_SIGNS, 1)
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            done.set()
+
+
+def named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
