@@ -75,7 +75,7 @@ def test_train_sample_and_evaluate_in_two_processes(tmp_path: Path) -> None:
     assert same_weights(run, tmp_path / "alone")
     text = log.read_text()
     assert text.count(f"checkpoint  {list_checkpoints(run)[-1]}") == 1
-    assert text.count(f"{folder}\n") == 1
+    assert text.splitlines().count(str(folder)) == 1
     for line in (
         ["sample", run, "--n", "23", "--out", tmp_path / "all.npy"],
         ["evaluate", run, "--features", "pixels", "--n", "40", "--reference", "99"],
