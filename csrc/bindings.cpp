@@ -13,6 +13,7 @@
 #include "cpu/convnet.h"
 #include "cpu/signs.h"
 #include "cpu/step.h"
+#include "cpu/tile_permission.h"
 #ifdef FASTLANGEVIN_CUDA
 #include "cuda/step.h"
 #endif
@@ -130,7 +131,7 @@ using LayerTuple =
                std::array<float, 2>, int32_t, std::vector<std::tuple<int32_t, int32_t, float>>>;
 
 ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int height, int width,
-                     const std::vector<int32_t>& heads, bool bfloat16) {
+                     const std::vector<int32_t>& heads, bool bfloat16, int64_t chunk) {
   std::vector<ConvLayer> layers;
   for (const auto& [kind, inputs, in, out, size, activation, kernel, stride, padding, dilation,
                     factors, groups, links] : tuples) {
@@ -140,7 +141,7 @@ ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int he
                       {dilation[0], dilation[1]}, {factors[0], factors[1]}, groups});
     for (const auto& [to, from, factor] : links) layers.back().links.push_back({to, from, factor});
   }
-  return cpu::plan_convnet(std::move(layers), channels, height, width, heads, bfloat16);
+  return cpu::plan_convnet(std::move(layers), channels, height, width, heads, bfloat16, chunk);
 }
 
 // weights, bias, settings of the activation
@@ -181,12 +182,12 @@ void convolve(const Convolution& conv, int64_t chains, uintptr_t x, uintptr_t pa
                 chains, threads);
 }
 
-// (begin, height, width, stride between pixels) of each head in the array of all.
+// (begin, height, width, stored channels) of each head in the array of all.
 std::vector<std::array<int64_t, 4>> head_places(const ConvNet& net) {
   std::vector<std::array<int64_t, 4>> places;
   for (const ConvHead& head : net.heads) {
     const ConvBuffer& buffer = net.buffers[head.value];
-    places.push_back({head.begin, buffer.height, buffer.width, buffer.pixel});
+    places.push_back({head.begin, buffer.height, buffer.width, buffer.stored});
   }
   return places;
 }
@@ -314,13 +315,15 @@ PYBIND11_MODULE(_native, module) {
   module.def("apply_signs", &fl::apply_signs);
   py::class_<fl::ConvNet>(module, "ConvNet")
       .def(py::init(&fl::plan_convnet), py::arg("layers"), py::arg("channels"), py::arg("height"),
-           py::arg("width"), py::arg("heads"), py::arg("bfloat16"))
+           py::arg("width"), py::arg("heads"), py::arg("bfloat16"), py::arg("chunk"))
       .def_readonly("packed", &fl::ConvNet::packed)
       .def_readonly("workspace", &fl::ConvNet::workspace)
       .def_readonly("scratch", &fl::ConvNet::scratch)
       .def_readonly("head_values", &fl::ConvNet::head_values)
       .def_property_readonly("heads", &fl::head_places)
       .def_property_readonly("tiled_passes", &fl::tiled_passes)
+      .def_property_readonly("by_matrix_unit",
+                             [](const fl::ConvNet& net) { return net.kernels->tiles; })
       .def("pack", &fl::pack_weights)
       .def("score", &fl::convnet_score)
       .def("chain", &fl::convnet_chain, py::arg("operands"), py::arg("shape"), py::arg("x_strides"),
@@ -338,6 +341,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("watch_methods", &fl::watch_methods);
   module.def("instruction_set", &fl::cpu::instruction_set);
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
+  module.def("why_no_amx", [] {
+    fl::cpu::conv_kernels(true);  // changes the instruction set if the system refuses tiles
+    const char* reason = fl::cpu::why_no_tiles();
+    return std::string(reason ? reason : "");
+  });
   module.attr("MAX_DIMS") = fl::kMaxDims;
 #ifdef FASTLANGEVIN_CUDA
   module.attr("CUDA") = true;

@@ -13,19 +13,22 @@ namespace {
 
 // Packs the weights at(input channel, output channel)[position], or null beyond the last, as [block
 // of output channels][kernel position][one or two input channels][output channel of the
-// block][which of the two].
+// block][which of the two]. For tiles, there are words of zero in front of the last part of a tap.
 template <class At>
 void pack_pass(const ConvKernels& kernels, bool bfloat16, const ConvPass& pass, int threads,
                const At& at, float* packed) {
   const int lanes = kernels.lanes, whole = lanes * kernels.vectors;
   const int64_t step = bfloat16 ? 2 : 1, steps = (pass.in + step - 1) / step;
   const int64_t rows = pass.rows.size(), blocks = (pass.out + whole - 1) / whole;
+  const int64_t all = pass.taps.size() * pass.steps;
+  const int64_t of_tap = pass.matrix.words, again = pass.matrix.again;
   constexpr int64_t kFew = 4;
   packed += pass.weights;
   parallel_for(blocks, threads, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * whole, block = pass.out - begin > lanes ? whole : lanes;
-      float* to = packed + begin * rows * steps;
+      float* to = packed + begin * all;
+      if (again > 0) std::fill_n(to, all * block, 0.0f);
       // A few steps at a time, through memory that stays in the cache: the words of two kernel
       // positions are usually a power of two apart and would evict each other.
       std::vector<float> few(rows * kFew * block);
@@ -48,7 +51,16 @@ void pack_pass(const ConvKernels& kernels, bool bfloat16, const ConvPass& pass, 
           }
         }
         for (int64_t r = 0; r < rows; ++r) {
-          std::copy_n(few.data() + r * kFew * block, count * block, to + (r * steps + s) * block);
+          const float* from = few.data() + r * kFew * block;
+          const int64_t word = r * steps + s;
+          if (again == 0) {
+            std::copy_n(from, count * block, to + word * block);
+            continue;
+          }
+          for (int64_t k = word; k < word + count; ++k, from += block) {
+            const bool last_part = k % of_tap >= of_tap + again - pass.steps;
+            std::copy_n(from, block, to + (k + (k / of_tap + last_part) * again) * block);
+          }
         }
       }
     }

@@ -15,6 +15,7 @@ namespace cpu {
 struct ConvKernels {
   int lanes;    // of a vector; channels are padded to whole vectors
   int vectors;  // how many vectors of output channels are computed together
+  bool tiles;   // whether a matrix unit computes the products, of bfloat16 values only
   // For float32 and for bfloat16 values.
   using Score = void(const ConvNet& net, const ConvBatch& batch, int64_t first_chain,
                      int64_t last_chain, void* workspace);
@@ -25,20 +26,26 @@ struct ConvKernels {
                    int64_t last, int64_t chunk, float* memory);
 };
 
-extern const ConvKernels kConvBaseline;
+extern const ConvKernels kConvBaseline, kConvAmxEmulated;
 #ifdef FASTLANGEVIN_X86
 extern const ConvKernels kConvAvx2;
 extern const ConvKernels kConvAvx512;
 extern const ConvKernels kConvAvx512Bf16;
+#ifdef FASTLANGEVIN_AMX
+extern const ConvKernels kConvAmx;
+#endif
 #endif
 
-// The kernels of the active instruction set.
-const ConvKernels& conv_kernels();
+// The kernels of the active instruction set for values of a dtype. The first call for bfloat16 on a
+// processor with AMX asks the system for permission to use it, and changes to another instruction set
+// if it is refused.
+const ConvKernels& conv_kernels(bool bfloat16);
 
 // Plans a network on states [channels, height, width]. The layers are in the order of evaluation,
-// and the energy is a linear function of the values `heads`.
+// and the energy is a linear function of the values `heads`. If the kernels have tiles, `chunk` is
+// that of every batch; otherwise the plan does not depend on it.
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
-                     const std::vector<int32_t>& heads, bool bfloat16);
+                     const std::vector<int32_t>& heads, bool bfloat16, int64_t chunk);
 
 // Plans a convolution that reads images of this size or, if it is a gradient, writes them. What it
 // writes has whole vectors of channels.

@@ -164,7 +164,14 @@ struct Exact {
   }
 };
 
-void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
+struct Result {
+  std::vector<float> grad, energies;
+  bool operator==(const Result& other) const {
+    return grad == other.grad && energies == other.energies;
+  }
+};
+
+Result check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
   // Sums that are rounded to 8 bits cross a kink too often for a comparison, so there are no kinks.
   const float leak = bfloat16 ? 1.0f : 0.2f;
   Numbers numbers;
@@ -181,7 +188,7 @@ void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
     parameters.push_back({weights[k].data(), k == 0 ? nullptr : biases[k].data(), {leak, 0.0f}});
   }
   const ConvNet net = cpu::plan_convnet(test.layers, test.channels, test.height, test.width,
-                                        test.heads, bfloat16);
+                                        test.heads, bfloat16, chunk);
   std::vector<float> packed(net.packed);
   cpu::pack_weights(net, parameters, packed.data(), threads);
   std::vector<std::vector<float>> heads;
@@ -192,10 +199,11 @@ void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
     heads.push_back(numbers.take(top.channels * pixels));
     for (int c = 0; c < top.channels; ++c)
       for (int p = 0; p < pixels; ++p)
-        padded[at.begin + p * top.pixel + c] = heads.back()[c * pixels + p];
+        padded[at.begin + p * top.stored + c] = heads.back()[c * pixels + p];
   }
   const std::vector<float> x = numbers.take(chains * size);
-  std::vector<float> grad(chains * size), energies(chains);
+  Result result{std::vector<float>(chains * size), std::vector<float>(chains)};
+  std::vector<float> &grad = result.grad, &energies = result.energies;
   std::vector<char> workspace(threads * (chunk * net.workspace + net.scratch), 0);
   const int64_t plane = int64_t{test.height} * test.width;
   const ConvBatch batch{chains, chunk, x.data(), {size, plane, test.width, 1},
@@ -228,6 +236,13 @@ void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
     }
     CHECK(std::sqrt(error) <= tolerance * std::sqrt(norm));
   }
+  return result;
+}
+
+// Rows of tiles are chains or pixels: too few, just enough, and more than a batch of 5 has.
+void check_tiles(const Case& test) {
+  const Result expected = check(test, 1, 1, true);
+  for (int64_t chunk : {2, 3, 5, 16, 17}) CHECK(check(test, chunk % 2 + 1, chunk, true) == expected);
 }
 
 // Adds layers to a case. Every function returns the number of the new value.
@@ -321,6 +336,12 @@ int main() {
       stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
       residual(), norms(), pools(LayerKind::kMix), pools(LayerKind::kMaxPool),
   };
+  for (const char* name : {"amx_emulated", "amx"}) {
+    if (!cpu::choose_instruction_set(name)) continue;
+    for (const Case& test : cases) {
+      if (test.layers.front().kind != LayerKind::kMaxPool) check_tiles(test);
+    }
+  }
   for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"}) {
     if (!cpu::choose_instruction_set(name)) continue;
     for (const Case& test : cases) {

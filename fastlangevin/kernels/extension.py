@@ -28,7 +28,7 @@ except ImportError as error:
 
 _NAMES = (
     "ACTIVATIONS", "CUDA", "ConvNet", "Convolution", "DTYPES", "MAX_DIMS", "apply_signs",
-    "fill_noise", "instruction_set", "langevin_step", "pack_signs",
+    "fill_noise", "instruction_set", "langevin_step", "pack_signs", "why_no_amx",
 )  # fmt: skip
 if missing := [name for name in _NAMES if library is not None and not hasattr(library, name)]:
     raise ImportError(
@@ -67,7 +67,8 @@ def contents() -> str:
     """A line of text: what the extension was built for, and why not for more."""
     if library is None:
         return f"not built ({_why_missing})"
-    cpu = f"for CPUs (here {library.instruction_set()})"
+    without = library.why_no_amx()  # asks the system, and the answer may change the instruction set
+    cpu = f"for CPUs (here {library.instruction_set()}{without and f', no AMX: {without}'})"
     return f"{cpu} and CUDA" if library.CUDA else f"{cpu}, not CUDA ({library.WHY_NO_CUDA})"
 
 
