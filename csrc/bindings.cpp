@@ -208,11 +208,15 @@ using BatchTuple =
     std::tuple<int64_t, int64_t, uintptr_t, std::array<int64_t, 4>, uintptr_t,
                std::array<int64_t, 4>, uintptr_t, float, uintptr_t, uintptr_t>;
 
-ConvBatch read_batch(const BatchTuple& tuple) {
+ConvBatch read_batch(const ConvNet& net, const BatchTuple& tuple) {
   const auto& [chains, chunk, x, x_strides, grad, grad_strides, head, offset, energies, packed] = tuple;
   ConvBatch batch{chains, chunk, reinterpret_cast<const float*>(x), {},
                   reinterpret_cast<float*>(grad), {}, reinterpret_cast<const float*>(head), offset,
                   reinterpret_cast<float*>(energies), reinterpret_cast<const float*>(packed)};
+  if (net.kernels->tiles && chunk != net.chunk) {
+    throw std::invalid_argument("ConvNet: chunk must be the plan's " + std::to_string(net.chunk) +
+                                ", got " + std::to_string(chunk));
+  }
   std::copy(x_strides.begin(), x_strides.end(), batch.x_strides);
   std::copy(grad_strides.begin(), grad_strides.end(), batch.grad_strides);
   return batch;
@@ -220,7 +224,7 @@ ConvBatch read_batch(const BatchTuple& tuple) {
 
 void convnet_score(const ConvNet& net, const BatchTuple& operands, uintptr_t workspace,
                    int threads) {
-  const ConvBatch batch = read_batch(operands);
+  const ConvBatch batch = read_batch(net, operands);
   py::gil_scoped_release unlocked;
   cpu::convnet_score(net, batch, reinterpret_cast<void*>(workspace), threads);
 }
@@ -230,7 +234,7 @@ void convnet_chain(const ConvNet& net, const BatchTuple& operands, py::handle sh
                    py::handle x_strides, py::handle grad_strides, const py::list& updates,
                    bool maximize, float clip, float lo, float hi, bool noise_last, uint64_t seed,
                    uint32_t first_chain, uintptr_t workspace, int threads) {
-  const ConvBatch batch = read_batch(operands);
+  const ConvBatch batch = read_batch(net, operands);
   Step all;
   all.dims = static_cast<int>(PyTuple_Size(shape.ptr()));
   read_sizes(shape, all.shape, all.dims);

@@ -2,6 +2,7 @@
 #include "cpu/tile_permission.h"
 
 #if defined(FASTLANGEVIN_AMX) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -35,9 +36,11 @@ std::string ask() {
 }  // namespace
 
 bool has_tiles() {
-  // AVX-512 implies that xgetbv exists.
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("amx-tile") &&
-         __builtin_cpu_supports("amx-bf16") && tiles_are_saved();
+  // AVX-512 implies that xgetbv exists. Not every compiler knows the names of AMX's features.
+  unsigned a, b, c, d = 0;
+  const bool known = __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  return known && (d & kBFloat16) && (d & kTiles) && tiles_are_saved();
 }
 
 const char* why_no_tiles() {
