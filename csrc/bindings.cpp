@@ -131,7 +131,7 @@ using LayerTuple =
                std::array<float, 2>, int32_t, std::vector<std::tuple<int32_t, int32_t, float>>>;
 
 ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int height, int width,
-                     const std::vector<int32_t>& heads, bool bfloat16, int64_t chunk) {
+                     const std::vector<int32_t>& heads, int32_t operands, int64_t chunk) {
   std::vector<ConvLayer> layers;
   for (const auto& [kind, inputs, in, out, size, activation, kernel, stride, padding, dilation,
                     factors, groups, links] : tuples) {
@@ -141,7 +141,8 @@ ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int he
                       {dilation[0], dilation[1]}, {factors[0], factors[1]}, groups});
     for (const auto& [to, from, factor] : links) layers.back().links.push_back({to, from, factor});
   }
-  return cpu::plan_convnet(std::move(layers), channels, height, width, heads, bfloat16, chunk);
+  return cpu::plan_convnet(std::move(layers), channels, height, width, heads,
+                           static_cast<Operands>(operands), chunk);
 }
 
 // weights, bias, settings of the activation
@@ -299,6 +300,10 @@ PYBIND11_MODULE(_native, module) {
       py::arg("tanh") = static_cast<int>(fl::Activation::kTanh),
       py::arg("gelu") = static_cast<int>(fl::Activation::kGELU),
       py::arg("gelu_tanh") = static_cast<int>(fl::Activation::kGELUTanh));
+  module.attr("OPERANDS") = py::dict(
+      py::arg("fp32") = static_cast<int>(fl::Operands::kFloat32),
+      py::arg("bf16") = static_cast<int>(fl::Operands::kBFloat16),
+      py::arg("tf32") = static_cast<int>(fl::Operands::kSplitBFloat16));
   module.attr("LAYERS") = py::dict(
       py::arg("conv") = static_cast<int>(fl::LayerKind::kConv),
       py::arg("pointwise") = static_cast<int>(fl::LayerKind::kPointwise),
@@ -319,7 +324,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("apply_signs", &fl::apply_signs);
   py::class_<fl::ConvNet>(module, "ConvNet")
       .def(py::init(&fl::plan_convnet), py::arg("layers"), py::arg("channels"), py::arg("height"),
-           py::arg("width"), py::arg("heads"), py::arg("bfloat16"), py::arg("chunk"))
+           py::arg("width"), py::arg("heads"), py::arg("operands"), py::arg("chunk"))
       .def_readonly("packed", &fl::ConvNet::packed)
       .def_readonly("workspace", &fl::ConvNet::workspace)
       .def_readonly("scratch", &fl::ConvNet::scratch)
@@ -345,8 +350,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("watch_methods", &fl::watch_methods);
   module.def("instruction_set", &fl::cpu::instruction_set);
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
+  module.def("matrix_unit", [] { return fl::cpu::conv_kernels(fl::Operands::kBFloat16).tiles; });
   module.def("why_no_amx", [] {
-    fl::cpu::conv_kernels(true);  // changes the instruction set if the system refuses tiles
+    fl::cpu::conv_kernels(fl::Operands::kBFloat16);  // changes the instruction set if the system refuses tiles
     const char* reason = fl::cpu::why_no_tiles();
     return std::string(reason ? reason : "");
   });

@@ -127,7 +127,7 @@ def _explain_work(
         f"product) the least time is {limit * 1e3:.3g} ms"
     )
     fractions = _FRACTIONS.get(engine) if x.device.type == "cpu" else None
-    if fractions is None or precision in HALVES:
+    if fractions is None or precision not in (None, "fp32"):
         return [work, f"{_INDENT}the actual time is not known; fastlangevin bench measures it"]
     low, high = fractions
     return [

@@ -15,8 +15,8 @@ namespace cpu {
 struct ConvKernels {
   int lanes;    // of a vector; channels are padded to whole vectors
   int vectors;  // how many vectors of output channels are computed together
-  bool tiles;   // whether a matrix unit computes the products, of bfloat16 values only
-  // For float32 and for bfloat16 values.
+  bool tiles;   // whether a matrix unit computes the products, and does not multiply float32
+  // For values in float32 and in bfloat16.
   using Score = void(const ConvNet& net, const ConvBatch& batch, int64_t first_chain,
                      int64_t last_chain, void* workspace);
   Score *score, *score_bfloat16;
@@ -36,16 +36,16 @@ extern const ConvKernels kConvAmx;
 #endif
 #endif
 
-// The kernels of the active instruction set for values of a dtype. The first call for bfloat16 on a
-// processor with AMX asks the system for permission to use it, and changes to another instruction set
-// if it is refused.
-const ConvKernels& conv_kernels(bool bfloat16);
+// The kernels of the active instruction set for some operands; those for float32 also where a matrix
+// unit would be needed and there is none. The first call that needs one, on a processor with AMX, asks
+// the system for permission to use it, and changes to another instruction set if it is refused.
+const ConvKernels& conv_kernels(Operands operands);
 
 // Plans a network on states [channels, height, width]. The layers are in the order of evaluation,
 // and the energy is a linear function of the values `heads`. If the kernels have tiles, `chunk` is
 // that of every batch; otherwise the plan does not depend on it.
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
-                     const std::vector<int32_t>& heads, bool bfloat16, int64_t chunk);
+                     const std::vector<int32_t>& heads, Operands operands, int64_t chunk);
 
 // Plans a convolution that reads images of this size or, if it is a gradient, writes them. What it
 // writes has whole vectors of channels.
@@ -70,7 +70,7 @@ void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, 
 
 // The kernel for a network's dtype.
 inline ConvKernels::Score* score_kernel(const ConvNet& net) {
-  return net.bfloat16 ? net.kernels->score_bfloat16 : net.kernels->score;
+  return net.operands == Operands::kBFloat16 ? net.kernels->score_bfloat16 : net.kernels->score;
 }
 
 // Divides the chains of a batch over threads. Calls run(thread, first, last, workspace) for the share

@@ -31,6 +31,11 @@ struct Chunk : ChunkLayers<N> {
   }
   float* tiles() const { return products() + net.spread.values; }
 
+  // What the passes of a convolution read.
+  auto source(const Type* from, const ConvBuffer& in, const ConvBuffer& out) const {
+    return prepare(Ends<N>{from, in.chain, out.chain}, batch.chunk * in.size, tiles());
+  }
+
   void read(int64_t first) const {
     const int64_t* s = batch.x_strides;
     const ConvBuffer& buffer = net.buffers[0];
@@ -70,8 +75,7 @@ struct Chunk : ChunkLayers<N> {
     const Type* from = values(layer.inputs[0]);
     switch (layer.kind) {
       case LayerKind::kConv:
-        return run(plan.forward, Ends<N>{from, in.chain, out.chain}, chains, batch.packed, finish,
-                   tiles());
+        return run(plan.forward, source(from, in, out), chains, batch.packed, finish, tiles());
       case LayerKind::kMix: return this->mix(plan.mix, from, in, out, finish);
       case LayerKind::kMaxPool: return this->greatest(k, finish);
       case LayerKind::kLogSumExp: return this->log_sum_exp(k, finish);
@@ -161,11 +165,13 @@ struct Chunk : ChunkLayers<N> {
     const ConvBuffer &in = net.buffers[layer.inputs[i]], &out = net.buffers[k + 1];
     const Type* grad = grads(k + 1);
     switch (layer.kind) {
-      case LayerKind::kConv:
+      case LayerKind::kConv: {
+        const auto from = source(grad, out, in);
         for (const ConvPass& pass : plan.backward) {
-          run(pass, Ends<N>{grad, out.chain, in.chain}, chains, batch.packed, finish, tiles());
+          run(pass, from, chains, batch.packed, finish, tiles());
         }
         return;
+      }
       case LayerKind::kMix: return this->mix(plan.mix_back, grad, out, in, finish);
       case LayerKind::kMaxPool: return this->choose(k, finish);
       case LayerKind::kLogSumExp: return this->softmax(k, finish);
@@ -227,7 +233,7 @@ struct Chunk : ChunkLayers<N> {
     float* products = this->products();
     const Ends<N> ends{grads(1) + n * net.buffers[1].chain, 0, 0};
     const auto each = [&](int64_t to, int, Float sum) { Vector::store(products + to, sum); };
-    run(net.spread.products, ends, 1, batch.packed, each, tiles());
+    run(net.spread.products, prepare(ends, 0, tiles()), 1, batch.packed, each, tiles());
     const int64_t channel = batch.grad_strides[1];
     float* chain = batch.grad + (first + n) * batch.grad_strides[0];
     // Several pixels at a time, since each is one chain of dependent additions.
@@ -317,7 +323,7 @@ void convolve(const Convolution& conv, const ConvolutionBatch& batch, int64_t fi
 namespace cpu {
 #ifdef FASTLANGEVIN_TILES
 const ConvKernels FASTLANGEVIN_CONV_KERNELS = {
-    FASTLANGEVIN_ISA::kColumns, 2, true, nullptr,
+    FASTLANGEVIN_ISA::kColumns, 2, true, FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::TiledFloat32>,
     FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::TiledBFloat16>, nullptr};
 #else
 const ConvKernels FASTLANGEVIN_CONV_KERNELS = {

@@ -63,6 +63,7 @@ struct ConvBuffer {
   int32_t top = 0, left = 0, bottom = 0, right = 0;  // the frame
   int64_t stored = 0;                                // channels with their padding
   int64_t pixel = 0, row = 0, chain = 0;             // strides
+  int64_t size = 0;                                  // of the memory for each chain
   int64_t values = 0;
   int64_t grads = 0;    // the gradient before the activation; may take the place of the values
   int64_t slopes = -1;  // the derivatives of a smooth activation
@@ -108,6 +109,7 @@ struct MatrixTiles {
   std::vector<int32_t> chain{};  // of each row
   int64_t words = 0;             // of a tap
   int64_t again = 0;             // words of a tap that its last part begins early by
+  int64_t planes = 1;            // bfloat16 numbers that a weight is the sum of
 };
 
 struct ConvPass {
@@ -164,9 +166,16 @@ struct ConvHead {
   Arrival arrival{};
 };
 
+// What the products of a network multiply. Sums are float32.
+enum class Operands : int32_t {
+  kFloat32,
+  kBFloat16,       // values and weights that are stored in bfloat16
+  kSplitBFloat16,  // float32 numbers as sums of two of bfloat16, but for the product of the small ones
+};
+
 struct ConvNet {
   const cpu::ConvKernels* kernels;  // the kernels that the plan is for
-  bool bfloat16;                    // whether values and weights are bfloat16 instead of float32
+  Operands operands;
   int64_t chunk;                    // the chains of a chunk, which a layout for tiles depends on
   std::vector<ConvLayer> layers;
   std::vector<ConvBuffer> buffers;  // of the state and of every layer's output

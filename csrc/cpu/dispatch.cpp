@@ -64,11 +64,12 @@ std::atomic<const InstructionSet*>& chosen() {
 
 const Kernels& step_kernels() { return *chosen().load()->kernels; }
 
-const ConvKernels& conv_kernels(bool bfloat16) {
+const ConvKernels& conv_kernels(Operands operands) {
   const InstructionSet* set = chosen().load();
-  if (!bfloat16) return *set->conv_float32;
+  if (operands == Operands::kFloat32) return *set->conv_float32;
   if (set->asks_for_tiles && why_no_tiles() != nullptr) chosen().store(set = best(false));
-  return *set->conv_bfloat16;
+  const bool float32 = operands == Operands::kSplitBFloat16 && !set->conv_bfloat16->tiles;
+  return float32 ? *set->conv_float32 : *set->conv_bfloat16;
 }
 
 const char* instruction_set() { return chosen().load()->name; }

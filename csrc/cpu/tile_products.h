@@ -15,6 +15,29 @@ namespace {
 using Tiles = FASTLANGEVIN_TILES;
 
 struct TiledBFloat16 : BFloat16 {};
+struct TiledFloat32 : Float32 {};  // in two planes of bfloat16
+
+// What passes read: values, or their parts, a constant number of elements apart.
+struct Planes {
+  const uint16_t* in;
+  int64_t apart;
+};
+
+// The plane of the values and that of the weights, for each product of two numbers.
+constexpr int kProducts = 3, kPlanes[kProducts][2] = {{0, 0}, {0, 1}, {1, 0}};
+
+// Returns what passes read in place of `count` elements of a buffer.
+Planes prepare(const Ends<TiledBFloat16>& ends, int64_t, float*) { return {ends.in, 0}; }
+
+Planes prepare(const Ends<TiledFloat32>& ends, int64_t count, float* scratch) {
+  uint16_t* planes = reinterpret_cast<uint16_t*>(scratch);
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const Float value = Vector::load(ends.in + k);
+    BFloat16::store(planes + k, value);
+    BFloat16::store(planes + count + k, value - BFloat16::load(planes + k));
+  }
+  return {planes, count};
+}
 
 constexpr int kColumns = kTileBytes / sizeof(float);
 
@@ -25,8 +48,8 @@ constexpr int kTileGroup = 8, kTileParts = 8;
 // Sets or adds to sums [kM tiles][row][kN * kColumns] the products of some parts. Registers 0 to 3
 // hold sums, 4 and 5 values, and 6 and 7 weights.
 template <int kM, int kN>
-void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* from, int64_t first,
-                    int64_t count, const float* w, bool add, float* sums) {
+void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* from, int64_t apart,
+                    int64_t first, int64_t count, const float* w, bool add, float* sums) {
   constexpr int kWidth = kN * kColumns;
   constexpr int64_t kRowBytes = kWidth * sizeof(float);
   const int64_t rows = pass.matrix.rows, stride = pass.matrix.stride * sizeof(uint16_t);
@@ -42,20 +65,25 @@ void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* f
     if (add) return tiles.load<tile>(at, kRowBytes);
     tiles.zero<tile>();
   });
-  w += first * pass.steps * kWidth;
-  for (int64_t part = first; part < first + count; ++part, w += pass.steps * kWidth) {
-    const int32_t tap = pass.taps[part];
-    tiles.load<4>(from[0] + tap, stride);
-    tiles.load<6>(w, kRowBytes);
-    tiles.multiply_add<0, 4, 6>();
-    if constexpr (kN == 2) {
-      tiles.load<7>(w + kColumns, kRowBytes);
-      tiles.multiply_add<1, 4, 7>();
-    }
-    if constexpr (kM == 2) {
-      tiles.load<5>(from[1] + tap, stride);
-      tiles.multiply_add<2, 5, 6>();
-      if constexpr (kN == 2) tiles.multiply_add<3, 5, 7>();
+  const int products = apart > 0 ? kProducts : 1;
+  const int64_t plane = pass.steps * kWidth, part_words = plane * pass.matrix.planes;
+  w += first * part_words;
+  for (int64_t part = first; part < first + count; ++part, w += part_words) {
+    for (int k = 0; k < products; ++k) {
+      const int64_t at = pass.taps[part] + kPlanes[k][0] * apart;
+      const float* weights = w + kPlanes[k][1] * plane;
+      tiles.load<4>(from[0] + at, stride);
+      tiles.load<6>(weights, kRowBytes);
+      tiles.multiply_add<0, 4, 6>();
+      if constexpr (kN == 2) {
+        tiles.load<7>(weights + kColumns, kRowBytes);
+        tiles.multiply_add<1, 4, 7>();
+      }
+      if constexpr (kM == 2) {
+        tiles.load<5>(from[1] + at, stride);
+        tiles.multiply_add<2, 5, 6>();
+        if constexpr (kN == 2) tiles.multiply_add<3, 5, 7>();
+      }
     }
   }
   each_sum([&](auto tile, float* at) { tiles.store<tile>(at, kRowBytes); });
@@ -91,7 +119,7 @@ void finish_tiles(const ConvPass& pass, const int64_t* numbers, int count, int64
 
 // Computes all rows of one block of kN tiles of output channels, from channel `first` on.
 template <int kN>
-void run_tile_block(Tiles& tiles, const ConvPass& pass, const uint16_t* in, int64_t chains,
+void run_tile_block(Tiles& tiles, const ConvPass& pass, const Planes& planes, int64_t chains,
                const float* weights, int first, const Finish& finish) {
   constexpr int kWidth = kN * kColumns;
   const MatrixTiles& matrix = pass.matrix;
@@ -104,18 +132,18 @@ void run_tile_block(Tiles& tiles, const ConvPass& pass, const uint16_t* in, int6
     for (; next < all && count < kTileGroup; ++next) {
       const int32_t* chain = matrix.chain.data() + next * rows;
       if (*std::min_element(chain, chain + rows) >= chains) continue;
-      numbers[count] = next, from[count++] = in + matrix.from[next];
+      numbers[count] = next, from[count++] = planes.in + matrix.from[next];
     }
     if (parts == 0) std::fill_n(sums, count * rows * kWidth, 0.0f);
     for (int64_t part = 0; part < parts; part += kTileParts) {
       const int64_t some = std::min<int64_t>(kTileParts, parts - part);
       int k = 0;
       for (; k + 2 <= count; k += 2) {
-        multiply_parts<2, kN>(tiles, pass, from + k, part, some, weights, part > 0,
+        multiply_parts<2, kN>(tiles, pass, from + k, planes.apart, part, some, weights, part > 0,
                               sums + k * rows * kWidth);
       }
       if (k < count) {
-        multiply_parts<1, kN>(tiles, pass, from + k, part, some, weights, part > 0,
+        multiply_parts<1, kN>(tiles, pass, from + k, planes.apart, part, some, weights, part > 0,
                               sums + k * rows * kWidth);
       }
     }
@@ -124,7 +152,7 @@ void run_tile_block(Tiles& tiles, const ConvPass& pass, const uint16_t* in, int6
 }
 
 // The form of `run` for values that tiles multiply.
-void run(const ConvPass& pass, const Ends<TiledBFloat16>& ends, int64_t chains, const float* packed,
+void run(const ConvPass& pass, const Planes& planes, int64_t chains, const float* packed,
          const Finish& finish, float*) {
   TileShapes shapes = {};
   for (int tile = 0; tile < kTileRegisters; ++tile) {
@@ -138,11 +166,11 @@ void run(const ConvPass& pass, const Ends<TiledBFloat16>& ends, int64_t chains, 
     const bool wide = pass.out - first > kColumns;
     const int width = wide ? 2 * kColumns : kColumns;
     if (wide) {
-      run_tile_block<2>(tiles, pass, ends.in, chains, weights, first, finish);
+      run_tile_block<2>(tiles, pass, planes, chains, weights, first, finish);
     } else {
-      run_tile_block<1>(tiles, pass, ends.in, chains, weights, first, finish);
+      run_tile_block<1>(tiles, pass, planes, chains, weights, first, finish);
     }
-    weights += pass.taps.size() * pass.steps * width, first += width;
+    weights += pass.taps.size() * pass.steps * pass.matrix.planes * width, first += width;
   }
 }
 

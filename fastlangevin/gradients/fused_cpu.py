@@ -48,8 +48,8 @@ def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
         return f"the state is in {x.dtype}, not float32"
     if graph.dtype != torch.float32:
         return f"the network is in {graph.dtype}, not float32"
-    if precision not in (None, "fp32", "bf16"):
-        return f"it computes in float32 or bfloat16, not in {precision}"
+    if precision == "fp16" or (precision == "tf32" and not extension.has_matrix_unit()):
+        return f"it computes in float32 or bfloat16 here, not in {precision}"
     network = image_graph(graph)
     if isinstance(network, str):
         return network
@@ -101,7 +101,8 @@ class ConvNetGradient:
 
     With precision "bf16" the weights, activations and gradients between layers are bfloat16,
     products are summed in float32, and the gradient of x is not rounded if a convolution alone
-    reads x.
+    reads x. With "tf32" everything is float32, but a matrix unit multiplies numbers as sums of two
+    bfloat16 numbers, which have 16 bits together, and leaves out the product of the small ones.
 
     The weights are read by :meth:`begin`, and again by a call if a version counter or an address
     shows that one has changed.
@@ -116,7 +117,7 @@ class ConvNetGradient:
             tuple(_layer(layer) for layer in network.layers),
             network.shape,
             tuple(value for value, _, _ in network.heads),
-            precision == "bf16",
+            extension.library.OPERANDS[precision or "fp32"],
             extension.library.instruction_set(),
         )
         self.net = plan(1)
@@ -288,8 +289,8 @@ def _plan(
     layers: tuple[tuple[Any, ...], ...],
     image: tuple[int, int, int],
     heads: tuple[int, ...],
-    bfloat16: bool,
+    operands: int,
     _: str,
     chunk: int,
 ) -> Any:
-    return extension.library.ConvNet(layers, *image, heads, bfloat16, chunk)
+    return extension.library.ConvNet(layers, *image, heads, operands, chunk)

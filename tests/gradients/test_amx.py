@@ -1,4 +1,4 @@
-"""The fused CPU engine's bfloat16 products by AMX's tiles, emulated and, if there are any, real."""
+"""The fused CPU engine's products by AMX's tiles, emulated and, if there are any, real."""
 
 import copy
 import subprocess
@@ -22,6 +22,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+# Two bfloat16 numbers have 16 bits together, so that a product's error is about 2^-16 of it.
+SPLIT_BOUND = 3e-5
+
+
 @pytest.fixture(autouse=True)
 def _tiles() -> Iterator[None]:
     best = extension.library.instruction_set()
@@ -30,18 +34,18 @@ def _tiles() -> Iterator[None]:
     choose(best)
 
 
-def check(energy: nn.Module, x: Tensor, bound: float) -> None:
+def check(energy: nn.Module, x: Tensor, bound: float, precision: str = "bf16") -> None:
     """Energies and gradients against float64, and that no chain depends on another one."""
     energies, grad = energy_and_grad(copy.deepcopy(energy).double(), x.double(), {})
-    engine = fused(energy, x, "bf16")
+    engine = fused(energy, x, precision)
     assert engine.net.by_matrix_unit
     got_energies, got = engine(x, True)
     assert got_energies is not None
     assert relative(got, grad) <= bound
-    assert relative(got_energies, energies.flatten()) <= max(bound, 0.03)
+    assert relative(got_energies, energies.flatten()) <= max(bound, 0.03 * (precision == "bf16"))
     assert torch.equal(engine(x, False)[1], got)
     for k in range(x.shape[0]):
-        alone_energies, alone = fused(energy, x[k : k + 1], "bf16")(x[k : k + 1], True)
+        alone_energies, alone = fused(energy, x[k : k + 1], precision)(x[k : k + 1], True)
         assert alone_energies is not None
         assert torch.equal(alone[0], got[k])
         assert torch.equal(alone_energies[0], got_energies[k])
@@ -74,22 +78,26 @@ def test_geometries(geometry: dict[str, int], channels: tuple[int, int, int]) ->
     )  # fmt: skip
     energy, x = with_head(body, (first, 7, 18)), states(3, first, 7, 18)
     check(energy, x, bound_by_autocast(energy, x))
+    check(energy, x, SPLIT_BOUND, "tf32")
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_graphs(name: str) -> None:
     check(Body(BODIES[name]), numbers(SHAPE), 0.03)
+    check(Body(BODIES[name]), numbers(SHAPE), SPLIT_BOUND, "tf32")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_vectors(activation: Callable[[], nn.Module]) -> None:
     check(mlp(activation, 2, 128, 33), numbers((7, 2)), 0.1)
+    check(mlp(activation, 2, 128, 33), numbers((7, 2)), SPLIT_BOUND, "tf32")
 
 
 def test_more_words_to_a_pixel_than_are_summed_at_a_time() -> None:
     body = net(nn.Conv2d(3, 300, 1), nn.SiLU(), nn.Conv2d(300, 24, 4, 2, 1), nn.SiLU())
     energy, x = with_head(body, (3, 6, 6)), states(2, 3, 6, 6)
     check(energy, x, bound_by_autocast(energy, x))
+    check(energy, x, SPLIT_BOUND, "tf32")
 
 
 def test_numbers_that_bfloat16_holds_are_exact() -> None:
@@ -105,24 +113,27 @@ def test_numbers_that_bfloat16_holds_are_exact() -> None:
     check(energy, x, 0.0)
 
 
-def test_batches_chunks_and_threads_do_not_matter(threads: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_batches_chunks_and_threads_do_not_matter(
+    precision: str, threads: Callable[[int], None]
+) -> None:
     body = net(
         nn.Conv2d(3, 20, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(20, 16, 4, 2, 1), nn.SiLU(),
         nn.Conv2d(16, 9, 3, 1, 1), nn.LeakyReLU(0.2),
     )  # fmt: skip
     energy, x = with_head(body, (3, 10, 10)), states(37, 3, 10, 10)
-    expected = fused(energy, x, "bf16")(x, True)
+    expected = fused(energy, x, precision)(x, True)
     assert expected[0] is not None
     for count, chunk in ((1, 13), (2, 10), (3, 13), (7, 6)):
         threads(count)
-        engine = fused(energy, x, "bf16")
+        engine = fused(energy, x, precision)
         assert engine.chunk == chunk  # the fewest chunks of at most 16 chains, of one size
         for one, two in zip(engine(x, True), expected, strict=True):
             assert one is not None
             assert two is not None
             assert torch.equal(one, two)
     for chains in (1, 2, 17):
-        energies, grad = fused(energy, x[:chains], "bf16")(x[:chains], True)
+        energies, grad = fused(energy, x[:chains], precision)(x[:chains], True)
         assert energies is not None
         assert torch.equal(grad, expected[1][:chains])
         assert torch.equal(energies, expected[0][:chains])
@@ -163,6 +174,19 @@ def test_explain_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> N
     energy, x = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
     sampler = fl.LangevinSampler(energy, 4, gradient="fused", precision="bf16")
     assert "; instruction set amx_emulated\n" in sampler.explain(x)
+
+
+def test_tf32_runs_on_cpus_with_tiles() -> None:
+    energy, x = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
+    ends = [
+        fl.LangevinSampler(energy, 4, 0.1, precision=precision)(x, seed=0)
+        for precision in ("tf32", "fp32")
+    ]
+    assert not torch.equal(*ends)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-4)
+    choose("baseline")
+    with pytest.raises(ValueError, match="needs a CUDA device or a CPU with AMX"):
+        fl.LangevinSampler(energy, 4, 0.1, precision="tf32")(x, seed=0)
 
 
 def test_float32_does_not_use_them() -> None:
