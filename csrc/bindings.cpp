@@ -331,6 +331,10 @@ PYBIND11_MODULE(_native, module) {
       .def_readonly("head_values", &fl::ConvNet::head_values)
       .def_property_readonly("heads", &fl::head_places)
       .def_property_readonly("tiled_passes", &fl::tiled_passes)
+      .def_property_readonly("instruction_set",
+                             [](const fl::ConvNet& net) {
+                               return fl::cpu::instruction_set(*net.kernels);
+                             })
       .def_property_readonly("by_matrix_unit",
                              [](const fl::ConvNet& net) { return net.kernels->tiles; })
       .def("pack", &fl::pack_weights)
@@ -348,7 +352,7 @@ PYBIND11_MODULE(_native, module) {
       .def("pack", &fl::pack_convolution)
       .def("run", &fl::convolve);
   module.def("watch_methods", &fl::watch_methods);
-  module.def("instruction_set", &fl::cpu::instruction_set);
+  module.def("instruction_set", [] { return fl::cpu::instruction_set(); });
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
   module.def("matrix_unit", [] { return fl::cpu::conv_kernels(fl::Operands::kBFloat16).tiles; });
   module.def("why_no_amx", [] {

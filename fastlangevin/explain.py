@@ -81,7 +81,7 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
     choice = chain.choose(x)
     lines = [f"gradient   {choice.name}: {_ENGINE_TEXT[choice.name]}; {precision_text}"]
     if isinstance(choice.engine, ConvNetGradient):
-        lines[0] += f"; instruction set {choice.engine.instruction_set}"
+        lines[0] += f"; instruction set {choice.engine.net.instruction_set}"
     lines += [f"{_INDENT}not {name}: {reason}" for name, reason in choice.why_not.items()]
     if started and x.shape[0] and choice.name != "network":
         graph: Graph | str | None = choice.graph

@@ -17,7 +17,8 @@ int64_t word_at(const ConvPass& pass, int64_t word, int64_t plane) {
   const int64_t parts = (matrix.words + matrix.again) / pass.steps;
   const int64_t in_tap = word % matrix.words, part = std::min(in_tap / pass.steps, parts - 1);
   const int64_t begin = std::min(part * pass.steps, matrix.words - pass.steps);
-  return ((word / matrix.words * parts + part) * matrix.planes + plane) * pass.steps + in_tap - begin;
+  const int64_t in_pass = (word / matrix.words * parts + part) * matrix.planes + plane;
+  return in_pass * pass.steps + in_tap - begin;
 }
 
 // Packs the weights at(input channel, output channel)[position], or null beyond the last, as [block

@@ -41,6 +41,9 @@ extern const ConvKernels kConvAmx;
 // the system for permission to use it, and changes to another instruction set if it is refused.
 const ConvKernels& conv_kernels(Operands operands);
 
+// The name of the instruction set that kernels are compiled for.
+const char* instruction_set(const ConvKernels& kernels);
+
 // Plans a network on states [channels, height, width]. The layers are in the order of evaluation,
 // and the energy is a linear function of the values `heads`. If the kernels have tiles, `chunk` is
 // that of every batch; otherwise the plan does not depend on it.

@@ -98,10 +98,10 @@ struct WinogradTiles {
   }
 };
 
-// A pass by tiles of a matrix unit (cpu/tiles.h). The rows of a tile are output pixels of some chains,
-// whose inputs are a constant stride apart. The words of a tap are multiplied in parts of ConvPass::
-// steps, which begin at ConvPass::taps. Where they do not fill the last part, it begins early. The
-// weights are zero for the words that the part before it has multiplied.
+// A pass by tiles of a matrix unit (cpu/tiles.h). The rows of a tile are output pixels of some
+// chains, whose inputs are a constant stride apart. The words of a tap are multiplied in parts of
+// pass.steps words, and pass.taps says where each part begins. Where the words do not fill the last
+// part, it begins early, and its weights are zero for what the part before it has multiplied.
 struct MatrixTiles {
   int64_t rows = 0, stride = 0;  // of every tile
   std::vector<int64_t> from{};   // where the first row of each tile reads
@@ -170,7 +170,7 @@ struct ConvHead {
 enum class Operands : int32_t {
   kFloat32,
   kBFloat16,       // values and weights that are stored in bfloat16
-  kSplitBFloat16,  // float32 numbers as sums of two of bfloat16, but for the product of the small ones
+  kSplitBFloat16,  // float32 numbers as sums of two of bfloat16
 };
 
 struct ConvNet {

@@ -74,6 +74,14 @@ const ConvKernels& conv_kernels(Operands operands) {
 
 const char* instruction_set() { return chosen().load()->name; }
 
+const char* instruction_set(const ConvKernels& kernels) {
+  // Only kernels for bfloat16 belong to one set: AMX shares those for float32 with AVX-512.
+  for (const InstructionSet& set : kInstructionSets) {
+    if (set.conv_bfloat16 == &kernels) return set.name;
+  }
+  return "";
+}
+
 bool choose_instruction_set(const char* name) {
   for (const InstructionSet& set : kInstructionSets) {
     if (std::strcmp(set.name, name) == 0 && set.runs_here()) {

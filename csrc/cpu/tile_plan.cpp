@@ -60,10 +60,11 @@ Run best_run(const ConvBuffer& in, int64_t chains, const std::vector<int32_t>& f
 }  // namespace
 
 int64_t tiled_channels(int64_t channels) {
-  const auto round_up = [&](int64_t multiple) { return (channels + multiple - 1) / multiple * multiple; };
-  if (channels <= kTileRows) return kTileRows;
-  // As rows a power of two apart share few sets of the first-level cache.
-  return round_up(kLine) % 256 == 0 ? round_up(kLine) + kLine : round_up(kLine);
+  constexpr int64_t kColumns = kTileBytes / sizeof(float);
+  if (channels <= kColumns) return kColumns;
+  const int64_t stored = (channels + kLine - 1) / kLine * kLine;
+  // Rows that are a power of two apart would share a few sets of the first-level cache.
+  return stored % 256 == 0 ? stored + kLine : stored;
 }
 
 int64_t tiled_pixel(int64_t stored, int64_t chains) {

@@ -17,16 +17,17 @@ using Tiles = FASTLANGEVIN_TILES;
 struct TiledBFloat16 : BFloat16 {};
 struct TiledFloat32 : Float32 {};  // in two planes of bfloat16
 
-// What passes read: values, or their parts, a constant number of elements apart.
+// What passes read: bfloat16 values, or float32 values as sums of the numbers at the same place of
+// two planes, the second of which is `apart` elements after the first.
 struct Planes {
   const uint16_t* in;
   int64_t apart;
 };
 
-// The plane of the values and that of the weights, for each product of two numbers.
+// The planes of values and of weights that are multiplied by each other. The product of the small
+// numbers, at most 2^-16 of that of the large ones, is left out.
 constexpr int kProducts = 3, kPlanes[kProducts][2] = {{0, 0}, {0, 1}, {1, 0}};
 
-// Returns what passes read in place of `count` elements of a buffer.
 Planes prepare(const Ends<TiledBFloat16>& ends, int64_t, float*) { return {ends.in, 0}; }
 
 Planes prepare(const Ends<TiledFloat32>& ends, int64_t count, float* scratch) {
@@ -42,7 +43,7 @@ Planes prepare(const Ends<TiledFloat32>& ends, int64_t count, float* scratch) {
 constexpr int kColumns = kTileBytes / sizeof(float);
 
 // kTileGroup tiles of rows use kTileParts parts of the weights at a time, which stay in the
-// first-level cache: 2 KB each.
+// first-level cache: 2 KB each, or 4 KB in two planes.
 constexpr int kTileGroup = 8, kTileParts = 8;
 
 // Sets or adds to sums [kM tiles][row][kN * kColumns] the products of some parts. Registers 0 to 3
@@ -91,8 +92,8 @@ void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* f
 
 // Passes the results of some tiles to finish, but those of chains that a chunk does not have.
 template <int kN>
-void finish_tiles(const ConvPass& pass, const int64_t* numbers, int count, int64_t chains, int first,
-                  const float* sums, const Finish& finish) {
+void finish_tiles(const ConvPass& pass, const int64_t* numbers, int count, int64_t chains,
+                  int first, const float* sums, const Finish& finish) {
   constexpr int kWidth = kN * kColumns;
   const int rows = static_cast<int>(pass.matrix.rows);
   int64_t to[kTileRows];

@@ -129,8 +129,6 @@ class ConvNetGradient:
             # Chunks of one size, so that no rows are empty in the last one.
             self.chunk = -(-share // -(-share // self.chunk))
             self.net = plan(self.chunk)
-        # A plan may have changed it: the system can refuse the tiles of AMX.
-        self.instruction_set: str = extension.library.instruction_set()
         # Zeros, because the borders around the values are read but never written.
         self.workspace = torch.zeros(
             self.threads * (self.chunk * self.net.workspace + self.net.scratch),

@@ -174,6 +174,8 @@ def test_explain_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> N
     energy, x = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
     sampler = fl.LangevinSampler(energy, 4, gradient="fused", precision="bf16")
     assert "; instruction set amx_emulated\n" in sampler.explain(x)
+    float32 = fl.LangevinSampler(energy, 4, gradient="fused", precision="fp32")
+    assert "; instruction set baseline\n" in float32.explain(x)
 
 
 def test_tf32_runs_on_cpus_with_tiles() -> None:
