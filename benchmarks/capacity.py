@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     end = time.perf_counter() + options.seconds
     if options.quick:
-        searches = [("steps", [Case(2, 2, 2, 8, device)]), ("width", [Case(2, 2, 2, 8, device)])]
+        searches = [("steps", [Case(12, 2, 2, 8, device)]), ("width", [Case(12, 2, 2, 8, device)])]
     else:
         searches = [
             ("steps", [Case(steps, 64, 64, 32, device) for steps in STEPS]),
