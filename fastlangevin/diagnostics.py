@@ -76,9 +76,9 @@ class Diagnostics(NamedTuple):
 
         Notebooks show it if it is the last value of a cell, as they show the diagnostics
         themselves. ``figure.savefig(path)`` saves it. Energies that are all NaN, as those of score
-        networks, and the acceptance of chains that rejected no step are left out. The axis of values that span
-        many orders of magnitude is logarithmic. A dotted line marks the first step at which a
-        chain was not finite.
+        networks, and the acceptance of chains that rejected no step are left out. The axis of
+        values that span many orders of magnitude is logarithmic. A dotted line marks the first step
+        at which a chain was not finite.
 
         Raises ImportError without matplotlib, and ValueError if there are no chains.
         """
