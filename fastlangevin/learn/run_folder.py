@@ -82,7 +82,8 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
     in_the_way = [path for pattern in WRITTEN for path in sorted(out.glob(pattern))]
     if is_run(out) and not overwrite:
         raise FileExistsError(
-            f"train: {out} already holds a run; resume it, overwrite it, or name another folder"
+            f"train: {out} already holds a run; resume it (--resume), overwrite it (--overwrite), "
+            "or name another folder"
         )
     if in_the_way and not is_run(out):
         raise FileExistsError(

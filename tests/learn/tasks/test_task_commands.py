@@ -52,7 +52,10 @@ def test_held_out_images_of_a_test_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "match"),
-    [(None, "trained on every image of digits: train with limit"), (1797, "holds out none")],
+    [
+        (None, r"trained on every image of digits; train with --limit N \(in Python limit=N\)"),
+        (1797, "holds out none"),
+    ],
 )
 def test_nothing_held_out(limit: int | None, match: str) -> None:
     config = resolve(overrides={"data": "digits", "limit": limit})
