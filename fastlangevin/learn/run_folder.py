@@ -23,6 +23,8 @@ CONFIG = "config.yaml"
 JOB = ".job"
 # Errors of flock if another process holds the lock. Any other error is one of the file system.
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
+DIVERGED = "diverged.txt"  # in the folder of a run that has diverged: where, and how
+REMEDY = "the usual remedy is a tenth of lr, and docs/divergence.md has others"
 _NUMBER = "[0-9]" * 8
 WRITTEN = (
     f"checkpoints/{_NUMBER}.safetensors",
@@ -31,6 +33,7 @@ WRITTEN = (
     "metrics.jsonl",
     "series.jsonl",
     "samples.png",
+    DIVERGED,
     CONFIG,
 )
 # Settings that a resumed run may change: its length, what it writes, and where things are. Its data
@@ -59,6 +62,14 @@ def is_run(out: Path) -> bool:
         return False
     with config.open("rb") as file:
         return file.read(len(MARK.encode())) == MARK.encode()
+
+
+def divergence(out: Path) -> str | None:
+    """Return how a run has diverged, as in "diverged at iteration 7: ...", or None."""
+    if not is_run(out) or not (out / DIVERGED).is_file():
+        return None
+    with (out / DIVERGED).open("rb") as file:
+        return file.read(1000).decode("utf-8", errors="replace").strip()
 
 
 def free_folder(folder: Path) -> Path:
