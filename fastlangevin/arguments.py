@@ -106,6 +106,12 @@ def check_coefficient(op: str, name: str, value: Coefficient, chains: int) -> Co
     return value
 
 
+def check_not_text(op: str, name: str, value: Any, expected: str) -> None:
+    """TypeError for text, which is a sequence of characters, even if it spells numbers."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}")
+
+
 def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficient | list[float]:
     """The value as a float, a list of ``steps`` floats, or a tensor.
 
@@ -119,6 +125,7 @@ def check_schedule(op: str, name: str, value: Schedule, steps: int) -> Coefficie
             )
         check_floating(op, name, value)
         return check_values(op, name, value)
+    check_not_text(op, name, value, f"a number, a sequence of steps={steps} numbers, or a tensor")
     if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
         numbers = [check_number(op, name, number) for number in value]
         if len(numbers) != steps:
@@ -194,7 +201,9 @@ def check_clamp(op: str, clamp: Sequence[float] | None) -> tuple[float, float] |
     if clamp is None:
         return None
     try:
-        lo, hi = (float(bound) for bound in ([] if isinstance(clamp, str) else clamp))
+        if isinstance(clamp, bytes):  # its items are numbers
+            raise TypeError
+        lo, hi = (_as_float(op, "clamp", bound, "a number") for bound in clamp)
     except (TypeError, ValueError):
         raise TypeError(f"{op}: clamp must be a pair (lo, hi) or None, got {clamp!r}") from None
     if not lo < hi:
@@ -229,10 +238,7 @@ def check_number(op: str, name: str, value: Any) -> float:
             f"{op}: {name} holds a tensor that requires grad, and a list of numbers would lose its "
             "gradient; give one tensor [K, 1] or [K, n]"
         )
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{op}: {name} must be a number or a tensor, got {value!r}") from None
+    number = _as_float(op, name, value, "a number or a tensor")
     if not 0 <= number < math.inf:
         raise ValueError(f"{op}: {name} must be finite and >= 0, got {number}{_hint(name)}")
     return number
@@ -240,13 +246,19 @@ def check_number(op: str, name: str, value: Any) -> float:
 
 def check_positive(op: str, name: str, value: Any) -> float:
     """The value as a finite float > 0."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{op}: {name} must be a number, got {value!r}") from None
+    number = _as_float(op, name, value, "a number")
     if not 0 < number < math.inf:
         raise ValueError(f"{op}: {name} must be finite and > 0, got {number}")
     return number
+
+
+def _as_float(op: str, name: str, value: Any, expected: str) -> float:
+    """The value as a float; TypeError for anything else, and for text."""
+    check_not_text(op, name, value, expected)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}") from None
 
 
 def _hint(name: str) -> str:

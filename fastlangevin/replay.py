@@ -14,6 +14,7 @@ from fastlangevin.arguments import (
     check_shape,
     check_tensor,
 )
+from fastlangevin.kernels.devices import check_device_exists
 from fastlangevin.names import check_name, keywords_checked
 
 KINDS = ("index", "fifo", "reservoir")
@@ -82,6 +83,7 @@ class ReplayBuffer:
         device: torch.device | str | None = None,
     ) -> None:
         check_name(f"{_OP}: kind", kind, KINDS)
+        check_device_exists(_OP, device)
         if isinstance(reinit, str):
             raise TypeError(f"{_OP}: reinit must be a number, got {reinit!r}")
         if not 0 <= reinit <= 1:
@@ -226,6 +228,7 @@ class ReplayBuffer:
 
     def to(self, device: torch.device | str) -> "ReplayBuffer":
         """Moves the states to a device and returns the buffer. Its draws stay the same."""
+        check_device_exists(_OP, device)
         self.states = self.states.to(device)
         return self
 

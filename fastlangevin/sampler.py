@@ -396,7 +396,7 @@ class LangevinSampler:
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
         for step in chain.walk(x, want_energies=True, choice=choice):
-            outside = ((x <= lo) | (x >= hi)).to(x.dtype)
+            outside = ((x <= lo) | (x >= hi)).to(x.dtype).masked_fill(~x.isfinite(), math.nan)
             assert step.grad is not None
             values = (
                 step.energies,

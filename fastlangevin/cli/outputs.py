@@ -48,6 +48,11 @@ def table(*rows: tuple[str, str]) -> str:
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows)
 
 
+def count_images(n: int) -> str:
+    """Return "1 image", or "n images"."""
+    return f"{n} image" if n == 1 else f"{n} images"
+
+
 def note(text: str) -> None:
     """Print a line to standard error. It is not part of the result."""
     with printing():

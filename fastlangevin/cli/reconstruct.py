@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, Run, more
-from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.outputs import Result, count_images
 from fastlangevin.cli.progress import progress, start_line
 
 
@@ -27,7 +27,7 @@ def reconstruct(
 
     out = chains.choose_out(out, "reconstructed.png", ".png", ".npz")
     sampler = chains.load(run)
-    start_line(f"starting points for {n or 16} images", sampler, n or 16, out)
+    start_line(f"starting points for {count_images(n or 16)}", sampler, n or 16, out)
     with progress() as show:
         result = reconstruct_run(
             run, sampler, n=n, images=images, samples=samples, seed=chains.seed, report=show,

@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, Int, Run, belong, given, more
-from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.outputs import Result, count_images
 from fastlangevin.cli.progress import progress, start_line
 
 
@@ -44,7 +44,7 @@ def restore(
         belong(fit or (), f"--method latent, got {method!r}")
     sampler = chains.load(run)
     measure = make_operator(operator, sampler.energy.shape, **options)
-    work = f"{answers} answers, {method}, for {operator} of {n or 8} images"
+    work = f"{answers} answers, {method}, for {operator} of {count_images(n or 8)}"
     start_line(work, sampler, answers * (n or 8), out)
     with progress() as show:
         result = restore_run(

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run, Timeout, belong
-from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.outputs import Result, count_images
 from fastlangevin.cli.progress import progress, start_line
 
 
@@ -38,7 +38,7 @@ def sample(
         )
     out = chains.choose_out(out, "samples.png", ".png", ".gif", ".npy")
     sampler = chains.load(run)
-    start_line(f"{n} images", sampler, n, out)
+    start_line(count_images(n), sampler, n, out)
     if out.suffix == ".gif":
         states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // FRAMES))
         save_gif(states, out, columns, chains.tile)
@@ -62,7 +62,7 @@ def _sample_shards(
     with join(chains.device, timeout) as group, progress(group.rank == 0, pause=0.0) as show:
         sampler = chains.load(run)
         if group.rank == 0:
-            start_line(f"{n} images", sampler, min(n, per_file), out)
+            start_line(count_images(n), sampler, min(n, per_file), out)
         sample_shards(
             sampler, n, out, seed=chains.seed, per_file=per_file, group=group,
             report=lambda there, n: show("image", there, n),

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run, belong, given
-from fastlangevin.cli.outputs import Result
+from fastlangevin.cli.outputs import Result, count_images
 from fastlangevin.cli.progress import progress, start_line
 
 
@@ -37,7 +37,7 @@ def transfer(
         belong(options.keys() & {"weight", "statistics"}, "--style")
     frames = FRAMES if out.suffix == ".gif" else 1
     sampler = chains.load(run)
-    start_line(f"chains from {n or 8} images of {images}", sampler, n or 8, out)
+    start_line(f"chains from {count_images(n or 8)} of {images}", sampler, n or 8, out)
     with progress() as show:
         result = transfer_images(
             sampler, images, n=n, content=content, style=style, frames=frames, seed=chains.seed,

@@ -11,8 +11,20 @@ from fastlangevin.gradients.network import modules_of, submodules_of
 
 def warn_of_train_mode(energy: Callable[..., Tensor]) -> bool:
     """Warn of modules whose train mode changes the chain; return whether there are any."""
-    if not any(_effect(module) for module in submodules_of(energy)):
+    effect = effect_of_train_mode(energy)
+    if effect is None:
         return False
+    warnings.warn(
+        f"LangevinSampler: {effect}; energy.eval() samples from the energy itself",
+        stacklevel=_levels_to_the_caller(),
+    )
+    return True
+
+
+def effect_of_train_mode(energy: Callable[..., Tensor]) -> str | None:
+    """Say which modules change the chain because they are in train mode, and how; None if none."""
+    if not any(_effect(module) for module in submodules_of(energy)):
+        return None
     effects = []
     for root in modules_of(energy):
         for name, module in root.named_modules():
@@ -20,13 +32,8 @@ def warn_of_train_mode(energy: Callable[..., Tensor]) -> bool:
             effect = _effect(module)
             if effect is not None:
                 effects.append(f"{called} {effect}")
-    warnings.warn(
-        f"LangevinSampler: in train mode {effects[0]}"
-        + (f" (and {len(effects) - 1} more)" if len(effects) > 1 else "")
-        + "; energy.eval() samples from the energy itself",
-        stacklevel=_levels_to_the_caller(),
-    )
-    return True
+    more = f" (and {len(effects) - 1} more)" if len(effects) > 1 else ""
+    return f"in train mode {effects[0]}{more}"
 
 
 def _effect(module: nn.Module) -> str | None:

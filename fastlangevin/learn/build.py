@@ -22,6 +22,8 @@ from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
 
+_SIZES = (8, 16, 32, 64, 128, 256)  # of the images of a ConvEnergy
+
 # Numbers folded into the run's seed. Numbers below 2**32 are iterations.
 _WEIGHTS, _BUFFER, _GRID = 2**32, 2**32 + 1, 2**32 + 2
 
@@ -89,7 +91,9 @@ def build_learner(
 def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
     """Build the network of a config for the shape of the data; its weights depend on the seed."""
     channels, height, width = data.shape
-    if height != width or height not in (8, 16, 32, 64, 128, 256):
+    if config.size is not None and config.size not in _SIZES:
+        raise ValueError(f"size must be a power of two from 8 to 256, got {config.size}")
+    if height != width or height not in _SIZES:
         raise ValueError(
             f"data {config.data!r} has images of {height} x {width}; the energy needs squares of a "
             "power of two from 8 to 256: set size, for example size=32"

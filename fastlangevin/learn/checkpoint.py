@@ -15,7 +15,7 @@ from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.hub import download, is_hub_name
 from fastlangevin.learn.reading import check_file
-from fastlangevin.learn.run_folder import is_run
+from fastlangevin.learn.run_folder import REMEDY, divergence, is_run
 from fastlangevin.names import did_you_mean
 
 FORMAT = "fastlangevin checkpoint"
@@ -196,6 +196,8 @@ def find_checkpoint(path: str | Path) -> Path:
     models = shipped()
     if str(path) in models:
         return models[str(path)]
+    if how := divergence(path):
+        raise FileNotFoundError(f"{path} holds no checkpoint: the run {how}; {REMEDY}")
     what = "holds no checkpoint yet" if path.is_dir() else "does not exist"
     raise FileNotFoundError(
         f"{path} {what} (looked for {path / 'checkpoints'}/*{_SUFFIX}); models that come with the "

@@ -27,7 +27,7 @@ from fastlangevin.learn.reading import (
     read_text,
     reading,
 )
-from fastlangevin.learn.run_folder import CONFIG, is_run
+from fastlangevin.learn.run_folder import CONFIG, DIVERGED, divergence, is_run
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _TYPES = {".png": "image/png", ".gif": "image/gif"}
@@ -105,6 +105,7 @@ def to_html(run: Path, results: Path | None = None) -> str:
         sampler = _mapping(weights.info, "energy", run) | _mapping(weights.info, "sampler", run)
         settings = dataclasses.asdict(resolve_saved(weights.info, run, {})) if saved else sampler
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
+    how = divergence(run) if _listed(run, DIVERGED) else None
     iterations = settings.get("iterations")
     trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
     folder = results or run
@@ -112,6 +113,7 @@ def to_html(run: Path, results: Path | None = None) -> str:
         weights = weights._replace(checkpoint=None)  # these results are new
     sections = [
         f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
+        f"<p>The run {escape(how)}</p>" if how else "",
         _section("Samples", _samples(folder, weights, iterations)),
         _section("Learning", learning),
         _section("Results", _pictures(folder, weights)),

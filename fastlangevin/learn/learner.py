@@ -23,7 +23,8 @@ from fastlangevin.learn.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from fastlangevin.learn.data.datasets import Data, DatasetImages, as_images
+from fastlangevin.learn.data.datasets import Data, DatasetImages, as_images, warn_of_range
+from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.model import check_state, describe
 from fastlangevin.learn.shared_buffer import SharedBuffer
 from fastlangevin.learn.split_batch import SplitBatch
@@ -100,7 +101,8 @@ class ShortRunLearner:
     ``lr`` and ``data_noise`` may be set between steps. Data order, data noise and chains are
     functions of (seed, iteration), so :meth:`tensors` and the iteration are the whole state.
 
-    Raises TypeError or ValueError naming the argument. Source: arXiv 1904.09770, algorithm 1.
+    The first step warns of images that are not in [-1, 1]. Raises TypeError or ValueError naming
+    the argument. Source: arXiv 1904.09770, algorithm 1.
     """
 
     @keywords_checked
@@ -162,6 +164,8 @@ class ShortRunLearner:
                 self.buffer = SharedBuffer(buffer, self.group, self._batch.chains, device)
         self.seed = _noise.check_seed(seed)
         self.iteration = 0
+        # The values of load_images are in range, even if all of them are positive.
+        self._range_is_known = isinstance(self.data, ImageData) or self.group.rank > 0
         self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=lr, betas=betas)
         with torch.device("cpu"):  # for the average's count of updates
             self.averaged = (
@@ -360,6 +364,9 @@ class ShortRunLearner:
             images = self.data.batch(indices, flip, seed, first).to(device)
         else:
             images = self.data.batch(indices, flip).to(device)
+        if not self._range_is_known:
+            warn_of_range(_OP, images)
+            self._range_is_known = True
         if self.data_noise > 0:
             images = images + self.data_noise * _noise.normal(
                 images.shape,

@@ -14,6 +14,7 @@ from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.network import device_of
 from fastlangevin.gradients.precision import check_precision
+from fastlangevin.kernels.devices import check_device_exists
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
@@ -36,17 +37,20 @@ def save(sampler: LangevinSampler, path: str | Path) -> None:
 
     Args:
         sampler: A LangevinSampler on an nn.Module, with weights of any dtype that safetensors has.
-        path: The file, which must end in .safetensors. An existing file is replaced once the new
-            one is complete.
+        path: The file, which must end in .safetensors. As with ``torch.save``, an existing file
+            is replaced without a warning; it stays whole until the new one is complete.
 
     The file names the energy's class but holds no code. :func:`load` builds a ConvEnergy from it,
     and needs any other energy as an argument. Raises TypeError for an energy that is not an
     nn.Module, or has a state that is not a tensor; ValueError for another ending of ``path``; and
     OSError if the file cannot be written.
     """
-    path = Path(path)
     if not isinstance(sampler, LangevinSampler):
-        raise TypeError(f"save: sampler must be a LangevinSampler, got {type(sampler).__name__}")
+        swapped = "; give the sampler first" if isinstance(path, LangevinSampler) else ""
+        raise TypeError(
+            f"save: sampler must be a LangevinSampler, got {type(sampler).__name__}{swapped}"
+        )
+    path = Path(path)
     if path.suffix != _SUFFIX:
         raise ValueError(f"save: path must end in {_SUFFIX}, got {path}")
     if not isinstance(sampler.energy, nn.Module):
@@ -69,12 +73,17 @@ def describe(sampler: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any
     for name, value in settings.items():
         if isinstance(value, Tensor):
             tensors[f"sampler.{name}"], settings[name] = value, None
-    kind = type(energy)
     return tensors, {
         "energy": energy.settings() if isinstance(energy, ConvEnergy) else None,
-        "energy_class": f"{kind.__module__}:{kind.__qualname__}",
+        "energy_class": class_name(energy),
         "sampler": settings,
     }
+
+
+def class_name(energy: Any) -> str:
+    """Return "module:Class" of an energy."""
+    kind = type(energy)
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def check_state(op: str, energy: nn.Module) -> None:
@@ -115,12 +124,14 @@ def load(
         averaged: Use the moving average of the weights if the run kept one, else the weights.
         changes: Settings of the sampler to replace, such as ``steps=200``.
 
-    The energy is in eval mode. Raises FileNotFoundError, ValueError for a checkpoint of an energy
+    The energy is in eval mode. Warns if the file names another class than that of ``energy``.
+    Raises FileNotFoundError, ValueError for a checkpoint of an energy
     of your own without ``energy``, and CheckpointError (a ValueError) for a file that is truncated,
     not a checkpoint, or of another architecture; it lists what is missing in the file, what has no
     place in the energy, and what has another shape. For a model on the hub it raises ImportError
     without huggingface_hub, and OSError if the file cannot be had.
     """
+    check_device_exists("load", device)
     tensors, info = read_checkpoint(path)
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
     built = energy is None
@@ -144,6 +155,14 @@ def load(
         for name, value in saved.items()
     }
     load_weights(energy, tensors, prefix, path, assign=built)
+    saved_class, given_class = info.get("energy_class"), class_name(energy)
+    # A module that was saved by the script that defines it has another name when it is imported.
+    if isinstance(saved_class, str) and saved_class.split(":")[-1] != given_class.split(":")[-1]:
+        warnings.warn(
+            f"load: {path} has the weights of an energy of the class {saved_class}, and they are "
+            f"now in one of {given_class}, whose forward pass may differ",
+            stacklevel=2,
+        )
     energy.to(device).eval()
     try:
         sampler = LangevinSampler(energy, **settings)

@@ -79,20 +79,20 @@ def load_held_out(
     if source is not None:
         return load_images(source, **options)
     if config.data is None:
-        raise ValueError("the run names no data: give images")
+        raise ValueError("the run names no data")
     if config.limit is None:
         try:
             return load_images(config.data, split="test", **options)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(
-                f"the run trained on every image of {config.data}: train with limit=N to hold "
-                f"the others out, or give images ({error})"
+                f"the run trained on every image of {config.data}; train with --limit N "
+                "(in Python limit=N) to hold the others out"
             ) from error
     images = load_images(config.data, **options)
     if len(images) <= config.limit:
         raise ValueError(
             f"the run's limit={config.limit} holds out none of the {len(images)} images of "
-            f"{config.data}: give images"
+            f"{config.data}"
         )
     return dataclasses.replace(
         images,
@@ -128,4 +128,6 @@ def suggesting(argument: str, value: str | None) -> Iterator[None]:
     except (ImportError, OSError, ValueError) as error:
         if value is not None:
             raise
-        raise ValueError(f"{error}; set {argument} to use other images") from error
+        raise ValueError(
+            f"{error}; give --{argument} PATH (in Python {argument}=) to use other images"
+        ) from error

@@ -23,6 +23,8 @@ CONFIG = "config.yaml"
 JOB = ".job"
 # Errors of flock if another process holds the lock. Any other error is one of the file system.
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
+DIVERGED = "diverged.txt"  # in the folder of a run that has diverged: where, and how
+REMEDY = "the usual remedy is a tenth of lr, and docs/divergence.md has others"
 _NUMBER = "[0-9]" * 8
 WRITTEN = (
     f"checkpoints/{_NUMBER}.safetensors",
@@ -31,6 +33,7 @@ WRITTEN = (
     "metrics.jsonl",
     "series.jsonl",
     "samples.png",
+    DIVERGED,
     CONFIG,
 )
 # Settings that a resumed run may change: its length, what it writes, and where things are. Its data
@@ -61,6 +64,14 @@ def is_run(out: Path) -> bool:
         return file.read(len(MARK.encode())) == MARK.encode()
 
 
+def divergence(out: Path) -> str | None:
+    """Return how a run has diverged, as in "diverged at iteration 7: ...", or None."""
+    if not is_run(out) or not (out / DIVERGED).is_file():
+        return None
+    with (out / DIVERGED).open("rb") as file:
+        return file.read(1000).decode("utf-8", errors="replace").strip()
+
+
 def free_folder(folder: Path) -> Path:
     """Return ``folder``, or the first of folder-2, folder-3, ... that does not exist yet."""
     others = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10**6))
@@ -82,7 +93,8 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
     in_the_way = [path for pattern in WRITTEN for path in sorted(out.glob(pattern))]
     if is_run(out) and not overwrite:
         raise FileExistsError(
-            f"train: {out} already holds a run; resume it, overwrite it, or name another folder"
+            f"train: {out} already holds a run; resume it (--resume), overwrite it (--overwrite), "
+            "or name another folder"
         )
     if in_the_way and not is_run(out):
         raise FileExistsError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import fastlangevin.noise as _noise
 from fastlangevin.distributed import DistributedError, Group
+from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.build import (
     build_learner,
     choose_device,
@@ -31,6 +32,8 @@ from fastlangevin.learn.learner import ShortRunLearner
 from fastlangevin.learn.log import RunLog
 from fastlangevin.learn.run_folder import (
     CONFIG,
+    DIVERGED,
+    REMEDY,
     check_folder,
     is_run,
     only_writer,
@@ -119,6 +122,7 @@ def _open_run(
     def prepare() -> int:
         remove_leftovers(out)
         if resume:
+            (out / DIVERGED).unlink(missing_ok=True)
             resume_learner(learner, config, out)
         elif overwrite:
             remove_run(out)
@@ -154,7 +158,13 @@ def _train(
                 save_run(learner, config, out, log)
             return Path(group.first(lambda: finish(learner, config, out), what))
     except (DivergedError, FloatingPointError) as error:
-        raise DivergedError(f"{error}; {last_good(out)}") from error
+        # The learner counts an iteration once its weights have changed.
+        broken = learner.iteration + isinstance(error, FloatingPointError)
+        if group.rank == 0:
+            with contextlib.suppress(OSError), replacing(out / DIVERGED) as temporary:
+                temporary.write_text(f"diverged at iteration {broken}: {error}\n", "utf-8")
+        advice = "" if list_checkpoints(out) else f"; {REMEDY}"
+        raise DivergedError(f"{error}; {last_good(out)}{advice}") from error
     except DistributedError as error:
         raise DistributedError(f"{error}; {last_good(out)}") from error
     except OSError as error:

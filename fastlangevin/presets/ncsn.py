@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.arguments import check_count
+from fastlangevin.arguments import check_count, check_not_text
 from fastlangevin.presets.common import Labelled, Randomness, Samplers, random_keywords
 
 
@@ -44,6 +44,7 @@ def ncsn() -> Callable[..., list[Tensor]]:
         if verbose:
             raise ValueError("ncsn: verbose is not supported; use LangevinSampler.diagnose")
         seed, noise, first_chain = random
+        check_not_text("ncsn", "sigmas", sigmas, "a sequence of numbers or a tensor [L]")
         levels = [float(sigma) for sigma in sigmas]
         each = check_count("ncsn", "n_steps_each", n_steps_each)
         if noise is not None and len(noise) != len(levels) * each:

@@ -12,6 +12,7 @@ from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import watching
 from fastlangevin.gradients.draws import kept_generators
 from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.train_mode import effect_of_train_mode
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.testing.loop import OP, Record, distance, follow, kind, snapshot, state
 from fastlangevin.testing.measure import peak_bytes, restored_modules, times
@@ -149,6 +150,10 @@ def compare(
             judgement.differences[-1] = judgement.apart[-1]
         seconds = times((loop, lambda: replacement(sampler)), x0.device, rounds)
     same, verdict = _verdict(judgement, steps, record, theirs, z)
+    notes = _notes(record, steps, by_step)
+    if trained := None if energy is None else effect_of_train_mode(energy):
+        trained += "; energy.eval() before both samples from the energy itself"
+        verdict, notes = (verdict, (trained, *notes)) if same else (f"{trained}; {verdict}", notes)
     ratios = [loop / ours for loop, ours in zip(*seconds, strict=True)]
     return Comparison(
         same=same,
@@ -164,7 +169,7 @@ def compare(
         peak_bytes=peak,
         shape=tuple(x0.shape),
         dtype=x0.dtype,
-        notes=_notes(record, steps, by_step),
+        notes=notes,
     )
 
 

@@ -28,7 +28,7 @@ BAD_OPTIONS = [
     (["--step-size", "nan"], "step_size must be float, got nan"),
     (["--step-size", "-1"], r"step_size must be finite and >= 0, got -1\.0"),
     (["--clamp", "1", "-1"], r"clamp must have lo < hi, got \(1\.0, -1\.0\)"),
-    (["--size", "12"], r"12 x 12; the energy needs squares .* set size, for example size=32"),
+    (["--size", "12"], "size must be a power of two from 8 to 256, got 12"),
     (["--activation", "gelu"], "activation must be one of leaky_relu, .*, got 'gelu'"),
     (["--seed", "-1"], r"seed must be in \[0, 2\*\*64\), got -1"),
     (["--buffer-size", "2"], "buffer_size must be 0 or at least batch_size = 4, got 2"),
@@ -65,7 +65,7 @@ def test_train_refuses(arguments: list[str], match: str, command: Command, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ([], "copied already holds a run; resume it, overwrite it, or name another folder"),
+        ([], r"already holds a run; resume it \(--resume\), overwrite it \(--overwrite\), or name"),
         (["--resume", "--overwrite"], "give resume or overwrite, not both"),
         (["--resume", "--lr", "0.5"], r"cannot be resumed with other settings: lr \(.* to 0\.5\)"),
         (["--resume", "--config", "digits"], "settings of the run: do not give --config"),

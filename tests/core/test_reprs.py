@@ -39,7 +39,7 @@ def test_diagnostics_show_the_means_of_the_first_and_the_last_step() -> None:
     assert repr(sampler.diagnose(torch.ones(4, 2), seed=0)) == (
         "Diagnostics(x=<tensor [4, 2], float32>, steps=3, chains=4, mean at the first and the last "
         "step: energy 2 to 0.125, grad_norm 2.828 to 0.7071, displacement 0.7071 to 0.1768, "
-        "saturation 0 to 0, accepted 1 to 1)"
+        "saturation 0 to 0)"
     )
     assert "chains=0" in repr(sampler.diagnose(torch.ones(0, 2), seed=0))
 

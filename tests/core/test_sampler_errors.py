@@ -20,6 +20,7 @@ SETTINGS = [
     ({"clamp": (1.0, -1.0)}, ValueError, r"clamp must have lo < hi, got \(1.0, -1.0\)"),
     ({"clamp": (0.0, 0.0)}, ValueError, "clamp must have lo < hi"),
     ({"clamp": 1.0}, TypeError, r"clamp must be a pair \(lo, hi\) or None"),
+    ({"clamp": ("-1", "1")}, TypeError, r"clamp must be a pair .*, got \('-1', '1'\)"),
     ({"grad_clip": 0}, ValueError, "grad_clip must have a bound > 0, got 0"),
     ({"grad_clip": ("l2", 1.0)}, ValueError, "grad_clip must be a number"),
     ({"noise_order": "first"}, ValueError, "noise_order must be one of after, before, last, got"),
@@ -33,6 +34,8 @@ SETTINGS += [
     for value, error, match in [
         (math.nan, ValueError, "must be finite and >= 0, got nan"),
         (-1.0, ValueError, "must be finite and >= 0, got -1.0"),
+        ("0.5", TypeError, f"must be a number, a sequence of steps={K} numbers, .*, got '0.5'"),
+        (["0.5"] * K, TypeError, "must be a number or a tensor, got '0.5'"),
         (None, TypeError, "must be a number or a tensor, got None"),
         ([0.1] * (K - 1), ValueError, f"as a sequence must have steps={K} numbers, got {K - 1}"),
         ([0.1] * (K - 1) + [math.nan], ValueError, "must be finite and >= 0, got nan"),

@@ -74,6 +74,7 @@ COEFFICIENTS = [
     (-0.1, ValueError, "must be finite and >= 0, got -0.1"),
     (math.nan, ValueError, "must be finite and >= 0, got nan"),
     (math.inf, ValueError, "must be finite and >= 0, got inf"),
+    ("0.5", TypeError, "must be a number or a tensor, got '0.5'"),
     ("fast", TypeError, "must be a number or a tensor, got 'fast'"),
     (None, TypeError, "must be a number or a tensor, got None"),
     (1j, TypeError, "must be a number or a tensor, got 1j"),

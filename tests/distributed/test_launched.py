@@ -168,7 +168,7 @@ def test_torchrun_restarts_a_killed_job_from_its_checkpoint(processes: int, tmp_
     assert same_weights(run, tmp_path / "alone")
     again = subprocess.run(line, capture_output=True, text=True)
     assert again.returncode == 1
-    assert "already holds a run; resume it, overwrite it, or name another" in again.stderr
+    assert "already holds a run; resume it (--resume), overwrite it (--overw" in again.stderr
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_dropout_is_a_function_of_seed_and_iteration() -> None:
         nn.init.zeros_(energy[2].bias)
         before = torch.get_rng_state()
         chain = fl.LangevinSampler(energy, steps=2)
-        results.append(ShortRunLearner(chain, torch.ones(5, 1, 8, 8), data_noise=0.0).step())
+        results.append(ShortRunLearner(chain, -torch.ones(5, 1, 8, 8), data_noise=0.0).step())
         assert torch.equal(torch.get_rng_state(), before)
     assert results[0] == results[1]
     assert results[0].energy_data != pytest.approx(6.4, rel=1e-4)  # what it is without dropout

@@ -2,6 +2,7 @@
 
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,40 @@ def test_what_cannot_be_saved(
 
 
 @pytest.mark.filterwarnings("ignore:.*no-op")  # of the meta device, which holds no values
+def test_swapped_arguments_of_save_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="must be a LangevinSampler, got str; give the sampler fi"):
+        fl.save("a.safetensors", fl.LangevinSampler(own()))  # type: ignore[arg-type]
+
+
+class Other(Own):
+    """An energy with the weights of Own and another forward pass."""
+
+
+def test_weights_of_another_class_are_loaded_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fl.save(fl.LangevinSampler(Other()), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=r"of the class \S+:Other, and .* one of \S+:Own,") as seen:
+        fl.load(tmp_path / "a.safetensors", energy=Own())
+    assert seen[0].filename == __file__
+    monkeypatch.setattr(Other, "__module__", "__main__")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fl.load(tmp_path / "a.safetensors", energy=Other())
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="load: device 'cuda' was asked for, but torch sees no CU"):
+        fl.load("digits", device="cuda")
+    match = "ReplayBuffer: device 'cuda:1' was asked for, but torch sees no CUDA device"
+    for kind in ("index", "fifo"):
+        with pytest.raises(ValueError, match=match):
+            fl.ReplayBuffer(4, (1,), seed=0, kind=kind, device=torch.device("cuda:1"))
+    with pytest.raises(ValueError, match=match):
+        fl.ReplayBuffer(4, (1,), seed=0).to("cuda:1")
+
+
 def test_an_energy_stays_on_its_device(tmp_path: Path) -> None:
     fl.save(fl.LangevinSampler(own()), tmp_path / "a.safetensors")
     energy = own().to("meta")

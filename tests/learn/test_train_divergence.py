@@ -16,6 +16,7 @@ from fastlangevin.learn import (
     train,
 )
 from fastlangevin.learn.checkpoint import list_checkpoints
+from tests.command import run_command
 from tests.learn.train_shared import records
 
 
@@ -94,9 +95,35 @@ def test_chains_that_stay_saturated(config: TrainConfig, tmp_path: Path) -> None
 def test_chains_that_are_not_finite(config: TrainConfig, tmp_path: Path) -> None:
     """Noise of 3e38 passes the largest float32 in a quarter of the elements."""
     wild = dataclasses.replace(config, noise_std=3e38)
-    with pytest.raises(DivergedError, match=r"not finite.*; no checkpoint was saved yet"):
+    match = r"not finite.*; no checkpoint was saved yet; .* a tenth of lr, .*docs/divergence\.md"
+    with pytest.raises(DivergedError, match=match):
         train(wild, tmp_path / "run")
     assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_a_run_without_a_checkpoint_says_where_it_diverged(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    early = dataclasses.replace(runaway(config), save_every=100)
+    with pytest.raises(DivergedError, match="energies run away at iteration 9"):
+        train(early, out)
+    said = "diverged at iteration 9: energies run away at iteration 9"
+    with pytest.raises(FileNotFoundError, match=f"holds no checkpoint: the run {said}.*tenth of"):
+        fl.load(out)
+    result = run_command("diagnose", out)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert run_command("report", out).exit_code == 0
+    assert f"The run {said}" in (out / "report.html").read_text()
+    train(dataclasses.replace(config, iterations=1), out, overwrite=True)
+    assert not (out / "diverged.txt").exists()
+
+
+def test_the_iteration_of_chains_that_are_not_finite(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError):
+        train(dataclasses.replace(config, noise_std=3e38), tmp_path / "run")
+    assert (tmp_path / "run" / "diverged.txt").read_text().startswith("diverged at iteration 1: ")
 
 
 def metrics(data: float = 0.0, samples: float = 0.0, saturation: float = 0.0) -> Metrics:

@@ -79,7 +79,7 @@ def test_a_folder_that_holds_a_run(lost: str, config: TrainConfig, copied: Path)
         (copied / lost).unlink()
     before = snapshot(copied)
     with pytest.raises(
-        FileExistsError, match=f"{copied} already holds a run; resume it, overwrite"
+        FileExistsError, match=f"{copied} already holds a run; resume it .--resume., overw"
     ):
         train(dataclasses.replace(config, data="nowhere"), copied)
     assert snapshot(copied) == before

@@ -200,6 +200,24 @@ def test_what_a_function_does_after_its_chain_counts(energy: nn.Module, x0: Tens
     assert not compare(functools.partial(loop, energy), function, x0, steps=K).same
 
 
+@pytest.mark.filterwarnings("ignore:LangevinSampler. in train mode")
+@pytest.mark.parametrize("in_eval", [True, False])
+def test_train_mode_is_said_first(x0: Tensor, in_eval: bool) -> None:
+    """The loop of JEM's sample_q sets eval mode itself."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 1))
+
+    def original(x: Tensor) -> Tensor:
+        net.train(not in_eval)
+        return loop(net, x)
+
+    report = compare(original, sampler(net), x0)
+    text = "in train mode BatchNorm2d '1' makes every chain depend on the others"
+    assert report.same != in_eval
+    assert (report.verdict if in_eval else report.notes[0]).startswith(text)
+    assert "energy.eval()" in str(report)
+
+
 def test_noise_drawn_for_all_steps_at_once(energy: nn.Module, x0: Tensor) -> None:
     def original(x: Tensor) -> Tensor:
         z = iter(0.5 * torch.randn(K, *x.shape))

@@ -234,7 +234,7 @@ def _recorder(
     tensors = tuple(t for m in roots for t in (*m.parameters(), *m.buffers()))
     recorder = OperatorRecorder(leaf, tensors, tracer)
     if not roots:
-        recorder.stop(f"the energy is a {type(energy).__name__}, not an nn.Module")
+        recorder.stop(f"the energy is a {type(energy).__name__}, not an nn.Module; wrap it in one")
     elif precision in HALVES:
         recorder.stop("the run is under autocast")
     return recorder

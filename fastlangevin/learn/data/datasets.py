@@ -136,6 +136,24 @@ def as_images(op: str, data: Any) -> Images:
     return DatasetImages(op, data)
 
 
+def warn_of_range(op: str, images: Tensor) -> None:
+    """Warn of images [n, ...] whose values are not in [-1, 1], such as those in [0, 1].
+
+    Noise that was added to images does not count, up to a standard deviation of about 0.2.
+    """
+    if images.ndim < 3 or not images.numel():  # points of a plane, for example, have no range
+        return
+    low, high = float(images.min()), float(images.max())
+    beyond = float((images.abs() > 1.5).float().mean())
+    if beyond > 0.01 or low >= 0:
+        warnings.warn(
+            f"{op}: data must be in [-1, 1], where the chains start, and those of the first batch "
+            f"are from {low:.3g} to {high:.3g}"
+            + ("; use 2 * images - 1" if low >= 0 and 0.5 < high <= 1 else ""),
+            stacklevel=4,
+        )
+
+
 def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
     """Return the images, those with a True ``flip`` mirrored along the last dimension."""
     if flip is None:

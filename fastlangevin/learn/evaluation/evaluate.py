@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.arguments import check_count, check_positive
+from fastlangevin.arguments import check_count, check_not_text, check_positive
 from fastlangevin.distributed import Group, shard, split_rows
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.data.load import ImageData
@@ -164,6 +164,7 @@ def shuffled(data: ImageData, seed: int) -> Tensor:
 
 def yardsticks(real: Tensor, noises: list[float], seed: int = 0) -> dict[str, Tensor]:
     """Return sets that samples should outperform: data with Gaussian noise, and uniform noise."""
+    check_not_text("evaluate", "noises", noises, "a list of numbers")
     noises = [check_positive("evaluate", "noise", level) for level in noises]
     normals = _noise.normal(real.shape, seed=seed, step=0, stream=_noise.DATA, device=real.device)
     uniform = _noise.initial(real.shape, seed=seed, device=real.device)

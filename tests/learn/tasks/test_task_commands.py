@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import fastlangevin as fl
+from fastlangevin.cli.outputs import count_images
 from fastlangevin.learn import (
     interpolate,
     load_images,
@@ -23,7 +24,7 @@ from fastlangevin.learn import (
 )
 from fastlangevin.learn.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
 from fastlangevin.learn.images import to_grid
-from fastlangevin.learn.run_data import load_held_out
+from fastlangevin.learn.run_data import load_held_out, suggesting
 from fastlangevin.learn.tasks.measurements import (
     make_operator,
 )
@@ -52,12 +53,20 @@ def test_held_out_images_of_a_test_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "match"),
-    [(None, "trained on every image of digits: train with limit"), (1797, "holds out none")],
+    [
+        (None, r"trained on every image of digits; train with --limit N \(in Python limit=N\)"),
+        (1797, "holds out none"),
+    ],
 )
 def test_nothing_held_out(limit: int | None, match: str) -> None:
     config = resolve(overrides={"data": "digits", "limit": limit})
-    with pytest.raises(ValueError, match=match):
+    advice = r".*; give --images PATH \(in Python images=\) to use other images$"
+    with pytest.raises(ValueError, match=match + advice), suggesting("images", None):
         load_held_out(config, (1, 8, 8))
+
+
+def test_one_image_is_not_called_images() -> None:
+    assert [count_images(n) for n in (1, 2)] == ["1 image", "2 images"]
 
 
 def test_gif(tmp_path: Path) -> None:
