@@ -263,8 +263,8 @@ def shown(results: Mapping[str, Any]) -> str:
     if hang := results.get("hang"):
         lines.append(
             f"A stopped process (SIGSTOP): {'' if hang['errors'] else 'NOT '}named. With a limit "
-            f"of {hang['limit_s']} s, the job ended {hang['ended_after_s']:.0f} s after the signal, "
-            "because torchrun waits 30 s for the stopped process."
+            f"of {hang['limit_s']} s, the job ended {hang['ended_after_s']:.0f} s after the "
+            "signal, because torchrun waits 30 s for the stopped process."
         )
     if nodes := results.get("nodes"):
         lines.append(f"Two launchers on one machine: weights {words[nodes['weights_equal']]}.")
