@@ -13,6 +13,7 @@
 #include "cpu/convnet.h"
 #include "cpu/signs.h"
 #include "cpu/step.h"
+#include "cpu/tile_permission.h"
 #ifdef FASTLANGEVIN_CUDA
 #include "cuda/step.h"
 #endif
@@ -130,7 +131,7 @@ using LayerTuple =
                std::array<float, 2>, int32_t, std::vector<std::tuple<int32_t, int32_t, float>>>;
 
 ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int height, int width,
-                     const std::vector<int32_t>& heads, bool bfloat16) {
+                     const std::vector<int32_t>& heads, int32_t operands, int64_t chunk) {
   std::vector<ConvLayer> layers;
   for (const auto& [kind, inputs, in, out, size, activation, kernel, stride, padding, dilation,
                     factors, groups, links] : tuples) {
@@ -140,7 +141,8 @@ ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int he
                       {dilation[0], dilation[1]}, {factors[0], factors[1]}, groups});
     for (const auto& [to, from, factor] : links) layers.back().links.push_back({to, from, factor});
   }
-  return cpu::plan_convnet(std::move(layers), channels, height, width, heads, bfloat16);
+  return cpu::plan_convnet(std::move(layers), channels, height, width, heads,
+                           static_cast<Operands>(operands), chunk);
 }
 
 // weights, bias, settings of the activation
@@ -181,12 +183,12 @@ void convolve(const Convolution& conv, int64_t chains, uintptr_t x, uintptr_t pa
                 chains, threads);
 }
 
-// (begin, height, width, stride between pixels) of each head in the array of all.
+// (begin, height, width, stored channels) of each head in the array of all.
 std::vector<std::array<int64_t, 4>> head_places(const ConvNet& net) {
   std::vector<std::array<int64_t, 4>> places;
   for (const ConvHead& head : net.heads) {
     const ConvBuffer& buffer = net.buffers[head.value];
-    places.push_back({head.begin, buffer.height, buffer.width, buffer.pixel});
+    places.push_back({head.begin, buffer.height, buffer.width, buffer.stored});
   }
   return places;
 }
@@ -207,11 +209,15 @@ using BatchTuple =
     std::tuple<int64_t, int64_t, uintptr_t, std::array<int64_t, 4>, uintptr_t,
                std::array<int64_t, 4>, uintptr_t, float, uintptr_t, uintptr_t>;
 
-ConvBatch read_batch(const BatchTuple& tuple) {
+ConvBatch read_batch(const ConvNet& net, const BatchTuple& tuple) {
   const auto& [chains, chunk, x, x_strides, grad, grad_strides, head, offset, energies, packed] = tuple;
   ConvBatch batch{chains, chunk, reinterpret_cast<const float*>(x), {},
                   reinterpret_cast<float*>(grad), {}, reinterpret_cast<const float*>(head), offset,
                   reinterpret_cast<float*>(energies), reinterpret_cast<const float*>(packed)};
+  if (net.kernels->tiles && chunk != net.chunk) {
+    throw std::invalid_argument("ConvNet: chunk must be the plan's " + std::to_string(net.chunk) +
+                                ", got " + std::to_string(chunk));
+  }
   std::copy(x_strides.begin(), x_strides.end(), batch.x_strides);
   std::copy(grad_strides.begin(), grad_strides.end(), batch.grad_strides);
   return batch;
@@ -219,7 +225,7 @@ ConvBatch read_batch(const BatchTuple& tuple) {
 
 void convnet_score(const ConvNet& net, const BatchTuple& operands, uintptr_t workspace,
                    int threads) {
-  const ConvBatch batch = read_batch(operands);
+  const ConvBatch batch = read_batch(net, operands);
   py::gil_scoped_release unlocked;
   cpu::convnet_score(net, batch, reinterpret_cast<void*>(workspace), threads);
 }
@@ -229,7 +235,7 @@ void convnet_chain(const ConvNet& net, const BatchTuple& operands, py::handle sh
                    py::handle x_strides, py::handle grad_strides, const py::list& updates,
                    bool maximize, float clip, float lo, float hi, bool noise_last, uint64_t seed,
                    uint32_t first_chain, uintptr_t workspace, int threads) {
-  const ConvBatch batch = read_batch(operands);
+  const ConvBatch batch = read_batch(net, operands);
   Step all;
   all.dims = static_cast<int>(PyTuple_Size(shape.ptr()));
   read_sizes(shape, all.shape, all.dims);
@@ -294,6 +300,10 @@ PYBIND11_MODULE(_native, module) {
       py::arg("tanh") = static_cast<int>(fl::Activation::kTanh),
       py::arg("gelu") = static_cast<int>(fl::Activation::kGELU),
       py::arg("gelu_tanh") = static_cast<int>(fl::Activation::kGELUTanh));
+  module.attr("OPERANDS") = py::dict(
+      py::arg("fp32") = static_cast<int>(fl::Operands::kFloat32),
+      py::arg("bf16") = static_cast<int>(fl::Operands::kBFloat16),
+      py::arg("tf32") = static_cast<int>(fl::Operands::kSplitBFloat16));
   module.attr("LAYERS") = py::dict(
       py::arg("conv") = static_cast<int>(fl::LayerKind::kConv),
       py::arg("pointwise") = static_cast<int>(fl::LayerKind::kPointwise),
@@ -314,13 +324,19 @@ PYBIND11_MODULE(_native, module) {
   module.def("apply_signs", &fl::apply_signs);
   py::class_<fl::ConvNet>(module, "ConvNet")
       .def(py::init(&fl::plan_convnet), py::arg("layers"), py::arg("channels"), py::arg("height"),
-           py::arg("width"), py::arg("heads"), py::arg("bfloat16"))
+           py::arg("width"), py::arg("heads"), py::arg("operands"), py::arg("chunk"))
       .def_readonly("packed", &fl::ConvNet::packed)
       .def_readonly("workspace", &fl::ConvNet::workspace)
       .def_readonly("scratch", &fl::ConvNet::scratch)
       .def_readonly("head_values", &fl::ConvNet::head_values)
       .def_property_readonly("heads", &fl::head_places)
       .def_property_readonly("tiled_passes", &fl::tiled_passes)
+      .def_property_readonly("instruction_set",
+                             [](const fl::ConvNet& net) {
+                               return fl::cpu::instruction_set(*net.kernels);
+                             })
+      .def_property_readonly("by_matrix_unit",
+                             [](const fl::ConvNet& net) { return net.kernels->tiles; })
       .def("pack", &fl::pack_weights)
       .def("score", &fl::convnet_score)
       .def("chain", &fl::convnet_chain, py::arg("operands"), py::arg("shape"), py::arg("x_strides"),
@@ -336,8 +352,14 @@ PYBIND11_MODULE(_native, module) {
       .def("pack", &fl::pack_convolution)
       .def("run", &fl::convolve);
   module.def("watch_methods", &fl::watch_methods);
-  module.def("instruction_set", &fl::cpu::instruction_set);
+  module.def("instruction_set", [] { return fl::cpu::instruction_set(); });
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
+  module.def("matrix_unit", [] { return fl::cpu::conv_kernels(fl::Operands::kBFloat16).tiles; });
+  module.def("why_no_amx", [] {
+    fl::cpu::conv_kernels(fl::Operands::kBFloat16);  // changes the instruction set if the system refuses tiles
+    const char* reason = fl::cpu::why_no_tiles();
+    return std::string(reason ? reason : "");
+  });
   module.attr("MAX_DIMS") = fl::kMaxDims;
 #ifdef FASTLANGEVIN_CUDA
   module.attr("CUDA") = true;

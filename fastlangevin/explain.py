@@ -7,6 +7,7 @@ from fastlangevin.adjoint.unroll import explain as explain_gradients
 from fastlangevin.chain.chain import Chain
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings
+from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.network import device_of
@@ -79,6 +80,8 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
         return [f"gradient   {name}: {text}; {precision_text}"]
     choice = chain.choose(x)
     lines = [f"gradient   {choice.name}: {_ENGINE_TEXT[choice.name]}; {precision_text}"]
+    if isinstance(choice.engine, ConvNetGradient):
+        lines[0] += f"; instruction set {choice.engine.net.instruction_set}"
     lines += [f"{_INDENT}not {name}: {reason}" for name, reason in choice.why_not.items()]
     if started and x.shape[0] and choice.name != "network":
         graph: Graph | str | None = choice.graph
@@ -124,7 +127,7 @@ def _explain_work(
         f"product) the least time is {limit * 1e3:.3g} ms"
     )
     fractions = _FRACTIONS.get(engine) if x.device.type == "cpu" else None
-    if fractions is None or precision in HALVES:
+    if fractions is None or precision not in (None, "fp32"):
         return [work, f"{_INDENT}the actual time is not known; fastlangevin bench measures it"]
     low, high = fractions
     return [

@@ -19,7 +19,7 @@ def instruction_sets() -> list[str]:
     if extension.library is None:
         return []
     best = extension.library.instruction_set()
-    names = [n for n in ("baseline", "avx2", "avx512", "avx512_bf16") if choose(n)]
+    names = [n for n in ("baseline", "avx2", "avx512", "avx512_bf16", "amx") if choose(n)]
     choose(best)
     return names
 

@@ -7,7 +7,7 @@ import torch
 
 from fastlangevin.kernels import extension
 
-_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
+_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def instruction_sets() -> list[str]:

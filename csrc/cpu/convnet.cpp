@@ -11,24 +11,37 @@ namespace fastlangevin {
 namespace cpu {
 namespace {
 
+// Where a pass by tiles has a word: those of a part are together, in each plane.
+int64_t word_at(const ConvPass& pass, int64_t word, int64_t plane) {
+  const MatrixTiles& matrix = pass.matrix;
+  const int64_t parts = (matrix.words + matrix.again) / pass.steps;
+  const int64_t in_tap = word % matrix.words, part = std::min(in_tap / pass.steps, parts - 1);
+  const int64_t begin = std::min(part * pass.steps, matrix.words - pass.steps);
+  const int64_t in_pass = (word / matrix.words * parts + part) * matrix.planes + plane;
+  return in_pass * pass.steps + in_tap - begin;
+}
+
 // Packs the weights at(input channel, output channel)[position], or null beyond the last, as [block
 // of output channels][kernel position][one or two input channels][output channel of the
-// block][which of the two].
+// block][which of the two]. For tiles, see word_at; words of the last part that the part before it
+// has as well are zero.
 template <class At>
-void pack_pass(const ConvKernels& kernels, bool bfloat16, const ConvPass& pass, int threads,
+void pack_pass(const ConvKernels& kernels, bool pairs, const ConvPass& pass, int threads,
                const At& at, float* packed) {
   const int lanes = kernels.lanes, whole = lanes * kernels.vectors;
-  const int64_t step = bfloat16 ? 2 : 1, steps = (pass.in + step - 1) / step;
+  const int64_t step = pairs ? 2 : 1, steps = (pass.in + step - 1) / step;
   const int64_t rows = pass.rows.size(), blocks = (pass.out + whole - 1) / whole;
+  const int64_t planes = pass.matrix.planes, all = pass.taps.size() * pass.steps * planes;
   constexpr int64_t kFew = 4;
   packed += pass.weights;
   parallel_for(blocks, threads, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * whole, block = pass.out - begin > lanes ? whole : lanes;
-      float* to = packed + begin * rows * steps;
+      float* to = packed + begin * all;
+      if (pass.matrix.again > 0) std::fill_n(to, all * block, 0.0f);
       // A few steps at a time, through memory that stays in the cache: the words of two kernel
       // positions are usually a power of two apart and would evict each other.
-      std::vector<float> few(rows * kFew * block);
+      std::vector<float> few(rows * planes * kFew * block);
       for (int64_t s = 0; s < steps; s += kFew) {
         const int64_t count = std::min(kFew, steps - s);
         for (int64_t o = 0; o < block; ++o) {
@@ -38,17 +51,30 @@ void pack_pass(const ConvKernels& kernels, bool bfloat16, const ConvPass& pass, 
             const float* two = step == 2 ? at(i + 1, begin + o) : nullptr;
             for (int64_t r = 0; r < rows; ++r) {
               float word = one ? one[pass.rows[r]] : 0.0f;
-              if (step == 2) {
-                const uint16_t pair[2] = {to_bfloat16(word),
-                                          to_bfloat16(two ? two[pass.rows[r]] : 0.0f)};
-                std::memcpy(&word, pair, sizeof pair);
+              if (step == 1) {
+                few[(r * kFew + k) * block + o] = word;
+                continue;
               }
-              few[(r * kFew + k) * block + o] = word;
+              float rest[2] = {word, two ? two[pass.rows[r]] : 0.0f};
+              for (int64_t plane = 0; plane < planes; ++plane) {
+                const uint16_t pair[2] = {to_bfloat16(rest[0]), to_bfloat16(rest[1])};
+                for (int j = 0; j < 2; ++j) rest[j] -= from_bfloat16(pair[j]);
+                std::memcpy(&word, pair, sizeof pair);
+                few[((plane * rows + r) * kFew + k) * block + o] = word;
+              }
             }
           }
         }
-        for (int64_t r = 0; r < rows; ++r) {
-          std::copy_n(few.data() + r * kFew * block, count * block, to + (r * steps + s) * block);
+        for (int64_t r = 0; r < planes * rows; ++r) {
+          const float* from = few.data() + r * kFew * block;
+          const int64_t word = r % rows * steps + s, plane = r / rows;
+          if (pass.matrix.rows == 0) {
+            std::copy_n(from, count * block, to + word * block);
+            continue;
+          }
+          for (int64_t k = 0; k < count; ++k) {
+            std::copy_n(from + k * block, block, to + word_at(pass, word + k, plane) * block);
+          }
         }
       }
     }
@@ -89,10 +115,10 @@ void pack_tiles(const ConvKernels& kernels, const ConvPass& pass, int threads, c
 }
 
 template <class At>
-void pack_any(const ConvKernels& kernels, bool bfloat16, const ConvPass& pass, int threads,
+void pack_any(const ConvKernels& kernels, bool pairs, const ConvPass& pass, int threads,
               const At& at, float* packed) {
   if (pass.tiles.used()) return pack_tiles(kernels, pass, threads, at, packed);
-  pack_pass(kernels, bfloat16, pass, threads, at, packed);
+  pack_pass(kernels, pairs, pass, threads, at, packed);
 }
 
 // at(output channel, input channel) of weights [out, in, kh, kw], or null beyond the last.
@@ -109,7 +135,7 @@ void pack_conv(const ConvNet& net, size_t k, const float* weights, int threads, 
   const int positions = layer.kernel[0] * layer.kernel[1];
   const auto at = weights_at(layer, weights);
   const auto pack = [&](const ConvPass& pass, const auto& from) {
-    pack_any(*net.kernels, net.bfloat16, pass, threads, from, packed);
+    pack_any(*net.kernels, net.operands != Operands::kFloat32, pass, threads, from, packed);
   };
   pack(plan.forward, [&](int64_t i, int64_t o) { return at(o, i); });
   if (k == 0 && net.spread.pixel > 0) {

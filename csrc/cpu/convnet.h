@@ -15,7 +15,8 @@ namespace cpu {
 struct ConvKernels {
   int lanes;    // of a vector; channels are padded to whole vectors
   int vectors;  // how many vectors of output channels are computed together
-  // For float32 and for bfloat16 values.
+  bool tiles;   // whether a matrix unit computes the products, and does not multiply float32
+  // For values in float32 and in bfloat16.
   using Score = void(const ConvNet& net, const ConvBatch& batch, int64_t first_chain,
                      int64_t last_chain, void* workspace);
   Score *score, *score_bfloat16;
@@ -25,20 +26,29 @@ struct ConvKernels {
                    int64_t last, int64_t chunk, float* memory);
 };
 
-extern const ConvKernels kConvBaseline;
+extern const ConvKernels kConvBaseline, kConvAmxEmulated;
 #ifdef FASTLANGEVIN_X86
 extern const ConvKernels kConvAvx2;
 extern const ConvKernels kConvAvx512;
 extern const ConvKernels kConvAvx512Bf16;
+#ifdef FASTLANGEVIN_AMX
+extern const ConvKernels kConvAmx;
+#endif
 #endif
 
-// The kernels of the active instruction set.
-const ConvKernels& conv_kernels();
+// The kernels of the active instruction set for some operands; those for float32 also where a matrix
+// unit would be needed and there is none. The first call that needs one, on a processor with AMX, asks
+// the system for permission to use it, and changes to another instruction set if it is refused.
+const ConvKernels& conv_kernels(Operands operands);
+
+// The name of the instruction set that kernels are compiled for.
+const char* instruction_set(const ConvKernels& kernels);
 
 // Plans a network on states [channels, height, width]. The layers are in the order of evaluation,
-// and the energy is a linear function of the values `heads`.
+// and the energy is a linear function of the values `heads`. If the kernels have tiles, `chunk` is
+// that of every batch; otherwise the plan does not depend on it.
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
-                     const std::vector<int32_t>& heads, bool bfloat16);
+                     const std::vector<int32_t>& heads, Operands operands, int64_t chunk);
 
 // Plans a convolution that reads images of this size or, if it is a gradient, writes them. What it
 // writes has whole vectors of channels.
@@ -63,7 +73,7 @@ void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, 
 
 // The kernel for a network's dtype.
 inline ConvKernels::Score* score_kernel(const ConvNet& net) {
-  return net.bfloat16 ? net.kernels->score_bfloat16 : net.kernels->score;
+  return net.operands == Operands::kBFloat16 ? net.kernels->score_bfloat16 : net.kernels->score;
 }
 
 // Divides the chains of a batch over threads. Calls run(thread, first, last, workspace) for the share

@@ -7,6 +7,9 @@
 #include "cpu/convnet.h"
 #include "cpu/layers.h"
 #include "cpu/winograd.h"
+#ifdef FASTLANGEVIN_TILES
+#include "cpu/tile_products.h"
+#endif
 
 namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
@@ -28,12 +31,16 @@ struct Chunk : ChunkLayers<N> {
   }
   float* tiles() const { return products() + net.spread.values; }
 
+  // What the passes of a convolution read.
+  auto source(const Type* from, const ConvBuffer& in, const ConvBuffer& out) const {
+    return prepare(Ends<N>{from, in.chain, out.chain}, batch.chunk * in.size, tiles());
+  }
+
   void read(int64_t first) const {
     const int64_t* s = batch.x_strides;
     const ConvBuffer& buffer = net.buffers[0];
     // Vectors read padded channels, and steps of two read one too many. A NaN may be left there.
-    const int end = net.direct ? (buffer.channels + N::kStep - 1) / N::kStep * N::kStep
-                               : static_cast<int>(buffer.pixel);
+    const int end = static_cast<int>(buffer.stored);
     each_pixel(buffer, [&](int64_t n, int64_t y, int64_t x) {
       const float* from = batch.x + (first + n) * s[0] + y * s[2] + x * s[3];
       Type* to = values(0) + n * buffer.chain + buffer.at(y, x);
@@ -68,8 +75,7 @@ struct Chunk : ChunkLayers<N> {
     const Type* from = values(layer.inputs[0]);
     switch (layer.kind) {
       case LayerKind::kConv:
-        return run(plan.forward, Ends<N>{from, in.chain, out.chain}, chains, batch.packed, finish,
-                   tiles());
+        return run(plan.forward, source(from, in, out), chains, batch.packed, finish, tiles());
       case LayerKind::kMix: return this->mix(plan.mix, from, in, out, finish);
       case LayerKind::kMaxPool: return this->greatest(k, finish);
       case LayerKind::kLogSumExp: return this->log_sum_exp(k, finish);
@@ -97,7 +103,7 @@ struct Chunk : ChunkLayers<N> {
         const ConvBuffer& buffer = net.buffers[at.value];
         const float* head = batch.head + at.begin;
         for (int64_t y = 0; y < buffer.height; ++y) {
-          for (int64_t x = 0; x < buffer.width; ++x, head += buffer.pixel) {
+          for (int64_t x = 0; x < buffer.width; ++x, head += buffer.stored) {
             const Type* from = values(at.value) + n * buffer.chain + buffer.at(y, x);
             for (int c = 0; c < buffer.channels; ++c) total += double{N::widen(from[c])} * head[c];
           }
@@ -134,7 +140,7 @@ struct Chunk : ChunkLayers<N> {
       const ConvBuffer& buffer = net.buffers[at.value];
       with_arrival(at.value, at.arrival, [&](const Finish& finish) {
         each_pixel(buffer, [&](int64_t n, int64_t y, int64_t x) {
-          const float* head = batch.head + at.begin + (y * buffer.width + x) * buffer.pixel;
+          const float* head = batch.head + at.begin + (y * buffer.width + x) * buffer.stored;
           finish_pixel(n * buffer.chain + buffer.at(y, x), buffer.channels, finish,
                        [&](int c) { return Vector::load(head + c); });
         });
@@ -159,11 +165,13 @@ struct Chunk : ChunkLayers<N> {
     const ConvBuffer &in = net.buffers[layer.inputs[i]], &out = net.buffers[k + 1];
     const Type* grad = grads(k + 1);
     switch (layer.kind) {
-      case LayerKind::kConv:
+      case LayerKind::kConv: {
+        const auto from = source(grad, out, in);
         for (const ConvPass& pass : plan.backward) {
-          run(pass, Ends<N>{grad, out.chain, in.chain}, chains, batch.packed, finish, tiles());
+          run(pass, from, chains, batch.packed, finish, tiles());
         }
         return;
+      }
       case LayerKind::kMix: return this->mix(plan.mix_back, grad, out, in, finish);
       case LayerKind::kMaxPool: return this->choose(k, finish);
       case LayerKind::kLogSumExp: return this->softmax(k, finish);
@@ -192,7 +200,7 @@ struct Chunk : ChunkLayers<N> {
     if (!net.direct) {
       each_pixel(buffer, [&](int64_t n, int64_t y, int64_t x) {
         const Type* from = grads(0) + n * buffer.chain + buffer.at(y, x);
-        float* grad = grad_at(first, n * buffer.chain + buffer.at(y, x));
+        float* grad = grad_of(first + n, y, x);
         for (int c = 0; c < buffer.channels; ++c) {
           grad[c * batch.grad_strides[1]] = N::widen(from[c]);
         }
@@ -204,20 +212,18 @@ struct Chunk : ChunkLayers<N> {
       return;
     }
     const auto each = [&](int64_t to, int channel, Float sum) {
-      float* grad = grad_at(first, to - channel);
+      const int64_t at = to - channel, in_chain = at % buffer.chain;
+      float* grad = grad_of(first + at / buffer.chain, in_chain / buffer.row - buffer.top,
+                            in_chain % buffer.row / buffer.pixel - buffer.left);
       const int count = std::min<int>(kLanes, buffer.channels - channel);
       for (int c = 0; c < count; ++c) grad[(channel + c) * batch.grad_strides[1]] = sum[c];
     };
     pull(0, 0, each);
   }
 
-  float* grad_at(int64_t first, int64_t at) const {
+  float* grad_of(int64_t chain, int64_t y, int64_t x) const {
     const int64_t* s = batch.grad_strides;
-    const ConvBuffer& buffer = net.buffers[0];
-    const int64_t chain = at / buffer.chain, in_chain = at % buffer.chain;
-    const int64_t y = in_chain / buffer.row - buffer.top;
-    const int64_t x = in_chain % buffer.row / buffer.pixel - buffer.left;
-    return batch.grad + (first + chain) * s[0] + y * s[2] + x * s[3];
+    return batch.grad + chain * s[0] + y * s[2] + x * s[3];
   }
 
   // Writes the gradient of one chain if it is spread.
@@ -227,7 +233,7 @@ struct Chunk : ChunkLayers<N> {
     float* products = this->products();
     const Ends<N> ends{grads(1) + n * net.buffers[1].chain, 0, 0};
     const auto each = [&](int64_t to, int, Float sum) { Vector::store(products + to, sum); };
-    run_pass<N>(net.spread.products, ends, 1, batch.packed, each);
+    run(net.spread.products, prepare(ends, 0, tiles()), 1, batch.packed, each, tiles());
     const int64_t channel = batch.grad_strides[1];
     float* chain = batch.grad + (first + n) * batch.grad_strides[0];
     // Several pixels at a time, since each is one chain of dependent additions.
@@ -273,6 +279,7 @@ void score(const ConvNet& net, const ConvBatch& batch, int64_t first, int64_t la
   }
 }
 
+#ifndef FASTLANGEVIN_TILES
 void convolve(const Convolution& conv, const ConvolutionBatch& batch, int64_t first, int64_t last,
               int64_t chunk, float* memory) {
   const ConvBuffer &in = conv.read, &out = conv.written;
@@ -308,14 +315,21 @@ void convolve(const Convolution& conv, const ConvolutionBatch& batch, int64_t fi
     }
   }
 }
+#endif
 
 }  // namespace
 }  // namespace FASTLANGEVIN_ISA
 
 namespace cpu {
+#ifdef FASTLANGEVIN_TILES
 const ConvKernels FASTLANGEVIN_CONV_KERNELS = {
-    FASTLANGEVIN_ISA::kLanes, FASTLANGEVIN_ISA::kVectors,
+    FASTLANGEVIN_ISA::kColumns, 2, true, FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::TiledFloat32>,
+    FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::TiledBFloat16>, nullptr};
+#else
+const ConvKernels FASTLANGEVIN_CONV_KERNELS = {
+    FASTLANGEVIN_ISA::kLanes, FASTLANGEVIN_ISA::kVectors, false,
     FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::Float32>,
     FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::BFloat16>, FASTLANGEVIN_ISA::convolve};
+#endif
 }  // namespace cpu
 }  // namespace fastlangevin

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cpu/convnet.h"
+#include "cpu/tile_plan.h"
 #include "cpu/winograd_plan.h"
 
 namespace fastlangevin {
@@ -150,9 +151,12 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
   return passes;
 }
 
-// Merges runs of taps that are adjacent in memory into one tap each, if all runs have one length.
-void join_taps(ConvPass& pass, int step) {
+// Sets the steps of each tap. Merges runs of taps that are adjacent in memory into one tap each, if
+// all runs have one length and no chains lie between pixels.
+void plan_steps(const ConvBuffer& in, int step, ConvPass& pass) {
   const int channels = static_cast<int>(round_up(pass.in, step));
+  pass.steps = channels / step;
+  if (in.chain <= in.pixel) return;
   const std::vector<int32_t> taps = std::move(pass.taps);
   const auto runs_of = [&](size_t run) {
     for (size_t k = 0; k < taps.size(); ++k) {
@@ -257,18 +261,34 @@ int64_t padded(int64_t channels, int lanes) {
   return pixel % 256 == 0 ? pixel + lanes : pixel;
 }
 
-// Chooses the strides of every buffer and where its values, slopes and gradients are.
+// The channels that are multiplied at a time.
+int step_of(Operands operands) { return operands == Operands::kFloat32 ? 1 : 2; }
+
+// Chooses the strides and the size of a buffer.
+void place_pixels(const ConvNet& net, bool direct, ConvBuffer& buffer) {
+  const int lanes = net.kernels->lanes, step = step_of(net.operands);
+  const bool tiled = net.kernels->tiles && !direct;
+  // No vector is written to a state that one convolution reads, a number or pair at a time.
+  buffer.stored = direct  ? round_up(buffer.channels, step)
+                  : tiled ? tiled_channels(buffer.channels)
+                          : padded(buffer.channels, lanes);
+  buffer.pixel = tiled ? tiled_pixel(buffer.stored, net.chunk) : buffer.stored;
+  buffer.row = buffer.pixel * (buffer.left + buffer.width + buffer.right);
+  buffer.size = buffer.row * (buffer.top + buffer.height + buffer.bottom);
+  if (tiled) buffer.size = (buffer.size + net.chunk - 1) / net.chunk;
+  buffer.size = round_up(buffer.size, lanes * step);
+  // The rows of tiles are the chains of a pixel, which are next to each other.
+  buffer.chain = tiled ? buffer.stored : buffer.size;
+}
+
+// Chooses where the values, slopes and gradients of every buffer are.
 void place_buffers(ConvNet& net, const std::vector<int>& parts) {
-  const int lanes = net.kernels->lanes, step = net.bfloat16 ? 2 : 1;
+  const int lanes = net.kernels->lanes, of_word = net.operands == Operands::kBFloat16 ? 2 : 1;
   for (size_t v = 0; v < net.buffers.size(); ++v) {
     ConvBuffer& buffer = net.buffers[v];
-    // No vector is written to a state that one convolution reads, a number or pair at a time.
-    buffer.pixel = v == 0 && net.direct ? round_up(buffer.channels, step)
-                                        : padded(buffer.channels, lanes);
-    buffer.row = buffer.pixel * (buffer.left + buffer.width + buffer.right);
-    buffer.chain = round_up(buffer.row * (buffer.top + buffer.height + buffer.bottom), lanes * step);
+    place_pixels(net, v == 0 && net.direct, buffer);
     const auto reserve = [&](int64_t size) { return (net.workspace += size) - size; };
-    const auto take = [&] { return reserve(buffer.chain); };
+    const auto take = [&] { return reserve(buffer.size); };
     buffer.values = buffer.grads = take();
     bool kept = false;
     for (const ConvLayer& layer : net.layers) {
@@ -280,24 +300,23 @@ void place_buffers(ConvNet& net, const std::vector<int>& parts) {
       if (is_smooth(activation)) buffer.slopes = take();
       if (net.layers[v - 1].kind == LayerKind::kMaxPool) buffer.choices = take();
       if (net.layers[v - 1].kind == LayerKind::kNorm) {
-        buffer.statistics = reserve(2 * round_up(buffer.channels, lanes) * step);
+        buffer.statistics = reserve(2 * round_up(buffer.channels, lanes) * of_word);
       }
       // The signs of the values are read when the last part of the gradient arrives.
       kept = kept || (activation == Activation::kLeakyReLU && parts[v] > 1);
     }
     if (kept) buffer.grads = take();
   }
-  net.workspace *= sizeof(float) / step;
+  net.workspace *= sizeof(float) / of_word;
 }
 
 // Places the packed weights of a pass after those that are there, and returns the numbers that its
 // tiles take.
-int64_t place_pass(const ConvKernels& kernels, int step, ConvPass& pass, int64_t& packed) {
+int64_t place_pass(const ConvKernels& kernels, ConvPass& pass, int64_t& packed) {
   const WinogradTiles& tiles = pass.tiles;
-  if (!tiles.used()) join_taps(pass, step);
   pass.weights = packed;
   packed += (tiles.used() ? tiles.products() : int64_t(pass.taps.size())) * pass.steps *
-            round_up(pass.out, kernels.lanes);
+            pass.matrix.planes * round_up(pass.out, kernels.lanes);
   if (!tiles.used()) return 0;
   return tiles.products() * tiles.block * (tiles.row + kernels.vectors * kernels.lanes);
 }
@@ -305,7 +324,7 @@ int64_t place_pass(const ConvKernels& kernels, int step, ConvPass& pass, int64_t
 }  // namespace
 
 Convolution plan_convolution(const ConvLayer& layer, int height, int width, bool gradient) {
-  const ConvKernels& kernels = conv_kernels();
+  const ConvKernels& kernels = conv_kernels(Operands::kFloat32);
   Convolution conv{&kernels, layer, gradient};
   ConvBuffer in{height, width, layer.in}, out{layer.height, layer.width, layer.out};
   frame(layer, in, out);
@@ -324,16 +343,20 @@ Convolution plan_convolution(const ConvLayer& layer, int height, int width, bool
   for (ConvPass& pass : conv.passes) {
     const double products = double(pass.to.size()) * pass.rows.size();
     all += products, saved += products * pass.tiles.saving;
-    conv.scratch = std::max(conv.scratch, place_pass(kernels, 1, pass, conv.packed));
+    if (!pass.tiles.used()) plan_steps(conv.read, 1, pass);
+    conv.scratch = std::max(conv.scratch, place_pass(kernels, pass, conv.packed));
   }
   conv.saving = all > 0 ? saved / all : 0;
   return conv;
 }
 
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
-                     const std::vector<int32_t>& heads, bool bfloat16) {
-  const int lanes = conv_kernels().lanes, step = bfloat16 ? 2 : 1;
-  ConvNet net{&conv_kernels(), bfloat16, std::move(layers), {{height, width, channels}},
+                     const std::vector<int32_t>& heads, Operands operands, int64_t chunk) {
+  const ConvKernels& kernels = conv_kernels(operands);
+  const bool split = kernels.tiles && operands == Operands::kSplitBFloat16;
+  if (!split && operands != Operands::kBFloat16) operands = Operands::kFloat32;
+  const int lanes = kernels.lanes, step = step_of(operands);
+  ConvNet net{&kernels, operands, chunk, std::move(layers), {{height, width, channels}},
               std::vector<LayerPlan>(), {}};
   net.plans.resize(net.layers.size());
   for (const ConvLayer& layer : net.layers) {
@@ -356,11 +379,14 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
   for (ConvHead& head : net.heads) {
     const ConvBuffer& buffer = net.buffers[head.value];
     head.begin = net.head_values;
-    net.head_values += int64_t{buffer.height} * buffer.width * buffer.pixel;
+    net.head_values += int64_t{buffer.height} * buffer.width * buffer.stored;
   }
   int64_t tiled_numbers = 0;
-  const auto place = [&](ConvPass& pass) {
-    tiled_numbers = std::max(tiled_numbers, place_pass(*net.kernels, step, pass, net.packed));
+  const auto place = [&](ConvPass& pass, const ConvBuffer& from, const ConvBuffer& to) {
+    if (!pass.tiles.used()) plan_steps(from, step, pass);
+    if (kernels.tiles) plan_matrix(from, to, chunk, pass);
+    if (split) pass.matrix.planes = 2;
+    tiled_numbers = std::max(tiled_numbers, place_pass(kernels, pass, net.packed));
   };
   for (size_t k = 0; k < net.layers.size(); ++k) {
     const ConvLayer& layer = net.layers[k];
@@ -368,16 +394,16 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     const ConvBuffer &in = net.buffers[layer.inputs[0]], &out = net.buffers[k + 1];
     if (layer.kind == LayerKind::kConv) {
       const bool direct = k == 0 && net.direct;
-      const int tiled = bfloat16 ? 0 : lanes;
+      const int tiled = operands == Operands::kFloat32 ? lanes : 0;
       // Transforms read whole vectors of channels, which the state may not have.
       plan.forward = plan_forward(layer, in, out, direct ? 0 : tiled);
       plan.backward = plan_backward(layer, in, out, direct ? 0 : tiled);
-      if (direct) plan_spread(layer, out, lanes, plan.backward, net.spread);
-      place(plan.forward);
+      if (direct && !kernels.tiles) plan_spread(layer, out, lanes, plan.backward, net.spread);
+      place(plan.forward, in, out);
       if (direct && net.spread.pixel > 0) {
-        place(net.spread.products);
+        place(net.spread.products, out, out);
       } else {
-        for (ConvPass& pass : plan.backward) place(pass);
+        for (ConvPass& pass : plan.backward) place(pass, out, in);
       }
     } else if (!layer.links.empty()) {
       plan.mix = plan_mix(layer.links, in, out);
@@ -388,6 +414,12 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     const bool weighs = layer.kind == LayerKind::kPointwise || layer.kind == LayerKind::kNorm;
     if (weighs) plan.factors = take(round_up(layer.out, lanes));
     plan.settings = take(lanes);
+  }
+  if (split) {
+    // The planes of one buffer.
+    for (const ConvBuffer& buffer : net.buffers) {
+      tiled_numbers = std::max(tiled_numbers, chunk * buffer.size);
+    }
   }
   net.scratch = (net.spread.values + tiled_numbers) * sizeof(float);
   return net;

@@ -61,7 +61,9 @@ struct ConvLayer {
 struct ConvBuffer {
   int32_t height, width, channels;
   int32_t top = 0, left = 0, bottom = 0, right = 0;  // the frame
+  int64_t stored = 0;                                // channels with their padding
   int64_t pixel = 0, row = 0, chain = 0;             // strides
+  int64_t size = 0;                                  // of the memory for each chain
   int64_t values = 0;
   int64_t grads = 0;    // the gradient before the activation; may take the place of the values
   int64_t slopes = -1;  // the derivatives of a smooth activation
@@ -96,6 +98,20 @@ struct WinogradTiles {
   }
 };
 
+// A pass by tiles of a matrix unit (cpu/tiles.h). The rows of a tile are output pixels of some
+// chains, whose inputs are a constant stride apart. The words of a tap are multiplied in parts of
+// pass.steps words, and pass.taps says where each part begins. Where the words do not fill the last
+// part, it begins early, and its weights are zero for what the part before it has multiplied.
+struct MatrixTiles {
+  int64_t rows = 0, stride = 0;  // of every tile
+  std::vector<int64_t> from{};   // where the first row of each tile reads
+  std::vector<int64_t> to{};     // where each row writes; -1 if the tile before it has it, too
+  std::vector<int32_t> chain{};  // of each row
+  int64_t words = 0;             // of a tap
+  int64_t again = 0;             // words of a tap that its last part begins early by
+  int64_t planes = 1;            // bfloat16 numbers that a weight is the sum of
+};
+
 struct ConvPass {
   int64_t in, out;               // channels
   std::vector<int32_t> from{}, to{};  // where every pixel of a chain reads and where it writes
@@ -106,6 +122,7 @@ struct ConvPass {
                                   // of further positions that are adjacent in memory
   int64_t weights = 0;            // where the packed weights begin, in words
   WinogradTiles tiles{};          // if they are used, taps, rows and steps are not
+  MatrixTiles matrix{};           // of kernels for a matrix unit
 };
 
 // An input gradient with so few channels that vectors of them would consist mostly of padding. The
@@ -149,9 +166,17 @@ struct ConvHead {
   Arrival arrival{};
 };
 
+// What the products of a network multiply. Sums are float32.
+enum class Operands : int32_t {
+  kFloat32,
+  kBFloat16,       // values and weights that are stored in bfloat16
+  kSplitBFloat16,  // float32 numbers as sums of two of bfloat16
+};
+
 struct ConvNet {
   const cpu::ConvKernels* kernels;  // the kernels that the plan is for
-  bool bfloat16;                    // whether values and weights are bfloat16 instead of float32
+  Operands operands;
+  int64_t chunk;                    // the chains of a chunk, which a layout for tiles depends on
   std::vector<ConvLayer> layers;
   std::vector<ConvBuffer> buffers;  // of the state and of every layer's output
   std::vector<LayerPlan> plans;     // of every layer

@@ -186,6 +186,12 @@ void run_tiles(const ConvPass& pass, const Ends<Float32>& ends, int64_t chains,
   }
 }
 
+// Returns what passes read in place of `count` elements of a buffer.
+template <class N>
+Ends<N> prepare(const Ends<N>& ends, int64_t, float*) {
+  return ends;
+}
+
 // A pass in the form that was planned for it.
 template <class N>
 void run(const ConvPass& pass, const Ends<N>& ends, int64_t chains, const float* packed,

@@ -30,7 +30,8 @@ struct Network {
     const auto layer = [](int input, int in, int out) {
       return ConvLayer{LayerKind::kConv, {input, -1}, in, out, 1, 1, Activation::kSiLU};
     };
-    net = cpu::plan_convnet({layer(0, kElements, 9), layer(1, 9, 1)}, kElements, 1, 1, {2}, false);
+    net = cpu::plan_convnet({layer(0, kElements, 9), layer(1, 9, 1)}, kElements, 1, 1, {2},
+                            Operands::kFloat32, 1);
     packed.resize(net.packed);
     head.resize(net.head_values);
     head[0] = 1.0f;

@@ -164,9 +164,16 @@ struct Exact {
   }
 };
 
-void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
-  // Sums that are rounded to 8 bits cross a kink too often for a comparison, so there are no kinks.
-  const float leak = bfloat16 ? 1.0f : 0.2f;
+struct Result {
+  std::vector<float> grad, energies;
+  bool operator==(const Result& other) const {
+    return grad == other.grad && energies == other.energies;
+  }
+};
+
+Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
+  // Rounded sums cross a kink too often for a comparison, so there are no kinks then.
+  const float leak = operands == Operands::kFloat32 ? 0.2f : 1.0f;
   Numbers numbers;
   const int64_t chains = 5, size = test.channels * test.height * test.width;
   std::vector<std::vector<float>> weights, biases;
@@ -181,7 +188,7 @@ void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
     parameters.push_back({weights[k].data(), k == 0 ? nullptr : biases[k].data(), {leak, 0.0f}});
   }
   const ConvNet net = cpu::plan_convnet(test.layers, test.channels, test.height, test.width,
-                                        test.heads, bfloat16);
+                                        test.heads, operands, chunk);
   std::vector<float> packed(net.packed);
   cpu::pack_weights(net, parameters, packed.data(), threads);
   std::vector<std::vector<float>> heads;
@@ -192,10 +199,11 @@ void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
     heads.push_back(numbers.take(top.channels * pixels));
     for (int c = 0; c < top.channels; ++c)
       for (int p = 0; p < pixels; ++p)
-        padded[at.begin + p * top.pixel + c] = heads.back()[c * pixels + p];
+        padded[at.begin + p * top.stored + c] = heads.back()[c * pixels + p];
   }
   const std::vector<float> x = numbers.take(chains * size);
-  std::vector<float> grad(chains * size), energies(chains);
+  Result result{std::vector<float>(chains * size), std::vector<float>(chains)};
+  std::vector<float> &grad = result.grad, &energies = result.energies;
   std::vector<char> workspace(threads * (chunk * net.workspace + net.scratch), 0);
   const int64_t plane = int64_t{test.height} * test.width;
   const ConvBatch batch{chains, chunk, x.data(), {size, plane, test.width, 1},
@@ -205,7 +213,9 @@ void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
     cpu::convnet_score(net, batch, workspace.data(), threads);
   }
 
-  const double tolerance = bfloat16 ? 0.03 : 2e-6;
+  const double tolerance = operands == Operands::kBFloat16   ? 0.03
+                           : operands == Operands::kFloat32 ? 2e-6
+                                                            : 3e-5;
   for (int64_t n = 0; n < chains; ++n) {
     Exact exact{test, weights, biases, leak, {Values(x.begin() + n * size, x.begin() + (n + 1) * size)}, {}};
     exact.forward();
@@ -227,6 +237,15 @@ void check(const Case& test, int threads, int64_t chunk, bool bfloat16) {
       norm += std::pow(exact.grads[0][e], 2);
     }
     CHECK(std::sqrt(error) <= tolerance * std::sqrt(norm));
+  }
+  return result;
+}
+
+// Rows of tiles are chains or pixels: too few, just enough, and more than a batch of 5 has.
+void check_tiles(const Case& test, Operands operands) {
+  const Result expected = check(test, 1, 1, operands);
+  for (int64_t chunk : {2, 3, 5, 16, 17}) {
+    CHECK(check(test, chunk % 2 + 1, chunk, operands) == expected);
   }
 }
 
@@ -321,15 +340,22 @@ int main() {
       stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
       residual(), norms(), pools(LayerKind::kMix), pools(LayerKind::kMaxPool),
   };
+  for (const char* name : {"amx_emulated", "amx"}) {
+    if (!cpu::choose_instruction_set(name)) continue;
+    for (const Case& test : cases) {
+      if (test.layers.front().kind == LayerKind::kMaxPool) continue;
+      check_tiles(test, Operands::kBFloat16), check_tiles(test, Operands::kSplitBFloat16);
+    }
+  }
   for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"}) {
     if (!cpu::choose_instruction_set(name)) continue;
     for (const Case& test : cases) {
-      check(test, 1, 1, false);
-      check(test, 1, 8, false);
-      check(test, 3, 2, false);
+      check(test, 1, 1, Operands::kFloat32);
+      check(test, 1, 8, Operands::kFloat32);
+      check(test, 3, 2, Operands::kFloat32);
       // Rounded values often have another maximum, whose gradient goes elsewhere.
       const bool maximum = test.layers.front().kind == LayerKind::kMaxPool;
-      if (!maximum) check(test, 3, 2, true);
+      if (!maximum) check(test, 3, 2, Operands::kBFloat16);
     }
   }
 }

@@ -171,7 +171,7 @@ def _connect(group: Group, store: Any) -> None:
             "nccl" if cuda else "gloo", store=store, rank=group.rank,
             world_size=group.world_size, timeout=timedelta(seconds=limit),
         )  # fmt: skip
-        numbers = torch.zeros(group.world_size, device=group.device)
+        numbers = torch.zeros(group.world_size, dtype=torch.float32, device=group.device)
         dist.all_to_all_single(torch.empty_like(numbers), numbers)
         dist.all_gather([torch.empty_like(numbers) for _ in range(group.world_size)], numbers)
         dist.broadcast(numbers, 0)

@@ -31,6 +31,9 @@ _FEW, _FEW_BYTES = 4, 2**24
 # them share each read of weights that no cache holds: with two layers of width 1024, 48 chains take
 # 0.85 of the time of 24 (AVX2); with widths up to 512 they take the same time.
 _VECTOR_CHUNK, _LARGE_VECTOR_CHUNK, _LARGE_BYTES = 24, 48, 2**22
+# Chains are the rows of AMX's tiles, which have 16; of networks on vectors, three tiles are filled.
+# Values of 16 chains that are in the third-level cache cost less than rows that are empty.
+_TILE_CHUNK, _TILE_VECTOR_CHUNK, _TILE_CHUNK_BYTES = 16, 48, 2**23
 _MAX_POSITIONS = 256  # of a window: bfloat16 holds them exactly
 _MAX_ELEMENTS = 2**31 - 2**16
 _BLOCK_SECONDS = 0.05  # of a call that takes many steps; interrupts wait for its end
@@ -45,8 +48,8 @@ def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
         return f"the state is in {x.dtype}, not float32"
     if graph.dtype != torch.float32:
         return f"the network is in {graph.dtype}, not float32"
-    if precision not in (None, "fp32", "bf16"):
-        return f"it computes in float32 or bfloat16, not in {precision}"
+    if precision == "fp16" or (precision == "tf32" and not extension.has_matrix_unit()):
+        return f"it computes in float32 or bfloat16 here, not in {precision}"
     network = image_graph(graph)
     if isinstance(network, str):
         return network
@@ -98,7 +101,8 @@ class ConvNetGradient:
 
     With precision "bf16" the weights, activations and gradients between layers are bfloat16,
     products are summed in float32, and the gradient of x is not rounded if a convolution alone
-    reads x.
+    reads x. With "tf32" everything is float32, but a matrix unit multiplies numbers as sums of two
+    bfloat16 numbers, which have 16 bits together, and leaves out the product of the small ones.
 
     The weights are read by :meth:`begin`, and again by a call if a version counter or an address
     shows that one has changed.
@@ -108,17 +112,23 @@ class ConvNetGradient:
         self.graph = graph
         network = self._network()
         self.image = network.shape
-        self.net = _plan(
+        plan = functools.partial(
+            _plan,
             tuple(_layer(layer) for layer in network.layers),
             network.shape,
             tuple(value for value, _, _ in network.heads),
-            precision == "bf16",
+            extension.library.OPERANDS[precision or "fp32"],
             extension.library.instruction_set(),
         )
+        self.net = plan(1)
         self.threads = max(1, min(torch.get_num_threads(), chains))
         self._trial = ThreadTrial(self.threads)
         share = -(-chains // self.threads)
         self.chunk = max(1, min(self._most(network), share))
+        if self.net.by_matrix_unit and self.chunk > 1:
+            # Chunks of one size, so that no rows are empty in the last one.
+            self.chunk = -(-share // -(-share // self.chunk))
+            self.net = plan(self.chunk)
         # Zeros, because the borders around the values are read but never written.
         self.workspace = torch.zeros(
             self.threads * (self.chunk * self.net.workspace + self.net.scratch),
@@ -133,7 +143,11 @@ class ConvNetGradient:
 
     def _most(self, network: ImageGraph) -> int:
         """Return the most chains for which a chunk is fast."""
-        if all(math.prod(layer.read[1:]) == 1 for layer in network.layers):
+        vectors = all(math.prod(layer.read[1:]) == 1 for layer in network.layers)
+        if self.net.by_matrix_unit:
+            few = max(1, _TILE_CHUNK_BYTES // self.net.workspace)
+            return _TILE_VECTOR_CHUNK if vectors else min(_TILE_CHUNK, few)
+        if vectors:
             large = 4 * self.net.packed > _LARGE_BYTES
             return _LARGE_VECTOR_CHUNK if large else _VECTOR_CHUNK
         chain = self.net.workspace
@@ -273,7 +287,8 @@ def _plan(
     layers: tuple[tuple[Any, ...], ...],
     image: tuple[int, int, int],
     heads: tuple[int, ...],
-    bfloat16: bool,
+    operands: int,
     _: str,
+    chunk: int,
 ) -> Any:
-    return extension.library.ConvNet(layers, *image, heads, bfloat16)
+    return extension.library.ConvNet(layers, *image, heads, operands, chunk)

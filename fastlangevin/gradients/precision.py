@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fastlangevin.kernels import extension
 from fastlangevin.locks import in_forked_child, new_rlock
 from fastlangevin.names import did_you_mean
 
@@ -43,8 +44,11 @@ def check_precision(precision: str | None, device: torch.device | None = None) -
             f'precision must be None, "fp32", "tf32", "fp16" or "bf16", got {precision!r}'
             f"{did_you_mean(precision, [name for name in PRECISIONS if name])}"
         )
-    if device is not None and device.type == "cpu" and precision in ("tf32", "fp16"):
-        raise ValueError(f'precision "{precision}" needs a CUDA device; on a CPU use "bf16"')
+    if device is None or device.type != "cpu":
+        return
+    if precision == "fp16" or (precision == "tf32" and not extension.has_matrix_unit()):
+        other = " or a CPU with AMX" if precision == "tf32" else ""
+        raise ValueError(f'precision "{precision}" needs a CUDA device{other}; here use "bf16"')
 
 
 def half_name(dtype: torch.dtype) -> str | None:

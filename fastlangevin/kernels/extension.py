@@ -27,8 +27,9 @@ except ImportError as error:
     _why_missing = str(error)
 
 _NAMES = (
-    "ACTIVATIONS", "CUDA", "ConvNet", "Convolution", "DTYPES", "MAX_DIMS", "apply_signs",
-    "fill_noise", "instruction_set", "langevin_step", "pack_signs",
+    "ACTIVATIONS", "CUDA", "ConvNet", "Convolution", "DTYPES", "MAX_DIMS", "OPERANDS",
+    "apply_signs", "fill_noise", "instruction_set", "langevin_step", "matrix_unit", "pack_signs",
+    "why_no_amx",
 )  # fmt: skip
 if missing := [name for name in _NAMES if library is not None and not hasattr(library, name)]:
     raise ImportError(
@@ -67,8 +68,17 @@ def contents() -> str:
     """A line of text: what the extension was built for, and why not for more."""
     if library is None:
         return f"not built ({_why_missing})"
-    cpu = f"for CPUs (here {library.instruction_set()})"
+    without = library.why_no_amx()  # asks the system, and the answer may change the instruction set
+    cpu = f"for CPUs (here {library.instruction_set()}{without and f', no AMX: {without}'})"
     return f"{cpu} and CUDA" if library.CUDA else f"{cpu}, not CUDA ({library.WHY_NO_CUDA})"
+
+
+def has_matrix_unit() -> bool:
+    """Whether the active instruction set multiplies by a matrix unit.
+
+    Asks the system for permission to use it, if the processor has one.
+    """
+    return library is not None and library.matrix_unit()
 
 
 def device_and_queue(x: Tensor) -> tuple[int, int]:

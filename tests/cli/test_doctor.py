@@ -16,7 +16,10 @@ def test_doctor_lists_backends_and_versions(
     reasons = {"native": "no compiler was found", "triton": None, "reference": None}
     monkeypatch.setattr("fastlangevin.doctor.backend_status", lambda device: reasons)
     library = SimpleNamespace(
-        CUDA=False, WHY_NO_CUDA="no nvcc was found", instruction_set=lambda: "avx2"
+        CUDA=False,
+        WHY_NO_CUDA="no nvcc was found",
+        instruction_set=lambda: "avx2",
+        why_no_amx=lambda: "the system refuses",
     )
     monkeypatch.setattr("fastlangevin.kernels.extension.library", library)
     found = {"pyarrow": "99.9", "torch": torch.__version__}
@@ -28,7 +31,9 @@ def test_doctor_lists_backends_and_versions(
     assert said["fastlangevin"] == fl.__version__
     assert said["torch"].startswith(torch.__version__)
     assert said["pyarrow"] == "99.9"
-    assert said["kernels"] == "for CPUs (here avx2), not CUDA (no nvcc was found)"
+    assert said["kernels"] == (
+        "for CPUs (here avx2, no AMX: the system refuses), not CUDA (no nvcc was found)"
+    )
     assert said["tensorboard"] == "not installed (for TensorBoard logs)"
     assert said["native"] == "no: no compiler was found"
     assert said["triton"] == "available"

@@ -54,8 +54,11 @@ def test_settings_that_do_not_fit(wrong: dict, error: type[Exception], match: st
 @pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
 @pytest.mark.parametrize("energy", [fl.GaussianEnergy(), double_well], ids=["module", "callable"])
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
-def test_precisions_that_need_a_gpu(precision: str, energy: Callable, method: str) -> None:
+def test_precisions_that_need_a_gpu(
+    precision: str, energy: Callable, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the device at the call: energies move, and a callable has none before it."""
+    monkeypatch.setattr("fastlangevin.kernels.extension.has_matrix_unit", lambda: False)
     run = sampler(energy, precision=precision)
     with pytest.raises(ValueError, match=f'precision "{precision}" needs a CUDA device'):
         getattr(run, method)(X0, seed=0)

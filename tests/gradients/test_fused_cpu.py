@@ -275,7 +275,8 @@ def test_refusals_say_why(body, reason):
     assert reason in fused_cpu.refusal(graph, torch.zeros(1), None)
 
 
-def test_precisions_that_it_has_not():
+def test_precisions_that_it_has_not(monkeypatch):
+    monkeypatch.setattr(extension, "has_matrix_unit", lambda: False)
     energy = with_head(net(nn.Conv2d(1, 4, 3), nn.SiLU()), (1, 8, 8))
     graph = recognise(energy, torch.zeros(1, 1, 8, 8))
     for precision in (None, "fp32", "bf16"):

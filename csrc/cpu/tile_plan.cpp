@@ -1,0 +1,107 @@
+// Plans passes by tiles of a matrix unit.
+#include "cpu/tile_plan.h"
+
+#include <algorithm>
+
+#include "cpu/tiles.h"
+
+namespace fastlangevin {
+namespace cpu {
+namespace {
+
+constexpr int64_t kLine = 64 / sizeof(uint16_t);  // numbers in a cache line
+constexpr int64_t kPairs = kTileBytes / (2 * sizeof(uint16_t));  // in a row of a tile
+
+// A range in as few parts of one size as possible. If they are longer than the range in all, the
+// last part begins early.
+struct Parts {
+  int64_t length, count, size;
+
+  Parts(int64_t length, int64_t most)
+      : length(length), count((length + most - 1) / most), size((length + count - 1) / count) {}
+  int64_t begin(int64_t part) const { return std::min(part * size, length - size); }
+};
+
+// Rows that are a constant stride apart: all those of `pixels` pixels and `chains` chains.
+struct Run {
+  int64_t pixels, chains, stride;
+};
+
+// The pixels of a pass that follow one another at the same distance.
+Run pixel_run(const std::vector<int32_t>& from) {
+  const int64_t pixels = from.size();
+  if (pixels < 2) return {1, 1, 0};
+  const int64_t distance = from[1] - from[0];
+  int64_t length = 2;
+  while (length < pixels && from[length] - from[length - 1] == distance) ++length;
+  if (pixels % length != 0) return {1, 1, 0};
+  for (int64_t k = 0; k < pixels; ++k) {
+    if (k % length != 0 && from[k] - from[k - 1] != distance) return {1, 1, 0};
+  }
+  return {length, 1, distance};
+}
+
+// The run that needs the fewest tiles. Of equal ones, the rows of the closest are in few lines.
+Run best_run(const ConvBuffer& in, int64_t chains, const std::vector<int32_t>& from) {
+  const Run pixels = pixel_run(from);
+  std::vector<Run> runs{{1, chains, in.chain}};
+  if (pixels.pixels > 1) runs.push_back(pixels);
+  if (pixels.stride == chains * in.chain) runs.push_back({pixels.pixels, chains, in.chain});
+  const auto tiles = [&](const Run& run) {
+    const int64_t length = run.pixels * run.chains;
+    return int64_t(from.size()) * chains / length * Parts(length, kTileRows).count;
+  };
+  return *std::min_element(runs.begin(), runs.end(), [&](const Run& a, const Run& b) {
+    const int64_t one = tiles(a), two = tiles(b);
+    return one != two ? one < two : a.stride < b.stride;
+  });
+}
+
+}  // namespace
+
+int64_t tiled_channels(int64_t channels) {
+  constexpr int64_t kColumns = kTileBytes / sizeof(float);
+  if (channels <= kColumns) return kColumns;
+  const int64_t stored = (channels + kLine - 1) / kLine * kLine;
+  // Rows that are a power of two apart would share a few sets of the first-level cache.
+  return stored % 256 == 0 ? stored + kLine : stored;
+}
+
+int64_t tiled_pixel(int64_t stored, int64_t chains) {
+  const int64_t pixel = stored * chains;
+  // Rows of several pixels are in one tile only if the chains do not fill tiles by themselves.
+  const bool power = (pixel & (pixel - 1)) == 0;
+  return power && chains % kTileRows == 0 ? pixel + kLine : pixel;
+}
+
+void plan_matrix(const ConvBuffer& in, const ConvBuffer& out, int64_t chains, ConvPass& pass) {
+  MatrixTiles& matrix = pass.matrix;
+  const Run run = best_run(in, chains, pass.from);
+  const Parts rows(run.pixels * run.chains, kTileRows);
+  matrix.rows = rows.size, matrix.stride = run.stride;
+  for (int64_t pixel = 0; pixel < int64_t(pass.from.size()); pixel += run.pixels) {
+    for (int64_t chain = 0; chain < chains; chain += run.chains) {
+      for (int64_t part = 0; part < rows.count; ++part) {
+        for (int64_t row = rows.begin(part); row < rows.begin(part) + rows.size; ++row) {
+          const int64_t at = pixel + row / run.chains, n = chain + row % run.chains;
+          const bool again = row < part * rows.size;
+          if (row == rows.begin(part)) matrix.from.push_back(pass.from[at] + n * in.chain);
+          matrix.to.push_back(again ? -1 : pass.to[at] + n * out.chain);
+          matrix.chain.push_back(static_cast<int32_t>(n));
+        }
+      }
+    }
+  }
+  const Parts words(pass.steps, kPairs);
+  matrix.words = pass.steps, matrix.again = words.count * words.size - words.length;
+  std::vector<int32_t> taps;
+  for (const int32_t tap : pass.taps) {
+    for (int64_t part = 0; part < words.count; ++part) {
+      taps.push_back(static_cast<int32_t>(tap + 2 * words.begin(part)));
+    }
+  }
+  pass.taps = std::move(taps), pass.steps = words.size;
+}
+
+}  // namespace cpu
+}  // namespace fastlangevin

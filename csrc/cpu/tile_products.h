@@ -1,0 +1,180 @@
+// Passes by tiles of a matrix unit: a row for each output pixel and chain, and a column for each
+// output channel.
+//
+// The numbers of a row depend on the order of its products alone, and this order is that of the
+// plan: not on which rows share a tile.
+#pragma once
+
+#include "cpu/products.h"
+#include "cpu/tiles.h"
+
+namespace fastlangevin {
+namespace FASTLANGEVIN_ISA {
+namespace {
+
+using Tiles = FASTLANGEVIN_TILES;
+
+struct TiledBFloat16 : BFloat16 {};
+struct TiledFloat32 : Float32 {};  // in two planes of bfloat16
+
+// What passes read: bfloat16 values, or float32 values as sums of the numbers at the same place of
+// two planes, the second of which is `apart` elements after the first.
+struct Planes {
+  const uint16_t* in;
+  int64_t apart;
+};
+
+// The planes of values and of weights that are multiplied by each other. The product of the small
+// numbers, at most 2^-16 of that of the large ones, is left out.
+constexpr int kProducts = 3, kPlanes[kProducts][2] = {{0, 0}, {0, 1}, {1, 0}};
+
+Planes prepare(const Ends<TiledBFloat16>& ends, int64_t, float*) { return {ends.in, 0}; }
+
+Planes prepare(const Ends<TiledFloat32>& ends, int64_t count, float* scratch) {
+  uint16_t* planes = reinterpret_cast<uint16_t*>(scratch);
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const Float value = Vector::load(ends.in + k);
+    BFloat16::store(planes + k, value);
+    BFloat16::store(planes + count + k, value - BFloat16::load(planes + k));
+  }
+  return {planes, count};
+}
+
+constexpr int kColumns = kTileBytes / sizeof(float);
+
+// kTileGroup tiles of rows use kTileParts parts of the weights at a time, which stay in the
+// first-level cache: 2 KB each, or 4 KB in two planes.
+constexpr int kTileGroup = 8, kTileParts = 8;
+
+// Sets or adds to sums [kM tiles][row][kN * kColumns] the products of some parts. Registers 0 to 3
+// hold sums, 4 and 5 values, and 6 and 7 weights.
+template <int kM, int kN>
+void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* from, int64_t apart,
+                    int64_t first, int64_t count, const float* w, bool add, float* sums) {
+  constexpr int kWidth = kN * kColumns;
+  constexpr int64_t kRowBytes = kWidth * sizeof(float);
+  const int64_t rows = pass.matrix.rows, stride = pass.matrix.stride * sizeof(uint16_t);
+  const auto each_sum = [&](const auto& f) {
+    f(std::integral_constant<int, 0>{}, sums);
+    if constexpr (kN == 2) f(std::integral_constant<int, 1>{}, sums + kColumns);
+    if constexpr (kM == 2) f(std::integral_constant<int, 2>{}, sums + rows * kWidth);
+    if constexpr (kM == 2 && kN == 2) {
+      f(std::integral_constant<int, 3>{}, sums + rows * kWidth + kColumns);
+    }
+  };
+  each_sum([&](auto tile, const float* at) {
+    if (add) return tiles.load<tile>(at, kRowBytes);
+    tiles.zero<tile>();
+  });
+  const int products = apart > 0 ? kProducts : 1;
+  const int64_t plane = pass.steps * kWidth, part_words = plane * pass.matrix.planes;
+  w += first * part_words;
+  for (int64_t part = first; part < first + count; ++part, w += part_words) {
+    for (int k = 0; k < products; ++k) {
+      const int64_t at = pass.taps[part] + kPlanes[k][0] * apart;
+      const float* weights = w + kPlanes[k][1] * plane;
+      tiles.load<4>(from[0] + at, stride);
+      tiles.load<6>(weights, kRowBytes);
+      tiles.multiply_add<0, 4, 6>();
+      if constexpr (kN == 2) {
+        tiles.load<7>(weights + kColumns, kRowBytes);
+        tiles.multiply_add<1, 4, 7>();
+      }
+      if constexpr (kM == 2) {
+        tiles.load<5>(from[1] + at, stride);
+        tiles.multiply_add<2, 5, 6>();
+        if constexpr (kN == 2) tiles.multiply_add<3, 5, 7>();
+      }
+    }
+  }
+  each_sum([&](auto tile, float* at) { tiles.store<tile>(at, kRowBytes); });
+}
+
+// Passes the results of some tiles to finish, but those of chains that a chunk does not have.
+template <int kN>
+void finish_tiles(const ConvPass& pass, const int64_t* numbers, int count, int64_t chains,
+                  int first, const float* sums, const Finish& finish) {
+  constexpr int kWidth = kN * kColumns;
+  const int rows = static_cast<int>(pass.matrix.rows);
+  int64_t to[kTileRows];
+  for (int k = 0; k < count; ++k) {
+    const int64_t begin = numbers[k] * rows;
+    int done = 0;
+    const auto flush = [&](int row) {
+      if (done > 0) {
+        finish({to, sums + (k * rows + row - done) * kWidth, done, kWidth / kLanes, first});
+      }
+      done = 0;
+    };
+    for (int row = 0; row < rows; ++row) {
+      const int64_t place = pass.matrix.to[begin + row];
+      if (place < 0 || pass.matrix.chain[begin + row] >= chains) {
+        flush(row);
+      } else {
+        to[done++] = place + first;
+      }
+    }
+    flush(rows);
+  }
+}
+
+// Computes all rows of one block of kN tiles of output channels, from channel `first` on.
+template <int kN>
+void run_tile_block(Tiles& tiles, const ConvPass& pass, const Planes& planes, int64_t chains,
+               const float* weights, int first, const Finish& finish) {
+  constexpr int kWidth = kN * kColumns;
+  const MatrixTiles& matrix = pass.matrix;
+  const int64_t rows = matrix.rows, all = matrix.from.size(), parts = pass.taps.size();
+  int64_t numbers[kTileGroup];
+  const uint16_t* from[kTileGroup];
+  alignas(64) float sums[kTileGroup * kTileRows * kWidth];
+  for (int64_t next = 0; next < all;) {
+    int count = 0;
+    for (; next < all && count < kTileGroup; ++next) {
+      const int32_t* chain = matrix.chain.data() + next * rows;
+      if (*std::min_element(chain, chain + rows) >= chains) continue;
+      numbers[count] = next, from[count++] = planes.in + matrix.from[next];
+    }
+    if (parts == 0) std::fill_n(sums, count * rows * kWidth, 0.0f);
+    for (int64_t part = 0; part < parts; part += kTileParts) {
+      const int64_t some = std::min<int64_t>(kTileParts, parts - part);
+      int k = 0;
+      for (; k + 2 <= count; k += 2) {
+        multiply_parts<2, kN>(tiles, pass, from + k, planes.apart, part, some, weights, part > 0,
+                              sums + k * rows * kWidth);
+      }
+      if (k < count) {
+        multiply_parts<1, kN>(tiles, pass, from + k, planes.apart, part, some, weights, part > 0,
+                              sums + k * rows * kWidth);
+      }
+    }
+    finish_tiles<kN>(pass, numbers, count, chains, first, sums, finish);
+  }
+}
+
+// The form of `run` for values that tiles multiply.
+void run(const ConvPass& pass, const Planes& planes, int64_t chains, const float* packed,
+         const Finish& finish, float*) {
+  TileShapes shapes = {};
+  for (int tile = 0; tile < kTileRegisters; ++tile) {
+    const bool values = tile == 4 || tile == 5, weights = tile > 5;
+    shapes.rows[tile] = static_cast<int>(weights ? pass.steps : pass.matrix.rows);
+    shapes.bytes[tile] = values ? static_cast<int>(pass.steps) * 4 : kTileBytes;
+  }
+  Tiles tiles(shapes);
+  const float* weights = packed + pass.weights;
+  for (int first = 0; first < pass.out;) {
+    const bool wide = pass.out - first > kColumns;
+    const int width = wide ? 2 * kColumns : kColumns;
+    if (wide) {
+      run_tile_block<2>(tiles, pass, planes, chains, weights, first, finish);
+    } else {
+      run_tile_block<1>(tiles, pass, planes, chains, weights, first, finish);
+    }
+    weights += pass.taps.size() * pass.steps * pass.matrix.planes * width, first += width;
+  }
+}
+
+}  // namespace
+}  // namespace FASTLANGEVIN_ISA
+}  // namespace fastlangevin
