@@ -56,8 +56,8 @@ def run_example(name: str, folder: Path) -> None:
 
 
 def run_lightning_example(folder: Path) -> None:
+    name = f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.pt"  # Lightning removes these
     module = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["main"](n=16, batch_size=8)
-    name = f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.pt"
     torch.save(module.energy.state_dict(), folder / name)
 
 
