@@ -48,20 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": timing.machine(),
         "results": [],
     }
-    batch, size = (2, 8) if options.quick else (64, 32)
     end = time.perf_counter() + options.seconds
-    searches = [
-        (
-            "steps",
-            [Case(steps, batch, 4 if options.quick else 64, size, device) for steps in STEPS],
-        ),
-        ("width", [Case(16, batch, width, size, device) for width in WIDTHS]),
-    ]
+    if options.quick:
+        searches = [("steps", [Case(12, 2, 2, 8, device)]), ("width", [Case(12, 2, 2, 8, device)])]
+    else:
+        searches = [
+            ("steps", [Case(steps, 64, 64, 32, device) for steps in STEPS]),
+            ("width", [Case(16, 64, width, 32, device) for width in WIDTHS]),
+        ]
     for k, (quantity, cases) in enumerate(searches):
         for m, method in enumerate(METHODS):
             left = (len(searches) - k) * len(METHODS) - m
-            tried = cases[:1] if options.quick else cases
-            row = search(quantity, method, tried, (end - time.perf_counter()) / left)
+            row = search(quantity, method, cases, (end - time.perf_counter()) / left)
             content["results"].append(row)
             timing.write_json(path, content)
             more = "" if row["out_of_memory"] else " or more"

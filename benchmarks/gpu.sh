@@ -242,12 +242,12 @@ stage chains 80 "$python" -m benchmarks.chain "${device[@]}" --out "$out" "${cho
 
 # The same for networks in the manner of other people's code. Those with labels or observations, and
 # the spectral norm by hand, are replayed traces.
-chosen=(--steps 20 --seconds 0.5 --precision tf32 fp16)
-[ -z "$dry" ] || chosen=(--seconds 0)
-stage networks 40 "$python" -m benchmarks.networks "${device[@]}" "${chosen[@]}" \
-    --json "$out/networks-${device[1]}.json" --only residual "wide residual, label" \
-    "scale and shift by class" "action given vector" "residual, spectral norm by hand" \
-    "wide residual, GroupNorm, SiLU" "MLP 2-128-128-1" "Swish tutorial"
+chosen=(--steps 20 --seconds 0.5 --precision tf32 fp16 --only residual "wide residual, label"
+    "scale and shift by class" "action given vector" "residual, spectral norm by hand"
+    "wide residual, GroupNorm, SiLU" "MLP 2-128-128-1" "Swish tutorial")
+[ -z "$dry" ] || chosen=(--seconds 0 --only "action given vector" "MLP 2-128-128-1")
+stage networks 40 "$python" -m benchmarks.networks "${device[@]}" \
+    --json "$out/networks-${device[1]}.json" "${chosen[@]}"
 
 profiler=$(find_tool ncu)
 if [ -n "$dry" ] || [ -n "$profiler" ]; then
