@@ -209,7 +209,7 @@ only=()
 breaks_a_capture=tests/kernels/test_cuda.py::test_a_failed_recording_leaves_torch_as_it_was
 stage tests 60 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${only[@]}" \
     --junitxml="$out/tests.xml" --deselect "$breaks_a_capture" tests/kernels/test_cuda.py \
-    tests/kernels/test_triton_conv.py tests/kernels/test_triton.py
+    tests/kernels/test_triton_conv.py tests/kernels/test_triton.py tests/distributed/test_nccl.py
 # Alone and last, since a capture that fails may leave its process in an unknown state.
 stage failed-capture 15 "$python" -m pytest -v -p no:cacheprovider "${only[@]}" "$breaks_a_capture"
 

@@ -1,9 +1,11 @@
 """Do several processes give the results of one, also when some of them are killed or stopped?
 
     python -m benchmarks.processes --out DIR [--only equal kills hang nodes samples speed]
+        [--docs docs/distributed.md]
 
 Every experiment runs the command as torchrun starts it, on this machine with Gloo, and compares
-files. The figures are written to DIR/processes.json.
+files. The figures are written to DIR/processes.json. ``--docs`` writes what this file says between
+the markers of a page; with ``--only`` and no names, nothing is run again.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.report import insert
+from benchmarks.tables import about, number
 from benchmarks.timing import machine, write_json
 from fastlangevin.learn.checkpoint import checksum, list_checkpoints, read_checkpoint
 
@@ -241,10 +245,47 @@ EXPERIMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def shown(results: Mapping[str, Any]) -> str:
+    """What the results say, as a list."""
+    words = {True: "equal", False: "DIFFERENT"}
+    lines = []
+    if equal := results.get("equal"):
+        each = ", ".join(f"{name} {words[of['equal']]}" for name, of in equal.items())
+        lines.append(f"1, 2, 3 and 4 processes: {each}.")
+    if kills := results.get("kills"):
+        early = sum(job["last_checkpoint_at_kill"].count(0) for job in kills["jobs"])
+        good = sum(job["weights_equal"] and job["exit_status"] == 0 for job in kills["jobs"])
+        lines.append(
+            f"{kills['kills']} kills of a random process, {early} of them before the first "
+            f"checkpoint: {good} of {len(kills['jobs'])} jobs ended with the weights of an "
+            "uninterrupted one."
+        )
+    if hang := results.get("hang"):
+        lines.append(
+            f"A stopped process (SIGSTOP): {'' if hang['errors'] else 'NOT '}named. With a limit "
+            f"of {hang['limit_s']} s, the job ended {hang['ended_after_s']:.0f} s after the "
+            "signal, because torchrun waits 30 s for the stopped process."
+        )
+    if nodes := results.get("nodes"):
+        lines.append(f"Two launchers on one machine: weights {words[nodes['weights_equal']]}.")
+    if samples := results.get("samples"):
+        lines.append(
+            f"{samples['n']:,} samples, stopped at {samples['files_at_kill']} of "
+            f"{samples['files']} files and continued: {words[samples['equal']]}."
+        )
+    for name, times in results.get("speed", {}).items():
+        if isinstance(times, dict):
+            each = ", ".join(f"{number(1e3 * s)} with {form}" for form, s in times.items())
+            lines.append(f"{name.replace('_', ' ').replace('seconds', 'Milliseconds')}: {each}.")
+    content = {"device": "cpu", "benchmark": "processes", "machine": results["machine"]}
+    return "\n".join([about(content), "", *(f"- {line}" for line in lines)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--only", nargs="*", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--docs", type=Path, help="write the results between a page's markers")
     chosen = parser.parse_args()
     file = chosen.out / "processes.json"
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -255,6 +296,10 @@ def main() -> None:
         results[name] = EXPERIMENTS[name](folder)
         write_json(file, results | {"machine": machine()})
         print(name, json.dumps(results[name], indent=1))
+    if chosen.docs:
+        marks = ("<!-- processes -->", "<!-- /processes -->")
+        page = insert(chosen.docs.read_text("utf-8"), shown(results), marks)
+        chosen.docs.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

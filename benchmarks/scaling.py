@@ -2,12 +2,13 @@
 
     python -m benchmarks.scaling [--docs docs/distributed.md]
 
-No cluster was measured. The operations of a step come from benchmarks/results/chain-cpu.json. The
-rate of a GPU, the least time of a step, the links and the spread of computing times are
+No cluster was measured. The time of a step is that of benchmarks/results/chain-cuda.json, on the
+card and in the precision that the page names. The links and the spread of computing times are
 assumptions, which stand here by name. Iterations are simulated message by message.
 """
 
 import argparse
+import functools
 import json
 import random
 from collections.abc import Iterator
@@ -18,10 +19,9 @@ from benchmarks.report import insert
 from benchmarks.tables import number, table
 from fastlangevin.distributed import shard
 
-RESULTS = Path(__file__).parent / "results" / "chain-cpu.json"
+RESULTS = Path(__file__).parent / "results" / "chain-cuda.json"
 WIDTH, STEPS, PARAMETERS = 64, 100, 2_763_393  # the paper's network for 32 x 32 colour images
-RATE = 100e12  # floating-point operations a second of one GPU, for large batches: an assumption
-LEAST = 100e-6  # seconds of a step, however few its chains: the kernels of a replayed graph
+VARIANT = "fused tf32"
 
 
 class Link(NamedTuple):
@@ -41,19 +41,28 @@ MACHINES = (
             (64, ETHERNET))),
 )  # fmt: skip
 SPREAD = 0.01  # standard deviation of a GPU's computing time, relative to it: an assumption
+SAMPLED = 256  # chains at a time on each GPU that draws samples: the most that were measured
 ITERATIONS = 200  # simulated for each row
 
 
-def operations() -> float:
-    """Floating-point operations of one step of one chain."""
+@functools.cache
+def measured() -> dict[int, float]:
+    """Seconds of a step of one GPU, by the number of its chains."""
     rows = json.loads(RESULTS.read_text("utf-8"))["results"]
-    row = next(r for r in rows if r["width"] == WIDTH and r["variant"] == "fused fp32")
-    return row["gflop_per_s"] * 1e9 * row["seconds"]["median"] / row["batch"]
+    mine = [r for r in rows if r["width"] == WIDTH and r["variant"] == VARIANT]
+    return {row["batch"]: row["seconds"]["median"] for row in mine}
 
 
 def step(chains: int) -> float:
-    """Seconds of a step of this many chains on one GPU."""
-    return max(LEAST, chains * operations() / RATE)
+    """Seconds of a step of this many chains on one GPU.
+
+    Those measured, and the line through the two largest numbers of chains. It is continued to fewer
+    chains, which no file has. More chains than measured take proportionally longer.
+    """
+    (few, fast), (many, slow) = sorted(measured().items())[-2:]
+    if chains > many:
+        return slow * chains / many
+    return fast + (chains - few) * (slow - fast) / (many - few)
 
 
 def computing(chains: int) -> float:
@@ -105,7 +114,7 @@ def rows() -> Iterator[list[str]]:
                 number(2 * 4e-6 * PARAMETERS * (gpus - 1) / gpus),
                 number(1e3 * (even - computing(chains))), number(1e3 * (total - even)),
                 f"{3600 / total:,.0f}", f"{computing(batch) / total / gpus:.0%}",
-                f"{gpus * 1024 / (STEPS * step(1024)):,.0f}",
+                f"{gpus * SAMPLED / (STEPS * step(SAMPLED)):,.0f}",
             ]  # fmt: skip
 
 

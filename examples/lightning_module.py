@@ -5,6 +5,8 @@
 The two lines are those of the seed and of the sampler in ``training_step``.
 """
 
+import os
+
 import lightning
 import torch
 from torch import Tensor
@@ -38,15 +40,17 @@ def main(n: int = 256, batch_size: int = 64) -> ShortRun:
     torch.manual_seed(0)
     module = ShortRun()
     data = TensorDataset(2 * torch.rand(n, 1, 8, 8) - 1)
-    # Under torchrun Lightning finds the other processes by itself.
+    # Under torchrun Lightning finds the other processes by itself, with these numbers of them.
     world_size = fl.distributed.read_launch().world_size
+    on_each_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     trainer = lightning.Trainer(
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         accelerator="cpu",
         strategy="auto" if world_size == 1 else "ddp",
-        devices=world_size,
+        devices=on_each_node,
+        num_nodes=world_size // on_each_node,
     )
     trainer.fit(module, DataLoader(data, batch_size=batch_size // world_size))
     return module

@@ -50,7 +50,8 @@ def evaluate(
     if samples is not None and not averaged:
         raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
     with join(device, timeout) as group, progress(group.rank == 0) as show:
-        config, training = load_training(run, data)
+        with group.working():
+            config, training = load_training(run, data)
         if group.rank == 0:
             device = str(choose_device(device))
             note(f"{samples or run} against {training.name}: features {features}, {device}")

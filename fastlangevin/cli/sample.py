@@ -60,7 +60,8 @@ def _sample_shards(
     from fastlangevin.learn.sample_shards import sample_shards
 
     with join(chains.device, timeout) as group, progress(group.rank == 0, pause=0.0) as show:
-        sampler = chains.load(run)
+        with group.working():
+            sampler = chains.load(run)
         if group.rank == 0:
             start_line(count_images(n), sampler, min(n, per_file), out)
         sample_shards(

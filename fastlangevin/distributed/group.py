@@ -83,9 +83,14 @@ class Group:
         """Overwrite the tensors with those of rank 0."""
         if self.world_size == 1:
             return
-        for tensor in tensors:
-            self._finish(functools.partial(self._broadcast, tensor), what)
-            self._count(tensor, self.world_size - 1 if self.rank == 0 else 0)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.flatten() for tensor in alike])
+            self._finish(functools.partial(self._broadcast, flat), what)
+            self._count(flat, self.world_size - 1 if self.rank == 0 else 0)
+            parts = flat.split([tensor.numel() for tensor in alike])
+            for tensor, part in zip(alike, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def barrier(self, what: str) -> None:
         """Return once all processes have come here."""
@@ -103,13 +108,17 @@ class Group:
             return [json.loads(self._store.get(key)) for key in keys]
 
     def first(self, call: Callable[[], Any], what: str) -> Any:
-        """Call a function on rank 0, and return its JSON-ready result on all ranks."""
+        """Call a function on rank 0, and return its JSON-ready result on all ranks.
+
+        The others wait as long as rank 0 is at it and running.
+        """
         if self.world_size == 1:
             return call()
         self._calls += 1
         key = f"{self._calls}/0"
         if self.rank == 0:
-            value = call()
+            with self.working():
+                value = call()
             with self._watch.asking(what):
                 self._store.set(key, json.dumps(value))
             return value
@@ -150,8 +159,8 @@ class Group:
         """Raise DistributedError if another process has reported a failure."""
         if self.world_size > 1:
             with self._watch.asking(what):
-                if reason := self._watch.failure():
-                    raise DistributedError(f"{what}: {reason}")
+                if reason := self._watch.failure(what):
+                    raise DistributedError(reason)
 
     def working(self) -> contextlib.AbstractContextManager[None]:
         """Let the others wait for this process as long as the context lasts and it is running.
@@ -179,10 +188,12 @@ class Group:
 
     def connect(self, call: Callable[[], None]) -> None:
         """Run a call that may block until all processes are connected."""
+        started = time.perf_counter()
         try:
             within(self.timeout, call)
         except RuntimeError as error:
-            raise DistributedError(self._watch.reason("start", error)) from error
+            waited = time.perf_counter() - started
+            raise DistributedError(self._watch.reason("start", error, waited)) from error
 
     # The three collectives, which tests run in threads. Some builds of torch have none of them.
 
@@ -210,7 +221,8 @@ class Group:
         except DistributedError:
             raise
         except RuntimeError as error:
-            raise DistributedError(self._watch.reason(what, error)) from error
+            waited = time.perf_counter() - started
+            raise DistributedError(self._watch.reason(what, error, waited)) from error
         finally:
             self.seconds += time.perf_counter() - started
 

@@ -66,12 +66,18 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
             _connect(group, store)
             yield group
     except BaseException:
-        # Without the wait for collectives that cannot end any more.
-        if dist.is_initialized():
-            with contextlib.suppress(RuntimeError, DeadlineError):
-                within(GRACE, dist.distributed_c10d._abort_process_group)
+        _abort()
         raise
     dist.destroy_process_group()
+
+
+def _abort() -> None:
+    """End torch.distributed without the wait for collectives that cannot end any more."""
+    if dist.is_initialized():
+        # Whatever this raises must not replace the reason. It is a private function of torch, and
+        # builds without NCCL may lack names that it uses.
+        with contextlib.suppress(Exception):
+            within(GRACE, lambda: dist.distributed_c10d._abort_process_group())
 
 
 def _rendezvous(launch: Launch, timeout: float) -> Any:
@@ -153,7 +159,9 @@ def _connect(group: Group, store: Any) -> None:
     """
     cuda = group.device.type == "cuda"
     # Gloo cannot give up an operation before its own limit. NCCL's ends the process, so it must
-    # not be reached before the Group has told the reason to the other processes.
+    # not be reached before the Group has told the reason to the other processes. NCCL also ends
+    # the process if it loses the connection to another. TORCH_NCCL_ASYNC_ERROR_HANDLING=0 would
+    # prevent this, but a collective that has failed would then count as complete.
     limit = 3 * group.timeout + 60 if cuda else group.timeout
 
     def connect() -> None:

@@ -52,8 +52,9 @@ class Watch:
             if late or now - looked > min(_LOOK, self.timeout / 4):
                 looked = now
                 with self.asking(what):
-                    if reason := self.failure():
-                        raise DistributedError(f"{what}: {reason}")
+                    # A process that is done may report a failure before this one looks again.
+                    if (reason := self.failure(what)) and not done():
+                        raise DistributedError(reason)
                     before, signs = signs, self._store.add(_SIGNS, 0) if patient else 0
                 if before not in (None, signs):
                     since = now
@@ -65,8 +66,12 @@ class Watch:
         self._missing |= set(missing)
         return f"{what}: no answer from {named(missing)} within {self.timeout:g} s"
 
-    def failure(self) -> str | None:
-        return json.loads(self._store.get(_FAILURE)) if self._store.check([_FAILURE]) else None
+    def failure(self, what: str) -> str | None:
+        """Return why another process has ended, or None."""
+        if not self._store.check([_FAILURE]):
+            return None
+        reason = json.loads(self._store.get(_FAILURE))
+        return f"{what}: {reason.replace(f'gave up: {what}: ', 'gave up: ')}"
 
     @contextlib.contextmanager
     def asking(self, what: str) -> Iterator[None]:
@@ -76,46 +81,68 @@ class Watch:
         except StoreError as error:
             raise DistributedError(f"{what}: {error}") from error
 
-    def reason(self, what: str, error: Exception) -> str:
-        """Say why a collective failed: another process says so, or is missing."""
+    def reason(self, what: str, error: Exception, waited: float) -> str:
+        """Say why a collective failed: another process says so, is missing, or came too late.
+
+        waited: the seconds since this process came. The others compare theirs with the limit.
+        """
         here = [f"here/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + GRACE
         try:
-            self._store.set(here[self.rank], "")
+            self._store.set(here[self.rank], str(waited))
             while time.monotonic() < deadline and not self._store.check(here):
-                if reason := self.failure():
-                    return f"{what}: {reason}"
+                if reason := self.failure(what):
+                    return reason
                 time.sleep(0.05)
             missing = [rank for rank, key in enumerate(here) if not self._store.check([key])]
+            waits = {} if missing else {r: float(self._store.get(k)) for r, k in enumerate(here)}
         except StoreError as silence:
             return f"{what}: {silence}"
-        if missing and "timed out" in str(error).lower():  # by this class or by Gloo
+        timed_out = "timed out" in str(error).lower()  # by this class or by Gloo
+        if missing and timed_out:
             return self._no_answer(missing, what)
+        longest = max(waits.values(), default=0.0)
+        if waits and (timed_out or longest >= self.timeout):
+            late = [rank for rank, seconds in waits.items() if seconds < longest / 2]
+            who = named(late) if late else "a rank"
+            return f"{what}: {who} came later than the limit of {self.timeout:g} s"
         self._missing |= set(missing)
         lost = f"{named(missing)} ended or cannot be reached" if missing else "failed"
         return f"{what}: {lost}: {brief(error)}"
 
     def report(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends; they raise this instead of a time-out."""
-        if self.world_size == 1 or isinstance(error, DistributedError):
+        """Tell the other processes why this one ends; they raise this instead of a time-out.
+
+        Also that it no longer waits for them: a slow one would otherwise blame others in turn.
+        """
+        if self.world_size == 1:
             return
-        with contextlib.suppress(StoreError):
+        if isinstance(error, DistributedError):
+            while isinstance(error.__cause__, DistributedError):
+                error = error.__cause__  # without the advice that callers add
+            reason = f"rank {self.rank} gave up: {error}"
+        else:
             reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+        with contextlib.suppress(StoreError):
             self._store.propose(_FAILURE, json.dumps(reason))  # the first reason counts
 
     def leave(self, failed: bool = False) -> None:
         """Say that this process needs the store no more, and wait until all others say so.
 
         The holder of the store waits for ``timeout`` seconds. After a failure the others wait for
-        a moment, because a launcher may end all processes with the first one.
+        a moment, because a launcher may end all processes with the first one. So does the holder
+        for those that are missing, which may only be slow.
         """
-        gone = [f"gone/{r}" for r in range(self.world_size) if r not in self._missing]
+        gone = [f"gone/{r}" for r in range(self.world_size)]
+        known = [key for r, key in enumerate(gone) if r not in self._missing]
         limit = self.timeout if self._holder and self.rank == 0 else GRACE if failed else 0
-        deadline = time.monotonic() + limit
+        started = time.monotonic()
         with contextlib.suppress(StoreError):
             if self.world_size > 1:
                 self._store.set(f"gone/{self.rank}", "")
-                while time.monotonic() < deadline and not self._store.check(gone):
+                while (waited := time.monotonic() - started) < limit:
+                    if self._store.check(gone if waited < GRACE else known):
+                        break
                     time.sleep(0.05)
 
     @contextlib.contextmanager

@@ -16,7 +16,8 @@ from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.run_folder import JOB
 
-_SEEN_WITHIN = 10.0  # seconds; network file systems show new files late
+# Seconds. Network file systems show new files late: NFS keeps a folder's entries for up to 60 s.
+_SEEN_WITHIN = 60.0
 _OWN = ("data", "device")  # settings that may differ between machines
 _CODE = (".py", ".so", ".pyd")
 VERSIONS = {"fastlangevin": __version__, "torch": torch.__version__}
@@ -57,8 +58,9 @@ def check_same_folder(group: Group, out: Path, command: str) -> None:
 
     text = group.first(write, f"run folder {out}")
     deadline = time.monotonic() + _SEEN_WITHIN
-    while not (seen := _reads(out / JOB, text)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    with group.working():
+        while not (seen := _reads(out / JOB, text)) and time.monotonic() < deadline:
+            time.sleep(0.1)
     blind = [rank for rank, sees in enumerate(group.share(seen, f"run folder {out}")) if not sees]
     if blind:
         ranks = ", ".join(map(str, blind))

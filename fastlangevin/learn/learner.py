@@ -315,16 +315,20 @@ class ShortRunLearner:
     def save(self, path: str | Path, **info: Any) -> None:
         """Write a checkpoint, with ``info`` in its header, atomically.
 
-        ``fl.load`` makes a sampler from it. In a group, all processes must call this method, and
-        rank 0 writes. Raises DistributedError if the processes differ in their weights, averages
-        or optimiser.
+        ``fl.load`` makes a sampler from it. In a group, all processes must call this method. Rank 0
+        writes, and the others return when the file is there. Raises DistributedError if the
+        processes differ in their weights, averages or optimiser.
         """
-        self.check_replicas(f"checkpoint {path}")
+        what = f"checkpoint {path}"
+        self.check_replicas(what)
         tensors = self.tensors()
-        if self.group.rank > 0:
-            return
-        settings, header = describe(self.sampler)
-        save_checkpoint(path, tensors | settings, {**info, "iteration": self.iteration, **header})
+
+        def write() -> None:
+            settings, header = describe(self.sampler)
+            header = {**info, "iteration": self.iteration, **header}
+            save_checkpoint(path, tensors | settings, header)
+
+        self.group.first(write, what)
 
     def check_replicas(self, what: str) -> None:
         """Raise DistributedError unless all processes have equal weights, averages and moments."""

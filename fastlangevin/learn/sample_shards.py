@@ -101,8 +101,9 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"sample: {out} is a file, not a folder for samples")
     file = out / SAMPLES
+    # Another job may be writing its plan and then its files, so the plan is looked for last.
+    others = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
     if not file.exists():
-        others = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
         if others:
             raise FileExistsError(
                 f"sample: {out} holds {others[0]} but no {SAMPLES}; name another folder"
@@ -123,5 +124,6 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
 
 def _there(paths: list[Path], per_file: int, n: int) -> int:
     """Return how many samples are in files that exist."""
-    full = sum(path.exists() for path in paths[:-1]) * per_file
-    return full + (n - (len(paths) - 1) * per_file) * paths[-1].exists()
+    names = {path.name for path in paths[0].parent.glob("*.npy")}
+    full = sum(path.name in names for path in paths[:-1]) * per_file
+    return full + (n - (len(paths) - 1) * per_file) * (paths[-1].name in names)

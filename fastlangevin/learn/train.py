@@ -105,11 +105,14 @@ def train(
             return resume or own
 
         resume = group.first(open_folder, f"run folder {out}")
-        learner = build_learner(config, group=group)
-        group.compare({"the data": fingerprint(learner.data)}, "start")
+        with group.working():
+            learner = build_learner(config, group=group)
+            data = fingerprint(learner.data)
+        group.compare({"the data": data}, "start")
         _open_run(learner, config, out, resume, overwrite)
         if start is not None:
-            start(learner)
+            with group.working():
+                start(learner)
         return _train(learner, config, out, report, stop or StopRequest())
 
 
@@ -132,7 +135,8 @@ def _open_run(
     check_same_folder(group, out, "train")
     group.first(lambda: save_config(config, out / CONFIG), f"run folder {out}")
     if group.rank > 0 and iteration > 0:
-        learner.load(checkpoint_path(out, iteration))
+        with group.working():
+            learner.load(checkpoint_path(out, iteration))
     learner.check_replicas("start")
 
 
@@ -144,7 +148,8 @@ def _train(
     stop: StopRequest,
 ) -> Path:
     group = learner.group
-    log = RunLog(out, learner.iteration) if group.rank == 0 else None
+    with group.working():
+        log = RunLog(out, learner.iteration) if group.rank == 0 else None
     guard = DivergenceGuard(config.max_energy, config.max_saturation)
     try:
         with stop_signal(stop):
@@ -214,8 +219,13 @@ def iterate(
         log.follow(due, metrics.gap, metrics.reach)
         if measured:
             log.record(record)
-        if due % config.sample_every == 0:
-            log.grid(draw_samples(learner, config), due)
+    if due % config.sample_every == 0:
+
+        def grid() -> None:
+            if log is not None:
+                log.grid(draw_samples(learner, config), due)
+
+        group.first(grid, f"samples of iteration {due}")
     what = f"checkpoint of iteration {due}"
     if due % config.save_every == 0 and guard.calm and sound(learner, config, what):
         save_run(learner, config, out, log)
@@ -273,12 +283,16 @@ def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
 
 def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path, log: RunLog | None) -> None:
     """Flush the records, save a checkpoint, and delete all older ones but the newest."""
-    if log is not None:
-        log.sync()
+    what = f"checkpoint of iteration {learner.iteration}"
+
+    def flush() -> None:
+        if log is not None:
+            log.sync()
+
+    learner.group.first(flush, what)
     path = checkpoint_path(out, learner.iteration)
     learner.save(path, config=dataclasses.asdict(config), data=fingerprint(learner.data))
-    if learner.group.rank == 0:
-        remove_old_checkpoints(out)
+    learner.group.first(lambda: remove_old_checkpoints(out), what)
 
 
 def remove_old_checkpoints(out: Path) -> None:

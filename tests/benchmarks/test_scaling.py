@@ -1,5 +1,9 @@
 """The simulation of many GPUs against what can be calculated."""
 
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 
 from benchmarks.scaling import (
@@ -10,7 +14,10 @@ from benchmarks.scaling import (
     Link,
     communicate,
     computing,
+    main,
+    measured,
     simulated,
+    step,
 )
 
 
@@ -28,3 +35,26 @@ def test_all_wait_for_the_slowest() -> None:
     together, late = communicate([1.0] * 8, NVLINK), communicate([1.0] * 7 + [2.0], NVLINK)
     assert 2 < late <= together + 1
     assert simulated(8, NVLINK, 8, 0.05) > simulated(8, NVLINK, 8, 0.0) > computing(8)
+
+
+def test_a_step_takes_what_was_measured_and_never_less_for_more_chains() -> None:
+    assert len(measured()) >= 2
+    for chains, seconds in measured().items():
+        assert step(chains) == pytest.approx(seconds)
+    most = max(measured())
+    assert step(4 * most) == pytest.approx(4 * measured()[most])
+    times = [step(chains) for chains in range(1, 2 * most)]
+    assert times == sorted(times)
+    assert times[0] > 0
+
+
+def test_the_pages_table_is_that_of_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = Path(shutil.copy(root / "docs" / "distributed.md", tmp_path))
+    before = page.read_text("utf-8")
+    monkeypatch.setattr(sys, "argv", ["scaling", "--docs", str(page)])
+    main()
+    assert page.read_text("utf-8") == before
+    assert before.count(capsys.readouterr().out) == 1

@@ -13,7 +13,7 @@ from tests.distributed.launch import launch
 def communicate_with_nccl() -> None:
     device = torch.device("cuda", 0)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    group = Group(device=device)
+    group = Group(store=dist.HashStore(), device=device)
     sent, numbers = torch.arange(3.0, device=device), torch.empty(3, device=device)
     for begin in (
         lambda: group._all_to_all(numbers, sent, [3], [3]),

@@ -1,9 +1,11 @@
 """Training runs of several processes, here threads: one folder, one result, named failures."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import fastlangevin.learn.job as job
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn import TrainConfig, resolve, train
 from fastlangevin.learn.checkpoint import list_checkpoints
+from fastlangevin.learn.log import RunLog
 from fastlangevin.learn.train import StopRequest
-from tests.distributed.threads import run_ranks
+from tests.distributed.threads import ThreadGroup, run_ranks
 from tests.learn.train_shared import SETTINGS, CutError, assert_same_end, cut_at, records
 
 train_module = importlib.import_module("fastlangevin.learn.train")
+learner_module = importlib.import_module("fastlangevin.learn.learner")
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +69,48 @@ def test_a_run_of_several_processes_is_that_of_one(
         assert record["communicated_bytes"] > 0
         assert record["communication_seconds"] > 0
     assert_ends_as(out, whole)
+
+
+def test_what_one_process_does_alone_is_done_as_work_that_the_others_wait_for(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a grid, a checkpoint or the data take."""
+    announced, working = threading.local(), ThreadGroup.working
+    done: dict[str, list[bool]] = {}
+
+    @contextlib.contextmanager
+    def noted(group: Group) -> Iterator[None]:
+        announced.now = True
+        with working(group):
+            yield
+        announced.now = False
+
+    def noting(name: str, call: Any) -> Any:
+        def noted_call(*arguments: Any, **options: Any) -> Any:
+            done.setdefault(name, []).append(getattr(announced, "now", False))
+            return call(*arguments, **options)
+
+        return noted_call
+
+    monkeypatch.setattr(ThreadGroup, "working", noted)
+    for owner, name in (
+        (train_module, "build_learner"),
+        (train_module, "draw_samples"),
+        (train_module, "is_sound"),
+        (train_module, "remove_old_checkpoints"),
+        (train_module, "save_grid"),
+        (learner_module, "save_checkpoint"),
+        (learner_module.ShortRunLearner, "load"),
+        (RunLog, "sync"),
+        (RunLog, "grid"),
+    ):
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    short = dataclasses.replace(config, iterations=3, save_every=2, sample_every=2)
+    for error in run_ranks(2, lambda g: train(short, tmp_path, report=cut_at(2), group=g)):
+        assert isinstance(error, CutError)
+    run_ranks(2, lambda group: train(short, tmp_path, resume=True, group=group))
+    assert len(done) == 9
+    assert all(all(times) for times in done.values()), done
 
 
 def test_a_run_is_resumed_by_another_number_of_processes(

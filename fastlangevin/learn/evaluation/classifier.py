@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 import fastlangevin.noise as _noise
+from fastlangevin.distributed import Group
 from fastlangevin.learn.data.load import ImageData, spread
 from fastlangevin.learn.evaluation.metrics import frechet_distance
 
@@ -28,18 +29,23 @@ class ClassifierCheck:
     """A multinomial logistic regression, fitted to labelled images, that judges other images.
 
     Images are first clamped to [-1, 1], so that excess contrast does not make the classifier sure.
-    It is fitted to at most 5,000 images, spread over the order of the data. Raises ValueError for
-    data without labels.
+    It is fitted to at most 5,000 images, spread over the order of the data. In a group, all
+    processes use the fit of rank 0: fits on unlike CPUs differ. Raises ValueError for data without
+    labels.
     """
 
-    def __init__(self, data: ImageData, threshold: float = 0.9) -> None:
+    def __init__(self, data: ImageData, threshold: float = 0.9, group: Group | None = None) -> None:
         if data.labels is None:
             raise ValueError(f"check: {data.name} has no labels to fit a classifier to")
         self.threshold = threshold
         self.classes = int(data.labels.max()) + 1
         some = spread(data, MOST_IMAGES)
         self.images = some.batch(np.arange(len(some)))
-        self._model = LogisticRegression(max_iter=5000).fit(_features(self.images), some.labels)
+        self._model = model = LogisticRegression(max_iter=5000)
+        with (group := group or Group()).working():
+            model.fit(_features(self.images), some.labels)
+        fit = group.first(lambda: [model.coef_.tolist(), model.intercept_.tolist()], "classifier")
+        model.coef_, model.intercept_ = (np.array(x, model.coef_.dtype) for x in fit)
 
     def __call__(self, images: Tensor) -> Confidence:
         """Return the :class:`Confidence` in images [n, C, H, W]."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastlangevin.distributed import Group
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.evaluation.efficientnet import EfficientNetLite0
@@ -67,7 +68,9 @@ class Features(NamedTuple):
             raise ValueError(f"features {self.name}: not finite")
 
 
-def make_features(name: str, train: ImageData, device: torch.device | None = None) -> Features:
+def make_features(
+    name: str, train: ImageData, device: torch.device | None = None, group: Group | None = None
+) -> Features:
     """Return features by name.
 
     pixels              the elements of the images
@@ -80,6 +83,8 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
                         [-1, 1] to features [n, d]
     auto                efficientnet-lite0 for colour images, pixels for grey images
 
+    group: the processes that share the features. All of them call this function.
+
     Raises ValueError for an unknown name, FileError for damaged weights, and ImportError or
     FileNotFoundError, naming the alternatives, for a missing package or file. Your own function is
     first tried on two training images, and raises as :class:`Features` does.
@@ -89,7 +94,7 @@ def make_features(name: str, train: ImageData, device: torch.device | None = Non
     if name == "pixels":
         return Features("pixels", lambda x: (x.flatten(1), None))
     if name == "classifier":
-        return _classifier(train)
+        return _classifier(train, group)
     if name == "efficientnet-lite0":
         return _efficientnet(device)
     if name == "inception":
@@ -113,8 +118,8 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _classifier(train: ImageData) -> Features:
-    judge = ClassifierCheck(train)
+def _classifier(train: ImageData, group: Group | None) -> Features:
+    judge = ClassifierCheck(train, group=group)
 
     def extract(x: Tensor) -> tuple[Tensor, Tensor | None]:
         p = torch.from_numpy(judge.probabilities(x)).double().to(x.device)

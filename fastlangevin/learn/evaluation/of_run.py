@@ -101,20 +101,16 @@ def evaluate_run(
     """
     group = group or Group()
     checkpoint, torch_device = find_checkpoint(run), choose_device(device)
-    held_out = _held_out(config, train, images)
+    with group.working():
+        held_out = _held_out(config, train, images)
+        read = _read(samples, train)
     order = shuffled(train if held_out is None else held_out, seed)
     if held_out is None:
         reference = min(reference, len(train) // 2)
         order = order[reference:]
     name, source = ("held-out data", held_out) if held_out else ("other training images", train)
-    most, read = {name: len(order)}, None
-    if samples is not None:
-        read = load_images(samples, channels=train.shape[0], bounded=False)
-        if read.shape != train.shape:
-            raise ValueError(
-                f"evaluate: samples must be images of {list(train.shape)}, as the data are, got "
-                f"{read.name}"
-            )
+    most = {name: len(order)}
+    if read is not None:
         most["samples"] = len(read)
     scarce = min(most, key=most.__getitem__)
     if n is not None and n > most[scarce]:
@@ -123,7 +119,8 @@ def evaluate_run(
         )
     n = n or min(2048, most[scarce])
     if group.world_size > 1:
-        tensors, info = read_checkpoint(checkpoint)
+        with group.working():
+            tensors, info = read_checkpoint(checkpoint)
         options = {"n": n, "features": features, "reference": reference, "noise": list(noise),
                    "quantise": quantise, "k": k, "seed": seed, "averaged": averaged}  # fmt: skip
         sources = {
@@ -135,7 +132,7 @@ def evaluate_run(
         compare_with_code(group, options | sources)
     if n <= k:
         raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
-    extract = make_features(features, train, torch_device)
+    extract = make_features(features, train, torch_device, group)
     real = source.batch(order[:n]).to(torch_device)
     marks = yardsticks(real, list(noise), seed)
     facts: dict[str, Any] = {"run": str(run), "samples": samples}
@@ -164,6 +161,18 @@ def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> Imag
             raise
         warnings.warn(f"no held-out images: {error}", stacklevel=3)
         return None
+
+
+def _read(samples: str | None, train: ImageData) -> ImageData | None:
+    if samples is None:
+        return None
+    read = load_images(samples, channels=train.shape[0], bounded=False)
+    if read.shape != train.shape:
+        raise ValueError(
+            f"evaluate: samples must be images of {list(train.shape)}, as the data are, got "
+            f"{read.name}"
+        )
+    return read
 
 
 def _draw(sampler: LangevinSampler, n: int, seed: int, group: Group, report: Report) -> Tensor:

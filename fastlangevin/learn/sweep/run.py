@@ -155,9 +155,10 @@ def _claim_and_make(
 def _check_folder(plan: Sweep, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"sweep: {out} is a file, not a folder for a sweep")
+    # Another process may be writing its plan, to a hidden temporary file, and then its runs. The
+    # plan is looked for after the files have been listed, so it is there if they are a sweep's.
+    names = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
     if not (out / PLAN).exists():
-        # Another process may be writing its plan to a hidden temporary file.
-        names = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
         if names:
             raise FileExistsError(
                 f"sweep: {out} holds {names[0]} but is not a sweep (it has no {PLAN}); "

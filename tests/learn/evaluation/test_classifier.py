@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import fastlangevin as fl
+from fastlangevin.distributed import Group
 from fastlangevin.learn import ImageData, load_images
 from fastlangevin.learn.evaluation.classifier import MOST_IMAGES, ClassifierCheck
+from tests.distributed.threads import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,19 @@ def test_a_lower_threshold_is_passed_more_often(digits: ImageData, judge: Classi
 
 def test_samples_that_require_grad_are_judged(judge: ClassifierCheck) -> None:
     assert judge(noise(50).requires_grad_()) == judge(noise(50))
+
+
+def test_processes_whose_fits_differ_use_that_of_rank_0(digits: ImageData) -> None:
+    """As on CPUs that round differently, here by much more."""
+    some = load_images("digits", limit=300)
+    others = [some, dataclasses.replace(some, pixels=255 - some.pixels)]
+
+    def work(group: Group) -> np.ndarray:
+        return ClassifierCheck(others[group.rank], group=group).probabilities(noise(20))
+
+    first, second = run_ranks(2, work)
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, ClassifierCheck(some).probabilities(noise(20)))
 
 
 def test_data_without_labels(digits: ImageData) -> None:

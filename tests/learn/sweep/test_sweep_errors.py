@@ -26,6 +26,25 @@ def _light() -> Iterator[None]:
         yield
 
 
+def test_a_sweep_that_another_process_begins_meanwhile_is_joined(
+    plan: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process writes its plan and a run between any two looks at the folder."""
+    look = Path.exists
+
+    def begin_after_a_look(path: Path) -> bool:
+        found = look(path)
+        if path == tmp_path / "sweep.yaml" and not found:
+            path.write_text(sweep.run.MARK + yaml.safe_dump(plan.plan()))
+            (tmp_path / plan.runs()[0].name).mkdir()
+        return found
+
+    monkeypatch.setattr(Path, "exists", begin_after_a_look)
+    sweep.run._check_folder(plan, tmp_path)
+    assert (tmp_path / "sweep.yaml").is_file()
+    sweep.run._check_folder(plan, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
