@@ -53,10 +53,10 @@ def progress(shown: bool = True, pause: float | None = None) -> Iterator[Callabl
     def show(what: str, done: int, total: int, state: str = "") -> None:
         nonlocal last
         if not bar.disable:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, rate="", state="")
-            speed = bar.tasks[tasks[what]].speed
-            with printing():
+            with printing():  # which a new task is, too
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total, rate="", state="")
+                speed = bar.tasks[tasks[what]].speed
                 rate = f"{speed:.1f}/s" if speed else ""
                 bar.update(tasks[what], completed=done, total=total, rate=rate)
                 if state:
@@ -69,7 +69,8 @@ def progress(shown: bool = True, pause: float | None = None) -> Iterator[Callabl
             twentieth[what], last = part, time.monotonic()
             note(f"{what} {done}/{total}" + (f"  {state}" if state else ""))
 
-    bar.start()
+    with printing():
+        bar.start()
     try:
         yield show
     finally:

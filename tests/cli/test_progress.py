@@ -1,5 +1,6 @@
 """What long commands show while they run."""
 
+import errno
 import io
 import re
 import time
@@ -95,3 +96,23 @@ def test_a_long_command_says_what_runs_and_shows_how_far_it_is(
     expected = {"folder": {"image"}, "evaluate": {"sample", "set"}, "diagnose": {"chains"},
                 "reconstruct": {"fit"}, "interpolate": {"frame"}, "latent": {"fit"}}  # fmt: skip
     assert ends == expected.get(case, {"step"})
+
+
+class Closed(io.StringIO):
+    """A terminal that has been closed."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_closes_before_the_first_bar_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stderr", Closed())
+    monkeypatch.setenv("TERM", "xterm")
+    with progress() as show:
+        for done in range(3):
+            show("iteration", done, 3)
