@@ -267,19 +267,6 @@ def test_pytest_collects_the_benchmarks_only_when_asked(pytestconfig):
     assert pytestconfig.getini("testpaths") == ["tests"]
 
 
-@pytest.mark.slow
-def test_sanitize_takes_every_step_that_kernels_here_can():
-    done = python("-m", "benchmarks.sanitize", "--device", "cpu", TRITON_INTERPRET="0")
-    reasons = backend_status(CPU)
-    if reasons["native"] is None:
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"native: \d{2,} steps", done.stdout)
-    else:
-        assert done.returncode == 1
-        assert f"native: cannot run: {reasons['native']}" in done.stdout
-        assert "sanitize: no kernels run on cpu" in done.stderr
-
-
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 class TestGpuScript:
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
