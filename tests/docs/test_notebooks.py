@@ -32,13 +32,13 @@ def test_outputs_belong_to_the_code(name: str) -> None:
 @notebooks
 def test_the_code_of_a_notebook_runs(name: str, tmp_path: Path, monkeypatch) -> None:
     """In this process, where torch is imported already: a kernel would take seconds to start."""
-    import matplotlib
+    from matplotlib import pyplot
 
-    matplotlib.use("agg")
+    pyplot.switch_backend("agg")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     with torch.random.fork_rng(devices=()):
         for cell in run.read(name).cells:
             if cell.cell_type == "code":
                 exec(compile(cell.source, name, "exec"), namespace)
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
