@@ -4,8 +4,8 @@
 
 writes DIR/fused-tiles-cuda.json, for the paper's networks: the microseconds of every launch of a
 step, and of the whole step in a CUDA graph, with each tile in fp16 and then, for more networks and
-precisions, with the tiles that the engine chooses. Processes beside each other compile the kernels
-first. :mod:`fastlangevin.gradients.fused_gpu_plan` takes its tiles from these figures.
+precisions, with the tiles that the engine chooses. The kernels are compiled first, in
+several processes. :mod:`fastlangevin.gradients.fused_gpu_plan` takes its tiles from these figures.
 """
 
 import argparse

@@ -253,7 +253,7 @@ def _fused(
         if torch.version.hip is not None:
             reason = 'it has not been tried on ROCm; gradient="fused" runs it'
         elif precision == "fp32":
-            reason = 'without matrix instructions, cuDNN is faster; gradient="fused" runs it'
+            reason = 'strict float32 has no matrix instructions; gradient="fused" runs it'
     if reason is not None:
         return reason
     assert precision is not None

@@ -55,4 +55,5 @@ def test_points_of_a_plane_are_silent() -> None:
     energy = torch.nn.Sequential(torch.nn.Linear(2, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        learner(fl.LangevinSampler(energy, steps=1), plane).step()
+        metrics = learner(fl.LangevinSampler(energy, steps=1), plane).step()
+    assert metrics.iteration == 1
