@@ -1,5 +1,6 @@
 """Chooses the engine of a call: the fastest one that computes what the energy's own code would."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -233,6 +234,8 @@ def _fused(
     chains, device = x.shape[0], x.device
     if device.type != "cpu" and graph.computed is not None:
         return "weights are computed from other weights"
+    if not all(math.prod(shape) for shape in (graph.shape, *(node.shape for node in graph.nodes))):
+        return "a state or a layer has no elements"
     if device.type == "cpu":
         reason = fused_cpu.refusal(graph, x, precision)
         if reason is not None:

@@ -135,8 +135,20 @@ def test_empty_batches(shape: tuple, differentiable: bool) -> None:
     got = run(torch.zeros(shape), seed=0, differentiable=differentiable)
     assert got.shape == shape
     assert run.trajectory(torch.zeros(shape), seed=0).shape == (1 + K, *shape)
-    assert run.diagnose(torch.zeros(shape), seed=0).energy.shape == (K, shape[0])
+    energy = run.diagnose(torch.zeros(shape), seed=0).energy
+    assert torch.equal(energy, torch.zeros(K, shape[0], dtype=energy.dtype))
     assert sampler(fl.ConvEnergy(size=8, width=1))(n=0, seed=0).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_states_and_layers_without_elements_are_left_to_torch() -> None:
+    """A kernel that walks elements would write no energy for them."""
+    empty = nn.Sequential(nn.Linear(3, 0), nn.ReLU(), nn.Linear(0, 1))
+    for energy, shape in ((fl.GaussianEnergy(), (3, 0)), (empty, (4, 3))):
+        with pytest.raises(RuntimeError, match="has no elements"):
+            sampler(energy, gradient="fused")(torch.zeros(shape), seed=0)
+        want = empty[-1].bias.item() if energy is empty else 0.0
+        assert (sampler(energy).diagnose(torch.zeros(shape), seed=0).energy == want).all()
 
 
 def trace(energy: nn.Module) -> dict[str, Any]:
