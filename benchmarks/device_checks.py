@@ -8,17 +8,15 @@ kernel wrote show. Writes DIR/checks-DEVICE.json after each check. The exit stat
 fails.
 """
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
 from benchmarks.fused_step import BATCH, NETS, engine
+from benchmarks.result_file import ResultFile, parser_of
 from benchmarks.sanitize import DTYPES, SHAPES, options
 from fastlangevin.kernels import native, triton
 
@@ -29,15 +27,12 @@ Check = Callable[[], float]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.device_checks")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="one check of each kind")
+    parser = parser_of("device_checks", device="cuda", quick="one check of each kind")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    content: dict[str, Any] = {"benchmark": "checks", "machine": timing.machine(), "results": []}
+    file = ResultFile(chosen.out / f"checks-{device.type}.json", "checks")
     for name, limit, check in checks(device, chosen.quick):
         row: dict[str, Any] = {"check": name, "limit": limit}
         try:
@@ -45,11 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row["right"] = row["error"] <= limit
         except Exception as error:  # the other checks still say something
             row |= {"right": False, "raised": f"{type(error).__name__}: {error}"}
-        content["results"].append(row)
-        timing.write_json(chosen.out / f"checks-{device.type}.json", content)
+        file.add(row)
         said = row.get("raised", f"{row.get('error', 0):.1e} of {limit:.0e}")
         print(f"{name}: {'right' if row['right'] else 'WRONG'}, {said}", flush=True)
-    if not all(row["right"] for row in content["results"]):
+    if not all(row["right"] for row in file.rows):
         raise SystemExit(1)
 
 

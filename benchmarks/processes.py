@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import insert
+from benchmarks.result_file import machine, write_json
 from benchmarks.tables import about, number
-from benchmarks.timing import machine, write_json
 from fastlangevin.learn.checkpoint import checksum, list_checkpoints, read_checkpoint
 
 TRAIN = {

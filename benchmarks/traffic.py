@@ -15,7 +15,6 @@ at once. The kernels took 133 us, of 83 to 144 predicted for the step, but at 2.
 layers are bound by something else than L2.
 """
 
-import argparse
 import csv
 import itertools
 import math
@@ -27,7 +26,7 @@ import torch
 from torch import nn
 
 import fastlangevin as fl
-from benchmarks import timing
+from benchmarks.result_file import ResultFile, parser_of, write_json
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv, conv_stack
 from fastlangevin.gradients.graph.record import recognise
@@ -40,16 +39,14 @@ _UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "ns": 1e-9, "us": 1e-6, "ms":
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser = parser_of("traffic", device=None)
     parser.add_argument(
         "--ncu", type=Path, metavar="FILE", help="a profile of benchmarks.fused_step"
     )
     options = parser.parse_args(arguments)
     if options.ncu:
         rows = profiled(options.ncu.read_text(), predicted(64, 64, "fp16")["launches"])
-        content = {"benchmark": "fused-profile", "machine": timing.machine(), "results": rows}
-        timing.write_json(options.out / "fused-profile.json", content)
+        ResultFile(options.out / "fused-profile.json", "fused-profile").add(*rows)
         for row in rows:
             measured, counted = (row[name] / 1e6 for name in ("bytes", "predicted_bytes"))
             print(
@@ -59,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rows = [predicted(*case) for case in itertools.product(WIDTHS, BATCHES, PRECISIONS)]
     content = {"benchmark": "fused-predicted", "results": rows}
-    timing.write_json(options.out / "fused-predicted.json", content)
+    write_json(options.out / "fused-predicted.json", content)
     for row in rows:
         low, high = (1e6 * seconds for seconds in row["seconds"])
         print(

@@ -15,7 +15,6 @@ writes DIR/train_peers-cpu.json: the gap and the seconds of every iteration, and
 between the curves.
 """
 
-import argparse
 import functools
 import itertools
 import math
@@ -23,7 +22,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from benchmarks import timing
+from benchmarks.result_file import ResultFile, parser_of
 from fastlangevin.learn import load_images
 
 BATCH, STEPS, WIDTH, CLASSES, SHAPE = 64, 20, 8, 10, (1, 8, 8)
@@ -350,37 +349,24 @@ def last_third(gaps: Sequence[float]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_peers")
-    parser.add_argument("--out", type=Path, required=True, help="folder for train_peers-cpu.json")
+    parser = parser_of("train_peers", device=None, quick="three iterations with two seeds")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="three iterations with two seeds")
     options = parser.parse_args(arguments)
     if options.quick:
         options.iterations, options.seeds = 3, 2
     torch.set_num_threads(options.threads)
     check()
-    content: dict[str, Any] = {
-        "benchmark": "train_peers",
-        "device": "cpu",
-        "threads": options.threads,
-        "quick": options.quick,
-        "iterations": options.iterations,
-        "seeds": options.seeds,
-        "batch": BATCH,
-        "steps": STEPS,
-        "width": WIDTH,
-        "machine": timing.machine(),
-        "results": [],
-    }
-    path = options.out / "train_peers-cpu.json"
+    file = ResultFile(
+        options.out / "train_peers-cpu.json", "train_peers", device="cpu", threads=options.threads,
+        quick=options.quick, iterations=options.iterations, seeds=options.seeds, batch=BATCH,
+        steps=STEPS, width=WIDTH,
+    )  # fmt: skip
     for name in STYLES:
-        content["results"] += measure(name, options.iterations, options.seeds)
-        content["machine"]["load_at_end"] = timing.machine()["load"]
-        timing.write_json(path, content)
+        file.add(*measure(name, options.iterations, options.seeds))
         print(name, flush=True)
-    print(f"wrote {path}")
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":
