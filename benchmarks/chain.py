@@ -22,12 +22,12 @@ from torch.profiler import profile
 import fastlangevin as fl
 from benchmarks import timing
 from benchmarks.originals import torchebm_model
+from benchmarks.report_chain import PAPER
 from benchmarks.result_file import ResultFile, parse, parser_of
 from fastlangevin.bench import plain_loop
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.roofline import cost, matrix_rate
 
-PAPER = "paper's loop"
 # Of the norm of a step. Torch's own precision is TF32 on GPUs. The check takes a smooth network,
 # since LeakyReLU's kinks alone turn the rounding of TF32 into 2 to 3 % of a gradient.
 LIMITS = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}
@@ -151,14 +151,13 @@ def measure(
     for name, samples in seconds.items():
         each = [value / steps for value in samples]
         spread = timing.summary(each)
-        ratios = [loop / ours for loop, ours in zip(seconds[PAPER], samples, strict=True)]
         precision = _precision(name)
         rate = matrix_rate(case.device, precision, threads)
         rows.append({
             **about,
             "variant": name,
             "seconds": spread,
-            "speedup": timing.summary(ratios),
+            "speedup": timing.speedup(seconds[PAPER], samples),
             "gflop_per_s": flops / spread["median"] / 1e9,
             "percent_of_matrix_rate": 100 * flops / spread["median"] / rate,
             "peak_bytes": peak_bytes(variants(case, 1, compiled)[name]),

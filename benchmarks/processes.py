@@ -27,9 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import insert
 from benchmarks.result_file import machine, write_json
-from benchmarks.tables import about, number
+from benchmarks.tables import about, fill, number
 from fastlangevin.learn.checkpoint import checksum, list_checkpoints, read_checkpoint
 
 TRAIN = {
@@ -297,9 +296,7 @@ def main() -> None:
         write_json(file, results | {"machine": machine()})
         print(name, json.dumps(results[name], indent=1))
     if chosen.docs:
-        marks = ("<!-- processes -->", "<!-- /processes -->")
-        page = insert(chosen.docs.read_text("utf-8"), shown(results), marks)
-        chosen.docs.write_text(page, "utf-8")
+        fill(chosen.docs, "processes", shown(results))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.tables import MISSING, Row, about, number, pyplot, save_plot
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import MISSING, Row, about, mebibytes, number, pyplot, save_plot, table
 
 PAPER = "paper's loop"
 OURS = ("autograd", "explicit", "fused")
@@ -49,7 +48,7 @@ def speed(row: Row | None) -> str:
 def peak(row: Row | None) -> str:
     if row is None or "error" in row:
         return MISSING if row is None else "no"
-    return f"{number(row['peak_bytes'] / 2**20)} MiB"
+    return f"{mebibytes(row['peak_bytes'])} MiB"
 
 
 def best(variants: Row, precision: str) -> str:

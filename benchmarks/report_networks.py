@@ -3,8 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.tables import Row, about, number
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import Row, about, mebibytes, number, table
 
 LOOP = "plain loop"
 
@@ -68,7 +67,7 @@ def line(loop: Row, row: Row, several: bool, with_memory: bool) -> list[str]:
         row["engine"],
         f"{row['gradient_error']:.0e}",
         f"{loop['gradient_error']:.0e}",
-        *([mebibytes(loop), mebibytes(row)] if with_memory else []),
+        *([peak(loop), peak(row)] if with_memory else []),
         "; ".join(
             [f"{engine}: {reason}" for engine, reason in row["why_not"].items()]
             + ([f"CUDA graph: {row['cuda_graph']}"] if "cuda_graph" in row else [])
@@ -80,8 +79,8 @@ def milliseconds(row: Row) -> str:
     return number(1e3 * row["seconds"]["median"]) if "seconds" in row else ""
 
 
-def mebibytes(row: Row) -> str:
-    return number(row["peak_bytes"] / 2**20) if "peak_bytes" in row else ""
+def peak(row: Row) -> str:
+    return mebibytes(row["peak_bytes"]) if "peak_bytes" in row else ""
 
 
 def summary_of(loop: Row, row: Row) -> str:

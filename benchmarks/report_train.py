@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.tables import Row, about, number, pyplot, save_plot
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import Row, about, number, pyplot, save_plot, table
 
 LOOP, AGAIN = "original loop", "original loop again"
 OURS, CONTROL = "fastlangevin", "half of the steps"

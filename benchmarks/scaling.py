@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.report import insert
-from benchmarks.tables import number, table
+from benchmarks.tables import fill, number, table
 from fastlangevin.distributed import shard
 
 RESULTS = Path(__file__).parent / "results" / "chain-cuda.json"
@@ -130,8 +129,7 @@ def main() -> None:
     )  # fmt: skip
     print(text)
     if page:
-        marks = ("<!-- scaling -->", "<!-- /scaling -->")
-        page.write_text(insert(page.read_text("utf-8"), text, marks), "utf-8")
+        fill(page, "scaling", text)
 
 
 if __name__ == "__main__":

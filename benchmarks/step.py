@@ -66,15 +66,13 @@ def figures(case: Case, name: str, seconds: dict[str, list[float]]) -> dict[str,
         "seconds": time,
         "gb_per_s": case.bytes_moved / time["median"] / 1e9,
         "ns_per_element": time["median"] / case.elements * 1e9,
-        "percent_of_copy": 100 * _ratio(seconds["copy"], seconds[name])["median"],
+        "percent_of_copy": 100 * timing.speedup(seconds["copy"], seconds[name])["median"],
         "speedup_over": {
-            base: _ratio(seconds[base], seconds[name]) for base in BASELINES if base in seconds
+            base: timing.speedup(seconds[base], seconds[name])
+            for base in BASELINES
+            if base in seconds
         },
     }
-
-
-def _ratio(base: list[float], other: list[float]) -> dict[str, float]:
-    return timing.summary([b / o for b, o in zip(base, other, strict=True)])
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

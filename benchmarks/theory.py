@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from benchmarks.tables import pyplot, save_plot
+from benchmarks.tables import pyplot, save_plot, table
 from benchmarks.theory_laws import (
     Grid,
     entropy,
@@ -29,7 +29,6 @@ from benchmarks.theory_laws import (
     stationary,
     transition,
 )
-from fastlangevin.learn.sweep.report import table
 
 STEP = {"step_size": 0.02, "noise_std": 0.2}  # T = 1
 LINE, PLANE = Grid(-4, 4, 320), Grid(-3, 3, 36, dim=2)

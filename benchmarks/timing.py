@@ -155,3 +155,8 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     )
     least = min(seconds)
     return {"median": middle, "q1": low, "q3": high, "min": least, "samples": len(seconds)}
+
+
+def speedup(base: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Summary of how many times faster ours is, by ratios of the figures of one round each."""
+    return summary([b / o for b, o in zip(base, ours, strict=True)])

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from benchmarks import timing
+from benchmarks.report_train import AGAIN, CONTROL, LOOP, OURS
 from benchmarks.result_file import ResultFile, parser_of
 from fastlangevin.learn import load_images
 
@@ -37,8 +38,6 @@ BATCH, STEPS, WIDTH, CLASSES, SHAPE = 64, 20, 8, 10, (1, 8, 8)
 # The originals' buffers of 10,000 and 8,192 would not fill in so few iterations.
 CAPACITY = 1000
 REINIT = 0.05
-LOOP, AGAIN = "original loop", "original loop again"
-OURS, CONTROL = "fastlangevin", "half of the steps"
 WARM_UP = 10  # iterations that are not timed
 
 Sample = Callable[[Tensor], Tensor]  # (labels of the batch) -> samples
@@ -326,9 +325,6 @@ def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
     rows = []
     for variant in variants:
         times, base = (list(zip(*seconds[each], strict=True)) for each in (variant, LOOP))
-        ratios = [
-            [b / o for b, o in zip(*pair, strict=True)] for pair in zip(base, times, strict=True)
-        ]
         rows.append({
             "style": name,
             "variant": variant,
@@ -338,8 +334,8 @@ def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
             "same_as_loop": None if variant == LOOP else same(late[LOOP], late[variant]),
             "sampling": timing.summary(times[0]),
             "iteration": timing.summary(times[1]),
-            "sampling_speedup": timing.summary(ratios[0]),
-            "iteration_speedup": timing.summary(ratios[1]),
+            "sampling_speedup": timing.speedup(base[0], times[0]),
+            "iteration_speedup": timing.speedup(base[1], times[1]),
         })  # fmt: skip
     return rows
 

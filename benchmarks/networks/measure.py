@@ -78,8 +78,8 @@ def timed(
     rounds = timing.rounds_within(timers, seconds, LEAST_ROUNDS, MOST_ROUNDS)
     times = timing.interleave(timers, rounds)
     for name, samples in times.items():
-        ratios = [loop / ours for loop, ours in zip(times[LOOP], samples, strict=True)]
-        rows[name] |= {"seconds": timing.summary(samples), "speedup": timing.summary(ratios)}
+        ratios = timing.speedup(times[LOOP], samples)
+        rows[name] |= {"seconds": timing.summary(samples), "speedup": ratios}
 
 
 def reason(refusal: Exception) -> str:
