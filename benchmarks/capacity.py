@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     for k, (quantity, cases) in enumerate(searches):
         for m, method in enumerate(METHODS):
-            left = (len(searches) - k) * len(METHODS) - m
-            row = search(quantity, method, cases, (end - time.perf_counter()) / left)
+            searches_left = (len(searches) - k) * len(METHODS) - m
+            row = search(quantity, method, cases, (end - time.perf_counter()) / searches_left)
             file.add(row)
-            more = "" if row["out_of_memory"] else " or more"
-            print(f"{method}: {quantity} {row['largest']}{more}", flush=True)
+            open_end = "" if row["out_of_memory"] else " or more"
+            print(f"{method}: {quantity} {row['largest']}{open_end}", flush=True)
 
 
 def search(quantity: str, method: str, cases: Sequence[Case], seconds: float) -> dict[str, Any]:

@@ -149,8 +149,8 @@ def measure(
     about = {"width": case.width, "batch": case.batch, "size": case.size, "steps": steps}
     rows = []
     for name, samples in seconds.items():
-        each = [value / steps for value in samples]
-        spread = timing.summary(each)
+        step_seconds = [value / steps for value in samples]
+        spread = timing.summary(step_seconds)
         precision = _precision(name)
         rate = matrix_rate(case.device, precision, threads)
         rows.append({
@@ -182,10 +182,10 @@ def check(case: Case, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         precision = _precision(name)
         options = {"gradient": gradient, "precision": precision}
         try:
-            got = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, **options)(x, seed=0)
+            stepped = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, **options)(x, seed=0)
         except Exception:  # "measure" meets it again, and writes it down
             continue
-        deviation = float((got - exact).norm() / (exact - x).norm())
+        deviation = float((stepped - exact).norm() / (exact - x).norm())
         limit = LIMITS[precision or ("tf32" if case.device.type == "cuda" else "fp32")]
         deviations[name] = {"deviation": deviation, "differs": not deviation <= limit}
     return deviations

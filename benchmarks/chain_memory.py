@@ -127,14 +127,14 @@ def check(
     variants: dict[str, Callable[[], Tensor]], leaves: Sequence[Tensor]
 ) -> dict[str, dict[str, Any]]:
     """How far the gradients of each variant are from those of the first, the plain loop."""
-    deviations, want = {}, None
+    deviations, plain_grads = {}, None
     for name, chain in variants.items():
         with float32_products("ieee", leaves[0].device.type):
             grads = torch.autograd.grad(chain().square().sum(), leaves, allow_unused=True)[:-1]
-        want = want or grads
+        plain_grads = plain_grads or grads
         errors = [
             (ours - plain).abs().max() / plain.abs().max()
-            for ours, plain in zip(grads, want, strict=True)
+            for ours, plain in zip(grads, plain_grads, strict=True)
         ]
         deviation = float(torch.stack(errors).max())
         deviations[name] = {"deviation": deviation, "differs": not deviation <= LIMIT}
@@ -169,16 +169,16 @@ def times(case: Case, states: int, rounds: int) -> dict[str, Any]:
     """
     net, x0 = case.make()
     variants, leaves = chains(case, net, x0), [x0, *net.parameters()]
-    chosen = "plain loop", "step", f"{states} states"
-    passes: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
+    timed_names = "plain loop", "step", f"{states} states"
+    passes: dict[str, list[tuple[float, float]]] = {name: [] for name in timed_names}
 
     def sample(name: str) -> float:
         passes[name].append(_passes(variants[name], leaves))
         return sum(passes[name][-1])
 
-    timing.interleave({name: functools.partial(sample, name) for name in chosen}, 1 + rounds)
-    plain, step, revolve = (passes[name][1:] for name in chosen)
-    again = 1 + recomputed(case.steps, states) / case.steps
+    timing.interleave({name: functools.partial(sample, name) for name in timed_names}, 1 + rounds)
+    plain, step, revolve = (passes[name][1:] for name in timed_names)
+    recomputed_share = 1 + recomputed(case.steps, states) / case.steps
     return {
         "steps": case.steps,
         "states": states,
@@ -186,7 +186,7 @@ def times(case: Case, states: int, rounds: int) -> dict[str, Any]:
             [sum(ours) / sum(theirs) for ours, theirs in zip(step, plain, strict=True)]
         ),
         "revolve_over_prediction": timing.summary(
-            [sum(r) / (again * s[0] + s[1]) for r, s in zip(revolve, step, strict=True)]
+            [sum(r) / (recomputed_share * s[0] + s[1]) for r, s in zip(revolve, step, strict=True)]
         ),
     }
 

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except Exception as error:  # the other checks still say something
             row |= {"right": False, "raised": f"{type(error).__name__}: {error}"}
         file.add(row)
-        said = row.get("raised", f"{row.get('error', 0):.1e} of {limit:.0e}")
-        print(f"{name}: {'right' if row['right'] else 'WRONG'}, {said}", flush=True)
+        message = row.get("raised", f"{row.get('error', 0):.1e} of {limit:.0e}")
+        print(f"{name}: {'right' if row['right'] else 'WRONG'}, {message}", flush=True)
     if not all(row["right"] for row in file.rows):
         raise SystemExit(1)
 
@@ -68,24 +68,28 @@ def checks(device: torch.device, quick: bool) -> Iterator[tuple[str, float, Chec
 
 def bits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
     """How many elements of the native steps with every option differ from the CPU's."""
-    generator, wrong = torch.Generator().manual_seed(0), 0
+    generator, different = torch.Generator().manual_seed(0), 0
     cpu = torch.device("cpu")
-    for here, there in zip(options(shape[0], cpu), options(shape[0], device), strict=False):
+    for cpu_options, device_options in zip(
+        options(shape[0], cpu), options(shape[0], device), strict=False
+    ):
         x, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         x.view(-1)[0] = -0.0
-        got, want = (
-            take(x.to(where, copy=True), g.to(where), **chosen)
-            for where, chosen in ((device, there), (cpu, here))
+        on_device, on_cpu = (
+            take(x.to(target, copy=True), g.to(target), **step_options)
+            for target, step_options in ((device, device_options), (cpu, cpu_options))
         )
         integers = torch.int32 if dtype.itemsize == 4 else torch.int16
-        wrong += int((got.cpu().view(integers) != want.view(integers)).sum())
-    return float(wrong)
+        different += int((on_device.cpu().view(integers) != on_cpu.view(integers)).sum())
+    return float(different)
 
 
-def take(x: Tensor, g: Tensor, **chosen: Any) -> Tensor:
-    chosen = {"step_size": 0.5, "noise_std": 0.1, **ADDRESS, **chosen}
-    grad = chosen.pop("grad", g)
-    return native.step_(x, grad, g.float() if chosen.pop("z", False) else None, **chosen)
+def take(x: Tensor, g: Tensor, **step_options: Any) -> Tensor:
+    step_options = {"step_size": 0.5, "noise_std": 0.1, **ADDRESS, **step_options}
+    grad = step_options.pop("grad", g)
+    return native.step_(
+        x, grad, g.float() if step_options.pop("z", False) else None, **step_options
+    )
 
 
 def deviation(energy: nn.Module, shape: tuple[int, ...], precision: str) -> float:

@@ -60,13 +60,13 @@ def cases(steps: int, size: int, width: int, batch: int, dtype: torch.dtype) -> 
     net = Net(size, width)
     x0 = (2 * torch.rand(batch, 3, size, size) - 1).to(dtype)
     # For loops that draw their starts from a buffer: every state is the same.
-    same = x0[:1].expand_as(x0).clone()
-    chosen = [
+    equal_states = x0[:1].expand_as(x0).clone()
+    all_cases = [
         Case("short_run", *short_run(net, steps), x0, net),
-        Case("anatomy", *anatomy(net, steps, size, batch), same, net),
+        Case("anatomy", *anatomy(net, steps, size, batch), equal_states, net),
         Case("anatomy_eval", *anatomy_eval(net, steps), x0, net),
-        Case("jem", *jem(net, steps, batch), same, net),
-        Case("jempp", *jempp(net, steps, batch), same, net),
+        Case("jem", *jem(net, steps, batch), equal_states, net),
+        Case("jempp", *jempp(net, steps, batch), equal_states, net),
         Case("igebm", *igebm(net, steps), (x0 + 1) / 2, net),
         Case("openai_igebm", *openai_igebm(net, steps), (x0 + 1) / 2, net),
         Case("improved_cd", *improved_cd(net, steps), (x0 + 1) / 2, net),
@@ -76,12 +76,12 @@ def cases(steps: int, size: int, width: int, batch: int, dtype: torch.dtype) -> 
         Case("ula", *ula(net, steps), x0, net),
     ]
     score = ScoreNet(width)
-    chosen.append(Case("ncsn", *ncsn(score, steps), x0, score))
+    all_cases.append(Case("ncsn", *ncsn(score, steps), x0, score))
     if importlib.util.find_spec("torchebm"):
-        chosen.append(Case("torchebm", *torchebm(net, steps), x0, net))
+        all_cases.append(Case("torchebm", *torchebm(net, steps), x0, net))
     if importlib.util.find_spec("ebm"):
-        chosen.append(Case("ebmkit", *ebmkit(net, steps), x0, net))
-    return chosen
+        all_cases.append(Case("ebmkit", *ebmkit(net, steps), x0, net))
+    return all_cases
 
 
 def short_run(f: nn.Module, steps: int) -> Pair:
@@ -100,14 +100,14 @@ def anatomy(f: nn.Module, steps: int, size: int, batch: int) -> Pair:
     config = {"epsilon": 0.01, "batch_size": batch, "im_ch": 3, "im_sz": size}
 
     def sample_s_t(bank: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = torch.randperm(len(bank))[:batch]
-        x = bank[chosen].clone().requires_grad_()
+        slots = torch.randperm(len(bank))[:batch]
+        x = bank[slots].clone().requires_grad_()
         r = torch.zeros(1)
         for _ in range(steps):
             (df,) = torch.autograd.grad(f(x).sum(), [x])
             x.data += -df + config["epsilon"] * torch.randn_like(x)
             r += df.flatten(1).norm(dim=1).mean()
-        bank[chosen] = x.detach()
+        bank[slots] = x.detach()
         return x.detach(), r.squeeze() / steps
 
     def ours(bank: Tensor, noise: Tensor | None) -> Any:
@@ -178,13 +178,13 @@ def jempp(f: nn.Module, steps: int, batch: int) -> Pair:
 
     def sample_q(buffer: Tensor) -> Tensor:
         x, slots = draw(buffer, args)
-        layer, seen = f.f.layer_one, []
-        hook = layer.register_forward_hook(lambda module, inputs, out: seen.append(out))
+        layer, outputs = f.f.layer_one, []
+        hook = layer.register_forward_hook(lambda module, inputs, out: outputs.append(out))
         for _ in range(steps):
             x = x.detach().requires_grad_()
-            seen.clear()
+            outputs.clear()
             energy = f(x).sum()
-            _, p = torch.autograd.grad(energy, [x, seen[0]], retain_graph=True)
+            _, p = torch.autograd.grad(energy, [x, outputs[0]], retain_graph=True)
             for _ in range(in_steps):
                 x = x.detach().requires_grad_()
                 (df,) = torch.autograd.grad((layer(x) * p).sum(), [x], retain_graph=True)

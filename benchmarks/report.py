@@ -76,13 +76,13 @@ def report(files: Sequence[Row], short: bool = False) -> str:
             continue
         sections.append(f"### {title}")
         for device in TITLES:
-            chosen = [content for content in contents if content["device"] == device]
-            for content in chosen:
+            of_device = [content for content in contents if content["device"] == device]
+            for content in of_device:
                 if benchmark == "step":
                     sections.append(section(content, short))
                 else:
                     sections.append(_OTHERS[benchmark].section(content))
-            if not chosen:
+            if not of_device:
                 sections.append(f"**{TITLES[device]}**: {MISSING}.")
     return "\n\n".join(sections)
 
@@ -169,8 +169,8 @@ def relative(row: Row | None) -> list[str]:
 def plot(content: Row, path: Path) -> None:
     """Time per element of every variant and of the copy, by size, for contiguous fp32 states."""
     cases = group(content["results"], short=True)
-    most = max((key[4] or 0 for key in cases), default=0)
-    cases = {key: rows for key, rows in cases.items() if key[3] and (key[4] or 0) == most}
+    most_threads = max((key[4] or 0 for key in cases), default=0)
+    cases = {key: rows for key, rows in cases.items() if key[3] and (key[4] or 0) == most_threads}
     figure, axes = pyplot().subplots(
         1, max(1, len(cases)), figsize=(4 * max(1, len(cases)), 2.8), sharex=True, sharey=True,
         squeeze=False,

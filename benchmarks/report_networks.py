@@ -10,7 +10,7 @@ LOOP = "plain loop"
 
 def section(content: Row) -> str:
     """A table and a summary for each precision and number of threads."""
-    parts = [
+    sections = [
         about(content),
         "Milliseconds per step of the five-line loop and of the sampler; `speed` is the median of "
         "ratios taken round by round. The errors are those of the gradient against float64, "
@@ -20,8 +20,8 @@ def section(content: Row) -> str:
     for row in content["results"]:
         settings.setdefault((row["precision"], row["threads"]), []).append(row)
     for (precision, threads), rows in settings.items():
-        parts += [f"{precision}{_how(content, precision, threads)}:", *tables(rows)]
-    return "\n\n".join(parts)
+        sections += [f"{precision}{_conditions(content, precision, threads)}:", *tables(rows)]
+    return "\n\n".join(sections)
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
@@ -39,7 +39,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
     return [table(header, body), *(summary(loops, ours, name) for name in gradients)]
 
 
-def _how(content: Row, precision: str, threads: int) -> str:
+def _conditions(content: Row, precision: str, threads: int) -> str:
     autocast = ", the loop under autocast" if precision in ("bf16", "fp16") else ""
     if content["device"] == "cuda":
         return autocast
@@ -50,12 +50,12 @@ def _how(content: Row, precision: str, threads: int) -> str:
 def bf16_of(content: Row) -> str:
     """The instructions that the processor has for products in bf16."""
     flags = content["machine"]["cpu_flags"]
-    found = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    return f"with {' and '.join(found)}" if found else "without bf16 instructions"
+    instructions = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    return f"with {' and '.join(instructions)}" if instructions else "without bf16 instructions"
 
 
-def line(loop: Row, row: Row, several: bool, with_memory: bool) -> list[str]:
-    name = f"{row['energy']}, `{row['gradient']}`" if several else row["energy"]
+def line(loop: Row, row: Row, with_gradient: bool, with_memory: bool) -> list[str]:
+    name = f"{row['energy']}, `{row['gradient']}`" if with_gradient else row["energy"]
     if "error" in row:
         cells = [name, milliseconds(loop), "cannot run", *[""] * (6 if with_memory else 4)]
         return [*cells, row["error"]]

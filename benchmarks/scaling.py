@@ -58,10 +58,10 @@ def step(chains: int) -> float:
     Those measured, and the line through the two largest numbers of chains. It is continued to fewer
     chains, which no file has. More chains than measured take proportionally longer.
     """
-    (few, fast), (many, slow) = sorted(measured().items())[-2:]
-    if chains > many:
-        return slow * chains / many
-    return fast + (chains - few) * (slow - fast) / (many - few)
+    (fewer, fast), (most_chains, slow) = sorted(measured().items())[-2:]
+    if chains > most_chains:
+        return slow * chains / most_chains
+    return fast + (chains - fewer) * (slow - fast) / (most_chains - fewer)
 
 
 def computing(chains: int) -> float:

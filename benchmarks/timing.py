@@ -119,7 +119,7 @@ def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int
             for step in steps:
                 step()
 
-    def replay(kept: Sequence[Callable[[], Any]] = steps) -> None:
+    def replay(steps_kept_alive: Sequence[Callable[[], Any]] = steps) -> None:
         # The graph has no more than the addresses of the tensors that the steps hold.
         graph.replay()
 

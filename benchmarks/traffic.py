@@ -93,20 +93,20 @@ def launches_of(
         sizes.append((conv.weight.shape[0], *conv.output_size(sizes[-1][1:])))
     layers = list(enumerate(zip(stack.convs, sizes, sizes[1:], strict=False)))
     itemsize, state = conv_plan.DTYPES[precision].itemsize, 4  # x is float32 in every precision
-    found = {}
+    launch_bytes = {}
     for i, layer in layers:
         plan, read = conv_plan.forward_plan(*layer, batch, precision), state if i == 0 else itemsize
         written = batch * math.prod(layer[2]) * itemsize
-        found[f"forward {i}"] = operands(plan, batch * pairs(*layer), read) + written
+        launch_bytes[f"forward {i}"] = operands(plan, batch * pairs(*layer), read) + written
     for i, layer in reversed(layers[1:]):
         plan = conv_plan.backward_plan(*layer, batch, precision)
         written = batch * math.prod(layer[1]) * itemsize
-        found[f"backward {i}"] = operands(plan, batch * pairs(*layer), itemsize) + written
-    _, first = layers[0]
-    plan = conv_plan.image_plan(*first, batch, precision)
+        launch_bytes[f"backward {i}"] = operands(plan, batch * pairs(*layer), itemsize) + written
+    _, first_layer = layers[0]
+    plan = conv_plan.image_plan(*first_layer, batch, precision)
     stepped = 2 * batch * math.prod(shape) * state
-    found["image"] = operands(plan, batch * pairs(*first), itemsize) + stepped
-    return found
+    launch_bytes["image"] = operands(plan, batch * pairs(*first_layer), itemsize) + stepped
+    return launch_bytes
 
 
 def profiled(text: str, launches: dict[str, int]) -> list[dict[str, Any]]:
@@ -115,13 +115,13 @@ def profiled(text: str, launches: dict[str, int]) -> list[dict[str, Any]]:
     ValueError if it does not have as many launches of the fused engine.
     """
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    found: dict[str, dict[str, float]] = {}
+    measurements: dict[str, dict[str, float]] = {}
     for line in csv.DictReader(lines):
         if line["Kernel Name"] in ("forward_kernel", "backward_kernel", "image_kernel"):
             value = float(line["Metric Value"].replace(",", "")) * _UNITS[line["Metric Unit"]]
-            found.setdefault(line["ID"], {})[line["Metric Name"]] = value
-    if len(found) != len(launches):
-        raise ValueError(f"the profile has {len(found)} launches, expected {len(launches)}")
+            measurements.setdefault(line["ID"], {})[line["Metric Name"]] = value
+    if len(measurements) != len(launches):
+        raise ValueError(f"the profile has {len(measurements)} launches, expected {len(launches)}")
     return [
         {
             "launch": name,
@@ -130,7 +130,7 @@ def profiled(text: str, launches: dict[str, int]) -> list[dict[str, Any]]:
             "seconds": measured["gpu__time_duration.sum"],
             "tensor_percent": measured[_TENSOR],
         }
-        for name, measured in zip(launches, found.values(), strict=True)
+        for name, measured in zip(launches, measurements.values(), strict=True)
     ]
 
 
@@ -150,7 +150,7 @@ def pairs(conv: StackedConv, source: conv_plan.Image, result: conv_plan.Image) -
 
     An input gradient reads as many pixels of the output.
     """
-    each = (
+    pairs_of_axis = (
         sum(
             0 <= out * conv.stride[i] - conv.padding[i] + tap * conv.dilation[i] < source[1 + i]
             for out in range(result[1 + i])
@@ -158,7 +158,7 @@ def pairs(conv: StackedConv, source: conv_plan.Image, result: conv_plan.Image) -
         )
         for i in range(2)
     )
-    return math.prod(each)
+    return math.prod(pairs_of_axis)
 
 
 if __name__ == "__main__":

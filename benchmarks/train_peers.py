@@ -233,14 +233,14 @@ def train(style: Style, variant: str, seed: int) -> Iterator[tuple[float, float,
     (images, labels), generator = digits(), torch.Generator().manual_seed(seed)
     while True:
         begin = time.perf_counter()
-        chosen = torch.randint(len(images), (BATCH,), generator=generator)
-        x = images[chosen]
+        indices = torch.randint(len(images), (BATCH,), generator=generator)
+        x = images[indices]
         x = x + style.data_noise * torch.randn(x.shape, generator=generator)
         sampled_labels = torch.randint(CLASSES, (BATCH,), generator=generator)
         sampling = time.perf_counter()
         samples = sample(sampled_labels)
         sampled = time.perf_counter()
-        loss, gap = style.loss(f, x, labels[chosen], samples)
+        loss, gap = style.loss(f, x, labels[indices], samples)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(f.parameters(), style.max_norm)
@@ -266,13 +266,13 @@ def check() -> None:
             parameter.data *= 3  # with the initial weights no gradient would reach the clip
         start = x.double()
         if name == "UvA":
-            want = uva_chain(f, start, 5, generator, noise_std=0.0)
-            got = uva_sampler(f, 5, noise_std=0.0)(start)
+            expected = uva_chain(f, start, 5, generator, noise_std=0.0)
+            ours = uva_sampler(f, 5, noise_std=0.0)(start)
         else:
             labels = {"y": y} if name == "JEM" else {}
-            want = langevin(functools.partial(f, **labels), start, 5, generator, noise_std=0.0)
-            got = fl.LangevinSampler(f, 5, 1.0, 0.0, maximize=True)(start, **labels)
-        error = float((got - want).abs().max())
+            expected = langevin(functools.partial(f, **labels), start, 5, generator, noise_std=0.0)
+            ours = fl.LangevinSampler(f, 5, 1.0, 0.0, maximize=True)(start, **labels)
+        error = float((ours - expected).abs().max())
         if not error <= 1e-9:
             raise SystemExit(f"train_peers: {name} is off the loop's chain by {error:.1e}")
 
@@ -317,10 +317,10 @@ def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
             gap.append([])
         for iteration in range(iterations):
             for variant in shuffle.sample(variants, len(variants)):
-                gap, *taken = next(runs[variant])
+                gap, *times_taken = next(runs[variant])
                 gaps[variant][-1].append(gap)
                 if iteration >= min(WARM_UP, iterations - 1):
-                    seconds[variant].append((taken[0], taken[1]))
+                    seconds[variant].append((times_taken[0], times_taken[1]))
     late = {variant: [last_third(run) for run in gaps[variant]] for variant in variants}
     rows = []
     for variant in variants:

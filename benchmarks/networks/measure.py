@@ -49,7 +49,7 @@ def measure(
         rows[gradient] = about | {"gradient": gradient}
         sampler = sampler_of(case, built, precision, gradient)
         try:
-            rows[gradient] |= chosen(sampler, built)
+            rows[gradient] |= engine_of(sampler, built)
             found = our_gradient(case, built, precision, gradient)
             rows[gradient]["gradient_error"] = error(found, exact)
             run = call_of(sampler, built)
@@ -120,7 +120,7 @@ def torchs(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def chosen(sampler: fl.LangevinSampler, built: Built) -> Row:
+def engine_of(sampler: fl.LangevinSampler, built: Built) -> Row:
     """The engine of a call, and why each faster one was rejected."""
     choice = sampler.choose_engine(built.x, dict(built.kwargs))
     return {"engine": choice.name, "why_not": choice.why_not}

@@ -199,8 +199,8 @@ class ShortRunLearner:
         figures = torch.stack([unknown, unknown, saturation, reach, *measured], 1).float()
 
         def loss(part: Shard) -> Tensor:
-            first = part.first_chain - self._batch.own.first_chain
-            rows = slice(first, first + part.n)
+            first_row = part.first_chain - self._batch.own.first_chain
+            rows = slice(first_row, first_row + part.n)
             energy_data, energy_samples = self._energies(data[rows], samples[rows], part)
             figures[rows, :2] = torch.stack([energy_data, energy_samples], 1).detach().float()
             gap = (energy_data.sum() - energy_samples.sum()) / self.batch_size
@@ -210,8 +210,9 @@ class ShortRunLearner:
         what = f"the gradients of iteration {self.iteration + 1}"
         figures, self.signal = self._batch.backward(loss, figures, signal, what)
         values = torch.stack([column.mean() for column in figures.T.contiguous()]).tolist()
-        of_data, of_samples, *others = values
-        metrics = Metrics(self.iteration + 1, of_data, of_samples, of_data - of_samples, *others)
+        data_energy, samples_energy, *other_figures = values
+        gap = data_energy - samples_energy
+        metrics = Metrics(self.iteration + 1, data_energy, samples_energy, gap, *other_figures)
         if not all(math.isfinite(value) for value in values):
             self.optimizer.zero_grad(set_to_none=True)
             raise failure or FloatingPointError(f"{_OP}: energies are not finite: {metrics}")
@@ -284,20 +285,20 @@ class ShortRunLearner:
 
     def _data(self) -> Tensor:
         """Return the batch of this iteration, with its noise: a function of (seed, iteration)."""
-        first, n = self._batch.own
+        first_chain, n = self._batch.own
         words = _noise.words(
             (n, 2),
             seed=self.seed,
             step=self.iteration,
             stream=_noise.ORDER,
-            first_chain=first,
+            first_chain=first_chain,
         )
         indices = words[:, 0] * len(self.data) >> 32
         flip = words[:, 1] >= 2**31 if self.flip else None
         device = next(self.energy.parameters()).device
         if isinstance(self.data, DatasetImages):
             seed = _noise.fold_in(self.seed, _ITEMS + self.iteration)
-            images = self.data.batch(indices, flip, seed, first).to(device)
+            images = self.data.batch(indices, flip, seed, first_chain).to(device)
         else:
             images = self.data.batch(indices, flip).to(device)
         if not self._range_is_known:
@@ -309,7 +310,7 @@ class ShortRunLearner:
                 seed=self.seed,
                 step=self.iteration,
                 stream=_noise.DATA,
-                first_chain=first,
+                first_chain=first_chain,
                 device=device,
             )
         return images
@@ -320,9 +321,9 @@ class ShortRunLearner:
         if self.buffer is not None:
             return *self.buffer.draw(self.batch_size, self.iteration), seed
         device = next(self.energy.parameters()).device
-        first, n = self._batch.own
+        first_chain, n = self._batch.own
         shape = (n, *self.data.shape)
-        return None, _noise.initial(shape, seed=seed, first_chain=first, device=device), seed
+        return None, _noise.initial(shape, seed=seed, first_chain=first_chain, device=device), seed
 
     def _sample(
         self, x0: Tensor, seed: int, measure: bool
@@ -332,12 +333,12 @@ class ShortRunLearner:
         In a group, samples that are not finite are NaN, with the error: the other processes must
         learn of it before this one raises it.
         """
-        first = self._batch.own.first_chain
+        first_chain = self._batch.own.first_chain
         if measure:
-            chain = self.sampler.diagnose(x0, seed=seed, first_chain=first)
+            chain = self.sampler.diagnose(x0, seed=seed, first_chain=first_chain)
             return chain.x, [chain.grad_norm.mean(0), chain.displacement.mean(0)], None
         try:
-            return self.sampler(x0, seed=seed, first_chain=first), [], None
+            return self.sampler(x0, seed=seed, first_chain=first_chain), [], None
         except FloatingPointError as error:
             if self.group.world_size == 1:
                 raise
@@ -346,8 +347,8 @@ class ShortRunLearner:
     def _energies(self, data: Tensor, samples: Tensor, part: Shard) -> tuple[Tensor, Tensor]:
         """Return the energies of a part's data and samples, with their graph."""
         # Makes dropout a function of (seed, iteration, part), too.
-        first = part.first_chain
-        seed = self.seed if first == 0 else _noise.fold_in(self.seed, _PART + first)
+        first_chain = part.first_chain
+        seed = self.seed if first_chain == 0 else _noise.fold_in(self.seed, _PART + first_chain)
         with Draws(seed, data.device).step(self.iteration):
             energy_data = call_network(self.energy, data, {}).flatten()
             return energy_data, call_network(self.energy, samples, {}).flatten()

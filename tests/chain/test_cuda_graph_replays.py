@@ -259,7 +259,7 @@ def test_a_failed_recording_is_tried_again_at_ever_longer_intervals(
                 raise RuntimeError("CUDA out of memory\nof the device")
             return super().__call__(run, device, shared_with)
 
-    monkeypatch.setattr(graphs, "_RETRY", 2)
+    monkeypatch.setattr(graphs, "_CALLS_BEFORE_RETRY", 2)
     energy, x = net(), numbers()
     run, want = recorded(energy, Failing()), plain(energy)
     for call in range(1, 10):
