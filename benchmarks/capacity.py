@@ -10,17 +10,15 @@ powers of two, up to the largest that are listed or until the time is used. On a
 such limit, only the smallest are tried.
 """
 
-import argparse
 import gc
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import timing
 from benchmarks.chain_memory import Case, chains
+from benchmarks.result_file import ResultFile, parser_of
 
 MEMORY = 2**34  # bytes
 METHODS = ("plain loop", "torch checkpoint", "none", "step", "10 states")
@@ -29,25 +27,17 @@ WIDTHS = tuple(2**k for k in range(6, 12))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser = parser_of("capacity", device="cuda", quick="tiny cases")
     parser.add_argument("--seconds", type=float, default=60.0, help="in all; default 60")
-    parser.add_argument("--quick", action="store_true", help="tiny cases")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / total))
-    path = options.out / f"capacity-{device.type}.json"
-    content: dict[str, Any] = {
-        "benchmark": "capacity",
-        "device": device.type,
-        "quick": options.quick,
-        "bytes": MEMORY,
-        "machine": timing.machine(),
-        "results": [],
-    }
+    file = ResultFile(
+        options.out / f"capacity-{device.type}.json", "capacity", device=device.type,
+        quick=options.quick, bytes=MEMORY,
+    )  # fmt: skip
     end = time.perf_counter() + options.seconds
     if options.quick:
         searches = [("steps", [Case(12, 2, 2, 8, device)]), ("width", [Case(12, 2, 2, 8, device)])]
@@ -58,12 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     for k, (quantity, cases) in enumerate(searches):
         for m, method in enumerate(METHODS):
-            left = (len(searches) - k) * len(METHODS) - m
-            row = search(quantity, method, cases, (end - time.perf_counter()) / left)
-            content["results"].append(row)
-            timing.write_json(path, content)
-            more = "" if row["out_of_memory"] else " or more"
-            print(f"{method}: {quantity} {row['largest']}{more}", flush=True)
+            searches_left = (len(searches) - k) * len(METHODS) - m
+            row = search(quantity, method, cases, (end - time.perf_counter()) / searches_left)
+            file.add(row)
+            open_end = "" if row["out_of_memory"] else " or more"
+            print(f"{method}: {quantity} {row['largest']}{open_end}", flush=True)
 
 
 def search(quantity: str, method: str, cases: Sequence[Case], seconds: float) -> dict[str, Any]:

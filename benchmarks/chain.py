@@ -13,7 +13,6 @@ import argparse
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +22,12 @@ from torch.profiler import profile
 import fastlangevin as fl
 from benchmarks import timing
 from benchmarks.originals import torchebm_model
+from benchmarks.report_chain import PAPER
+from benchmarks.result_file import ResultFile, parse, parser_of
 from fastlangevin.bench import plain_loop
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.roofline import cost, matrix_rate
 
-PAPER = "paper's loop"
 # Of the norm of a step. Torch's own precision is TF32 on GPUs. The check takes a smooth network,
 # since LeakyReLU's kinks alone turn the rounding of TF32 into 2 to 3 % of a gradient.
 LIMITS = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}
@@ -64,25 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    path = options.out / f"chain-{options.device}.json"
-    content: dict[str, Any] = {
-        "benchmark": "chain",
-        "device": options.device,
-        "threads": torch.get_num_threads(),
-        "quick": options.quick,
-        "machine": timing.machine(),
-        "results": [],
-    }
+    file = ResultFile(
+        options.out / f"chain-{device.type}.json", "chain", device=device.type,
+        threads=torch.get_num_threads(), quick=options.quick,
+    )  # fmt: skip
     for case in cases(device, options.quick):
         if options.only not in str(case):
             continue
-        content["results"] += measure(
-            case, options.steps, options.seconds, options.compile, options.variants
-        )
-        content["machine"]["load_at_end"] = timing.machine()["load"]
-        timing.write_json(path, content)
+        file.add(*measure(case, options.steps, options.seconds, options.compile, options.variants))
         print(case, flush=True)
-    print(f"wrote {path}")
+    print(f"wrote {file.path}")
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -158,16 +149,15 @@ def measure(
     about = {"width": case.width, "batch": case.batch, "size": case.size, "steps": steps}
     rows = []
     for name, samples in seconds.items():
-        each = [value / steps for value in samples]
-        spread = timing.summary(each)
-        ratios = [loop / ours for loop, ours in zip(seconds[PAPER], samples, strict=True)]
+        step_seconds = [value / steps for value in samples]
+        spread = timing.summary(step_seconds)
         precision = _precision(name)
         rate = matrix_rate(case.device, precision, threads)
         rows.append({
             **about,
             "variant": name,
             "seconds": spread,
-            "speedup": timing.summary(ratios),
+            "speedup": timing.speedup(seconds[PAPER], samples),
             "gflop_per_s": flops / spread["median"] / 1e9,
             "percent_of_matrix_rate": 100 * flops / spread["median"] / rate,
             "peak_bytes": peak_bytes(variants(case, 1, compiled)[name]),
@@ -192,10 +182,10 @@ def check(case: Case, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         precision = _precision(name)
         options = {"gradient": gradient, "precision": precision}
         try:
-            got = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, **options)(x, seed=0)
+            stepped = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, **options)(x, seed=0)
         except Exception:  # "measure" meets it again, and writes it down
             continue
-        deviation = float((got - exact).norm() / (exact - x).norm())
+        deviation = float((stepped - exact).norm() / (exact - x).norm())
         limit = LIMITS[precision or ("tf32" if case.device.type == "cuda" else "fp32")]
         deviations[name] = {"deviation": deviation, "differs": not deviation <= limit}
     return deviations
@@ -228,15 +218,9 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chain")
-    parser.add_argument("--out", type=Path, required=True, help="folder for chain-DEVICE.json")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = parser_of("chain", quick="one tiny network; takes seconds")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's")
-    parser.add_argument(
-        "--only",
-        default="",
-        help="cases by part of their name: width-32-batch-64",
-    )
+    parser.add_argument("--only", default="", help="cases by part of their name: width-32-batch-64")
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -247,11 +231,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--steps", type=int, default=None, help="of a chain; default 10, on CUDA 20"
     )
     parser.add_argument("--seconds", type=float, default=None, help="seconds per case; default 60")
-    parser.add_argument("--quick", action="store_true", help="one tiny network; takes seconds")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    options = parse(parser, arguments)
     options.steps = options.steps or (20 if options.device == "cuda" else 10)
     if options.seconds is None:
         options.seconds = 0.2 if options.quick else 60.0

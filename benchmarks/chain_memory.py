@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlangevin as fl
 from benchmarks import timing
+from benchmarks.result_file import ResultFile, parser_of
 from fastlangevin.adjoint.memory import Allocations
 from fastlangevin.adjoint.schedules import recomputed
 from fastlangevin.gradients.precision import float32_products
@@ -57,26 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     shape = (2, 4, 8) if options.quick else (8, 32, 32)
     case = functools.partial(Case, batch=shape[0], width=shape[1], size=shape[2], device=device)
-    path = options.out / f"chain_memory-{device.type}.json"
-    content: dict[str, Any] = {
-        "benchmark": "chain_memory",
-        "device": device.type,
-        "quick": options.quick,
-        "machine": timing.machine(),
-        "batch": shape[0],
-        "width": shape[1],
-        "results": [],
-        "figures": {},
-    }
+    figures: dict[str, Any] = {}
+    file = ResultFile(
+        options.out / f"chain_memory-{device.type}.json", "chain_memory", device=device.type,
+        quick=options.quick, batch=shape[0], width=shape[1], figures=figures,
+    )  # fmt: skip
 
     def add(row: dict[str, Any]) -> None:
-        # Written after every row, so that an interrupted run keeps its results.
-        content["results"].append(row)
-        content["machine"]["load_at_end"] = timing.machine()["load"]
-        timing.write_json(path, content)
+        file.add(row)
         print(f"K={row['steps']} {row['variant']}: {row['peak_bytes'] / 2**20:.1f} MiB", flush=True)
 
-    figures = content["figures"]
     if options.long:
         # First, because the other runs would leave the process larger than this one makes it.
         figures["long"] = long_chain(Case(1000, 64, 16, 32, device), 20)
@@ -88,8 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.long:
         for row in (memory(case(20), "20 states", 20), memory(case(1000), "20 states", 20)):
             add(row)
-    timing.write_json(path, content)
-    print(f"wrote {path}")
+    print(f"wrote {file.path}")
 
 
 def chains(case: Case, net: fl.ConvEnergy, x0: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -137,14 +127,14 @@ def check(
     variants: dict[str, Callable[[], Tensor]], leaves: Sequence[Tensor]
 ) -> dict[str, dict[str, Any]]:
     """How far the gradients of each variant are from those of the first, the plain loop."""
-    deviations, want = {}, None
+    deviations, plain_grads = {}, None
     for name, chain in variants.items():
         with float32_products("ieee", leaves[0].device.type):
             grads = torch.autograd.grad(chain().square().sum(), leaves, allow_unused=True)[:-1]
-        want = want or grads
+        plain_grads = plain_grads or grads
         errors = [
             (ours - plain).abs().max() / plain.abs().max()
-            for ours, plain in zip(grads, want, strict=True)
+            for ours, plain in zip(grads, plain_grads, strict=True)
         ]
         deviation = float(torch.stack(errors).max())
         deviations[name] = {"deviation": deviation, "differs": not deviation <= LIMIT}
@@ -179,16 +169,16 @@ def times(case: Case, states: int, rounds: int) -> dict[str, Any]:
     """
     net, x0 = case.make()
     variants, leaves = chains(case, net, x0), [x0, *net.parameters()]
-    chosen = "plain loop", "step", f"{states} states"
-    passes: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
+    timed_names = "plain loop", "step", f"{states} states"
+    passes: dict[str, list[tuple[float, float]]] = {name: [] for name in timed_names}
 
     def sample(name: str) -> float:
         passes[name].append(_passes(variants[name], leaves))
         return sum(passes[name][-1])
 
-    timing.interleave({name: functools.partial(sample, name) for name in chosen}, 1 + rounds)
-    plain, step, revolve = (passes[name][1:] for name in chosen)
-    again = 1 + recomputed(case.steps, states) / case.steps
+    timing.interleave({name: functools.partial(sample, name) for name in timed_names}, 1 + rounds)
+    plain, step, revolve = (passes[name][1:] for name in timed_names)
+    recomputed_share = 1 + recomputed(case.steps, states) / case.steps
     return {
         "steps": case.steps,
         "states": states,
@@ -196,7 +186,7 @@ def times(case: Case, states: int, rounds: int) -> dict[str, Any]:
             [sum(ours) / sum(theirs) for ours, theirs in zip(step, plain, strict=True)]
         ),
         "revolve_over_prediction": timing.summary(
-            [sum(r) / (again * s[0] + s[1]) for r, s in zip(revolve, step, strict=True)]
+            [sum(r) / (recomputed_share * s[0] + s[1]) for r, s in zip(revolve, step, strict=True)]
         ),
     }
 
@@ -246,10 +236,7 @@ def _now(x: Tensor) -> float:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chain_memory")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="a small net and short chains")
+    parser = parser_of("chain_memory", quick="a small net and short chains")
     parser.add_argument("--long", action="store_true", help="K = 1000 too: ten minutes on a CPU")
     return parser.parse_args(arguments)
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from benchmarks import timing
+from benchmarks.result_file import machine
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["fastlangevin"] = timing.machine()
+    machine_info["fastlangevin"] = machine()

@@ -8,17 +8,15 @@ kernel wrote show. Writes DIR/checks-DEVICE.json after each check. The exit stat
 fails.
 """
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
 from benchmarks.fused_step import BATCH, NETS, engine
+from benchmarks.result_file import ResultFile, parser_of
 from benchmarks.sanitize import DTYPES, SHAPES, options
 from fastlangevin.kernels import native, triton
 
@@ -29,15 +27,12 @@ Check = Callable[[], float]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.device_checks")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="one check of each kind")
+    parser = parser_of("device_checks", device="cuda", quick="one check of each kind")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    content: dict[str, Any] = {"benchmark": "checks", "machine": timing.machine(), "results": []}
+    file = ResultFile(chosen.out / f"checks-{device.type}.json", "checks")
     for name, limit, check in checks(device, chosen.quick):
         row: dict[str, Any] = {"check": name, "limit": limit}
         try:
@@ -45,11 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row["right"] = row["error"] <= limit
         except Exception as error:  # the other checks still say something
             row |= {"right": False, "raised": f"{type(error).__name__}: {error}"}
-        content["results"].append(row)
-        timing.write_json(chosen.out / f"checks-{device.type}.json", content)
-        said = row.get("raised", f"{row.get('error', 0):.1e} of {limit:.0e}")
-        print(f"{name}: {'right' if row['right'] else 'WRONG'}, {said}", flush=True)
-    if not all(row["right"] for row in content["results"]):
+        file.add(row)
+        message = row.get("raised", f"{row.get('error', 0):.1e} of {limit:.0e}")
+        print(f"{name}: {'right' if row['right'] else 'WRONG'}, {message}", flush=True)
+    if not all(row["right"] for row in file.rows):
         raise SystemExit(1)
 
 
@@ -74,24 +68,28 @@ def checks(device: torch.device, quick: bool) -> Iterator[tuple[str, float, Chec
 
 def bits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float:
     """How many elements of the native steps with every option differ from the CPU's."""
-    generator, wrong = torch.Generator().manual_seed(0), 0
+    generator, different = torch.Generator().manual_seed(0), 0
     cpu = torch.device("cpu")
-    for here, there in zip(options(shape[0], cpu), options(shape[0], device), strict=False):
+    for cpu_options, device_options in zip(
+        options(shape[0], cpu), options(shape[0], device), strict=False
+    ):
         x, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         x.view(-1)[0] = -0.0
-        got, want = (
-            take(x.to(where, copy=True), g.to(where), **chosen)
-            for where, chosen in ((device, there), (cpu, here))
+        on_device, on_cpu = (
+            take(x.to(target, copy=True), g.to(target), **step_options)
+            for target, step_options in ((device, device_options), (cpu, cpu_options))
         )
         integers = torch.int32 if dtype.itemsize == 4 else torch.int16
-        wrong += int((got.cpu().view(integers) != want.view(integers)).sum())
-    return float(wrong)
+        different += int((on_device.cpu().view(integers) != on_cpu.view(integers)).sum())
+    return float(different)
 
 
-def take(x: Tensor, g: Tensor, **chosen: Any) -> Tensor:
-    chosen = {"step_size": 0.5, "noise_std": 0.1, **ADDRESS, **chosen}
-    grad = chosen.pop("grad", g)
-    return native.step_(x, grad, g.float() if chosen.pop("z", False) else None, **chosen)
+def take(x: Tensor, g: Tensor, **step_options: Any) -> Tensor:
+    step_options = {"step_size": 0.5, "noise_std": 0.1, **ADDRESS, **step_options}
+    grad = step_options.pop("grad", g)
+    return native.step_(
+        x, grad, g.float() if step_options.pop("z", False) else None, **step_options
+    )
 
 
 def deviation(energy: nn.Module, shape: tuple[int, ...], precision: str) -> float:

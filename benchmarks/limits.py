@@ -5,14 +5,12 @@
 writes DIR/limits-DEVICE.json after each figure.
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import timing
+from benchmarks.result_file import ResultFile, parser_of
 from fastlangevin.gradients.precision import switches
 from fastlangevin.roofline import matrix_rate
 
@@ -21,28 +19,20 @@ PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.limits")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="a small copy and one product")
-    options = parser.parse_args(arguments)
+    options = parser_of("limits", quick="a small copy and one product").parse_args(arguments)
     device = torch.device(options.device)
-    path = options.out / f"limits-{device.type}.json"
-    content: dict[str, Any] = {
-        "benchmark": "limits",
-        "device": device.type,
-        "quick": options.quick,
-        "machine": timing.machine(),
-        "switches": [str(value) for value in switches()],
-    }
-    timing.write_json(path, content)
+    file = ResultFile(
+        options.out / f"limits-{device.type}.json", "limits", device=device.type,
+        quick=options.quick, switches=[str(value) for value in switches()],
+    )  # fmt: skip
+    content = file.content
     content["copy_gb_per_s"] = copy_rate(2**24 if options.quick else COPIED, device) / 1e9
-    timing.write_json(path, content)
     content["tflop_per_s"] = {}
+    file.write()
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     for precision in ("fp32",) if options.quick else PRECISIONS:
         content["tflop_per_s"][precision] = matrix_rate(device, precision, threads) / 1e12
-        timing.write_json(path, content)
+        file.write()
     print(f"copy: {content['copy_gb_per_s']:.0f} GB/s")
     for precision, rate in content["tflop_per_s"].items():
         print(f"{precision} product: {rate:.3g} TFLOP/s")

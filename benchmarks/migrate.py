@@ -9,31 +9,23 @@ turns, and bytes of tensors.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastlangevin as fl
-from benchmarks import originals, timing
+from benchmarks import originals
+from benchmarks.result_file import ResultFile, parser_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     size, width, batch, steps = (8, 2, 4, 4) if options.quick else (32, 16, 16, 20)
-    content: dict[str, Any] = {
-        "benchmark": "migrate",
-        "device": "cpu",
-        "threads": options.threads,
-        "quick": options.quick,
-        "steps": steps,
-        "size": size,
-        "width": width,
-        "batch": batch,
-        "machine": timing.machine(),
-        "results": [],
-    }
+    file = ResultFile(
+        options.out / "migrate-cpu.json", "migrate", device="cpu", threads=options.threads,
+        quick=options.quick, steps=steps, size=size, width=width, batch=batch,
+    )  # fmt: skip
     makes = [
         originals.cases(steps, size, width, batch, dtype)
         for dtype in (torch.float32, torch.float64)
@@ -41,12 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for single, double in zip(*makes, strict=True):
         if options.only not in single.name:
             continue
-        content["results"].append(measure(single, double, steps, options.rounds))
+        file.add(measure(single, double, steps, options.rounds))
         print(single.name, flush=True)
-    content["machine"]["load_at_end"] = timing.machine()["load"]
-    path = options.out / "migrate-cpu.json"
-    timing.write_json(path, content)
-    print(f"wrote {path}")
+    print(f"wrote {file.path}")
 
 
 def measure(
@@ -75,12 +64,10 @@ def measure(
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.migrate")
-    parser.add_argument("--out", type=Path, required=True, help="folder for migrate-cpu.json")
+    parser = parser_of("migrate", device=None, quick="tiny networks; takes seconds")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing, in turns")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="tiny networks; takes seconds")
     return parser.parse_args(arguments)
 
 

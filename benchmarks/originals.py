@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastlangevin as fl
 
 _DTYPES = torch.float32, torch.float64
+Pair = tuple[Callable[..., Any], Callable[..., Any]]  # a loop(x0) and its replacement
 
 
 class Case(NamedTuple):
@@ -59,13 +60,13 @@ def cases(steps: int, size: int, width: int, batch: int, dtype: torch.dtype) -> 
     net = Net(size, width)
     x0 = (2 * torch.rand(batch, 3, size, size) - 1).to(dtype)
     # For loops that draw their starts from a buffer: every state is the same.
-    same = x0[:1].expand_as(x0).clone()
-    chosen = [
+    equal_states = x0[:1].expand_as(x0).clone()
+    all_cases = [
         Case("short_run", *short_run(net, steps), x0, net),
-        Case("anatomy", *anatomy(net, steps, size, batch), same, net),
+        Case("anatomy", *anatomy(net, steps, size, batch), equal_states, net),
         Case("anatomy_eval", *anatomy_eval(net, steps), x0, net),
-        Case("jem", *jem(net, steps, batch), same, net),
-        Case("jempp", *jempp(net, steps, batch), same, net),
+        Case("jem", *jem(net, steps, batch), equal_states, net),
+        Case("jempp", *jempp(net, steps, batch), equal_states, net),
         Case("igebm", *igebm(net, steps), (x0 + 1) / 2, net),
         Case("openai_igebm", *openai_igebm(net, steps), (x0 + 1) / 2, net),
         Case("improved_cd", *improved_cd(net, steps), (x0 + 1) / 2, net),
@@ -75,15 +76,15 @@ def cases(steps: int, size: int, width: int, batch: int, dtype: torch.dtype) -> 
         Case("ula", *ula(net, steps), x0, net),
     ]
     score = ScoreNet(width)
-    chosen.append(Case("ncsn", *ncsn(score, steps), x0, score))
+    all_cases.append(Case("ncsn", *ncsn(score, steps), x0, score))
     if importlib.util.find_spec("torchebm"):
-        chosen.append(Case("torchebm", *torchebm(net, steps), x0, net))
+        all_cases.append(Case("torchebm", *torchebm(net, steps), x0, net))
     if importlib.util.find_spec("ebm"):
-        chosen.append(Case("ebmkit", *ebmkit(net, steps), x0, net))
-    return chosen
+        all_cases.append(Case("ebmkit", *ebmkit(net, steps), x0, net))
+    return all_cases
 
 
-def short_run(f: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def short_run(f: nn.Module, steps: int) -> Pair:
     def sample_q(x0: Tensor) -> Tensor:
         x = x0.requires_grad_()
         for _ in range(steps):
@@ -95,20 +96,18 @@ def short_run(f: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..
     return sample_q, lambda x, noise: ours(steps, x0=x, noise=noise)
 
 
-def anatomy(
-    f: nn.Module, steps: int, size: int, batch: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def anatomy(f: nn.Module, steps: int, size: int, batch: int) -> Pair:
     config = {"epsilon": 0.01, "batch_size": batch, "im_ch": 3, "im_sz": size}
 
     def sample_s_t(bank: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = torch.randperm(len(bank))[:batch]
-        x = bank[chosen].clone().requires_grad_()
+        slots = torch.randperm(len(bank))[:batch]
+        x = bank[slots].clone().requires_grad_()
         r = torch.zeros(1)
         for _ in range(steps):
             (df,) = torch.autograd.grad(f(x).sum(), [x])
             x.data += -df + config["epsilon"] * torch.randn_like(x)
             r += df.flatten(1).norm(dim=1).mean()
-        bank[chosen] = x.detach()
+        bank[slots] = x.detach()
         return x.detach(), r.squeeze() / steps
 
     def ours(bank: Tensor, noise: Tensor | None) -> Any:
@@ -118,7 +117,7 @@ def anatomy(
     return sample_s_t, ours
 
 
-def anatomy_eval(f: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def anatomy_eval(f: nn.Module, steps: int) -> Pair:
     config = {
         "num_mcmc_steps": steps, "epsilon": 0.015, "temp_factor": 1.0, "train_epsilon": 0.015,
     }  # fmt: skip
@@ -154,7 +153,7 @@ def draw(buffer: Tensor, args: SimpleNamespace) -> tuple[Tensor, Tensor]:
     return is_new * fresh + (1 - is_new) * buffer[slots], slots
 
 
-def jem(f: nn.Module, steps: int, batch: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def jem(f: nn.Module, steps: int, batch: int) -> Pair:
     args = jem_args(batch)
 
     def sample_q(buffer: Tensor) -> Tensor:
@@ -173,19 +172,19 @@ def jem(f: nn.Module, steps: int, batch: int) -> tuple[Callable[..., Any], Calla
     return sample_q, lambda buffer, noise: ours(f, buffer.clone(), n_steps=steps, noise=noise)
 
 
-def jempp(f: nn.Module, steps: int, batch: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def jempp(f: nn.Module, steps: int, batch: int) -> Pair:
     args, in_steps = jem_args(batch), 5
     args.sgld_lr = args.sgld_std = 0.0
 
     def sample_q(buffer: Tensor) -> Tensor:
         x, slots = draw(buffer, args)
-        layer, seen = f.f.layer_one, []
-        hook = layer.register_forward_hook(lambda module, inputs, out: seen.append(out))
+        layer, outputs = f.f.layer_one, []
+        hook = layer.register_forward_hook(lambda module, inputs, out: outputs.append(out))
         for _ in range(steps):
             x = x.detach().requires_grad_()
-            seen.clear()
+            outputs.clear()
             energy = f(x).sum()
-            _, p = torch.autograd.grad(energy, [x, seen[0]], retain_graph=True)
+            _, p = torch.autograd.grad(energy, [x, outputs[0]], retain_graph=True)
             for _ in range(in_steps):
                 x = x.detach().requires_grad_()
                 (df,) = torch.autograd.grad((layer(x) * p).sum(), [x], retain_graph=True)
@@ -202,7 +201,7 @@ def jempp(f: nn.Module, steps: int, batch: int) -> tuple[Callable[..., Any], Cal
     return sample_q, replacement
 
 
-def igebm(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def igebm(model: nn.Module, steps: int) -> Pair:
     step_size = 10
 
     def inline(neg_img: Tensor) -> Tensor:
@@ -228,7 +227,7 @@ def igebm(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..
     return inline, ours
 
 
-def openai_igebm(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def openai_igebm(model: nn.Module, steps: int) -> Pair:
     def graph(x: Tensor) -> Tensor:
         for _ in range(steps):
             x = (x + 0.005 * torch.randn_like(x)).detach().requires_grad_()
@@ -239,7 +238,7 @@ def openai_igebm(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Call
     return graph, fl.presets.openai_igebm(model, num_steps=steps, step_lr=10, proj_norm=0.01)
 
 
-def improved_cd(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def improved_cd(model: nn.Module, steps: int) -> Pair:
     flags = SimpleNamespace(step_lr=100.0, anneal=False, all_step=False, dataset="cifar10")
 
     def gen_image(im_neg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +259,7 @@ def improved_cd(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Calla
     return gen_image, lambda x, noise: ours(None, flags, model, x, steps, noise=noise)
 
 
-def uva(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def uva(model: nn.Module, steps: int) -> Pair:
     def generate_samples(inp_imgs: Tensor) -> Tensor:
         was_training = model.training
         model.eval()
@@ -290,7 +289,7 @@ def uva(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[...,
     return generate_samples, ours
 
 
-def nae(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def nae(model: nn.Module, steps: int) -> Pair:
     def sample_langevin(x: Tensor) -> Tensor:
         stepsize, samples = 0.1, []
         scale = math.sqrt(2 * stepsize)
@@ -306,7 +305,7 @@ def nae(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[...,
     return sample_langevin, lambda x, noise: ours(x, model, 0.1, steps, noise=noise)
 
 
-def nae_v2(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def nae_v2(model: nn.Module, steps: int) -> Pair:
     def sample_langevin_v2(x: Tensor) -> Tensor:
         stepsize = 0.1
         scale = math.sqrt(2 * stepsize)
@@ -325,7 +324,7 @@ def nae_v2(model: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[.
     return sample_langevin_v2, lambda x, noise: ours(x, model, 0.1, steps, noise=noise)["sample"]
 
 
-def ula(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def ula(energy: nn.Module, steps: int) -> Pair:
     a, temperature = 1e-2, 0.5
 
     def inline(x: Tensor) -> Tensor:
@@ -338,7 +337,7 @@ def ula(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[...
     return inline, fl.presets.ula(energy, temperature, steps=steps, step_size=a)
 
 
-def ncsn(net: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def ncsn(net: nn.Module, steps: int) -> Pair:
     sigmas, step_lr = [1.0, 0.1], 1e-4
 
     @torch.no_grad()
@@ -375,7 +374,7 @@ def torchebm_model(energy: nn.Module) -> Any:
     return Model()
 
 
-def torchebm(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def torchebm(energy: nn.Module, steps: int) -> Pair:
     from torchebm.samplers import LangevinDynamics
 
     options: dict[str, Any] = {"step_size": 0.1, "noise_scale": 0.1}
@@ -389,7 +388,7 @@ def torchebm(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callabl
     return theirs, lambda x, noise: ours[x.dtype].sample(x=x, n_steps=steps, noise=noise)
 
 
-def ebmkit(energy: nn.Module, steps: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def ebmkit(energy: nn.Module, steps: int) -> Pair:
     import ebm
 
     options = {"step_size": 10.0, "steps": steps, "noise_scale": 0.005, "grad_clip": 0.01}

@@ -27,9 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import insert
-from benchmarks.tables import about, number
-from benchmarks.timing import machine, write_json
+from benchmarks.result_file import machine, write_json
+from benchmarks.tables import about, fill, number
 from fastlangevin.learn.checkpoint import checksum, list_checkpoints, read_checkpoint
 
 TRAIN = {
@@ -48,12 +47,12 @@ def options(settings: Mapping[str, Any]) -> list[str]:
 
 def command(processes: int, *arguments: Any, restarts: int = 0) -> list[str]:
     """The command line of some processes; one process is the plain command."""
-    own = [str(argument) for argument in arguments]
+    words = [str(argument) for argument in arguments]
     if processes == 1 and not restarts:
-        return [*FASTLANGEVIN, *own]
+        return [*FASTLANGEVIN, *words]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
-    return [*launcher, "--max-restarts", str(restarts), "-m", "--", "fastlangevin", *own]
+    return [*launcher, "--max-restarts", str(restarts), "-m", "--", "fastlangevin", *words]
 
 
 def start(line: list[str], log: Path, threads: int = 1) -> subprocess.Popen[bytes]:
@@ -91,18 +90,18 @@ def read(path: str) -> bytes:
 def send(job: subprocess.Popen[bytes], choose: Callable[[list[int]], int], number: int) -> bool:
     """Send a signal to one of a job's workers; return False if the job ends before it has any."""
     while job.poll() is None:
-        if found := workers(job):
+        if ranks := workers(job):
             with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(choose(found), number)
+                os.kill(choose(ranks), number)
                 return True
         time.sleep(0.05)
     return False
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def weights(run: Path) -> str:
@@ -112,27 +111,27 @@ def weights(run: Path) -> str:
 
 def digest(folder: Path) -> str:
     """A digest of all images in a folder of samples."""
-    found = hashlib.sha256()
+    images = hashlib.sha256()
     for path in sorted(folder.glob("*.npy")):
-        found.update(np.load(path).tobytes())
-    return found.hexdigest()[:16]
+        images.update(np.load(path).tobytes())
+    return images.hexdigest()[:16]
 
 
 def equal(out: Path) -> dict[str, Any]:
     """Training, sampling and evaluating with 1 to 4 processes."""
-    found: dict[str, Any] = {"weights": {}, "samples": {}, "figures": {}}
+    digests: dict[str, Any] = {"weights": {}, "samples": {}, "figures": {}}
     for n in (1, 2, 3, 4):
         run, samples, figures = (out / f"{name}-{n}" for name in ("run", "samples", "figures"))
         settings = options(TRAIN | {"iterations": 100})
         finish(command(n, "train", "--out", run, *settings), out / "log")
-        found["weights"][n] = weights(run)
-        many = ("--n", 500, "--per-file", 64, "--device", "cpu", "--out", samples)
-        finish(command(n, "sample", out / "run-1", *many), out / "log")
-        found["samples"][n] = digest(samples)
-        judge = ("--features", "classifier", "--reference", 500, "--n", 400, "--device", "cpu")
-        finish(command(n, "evaluate", out / "run-1", *judge, "--out", figures), out / "log")
-        found["figures"][n] = hashlib.sha256(figures.read_bytes()).hexdigest()[:16]
-    return {name: {"equal": len(set(f.values())) == 1, **f} for name, f in found.items()}
+        digests["weights"][n] = weights(run)
+        sampling = ("--n", 500, "--per-file", 64, "--device", "cpu", "--out", samples)
+        finish(command(n, "sample", out / "run-1", *sampling), out / "log")
+        digests["samples"][n] = digest(samples)
+        evaluating = ("--features", "classifier", "--reference", 500, "--n", 400, "--device", "cpu")
+        finish(command(n, "evaluate", out / "run-1", *evaluating, "--out", figures), out / "log")
+        digests["figures"][n] = hashlib.sha256(figures.read_bytes()).hexdigest()[:16]
+    return {name: {"equal": len(set(f.values())) == 1, **f} for name, f in digests.items()}
 
 
 def kills(out: Path, per_run: int = 5) -> dict[str, Any]:
@@ -143,24 +142,26 @@ def kills(out: Path, per_run: int = 5) -> dict[str, Any]:
     draw = random.Random(0)
     settings = options(TRAIN | {"iterations": 1200})
     finish(command(1, "train", "--out", out / "whole", *settings), out / "log")
-    want, found = weights(out / "whole"), []
+    whole_weights, jobs = weights(out / "whole"), []
     for n in (1, 2, 3, 4):
-        run, at = out / f"killed-{n}", []
-        before: list[Path] = []
+        run, killed_at = out / f"killed-{n}", []
+        last_checkpoint: list[Path] = []
         job = start(command(n, "train", "--out", run, *settings, restarts=50), out / "log")
         for i in range(per_run):
-            while i > 0 and job.poll() is None and list_checkpoints(run)[-1:] == before:
+            while i > 0 and job.poll() is None and list_checkpoints(run)[-1:] == last_checkpoint:
                 time.sleep(0.05)
-            seen, wait = time.monotonic(), draw.uniform(0, 3 if i else 10)
-            while job.poll() is None and time.monotonic() - seen < wait:
+            began, wait = time.monotonic(), draw.uniform(0, 3 if i else 10)
+            while job.poll() is None and time.monotonic() - began < wait:
                 time.sleep(0.05)
             if not send(job, draw.choice, signal.SIGKILL):
                 break
-            before = list_checkpoints(run)[-1:]
-            at.append(int(before[0].stem) if before else 0)
-        found.append({"processes": n, "last_checkpoint_at_kill": at, "exit_status": job.wait(),
-                      "weights_equal": weights(run) == want})  # fmt: skip
-    return {"jobs": found, "kills": sum(len(job["last_checkpoint_at_kill"]) for job in found)}
+            last_checkpoint = list_checkpoints(run)[-1:]
+            killed_at.append(int(last_checkpoint[0].stem) if last_checkpoint else 0)
+        jobs.append({
+            "processes": n, "last_checkpoint_at_kill": killed_at, "exit_status": job.wait(),
+            "weights_equal": weights(run) == whole_weights,
+        })  # fmt: skip
+    return {"jobs": jobs, "kills": sum(len(job["last_checkpoint_at_kill"]) for job in jobs)}
 
 
 def hang(out: Path, limit: float = 15) -> dict[str, Any]:
@@ -206,13 +207,15 @@ def samples(out: Path, n: int = 50_000) -> dict[str, Any]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     job.wait()
-    kept = len(list((out / "two").glob("*.npy")))
+    files_at_kill = len(list((out / "two").glob("*.npy")))
     finish(command(2, *line, out / "two"), out / "log")
-    found = {"n": n, "files_at_kill": kept, "files": len(list((out / "two").glob("*.npy"))),
-             "equal": digest(out / "one") == digest(out / "two")}  # fmt: skip
+    figures = {
+        "n": n, "files_at_kill": files_at_kill, "files": len(list((out / "two").glob("*.npy"))),
+        "equal": digest(out / "one") == digest(out / "two"),
+    }  # fmt: skip
     for folder in ("one", "two"):
         shutil.rmtree(out / folder)
-    return found
+    return figures
 
 
 def speed(out: Path, rounds: int = 3) -> dict[str, Any]:
@@ -227,8 +230,8 @@ def speed(out: Path, rounds: int = 3) -> dict[str, Any]:
             finish(command(n, "train", "--out", run, *settings), out / "log", threads)
             lines = (run / "metrics.jsonl").read_text().splitlines()[10:]
             learning[form].append(statistics.median(json.loads(x)["seconds"] for x in lines))
-            many = ("--n", 4096, "--per-file", 256, "--device", "cpu", "--out", folder)
-            finish(command(n, "sample", "digits", *many), out / "log", threads)
+            sampling_options = ("--n", 4096, "--per-file", 256, "--device", "cpu", "--out", folder)
+            finish(command(n, "sample", "digits", *sampling_options), out / "log", threads)
             times = sorted(path.stat().st_mtime for path in folder.glob("*.npy"))
             # The first file of each process also has its start in it.
             sampling[form].append((times[-1] - times[n - 1]) / (len(times) - n) / 256)
@@ -253,12 +256,12 @@ def shown(results: Mapping[str, Any]) -> str:
         each = ", ".join(f"{name} {words[of['equal']]}" for name, of in equal.items())
         lines.append(f"1, 2, 3 and 4 processes: {each}.")
     if kills := results.get("kills"):
-        early = sum(job["last_checkpoint_at_kill"].count(0) for job in kills["jobs"])
-        good = sum(job["weights_equal"] and job["exit_status"] == 0 for job in kills["jobs"])
+        before_checkpoint = sum(job["last_checkpoint_at_kill"].count(0) for job in kills["jobs"])
+        equal_jobs = sum(job["weights_equal"] and job["exit_status"] == 0 for job in kills["jobs"])
         lines.append(
-            f"{kills['kills']} kills of a random process, {early} of them before the first "
-            f"checkpoint: {good} of {len(kills['jobs'])} jobs ended with the weights of an "
-            "uninterrupted one."
+            f"{kills['kills']} kills of a random process, {before_checkpoint} of them before the "
+            f"first checkpoint: {equal_jobs} of {len(kills['jobs'])} jobs ended with the weights "
+            "of an uninterrupted one."
         )
     if hang := results.get("hang"):
         lines.append(
@@ -297,9 +300,7 @@ def main() -> None:
         write_json(file, results | {"machine": machine()})
         print(name, json.dumps(results[name], indent=1))
     if chosen.docs:
-        marks = ("<!-- processes -->", "<!-- /processes -->")
-        page = insert(chosen.docs.read_text("utf-8"), shown(results), marks)
-        chosen.docs.write_text(page, "utf-8")
+        fill(chosen.docs, "processes", shown(results))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,8 @@ from benchmarks import (
     report_networks,
     report_train,
 )
-from benchmarks.tables import MISSING, TITLES, Row, about, number, pyplot, save_plot
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import MISSING, TITLES, Row, about, fill, number, pyplot, save_plot, table
 
-MARKERS = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 BASELINES = {
     "cpu": ("eager", "eager in place", "torch.compile"),
     "cuda": ("eager", "eager in place", "torch.compile", "torchebm"),
@@ -60,23 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = [json.loads(path.read_text()) for path in options.results]
     print(report(files, options.short))
     if options.readme:
-        text = options.readme.read_text()
-        options.readme.write_text(insert(text, report(files, short=True)))
+        fill(options.readme, "benchmarks", report(files, short=True))
     if options.plots:
         for content in files:
             if content["benchmark"] in ("migrate", "networks"):
                 continue  # they have tables only
             draw = plot if content["benchmark"] == "step" else _OTHERS[content["benchmark"]].plot
             draw(content, options.plots / f"{content['benchmark']}-{content['device']}.svg")
-
-
-def insert(text: str, tables: str, markers: tuple[str, str] = MARKERS) -> str:
-    """Replace what is between the markers in ``text`` by ``tables``."""
-    begin, end = markers
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise SystemExit(f"report: expected one line {begin} and, below it, one line {end}")
-    head, tail = text.split(begin)[0], text.split(end)[1]
-    return f"{head}{begin}\n\n{tables}\n\n{end}{tail}"
 
 
 def report(files: Sequence[Row], short: bool = False) -> str:
@@ -88,13 +76,13 @@ def report(files: Sequence[Row], short: bool = False) -> str:
             continue
         sections.append(f"### {title}")
         for device in TITLES:
-            chosen = [content for content in contents if content["device"] == device]
-            for content in chosen:
+            of_device = [content for content in contents if content["device"] == device]
+            for content in of_device:
                 if benchmark == "step":
                     sections.append(section(content, short))
                 else:
                     sections.append(_OTHERS[benchmark].section(content))
-            if not chosen:
+            if not of_device:
                 sections.append(f"**{TITLES[device]}**: {MISSING}.")
     return "\n\n".join(sections)
 
@@ -181,8 +169,8 @@ def relative(row: Row | None) -> list[str]:
 def plot(content: Row, path: Path) -> None:
     """Time per element of every variant and of the copy, by size, for contiguous fp32 states."""
     cases = group(content["results"], short=True)
-    most = max((key[4] or 0 for key in cases), default=0)
-    cases = {key: rows for key, rows in cases.items() if key[3] and (key[4] or 0) == most}
+    most_threads = max((key[4] or 0 for key in cases), default=0)
+    cases = {key: rows for key, rows in cases.items() if key[3] and (key[4] or 0) == most_threads}
     figure, axes = pyplot().subplots(
         1, max(1, len(cases)), figsize=(4 * max(1, len(cases)), 2.8), sharex=True, sharey=True,
         squeeze=False,

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.tables import MISSING, Row, about, number, pyplot, save_plot
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import MISSING, Row, about, mebibytes, number, pyplot, save_plot, table
 
 PAPER = "paper's loop"
 OURS = ("autograd", "explicit", "fused")
@@ -21,14 +20,14 @@ def section(content: Row) -> str:
         rows = [variants.get(name) for variants in cases.values()]
         times.append([label(name), *map(speed, rows)])
         memory.append([label(name), *map(peak, rows)])
-    chosen = "fp16" if content["device"] == "cuda" else "fp32"
-    rates = [best(variants, chosen) for variants in cases.values()]
+    precision = "fp16" if content["device"] == "cuda" else "fp32"
+    rates = [best(variants, precision) for variants in cases.values()]
     return "\n\n".join((
         about(content),
         "Milliseconds per step of a chain on the paper's networks for 3x32x32 images, and how many "
         "times faster this is than the paper's five-line loop in the same run (medians of ratios "
         "taken round by round).",
-        table(header, [*times, [f"share of the matrix rate, best {chosen}", *rates]]),
+        table(header, [*times, [f"share of the matrix rate, best {precision}", *rates]]),
         "Memory: the most that one step holds at a time, without the energy's weights, by "
         "counting allocations. Packed copies of weights are included.",
         table(header, memory),
@@ -49,7 +48,7 @@ def speed(row: Row | None) -> str:
 def peak(row: Row | None) -> str:
     if row is None or "error" in row:
         return MISSING if row is None else "no"
-    return f"{number(row['peak_bytes'] / 2**20)} MiB"
+    return f"{mebibytes(row['peak_bytes'])} MiB"
 
 
 def best(variants: Row, precision: str) -> str:
@@ -69,8 +68,8 @@ def plot(content: Row, path: Path) -> None:
     for i, name in enumerate(names):
         by_case = {(r["width"], r["batch"]): r for r in rows if r["variant"] == name}
         heights = [by_case[c]["speedup"]["median"] if c in by_case else 0.0 for c in cases]
-        at = [k + (i - (len(names) - 1) / 2) * thickness for k in range(len(cases))]
-        axis.bar(at, heights, thickness, label=name, color=colors.get(name))
+        positions = [k + (i - (len(names) - 1) / 2) * thickness for k in range(len(cases))]
+        axis.bar(positions, heights, thickness, label=name, color=colors.get(name))
     axis.axhline(1.0, color="black", linestyle=":")
     axis.set_xticks(range(len(cases)), [f"width {w}\nbatch {n}" for w, n in cases])
     axis.set_ylabel("times the paper's loop")

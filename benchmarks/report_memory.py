@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.tables import MISSING, Row, about, number, pyplot, save_plot
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import MISSING, Row, about, mebibytes, number, pyplot, save_plot, table
 
 BASELINES = ("plain loop", "torch checkpoint")
 
@@ -27,7 +26,7 @@ def section(content: Row) -> str:
 def cell(row: Row | None) -> str:
     if row is None:
         return MISSING
-    peak = number(row["peak_bytes"] / 2**20)
+    peak = mebibytes(row["peak_bytes"])
     if "seconds" not in row:
         return peak
     differs = f", differs by {row['deviation']:.0e}" if row.get("differs") else ""

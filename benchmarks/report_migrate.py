@@ -1,7 +1,6 @@
 """Table of migrate-DEVICE.json: loops of published codebases and the presets that replace them."""
 
-from benchmarks.tables import Row, about, number
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import Row, about, mebibytes, number, table
 
 
 def section(content: Row) -> str:
@@ -26,6 +25,6 @@ def line(row: Row) -> list[str]:
         f"`{row['name']}`",
         *(number(1e3 * seconds) for seconds in row["seconds"]),
         f"{row['speedup']:.2f}x",
-        *(number(size / 2**20) for size in row["peak_bytes"]),
+        *map(mebibytes, row["peak_bytes"]),
         *(f"{row[f'difference_{dtype}']:.0e}" for dtype in ("float64", "float32")),
     ]

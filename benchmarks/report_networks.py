@@ -3,15 +3,14 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.tables import Row, about, number
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import Row, about, mebibytes, number, table
 
 LOOP = "plain loop"
 
 
 def section(content: Row) -> str:
     """A table and a summary for each precision and number of threads."""
-    parts = [
+    sections = [
         about(content),
         "Milliseconds per step of the five-line loop and of the sampler; `speed` is the median of "
         "ratios taken round by round. The errors are those of the gradient against float64, "
@@ -21,8 +20,8 @@ def section(content: Row) -> str:
     for row in content["results"]:
         settings.setdefault((row["precision"], row["threads"]), []).append(row)
     for (precision, threads), rows in settings.items():
-        parts += [f"{precision}{_how(content, precision, threads)}:", *tables(rows)]
-    return "\n\n".join(parts)
+        sections += [f"{precision}{_conditions(content, precision, threads)}:", *tables(rows)]
+    return "\n\n".join(sections)
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
@@ -40,7 +39,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
     return [table(header, body), *(summary(loops, ours, name) for name in gradients)]
 
 
-def _how(content: Row, precision: str, threads: int) -> str:
+def _conditions(content: Row, precision: str, threads: int) -> str:
     autocast = ", the loop under autocast" if precision in ("bf16", "fp16") else ""
     if content["device"] == "cuda":
         return autocast
@@ -51,12 +50,12 @@ def _how(content: Row, precision: str, threads: int) -> str:
 def bf16_of(content: Row) -> str:
     """The instructions that the processor has for products in bf16."""
     flags = content["machine"]["cpu_flags"]
-    found = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    return f"with {' and '.join(found)}" if found else "without bf16 instructions"
+    instructions = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    return f"with {' and '.join(instructions)}" if instructions else "without bf16 instructions"
 
 
-def line(loop: Row, row: Row, several: bool, with_memory: bool) -> list[str]:
-    name = f"{row['energy']}, `{row['gradient']}`" if several else row["energy"]
+def line(loop: Row, row: Row, with_gradient: bool, with_memory: bool) -> list[str]:
+    name = f"{row['energy']}, `{row['gradient']}`" if with_gradient else row["energy"]
     if "error" in row:
         cells = [name, milliseconds(loop), "cannot run", *[""] * (6 if with_memory else 4)]
         return [*cells, row["error"]]
@@ -68,7 +67,7 @@ def line(loop: Row, row: Row, several: bool, with_memory: bool) -> list[str]:
         row["engine"],
         f"{row['gradient_error']:.0e}",
         f"{loop['gradient_error']:.0e}",
-        *([mebibytes(loop), mebibytes(row)] if with_memory else []),
+        *([peak(loop), peak(row)] if with_memory else []),
         "; ".join(
             [f"{engine}: {reason}" for engine, reason in row["why_not"].items()]
             + ([f"CUDA graph: {row['cuda_graph']}"] if "cuda_graph" in row else [])
@@ -80,8 +79,8 @@ def milliseconds(row: Row) -> str:
     return number(1e3 * row["seconds"]["median"]) if "seconds" in row else ""
 
 
-def mebibytes(row: Row) -> str:
-    return number(row["peak_bytes"] / 2**20) if "peak_bytes" in row else ""
+def peak(row: Row) -> str:
+    return mebibytes(row["peak_bytes"]) if "peak_bytes" in row else ""
 
 
 def summary_of(loop: Row, row: Row) -> str:

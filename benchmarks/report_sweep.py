@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import insert
+from benchmarks.tables import fill
 from fastlangevin.learn import resolve
 from fastlangevin.learn.sweep.report import marks_of, plot, to_markdown
 
@@ -36,11 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables = to_markdown(content).rstrip()
         print(tables)
         if options.docs:
-            page = insert(page, tables, (f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"))
+            fill(options.docs, path.stem, tables)
         if options.plots and (not page or f"]({path.stem}.svg)" in page):
             plot(content, options.plots / f"{path.stem}.svg")
-    if options.docs:
-        options.docs.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.tables import Row, about, number, pyplot, save_plot
-from fastlangevin.learn.sweep.report import table
+from benchmarks.tables import Row, about, number, pyplot, save_plot, table
 
 LOOP, AGAIN = "original loop", "original loop again"
 OURS, CONTROL = "fastlangevin", "half of the steps"
@@ -102,11 +101,15 @@ def plot(content: Row, path: Path) -> None:
     for axis, (style, variants) in zip(axes[0], rows.items(), strict=True):
         for variant, color in colors.items():
             curves = [smooth(run) for run in variants[variant]["gap"]]
-            at = [WINDOW * (k + 0.5) for k in range(len(curves[0]))]
+            iterations = [WINDOW * (k + 0.5) for k in range(len(curves[0]))]
             points = list(zip(*curves, strict=True))
-            axis.plot(at, [sum(p) / len(p) for p in points], color=color, label=variant)
+            axis.plot(iterations, [sum(p) / len(p) for p in points], color=color, label=variant)
             axis.fill_between(
-                at, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.2
+                iterations,
+                [min(p) for p in points],
+                [max(p) for p in points],
+                color=color,
+                alpha=0.2,
             )
         axis.set_title(style, fontsize=9)
         axis.set_xlabel("iteration")

@@ -41,14 +41,14 @@ def options(n: int, device: torch.device) -> Iterator[dict[str, Any]]:
         yield {"rng_state": torch.tensor([7, 1], device=device)}
 
 
-def take(run: Callable[..., Tensor], x: Tensor, g: Tensor, **chosen: Any) -> None:
+def take(run: Callable[..., Tensor], x: Tensor, g: Tensor, **step_options: Any) -> None:
     """Take a step and read all of x, so that initcheck reports elements that were not written."""
-    chosen = {"step_size": 0.5, "noise_std": 0.1, **ADDRESS, **chosen}
-    grad = chosen.pop("grad", g)
-    z = torch.randn_like(x) if chosen.pop("z", False) else None
-    run(x, grad, z, **chosen)
+    step_options = {"step_size": 0.5, "noise_std": 0.1, **ADDRESS, **step_options}
+    grad = step_options.pop("grad", g)
+    z = torch.randn_like(x) if step_options.pop("z", False) else None
+    run(x, grad, z, **step_options)
     if not bool(torch.isfinite(x).all()):
-        raise AssertionError(f"not finite after {sorted(chosen)} on {list(x.shape)}")
+        raise AssertionError(f"not finite after {sorted(step_options)} on {list(x.shape)}")
 
 
 def steps(run: Callable[..., Tensor], device: torch.device) -> int:
@@ -56,14 +56,14 @@ def steps(run: Callable[..., Tensor], device: torch.device) -> int:
     count = 0
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         # All options in float32. In the other dtypes only loads, stores and tails differ.
-        for chosen in itertools.islice(
+        for step_options in itertools.islice(
             options(shape[0], device), None if dtype.itemsize == 4 else 1
         ):
-            take(run, *tensors(shape, dtype, device), **chosen)
+            take(run, *tensors(shape, dtype, device), **step_options)
             count += 1
     for shape in SHAPES[3:]:
-        for chosen in options(shape[0], device):
-            take(run, *tensors(shape, torch.float32, device, torch.channels_last), **chosen)
+        for step_options in options(shape[0], device):
+            take(run, *tensors(shape, torch.float32, device, torch.channels_last), **step_options)
             count += 1
         x, g = tensors(shape, torch.float32, device)
         take(run, x.to(memory_format=torch.channels_last), g.bfloat16())
@@ -78,10 +78,10 @@ def steps(run: Callable[..., Tensor], device: torch.device) -> int:
 
 def fused_steps(device: torch.device) -> int:
     """Take a step of the fused engine with smooth networks of odd sizes; returns their number."""
-    chosen = list(itertools.product(NETS, ("fp32", "tf32", "fp16")))
-    for name, precision in chosen:
+    networks = list(itertools.product(NETS, ("fp32", "tf32", "fp16")))
+    for name, precision in networks:
         odd_step(name, precision, str(device))
-    return len(chosen)
+    return len(networks)
 
 
 def tensors(

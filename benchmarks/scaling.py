@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.report import insert
-from benchmarks.tables import number, table
+from benchmarks.tables import fill, number, table
 from fastlangevin.distributed import shard
 
 RESULTS = Path(__file__).parent / "results" / "chain-cuda.json"
@@ -59,10 +58,10 @@ def step(chains: int) -> float:
     Those measured, and the line through the two largest numbers of chains. It is continued to fewer
     chains, which no file has. More chains than measured take proportionally longer.
     """
-    (few, fast), (many, slow) = sorted(measured().items())[-2:]
-    if chains > many:
-        return slow * chains / many
-    return fast + (chains - few) * (slow - fast) / (many - few)
+    (fewer, fast), (most_chains, slow) = sorted(measured().items())[-2:]
+    if chains > most_chains:
+        return slow * chains / most_chains
+    return fast + (chains - fewer) * (slow - fast) / (most_chains - fewer)
 
 
 def computing(chains: int) -> float:
@@ -130,8 +129,7 @@ def main() -> None:
     )  # fmt: skip
     print(text)
     if page:
-        marks = ("<!-- scaling -->", "<!-- /scaling -->")
-        page.write_text(insert(page.read_text("utf-8"), text, marks), "utf-8")
+        fill(page, "scaling", text)
 
 
 if __name__ == "__main__":

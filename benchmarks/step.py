@@ -8,44 +8,36 @@ writes DIR/step-DEVICE.json: medians, quartiles, and ratios to the baselines tak
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import timing
+from benchmarks.result_file import ResultFile, parse, parser_of
 from benchmarks.variants import BASELINES, Case, cases, samplers, variants
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     device = torch.device(options.device)
-    path = options.out / f"step-{options.device}.json"
-    content: dict[str, Any] = {
-        "benchmark": "step",
-        "device": options.device,
-        "quick": options.quick,
-        "machine": timing.machine(),
-        "results": [],
-    }
+    file = ResultFile(
+        options.out / f"step-{device.type}.json", "step", device=device.type, quick=options.quick
+    )
     chosen = [case for case in cases(device, options.quick) if options.only in str(case)]
     torch.manual_seed(0)
     for threads in options.threads:
         if threads:
             torch.set_num_threads(threads)
         for case in chosen:
-            for row in measure(case, options.seconds, options.compile):
-                content["results"].append({**row, "threads": threads})
-            # Written after every case, so that an interrupted run keeps its results.
-            content["machine"]["load_at_end"] = timing.machine()["load"]
-            timing.write_json(path, content)
+            rows = measure(case, options.seconds, options.compile)
+            file.add(*({**row, "threads": threads} for row in rows))
             print(case if threads is None else f"{case}, {threads} threads", flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the memory of the case's graphs
-    failed = [row for row in content["results"] if "error" in row]
+    failed = [row for row in file.rows if "error" in row]
     for row in failed:
         print(f"failed: {row['variant']} {row['size']} {row['dtype']}: {row['error']}")
-    print(f"wrote {path}")
+    print(f"wrote {file.path}")
     if failed:
         raise SystemExit(1)
 
@@ -74,38 +66,27 @@ def figures(case: Case, name: str, seconds: dict[str, list[float]]) -> dict[str,
         "seconds": time,
         "gb_per_s": case.bytes_moved / time["median"] / 1e9,
         "ns_per_element": time["median"] / case.elements * 1e9,
-        "percent_of_copy": 100 * _ratio(seconds["copy"], seconds[name])["median"],
+        "percent_of_copy": 100 * timing.speedup(seconds["copy"], seconds[name])["median"],
         "speedup_over": {
-            base: _ratio(seconds[base], seconds[name]) for base in BASELINES if base in seconds
+            base: timing.speedup(seconds[base], seconds[name])
+            for base in BASELINES
+            if base in seconds
         },
     }
 
 
-def _ratio(base: list[float], other: list[float]) -> dict[str, float]:
-    return timing.summary([b / o for b, o in zip(base, other, strict=True)])
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step")
-    parser.add_argument("--out", type=Path, required=True, help="folder for step-DEVICE.json")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = parser_of("step", quick="one small size; takes seconds")
     parser.add_argument("--threads", default=None, help="CPU threads, as in 1,2; default: torch's")
-    parser.add_argument(
-        "--only",
-        default="",
-        help="cases by part of their name: 64x3x32x32-fp32",
-    )
+    parser.add_argument("--only", default="", help="cases by part of their name: 64x3x32x32-fp32")
     parser.add_argument("--seconds", type=float, default=None, help="seconds per case; default 2")
-    parser.add_argument("--quick", action="store_true", help="one small size; takes seconds")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="also time torch.compile; the default unless --quick",
     )
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    options = parse(parser, arguments)
     if options.device == "cuda":
         options.threads = [None]
     else:

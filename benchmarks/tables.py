@@ -32,6 +32,20 @@ def about(content: Row) -> str:
     return f"**{TITLES[content['device']]}**: {', '.join(parts)}."
 
 
+def fill(page: Path, name: str, tables: str) -> None:
+    """Replace what a page has between the lines ``<!-- name -->`` and ``<!-- /name -->``."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = page.read_text("utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{page}: expected one line {begin} and, below it, one line {end}")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    page.write_text(f"{head}{begin}\n\n{tables}\n\n{end}{tail}", "utf-8")
+
+
+def mebibytes(size: float) -> str:
+    return number(size / 2**20)
+
+
 def number(value: float) -> str:
     """Three significant digits, without exponents."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

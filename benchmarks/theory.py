@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from benchmarks.tables import pyplot, save_plot
+from benchmarks.tables import pyplot, save_plot, table
 from benchmarks.theory_laws import (
     Grid,
     entropy,
@@ -29,7 +29,6 @@ from benchmarks.theory_laws import (
     stationary,
     transition,
 )
-from fastlangevin.learn.sweep.report import table
 
 STEP = {"step_size": 0.02, "noise_std": 0.2}  # T = 1
 LINE, PLANE = Grid(-4, 4, 320), Grid(-3, 3, 36, dim=2)
@@ -155,9 +154,11 @@ def _kernels(axes: Any) -> None:
     sampler = fl.LangevinSampler(rough, steps, step_size=a, noise_std=(2 * a) ** 0.5)
     p = gibbs(sampler, grid)
     for metropolis, name, colour in ((True, "adjusted", "C0"), (False, "unadjusted", "C1")):
-        for start, what, line in ((grid.uniform(), "p_0", "-"), (p, "p_theta", "--")):
-            away = [max(kl(law, p), 1e-16) for law in short_run(sampler, grid, start, metropolis)]
-            axes.semilogy(away, colour + line, label=f"{name}, from {what}")
+        for start, start_name, line_style in ((grid.uniform(), "p_0", "-"), (p, "p_theta", "--")):
+            divergences = [
+                max(kl(law, p), 1e-16) for law in short_run(sampler, grid, start, metropolis)
+            ]
+            axes.semilogy(divergences, colour + line_style, label=f"{name}, from {start_name}")
     floor = kl(stationary(transition(sampler, grid)), p)
     axes.axhline(floor, color="0.5", lw=0.8, label="unadjusted, stationary")
     axes.set(title="C. KL(p_K | p_theta)", xlabel="K", ylim=(1e-6, 1))

@@ -8,13 +8,11 @@ precisions, with the tiles that the engine chooses. The kernels are compiled fir
 several processes. :mod:`fastlangevin.gradients.fused_gpu_plan` takes its tiles from these figures.
 """
 
-import argparse
 import os
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastlangevin as fl
 from benchmarks import timing
 from benchmarks.fused_step import OPTIONS, engine
+from benchmarks.result_file import ResultFile, parser_of
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.fused_gpu_plan import Tile
@@ -47,24 +46,19 @@ STEPS = 7
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    options = parser.parse_args(arguments)
+    options = parser_of("tiles", device=None).parse_args(arguments)
     jobs: list[tuple[int, int, str, Tile | None]] = [
         (width, batch, "fp16", tile) for width, batch in NETS for tile in (None, *TILES)
     ]
     jobs += [(*case, None) for case in MORE]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         list(pool.map(compile_kernels, jobs))
-    content: dict[str, Any] = {
-        "benchmark": "fused-tiles", "device": "cuda", "machine": timing.machine(), "results": [],
-    }  # fmt: skip
+    file = ResultFile(options.out / "fused-tiles-cuda.json", "fused-tiles", device="cuda")
     for width, batch, precision, tile in jobs:
         step, x = make(width, batch, precision, tile)
         row = {"width": width, "batch": batch, "precision": precision, "tile": tile}
         row |= measure(step, x)
-        content["results"].append(row)
-        timing.write_json(options.out / "fused-tiles-cuda.json", content)
+        file.add(row)
         print(width, batch, precision, tile or "as chosen", f"{row['step']:.1f} us", flush=True)
 
 

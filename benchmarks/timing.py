@@ -1,17 +1,10 @@
-"""Interleaved timing on CPU and CUDA, copies to compare with, and result files."""
+"""Interleaved timing on CPU and CUDA, and copies to compare with."""
 
 import functools
-import importlib.metadata
-import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,7 +119,7 @@ def capture(steps: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], int
             for step in steps:
                 step()
 
-    def replay(kept: Sequence[Callable[[], Any]] = steps) -> None:
+    def replay(steps_kept_alive: Sequence[Callable[[], Any]] = steps) -> None:
         # The graph has no more than the addresses of the tensors that the steps hold.
         graph.replay()
 
@@ -164,68 +157,6 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high, "min": least, "samples": len(seconds)}
 
 
-def machine() -> dict[str, Any]:
-    """Hardware, versions, commit, date and load, without which a figure has no meaning."""
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_flags": [flag for flag in _cpu_line("flags").split() if flag[:3] in ("avx", "amx")],
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "gpu": gpu and gpu.name,
-        "gpu_architecture": gpu and f"{gpu.major}.{gpu.minor}",
-        "gpu_l2_bytes": gpu and gpu.L2_cache_size,
-        "driver": gpu
-        and _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cuda": torch.version.cuda,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        # The package's metadata leave out the build, as in 2.11.0+cu130.
-        "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "torchebm", "fastlangevin")},
-        # GIT_COMMIT is for copies of the tree without its history, or with an older one.
-        "commit": os.environ.get("GIT_COMMIT") or _output("git", "rev-parse", "HEAD"),
-        "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a result file, completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(content) + "\n")
-    draft.replace(path)
-
-
-def _cpu_name() -> str:
-    return _cpu_line("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_line(name: str) -> str:
-    """The first value of that name in /proc/cpuinfo, or an empty string."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    values = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
-    return next(values, "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints about this checkout or machine, or None if it fails."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def speedup(base: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Summary of how many times faster ours is, by ratios of the figures of one round each."""
+    return summary([b / o for b, o in zip(base, ours, strict=True)])

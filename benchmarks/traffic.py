@@ -15,7 +15,6 @@ at once. The kernels took 133 us, of 83 to 144 predicted for the step, but at 2.
 layers are bound by something else than L2.
 """
 
-import argparse
 import csv
 import itertools
 import math
@@ -27,7 +26,7 @@ import torch
 from torch import nn
 
 import fastlangevin as fl
-from benchmarks import timing
+from benchmarks.result_file import ResultFile, parser_of, write_json
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv, conv_stack
 from fastlangevin.gradients.graph.record import recognise
@@ -40,16 +39,14 @@ _UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "ns": 1e-9, "us": 1e-6, "ms":
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser = parser_of("traffic", device=None)
     parser.add_argument(
         "--ncu", type=Path, metavar="FILE", help="a profile of benchmarks.fused_step"
     )
     options = parser.parse_args(arguments)
     if options.ncu:
         rows = profiled(options.ncu.read_text(), predicted(64, 64, "fp16")["launches"])
-        content = {"benchmark": "fused-profile", "machine": timing.machine(), "results": rows}
-        timing.write_json(options.out / "fused-profile.json", content)
+        ResultFile(options.out / "fused-profile.json", "fused-profile").add(*rows)
         for row in rows:
             measured, counted = (row[name] / 1e6 for name in ("bytes", "predicted_bytes"))
             print(
@@ -59,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rows = [predicted(*case) for case in itertools.product(WIDTHS, BATCHES, PRECISIONS)]
     content = {"benchmark": "fused-predicted", "results": rows}
-    timing.write_json(options.out / "fused-predicted.json", content)
+    write_json(options.out / "fused-predicted.json", content)
     for row in rows:
         low, high = (1e6 * seconds for seconds in row["seconds"])
         print(
@@ -96,20 +93,20 @@ def launches_of(
         sizes.append((conv.weight.shape[0], *conv.output_size(sizes[-1][1:])))
     layers = list(enumerate(zip(stack.convs, sizes, sizes[1:], strict=False)))
     itemsize, state = conv_plan.DTYPES[precision].itemsize, 4  # x is float32 in every precision
-    found = {}
+    launch_bytes = {}
     for i, layer in layers:
         plan, read = conv_plan.forward_plan(*layer, batch, precision), state if i == 0 else itemsize
         written = batch * math.prod(layer[2]) * itemsize
-        found[f"forward {i}"] = operands(plan, batch * pairs(*layer), read) + written
+        launch_bytes[f"forward {i}"] = operands(plan, batch * pairs(*layer), read) + written
     for i, layer in reversed(layers[1:]):
         plan = conv_plan.backward_plan(*layer, batch, precision)
         written = batch * math.prod(layer[1]) * itemsize
-        found[f"backward {i}"] = operands(plan, batch * pairs(*layer), itemsize) + written
-    _, first = layers[0]
-    plan = conv_plan.image_plan(*first, batch, precision)
+        launch_bytes[f"backward {i}"] = operands(plan, batch * pairs(*layer), itemsize) + written
+    _, first_layer = layers[0]
+    plan = conv_plan.image_plan(*first_layer, batch, precision)
     stepped = 2 * batch * math.prod(shape) * state
-    found["image"] = operands(plan, batch * pairs(*first), itemsize) + stepped
-    return found
+    launch_bytes["image"] = operands(plan, batch * pairs(*first_layer), itemsize) + stepped
+    return launch_bytes
 
 
 def profiled(text: str, launches: dict[str, int]) -> list[dict[str, Any]]:
@@ -118,13 +115,13 @@ def profiled(text: str, launches: dict[str, int]) -> list[dict[str, Any]]:
     ValueError if it does not have as many launches of the fused engine.
     """
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    found: dict[str, dict[str, float]] = {}
+    measurements: dict[str, dict[str, float]] = {}
     for line in csv.DictReader(lines):
         if line["Kernel Name"] in ("forward_kernel", "backward_kernel", "image_kernel"):
             value = float(line["Metric Value"].replace(",", "")) * _UNITS[line["Metric Unit"]]
-            found.setdefault(line["ID"], {})[line["Metric Name"]] = value
-    if len(found) != len(launches):
-        raise ValueError(f"the profile has {len(found)} launches, expected {len(launches)}")
+            measurements.setdefault(line["ID"], {})[line["Metric Name"]] = value
+    if len(measurements) != len(launches):
+        raise ValueError(f"the profile has {len(measurements)} launches, expected {len(launches)}")
     return [
         {
             "launch": name,
@@ -133,7 +130,7 @@ def profiled(text: str, launches: dict[str, int]) -> list[dict[str, Any]]:
             "seconds": measured["gpu__time_duration.sum"],
             "tensor_percent": measured[_TENSOR],
         }
-        for name, measured in zip(launches, found.values(), strict=True)
+        for name, measured in zip(launches, measurements.values(), strict=True)
     ]
 
 
@@ -153,7 +150,7 @@ def pairs(conv: StackedConv, source: conv_plan.Image, result: conv_plan.Image) -
 
     An input gradient reads as many pixels of the output.
     """
-    each = (
+    pairs_of_axis = (
         sum(
             0 <= out * conv.stride[i] - conv.padding[i] + tap * conv.dilation[i] < source[1 + i]
             for out in range(result[1 + i])
@@ -161,7 +158,7 @@ def pairs(conv: StackedConv, source: conv_plan.Image, result: conv_plan.Image) -
         )
         for i in range(2)
     )
-    return math.prod(each)
+    return math.prod(pairs_of_axis)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ writes DIR/train_peers-cpu.json: the gap and the seconds of every iteration, and
 between the curves.
 """
 
-import argparse
 import functools
 import itertools
 import math
@@ -23,7 +22,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,14 +30,14 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from benchmarks import timing
+from benchmarks.report_train import AGAIN, CONTROL, LOOP, OURS
+from benchmarks.result_file import ResultFile, parser_of
 from fastlangevin.learn import load_images
 
 BATCH, STEPS, WIDTH, CLASSES, SHAPE = 64, 20, 8, 10, (1, 8, 8)
 # The originals' buffers of 10,000 and 8,192 would not fill in so few iterations.
 CAPACITY = 1000
 REINIT = 0.05
-LOOP, AGAIN = "original loop", "original loop again"
-OURS, CONTROL = "fastlangevin", "half of the steps"
 WARM_UP = 10  # iterations that are not timed
 
 Sample = Callable[[Tensor], Tensor]  # (labels of the batch) -> samples
@@ -235,14 +233,14 @@ def train(style: Style, variant: str, seed: int) -> Iterator[tuple[float, float,
     (images, labels), generator = digits(), torch.Generator().manual_seed(seed)
     while True:
         begin = time.perf_counter()
-        chosen = torch.randint(len(images), (BATCH,), generator=generator)
-        x = images[chosen]
+        indices = torch.randint(len(images), (BATCH,), generator=generator)
+        x = images[indices]
         x = x + style.data_noise * torch.randn(x.shape, generator=generator)
         sampled_labels = torch.randint(CLASSES, (BATCH,), generator=generator)
         sampling = time.perf_counter()
         samples = sample(sampled_labels)
         sampled = time.perf_counter()
-        loss, gap = style.loss(f, x, labels[chosen], samples)
+        loss, gap = style.loss(f, x, labels[indices], samples)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(f.parameters(), style.max_norm)
@@ -268,13 +266,13 @@ def check() -> None:
             parameter.data *= 3  # with the initial weights no gradient would reach the clip
         start = x.double()
         if name == "UvA":
-            want = uva_chain(f, start, 5, generator, noise_std=0.0)
-            got = uva_sampler(f, 5, noise_std=0.0)(start)
+            expected = uva_chain(f, start, 5, generator, noise_std=0.0)
+            ours = uva_sampler(f, 5, noise_std=0.0)(start)
         else:
             labels = {"y": y} if name == "JEM" else {}
-            want = langevin(functools.partial(f, **labels), start, 5, generator, noise_std=0.0)
-            got = fl.LangevinSampler(f, 5, 1.0, 0.0, maximize=True)(start, **labels)
-        error = float((got - want).abs().max())
+            expected = langevin(functools.partial(f, **labels), start, 5, generator, noise_std=0.0)
+            ours = fl.LangevinSampler(f, 5, 1.0, 0.0, maximize=True)(start, **labels)
+        error = float((ours - expected).abs().max())
         if not error <= 1e-9:
             raise SystemExit(f"train_peers: {name} is off the loop's chain by {error:.1e}")
 
@@ -319,17 +317,14 @@ def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
             gap.append([])
         for iteration in range(iterations):
             for variant in shuffle.sample(variants, len(variants)):
-                gap, *taken = next(runs[variant])
+                gap, *times_taken = next(runs[variant])
                 gaps[variant][-1].append(gap)
                 if iteration >= min(WARM_UP, iterations - 1):
-                    seconds[variant].append((taken[0], taken[1]))
+                    seconds[variant].append((times_taken[0], times_taken[1]))
     late = {variant: [last_third(run) for run in gaps[variant]] for variant in variants}
     rows = []
     for variant in variants:
         times, base = (list(zip(*seconds[each], strict=True)) for each in (variant, LOOP))
-        ratios = [
-            [b / o for b, o in zip(*pair, strict=True)] for pair in zip(base, times, strict=True)
-        ]
         rows.append({
             "style": name,
             "variant": variant,
@@ -339,8 +334,8 @@ def measure(name: str, iterations: int, seeds: int) -> list[dict[str, Any]]:
             "same_as_loop": None if variant == LOOP else same(late[LOOP], late[variant]),
             "sampling": timing.summary(times[0]),
             "iteration": timing.summary(times[1]),
-            "sampling_speedup": timing.summary(ratios[0]),
-            "iteration_speedup": timing.summary(ratios[1]),
+            "sampling_speedup": timing.speedup(base[0], times[0]),
+            "iteration_speedup": timing.speedup(base[1], times[1]),
         })  # fmt: skip
     return rows
 
@@ -350,37 +345,24 @@ def last_third(gaps: Sequence[float]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_peers")
-    parser.add_argument("--out", type=Path, required=True, help="folder for train_peers-cpu.json")
+    parser = parser_of("train_peers", device=None, quick="three iterations with two seeds")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="three iterations with two seeds")
     options = parser.parse_args(arguments)
     if options.quick:
         options.iterations, options.seeds = 3, 2
     torch.set_num_threads(options.threads)
     check()
-    content: dict[str, Any] = {
-        "benchmark": "train_peers",
-        "device": "cpu",
-        "threads": options.threads,
-        "quick": options.quick,
-        "iterations": options.iterations,
-        "seeds": options.seeds,
-        "batch": BATCH,
-        "steps": STEPS,
-        "width": WIDTH,
-        "machine": timing.machine(),
-        "results": [],
-    }
-    path = options.out / "train_peers-cpu.json"
+    file = ResultFile(
+        options.out / "train_peers-cpu.json", "train_peers", device="cpu", threads=options.threads,
+        quick=options.quick, iterations=options.iterations, seeds=options.seeds, batch=BATCH,
+        steps=STEPS, width=WIDTH,
+    )  # fmt: skip
     for name in STYLES:
-        content["results"] += measure(name, options.iterations, options.seeds)
-        content["machine"]["load_at_end"] = timing.machine()["load"]
-        timing.write_json(path, content)
+        file.add(*measure(name, options.iterations, options.seeds))
         print(name, flush=True)
-    print(f"wrote {path}")
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

@@ -81,14 +81,14 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
             Case("64x1x8x8", (64, 1, 8, 8), "fp32", "contiguous", noise_std, device)
             for noise_std in (0.01, 0.0)
         ]
-    chosen = []
+    all_cases = []
     for size in ("64x1x8x8", "64x3x32x32", "256 MB" if device.type == "cuda" else "64 MB"):
         for dtype in _DTYPES:
             shape = _shape(size, _DTYPES[dtype].itemsize)
             # With one channel both layouts are the same memory.
             for layout in _LAYOUTS if shape[1] > 1 else ["contiguous"]:
-                chosen += [Case(size, shape, dtype, layout, b, device) for b in (0.01, 0.0)]
-    return chosen
+                all_cases += [Case(size, shape, dtype, layout, b, device) for b in (0.01, 0.0)]
+    return all_cases
 
 
 def _shape(size: str, itemsize: int) -> tuple[int, ...]:
@@ -101,20 +101,20 @@ def _shape(size: str, itemsize: int) -> tuple[int, ...]:
 def variants(case: Case, compiled: bool = True) -> list[Variant]:
     """All variants that can take this step here. The slow reference only takes small ones."""
     b = case.noise_std
-    chosen = [Variant("eager", _eager(b)), Variant("eager in place", _in_place(b))]
+    available = [Variant("eager", _eager(b)), Variant("eager in place", _in_place(b))]
     if compiled:
         # Earlier cases count against the limit on recompilations, and the number of threads is
         # compiled in.
         torch._dynamo.reset()
         compiled_step = torch.compile(_in_place(b), dynamic=False, fullgraph=True)
-        chosen.append(Variant("torch.compile", compiled_step))
+        available.append(Variant("torch.compile", compiled_step))
     if _torchebm_supports(case):
-        chosen.append(Variant("torchebm", _torchebm(b), sign=-1.0))
+        available.append(Variant("torchebm", _torchebm(b), sign=-1.0))
     for name, reason in backend_status(case.device).items():
         small = case.elements * _DTYPES[case.dtype].itemsize <= _REFERENCE_BYTES
         if reason is None and (name != "reference" or small):
-            chosen.append(Variant(name, _ours(b, name)))
-    return chosen
+            available.append(Variant(name, _ours(b, name)))
+    return available
 
 
 def _eager(b: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -169,9 +169,9 @@ def check(case: Case, variant: Variant) -> None:
     assert after.shape == x.shape, (
         f"{variant.name}: expected shape {list(x.shape)}, got {list(after.shape)}"
     )
-    got = after[rows].double()
+    moved = after[rows].double()
     if foreign:
-        z = (got - before - grad) / case.noise_std
+        z = (moved - before - grad) / case.noise_std
         slack = _STATISTICS[_DTYPES[case.dtype]] + 5 / z.numel() ** 0.5
         mean, std = z.mean().item(), z.std().item()
         assert abs(mean) < slack and abs(std - 1) < slack, (  # noqa: PT018
@@ -179,10 +179,10 @@ def check(case: Case, variant: Variant) -> None:
         )
         return
     z = _contract_noise(case, rows) if case.noise_std else None
-    want = reference.langevin_step(
+    expected = reference.langevin_step(
         before, grad, z, step_size=1.0, noise_std=case.noise_std, clamp=CLAMP, maximize=True
     )
-    error = (got - want).abs().max().item()
+    error = (moved - expected).abs().max().item()
     bound = _TOLERANCE[_DTYPES[case.dtype]]
     assert error <= bound, f"{variant.name}, {case}: off by {error:.2e}, more than {bound:.1e}"
 
@@ -194,7 +194,7 @@ def _contract_noise(case: Case, rows: Tensor) -> Tensor:
 
 
 def samplers(
-    case: Case, chosen: list[Variant], least: float
+    case: Case, candidates: list[Variant], least_seconds: float
 ) -> tuple[dict[str, timing.Sampler], dict[str, str], int]:
     """Check variants and prepare their timing, and that of the copy.
 
@@ -204,16 +204,16 @@ def samplers(
     sets = timing.buffer_sets(case.bytes_moved * 2 // 3, case.device)
     buffers = [case.tensors() for _ in range(sets)]
     ready = {"copy": timing.sampler(
-        timing.copy_steps(case.bytes_moved, case.device), case.device, least
+        timing.copy_steps(case.bytes_moved, case.device), case.device, least_seconds
     )}  # fmt: skip
     errors: dict[str, str] = {}
-    for variant in chosen:
+    for variant in candidates:
         try:
             check(case, variant)
             steps: list[Callable[[], Any]] = [
                 functools.partial(variant.take, x, g) for x, g in buffers
             ]
-            ready[variant.name] = timing.sampler(steps, case.device, least)
+            ready[variant.name] = timing.sampler(steps, case.device, least_seconds)
         except Exception as error:  # the other variants are still timed
             errors[variant.name] = f"{type(error).__name__}: {error}"
     return ready, errors, sets

@@ -1,100 +1,39 @@
 """LangevinSampler: K Langevin steps on a batch of chains."""
 
-import copy
 import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastlangevin.noise as _noise
-from fastlangevin.adjoint.unroll import unroll
 from fastlangevin.arguments import (
     GradClip,
     Schedule,
-    check_chains,
     check_clamp,
     check_count,
     check_grad_clip,
     check_schedule,
-    check_sizes,
-    check_step_kwargs,
 )
-from fastlangevin.chain.chain import Chain, norms, note, rows
+from fastlangevin.calls import Call, chain_of, entry, read_call, walk
+from fastlangevin.chain.chain import Chain, norms, rows
 from fastlangevin.chain.cuda_graphs import Graphs
-from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.explain import explain
 from fastlangevin.gradients.engine_cache import EngineCache
 from fastlangevin.gradients.network import device_of
-from fastlangevin.gradients.packing import PackedEnergy, packing_of
 from fastlangevin.gradients.precision import check_precision
-from fastlangevin.gradients.select import (
-    EngineChoice,
-    check_gradient,
-)
-from fastlangevin.inputs import (
-    check_energy,
-    check_model_kwargs,
-    check_noise,
-    check_tensors,
-    read_state,
-)
+from fastlangevin.gradients.select import EngineChoice, check_gradient
+from fastlangevin.inputs import check_energy
 from fastlangevin.names import check_name, keywords_checked
-from fastlangevin.progress import step_bar
 from fastlangevin.reprs import short_repr
-from fastlangevin.step import check_backend, choose_backend
+from fastlangevin.step import check_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _OP = "LangevinSampler"
-# Options of a call that the other methods do not have.
-_CALL_ONLY = ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload", "callback",
-              "callback_every", "progress")  # fmt: skip
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _entry(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Makes a method work in torch.inference_mode, which has no gradients, and on packed states."""
-
-    @functools.wraps(method)
-    def entry(sampler: "LangevinSampler", x0: Any = None, **options: Any) -> Any:
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            return _packed(method, sampler, x0, options)
-
-    return cast("Callable[_P, _R]", entry)
-
-
-def _packed(
-    method: Callable[..., Any], sampler: "LangevinSampler", x0: Any, options: dict[str, Any]
-) -> Any:
-    """Calls the method with a state of several tensors packed into one."""
-    shape = options.get("shape")
-    packing = packing_of(x0, getattr(sampler.energy, "shape", None) if shape is None else shape)
-    if packing is None:
-        return method(sampler, x0, **options)
-    flat = copy.copy(sampler)
-    flat.energy = PackedEnergy(sampler.energy, packing, is_score=sampler.gradient == "network")
-    n: Any = options.get("n")
-    if x0 is None:
-        options.pop("shape", None)  # the packed energy has it
-    if x0 is not None:
-        n = len(x0[packing.keys[0]])
-        x0 = packing.pack("x0", x0, (n,))
-    if options.get("noise") is not None:
-        options["noise"] = packing.pack("noise", options["noise"], (sampler.steps, n))
-    callback = options.get("callback")
-    if callable(callback):
-        options["callback"] = lambda step, x: callback(step, packing.unpack(x))
-    result = method(flat, x0, **options)
-    if isinstance(result, Diagnostics):
-        return result._replace(x=packing.unpack(result.x))
-    return packing.unpack(result) if isinstance(result, Tensor) else result
 
 
 class LangevinSampler:
@@ -223,7 +162,7 @@ class LangevinSampler:
                 raise TypeError(f"{_OP}.from_score: takes no {name}; chains follow the score")
         return cls(net, steps, maximize=True, gradient="network", **settings)
 
-    @_entry
+    @entry
     def __call__(
         self,
         x0: Any = None,
@@ -304,7 +243,7 @@ class LangevinSampler:
                 during the backward pass: the energy cannot be differentiated twice, returns other
                 values when a step is recomputed, or has been changed in place in the meantime.
         """
-        x, is_copy, chain = self._read(
+        call = self._read(
             x0,
             n=n,
             shape=shape,
@@ -319,35 +258,33 @@ class LangevinSampler:
         if callback is not None and not callable(callback):
             raise TypeError(f"{_OP}: callback must be a function of (step, x), got {callback!r}")
         every = check_count(_OP, "callback_every", callback_every)
-        if differentiable and (callback is not None or progress):
-            raise ValueError(
-                f"{_OP}: callback and progress are not supported with differentiable=True"
-            )
-        if differentiable and self.metropolis:
-            raise ValueError(
-                f"{_OP}: differentiable=True is not supported with metropolis=True: accepting or "
-                "rejecting a step is not differentiable"
-            )
         if differentiable:
-            note(x, chain)
-            start = x if x0 is None else x0.to(x.dtype)
-            return unroll(chain, start, checkpoint, grad_steps, grad_through, offload)
+            if callback is not None or progress:
+                raise ValueError(
+                    f"{_OP}: callback and progress are not supported with differentiable=True"
+                )
+            if self.metropolis:
+                raise ValueError(
+                    f"{_OP}: differentiable=True is not supported with metropolis=True: accepting "
+                    "or rejecting a step is not differentiable"
+                )
+            return call.unroll(x0, checkpoint, grad_steps, grad_through, offload)
         if (checkpoint, grad_steps, grad_through, offload) != ("auto", None, "exact", False):
             raise ValueError(
                 f"{_OP}: checkpoint and grad_steps need differentiable=True, as do grad_through "
                 "and offload"
             )
-        x, choice = self._begin(x, is_copy, chain)
+        x, choice = call.begin()
         energies = None
         if choice is not None and callback is None and not progress:
-            energies = self._graphs.run(chain, x, choice)
+            energies = self._graphs.run(call.chain, x, choice)
         if energies is None:
             every = self.steps if callback is None else every
-            energies = self._walk(chain, x, choice, callback, every, progress)
-        chain.check_finite(x, energies)
+            energies = walk(call.chain, x, choice, callback, every, progress)
+        call.chain.check_finite(x, energies)
         return x
 
-    @_entry
+    @entry
     def trajectory(self, x0: Any = None, *, every: int = 1, **options: Any) -> Tensor:
         """Runs the chains and returns x0 and the state after every ``every``-th step.
 
@@ -363,19 +300,19 @@ class LangevinSampler:
             The errors of a call.
         """
         every = check_count(_OP, "every", every)
-        x, is_copy, chain = self._read(x0, **options)
-        x, choice = self._begin(x, is_copy, chain)
+        call = self._read(x0, **options)
+        x, choice = call.begin()
         states = x.new_empty((1 + self.steps // every, *x.shape))
         states[0] = x
         energies: Tensor | None = None
-        for step in chain.walk(x, choice=choice, every=every):
+        for step in call.chain.walk(x, choice=choice, every=every):
             energies = step.energies
             if (step.k + 1) % every == 0:
                 states[(step.k + 1) // every] = x
-        chain.check_finite(x, energies)
+        call.chain.check_finite(x, energies)
         return states
 
-    @_entry
+    @entry
     def diagnose(self, x0: Any = None, **options: Any) -> Diagnostics:
         """Runs the chains and measures every step.
 
@@ -390,12 +327,12 @@ class LangevinSampler:
             The errors of a call, except that chains that are not finite do not raise: the
             diagnostics show at which step they became so.
         """
-        x, is_copy, chain = self._read(x0, **options)
-        x, choice = self._begin(x, is_copy, chain)
+        call = self._read(x0, **options)
+        x, choice = call.begin()
         records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(5)]
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
-        for step in chain.walk(x, want_energies=True, choice=choice):
+        for step in call.chain.walk(x, want_energies=True, choice=choice):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype).masked_fill(~x.isfinite(), math.nan)
             assert step.grad is not None
             values = (
@@ -415,7 +352,7 @@ class LangevinSampler:
         self, x: Tensor, model_kwargs: dict[str, Any], step_kwargs: Mapping[str, Any] | None = None
     ) -> EngineChoice:
         """The engine of a chain from x; RuntimeError if one that was named cannot run."""
-        return self._chain(model_kwargs=model_kwargs, step_kwargs=step_kwargs or {}).choose(x)
+        return self._chain(model_kwargs=model_kwargs, step_kwargs=step_kwargs).choose(x)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments except the energy, as a dict."""
@@ -424,20 +361,11 @@ class LangevinSampler:
     def _settings(self) -> Settings:
         return Settings(*(getattr(self, name) for name in Settings._fields))
 
-    def _chain(
-        self,
-        seed: int = 0,
-        first_chain: int = 0,
-        first_step: int = 0,
-        noise: Tensor | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        step_kwargs: Mapping[str, Any] | None = None,
-    ) -> Chain:
-        kind = AdjustedChain if self.metropolis else Chain
-        return kind(
-            self.energy, self._settings(), self._recognised, seed, first_chain, first_step, noise,
-            model_kwargs or {}, step_kwargs or {},
-        )  # fmt: skip
+    def _chain(self, **values: Any) -> Chain:
+        return chain_of(self.energy, self._settings(), self._recognised, **values)
+
+    def _read(self, x0: Any, **options: Any) -> Call:
+        return read_call(self.energy, self._settings(), self._recognised, _options(), x0, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_graphs": Graphs()}  # every copy, even a shallow one, has its own
@@ -453,7 +381,7 @@ class LangevinSampler:
         energy = getattr(self.energy, "__name__", type(self.energy).__name__)
         return short_repr(_OP, shown).replace("(", f"({energy}, ", 1)
 
-    @_entry
+    @entry
     def explain(self, x0: Any = None, **model_kwargs: Any) -> str:
         """Describes what a call will run and on which device, and why nothing faster.
 
@@ -470,8 +398,8 @@ class LangevinSampler:
             The errors of a call with this x0, and TypeError for model_kwargs without one.
         """
         if x0 is not None:
-            x, is_copy, chain = self._read(x0, seed=0, **model_kwargs)
-            return explain(chain, x if is_copy else x.clone(), True, self._graphs)
+            call = self._read(x0, seed=0, **model_kwargs)
+            return explain(call.chain, call.own_state(), True, self._graphs)
         if model_kwargs:
             raise TypeError(f"{_OP}: explain needs x0 beside {', '.join(model_kwargs)}")
         shape, device = getattr(self.energy, "shape", None), device_of(self.energy)
@@ -479,110 +407,6 @@ class LangevinSampler:
         if shape is not None:
             zeros = torch.zeros((1, *shape), dtype=torch.float32, device=device or "cpu")
         return explain(self._chain(), zeros, False, self._graphs)
-
-    def _read(
-        self,
-        x0: Tensor | None,
-        *,
-        n: int | None = None,
-        shape: Any = None,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        first_chain: int = 0,
-        first_step: int = 0,
-        noise: Tensor | None = None,
-        step_kwargs: Mapping[str, Any] | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor, bool, Chain]:
-        """Checks a call before any work.
-
-        Returns the starting state, whether it is a copy of x0 and not x0 itself, and the chain.
-        """
-        for name in _CALL_ONLY:
-            if name in model_kwargs:
-                raise TypeError(
-                    f"{_OP}: {name} is an option of a call to the sampler, not of this method"
-                )
-        by_step = check_step_kwargs(_OP, step_kwargs, self.steps, model_kwargs)
-        if by_step and self.metropolis:
-            raise ValueError(
-                f"{_OP}: step_kwargs are not supported with metropolis=True, which compares the "
-                "energies of two steps and needs one function for both"
-            )
-        check_model_kwargs(_OP, self.energy, model_kwargs | by_step, _options(), Settings._fields)
-        for kwargs in (model_kwargs, by_step):
-            for name, value in kwargs.items():
-                if isinstance(value, Tensor) and value.is_inference():
-                    kwargs[name] = value.clone()  # autograd cannot save inference tensors
-        if seed is not None and generator is not None:
-            raise ValueError(f"{_OP}: give seed or generator, not both")
-        if (x0 is None) == (n is None):
-            raise ValueError(f"{_OP}: give either x0 or n")
-        if x0 is not None and shape is not None:
-            raise ValueError(f"{_OP}: shape belongs to chains that n starts; x0 has its own")
-        seed = _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
-        if x0 is None:
-            x, is_copy = self._initial(n, shape, seed, first_chain), True
-        else:
-            x, is_copy = read_state(_OP, x0, self.energy)
-        for name in ("step_size", "noise_std"):
-            check_chains(_OP, name, getattr(self, name), x.shape[0])
-        check_noise(_OP, noise, (self.steps, *x.shape), x.device)
-        check_precision(self.precision, x.device)
-        choose_backend(self.backend, x.device)
-        first_chain, first_step = _noise.check_address(
-            first_chain, x.shape[0], first_step, self.steps
-        )
-        chain = self._chain(seed, first_chain, first_step, noise, model_kwargs, by_step)
-        return x, is_copy, chain
-
-    def _walk(
-        self,
-        chain: Chain,
-        x: Tensor,
-        choice: EngineChoice | None,
-        callback: Callable[[int, Tensor], Any] | None,
-        every: int,
-        progress: bool,
-    ) -> Tensor | None:
-        """Runs the chain in place on x and returns the last energies."""
-        energies = None
-        stride = every
-        if progress:  # a bar does not need more than a hundred updates
-            stride = max(1, self.steps // 100)
-            stride = stride if callback is None else math.gcd(every, stride)
-        with step_bar(self.steps) if progress else nullcontext(None) as show:
-            for step in chain.walk(x, choice=choice, every=stride):
-                energies, done = step.energies, step.k + 1
-                if show is not None:
-                    show(done)
-                if callback is not None and (done % every == 0 or done == self.steps):
-                    callback(done, x)
-        return energies
-
-    def _begin(self, x: Tensor, is_copy: bool, chain: Chain) -> tuple[Tensor, EngineChoice | None]:
-        """The state to change, and the engine, which is chosen while no copy of x0 takes memory."""
-        choice = chain.choose(x) if len(x) else None
-        x = x if is_copy else x.clone()
-        note(x, chain)
-        return x, choice
-
-    def _initial(self, n: Any, shape: Any, seed: int, first_chain: int) -> Tensor:
-        """n states from U(-1, 1), drawn from the seed's stream of initial states."""
-        if shape is None:
-            shape = getattr(self.energy, "shape", None)
-        else:
-            shape = check_sizes(_OP, "shape", shape)
-        if shape is None:
-            raise ValueError(
-                f"{_OP}: n needs shape, one chain's, such as shape=(3, 32, 32): the energy has no "
-                "attribute of that name; or give x0"
-            )
-        n = 0 if n == 0 else check_count(_OP, "n", n)
-        device = device_of(self.energy)
-        if device is not None:
-            check_tensors(_OP, self.energy, device)
-        return _noise.initial((n, *shape), seed=seed, first_chain=first_chain, device=device)
 
 
 @functools.cache

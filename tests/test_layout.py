@@ -15,7 +15,7 @@ FLOORS = [
     ("gradients",),
     ("chain", "roofline"),
     ("adjoint",),
-    ("diagnostics", "explain", "inputs"),
+    ("calls", "diagnostics", "explain", "inputs"),
     ("sampler",),
     ("",),  # fastlangevin itself: the list of public names
     ("bench", "doctor", "learn", "models", "presets", "testing", "train_config"),

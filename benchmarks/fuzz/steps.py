@@ -65,37 +65,39 @@ def check_step(case: StepCase, run: Callable[..., Tensor]) -> float:
     differs from the reference.
     """
     x = case.x.clone()
-    got = apply_step_(run, x, case.grad, case.z, **case.options)
-    assert got is x, "the step did not return x"
+    stepped = apply_step_(run, x, case.grad, case.z, **case.options)
+    assert stepped is x, "the step did not return x"
     if run is native.step_:
         expected, z = case.x.clone(), case.z
         if z is None and not reference.is_zero(case.options["noise_std"]):
             address = {name: case.options[name] for name in ("seed", "step", "first_chain")}
             z = noise.normal(x.shape, **address)
         apply_step_(reference.step_, expected, case.grad, z, **case.options)
-        assert _equal(got, expected), "the native step differs from the reference"
-    _check_shard(case, run, got)
+        assert _equal(stepped, expected), "the native step differs from the reference"
+    _check_shard(case, run, stepped)
     exact, bound = _exact(case)
     finite = exact.isfinite()
-    assert _equal(got.double()[~finite], exact[~finite]), "NaN or an infinity is elsewhere"
-    error = (got.double() - exact).abs()[finite] / bound[finite]
+    assert _equal(stepped.double()[~finite], exact[~finite]), "NaN or an infinity is elsewhere"
+    error = (stepped.double() - exact).abs()[finite] / bound[finite]
     ratio = float(error.max()) if error.numel() else 0.0
     return ratio if ratio == ratio else float("inf")
 
 
-def _check_shard(case: StepCase, run: Callable[..., Tensor], whole: Tensor) -> None:
-    first = case.x.shape[0] // 2
+def _check_shard(case: StepCase, run: Callable[..., Tensor], whole_batch: Tensor) -> None:
+    first_row = case.x.shape[0] // 2
     # Torch sums a norm in an order that depends on the whole shape.
-    if first == 0 or isinstance(case.options["grad_clip"], tuple):
+    if first_row == 0 or isinstance(case.options["grad_clip"], tuple):
         return
-    options = {**case.options, "first_chain": case.options["first_chain"] + first}
+    options = {**case.options, "first_chain": case.options["first_chain"] + first_row}
     for name in ("step_size", "noise_std"):
         value = options[name]
         if isinstance(value, Tensor) and value.ndim:
-            options[name] = value[first:]
-    grad, z = (None if v is None else v[first:] for v in (case.grad, case.z))
-    shard = apply_step_(run, case.x.clone()[first:], grad, z, **options)
-    assert _equal(shard, whole[first:]), "a shard's chains differ from those of the whole batch"
+            options[name] = value[first_row:]
+    grad, z = (None if v is None else v[first_row:] for v in (case.grad, case.z))
+    shard = apply_step_(run, case.x.clone()[first_row:], grad, z, **options)
+    assert _equal(shard, whole_batch[first_row:]), (
+        "a shard's chains differ from those of the whole batch"
+    )
 
 
 def _exact(case: StepCase) -> tuple[Tensor, Tensor]:

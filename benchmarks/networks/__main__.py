@@ -16,38 +16,31 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import report_networks, timing
+from benchmarks import report_networks
 from benchmarks.networks.cases import cases
 from benchmarks.networks.measure import measure
+from benchmarks.result_file import ResultFile, parse
 from fastlangevin.gradients.precision import check_precision
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    content: dict[str, Any] = {
-        "benchmark": "networks",
-        "device": options.device,
-        "command": sys.argv[1:] if arguments is None else list(arguments),
-        "quick": options.quick,
-        "machine": timing.machine(),
-        "results": [],
-    }
+    file = ResultFile(
+        options.json, "networks", device=options.device, quick=options.quick,
+        command=sys.argv[1:] if arguments is None else list(arguments),
+    )  # fmt: skip
     for precision in options.precision:
         for threads in options.threads:
             torch.set_num_threads(threads)
             for case in options.energies:
                 rows = measure(case, precision, options.gradient, options.seconds, options.memory)
-                content["results"] += rows
-                content["machine"]["load_at_end"] = timing.machine()["load"]
-                if options.json:
-                    timing.write_json(options.json, content)
+                file.add(*rows)
                 for row in rows[1:]:
                     print(report_networks.summary_of(rows[0], row), flush=True)
-    print(f"\n{report_networks.section(content)}")
+    print(f"\n{report_networks.section(file.content)}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -71,12 +64,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="also measure the memory of a step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a result file")
     parser.add_argument("--quick", action="store_true", help="tiny networks, for tests")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.all_engines:
         options.gradient = ["auto", "autograd", "explicit", "fused"]
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
     for precision in options.precision:
         try:
             check_precision(precision, device)

@@ -49,7 +49,7 @@ def measure(
         rows[gradient] = about | {"gradient": gradient}
         sampler = sampler_of(case, built, precision, gradient)
         try:
-            rows[gradient] |= chosen(sampler, built)
+            rows[gradient] |= engine_of(sampler, built)
             found = our_gradient(case, built, precision, gradient)
             rows[gradient]["gradient_error"] = error(found, exact)
             run = call_of(sampler, built)
@@ -78,8 +78,8 @@ def timed(
     rounds = timing.rounds_within(timers, seconds, LEAST_ROUNDS, MOST_ROUNDS)
     times = timing.interleave(timers, rounds)
     for name, samples in times.items():
-        ratios = [loop / ours for loop, ours in zip(times[LOOP], samples, strict=True)]
-        rows[name] |= {"seconds": timing.summary(samples), "speedup": timing.summary(ratios)}
+        ratios = timing.speedup(times[LOOP], samples)
+        rows[name] |= {"seconds": timing.summary(samples), "speedup": ratios}
 
 
 def reason(refusal: Exception) -> str:
@@ -120,7 +120,7 @@ def torchs(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def chosen(sampler: fl.LangevinSampler, built: Built) -> Row:
+def engine_of(sampler: fl.LangevinSampler, built: Built) -> Row:
     """The engine of a call, and why each faster one was rejected."""
     choice = sampler.choose_engine(built.x, dict(built.kwargs))
     return {"engine": choice.name, "why_not": choice.why_not}

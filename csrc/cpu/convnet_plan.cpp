@@ -1,227 +1,13 @@
-// Plans the passes of a network.
+// Plans a network: the passes of its layers, and where a thread stores its values and gradients.
 #include <algorithm>
 
 #include "cpu/convnet.h"
+#include "cpu/pass_plan.h"
 #include "cpu/tile_plan.h"
-#include "cpu/winograd_plan.h"
 
 namespace fastlangevin {
 namespace cpu {
 namespace {
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-// The positions of the first and the last tap of output o along an axis of a layer.
-int first_read(const ConvLayer& layer, int axis, int o) {
-  return o * layer.stride[axis] - layer.padding[axis];
-}
-
-// The kernel positions that reach an input position with this residue modulo the stride, and the
-// outputs from which they do, counted from position / stride.
-struct Reach {
-  int kernel, offset;
-};
-
-std::vector<Reach> reaches(const ConvLayer& layer, int axis, int residue) {
-  std::vector<Reach> found;
-  for (int k = 0; k < layer.kernel[axis]; ++k) {
-    const int distance = residue + layer.padding[axis] - k * layer.dilation[axis];
-    if (distance % layer.stride[axis] == 0) found.push_back({k, distance / layer.stride[axis]});
-  }
-  std::reverse(found.begin(), found.end());  // in the order of memory
-  return found;
-}
-
-// Widens a frame until positions first..last of an axis are inside it.
-void widen(int32_t& before, int32_t& after, int extent, int first, int last) {
-  before = std::max(before, -first);
-  after = std::max(after, last - (extent - 1));
-}
-
-// Whether all of a convolution's input is one window, so that no gradient is a sum over outputs.
-bool one_output(const ConvLayer& layer) { return layer.height == 1 && layer.width == 1; }
-
-// The taps of each phase of a convolution along an axis, or 0 if they differ or are not adjacent.
-int phase_taps(const ConvLayer& layer, int axis) {
-  const int kernel = layer.kernel[axis], stride = layer.stride[axis];
-  const bool even = kernel % stride == 0 && (layer.dilation[axis] == 1 || kernel == 1);
-  return even ? kernel / stride : 0;
-}
-
-// Frames are wide enough for whole tiles, too, which may begin inside of an image and end outside.
-void frame(const ConvLayer& layer, ConvBuffer& in, ConvBuffer& out) {
-  for (int axis = 0; axis < 2; ++axis) {
-    const int inputs = axis ? in.width : in.height, results = axis ? out.width : out.height;
-    const int most = covered(results, phase_taps(layer, axis));
-    const int last = first_read(layer, axis, most - 1) +
-                     layer.dilation[axis] * (layer.kernel[axis] - 1);
-    widen(axis ? in.left : in.top, axis ? in.right : in.bottom, inputs,
-          first_read(layer, axis, 0), last);
-    if (one_output(layer)) continue;
-    for (int residue = 0; residue < std::min(layer.stride[axis], inputs); ++residue) {
-      const std::vector<Reach> all = reaches(layer, axis, residue);
-      const int pixels = (inputs - 1 - residue) / layer.stride[axis] + 1;
-      for (const Reach& reach : all) {
-        widen(axis ? out.left : out.top, axis ? out.right : out.bottom, results, reach.offset,
-              covered(pixels, all.size()) - 1 + reach.offset);
-      }
-    }
-  }
-}
-
-ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBuffer& out,
-                      int lanes) {
-  ConvPass pass{layer.in, layer.out};
-  for (int y = 0; y < out.height; ++y) {
-    for (int x = 0; x < out.width; ++x) {
-      pass.from.push_back(in.at(first_read(layer, 0, y), first_read(layer, 1, x)));
-      pass.to.push_back(out.at(y, x));
-    }
-  }
-  for (int y = 0; y < layer.kernel[0]; ++y) {
-    for (int x = 0; x < layer.kernel[1]; ++x) {
-      pass.taps.push_back(y * layer.dilation[0] * in.row + x * layer.dilation[1] * in.pixel);
-      pass.rows.push_back(y * layer.kernel[1] + x);
-    }
-  }
-  if (lanes > 0) {
-    plan_tiles({{out.height, out.width}, {phase_taps(layer, 0), phase_taps(layer, 1)},
-                {layer.stride[0], layer.stride[1]},
-                {static_cast<int32_t>(in.row), static_cast<int32_t>(in.pixel)}}, lanes, pass);
-  }
-  return pass;
-}
-
-// The passes to the input of a convolution with one output: every pixel has its own weights.
-std::vector<ConvPass> plan_scatter(const ConvLayer& layer, const ConvBuffer& in,
-                                   const ConvBuffer& out) {
-  std::vector<ConvPass> passes;
-  for (int y = 0; y < in.height; ++y) {
-    for (int x = 0; x < in.width; ++x) {
-      const int down = y + layer.padding[0], along = x + layer.padding[1];
-      ConvPass pass{layer.out, layer.in};
-      pass.from = {static_cast<int32_t>(out.at(0, 0))};
-      pass.to = {static_cast<int32_t>(in.at(y, x))};
-      pass.y = {y}, pass.x = {x};
-      const int ky = down / layer.dilation[0], kx = along / layer.dilation[1];
-      if (down % layer.dilation[0] == 0 && along % layer.dilation[1] == 0 &&
-          ky < layer.kernel[0] && kx < layer.kernel[1]) {
-        pass.taps = {0};
-        pass.rows = {ky * layer.kernel[1] + kx};
-      }
-      passes.push_back(std::move(pass));
-    }
-  }
-  return passes;
-}
-
-std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in,
-                                    const ConvBuffer& out, int lanes) {
-  if (one_output(layer)) return plan_scatter(layer, in, out);
-  std::vector<ConvPass> passes;
-  for (int ry = 0; ry < std::min(layer.stride[0], in.height); ++ry) {
-    for (int rx = 0; rx < std::min(layer.stride[1], in.width); ++rx) {
-      ConvPass pass{layer.out, layer.in};
-      for (int y = ry; y < in.height; y += layer.stride[0]) {
-        for (int x = rx; x < in.width; x += layer.stride[1]) {
-          pass.from.push_back(out.at(y / layer.stride[0], x / layer.stride[1]));
-          pass.to.push_back(in.at(y, x));
-          pass.y.push_back(y), pass.x.push_back(x);
-        }
-      }
-      const std::vector<Reach> downs = reaches(layer, 0, ry), alongs = reaches(layer, 1, rx);
-      for (const Reach& down : downs) {
-        for (const Reach& along : alongs) {
-          pass.taps.push_back(down.offset * out.row + along.offset * out.pixel);
-          pass.rows.push_back(down.kernel * layer.kernel[1] + along.kernel);
-        }
-      }
-      if (lanes > 0 && phase_taps(layer, 0) > 0 && phase_taps(layer, 1) > 0) {
-        plan_tiles({{(in.height - 1 - ry) / layer.stride[0] + 1,
-                     (in.width - 1 - rx) / layer.stride[1] + 1},
-                    {static_cast<int32_t>(downs.size()), static_cast<int32_t>(alongs.size())},
-                    {1, 1}, {static_cast<int32_t>(out.row), static_cast<int32_t>(out.pixel)}},
-                   lanes, pass);
-      }
-      passes.push_back(std::move(pass));
-    }
-  }
-  return passes;
-}
-
-// Sets the steps of each tap. Merges runs of taps that are adjacent in memory into one tap each, if
-// all runs have one length and no chains lie between pixels.
-void plan_steps(const ConvBuffer& in, int step, ConvPass& pass) {
-  const int channels = static_cast<int>(round_up(pass.in, step));
-  pass.steps = channels / step;
-  if (in.chain <= in.pixel) return;
-  const std::vector<int32_t> taps = std::move(pass.taps);
-  const auto runs_of = [&](size_t run) {
-    for (size_t k = 0; k < taps.size(); ++k) {
-      if (k % run != 0 && taps[k] != taps[k - 1] + channels) return false;
-    }
-    return taps.size() % run == 0;
-  };
-  size_t run = std::max<size_t>(1, taps.size());
-  while (!runs_of(run)) --run;
-  pass.taps.clear();
-  for (size_t k = 0; k < taps.size(); k += run) pass.taps.push_back(taps[k]);
-  pass.steps = static_cast<int64_t>(run) * channels / step;
-}
-
-// Plans the products of a layer's spread gradient if they are fewer than those of its passes. The
-// passes then read these products.
-void plan_spread(const ConvLayer& layer, const ConvBuffer& out, int lanes,
-                 std::vector<ConvPass>& passes, ConvSpread& spread) {
-  const int positions = layer.kernel[0] * layer.kernel[1];
-  const int64_t pixel = round_up(positions * layer.in + 3, lanes);  // read four at a time
-  int64_t multiplied = 0;
-  for (const ConvPass& pass : passes) {
-    multiplied += static_cast<int64_t>(pass.to.size() * pass.rows.size()) *
-                  round_up(layer.in, lanes);
-  }
-  if (out.height * out.width * pixel >= multiplied) return;
-  spread.pixel = pixel;
-  spread.values = out.chain / out.pixel * pixel;
-  spread.products = {layer.out, positions * layer.in};
-  spread.products.taps = spread.products.rows = {0};
-  for (int y = 0; y < out.height; ++y) {
-    for (int x = 0; x < out.width; ++x) {
-      spread.products.from.push_back(out.at(y, x));
-      spread.products.to.push_back(out.at(y, x) / out.pixel * pixel);
-    }
-  }
-  for (ConvPass& pass : passes) {
-    for (int32_t& from : pass.from) from = from / out.pixel * pixel;
-    for (size_t t = 0; t < pass.taps.size(); ++t) {
-      pass.taps[t] = pass.taps[t] / out.pixel * pixel + pass.rows[t] * layer.in;
-    }
-  }
-}
-
-MixPass plan_mix(const std::vector<PixelLink>& links, const ConvBuffer& in, const ConvBuffer& out) {
-  MixPass pass;
-  size_t next = 0;
-  for (int pixel = 0; pixel < out.height * out.width; ++pixel) {
-    pass.to.push_back(out.at(pixel / out.width, pixel % out.width));
-    pass.begin.push_back(pass.from.size());
-    for (; next < links.size() && links[next].out == pixel; ++next) {
-      pass.from.push_back(in.at(links[next].in / in.width, links[next].in % in.width));
-      pass.factors.push_back(links[next].factor);
-    }
-  }
-  pass.begin.push_back(pass.from.size());
-  return pass;
-}
-
-std::vector<PixelLink> reversed(std::vector<PixelLink> links) {
-  for (PixelLink& link : links) std::swap(link.out, link.in);
-  std::stable_sort(links.begin(), links.end(),
-                   [](const PixelLink& a, const PixelLink& b) { return a.out < b.out; });
-  return links;
-}
 
 bool is_smooth(Activation activation) {
   return activation != Activation::kIdentity && activation != Activation::kLeakyReLU;
@@ -327,7 +113,7 @@ Convolution plan_convolution(const ConvLayer& layer, int height, int width, bool
   const ConvKernels& kernels = conv_kernels(Operands::kFloat32);
   Convolution conv{&kernels, layer, gradient};
   ConvBuffer in{height, width, layer.in}, out{layer.height, layer.width, layer.out};
-  frame(layer, in, out);
+  widen_frames(layer, in, out);
   conv.read = gradient ? out : in;
   conv.written = {gradient ? height : layer.height, gradient ? width : layer.width,
                   gradient ? layer.in : layer.out};
@@ -366,7 +152,7 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
   for (size_t k = 0; k < net.layers.size(); ++k) {
     const ConvLayer& layer = net.layers[k];
     if (layer.kind == LayerKind::kConv) {
-      frame(layer, net.buffers[layer.inputs[0]], net.buffers[k + 1]);
+      widen_frames(layer, net.buffers[layer.inputs[0]], net.buffers[k + 1]);
     }
     readers += (layer.inputs[0] == 0) + (layer.inputs[1] == 0);
   }

@@ -30,26 +30,28 @@ def transition(
     computes the gradient and its derivatives; if it is None, autograd does.
     """
 
-    def constant(at: Tensor) -> tuple[Tensor | None, Tensor]:
-        return chain.evaluate(_Constant.apply(at), k, create_graph=True)
+    def at_constant_x(state: Tensor) -> tuple[Tensor | None, Tensor]:
+        return chain.evaluate(_Detached.apply(state), k, create_graph=True)
 
     if explicit is not None:
 
-        def by_explicit(at: Tensor) -> tuple[Tensor | None, Tensor]:
-            return explicit.differentiable(at, straight) if create_graph else explicit(at, True)
+        def by_explicit(state: Tensor) -> tuple[Tensor | None, Tensor]:
+            if create_graph:
+                return explicit.differentiable(state, straight)
+            return explicit(state, True)
 
         step = chain.transition(reference.step, x, k, by_explicit)
         assert step.energies is not None
         return step.x, step.energies
-    cut = constant if straight and create_graph else None
-    step = chain.transition(reference.step, x, k, cut, create_graph)
+    evaluate = at_constant_x if straight and create_graph else None
+    step = chain.transition(reference.step, x, k, evaluate, create_graph)
     if step.energies is not None:
         return step.x, step.energies
     assert step.grad is not None
     return step.x, norms(step.grad.detach())
 
 
-class _Constant(torch.autograd.Function):
+class _Detached(torch.autograd.Function):
     """The identity with no gradient. Unlike the result of detach(), its output is not a leaf."""
 
     @staticmethod
@@ -105,8 +107,8 @@ def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:
         # once_differentiable's wrapper leaves a node only if the incoming gradient has a graph.
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         code = getattr(backward, "__code__", None)
-        once = code is not None and code.co_filename == torch.autograd.function.__file__
-        if once or node.name() in ("torch::autograd::Error", "NotImplemented"):
+        once_only = code is not None and code.co_filename == torch.autograd.function.__file__
+        if once_only or node.name() in ("torch::autograd::Error", "NotImplemented"):
             raise RuntimeError(
                 f"{_OP}: the energy cannot be differentiated twice, which gradients through a "
                 "chain require: it contains a function whose backward pass has no derivative (for "
@@ -117,12 +119,12 @@ def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:
 def nodes_of(out: Tensor) -> list[Any]:
     """The nodes of a tensor's graph, in an order that only the graph determines."""
     nodes = [] if out.grad_fn is None else [out.grad_fn]
-    seen = set(nodes)
+    visited = set(nodes)
     for node in nodes:
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
+        for next_node, _ in node.next_functions:
+            if next_node is not None and next_node not in visited:
+                visited.add(next_node)
+                nodes.append(next_node)
     return nodes
 
 

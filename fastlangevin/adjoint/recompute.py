@@ -30,7 +30,7 @@ from fastlangevin.kernels.memory import in_memory
 _OP = "LangevinSampler"
 
 
-class Trace:
+class StoredSteps:
     """The last steps of a chain, with the states that a schedule stores for the backward pass.
 
     ``explicit`` allows the package's second-order pass in place of autograd's.
@@ -45,8 +45,9 @@ class Trace:
         # If the given noise needs a gradient, each step reads its own entry as a leaf. A gradient
         # of the whole noise at every step would cost K^2 in total.
         stds = (at_step(chain.settings.noise_std, k) for k in range(first, chain.settings.steps))
-        wanted = chain.noise is not None and chain.noise.requires_grad
-        self.noise = chain.noise if wanted and not all(map(reference.is_zero, stds)) else None
+        requires_grad = chain.noise is not None and chain.noise.requires_grad
+        is_leaf = requires_grad and not all(map(reference.is_zero, stds))
+        self.noise = chain.noise if is_leaf else None
         self.autocast = _autocast_state(x.device)
         self.mark = object()  # marks the nodes of the first step
         # torch.func.functional_call puts its tensors into these tables only for the forward pass.
@@ -88,22 +89,22 @@ class Trace:
 
     def measure(self, x: Tensor) -> Sizes:
         """Runs one step and its backward pass to measure their memory."""
-        with Allocations() as first:
+        with Allocations() as forward_pass:
             *_, tensors, nodes = self.begin(x)
-            graph = first.live
+            graph = forward_pass.live
             del nodes
-        with Allocations() as both, torch.no_grad():
+        with Allocations() as backward_pass, torch.no_grad():
             self.pack(x)
             wanted = (True,) * (1 + len(tensors))
             self._step_back(x, tensors, 0, torch.ones_like(x), wanted)
         # In addition to the gradients of a step there are their sums over the steps.
         sums = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        sizes = Sizes(x.numel() * x.element_size(), graph, both.peak + sums)
+        sizes = Sizes(x.numel() * x.element_size(), graph, backward_pass.peak + sums)
         if self.explicit is None:
             return sizes
         # Graphs are stored by autograd alone; the explicit pass only recomputes steps.
-        stored = Trace(self.chain, self.first, self.straight, x, explicit=False).measure(x)
-        return stored._replace(again=sizes.step)
+        by_autograd = StoredSteps(self.chain, self.first, self.straight, x, explicit=False)
+        return by_autograd.measure(x)._replace(again=sizes.step)
 
     def pack(self, x: Tensor) -> None:
         """Reads the weights, if the second-order pass is explicit."""
@@ -171,17 +172,19 @@ class Trace:
                     state = advance(self.chain, state, self.first + k, self.explicit)[0]
             else:
                 need = (k > 0 or wanted[0], *wanted[1:])
-                back, parts, energies = self._step_back(state, self.tensors, k, grad, need)
-                grad = torch.zeros_like(grad) if back is None else back
-                for i, part in enumerate(parts):
+                state_grad, step_grads, energies = self._step_back(
+                    state, self.tensors, k, grad, need
+                )
+                grad = torch.zeros_like(grad) if state_grad is None else state_grad
+                for i, step_grad in enumerate(step_grads):
                     total = sums[i]
-                    if self.noise is not None and i == len(sums) - 1 and part is not None:
+                    if self.noise is not None and i == len(sums) - 1 and step_grad is not None:
                         sums[i] = total = torch.zeros_like(self.noise) if total is None else total
-                        total[self.first + k] = part
-                    elif part is not None:
+                        total[self.first + k] = step_grad
+                    elif step_grad is not None:
                         # The first part is copied: autograd may return one tensor several times.
-                        sums[i] = part.clone() if total is None else total.add_(part)
-                del parts
+                        sums[i] = step_grad.clone() if total is None else total.add_(step_grad)
+                del step_grads
                 gaps.append((energies - self.energies[k]).abs().max())
         self.explicit = None
         self._check_again(gaps[::-1])
@@ -204,19 +207,22 @@ class Trace:
             )
         # Parameters, coefficients and tensors of closures may have graphs of their own, which all
         # steps share and which must survive. Otherwise the pass frees a third of its memory early.
-        shared = any(self.mark in node.metadata for node in nodes if not hasattr(node, "variable"))
-        del nodes
-        chosen = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
+        inner_nodes = [node for node in nodes if not hasattr(node, "variable")]
+        is_shared = any(self.mark in node.metadata for node in inner_nodes)
+        del nodes, inner_nodes
+        needed_inputs = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
         settings, isolation = self.chain.settings, self.chain.isolation
         assert isolation is not None
         with isolation.backward(), network_precision(settings.precision, x.device):
-            parts = iter(
-                torch.autograd.grad(after, chosen, grad, allow_unused=True, retain_graph=shared)
-                if chosen
+            needed_grads = iter(
+                torch.autograd.grad(
+                    after, needed_inputs, grad, allow_unused=True, retain_graph=is_shared
+                )
+                if needed_inputs
                 else ()
             )
-        back, *rest = [next(parts) if needed else None for needed in wanted]
-        return back, rest, energies.detach()
+        state_grad, *tensor_grads = [next(needed_grads) if needed else None for needed in wanted]
+        return state_grad, tensor_grads, energies.detach()
 
     def _noise(self, k: int) -> Tensor | None:
         """The noise of step k as a leaf, if it needs a gradient."""
@@ -243,8 +249,8 @@ class Trace:
                 table[name] = tensor
             yield
         finally:
-            for table, name, now in current:
-                table[name] = now
+            for table, name, current_tensor in current:
+                table[name] = current_tensor
 
     def check_versions(self) -> None:
         """RuntimeError if a tensor that a step reads has changed since the forward pass."""
@@ -260,13 +266,13 @@ class Trace:
         before = torch.stack(self.energies)
         if not in_memory(before):
             return  # Python cannot branch on tensors without values, or on those of transforms
-        half = before.dtype.itemsize < 4 or self.chain.settings.precision in ("fp16", "bf16")
-        half |= self.autocast.keywords["enabled"]
+        is_half = self.autocast.keywords["enabled"] or before.dtype.itemsize < 4
+        is_half |= self.chain.settings.precision in ("fp16", "bf16")
         # 2^-10 allows for TF32, which CUDA may use in one kernel and not in another.
-        eps = 2**-7 if half else max(torch.finfo(before.dtype).eps, 2**-10 * before.is_cuda)
-        wrong = torch.stack(gaps) > eps**0.5 * before.abs().max()
-        if bool(wrong.any()):
-            k = int(wrong.nonzero()[0])
+        eps = 2**-7 if is_half else max(torch.finfo(before.dtype).eps, 2**-10 * before.is_cuda)
+        differs = torch.stack(gaps) > eps**0.5 * before.abs().max()
+        if bool(differs.any()):
+            k = int(differs.nonzero()[0])
             values = "scores' norms" if self.chain.settings.gradient == "network" else "energies"
             raise RuntimeError(
                 f"{_OP}: recomputed for the backward pass, the {values} of step "
@@ -278,29 +284,32 @@ class Trace:
 
 
 class Adjoint(torch.autograd.Function):
-    """The last state of a trace; its backward pass runs the chain again."""
+    """The last state of the steps; its backward pass runs the chain again."""
 
     @staticmethod
-    def forward(ctx: Any, trace: Trace, out: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.trace = trace
+    def forward(
+        ctx: Any, stored_steps: StoredSteps, out: Tensor, x: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.stored_steps = stored_steps
         ctx.save_for_backward(x)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.trace.check_versions()
+        ctx.stored_steps.check_versions()
         (x,) = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
-        with torch.no_grad(), ctx.trace.tables_put_back():
-            grads = ctx.trace.backward(x, grad, ctx.needs_input_grad[2:])
+        with torch.no_grad(), ctx.stored_steps.tables_put_back():
+            grads = ctx.stored_steps.backward(x, grad, ctx.needs_input_grad[2:])
         if create_graph:
-            present = [part for part in grads if part is not None]
-            guarded = iter(_Once.apply(len(present), *present, grad, x, *ctx.trace.tensors))
-            grads = [part if part is None else next(guarded) for part in grads]
+            present = [input_grad for input_grad in grads if input_grad is not None]
+            inputs = (grad, x, *ctx.stored_steps.tensors)
+            guarded = iter(_DifferentiableOnce.apply(len(present), *present, *inputs))
+            grads = [input_grad if input_grad is None else next(guarded) for input_grad in grads]
         return None, None, *grads
 
 
-class _Once(torch.autograd.Function):
+class _DifferentiableOnce(torch.autograd.Function):
     """Gradients made under create_graph; differentiating them raises an error that explains why."""
 
     @staticmethod

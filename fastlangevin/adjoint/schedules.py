@@ -26,8 +26,8 @@ from fastlangevin.names import did_you_mean
 
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
-# "auto" gives the states 1 / _SHARE of the free memory; the rest of a training step needs some too.
-_SHARE = 4
+# "auto" gives the states a quarter of the free memory; the rest of a training step needs some too.
+_FREE_MEMORY_DIVISOR = 4
 
 
 class Action(NamedTuple):
@@ -68,15 +68,15 @@ class Sizes(NamedTuple):
 Checkpoint = str | int | Budget
 
 
-def sweep(start: int, stop: int, free: int) -> Iterator[Action]:
-    """From the stored x_start to x_{stop - 1}, storing up to ``free`` states on the way."""
+def sweep(start: int, stop: int, free_slots: int) -> Iterator[Action]:
+    """From the stored x_start to x_{stop - 1}, storing up to ``free_slots`` states on the way."""
     while stop - start > 1:
-        ahead = start + _split(stop - start, free + 1)
-        yield from (Action("advance", k) for k in range(start, ahead))
-        start = ahead
+        next_stored = start + _distance_to_next(stop - start, free_slots + 1)
+        yield from (Action("advance", k) for k in range(start, next_stored))
+        start = next_stored
         if stop - start > 1:
             yield Action("store", start)
-            free -= 1
+            free_slots -= 1
 
 
 def reverse(
@@ -103,7 +103,7 @@ def reverse(
 def recomputed(steps: int, states: int) -> int:
     """The number of advances in the backward pass: t(steps, states) without the first sweep."""
     states = min(states, steps)
-    repeats = _repeats(steps, states)
+    repeats = _fewest_repeats(steps, states)
     return repeats * steps - comb(states + repeats, repeats - 1) - (steps - 1)
 
 
@@ -115,16 +115,16 @@ def states_for(steps: int, repeats: int = 2) -> int:
     return states
 
 
-def _split(steps: int, states: int) -> int:
+def _distance_to_next(steps: int, states: int) -> int:
     """The distance from a stored state to the next one to store, or to the end without room."""
-    repeats = _repeats(steps, states)
+    repeats = _fewest_repeats(steps, states)
     return min(
         comb(states + repeats - 1, states),
         steps - comb(states + repeats - 2, states - 1),
     )
 
 
-def _repeats(steps: int, states: int) -> int:
+def _fewest_repeats(steps: int, states: int) -> int:
     """The least r with beta(states, r) >= steps."""
     repeats = 1
     while comb(states + repeats, states) < steps:
@@ -159,12 +159,12 @@ def check_checkpoint(op: str, checkpoint: str | int) -> Checkpoint:
 
 
 def choose_states(
-    op: str, checkpoint: Checkpoint, steps: int, sizes: Sizes, free: int | None, offload: bool
+    op: str, checkpoint: Checkpoint, steps: int, sizes: Sizes, free_bytes: int | None, offload: bool
 ) -> int | None:
     """The number of states to store, or None to store the graph of every step instead.
 
-    ``free`` is the number of free bytes on the device, or None if it is unknown. With ``offload``
-    the states do not count towards a budget. Raises ValueError if no schedule fits the budget.
+    ``free_bytes`` is the free memory of the device, or None if it is unknown. With ``offload`` the
+    states do not count towards a budget. Raises ValueError if no schedule fits the budget.
     """
     if checkpoint == "none":
         return None
@@ -175,18 +175,18 @@ def choose_states(
     if isinstance(checkpoint, Budget):
         if unrolled_bytes(steps, sizes) <= checkpoint.bytes:
             return None
-        least = recomputed_bytes(1, sizes, offload)
-        if least > checkpoint.bytes:
+        least_bytes = recomputed_bytes(1, sizes, offload)
+        if least_bytes > checkpoint.bytes:
             raise ValueError(
                 f'{op}: checkpoint="{checkpoint.text}" is not enough for these chains: '
                 f"differentiating one step takes {text_of(sizes.recomputed)} and a state "
-                f"{text_of(sizes.state)}; the least that would do is {text_of(least)}"
+                f"{text_of(sizes.state)}; the least that would do is {text_of(least_bytes)}"
             )
-        left = checkpoint.bytes - least
-        return steps if offload else min(1 + left // max(sizes.state, 1), steps)
-    if free is None or steps * sizes.state <= free // _SHARE:
+        spare_bytes = checkpoint.bytes - least_bytes
+        return steps if offload else min(1 + spare_bytes // max(sizes.state, 1), steps)
+    if free_bytes is None or steps * sizes.state <= free_bytes // _FREE_MEMORY_DIVISOR:
         return steps
-    return min(max(1, free // _SHARE // sizes.state), steps)
+    return min(max(1, free_bytes // _FREE_MEMORY_DIVISOR // sizes.state), steps)
 
 
 def unrolled_bytes(steps: int, sizes: Sizes) -> int:

@@ -26,7 +26,7 @@ from fastlangevin.adjoint.one_step import (
     parameters_of,
     transition,
 )
-from fastlangevin.adjoint.recompute import Adjoint, Trace
+from fastlangevin.adjoint.recompute import Adjoint, StoredSteps
 from fastlangevin.adjoint.schedules import (
     Budget,
     Checkpoint,
@@ -75,28 +75,28 @@ def unroll(
     if x.numel() == 0:
         return x.clone()
     chain = chain.isolated(x.device, twice=True)
-    straight, first = grad_through == "straight", steps - grad_steps
+    straight, first_traced = grad_through == "straight", steps - grad_steps
     if not torch.is_grad_enabled():
-        first = steps
-    elif not _something_requires_grad(chain, x, first):
+        first_traced = steps
+    elif not _requires_grad(chain, x, first_traced):
         raise _nothing_requires_grad()
     energies: Tensor | None = None
-    for k in range(first):
+    for k in range(first_traced):
         x, energies = advance(chain, x, k)
-    if first == steps:
+    if first_traced == steps:
         out = x
     elif only_masks(chain, x):
-        out, energies = _masked(chain, x, first)
+        out, energies = _masked(chain, x, first_traced)
     else:
-        out, energies = _traced(chain, x, first, schedule, straight, offload)
+        out, energies = _recomputed(chain, x, first_traced, schedule, straight, offload)
     chain.check_finite(out, energies)
     return out
 
 
 def only_masks(chain: Chain, x: Tensor) -> bool:
     """Whether only x requires grad and the energy is known to be piecewise linear in it."""
-    others = (*parameters_of(chain.energy), *arguments_of(chain))
-    if not x.requires_grad or any(tensor.requires_grad for tensor in others):
+    other_tensors = (*parameters_of(chain.energy), *arguments_of(chain))
+    if not x.requires_grad or any(tensor.requires_grad for tensor in other_tensors):
         return False
     # The graph is None for an energy that may read tensors other than its parameters.
     graph = chain.choose(x).graph
@@ -108,20 +108,20 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
     x, steps = x.detach().requires_grad_(), chain.settings.steps
     try:
         chain = chain.isolated(x.device, twice=True)
-        trace = Trace(chain, 0, False, x)
-        check_graph(chain, trace.begin(x)[-1])
-        sizes = trace.measure(x)
+        stored_steps = StoredSteps(chain, 0, False, x)
+        check_graph(chain, stored_steps.begin(x)[-1])
+        sizes = stored_steps.measure(x)
     except Exception as error:  # of any kind; calls without gradients may still work
         return [f"gradients  not with this energy: {error}"]
-    free = free_memory(x.device)
+    free_bytes = free_memory(x.device)
     rows = []
     for checkpoint in ("none", "step", states_for(steps), 1, "auto"):
-        states = choose_states(_OP, checkpoint, steps, sizes, free, offload=False)
+        states = choose_states(_OP, checkpoint, steps, sizes, free_bytes, offload=False)
         rows.append(f"checkpoint {checkpoint!r}: {cost_text(steps, states, sizes)}")
     rows = list(dict.fromkeys(rows))
     rows.append(
-        f"a recomputed step is differentiated twice by autograd: {trace.graph}"
-        if isinstance(trace.graph, str)
+        f"a recomputed step is differentiated twice by autograd: {stored_steps.graph}"
+        if isinstance(stored_steps.graph, str)
         else "a recomputed step is differentiated by an explicit second-order pass"
     )
     if only_masks(chain, x):
@@ -129,40 +129,40 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
     return [f"{'' if i else 'gradients':11}{row}" for i, row in enumerate(rows)]
 
 
-def _traced(
-    chain: Chain, x: Tensor, first: int, schedule: Checkpoint, straight: bool, offload: bool
+def _recomputed(
+    chain: Chain, x: Tensor, first_traced: int, schedule: Checkpoint, straight: bool, offload: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(last state with its graph, energies) of the steps from ``first`` on, by a schedule."""
-    steps = chain.settings.steps - first
+    """(last state with its graph, energies) of steps first_traced to K - 1, by a schedule."""
+    steps = chain.settings.steps - first_traced
     if schedule == "none":
-        return _plain(chain, x, first, straight)
-    trace = Trace(chain, first, straight, x)
-    after, energies, tensors, nodes = trace.begin(x)
+        return _unrolled(chain, x, first_traced, straight)
+    stored_steps = StoredSteps(chain, first_traced, straight, x)
+    after, energies, tensors, nodes = stored_steps.begin(x)
     if straight and not tensors and x.requires_grad:
         del after, nodes
-        return _masked(chain, x, first)
+        return _masked(chain, x, first_traced)
     check_graph(chain, nodes)
     del nodes
     if not (x.requires_grad or tensors):
         raise _nothing_requires_grad()
     sizes = Sizes(x.numel() * x.element_size())
     if isinstance(schedule, Budget):
-        sizes = trace.measure(x)
+        sizes = stored_steps.measure(x)
     states = choose_states(_OP, schedule, steps, sizes, free_memory(x.device), offload)
     if states is None:
-        del after, trace
-        return _plain(chain, x, first, straight)
-    out, energies = trace.forward(x, after, energies, tensors, steps, states, offload)
-    return Adjoint.apply(trace, out, x, *tensors), energies
+        del after, stored_steps
+        return _unrolled(chain, x, first_traced, straight)
+    out, energies = stored_steps.forward(x, after, energies, tensors, steps, states, offload)
+    return Adjoint.apply(stored_steps, out, x, *tensors), energies
 
 
-def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor, Tensor]:
-    """(last state with its graph, energies) of the steps from ``first`` on, with every graph."""
+def _unrolled(chain: Chain, x: Tensor, first_traced: int, straight: bool) -> tuple[Tensor, Tensor]:
+    """(last state with its graph, energies) of steps first_traced to K - 1, with every graph."""
     start = x if x.requires_grad else x.detach().requires_grad_()
     state = start
-    for k in range(first, chain.settings.steps):
+    for k in range(first_traced, chain.settings.steps):
         state, energies = transition(chain, state, k, create_graph=True, straight=straight)
-        if k == first:
+        if k == first_traced:
             nodes = nodes_of(state)
             if not x.requires_grad and leaves_of(nodes) == [start]:
                 raise _nothing_requires_grad()
@@ -171,44 +171,46 @@ def _plain(chain: Chain, x: Tensor, first: int, straight: bool) -> tuple[Tensor,
     return state, energies
 
 
-def _masked(chain: Chain, x: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+def _masked(chain: Chain, x: Tensor, first_traced: int) -> tuple[Tensor, Tensor | None]:
     """(last state with its graph, energies), if the Jacobian of a step is the mask of its clamp."""
-    state, passed = x.detach(), torch.ones_like(x)
+    state, is_unclamped = x.detach(), torch.ones_like(x)
     engine = chain.choose(x).engine
-    last = chain.settings.steps - 1
+    last_step = chain.settings.steps - 1
     if engine is not None:
         engine.begin()
-    for k in range(first, last + 1):
+    for k in range(first_traced, last_step + 1):
         state.requires_grad_()
-        evaluate = None if engine is None else functools.partial(engine, want_energies=k == last)
+        evaluate = (
+            None if engine is None else functools.partial(engine, want_energies=k == last_step)
+        )
         with torch.enable_grad():
             step = chain.transition(reference.step, state, k, evaluate)
-        (passed,) = torch.autograd.grad(step.x, state, passed)
+        (is_unclamped,) = torch.autograd.grad(step.x, state, is_unclamped)
         state = step.x.detach()
-    return _Masked.apply(x, state, passed.bool()), step.energies
+    return _Masked.apply(x, state, is_unclamped.bool()), step.energies
 
 
 class _Masked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor, passed: Tensor) -> Tensor:
-        ctx.save_for_backward(passed)
+    def forward(ctx: Any, x: Tensor, out: Tensor, is_unclamped: Tensor) -> Tensor:
+        ctx.save_for_backward(is_unclamped)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (passed,) = ctx.saved_tensors
-        return grad * passed, None, None
+        (is_unclamped,) = ctx.saved_tensors
+        return grad * is_unclamped, None, None
 
 
-def _something_requires_grad(chain: Chain, x: Tensor, first: int) -> bool:
-    """Whether the steps from ``first`` on have a gradient; runs one of them only if unsure."""
-    others = (*parameters_of(chain.energy), *arguments_of(chain))
-    if any(tensor.requires_grad for tensor in others):
+def _requires_grad(chain: Chain, x: Tensor, first_traced: int) -> bool:
+    """Whether steps first_traced to K - 1 have a gradient; runs one of them only if unsure."""
+    other_tensors = (*parameters_of(chain.energy), *arguments_of(chain))
+    if any(tensor.requires_grad for tensor in other_tensors):
         return True
-    if x.requires_grad and first == 0:
+    if x.requires_grad and first_traced == 0:
         return True
     start = x.detach().requires_grad_()
-    after, _ = transition(chain, start, first, create_graph=True)
+    after, _ = transition(chain, start, first_traced, create_graph=True)
     return leaves_of(nodes_of(after)) != [start]
 
 

@@ -112,17 +112,17 @@ class Chain(NamedTuple):
             return
         settings = self.settings
         engine = (choice or self.choose(x)).engine
-        half = Overflow(settings.steps) if settings.precision == "fp16" else None
+        overflow = Overflow(settings.steps) if settings.precision == "fp16" else None
         if engine is not None:
             engine.begin()
-        yield from self.stride(engine, x, half, want_energies, every)
-        check_overflow(engine, half)
+        yield from self.stride(engine, x, overflow, want_energies, every)
+        check_overflow(engine, overflow)
 
     def stride(
         self,
         engine: Engine | None,
         x: Tensor,
-        half: "Overflow | None",
+        overflow: "Overflow | None",
         want_energies: bool = False,
         every: int = 1,
     ) -> Iterator[Step]:
@@ -131,23 +131,23 @@ class Chain(NamedTuple):
         They only launch work and never wait for its results.
         """
         run = resolve_backend(self.settings.backend, x.device)
-        last = self.settings.steps - 1
+        last_step = self.settings.steps - 1
         if engine is None:
             chain = self.isolated(x.device)
             strides = self._strides(
                 run,
                 x,
-                lambda k: chain.evaluate(x, k, want_energies=want_energies or k == last),
+                lambda k: chain.evaluate(x, k, want_energies=want_energies or k == last_step),
             )
         elif isinstance(engine, FusedGradient) and not want_energies and self._fuses():
-            strides, half = self._fused_strides(engine, x), None
+            strides, overflow = self._fused_strides(engine, x), None
         elif every > 1 and isinstance(engine, ConvNetGradient) and self._in_blocks(engine, run, x):
             strides = self._block_strides(engine, x, every)
         else:
-            strides = self._strides(run, x, lambda k: engine(x, want_energies or k == last))
+            strides = self._strides(run, x, lambda k: engine(x, want_energies or k == last_step))
         for step in strides:
-            if half is not None:
-                half.look_at(step)
+            if overflow is not None:
+                overflow.look_at(step)
             yield step
 
     def _strides(
@@ -199,12 +199,12 @@ class Chain(NamedTuple):
     ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
         """The in-place update of x as a function of (grad, step_size, noise_std, step)."""
         options = self._options()
-        noise, first = self.noise, self.first_step
+        noise, first_step = self.noise, self.first_step
         if noise is None and self.rng_state is None:
             return bind_step(run, x, **options)
         return lambda grad, a, b, step: apply_step_(
-            run, x, grad, None if noise is None else noise[step - first], step_size=a, noise_std=b,
-            step=step, **options,
+            run, x, grad, None if noise is None else noise[step - first_step], step_size=a,
+            noise_std=b, step=step, **options,
         )  # fmt: skip
 
     def _fuses(self) -> bool:
@@ -356,17 +356,17 @@ class Overflow:
 
     def check(self) -> None:
         peaks = [] if self.peaks is None else self.peaks.tolist()
-        first = next((k for k, peak in enumerate(peaks) if not math.isfinite(peak)), None)
-        if first is not None:
+        first_step = next((k for k, peak in enumerate(peaks) if not math.isfinite(peak)), None)
+        if first_step is not None:
             raise FloatingPointError(
-                f'LangevinSampler: with precision="fp16" at step {first} {_OVERFLOW}'
+                f'LangevinSampler: with precision="fp16" at step {first_step} {_OVERFLOW}'
             )
 
 
-def check_overflow(engine: Engine | None, half: Overflow | None) -> None:
+def check_overflow(engine: Engine | None, overflow: Overflow | None) -> None:
     """FloatingPointError if a gradient left the range of float16 in a chain that has ended."""
-    if half is not None:
-        half.check()
+    if overflow is not None:
+        overflow.check()
     if isinstance(engine, FusedGradient) and engine.overflow is not None and bool(engine.overflow):
         raise FloatingPointError(
             f'LangevinSampler: with precision="fp16" {_OVERFLOW}; diagnose() shows where'

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlangevin.arguments import Coefficient
 from fastlangevin.chain.chain import Chain
-from fastlangevin.chain.cuda_recording import CudaRecorder, RecordedEngine, Recorder, Recording
+from fastlangevin.chain.cuda_recording import ChainRecording, CudaRecorder, RecordedEngine, Recorder
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.precision import switches
 from fastlangevin.gradients.select import EngineChoice
@@ -27,14 +27,14 @@ from fastlangevin.step import choose_backend
 _RECORDINGS = 2
 # A recording is dropped for another kind of chain only after this many calls without it. Otherwise
 # kinds that alternate would be recorded at every call, which takes longer than running them.
-_RESTED = 8
+_CALLS_BEFORE_DROP = 8
 # The most kinds of chains that are remembered, recorded or not.
 _KINDS = 16
 # A step has about 25 launches, and each takes one or two kilobytes and 10 us to instantiate.
 _MAX_STEPS = 1024
 # A kind whose recording failed is tried again after this many calls, and then after twice as many,
 # since memory may have been short or another library may have been at work on the device.
-_RETRY = 32
+_CALLS_BEFORE_RETRY = 32
 # Equal bits are expected, except that cuDNN may sum in an order that changes from run to run.
 _TOLERANCE = 1e-5
 
@@ -123,14 +123,14 @@ class _Kind:
 
     source: "weakref.ref[Any]"  # the engine or its trace
     last_call: int = 0
-    recording: Recording | None = None
+    recording: ChainRecording | None = None
     reason: str | None = None  # why the last try to record it failed
     failures: int = 0
     next_try: int = 0  # the first call at which it is tried again
 
     def fail(self, reason: str, call: int) -> None:
         self.reason = reason
-        self.next_try = call + (_RETRY << self.failures)
+        self.next_try = call + (_CALLS_BEFORE_RETRY << self.failures)
         self.failures += 1
 
 
@@ -194,22 +194,24 @@ class Graphs:
             return energies  # the caller reports it; there is nothing to compare a replay with
         shared_with = next((r.graph for r in self._recordings()), None)
         try:
-            recording = Recording(chain, start, engine, choice.graph, self._record, shared_with)
+            recording = ChainRecording(
+                chain, start, engine, choice.graph, self._record, shared_with
+            )
             replayed = recording.replay(chain, start, engine)
-            if replayed is not None and _close(start, x) and _close(replayed, energies):
+            if replayed is not None and _agree(start, x) and _agree(replayed, energies):
                 kind.recording, kind.reason = recording, None
             else:
                 kind.fail("its replay differs from the chain run step by step", self._calls)
         except Exception as error:  # the chain itself has been run, so no error is fatal
-            first: BaseException = error
-            while first.__context__ is not None:  # leaving a failed capture raises another error
-                first = first.__context__
-            text = str(first).strip().split("\n")[0]
-            reason = f"its launches could not be recorded: {type(first).__name__}: {text}"
+            cause: BaseException = error
+            while cause.__context__ is not None:  # leaving a failed capture raises another error
+                cause = cause.__context__
+            text = str(cause).strip().split("\n")[0]
+            reason = f"its launches could not be recorded: {type(cause).__name__}: {text}"
             kind.fail(reason, self._calls)
         return energies
 
-    def _recordings(self) -> list[Recording]:
+    def _recordings(self) -> list[ChainRecording]:
         return [k.recording for k in self._kinds.values() if k.recording is not None]
 
     def _make_room(self) -> bool:
@@ -217,7 +219,7 @@ class Graphs:
         recorded = [kind for kind in self._kinds.values() if kind.recording is not None]
         if len(recorded) < _RECORDINGS:
             return True
-        if self._calls - recorded[0].last_call <= _RESTED:
+        if self._calls - recorded[0].last_call <= _CALLS_BEFORE_DROP:
             return False
         recorded[0].recording = None
         return True
@@ -261,12 +263,12 @@ class Graphs:
             if len(self._recordings()) == _RECORDINGS:
                 return (
                     f"not now: {_RECORDINGS} other kinds of chains are recorded, until one has not "
-                    f"been run for {_RESTED} calls"
+                    f"been run for {_CALLS_BEFORE_DROP} calls"
                 )
             return "yes: the second such call records all steps, and later ones replay them as one"
 
 
-def _close(a: Tensor, b: Tensor | None) -> bool:
+def _agree(a: Tensor, b: Tensor | None) -> bool:
     if b is None:
         return False
     return torch.equal(a, b) or torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE)

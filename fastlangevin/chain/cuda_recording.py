@@ -57,17 +57,17 @@ class CudaRecorder:
             torch.cuda.device(device),
             torch.cuda.stream(torch.cuda.current_stream(device)),
         ):
-            side = self._streams.setdefault(device, torch.cuda.Stream())
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            side_stream = self._streams.setdefault(device, torch.cuda.Stream())
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):
                 run()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             # A graph's own memory holds nothing between replays, so that two graphs can share it.
             # The pool is named here, since a graph whose capture failed does not give its name.
             pool = torch.cuda.graph_pool_handle() if shared_with is None else shared_with.pool()
             capture = torch.cuda.graph(
-                graph, pool=pool, stream=side, capture_error_mode="thread_local"
+                graph, pool=pool, stream=side_stream, capture_error_mode="thread_local"
             )
             try:
                 with capture:
@@ -100,7 +100,7 @@ def _end_capture(device: torch.device, pool: Any) -> None:
     generator.graphsafe_set_state(generator.clone_state())  # a clone is not capturing
 
 
-class Recording:
+class ChainRecording:
     """The launches of a chain.
 
     They are repeated for any state, seed and first step, the current weights, and the tensors among
@@ -124,21 +124,21 @@ class Recording:
         self.rng_state = torch.zeros(2, dtype=torch.int64, device=x.device)
         self.energies: Tensor | None = None
         # Numbers that differ from those of the first replay, whose check would detect their use.
-        other = chain._replace(
+        recorded_chain = chain._replace(
             seed=(chain.seed + 1) % 2**64, first_step=0, rng_state=self.rng_state
         )
 
         def run() -> None:
             energies = None
             self._forget_constants()
-            for step in other.stride(self.engine, self.x, self.overflow):
+            for step in recorded_chain.stride(self.engine, self.x, self.overflow):
                 energies = step.energies
             assert energies is not None
             if self.energies is None:
                 self.energies = torch.empty_like(energies)
             self.energies.copy_(energies)
 
-        self._packing: Packing | None = None
+        self._packing: PackingLaunches | None = None
         self._begin(engine)
         self.graph, self.bytes = record(run, x.device, shared_with)
         if not isinstance(engine, TracedGradient) and graph is not None and graph.computed is None:
@@ -190,7 +190,7 @@ class Recording:
             self.engine.forget_constants()
 
 
-class Packing:
+class PackingLaunches:
     """The launches that pack an engine's weights, some 60 of them, as one graph.
 
     ``weights`` are the parameters and buffers that they read.
@@ -213,18 +213,18 @@ def recorded_packing(
     weights: list[Tensor],
     record: Recorder,
     device: torch.device,
-) -> Packing | None:
+) -> PackingLaunches | None:
     """Returns the launches of ``engine.begin``, or None if a replay would not do the same."""
     packed = engine.packed()
     with engine.lock:
-        want = [tensor.clone() for tensor in packed]
+        expected = [tensor.clone() for tensor in packed]
         try:
             graph, size = record(engine.begin, device, None)
             for tensor in packed:
                 tensor.mul_(2)  # which leaves the zeros that pad weights
             graph.replay()
-            if all(map(torch.equal, packed, want)):
-                return Packing(graph, size, weights)
+            if all(map(torch.equal, packed, expected)):
+                return PackingLaunches(graph, size, weights)
         except Exception:  # the chain itself is recorded, and begin works without a graph
             engine.begin()
             return None

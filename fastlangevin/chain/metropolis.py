@@ -38,7 +38,7 @@ class AdjustedChain(Chain):
         self,
         engine: Engine | None,
         x: Tensor,
-        half: Overflow | None,
+        overflow: Overflow | None,
         want_energies: bool = False,
         every: int = 1,
     ) -> Iterator[Step]:
@@ -60,8 +60,8 @@ class AdjustedChain(Chain):
                 x.copy_(torch.where(_like(accepted, x), y, x))
                 energies = torch.where(accepted, at_y[0], energies)
                 grad = torch.where(_like(accepted, x), at_y[1], grad)
-            if half is not None:
-                half.look_at(step)
+            if overflow is not None:
+                overflow.look_at(step)
             yield step._replace(accepted=accepted)
 
     def _evaluate(self, engine: Engine | None, x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """The learner: one step of Algorithm 1, short-run MCMC learning of an energy."""
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +14,10 @@ from fastlangevin.arguments import check_count
 from fastlangevin.distributed import Group, Shard
 from fastlangevin.gradients.draws import Draws
 from fastlangevin.gradients.network import call_network
-from fastlangevin.learn.checkpoint import (
-    CheckpointError,
-    checksum,
-    iteration_of,
-    load_weights,
-    read_checkpoint,
-    save_checkpoint,
-)
+from fastlangevin.learn.checkpoint import iteration_of, read_checkpoint, save_checkpoint
 from fastlangevin.learn.data.datasets import Data, DatasetImages, as_images, warn_of_range
 from fastlangevin.learn.data.load import ImageData
+from fastlangevin.learn.learner_state import LearnerState
 from fastlangevin.learn.model import check_state, describe
 from fastlangevin.learn.shared_buffer import SharedBuffer
 from fastlangevin.learn.split_batch import SplitBatch
@@ -33,14 +26,6 @@ from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 
 _OP = "ShortRunLearner"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-# What the tensors of a checkpoint are, by the first word of their names.
-_KINDS = {
-    "model": "the weights",
-    "ema": "the averages",
-    "adam": "the optimiser",
-    "buffer": "the count of persistent chains",
-}
 # Folded into the seed, together with the first chain of a part, and with the iteration.
 _PART, _ITEMS = 2**40, 2**41
 
@@ -214,8 +199,8 @@ class ShortRunLearner:
         figures = torch.stack([unknown, unknown, saturation, reach, *measured], 1).float()
 
         def loss(part: Shard) -> Tensor:
-            first = part.first_chain - self._batch.own.first_chain
-            rows = slice(first, first + part.n)
+            first_row = part.first_chain - self._batch.own.first_chain
+            rows = slice(first_row, first_row + part.n)
             energy_data, energy_samples = self._energies(data[rows], samples[rows], part)
             figures[rows, :2] = torch.stack([energy_data, energy_samples], 1).detach().float()
             gap = (energy_data.sum() - energy_samples.sum()) / self.batch_size
@@ -225,8 +210,9 @@ class ShortRunLearner:
         what = f"the gradients of iteration {self.iteration + 1}"
         figures, self.signal = self._batch.backward(loss, figures, signal, what)
         values = torch.stack([column.mean() for column in figures.T.contiguous()]).tolist()
-        of_data, of_samples, *others = values
-        metrics = Metrics(self.iteration + 1, of_data, of_samples, of_data - of_samples, *others)
+        data_energy, samples_energy, *other_figures = values
+        gap = data_energy - samples_energy
+        metrics = Metrics(self.iteration + 1, data_energy, samples_energy, gap, *other_figures)
         if not all(math.isfinite(value) for value in values):
             self.optimizer.zero_grad(set_to_none=True)
             raise failure or FloatingPointError(f"{_OP}: energies are not finite: {metrics}")
@@ -249,25 +235,7 @@ class ShortRunLearner:
         In a group, all processes must call this method, and the states of the buffer are complete
         on rank 0 alone.
         """
-        tensors = self._replicated()
-        if self.buffer is not None:
-            tensors["buffer"] = self.buffer.gather()
-        return tensors
-
-    def _replicated(self) -> dict[str, Tensor]:
-        """Return the tensors that are equal on all processes."""
-        tensors = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
-        if self.averaged is not None:
-            for name, value in self.averaged.module.state_dict().items():
-                tensors[f"ema.{name}"] = value
-            tensors["ema_updates"] = self.averaged.n_averaged
-        for name, parameter in self.energy.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
-        if self.buffer is not None and self.buffer.kind != "index":
-            added = torch.tensor(self.buffer.added, dtype=torch.int64, device="cpu")
-            tensors["buffer_added"] = added
-        return tensors
+        return self._state().tensors()
 
     def load_tensors(
         self, tensors: dict[str, Tensor], iteration: int, path: str | Path = "the checkpoint"
@@ -276,41 +244,11 @@ class ShortRunLearner:
 
         Raises CheckpointError if the tensors do not fit; the error names ``path`` as their file.
         """
-
-        def take(name: str, shape: Sequence[int]) -> Tensor:
-            if name not in tensors:
-                raise CheckpointError(f"{path} has no {name}")
-            if tensors[name].shape != torch.Size(shape):
-                raise CheckpointError(
-                    f"{path} has {name} of shape {list(tensors[name].shape)}, "
-                    f"this run's has {list(shape)}"
-                )
-            return tensors[name]
-
-        load_weights(self.energy, tensors, "model.", path)
-        if self.averaged is not None:
-            load_weights(self.averaged.module, tensors, "ema.", path)
-            self.averaged.n_averaged.copy_(take("ema_updates", ()))
-        if self.buffer is not None:
-            states = take("buffer", (self.buffer.capacity, *self.buffer.states.shape[1:]))
-            if states.dtype != self.buffer.states.dtype:
-                raise CheckpointError(
-                    f"{path} has a buffer of {states.dtype}, this run's is of "
-                    f"{self.buffer.states.dtype}"
-                )
-            added = int(take("buffer_added", ())) if self.buffer.kind != "index" else 0
-            self.buffer.load(states, added)
-        self.optimizer.state.clear()
-        for name, parameter in self.energy.named_parameters():
-            # Adam has no moments for a parameter that has never had a gradient.
-            if any(f"adam.{key}.{name}" in tensors for key in _MOMENTS):
-                self.optimizer.state[parameter] = {
-                    key: take(f"adam.{key}.{name}", () if key == "step" else parameter.shape).to(
-                        "cpu" if key == "step" else parameter.device, copy=True
-                    )
-                    for key in _MOMENTS
-                }
+        self._state().load(tensors, path)
         self.iteration = iteration
+
+    def _state(self) -> LearnerState:
+        return LearnerState(self.energy, self.averaged, self.optimizer, self.buffer)
 
     def save(self, path: str | Path, **info: Any) -> None:
         """Write a checkpoint, with ``info`` in its header, atomically.
@@ -332,13 +270,8 @@ class ShortRunLearner:
 
     def check_replicas(self, what: str) -> None:
         """Raise DistributedError unless all processes have equal weights, averages and moments."""
-        if self.group.world_size == 1:
-            return
-        kinds: dict[str, dict[str, Tensor]] = {}
-        for name, value in self._replicated().items():
-            kind = _KINDS[re.split(r"[._]", name)[0]]
-            kinds.setdefault(kind, {})[name] = value.detach().cpu().contiguous()
-        self.group.compare({kind: checksum("", tensors) for kind, tensors in kinds.items()}, what)
+        if self.group.world_size > 1:
+            self.group.compare(self._state().checksums(), what)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore the state that :meth:`save` wrote and return the header.
@@ -352,20 +285,20 @@ class ShortRunLearner:
 
     def _data(self) -> Tensor:
         """Return the batch of this iteration, with its noise: a function of (seed, iteration)."""
-        first, n = self._batch.own
+        first_chain, n = self._batch.own
         words = _noise.words(
             (n, 2),
             seed=self.seed,
             step=self.iteration,
             stream=_noise.ORDER,
-            first_chain=first,
+            first_chain=first_chain,
         )
         indices = words[:, 0] * len(self.data) >> 32
         flip = words[:, 1] >= 2**31 if self.flip else None
         device = next(self.energy.parameters()).device
         if isinstance(self.data, DatasetImages):
             seed = _noise.fold_in(self.seed, _ITEMS + self.iteration)
-            images = self.data.batch(indices, flip, seed, first).to(device)
+            images = self.data.batch(indices, flip, seed, first_chain).to(device)
         else:
             images = self.data.batch(indices, flip).to(device)
         if not self._range_is_known:
@@ -377,7 +310,7 @@ class ShortRunLearner:
                 seed=self.seed,
                 step=self.iteration,
                 stream=_noise.DATA,
-                first_chain=first,
+                first_chain=first_chain,
                 device=device,
             )
         return images
@@ -388,9 +321,9 @@ class ShortRunLearner:
         if self.buffer is not None:
             return *self.buffer.draw(self.batch_size, self.iteration), seed
         device = next(self.energy.parameters()).device
-        first, n = self._batch.own
+        first_chain, n = self._batch.own
         shape = (n, *self.data.shape)
-        return None, _noise.initial(shape, seed=seed, first_chain=first, device=device), seed
+        return None, _noise.initial(shape, seed=seed, first_chain=first_chain, device=device), seed
 
     def _sample(
         self, x0: Tensor, seed: int, measure: bool
@@ -400,12 +333,12 @@ class ShortRunLearner:
         In a group, samples that are not finite are NaN, with the error: the other processes must
         learn of it before this one raises it.
         """
-        first = self._batch.own.first_chain
+        first_chain = self._batch.own.first_chain
         if measure:
-            chain = self.sampler.diagnose(x0, seed=seed, first_chain=first)
+            chain = self.sampler.diagnose(x0, seed=seed, first_chain=first_chain)
             return chain.x, [chain.grad_norm.mean(0), chain.displacement.mean(0)], None
         try:
-            return self.sampler(x0, seed=seed, first_chain=first), [], None
+            return self.sampler(x0, seed=seed, first_chain=first_chain), [], None
         except FloatingPointError as error:
             if self.group.world_size == 1:
                 raise
@@ -414,8 +347,8 @@ class ShortRunLearner:
     def _energies(self, data: Tensor, samples: Tensor, part: Shard) -> tuple[Tensor, Tensor]:
         """Return the energies of a part's data and samples, with their graph."""
         # Makes dropout a function of (seed, iteration, part), too.
-        first = part.first_chain
-        seed = self.seed if first == 0 else _noise.fold_in(self.seed, _PART + first)
+        first_chain = part.first_chain
+        seed = self.seed if first_chain == 0 else _noise.fold_in(self.seed, _PART + first_chain)
         with Draws(seed, data.device).step(self.iteration):
             energy_data = call_network(self.energy, data, {}).flatten()
             return energy_data, call_network(self.energy, samples, {}).flatten()

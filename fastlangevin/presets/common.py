@@ -122,10 +122,10 @@ def labelled(
     """
     if label is not None:
         return (Labelled,), {"label": label}
-    return ((Labelled,) if _needs_two(model) else None), {}
+    return ((Labelled,) if _requires_label(model) else None), {}
 
 
-def _needs_two(model: Callable[..., Tensor]) -> bool:
+def _requires_label(model: Callable[..., Tensor]) -> bool:
     try:
         signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
         signature.bind(None, None)
@@ -172,20 +172,21 @@ class Samplers:
     ) -> LangevinSampler:
         """wrap: (make, *arguments); the sampler's energy is then make(energy, *arguments)."""
         key = settings | {"wrap": wrap}
-        if self._last is None or self._last[0] is not energy or not _equal(self._last[1], key):
+        last = self._last
+        if last is None or last[0] is not energy or not _same_settings(last[1], key):
             wrapped = energy if wrap is None else wrap[0](energy, *wrap[1:])
             if self._sums and settings.get("gradient") != "network":
                 wrapped = Summed(wrapped)
-            self._last = energy, key, LangevinSampler(wrapped, **settings)
-        return self._last[2]
+            self._last = last = energy, key, LangevinSampler(wrapped, **settings)
+        return last[2]
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _same_settings(a: Any, b: Any) -> bool:
     """Whether settings are equal. Tensors are equal only if they are the same object."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+        return a.keys() == b.keys() and all(_same_settings(a[name], b[name]) for name in a)
     if isinstance(a, list | tuple) and type(a) is type(b):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(map(_same_settings, a, b))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is b
     return bool(np.array_equal(a, b)) if isinstance(a, np.ndarray) else bool(np.all(a == b))

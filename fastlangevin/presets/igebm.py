@@ -163,8 +163,8 @@ def improved_cd() -> Callable[..., tuple[Any, ...]]:
         n = 128 if FLAGS.dataset in ("cifar10", "celeba") else 32
         options = model_kwargs | {"seed": random.seed, "first_chain": random.first_chain}
         if sample:
-            free = move | {"steps": 1, "noise_std": 0.0, "clamp": None}
-            sampler = last(model, wrap, gradient="autograd", **free)
+            unclamped = move | {"steps": 1, "noise_std": 0.0, "clamp": None}
+            sampler = last(model, wrap, gradient="autograd", **unclamped)
             x, samples = im_neg, []
             for k, std in enumerate(stds):
                 x = kick(x, std, random, k)
@@ -175,14 +175,14 @@ def improved_cd() -> Callable[..., tuple[Any, ...]]:
         x = kick(im_neg, stds[0], random)
         if K > 1:
             sampler = until_last(model, wrap, steps=K - 1, noise_std=stds[1:], **move)
-            later = None if random.noise is None else random.noise[1:]
-            x = sampler(x, first_step=1, noise=later, **options)
+            later_noise = None if random.noise is None else random.noise[1:]
+            x = sampler(x, first_step=1, noise=later_noise, **options)
         last_step = last(model, wrap, steps=1, noise_std=0.0, gradient="autograd", **move)
-        few = {name: value[:n] for name, value in model_kwargs.items()}
-        im_grad = _gradient(last_step, x[:n], few)
+        kl_kwargs = {name: value[:n] for name, value in model_kwargs.items()}
+        im_grad = _gradient(last_step, x[:n], kl_kwargs)
         moved = last_step(x, **options)  # before the graph below takes memory
         im_neg_kl = last_step(
-            x[:n], seed=random.seed, differentiable=True, checkpoint="none", **few
+            x[:n], seed=random.seed, differentiable=True, checkpoint="none", **kl_kwargs
         )
         return moved, im_neg_kl, im_grad
 

@@ -115,16 +115,16 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
         inner = [args.pyld_lr] * in_steps if args.pyld_lr > 0 else []
         if inner:
             _check_layer_one(f)
-        first, *rest = [args.sgld_lr] * (args.sgld_lr > 0) + inner or [0.0]
+        first_size, *other_sizes = [args.sgld_lr] * (args.sgld_lr > 0) + inner or [0.0]
         x, slots = _start("jempp", args, replay_buffer, y, device_of(f), shape, random)
         std = max(args.sgld_std, 0.0)
         settings = {"steps": n_steps, "noise_std": std, "maximize": True, "clamp": (-1.0, 1.0)}
         settings["noise_order"] = "last"
-        if rest and std > 0:
-            wrap = (_Proximal, first, sum(rest), args.eps)
+        if other_sizes and std > 0:
+            wrap = (_Proximal, first_size, sum(other_sizes), args.eps)
             sampler = samplers(f, wrap, step_size=1.0, gradient="network", **settings)
         else:
-            step_size = first + sum(rest)
+            step_size = first_size + sum(other_sizes)
             sampler = samplers(f, step_size=step_size, grad_clip=args.eps, **settings)
         x = sampler(x, **random._asdict(), **_label(y))
         if slots is not None and save:
@@ -174,26 +174,26 @@ def _start(
         )
     if not replay_buffer.is_floating_point():
         raise TypeError(f"{op}: replay_buffer must be of floating dtype, got {replay_buffer.dtype}")
-    size, block = len(replay_buffer), len(replay_buffer)
+    size, block_size = len(replay_buffer), len(replay_buffer)
     if size < n:
         raise ValueError(f"{op}: replay_buffer holds {size} states for a batch of {n}")
-    first: Tensor | int = 0
+    first_slots: Tensor | int = 0
     if y is not None:
         if size % args.n_classes:
             raise ValueError(
                 f"{op}: replay_buffer must hold equally many states for each of the "
                 f"{args.n_classes} classes, got {size}"
             )
-        block = size // args.n_classes
-        first = y.cpu() * block
-    slots = (draw_slots(n, block, seed, first_chain) + first).to(replay_buffer.device)
+        block_size = size // args.n_classes
+        first_slots = y.cpu() * block_size
+    slots = (draw_slots(n, block_size, seed, first_chain) + first_slots).to(replay_buffer.device)
     x = replay_buffer[slots].to(device or replay_buffer.device)
-    fresh = _noise.initial(x.shape, seed=seed, first_chain=first_chain, device=x.device)
+    new_states = _noise.initial(x.shape, seed=seed, first_chain=first_chain, device=x.device)
     u = _noise.uniform(
         (n, *[1] * (x.ndim - 1)), seed=seed, step=0, stream=_noise.USER, device=x.device,
         first_chain=first_chain,
     )  # fmt: skip
-    return torch.where(u < args.reinit_freq, fresh.to(x.dtype), x), slots
+    return torch.where(u < args.reinit_freq, new_states.to(x.dtype), x), slots
 
 
 def _label(y: Tensor | None) -> dict[str, Any]:

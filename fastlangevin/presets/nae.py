@@ -193,13 +193,13 @@ def nae_mcmc() -> Callable[..., dict[str, Any]]:
         spherical = isinstance(bound, str)
         clamp = None if isinstance(bound, str) else check_clamp("nae_mcmc", bound)
         steps = range(check_count("nae_mcmc", "n_step", n_step))
-        both = noise_anneal_v2 is not None
-        anneals = both or noise_anneal is not None
+        anneals_both = noise_anneal_v2 is not None
+        anneals = anneals_both or noise_anneal is not None
         records = walk(
             "nae_mcmc",
             x,
             model,
-            [stepsize / (max(k, 1) ** 2 if both else 1) for k in steps],
+            [stepsize / (max(k, 1) ** 2 if anneals_both else 1) for k in steps],
             [noise_scale / (max(k, 1) if anneals else 1) for k in steps],
             clip=lambda grad: grad if clip_grad is None else grad.clamp(-clip_grad, clip_grad),
             bound=lambda x, y: on_sphere(in_box(x, y, clamp, reject_boundary), spherical),

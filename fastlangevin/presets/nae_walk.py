@@ -73,9 +73,9 @@ def walk(
                 )
             return values.to(x.dtype), energy.out, clip(grad)
 
-        here = evaluate(x, 0)
+        at_x = evaluate(x, 0)
         states.append(x.cpu())
-        energies.append(here[1].cpu())
+        energies.append(at_x[1].cpu())
         for k, (a, b) in enumerate(zip(sizes, stds, strict=True)):
             if noise is not None:
                 z = b * noise[k].to(x.dtype)
@@ -84,24 +84,24 @@ def walk(
                     x.shape, seed=seed, step=k, first_chain=first_chain, device=x.device,
                     dtype=x.dtype,
                 )  # fmt: skip
-            move = -a * here[2] / temperature + z
+            move = -a * at_x[2] / temperature + z
             y = bound(x, x + move)
-            there = evaluate(y, k + 1)
+            at_y = evaluate(y, k + 1)
             if mh:
-                back = a * (here[2] + there[2]) - z
+                back = a * (at_x[2] + at_y[2]) - z
                 change = rows(back).square().sum(1) - rows(z).square().sum(1)
-                log_odds = (here[0] - there[0] - change / (4 * a)) / temperature
+                log_odds = (at_x[0] - at_y[0] - change / (4 * a)) / temperature
                 u = _noise.uniform(
                     (len(x),), seed=seed, step=k, stream=_noise.ACCEPT,
                     first_chain=first_chain, device=x.device,
                 )  # fmt: skip
                 accepts.append(~(u > log_odds.exp()))
-                x, here = _choose(accepts[-1], (y, there), (x, here))
+                x, at_x = _choose(accepts[-1], (y, at_y), (x, at_x))
             else:
-                x, here = y, there
+                x, at_x = y, at_y
             states.append(x.cpu())
-            energies.append(here[1].cpu())
-            grads.append(here[2].cpu())
+            energies.append(at_x[1].cpu())
+            grads.append(at_x[2].cpu())
             moves.append(move.cpu())
             noises.append(z.cpu())
     check_finite(x, len(sizes))
@@ -124,8 +124,8 @@ def in_box(x: Tensor, y: Tensor, clamp: tuple[float, float] | None, rejects: boo
     if not rejects:
         return y.clamp(*clamp)
     inside = rows((y >= clamp[0]) & (y <= clamp[1])).all(1)
-    chosen: Tensor = _choose(inside, y, x)
-    return chosen
+    bounded: Tensor = _choose(inside, y, x)
+    return bounded
 
 
 def on_sphere(y: Tensor, spherical: bool) -> Tensor:

@@ -46,10 +46,10 @@ def ncsn() -> Callable[..., list[Tensor]]:
         seed, noise, first_chain = random
         check_not_text("ncsn", "sigmas", sigmas, "a sequence of numbers or a tensor [L]")
         levels = [float(sigma) for sigma in sigmas]
-        each = check_count("ncsn", "n_steps_each", n_steps_each)
-        if noise is not None and len(noise) != len(levels) * each:
+        steps_per_level = check_count("ncsn", "n_steps_each", n_steps_each)
+        if noise is not None and len(noise) != len(levels) * steps_per_level:
             raise ValueError(
-                f"ncsn: noise must have length {len(levels) * each}, one for each step, "
+                f"ncsn: noise must have length {len(levels) * steps_per_level}, one for each step, "
                 f"got {len(noise)}"
             )
         x, images = x_mod, []
@@ -60,15 +60,14 @@ def ncsn() -> Callable[..., list[Tensor]]:
         ascent: dict[str, Any] = {"wrap": (Labelled,), "maximize": True, "gradient": "network"}
         # The chain runs level by level, so that the device holds the states of one level.
         for c, sigma in enumerate(levels):
-            size, first = step_lr * (sigma / levels[-1]) ** 2, c * each
-            sampler = walkers(
-                scorenet, steps=each, step_size=size, noise_std=math.sqrt(2 * size), **ascent
-            )
+            size, first = step_lr * (sigma / levels[-1]) ** 2, c * steps_per_level
+            schedule: dict[str, Any] = {"step_size": size, "noise_std": math.sqrt(2 * size)}
+            sampler = walkers(scorenet, steps=steps_per_level, **schedule, **ascent)
             options: dict[str, Any] = {
                 "seed": seed,
                 "first_chain": first_chain,
                 "first_step": first,
-                "noise": None if noise is None else noise[first : first + each],
+                "noise": None if noise is None else noise[first : first + steps_per_level],
                 "label": labels[c],
             }
             if final_only:
@@ -78,8 +77,8 @@ def ncsn() -> Callable[..., list[Tensor]]:
                 images += [state.to("cpu", copy=True) for state in states[1:]]
                 x = states[-1].clone()
         if denoise:
-            last = denoisers(scorenet, steps=1, step_size=levels[-1] ** 2, noise_std=0.0, **ascent)
-            x = last(x, seed=seed, label=labels[-1])
+            ascent |= {"step_size": levels[-1] ** 2, "noise_std": 0.0}
+            x = denoisers(scorenet, steps=1, **ascent)(x, seed=seed, label=labels[-1])
             images.append(x.cpu())
         return [x.cpu()] if final_only else images
 

@@ -156,8 +156,10 @@ class torchebm(nn.Module):  # lower case, like all presets
             energies = [
                 call_network(self.model, x, model_kwargs).to(self.dtype).mean() for x in states
             ]
-        several = states.shape[1] > 1
-        var = states.var(1, unbiased=False).clamp(1e-10, 1e10) if several else 0 * states[:, 0]
+        if states.shape[1] > 1:
+            var = states.var(1, unbiased=False).clamp(1e-10, 1e10)
+        else:
+            var = 0 * states[:, 0]
         energy = torch.stack(energies) if energies else states.new_empty(0)
         records = {"mean": states.mean(1), "var": var, "energy": energy}
         return {name: value.to(self.dtype) for name, value in records.items()}

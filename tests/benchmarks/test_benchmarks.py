@@ -167,7 +167,7 @@ def test_report_draws(load, results, tmp_path):
 
 def test_a_result_names_the_build_of_torch(load, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    assert load("timing").machine()["torch"] == "2.11.0+cu130"
+    assert load("result_file").machine()["torch"] == "2.11.0+cu130"
 
 
 def test_step_runs_and_writes_what_it_promises(load, tmp_path, monkeypatch, threads):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.processes import main, shown
-from benchmarks.timing import machine
+from benchmarks.result_file import machine
 from tests.benchmarks.shared import ROOT
 
 RESULTS: dict[str, Any] = {

@@ -184,7 +184,7 @@ def test_a_score_that_has_moved_is_recorded_anew() -> None:
 def test_a_replayed_fused_gradient_gives_the_chain_of_the_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastlangevin.sampler.check_precision", lambda *_: None)
+    monkeypatch.setattr("fastlangevin.calls.check_precision", lambda *_: None)
     monkeypatch.setattr(conv_plan, "_MULTIPROCESSORS", 1)
     for tiles in ("_TILES", "_NARROW_TILES", "_FLAT_TILES", "_IEEE_TILES"):
         monkeypatch.setattr(conv_plan, tiles, (conv_plan.Tile(512, 32, 4, 3),))
@@ -211,7 +211,7 @@ def test_a_replayed_fused_gradient_gives_the_chain_of_the_loop(
 
 @as_on_cuda
 def test_an_overflow_is_noticed_in_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlangevin.sampler.check_precision", lambda *_: None)
+    monkeypatch.setattr("fastlangevin.calls.check_precision", lambda *_: None)
     energy, x = net("leaky_relu"), numbers()
     run = recorded(energy, precision="fp16", clamp=(-1.0, 1.0))
     for _ in range(3):
@@ -259,7 +259,7 @@ def test_a_failed_recording_is_tried_again_at_ever_longer_intervals(
                 raise RuntimeError("CUDA out of memory\nof the device")
             return super().__call__(run, device, shared_with)
 
-    monkeypatch.setattr(graphs, "_RETRY", 2)
+    monkeypatch.setattr(graphs, "_CALLS_BEFORE_RETRY", 2)
     energy, x = net(), numbers()
     run, want = recorded(energy, Failing()), plain(energy)
     for call in range(1, 10):

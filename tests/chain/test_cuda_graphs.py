@@ -168,7 +168,7 @@ def test_few_recordings_are_held_and_the_least_recent_gives_way() -> None:
     assert line(run, batches[2]).startswith("not now: 2 other kinds of chains are recorded")
     assert line(run, batches[1]).startswith("yes: all 3 steps are replayed")
     run(batches[0], seed=0)
-    for _ in range(graphs._RESTED + 1):
+    for _ in range(graphs._CALLS_BEFORE_DROP + 1):
         assert torch.equal(run(batches[2], seed=0), want(batches[2], seed=0))
     assert made(run) == 3
     assert len(run._graphs._recordings()) == 2

@@ -203,7 +203,7 @@ def test_inputs_that_moved_lead_to_another_recording() -> None:
 def test_few_recordings_of_traces_are_held() -> None:
     run, want = samplers(seeded(MLP))
     batches = [numbers(shape=(n, 3, 8, 8)) for n in (1, 2, 3)]
-    for _ in range(graphs._RESTED):
+    for _ in range(graphs._CALLS_BEFORE_DROP):
         for x in batches:
             assert torch.equal(run(x, seed=0), want(x, seed=0))
     assert len(run._graphs._recordings()) == made(run) == 2

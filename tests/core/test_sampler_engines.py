@@ -228,7 +228,7 @@ def test_train_mode_is_warned_of_once(x0: Tensor) -> None:
 @pytest.mark.parametrize("gradient", ["autograd", "explicit"])
 def test_an_overflow_of_fp16_is_reported(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clamp would turn the infinite gradient into a state like any other."""
-    monkeypatch.setattr("fastlangevin.sampler.check_precision", lambda *_: None)
+    monkeypatch.setattr("fastlangevin.calls.check_precision", lambda *_: None)
     net, x0 = make_net(nn.ReLU(), torch.float32), numbers(SHAPE, torch.float32)
     run = sampler(net, precision="fp16", clamp=(-1.0, 1.0), gradient=gradient)
     assert run(x0, seed=0).isfinite().all()

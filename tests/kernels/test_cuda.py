@@ -254,7 +254,7 @@ def test_the_memory_of_recordings_is_bounded(gradient: str) -> None:
     for _ in range(3):
         for n in (16, 32, 48, 64):
             x = numbers((n, 3, 16, 16), n).to(CUDA)
-            for seed in range(graphs._RESTED + 3):
+            for seed in range(graphs._CALLS_BEFORE_DROP + 3):
                 run(x, seed=seed)
             assert len(run._graphs._recordings()) <= 2
         gc.collect()
