@@ -125,11 +125,12 @@ def load(
         changes: Settings of the sampler to replace, such as ``steps=200``.
 
     The energy is in eval mode. Warns if the file names another class than that of ``energy``.
-    Raises FileNotFoundError, ValueError for a checkpoint of an energy
-    of your own without ``energy``, and CheckpointError (a ValueError) for a file that is truncated,
-    not a checkpoint, or of another architecture; it lists what is missing in the file, what has no
-    place in the energy, and what has another shape. For a model on the hub it raises ImportError
-    without huggingface_hub, and OSError if the file cannot be had.
+    Raises FileNotFoundError; ValueError for a checkpoint of an energy of your own without
+    ``energy``, and for other ``steps`` than the model's schedules have; and CheckpointError (a
+    ValueError) for a file that is truncated, not a checkpoint, or of another architecture. It
+    lists what is missing in the file, what has no place in the energy, and what has another shape.
+    For a model on the hub it raises ImportError without huggingface_hub, and OSError if the file
+    cannot be had.
     """
     check_device_exists("load", device)
     tensors, info = read_checkpoint(path)
@@ -168,6 +169,16 @@ def load(
         sampler = LangevinSampler(energy, **settings)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} has invalid settings of the sampler: {error}") from error
+    schedules = [
+        name
+        for name, value in sampler.settings().items()
+        if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim == 2)
+    ]
+    if "steps" in changes and not changes.keys() >= set(schedules):
+        raise ValueError(
+            f"load: steps cannot be {changes['steps']}: the model has schedules of {sampler.steps} "
+            f"steps in {', '.join(schedules)}; give these too"
+        )
     if changes:
         sampler = LangevinSampler(energy, **settings | changes)
     _replace_unavailable(sampler, device, changes)

@@ -65,6 +65,17 @@ def test_an_own_energy_comes_back_with_its_settings(case: str, tmp_path: Path) -
         assert torch.equal(loaded, value) if isinstance(value, Tensor) else loaded == value
 
 
+@pytest.mark.parametrize("case", ["schedule", "tensor"])
+def test_a_model_with_schedules_keeps_its_steps_unless_they_change_too(
+    case: str, tmp_path: Path
+) -> None:
+    path, steps = tmp_path / "a.safetensors", SETTINGS[case]["steps"]
+    fl.save(fl.LangevinSampler(own(), **SETTINGS[case]), path)
+    with pytest.raises(ValueError, match=f"has schedules of {steps} steps in step_size; give"):
+        fl.load(path, energy=own(), steps=9)
+    assert fl.load(path, energy=own(), steps=9, step_size=0.1).steps == 9
+
+
 def test_a_conv_energy_needs_no_argument_and_a_score_network_stays_one(tmp_path: Path) -> None:
     sampler = fl.LangevinSampler(fl.ConvEnergy(1, 8, 4, activation="silu").double(), steps=2)
     fl.save(sampler, tmp_path / "deep" / "a.safetensors")

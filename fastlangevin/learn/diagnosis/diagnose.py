@@ -176,8 +176,9 @@ def long_run(
     check_count("diagnose", "long", long)
     lo, hi = sampler.clamp or (-1.0, 1.0)
     x = _starts(data, len(data), seed)
-    of_data = sampler.settings() | {"steps": 1}
-    energies = LangevinSampler(sampler.energy, **of_data).diagnose(data, seed=seed).energy[0]
+    first = {name: at_step(getattr(sampler, name), 0) for name in ("step_size", "noise_std")}
+    of_data = LangevinSampler(sampler.energy, **sampler.settings() | first | {"steps": 1})
+    energies = of_data.diagnose(data, seed=seed).energy[0]
     rows: list[list[float]] = []
     for i in range(long):
         chain = sampler.diagnose(x, seed=seed, first_step=i * sampler.steps)

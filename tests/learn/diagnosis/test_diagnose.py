@@ -180,6 +180,16 @@ def test_long_run(energy: Any, verdict: str) -> None:
         assert found.energy[-1] == float(whole.diagnose(x0, seed=0).energy[-1].mean())
 
 
+def test_a_long_run_repeats_a_schedule() -> None:
+    energy, sizes, data = fl.GaussianEnergy(), [0.4, 0.1], 0.1 * normal(16, 20)
+    sampler = fl.LangevinSampler(energy, steps=2, step_size=sizes, noise_std=[0.3, 0.0])
+    found = long_run(sampler, data, long=3)
+    assert found.data_energy == pytest.approx(float(energy(data).mean()), rel=1e-4)
+    whole = fl.LangevinSampler(energy, steps=6, step_size=3 * sizes, noise_std=3 * [0.3, 0.0])
+    x0 = 2 * fl.noise.uniform((16, 20), seed=0, step=0) - 1
+    assert found.energy[-1] == float(whole.diagnose(x0, seed=0).energy[-1].mean())
+
+
 @pytest.mark.parametrize("noise_std", [0.0, 0.1, 1.0])
 def test_mixing_of_a_linear_chain(noise_std: float) -> None:
     """x_K = c^K z + sum c^j b u: variances c^2K / 3 and b^2 (1 - c^2K) / (1 - c^2), no interaction.
