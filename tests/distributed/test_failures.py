@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastlangevin.distributed import DistributedError, Group, Launch, join, own_device
-from fastlangevin.distributed import meeting as meeting_module
-from fastlangevin.distributed.meeting import check_devices, meet
+from fastlangevin.distributed import DistributedError, Group, Launch, join, own_device, rendezvous
+from fastlangevin.distributed.rendezvous import check_devices, meet
 from fastlangevin.distributed.store import TimedStore
 from fastlangevin.distributed.watch import Watch
 from tests.distributed.threads import ThreadGroup, run_ranks
@@ -268,9 +267,9 @@ def test_a_failure_to_end_torch_distributed_does_not_replace_the_reason(
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", fail)
-        meeting_module._abort()
+        rendezvous._abort()
         monkeypatch.delattr(dist.distributed_c10d, "_abort_process_group")
-        meeting_module._abort()
+        rendezvous._abort()
     finally:
         dist.destroy_process_group()
 
@@ -319,7 +318,7 @@ def test_gpus_are_told_apart_where_each_process_sees_only_its_own(
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert own_device("auto") == own_device("cuda") == "cuda:0"
     gpus = iter(["GPU-a", "GPU-b", "GPU-a" if shared else "GPU-c"])
-    monkeypatch.setattr(meeting_module, "_identity", lambda _: next(gpus))
+    monkeypatch.setattr(rendezvous, "_identity", lambda _: next(gpus))
     results = run_ranks(3, lambda group: check_devices(group, torch.device("cuda:0")))
     if not shared:
         assert results == [None] * 3

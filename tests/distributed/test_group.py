@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlangevin.distributed import DistributedError, Group, Launch, OrderedSum, join, split_rows
-from fastlangevin.distributed.meeting import meet
+from fastlangevin.distributed.rendezvous import meet
 from fastlangevin.distributed.store import TimedStore
 from tests.distributed.threads import run_ranks
 
