@@ -18,25 +18,31 @@ struct InstructionSet {
   bool asks_for_tiles = false;
 };
 
-#ifdef FASTLANGEVIN_X86
+#ifdef FASTLANGEVIN_AVX512
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") != 0;
 }
+#endif
 
+#ifdef FASTLANGEVIN_AVX512_BF16
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }
 #endif
 
 // From best to worst.
 const InstructionSet kInstructionSets[] = {
-#ifdef FASTLANGEVIN_X86
 #ifdef FASTLANGEVIN_AMX
     {"amx", &kAvx512, &kConvAvx512Bf16, &kConvAmx,
      [] { return has_avx512_bf16() && has_tiles(); }, true},
 #endif
+#ifdef FASTLANGEVIN_AVX512_BF16
     {"avx512_bf16", &kAvx512, &kConvAvx512Bf16, &kConvAvx512Bf16, has_avx512_bf16},
+#endif
+#ifdef FASTLANGEVIN_AVX512
     {"avx512", &kAvx512, &kConvAvx512, &kConvAvx512, has_avx512},
+#endif
+#ifdef FASTLANGEVIN_X86
     {"avx2", &kAvx2, &kConvAvx2, &kConvAvx2,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -35,6 +34,8 @@ class ClassifierCheck:
     """
 
     def __init__(self, data: ImageData, threshold: float = 0.9, group: Group | None = None) -> None:
+        from sklearn.linear_model import LogisticRegression  # takes seconds to import
+
         if data.labels is None:
             raise ValueError(f"check: {data.name} has no labels to fit a classifier to")
         self.threshold = threshold
