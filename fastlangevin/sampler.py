@@ -361,8 +361,8 @@ class LangevinSampler:
     def _settings(self) -> Settings:
         return Settings(*(getattr(self, name) for name in Settings._fields))
 
-    def _chain(self, **values: Any) -> Chain:
-        return chain_of(self.energy, self._settings(), self._recognised, **values)
+    def _chain(self, *address: Any, **values: Any) -> Chain:
+        return chain_of(self.energy, self._settings(), self._recognised, *address, **values)
 
     def _read(self, x0: Any, **options: Any) -> Call:
         return read_call(self.energy, self._settings(), self._recognised, _options(), x0, **options)

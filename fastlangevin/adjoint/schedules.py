@@ -107,10 +107,10 @@ def recomputed(steps: int, states: int) -> int:
     return repeats * steps - comb(states + repeats, repeats - 1) - (steps - 1)
 
 
-def states_for(steps: int, repeats: int = 2) -> int:
-    """The fewest states with which no step is advanced over more than ``repeats`` times."""
+def states_for(steps: int) -> int:
+    """The fewest states with which no step is advanced over more than twice."""
     states = 1
-    while comb(states + repeats, states) < steps:
+    while comb(states + 2, states) < steps:
         states += 1
     return states
 

@@ -135,9 +135,9 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
         return content.decode("utf-8")
 
 
-def read_json(path: Path, most: int = TEXT_BYTES) -> Any:
-    """Parse a JSON file; bounds and errors are as for :func:`read_bytes`."""
-    content = read_text(path, most)
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of at most TEXT_BYTES; errors are as for :func:`read_bytes`."""
+    content = read_text(path)
     with reading(path, "json"):
         return json.loads(content)
 
