@@ -118,10 +118,7 @@ def states_for(steps: int) -> int:
 def _distance_to_next(steps: int, states: int) -> int:
     """The distance from a stored state to the next one to store, or to the end without room."""
     repeats = _fewest_repeats(steps, states)
-    return min(
-        comb(states + repeats - 1, states),
-        steps - comb(states + repeats - 2, states - 1),
-    )
+    return min(comb(states + repeats - 1, states), steps - comb(states + repeats - 2, states - 1))
 
 
 def _fewest_repeats(steps: int, states: int) -> int:

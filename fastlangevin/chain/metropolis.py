@@ -80,12 +80,7 @@ class AdjustedChain(Chain):
         )  # fmt: skip
 
     def _accept(
-        self,
-        x: Tensor,
-        y: Tensor,
-        at_x: tuple[Tensor, Tensor],
-        at_y: tuple[Tensor, Tensor],
-        k: int,
+        self, x: Tensor, y: Tensor, at_x: tuple[Tensor, Tensor], at_y: tuple[Tensor, Tensor], k: int
     ) -> Tensor:
         """Whether each chain moves to y, bool [n], from (energies, gradient) at x and y.
 

@@ -146,10 +146,7 @@ def _words(
 
 
 def _units(
-    shape: Sequence[int],
-    address: Address,
-    device: torch.device | str | None,
-    dtype: torch.dtype,
+    shape: Sequence[int], address: Address, device: torch.device | str | None, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """u(w0)..u(w3) of every block, each [n, ceil(elements / 4)]."""
     words = _words(shape, address, device)

@@ -13,17 +13,8 @@ from typing import Any
 import fastlangevin.noise as _noise
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn.atomic import replacing
-from fastlangevin.learn.build import (
-    build_learner,
-    choose_device,
-    draw_samples,
-    fingerprint,
-)
-from fastlangevin.learn.checkpoint import (
-    DamagedCheckpointError,
-    checkpoint_path,
-    list_checkpoints,
-)
+from fastlangevin.learn.build import build_learner, choose_device, draw_samples, fingerprint
+from fastlangevin.learn.checkpoint import DamagedCheckpointError, checkpoint_path, list_checkpoints
 from fastlangevin.learn.config import TrainConfig, save_config
 from fastlangevin.learn.guard import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_grid

@@ -66,11 +66,7 @@ class DatasetImages:
         return len(self.dataset)
 
     def batch(
-        self,
-        indices: Tensor,
-        flip: Tensor | None = None,
-        seed: int | None = None,
-        first: int = 0,
+        self, indices: Tensor, flip: Tensor | None = None, seed: int | None = None, first: int = 0
     ) -> Tensor:
         """Return the images at ``indices``.
 

@@ -108,10 +108,7 @@ def diagnose(
     check_count("diagnose", "long", long)
     with_log = [
         correlations(*log, lags=lags) if len(log[0]) >= FEWEST else None
-        for log in (
-            series_of(series, "reach", sampler),
-            series_of(records, "grad_norm", sampler),
-        )
+        for log in (series_of(series, "reach", sampler), series_of(records, "grad_norm", sampler))
     ]
     total = 2 + long + starts
     x0 = _starts(data, len(data), seed)
@@ -160,11 +157,7 @@ def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
 
 
 def long_run(
-    sampler: LangevinSampler,
-    data: Tensor,
-    seed: int = 0,
-    long: int = 10,
-    report: Report = silent,
+    sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 10, report: Report = silent
 ) -> LongRun:
     """Return the :class:`LongRun` of ``long`` times K steps from U(-1, 1). Its verdict is one of:
 

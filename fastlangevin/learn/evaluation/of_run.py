@@ -11,12 +11,7 @@ from torch import Tensor
 
 from fastlangevin.distributed import Group, split_rows
 from fastlangevin.learn.build import choose_device, fingerprint
-from fastlangevin.learn.checkpoint import (
-    checksum,
-    find_checkpoint,
-    read_checkpoint,
-    run_folder,
-)
+from fastlangevin.learn.checkpoint import checksum, find_checkpoint, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.evaluation.evaluate import (
