@@ -81,11 +81,11 @@ def _right(node: Node) -> Node:
     return _left(node)[1], node[1]
 
 
-def _complete(node: Node, held: Node) -> list[Node]:
+def _complete(node: Node, held_leaves: Node) -> list[Node]:
     """The largest subtrees of ``node`` all of whose leaves are among those held."""
-    (lo, hi), (first, last) = node, held
+    (lo, hi), (first, last) = node, held_leaves
     if first <= lo and hi <= last:
         return [node]
     if hi <= first or last <= lo:
         return []
-    return _complete(_left(node), held) + _complete(_right(node), held)
+    return _complete(_left(node), held_leaves) + _complete(_right(node), held_leaves)

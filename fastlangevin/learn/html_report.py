@@ -165,14 +165,14 @@ def _iteration_of(path: Path) -> int | None:
 
 def _samples(run: Path, weights: Weights, iterations: Any) -> str:
     grids = _listed(run, "samples/" + "[0-9]" * 8 + ".png")
-    chosen = [grids[i * (len(grids) - 1) // (_GRIDS - 1)] for i in range(_GRIDS)] if grids else []
+    picked = [grids[i * (len(grids) - 1) // (_GRIDS - 1)] for i in range(_GRIDS)] if grids else []
     final = run / "samples.png"
     parts = []
     if final in _listed(run, final.name):
         # It is drawn when a run ends, so it is outdated only while a resumed run is not done.
         old = "" if weights.iteration == iterations else age(final, weights)
         parts.append(_image(final, "the last weights" + old))
-    return _grid(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
+    return _grid(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(picked)])
 
 
 def _curves(run: Path) -> str:

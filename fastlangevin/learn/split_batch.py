@@ -74,8 +74,8 @@ class SplitBatch:
             return torch.cat([g.to(dtype).flatten() for g in (*grads, *present)])
 
         def extra() -> Tensor:
-            most = max(chains.n for chains in self.chains)
-            padded = figures.new_zeros(most, figures.shape[1])
+            most_chains = max(chains.n for chains in self.chains)
+            padded = figures.new_zeros(most_chains, figures.shape[1])
             padded[: len(figures)] = figures
             return torch.cat([padded.flatten(), figures.new_tensor([signal()])]).to(dtype)
 

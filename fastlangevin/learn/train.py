@@ -90,10 +90,10 @@ def train(
 
         def open_folder() -> bool:
             """Check and lock the folder; return whether to continue the run in it."""
-            own = is_run(out) and is_own(group, out)
-            check_folder(config, out, resume or own, overwrite and not own)
+            is_ours = is_run(out) and is_own(group, out)
+            check_folder(config, out, resume or is_ours, overwrite and not is_ours)
             stack.enter_context(only_writer(out))
-            return resume or own
+            return resume or is_ours
 
         resume = group.first(open_folder, f"run folder {out}")
         with group.working():

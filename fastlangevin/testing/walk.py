@@ -55,16 +55,16 @@ class Walk:
         apart = distance(theirs[0], begin)
         judgement = Judgement([begin], [difference], [tolerance], [apart])
         free = begin
-        for j, (here, there) in enumerate(itertools.pairwise(theirs)):
-            end, bound = self._step(j, here)
-            difference, tolerance = _worst(end, there, bound)
+        for j, (before, after) in enumerate(itertools.pairwise(theirs)):
+            end, bound = self._step(j, before)
+            difference, tolerance = _worst(end, after, bound)
             if not difference <= tolerance:
-                difference, tolerance = _worst(end, there, bound + self._response(j, here, end))
+                difference, tolerance = _worst(end, after, bound + self._response(j, before, end))
             free = self._step(j, free)[0] if j + 1 < self.steps else ours
             judgement.states.append(end)
             judgement.differences.append(difference)
             judgement.tolerances.append(tolerance)
-            judgement.apart.append(distance(there, free))
+            judgement.apart.append(distance(after, free))
         return judgement
 
     def _begin(self) -> Tensor:
@@ -79,7 +79,7 @@ class Walk:
         one_step = settings._replace(steps=1, step_size=a, noise_std=b)
         if settings.noise_order == "before":  # x already has the step's noise
             one_step = one_step._replace(noise_order="after", noise_std=0.0)
-        one = chain._replace(
+        one_step_chain = chain._replace(
             settings=one_step,
             first_step=chain.first_step + k,
             noise=None if chain.noise is None else chain.noise[k : k + 1],
@@ -87,7 +87,7 @@ class Walk:
         )
         end, grad = x.clone(), None
         replay(self.buffers[j])
-        for step in one.walk(end):
+        for step in one_step_chain.walk(end):
             grad = step.grad
         eps = torch.finfo(x.dtype).eps
         bound = 4 * eps * torch.maximum(_largest(x), _largest(end))

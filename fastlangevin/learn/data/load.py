@@ -239,15 +239,15 @@ def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | P
     if has_idx(folder):
         return read_idx(folder, split, limit)
     if files := sorted(folder.glob("*.parquet")):
-        chosen = [path for path in files if path.name.startswith(split)]
-        if not chosen:
+        of_split = [path for path in files if path.name.startswith(split)]
+        if not of_split:
             raise FileNotFoundError(
                 f"load_images: no parquet file of {folder} starts with {split!r}, it holds "
                 f"{', '.join(path.name for path in files)}"
             )
-        for path in chosen:
+        for path in of_split:
             check_inside(path, folder)
-        return open_parquet(chosen, f"{folder.name} {split}")
+        return open_parquet(of_split, f"{folder.name} {split}")
     if split in subfolders and subfolders <= _SPLITS:
         check_inside(folder / split, folder)
         pictures = open_folder(folder / split)

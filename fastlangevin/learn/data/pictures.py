@@ -101,8 +101,8 @@ def _pictures(folder: Path) -> Iterator[Path]:
     pending: list[tuple[Path, tuple[Path, ...]]] = [(folder, (Path(os.path.realpath(folder)),))]
     linked = 0
     while pending:
-        here, above = pending.pop()
-        for entry in os.scandir(here):
+        current, above = pending.pop()
+        for entry in os.scandir(current):
             path, real = Path(entry.path), above[-1] / entry.name
             if entry.name.startswith("."):  # macOS leaves "._name.png" files
                 continue

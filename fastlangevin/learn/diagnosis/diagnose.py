@@ -235,8 +235,8 @@ def mixing(
     degrees = starts - 1
     ms_z = starts * float((of_z - mean).square().sum()) / degrees
     ms_u = starts * float((of_u - mean).square().sum()) / degrees
-    rest = x - of_z[:, None] - of_u + mean
-    ms_both = float(rest.square().sum()) / degrees**2
+    residual = x - of_z[:, None] - of_u + mean
+    ms_both = float(residual.square().sum()) / degrees**2
     parts = [max(0.0, (ms - ms_both) / starts) for ms in (ms_z, ms_u)] + [ms_both]
     total = sum(parts) or 1.0
     return Mixing(*(part / total for part in parts))

@@ -104,15 +104,15 @@ def evaluate_run(
         reference = min(reference, len(train) // 2)
         order = order[reference:]
     name, source = ("held-out data", held_out) if held_out else ("other training images", train)
-    most = {name: len(order)}
+    available = {name: len(order)}
     if read is not None:
-        most["samples"] = len(read)
-    scarce = min(most, key=most.__getitem__)
-    if n is not None and n > most[scarce]:
+        available["samples"] = len(read)
+    scarce = min(available, key=available.__getitem__)
+    if n is not None and n > available[scarce]:
         raise ValueError(
-            f"evaluate: n must be at most {most[scarce]}, the {scarce} there are, got {n}"
+            f"evaluate: n must be at most {available[scarce]}, the {scarce} there are, got {n}"
         )
-    n = n or min(2048, most[scarce])
+    n = n or min(2048, available[scarce])
     if group.world_size > 1:
         with group.working():
             tensors, info = read_checkpoint(checkpoint)

@@ -143,11 +143,11 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                 subplot = grid[row][column]
                 for line in content["lines"][axis]:
                     measures = [point["measures"][measure] for point in _along(content, line)]
-                    points = [(i, one) for i, one in enumerate(measures) if one is not None]
+                    points = [(i, stats) for i, stats in enumerate(measures) if stats is not None]
                     subplot.errorbar(
                         [i for i, _ in points],
-                        [one["mean"] for _, one in points],
-                        yerr=[one["error"] or 0.0 for _, one in points],
+                        [stats["mean"] for _, stats in points],
+                        yerr=[stats["error"] or 0.0 for _, stats in points],
                         marker="o",
                         markersize=4,
                         capsize=3,
@@ -181,10 +181,10 @@ def _titles() -> list[str]:
 
 def _cells(point: Mapping[str, Any]) -> dict[str, str]:
     cells = {}
-    for name, found in point["measures"].items():
-        cells[name] = "-" if found is None else _text(found["mean"])
-        if found is not None and found["error"] is not None:
-            cells[name] += f" ± {found['error']:.1g}"
+    for name, statistic in point["measures"].items():
+        cells[name] = "-" if statistic is None else _text(statistic["mean"])
+        if statistic is not None and statistic["error"] is not None:
+            cells[name] += f" ± {statistic['error']:.1g}"
     return cells | {"diverged": f"{_lost(point)} of {len(point['runs'])}"}
 
 

@@ -132,23 +132,23 @@ def _claim_and_make(
     run: Run, out: Path, judge_of: Judge, stop: StopRequest, progress: Progress
 ) -> dict[str, Any] | None:
     """Make a run, unless another process works on it or a signal ends it: then return None."""
-    own, lost = StopRequest(), threading.Event()
+    own_stop, lost = StopRequest(), threading.Event()
 
     def leave() -> None:
-        if own.signal is None:  # a signal of the user stays
+        if own_stop.signal is None:  # a signal of the user stays
             lost.set()
-            own.signal = signal.SIGTERM
+            own_stop.signal = signal.SIGTERM
 
     with claimed(out / CLAIMS / run.name, leave) as free:
         if not free:
             return None
         result = _result(out / run.name)  # another process may just have finished it
         try:
-            result = result or _make(run, out / run.name, judge_of, own, progress)
+            result = result or _make(run, out / run.name, judge_of, own_stop, progress)
         except FolderInUseError:  # by a process whose claim has expired, but which still holds it
             return None
     if not lost.is_set():
-        stop.signal = own.signal  # also one that came when the run was complete
+        stop.signal = own_stop.signal  # also one that came when the run was complete
     return result
 
 
