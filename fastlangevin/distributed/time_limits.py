@@ -1,4 +1,4 @@
-"""Watch: how a process waits for the others, and what it knows of them."""
+"""TimedWaits: how a process waits for the others, and what it knows of them."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ class DistributedError(RuntimeError):
     """The processes of a job cannot work together, or one of them has failed or is missing."""
 
 
-class Watch:
+class TimedWaits:
     """The waits of a process for the others, which end in time and say who is missing or why.
 
     holder: whether rank 0 holds the store, which then ends with it.
