@@ -31,7 +31,7 @@ def split_rows(
     # Ranks without rows do not know the shapes.
     with group.working():
         rows = compute(own_slice) if own_slice.start < own_slice.stop else None
-    kinds = None if rows is None else [_kind(r) for r in rows]
+    kinds = None if rows is None else [_shape_and_dtype(r) for r in rows]
     device = next((r.device for r in rows or () if r is not None), group.device)
     row_kinds = next(kinds for kinds in group.share(kinds, what) if kinds is not None)
     counts = [s.stop - s.start for s in slices]
@@ -49,5 +49,5 @@ def split_rows(
     return tuple(gathered)
 
 
-def _kind(rows: Tensor | None) -> tuple[list[int], str] | None:
+def _shape_and_dtype(rows: Tensor | None) -> tuple[list[int], str] | None:
     return None if rows is None else (list(rows.shape[1:]), str(rows.dtype).removeprefix("torch."))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def _ordinary() -> int:
+def _ordinary_dispatch_keys() -> int:
     """The dispatch keys of ordinary tensors, as bits. This probes no device."""
     bits = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
     for device in ("CPU", "CUDA", "XPU", "MPS", "HPU", "MTIA", "PrivateUse1"):
@@ -25,7 +25,7 @@ def _ordinary() -> int:
     return bits
 
 
-_OTHER_KEYS = ~_ordinary()
+_OTHER_KEYS = ~_ordinary_dispatch_keys()
 _dispatch_keys = torch._C._dispatch_keys
 
 

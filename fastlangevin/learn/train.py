@@ -145,7 +145,7 @@ def _train(
     try:
         with stop_signal(stop):
             learner.signal = max(group.share(stop.signal or 0, "start"))
-            while learner.iteration < config.iterations and not _stopped(learner, stop):
+            while learner.iteration < config.iterations and not _should_stop(learner, stop):
                 iterate(learner, config, out, log, guard, report, stop)
             what = f"checkpoint of iteration {learner.iteration}"
             if not group.first(checkpoint_path(out, learner.iteration).exists, what):
@@ -170,7 +170,7 @@ def _train(
             log.close()
 
 
-def _stopped(learner: ShortRunLearner, stop: StopRequest) -> bool:
+def _should_stop(learner: ShortRunLearner, stop: StopRequest) -> bool:
     """Return whether to stop: in a group, after the iteration in which all have learned of it."""
     if learner.group.world_size == 1:
         return stop.signal is not None

@@ -131,7 +131,7 @@ def compare(
             restore()
             return run(start, noise=noise, **model_kwargs)
 
-        fresh = _fresh(sampler)  # so that memory that it caches for later calls is counted
+        fresh = _unused_copy(sampler)  # so that memory that it caches for later calls is counted
         peak = peak_bytes(loop, x0.device), peak_bytes(lambda: replacement(fresh), x0.device)
         with watching() as runs:
             ours = state(replacement(sampler, z), x0.shape)
@@ -250,7 +250,7 @@ def _notes(record: Record, steps: int, by_step: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _fresh(sampler: Callable[..., Any]) -> Callable[..., Any]:
+def _unused_copy(sampler: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(sampler, LangevinSampler):
         return LangevinSampler(sampler.energy, **sampler.settings())
     return sampler

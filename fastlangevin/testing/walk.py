@@ -59,7 +59,9 @@ class Walk:
             end, bound = self._step(j, before)
             difference, tolerance = _worst(end, after, bound)
             if not difference <= tolerance:
-                difference, tolerance = _worst(end, after, bound + self._response(j, before, end))
+                difference, tolerance = _worst(
+                    end, after, bound + self._rounding_growth(j, before, end)
+                )
             free = self._step(j, free)[0] if j + 1 < self.steps else ours
             judgement.states.append(end)
             judgement.differences.append(difference)
@@ -102,14 +104,15 @@ class Walk:
             end = _noise_before(end, chain, k)
         return end, bound
 
-    def _response(self, j: int, x: Tensor, end: Tensor) -> Tensor:
+    def _rounding_growth(self, j: int, x: Tensor, end: Tensor) -> Tensor:
         """Bound [n] on how a step amplifies rounding of x.
 
         Four times the most by which a step from an x 4 eps away ends further away than that.
         """
         size = 4 * _network_eps(self.chain_steps[j][0][2], x) * _largest(x)
         growth = [
-            _largest(self._step(j, x + _like(size, x) * _signs(x, trial))[0] - end) - size
+            _largest(self._step(j, x + _as_chains(size, x) * _random_signs(x, trial))[0] - end)
+            - size
             for trial in range(4)
         ]
         return 4 * torch.stack(growth).amax(0).clamp(min=0)
@@ -139,7 +142,7 @@ def spread(run: Callable[[Tensor], Any], x0: Tensor, ours: Tensor, steps: int) -
     eps = torch.finfo(x0.dtype).eps
     size = 4 * eps * _largest(x0)
     growth = [
-        distance(state(run(x0 + _like(size, x0) * _signs(x0, trial)), x0.shape), ours)
+        distance(state(run(x0 + _as_chains(size, x0) * _random_signs(x0, trial)), x0.shape), ours)
         for trial in range(2)
     ]
     scale = max(float(_largest(x).nan_to_num().max()) for x in (x0, ours))
@@ -160,10 +163,10 @@ def _largest(x: Tensor) -> Tensor:
     return x.detach().abs().reshape(len(x), -1).amax(1)
 
 
-def _like(values: Tensor, x: Tensor) -> Tensor:
+def _as_chains(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
-def _signs(x: Tensor, trial: int) -> Tensor:
+def _random_signs(x: Tensor, trial: int) -> Tensor:
     u = _noise.uniform(x.shape, seed=trial, step=0, device=x.device, dtype=x.dtype)
     return 2 * (u < 0.5) - 1

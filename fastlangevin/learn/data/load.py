@@ -211,7 +211,7 @@ def _open(
             f'{", ".join(SOURCES)} or "hub:owner/name"; looked for {cut(str(path.absolute()))}'
             f"{did_you_mean(source, SOURCES)}"
         )
-    _only_train(split, source)
+    _check_split(split, source)
     if source == "digits":
         return read_digits()
     if source == "mnist5k":
@@ -234,7 +234,7 @@ def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | P
     with reading(folder, "a folder of images"):
         subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
     if (folder / SAMPLES).is_file():
-        _only_train(split, folder)
+        _check_split(split, folder)
         return read_shards(folder, limit)
     if has_idx(folder):
         return read_idx(folder, split, limit)
@@ -252,11 +252,11 @@ def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | P
         check_inside(folder / split, folder)
         pictures = open_folder(folder / split)
         return replace(pictures, name=f"{folder.name} {split}")
-    _only_train(split, folder)
+    _check_split(split, folder)
     return open_folder(folder)
 
 
-def _only_train(split: str, source: str | PathLike[str]) -> None:
+def _check_split(split: str, source: str | PathLike[str]) -> None:
     if split != "train":
         raise ValueError(
             f"load_images: {source} has no splits, got split={split!r}; "

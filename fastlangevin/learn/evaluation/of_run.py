@@ -98,7 +98,7 @@ def evaluate_run(
     checkpoint, torch_device = find_checkpoint(run), choose_device(device)
     with group.working():
         held_out = _held_out(config, train, images)
-        read = _read(samples, train)
+        read = _read_samples(samples, train)
     order = shuffled(train if held_out is None else held_out, seed)
     if held_out is None:
         reference = min(reference, len(train) // 2)
@@ -158,7 +158,7 @@ def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> Imag
         return None
 
 
-def _read(samples: str | None, train: ImageData) -> ImageData | None:
+def _read_samples(samples: str | None, train: ImageData) -> ImageData | None:
     if samples is None:
         return None
     read = load_images(samples, channels=train.shape[0], bounded=False)

@@ -30,12 +30,14 @@ def claimed(path: Path, lost: Callable[[], None]) -> Iterator[bool]:
     """
     make_folder(path.parent)
     owner = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
-    own_claim = _take(path, owner)
+    own_claim = _take_claim(path, owner)
     if own_claim is None:
         yield False
         return
     done = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(path, own_claim, owner, done, lost), daemon=True)
+    keeper = threading.Thread(
+        target=_keep_claim, args=(path, own_claim, owner, done, lost), daemon=True
+    )
     keeper.start()
     try:
         yield True
@@ -56,16 +58,16 @@ def _claims(path: Path) -> list[Path]:
     ]
 
 
-def _take(path: Path, owner: str) -> Path | None:
+def _take_claim(path: Path, owner: str) -> Path | None:
     """Create the next claim, unless the last one is in use; return its path."""
     last = next(reversed(_claims(path)), None)
-    if last is not None and not _expired(last):
+    if last is not None and not _is_expired(last):
         return None
     number = 0 if last is None else int(last.suffix[1:]) + 1
     own_claim = path.with_name(f"{path.name}.{number}")
     if not _create(own_claim, owner):
         return None
-    if last is not None and not _expired(last):  # another process was faster
+    if last is not None and not _is_expired(last):  # another process was faster
         own_claim.unlink(missing_ok=True)
         return None
     return own_claim
@@ -95,7 +97,7 @@ def _create_without_links(path: Path, owner: str) -> bool:
     return True
 
 
-def _expired(path: Path) -> bool:
+def _is_expired(path: Path) -> bool:
     """Compare a claim's time with that of a new file, as machines may have different clocks."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -107,7 +109,7 @@ def _expired(path: Path) -> bool:
         probe.unlink(missing_ok=True)
 
 
-def _keep(
+def _keep_claim(
     path: Path, own_claim: Path, owner: str, done: threading.Event, lost: Callable[[], None]
 ) -> None:
     """Touch a claim until the work is done.

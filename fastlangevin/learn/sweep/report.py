@@ -103,7 +103,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         parts.append(table([*axes, *_titles()], rows))
     else:
         for name, lines in content["lines"].items():
-            cells = [list(_cells(point).values()) for point in _along(content, lines[0])]
+            cells = [list(_cells(point).values()) for point in _points_on(content, lines[0])]
             header = [name, *(str(value) for value in axes[name])]
             rows = [
                 [title, *row]
@@ -142,7 +142,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
             for row, measure in enumerate(measured):
                 subplot = grid[row][column]
                 for line in content["lines"][axis]:
-                    measures = [point["measures"][measure] for point in _along(content, line)]
+                    measures = [point["measures"][measure] for point in _points_on(content, line)]
                     points = [(i, stats) for i, stats in enumerate(measures) if stats is not None]
                     subplot.errorbar(
                         [i for i, _ in points],
@@ -156,7 +156,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                 mark = content["marks"]["real images"].get(measure)
                 if mark is not None:
                     subplot.axhline(mark, color="black", linestyle=":", linewidth=1)
-                labels = [str(value) + _lost_at(content, axis, value) for value in values]
+                labels = [str(value) + _diverged_label(content, axis, value) for value in values]
                 subplot.set_xticks(range(len(values)), labels, fontsize="small")
                 subplot.set_xlim(-0.3, len(values) - 0.7)
                 subplot.grid(alpha=0.3)
@@ -170,7 +170,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def _along(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Mapping[str, Any]]:
+def _points_on(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Mapping[str, Any]]:
     for settings in line:
         yield next(point for point in content["points"] if point["settings"] == settings)
 
@@ -185,19 +185,19 @@ def _cells(point: Mapping[str, Any]) -> dict[str, str]:
         cells[name] = "-" if statistic is None else _text(statistic["mean"])
         if statistic is not None and statistic["error"] is not None:
             cells[name] += f" ± {statistic['error']:.1g}"
-    return cells | {"diverged": f"{_lost(point)} of {len(point['runs'])}"}
+    return cells | {"diverged": f"{_count_diverged(point)} of {len(point['runs'])}"}
 
 
-def _lost(point: Mapping[str, Any]) -> int:
+def _count_diverged(point: Mapping[str, Any]) -> int:
     return sum(result["diverged"] is not None for result in point["runs"])
 
 
-def _lost_at(content: Mapping[str, Any], axis: str, value: Any) -> str:
+def _diverged_label(content: Mapping[str, Any], axis: str, value: Any) -> str:
     """Return the line of a tick label on diverged runs, which are not in the means."""
     lost = sum(
-        _lost(point)
+        _count_diverged(point)
         for line in content["lines"][axis]
-        for point in _along(content, line)
+        for point in _points_on(content, line)
         if point["settings"][axis] == value
     )
     return f"\n{lost} diverged" if lost else ""
