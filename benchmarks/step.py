@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(case: Case, budget: float, compiled: bool) -> list[dict[str, Any]]:
     """Time all variants; returns a row for each, and one for a copy of as many bytes."""
-    ready, errors, sets = samplers(case, variants(case, compiled), least=budget / 1000)
+    ready, errors, sets = samplers(case, variants(case, compiled), least_seconds=budget / 1000)
     seconds = timing.interleave(ready, timing.rounds_within(ready, budget, least=5, most=200))
     about = {
         "size": case.size,

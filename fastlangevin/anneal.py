@@ -49,10 +49,10 @@ def levels(sigmas: Sequence[float] | Tensor, steps_each: int, step_lr: float) ->
     values = [check_number("levels", "sigmas", sigma) for sigma in sigmas]
     if not values or min(values) == 0:
         raise ValueError(f"levels: sigmas must be one or more values > 0, got {values}")
-    each = check_count("levels", "steps_each", steps_each)
+    steps_per_level = check_count("levels", "steps_each", steps_each)
     rate = check_number("levels", "step_lr", step_lr)
     sizes = [rate * (sigma / values[-1]) ** 2 for sigma in values]
-    level = [i for i in range(len(values)) for _ in range(each)]
+    level = [i for i in range(len(values)) for _ in range(steps_per_level)]
     return Annealed(
         steps=len(level),
         step_size=[sizes[i] for i in level],

@@ -80,7 +80,7 @@ def bench(
         ratios = [
             plain / this for plain, this in zip(times[NAIVE, None], seconds_per_run, strict=True)
         ]
-        limit = None if isinstance(graph, str) else _limit(graph, x, precision) / median
+        limit = None if isinstance(graph, str) else _least_seconds(graph, x, precision) / median
         rows.append(Row(name, precision, median, statistics.median(ratios), limit))
     return rows + refused
 
@@ -98,7 +98,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _limit(graph: Graph, x: Tensor, precision: str | None) -> float:
+def _least_seconds(graph: Graph, x: Tensor, precision: str | None) -> float:
     """Return the seconds of a step's products at the rate of torch's matrix product."""
     threads = torch.get_num_threads() if x.device.type == "cpu" else 0
     return cost(graph).flops * x.shape[0] / matrix_rate(x.device, precision, threads)

@@ -164,7 +164,7 @@ def _initial(energy: Callable[..., Any], n: Any, shape: Any, seed: int, first_ch
     return _noise.initial((n, *shape), seed=seed, first_chain=first_chain, device=device)
 
 
-def walk(
+def run_steps(
     chain: Chain,
     x: Tensor,
     choice: EngineChoice | None,

@@ -105,12 +105,12 @@ def _keywords(energy: Callable[..., Any], wanted: Set[str]) -> tuple[set[str], b
     The search ends as soon as all ``wanted`` names are accepted.
     """
     names: set[str] = set()
-    takes_any, waiting, seen = False, [energy], set()
+    takes_any, waiting, visited = False, [energy], set()
     while waiting and not wanted <= names:
         function = waiting.pop()
-        if id(function) in seen:
+        if id(function) in visited:
             continue
-        seen.add(id(function))
+        visited.add(id(function))
         call = function.forward if isinstance(function, nn.Module) else function
         if (schema := getattr(call, "schema", None)) is not None:  # of TorchScript
             names |= {argument.name for argument in schema.arguments[2:]}
@@ -216,7 +216,7 @@ def _name_of(tensor: Tensor, energy: Callable[..., Any]) -> str:
     """The name of a parameter or buffer of the energy's module."""
     (module,) = modules_of(energy)
     named = (*module.named_parameters(), *module.named_buffers())
-    return next(name for name, one in named if one is tensor)
+    return next(name for name, candidate in named if candidate is tensor)
 
 
 def _has_no_forward(module: nn.Module) -> bool:

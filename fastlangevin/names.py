@@ -21,10 +21,10 @@ def nearest(name: Any, names: Collection[str], cutoff: float = 0.6) -> str | Non
     """
     if not isinstance(name, str):
         return None
-    plain = {_plain(known): known for known in names}
+    plain = {_plain(candidate): candidate for candidate in names}
     # The time is that of the product of the lengths, and a name may come from a file.
-    found = difflib.get_close_matches(_plain(name[:100]), plain, 1, cutoff)
-    return plain[found[0]] if found else None
+    matches = difflib.get_close_matches(_plain(name[:100]), plain, 1, cutoff)
+    return plain[matches[0]] if matches else None
 
 
 def did_you_mean(name: Any, names: Collection[str]) -> str:
@@ -60,13 +60,13 @@ def keywords_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Make a function raise TypeError with the nearest argument for an unknown keyword."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    known = frozenset(names)
+    accepted = frozenset(names)
     op, shown = function.__qualname__.removesuffix(".__init__"), [n for n in names if n != "self"]
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         for name in kwargs:
-            if name not in known:
+            if name not in accepted:
                 raise unknown_keyword(op, name, shown)
         return function(*args, **kwargs)
 

@@ -17,7 +17,7 @@ from fastlangevin.arguments import (
     check_grad_clip,
     check_schedule,
 )
-from fastlangevin.calls import Call, chain_of, entry, read_call, walk
+from fastlangevin.calls import Call, chain_of, entry, read_call, run_steps
 from fastlangevin.chain.chain import Chain, norms, rows
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings, check_metropolis
@@ -280,7 +280,7 @@ class LangevinSampler:
             energies = self._graphs.run(call.chain, x, choice)
         if energies is None:
             every = self.steps if callback is None else every
-            energies = walk(call.chain, x, choice, callback, every, progress)
+            energies = run_steps(call.chain, x, choice, callback, every, progress)
         call.chain.check_finite(x, energies)
         return x
 
@@ -361,8 +361,8 @@ class LangevinSampler:
     def _settings(self) -> Settings:
         return Settings(*(getattr(self, name) for name in Settings._fields))
 
-    def _chain(self, **values: Any) -> Chain:
-        return chain_of(self.energy, self._settings(), self._recognised, **values)
+    def _chain(self, *address: Any, **values: Any) -> Chain:
+        return chain_of(self.energy, self._settings(), self._recognised, *address, **values)
 
     def _read(self, x0: Any, **options: Any) -> Call:
         return read_call(self.energy, self._settings(), self._recognised, _options(), x0, **options)

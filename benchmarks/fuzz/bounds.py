@@ -65,7 +65,7 @@ def evaluate(energy: Energy, x: Tensor, rounding: Rounding) -> Exact:
 class _Tape:
     def __init__(self, energy: Energy, x: Tensor, rounding: Rounding) -> None:
         self.ops = energy.ops
-        tail = _tail(self.ops)
+        tail = _linear_tail(self.ops)
         self.units = [rounding.tail if t else rounding.values for t in tail]
         self.sums = rounding.sums
         # The unit of the gradient of each value: the tail's is rounded once more where it ends.
@@ -100,10 +100,10 @@ class _Tape:
             reach = [v.abs() + e for v, e in zip(inputs, errors, strict=True)]
             error = _magnitude(op, weight, None, *errors)
             sums = _magnitude(op, weight, bias, *reach)
-            rounded = ~(_whole(op, weight, bias, *inputs) & (error == 0) & (sums < _LARGEST))
-            error = error + rounded * _terms(op, weight, inputs[0]) * self.sums * sums
+            rounded = ~(_is_exact(op, weight, bias, *inputs) & (error == 0) & (sums < _LARGEST))
+            error = error + rounded * _count_terms(op, weight, inputs[0]) * self.sums * sums
         self.values.append(value)
-        self.errors.append(_stored(value, error, unit, _stores(op)))
+        self.errors.append(_rounding_error(value, error, unit, _count_roundings(op)))
 
     def result(self) -> Exact:
         n = self.values[0].shape[0]
@@ -134,25 +134,25 @@ class _Tape:
             parts = [grad * slope]
             bounds = [error * (slope.abs() + doubt) + grad.abs() * doubt]
         else:
-            parts = _pulled(lambda *v: run(op, weight, None, *v), inputs, grad)
+            parts = _input_grads(lambda *v: run(op, weight, None, *v), inputs, grad)
             carried, sums = (
-                _pulled(lambda *v: _magnitude(op, weight, None, *v), inputs, g)
+                _input_grads(lambda *v: _magnitude(op, weight, None, *v), inputs, g)
                 for g in (error, grad.abs() + error)
             )
-            terms = _terms_back(op, weight, inputs[0]) * self.sums
-            whole = _whole(op, weight, None, grad)
+            terms = _count_terms_back(op, weight, inputs[0]) * self.sums
+            whole = _is_exact(op, weight, None, grad)
             bounds = [
                 c + ~(whole & (c == 0) & (total < _LARGEST)) * terms * total
                 for c, total in zip(carried, sums, strict=True)
             ]
         for i, part, bound in zip(op.inputs, parts, bounds, strict=True):
-            bound = _stored(part, bound, unit, _stores(op))
+            bound = _rounding_error(part, bound, unit, _count_roundings(op))
             if self.entering[i] != unit:
-                bound = _stored(part, bound, self.entering[i])
+                bound = _rounding_error(part, bound, self.entering[i])
             before = grads[i]
             if before is not None:
                 part = before + part
-                bound = _stored(part, errors[i] + bound, unit)
+                bound = _rounding_error(part, errors[i] + bound, unit)
             grads[i], errors[i] = part, bound
 
     def _slope(self, k: int, op: Op, unit: float) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ class _Tape:
         """
         z, e = self.values[op.inputs[0]], self.errors[op.inputs[0]]
         y, d = self.values[k + 1], self.errors[k + 1]
-        (slope,) = _pulled(lambda v: run(op, None, None, v), [z], torch.ones_like(z))
+        (slope,) = _input_grads(lambda v: run(op, None, None, v), [z], torch.ones_like(z))
         doubt = _CURVATURE[op.kind](op) * e + unit * slope.abs() + _EVALUATION * (1 + y.abs())
         if op.kind in _PIECEWISE:
             other = op.settings[0] if op.settings else 0.0
@@ -219,7 +219,7 @@ def _magnitude(op: Op, weight: Tensor | None, bias: Tensor | None, *inputs: Tens
     return run(op, weight, bias, *inputs)
 
 
-def _whole(op: Op, weight: Tensor | None, *others: Tensor | None) -> bool:
+def _is_exact(op: Op, weight: Tensor | None, *others: Tensor | None) -> bool:
     """Whether all products of an operation are multiples of one power of two."""
     if op.kind in ("mean", "avg_pool"):
         return False
@@ -230,13 +230,13 @@ def _whole(op: Op, weight: Tensor | None, *others: Tensor | None) -> bool:
     return of_one and all(bool((value == value.round()).all()) for value in scaled)
 
 
-def _stored(value: Tensor, error: Tensor, unit: float, times: int = 1) -> Tensor:
+def _rounding_error(value: Tensor, error: Tensor, unit: float, times: int = 1) -> Tensor:
     """The error after a result has been rounded to a dtype."""
     exact = (error == 0) & (_rounded(value, unit) == value)
     return error + ~exact * (unit * times) * (value.abs() + error)
 
 
-def _terms(op: Op, weight: Tensor | None, x: Tensor) -> int:
+def _count_terms(op: Op, weight: Tensor | None, x: Tensor) -> int:
     """Roundings in an element of the output: its terms, the bias, and a rounded factor."""
     if weight is not None:
         return math.prod(weight.shape[1:]) + 2
@@ -247,7 +247,7 @@ def _terms(op: Op, weight: Tensor | None, x: Tensor) -> int:
     return 2
 
 
-def _terms_back(op: Op, weight: Tensor | None, x: Tensor) -> int:
+def _count_terms_back(op: Op, weight: Tensor | None, x: Tensor) -> int:
     """Roundings in an element of the input's gradient."""
     if op.kind == "conv":
         assert weight is not None
@@ -255,22 +255,22 @@ def _terms_back(op: Op, weight: Tensor | None, x: Tensor) -> int:
     if op.kind == "linear":
         assert weight is not None
         return weight.shape[0] + 2
-    return _terms(op, weight, x)
+    return _count_terms(op, weight, x)
 
 
-def _stores(op: Op) -> int:
+def _count_roundings(op: Op) -> int:
     """How often a result is rounded to its dtype: a mean may be stored as a sum first."""
     return 0 if op.kind == "flatten" else 2 if op.kind in ("mean", "sum") else 1
 
 
-def _pulled(f: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+def _input_grads(f: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     """The gradients of the inputs of f for an output with the gradient ``grad``."""
     with torch.enable_grad():
         leaves = [v.detach().requires_grad_() for v in inputs]
         return list(torch.autograd.grad(f(*leaves), leaves, grad))
 
 
-def _tail(ops: list[Op]) -> list[bool]:
+def _linear_tail(ops: list[Op]) -> list[bool]:
     """For each operation, whether it and all that depend on it are linear."""
     tail = [False] * len(ops)
     for k in range(len(ops) - 1, -1, -1):

@@ -107,10 +107,10 @@ def recomputed(steps: int, states: int) -> int:
     return repeats * steps - comb(states + repeats, repeats - 1) - (steps - 1)
 
 
-def states_for(steps: int, repeats: int = 2) -> int:
-    """The fewest states with which no step is advanced over more than ``repeats`` times."""
+def states_for(steps: int) -> int:
+    """The fewest states with which no step is advanced over more than twice."""
     states = 1
-    while comb(states + repeats, states) < steps:
+    while comb(states + 2, states) < steps:
         states += 1
     return states
 
@@ -118,10 +118,7 @@ def states_for(steps: int, repeats: int = 2) -> int:
 def _distance_to_next(steps: int, states: int) -> int:
     """The distance from a stored state to the next one to store, or to the end without room."""
     repeats = _fewest_repeats(steps, states)
-    return min(
-        comb(states + repeats - 1, states),
-        steps - comb(states + repeats - 2, states - 1),
-    )
+    return min(comb(states + repeats - 1, states), steps - comb(states + repeats - 2, states - 1))
 
 
 def _fewest_repeats(steps: int, states: int) -> int:

@@ -19,10 +19,7 @@ from fastlangevin.gradients.engine_cache import EngineCache
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.score_network import network_score
-from fastlangevin.gradients.select import (
-    EngineChoice,
-    choose_engine,
-)
+from fastlangevin.gradients.select import EngineChoice, choose_engine
 from fastlangevin.gradients.train_mode import warn_of_train_mode
 from fastlangevin.gradients.untouched import Isolation
 from fastlangevin.kernels import native, reference

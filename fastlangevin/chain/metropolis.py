@@ -57,9 +57,9 @@ class AdjustedChain(Chain):
                 y = self._propose(run, x, grad, k)
                 at_y = chain._evaluate(engine, y, k)
                 accepted = self._accept(x, y, (energies, grad), at_y, k)
-                x.copy_(torch.where(_like(accepted, x), y, x))
+                x.copy_(torch.where(_as_chains(accepted, x), y, x))
                 energies = torch.where(accepted, at_y[0], energies)
-                grad = torch.where(_like(accepted, x), at_y[1], grad)
+                grad = torch.where(_as_chains(accepted, x), at_y[1], grad)
             if overflow is not None:
                 overflow.look_at(step)
             yield step._replace(accepted=accepted)
@@ -80,12 +80,7 @@ class AdjustedChain(Chain):
         )  # fmt: skip
 
     def _accept(
-        self,
-        x: Tensor,
-        y: Tensor,
-        at_x: tuple[Tensor, Tensor],
-        at_y: tuple[Tensor, Tensor],
-        k: int,
+        self, x: Tensor, y: Tensor, at_x: tuple[Tensor, Tensor], at_y: tuple[Tensor, Tensor], k: int
     ) -> Tensor:
         """Whether each chain moves to y, bool [n], from (energies, gradient) at x and y.
 
@@ -118,6 +113,6 @@ def _inside(x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
     return rows((x >= clamp[0]) & (x <= clamp[1])).all(1)
 
 
-def _like(accepted: Tensor, x: Tensor) -> Tensor:
+def _as_chains(accepted: Tensor, x: Tensor) -> Tensor:
     """[n] as [n, 1, ...], which broadcasts over x."""
     return accepted.view(-1, *[1] * (x.ndim - 1))

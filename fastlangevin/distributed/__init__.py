@@ -6,7 +6,7 @@ from fastlangevin.distributed.ordered_sum import OrderedSum
 from fastlangevin.distributed.rendezvous import join
 from fastlangevin.distributed.rows import split_rows
 from fastlangevin.distributed.shards import Shard, shard
-from fastlangevin.distributed.watch import DistributedError
+from fastlangevin.distributed.time_limits import DistributedError
 
 __all__ = [
     "DistributedError",

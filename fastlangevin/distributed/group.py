@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlangevin.distributed.store import TimedStore, within
-from fastlangevin.distributed.watch import DistributedError, Watch, named
+from fastlangevin.distributed.time_limits import DistributedError, TimedWaits, named
 
 TIMEOUT = 600.0
 
@@ -52,7 +52,7 @@ class Group:
         self.bytes = 0  # sent by this process to the others
         self.seconds = 0.0  # spent in collectives of tensors, including the wait for the others
         self._store = TimedStore(store, timeout, holder)
-        self._watch = Watch(rank, world_size, self._store, timeout, holder)
+        self._waits = TimedWaits(rank, world_size, self._store, timeout, holder)
         self._calls = 0
 
     def all_to_all(
@@ -102,9 +102,9 @@ class Group:
             return [value]
         self._calls += 1
         keys = [f"{self._calls}/{rank}" for rank in range(self.world_size)]
-        with self._watch.asking(what):
+        with self._waits.asking(what):
             self._store.set(keys[self.rank], json.dumps(value))
-            self._watch.wait_for(keys, what)
+            self._waits.wait_for(keys, what)
             return [json.loads(self._store.get(key)) for key in keys]
 
     def first(self, call: Callable[[], Any], what: str) -> Any:
@@ -119,11 +119,11 @@ class Group:
         if self.rank == 0:
             with self.working():
                 value = call()
-            with self._watch.asking(what):
+            with self._waits.asking(what):
                 self._store.set(key, json.dumps(value))
             return value
-        with self._watch.asking(what):
-            self._watch.wait_for([key], what)
+        with self._waits.asking(what):
+            self._waits.wait_for([key], what)
             return json.loads(self._store.get(key))
 
     def deal(self, n: int, what: str) -> Iterator[int]:
@@ -138,7 +138,7 @@ class Group:
         key = f"{self._calls}/dealt"
 
         def ask() -> int:
-            with self._watch.asking(what):
+            with self._waits.asking(what):
                 return min(n, self._store.add(key, 1) - 1)
 
         return iter(ask, n)
@@ -158,8 +158,8 @@ class Group:
     def check(self, what: str) -> None:
         """Raise DistributedError if another process has reported a failure."""
         if self.world_size > 1:
-            with self._watch.asking(what):
-                if reason := self._watch.failure(what):
+            with self._waits.asking(what):
+                if reason := self._waits.failure(what):
                     raise DistributedError(reason)
 
     def working(self) -> contextlib.AbstractContextManager[None]:
@@ -168,7 +168,7 @@ class Group:
         For work of any length that not all processes have a part in. A thread tells the others
         that this process has not been stopped or lost.
         """
-        return contextlib.nullcontext() if self.world_size == 1 else self._watch.working()
+        return contextlib.nullcontext() if self.world_size == 1 else self._waits.working()
 
     @contextlib.contextmanager
     def membership(self) -> Iterator[None]:
@@ -181,10 +181,10 @@ class Group:
             yield
             self.barrier("the end of the job")
         except BaseException as error:
-            self._watch.report(error)
-            self._watch.leave(failed=True)
+            self._waits.report(error)
+            self._waits.leave(failed=True)
             raise
-        self._watch.leave()
+        self._waits.leave()
 
     def connect(self, call: Callable[[], None]) -> None:
         """Run a call that may block until all processes are connected."""
@@ -193,7 +193,7 @@ class Group:
             within(self.timeout, call)
         except RuntimeError as error:
             waited = time.perf_counter() - started
-            raise DistributedError(self._watch.reason("start", error, waited)) from error
+            raise DistributedError(self._waits.reason("start", error, waited)) from error
 
     # The three collectives, which tests run in threads. Some builds of torch have none of them.
 
@@ -216,13 +216,13 @@ class Group:
         started = time.perf_counter()
         try:
             work = begin()
-            self._watch.poll(work.is_completed, what)
+            self._waits.poll(work.is_completed, what)
             work.wait()
         except DistributedError:
             raise
         except RuntimeError as error:
             waited = time.perf_counter() - started
-            raise DistributedError(self._watch.reason(what, error, waited)) from error
+            raise DistributedError(self._waits.reason(what, error, waited)) from error
         finally:
             self.seconds += time.perf_counter() - started
 

@@ -29,7 +29,7 @@ class OrderedSum:
         ranks = range(group.world_size)
         self.shards = [shard(leaves, rank, group.world_size) for rank in ranks]
         self._nodes = [
-            _complete((0, leaves), (first, first + count)) for first, count in self.shards
+            _complete_subtrees((0, leaves), (first, first + count)) for first, count in self.shards
         ]
 
     def __call__(
@@ -44,7 +44,7 @@ class OrderedSum:
 
         def add(node: Node) -> Tensor:
             lo, hi = node
-            return vector(lo) if hi - lo == 1 else add(_left(node)) + add(_right(node))
+            return vector(lo) if hi - lo == 1 else add(_left_child(node)) + add(_right_child(node))
 
         group = self.group
         sums = [add(node) for node in self._nodes[group.rank]]
@@ -65,27 +65,31 @@ class OrderedSum:
 
         def complete(node: Node) -> Tensor:
             done = slices.get(node)
-            return complete(_left(node)) + complete(_right(node)) if done is None else done
+            return (
+                complete(_left_child(node)) + complete(_right_child(node)) if done is None else done
+            )
 
         gathered = group.all_gather(torch.cat([complete((0, self.leaves)), extra()]), what)
         return gathered[:, :width].flatten()[:length], list(gathered[:, width:])
 
 
-def _left(node: Node) -> Node:
+def _left_child(node: Node) -> Node:
     """The left child: the largest power of two of leaves that leaves one for the right child."""
     lo, hi = node
     return lo, lo + (1 << (hi - lo - 1).bit_length() - 1)
 
 
-def _right(node: Node) -> Node:
-    return _left(node)[1], node[1]
+def _right_child(node: Node) -> Node:
+    return _left_child(node)[1], node[1]
 
 
-def _complete(node: Node, held: Node) -> list[Node]:
+def _complete_subtrees(node: Node, held_leaves: Node) -> list[Node]:
     """The largest subtrees of ``node`` all of whose leaves are among those held."""
-    (lo, hi), (first, last) = node, held
+    (lo, hi), (first, last) = node, held_leaves
     if first <= lo and hi <= last:
         return [node]
     if hi <= first or last <= lo:
         return []
-    return _complete(_left(node), held) + _complete(_right(node), held)
+    return _complete_subtrees(_left_child(node), held_leaves) + _complete_subtrees(
+        _right_child(node), held_leaves
+    )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fastlangevin.distributed.group import TIMEOUT, Group
 from fastlangevin.distributed.launch import Launch, own_device, read_launch
 from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief, within
-from fastlangevin.distributed.watch import GRACE, DistributedError, named
+from fastlangevin.distributed.time_limits import GRACE, DistributedError, named
 
 
 @contextlib.contextmanager

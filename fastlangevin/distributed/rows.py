@@ -27,16 +27,16 @@ def split_rows(
     shares = [shard(-(-n // block), rank, group.world_size) for rank in range(group.world_size)]
     bounds = [(s.first_chain * block, (s.first_chain + s.n) * block) for s in shares]
     slices = [slice(min(n, lo), min(n, hi)) for lo, hi in bounds]
-    own = slices[group.rank]
+    own_slice = slices[group.rank]
     # Ranks without rows do not know the shapes.
     with group.working():
-        rows = compute(own) if own.start < own.stop else None
-    kinds = None if rows is None else [_kind(r) for r in rows]
+        rows = compute(own_slice) if own_slice.start < own_slice.stop else None
+    kinds = None if rows is None else [_shape_and_dtype(r) for r in rows]
     device = next((r.device for r in rows or () if r is not None), group.device)
-    known = next(kinds for kinds in group.share(kinds, what) if kinds is not None)
+    row_kinds = next(kinds for kinds in group.share(kinds, what) if kinds is not None)
     counts = [s.stop - s.start for s in slices]
     gathered: list[Tensor | None] = []
-    for i, kind in enumerate(known):
+    for i, kind in enumerate(row_kinds):
         if kind is None:
             gathered.append(None)
             continue
@@ -49,5 +49,5 @@ def split_rows(
     return tuple(gathered)
 
 
-def _kind(rows: Tensor | None) -> tuple[list[int], str] | None:
+def _shape_and_dtype(rows: Tensor | None) -> tuple[list[int], str] | None:
     return None if rows is None else (list(rows.shape[1:]), str(rows.dtype).removeprefix("torch."))

@@ -47,5 +47,5 @@ def shard(n: int, rank: int | None = None, world_size: int | None = None) -> Sha
     check_count("shard", "world_size", world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"shard: rank must be in 0..{world_size - 1}, got {rank}")
-    each, more = divmod(n, world_size)
-    return Shard(rank * each + min(rank, more), each + (rank < more))
+    per_rank, remainder = divmod(n, world_size)
+    return Shard(rank * per_rank + min(rank, remainder), per_rank + (rank < remainder))

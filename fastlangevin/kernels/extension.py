@@ -101,7 +101,7 @@ def watch_methods(owners: Sequence[Any], called: Callable[[FrameType], None]) ->
 
     def profile(frame: FrameType, event: str, function: Any) -> None:
         owner = getattr(function, "__self__", None) if event == "c_call" else None
-        if owner is not None and any(owner is one for one in owners):
+        if owner is not None and any(owner is watched for watched in owners):
             called(frame)
 
     sys.setprofile(profile)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def _ordinary() -> int:
+def _ordinary_dispatch_keys() -> int:
     """The dispatch keys of ordinary tensors, as bits. This probes no device."""
     bits = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
     for device in ("CPU", "CUDA", "XPU", "MPS", "HPU", "MTIA", "PrivateUse1"):
@@ -25,7 +25,7 @@ def _ordinary() -> int:
     return bits
 
 
-_OTHER_KEYS = ~_ordinary()
+_OTHER_KEYS = ~_ordinary_dispatch_keys()
 _dispatch_keys = torch._C._dispatch_keys
 
 
@@ -85,18 +85,18 @@ def _is_injective(x: Tensor) -> bool:
     if x.numel() == 0 or not in_memory(x):
         return True
     start, end = _extent(x)
-    taken = torch.zeros((end - start) // x.element_size(), dtype=torch.bool, device="cpu")
-    taken.as_strided(x.shape, x.stride()).fill_(True)
-    return int(taken.sum()) == x.numel()
+    covered = torch.zeros((end - start) // x.element_size(), dtype=torch.bool, device="cpu")
+    covered.as_strided(x.shape, x.stride()).fill_(True)
+    return int(covered.sum()) == x.numel()
 
 
 def _intersect(a: Tensor, b: Tensor) -> bool:
     """Whether two views of one storage, with the same dtype, share an element."""
     first = min(a.storage_offset(), b.storage_offset())
     last = max(_extent(a)[1], _extent(b)[1]) - a.untyped_storage().data_ptr()
-    taken = torch.zeros(last // a.element_size() - first, dtype=torch.bool, device="cpu")
-    taken.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
-    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())
+    covered = torch.zeros(last // a.element_size() - first, dtype=torch.bool, device="cpu")
+    covered.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
+    return bool(covered.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

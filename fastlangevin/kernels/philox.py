@@ -50,7 +50,7 @@ def normal(
 ) -> Tensor:
     """Standard normals [n, ...]; see :func:`fastlangevin.noise.normal`."""
     address = Address(seed, step, stream, first_chain)
-    u0, u1, u2, u3 = _units(shape, address, device, dtype)
+    u0, u1, u2, u3 = _block_uniforms(shape, address, device, dtype)
     radius = torch.stack((u0, u2), dim=-1).add_(2.0**-24).log_().mul_(-2.0).sqrt_()
     turn = torch.stack((u1, u3), dim=-1)
     # Half turns are removed exactly, so that the angle's rounding error is below 1.1e-7 in float32.
@@ -58,7 +58,7 @@ def normal(
     radius *= 1 - 2 * (half_turns == 1).to(dtype)
     angle = (turn - half_turns / 2).mul_(2 * math.pi)
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return _rows(pairs, shape)
+    return _cut_to_chains(pairs, shape)
 
 
 def uniform(
@@ -71,8 +71,8 @@ def uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniforms [n, ...] in [0, 1); see :func:`fastlangevin.noise.uniform`."""
-    units = _units(shape, Address(seed, step, stream, first_chain), device, dtype)
-    return _rows(torch.stack(units, dim=-1), shape)
+    units = _block_uniforms(shape, Address(seed, step, stream, first_chain), device, dtype)
+    return _cut_to_chains(torch.stack(units, dim=-1), shape)
 
 
 def words(
@@ -86,7 +86,7 @@ def words(
 ) -> Tensor:
     """The 32-bit words behind :func:`uniform`, as int64 [n, ...] in [0, 2**32)."""
     address = Address(seed, step, stream, first_chain)
-    return _rows(torch.stack(_words(shape, address, device), dim=-1), shape)
+    return _cut_to_chains(torch.stack(_words(shape, address, device), dim=-1), shape)
 
 
 def philox(counter: tuple, seed: int) -> tuple:
@@ -145,18 +145,15 @@ def _words(
     return philox((block[None, :], chain[:, None], step, stream), seed)
 
 
-def _units(
-    shape: Sequence[int],
-    address: Address,
-    device: torch.device | str | None,
-    dtype: torch.dtype,
+def _block_uniforms(
+    shape: Sequence[int], address: Address, device: torch.device | str | None, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """u(w0)..u(w3) of every block, each [n, ceil(elements / 4)]."""
     words = _words(shape, address, device)
     return tuple((word >> 8).to(dtype).mul_(2.0**-24) for word in words)
 
 
-def _rows(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+def _cut_to_chains(blocks: Tensor, shape: Sequence[int]) -> Tensor:
     """Blocks [n, blocks, ...] cut to the elements of a chain and reshaped to ``shape``."""
     elements = math.prod(shape[1:])
     return blocks.flatten(1)[:, :elements].reshape(tuple(shape))

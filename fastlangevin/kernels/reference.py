@@ -71,12 +71,7 @@ def step(
     return langevin_step(x, grad, z, noise_std=noise_std, **options)
 
 
-def step_(
-    x: Tensor,
-    grad: Tensor | None,
-    z: Tensor | None,
-    **options: Any,
-) -> Tensor:
+def step_(x: Tensor, grad: Tensor | None, z: Tensor | None, **options: Any) -> Tensor:
     """:func:`step` in place on x, as every backend provides it. Returns x."""
     return x.copy_(step(x, grad, z, **options))
 

@@ -89,7 +89,7 @@ def step_(
     if x.numel() == 0:
         return x
     draws = z is None and not reference.is_zero(options["noise_std"])
-    lines = _lines(x, grad, z, draws)
+    lines = _line_layout(x, grad, z, draws)
     if lines is None:
         dense = x.clone(memory_format=torch.contiguous_format)
         grad, z = (v if v is None else v.contiguous() for v in (grad, z))
@@ -165,7 +165,9 @@ def fill(
     return out
 
 
-def _lines(x: Tensor, grad: Tensor | None, z: Tensor | None, draws: bool) -> tuple[int, int] | None:
+def _line_layout(
+    x: Tensor, grad: Tensor | None, z: Tensor | None, draws: bool
+) -> tuple[int, int] | None:
     """(channels, pixels): how a chain divides into lines of evenly spaced elements in all tensors.
 
     (1, elements) if all chains are contiguous, the real channels and pixels if some chains are
@@ -175,9 +177,9 @@ def _lines(x: Tensor, grad: Tensor | None, z: Tensor | None, draws: bool) -> tup
         return None
     tensors = [v for v in (x, grad) if v is not None]
     elements = x[0].numel()
-    if all(_planar(v) for v in tensors):
+    if all(_is_planar(v) for v in tensors):
         return 1, elements
-    if not all(_planar(v) or _channels_last(v) for v in tensors):
+    if not all(_is_planar(v) or _is_channels_last(v) for v in tensors):
         return None
     if not draws and all(v.stride() == x.stride() for v in tensors):
         return 1, elements  # the number of an element matters only to draw its noise
@@ -185,11 +187,11 @@ def _lines(x: Tensor, grad: Tensor | None, z: Tensor | None, draws: bool) -> tup
     return None if draws and pixels % 4 else (x.shape[1], pixels)
 
 
-def _planar(v: Tensor) -> bool:
+def _is_planar(v: Tensor) -> bool:
     return v.is_contiguous() or v[0].is_contiguous()
 
 
-def _channels_last(v: Tensor) -> bool:
+def _is_channels_last(v: Tensor) -> bool:
     return v.dim() > 2 and v[0].movedim(0, -1).is_contiguous()
 
 
@@ -199,7 +201,7 @@ def _strides(v: Tensor | None, channels: int, pixels: int) -> tuple[int, int, in
         return 0, 0, 0
     if channels == 1:
         return v.stride(0), 0, 1
-    return (v.stride(0), pixels, 1) if _planar(v) else (v.stride(0), 1, channels)
+    return (v.stride(0), pixels, 1) if _is_planar(v) else (v.stride(0), 1, channels)
 
 
 def _grid(

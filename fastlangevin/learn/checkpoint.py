@@ -198,9 +198,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return models[str(path)]
     if how := divergence(path):
         raise FileNotFoundError(f"{path} holds no checkpoint: the run {how}; {REMEDY}")
-    what = "holds no checkpoint yet" if path.is_dir() else "does not exist"
+    state = "holds no checkpoint yet" if path.is_dir() else "does not exist"
     raise FileNotFoundError(
-        f"{path} {what} (looked for {path / 'checkpoints'}/*{_SUFFIX}); models that come with the "
+        f"{path} {state} (looked for {path / 'checkpoints'}/*{_SUFFIX}); models that come with the "
         f"package: {', '.join(models)}, and models on the hub: hf:owner/name"
         f"{did_you_mean(path.name, models)}"
     )
@@ -251,12 +251,12 @@ def check_weights(
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     faults = []
     for name in [*expected, *(name for name in weights if name not in expected)]:
-        want = list(expected[name].shape) if name in expected else "nothing"
-        got = list(weights[name].shape) if name in weights else "nothing"
-        if want != got:
-            faults.append(f"{type(module).__name__}.{name} needs {want}, the file has {got}")
+        needed = list(expected[name].shape) if name in expected else "nothing"
+        given = list(weights[name].shape) if name in weights else "nothing"
+        if needed != given:
+            faults.append(f"{type(module).__name__}.{name} needs {needed}, the file has {given}")
     if faults:
-        more = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-        shown = "; ".join(faults[:_MOST_FAULTS])
-        raise CheckpointError(f"{path} is of another architecture: {shown}{more}")
+        others = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+        first_faults = "; ".join(faults[:_MOST_FAULTS])
+        raise CheckpointError(f"{path} is of another architecture: {first_faults}{others}")
     return weights

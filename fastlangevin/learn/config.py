@@ -79,7 +79,7 @@ def resolve(
     try:
         settings = _config(name) | _cast_all(changes, str(config))
     except ValueError as error:
-        raise error if not changes else _of_file(str(config), error) from error
+        raise error if not changes else _error_in_file(str(config), error) from error
     settings = _cast_all(settings | _cast_all(overrides or {}, "options"), "configs")
     if settings["data"] and settings["data"] not in SOURCES and os.path.exists(settings["data"]):
         # A resumed run must find its data from any working directory.
@@ -87,7 +87,7 @@ def resolve(
     try:
         return TrainConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise error if overrides or not changes else _of_file(str(config), error) from error
+        raise error if overrides or not changes else _error_in_file(str(config), error) from error
 
 
 def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
@@ -102,7 +102,7 @@ def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
         try:
             config_text(name)
         except ValueError as error:
-            raise _of_file(str(config), error) from error
+            raise _error_in_file(str(config), error) from error
     return name or "digits", changes
 
 
@@ -158,7 +158,7 @@ def save_config(config: TrainConfig, file: Path) -> None:
         temporary.write_text(MARK + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
-def _of_file(file: str | Path, error: Exception) -> FileError:
+def _error_in_file(file: str | Path, error: Exception) -> FileError:
     text = str(error)
     return FileError(text if text.startswith(str(file)) else f"{file}: {text}")
 

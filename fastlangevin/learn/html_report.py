@@ -97,15 +97,17 @@ def to_html(run: Path, results: Path | None = None) -> str:
     weights = find_weights(run)
     if is_run(run):
         title, learning = f"Run {run.resolve().name}", _curves(run)
-        _listed(run, CONFIG)
+        _files_of_run(run, CONFIG)
         settings = dataclasses.asdict(resolve(run / CONFIG))
     else:
         title, learning = f"Model {run.stem}", f"<p>{_NO_CURVES}</p>"
         saved = weights.info.get("config") is not None
-        sampler = _mapping(weights.info, "energy", run) | _mapping(weights.info, "sampler", run)
+        sampler = _settings_in_header(weights.info, "energy", run) | _settings_in_header(
+            weights.info, "sampler", run
+        )
         settings = dataclasses.asdict(resolve_saved(weights.info, run, {})) if saved else sampler
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
-    how = divergence(run) if _listed(run, DIVERGED) else None
+    how = divergence(run) if _files_of_run(run, DIVERGED) else None
     iterations = settings.get("iterations")
     trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
     folder = results or run
@@ -126,7 +128,7 @@ def to_html(run: Path, results: Path | None = None) -> str:
     )
 
 
-def _mapping(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
+def _settings_in_header(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
     """Return settings from the header of a model; FileError if they are not a mapping."""
     settings = info.get(name)
     if not isinstance(settings, dict | None):
@@ -164,19 +166,19 @@ def _iteration_of(path: Path) -> int | None:
 
 
 def _samples(run: Path, weights: Weights, iterations: Any) -> str:
-    grids = _listed(run, "samples/" + "[0-9]" * 8 + ".png")
-    chosen = [grids[i * (len(grids) - 1) // (_GRIDS - 1)] for i in range(_GRIDS)] if grids else []
+    grids = _files_of_run(run, "samples/" + "[0-9]" * 8 + ".png")
+    picked = [grids[i * (len(grids) - 1) // (_GRIDS - 1)] for i in range(_GRIDS)] if grids else []
     final = run / "samples.png"
     parts = []
-    if final in _listed(run, final.name):
+    if final in _files_of_run(run, final.name):
         # It is drawn when a run ends, so it is outdated only while a resumed run is not done.
         old = "" if weights.iteration == iterations else age(final, weights)
         parts.append(_image(final, "the last weights" + old))
-    return _grid(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(chosen)])
+    return _grid(parts + [_image(p, f"iteration {int(p.stem)}") for p in dict.fromkeys(picked)])
 
 
 def _curves(run: Path) -> str:
-    _listed(run, "*.jsonl")
+    _files_of_run(run, "*.jsonl")
     with reading(run / "metrics.jsonl", "records"):
         records = read_records(run)
     with reading(run / "series.jsonl", "records"):
@@ -195,7 +197,7 @@ def _curves(run: Path) -> str:
 
 def curve(points: Sequence[tuple[float, float]]) -> str:
     """Draw points (x, y), with x ascending, as inline SVG; many points are reduced to extremes."""
-    points = _thinned(points)
+    points = _extremes(points)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
     spread = (high - low) or abs(high) or 1.0
@@ -226,7 +228,7 @@ def curve(points: Sequence[tuple[float, float]]) -> str:
     )
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     size = -(-2 * len(points) // _POINTS)
     if size < 3:
         return list(points)
@@ -240,8 +242,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def _pictures(run: Path, weights: Weights) -> str:
     parts = []
-    texts = _listed(run, "*.txt")
-    for path in _listed(run, "*"):
+    texts = _files_of_run(run, "*.txt")
+    for path in _files_of_run(run, "*"):
         if path.suffix in _TYPES and path.name not in ("samples.png", "diagnose.png"):
             parts.append(_image(path, path.stem.replace("_", " ") + age(path, weights)))
             if (text := path.with_suffix(".txt")) in texts:
@@ -250,7 +252,7 @@ def _pictures(run: Path, weights: Weights) -> str:
     return _grid(parts)
 
 
-def _listed(folder: Path, pattern: str) -> list[Path]:
+def _files_of_run(folder: Path, pattern: str) -> list[Path]:
     """Return the files that match a pattern; FileError for a link that leaves the folder."""
     paths = sorted(path for path in folder.glob(pattern) if path.suffix in _READ)
     for path in paths:
@@ -279,7 +281,7 @@ def _evaluation(run: Path, weights: Weights) -> str:
         rows = [(name, *(row[c] for c in columns)) for name, row in record["figures"].items()]
         return f"<p>{escape(facts)}</p>{_table(heads, rows)}"
 
-    return _shown_as(path, EVALUATION, show)
+    return _result_section(path, EVALUATION, show)
 
 
 def _diagnosis(run: Path, weights: Weights) -> str:
@@ -296,17 +298,17 @@ def _diagnosis(run: Path, weights: Weights) -> str:
         ]
         return (
             (f"<p>{escape(old)}</p>" if old else "")
-            + (_image(picture, "") if picture in _listed(run, picture.name) else "")
+            + (_image(picture, "") if picture in _files_of_run(run, picture.name) else "")
             + _table(["quantity", "value"], lines)
             + _table(["moments of layer", "elements", "residual", "by chance"], layers)
         )
 
-    return _shown_as(path, DIAGNOSIS, show)
+    return _result_section(path, DIAGNOSIS, show)
 
 
-def _shown_as(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -> str:
+def _result_section(path: Path, form: str, show: Callable[[Mapping[str, Any]], str]) -> str:
     """Show the file of a result, if there is one; FileError if it is damaged."""
-    if path not in _listed(path.parent, path.name):
+    if path not in _files_of_run(path.parent, path.name):
         return ""
     with contextlib.suppress(
         AttributeError, IndexError, KeyError, OverflowError, StopIteration, TypeError, ValueError
@@ -340,12 +342,13 @@ def _image(path: Path, caption: str) -> str:
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
-        f"<tr>{''.join(f'<td>{escape(_shown(value))}</td>' for value in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{escape(_text_of(value))}</td>' for value in row)}</tr>"
+        for row in rows
     )
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _shown(value: Any) -> str:
+def _text_of(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):

@@ -27,7 +27,7 @@ def download(name: str | Path) -> Path:
         raise ValueError(
             f"a model on the hub must be hf:owner/name or hf:owner/name@revision, got {str(name)!r}"
         )
-    hub = _library()
+    hub = _import_hub()
     try:
         return Path(
             hub.hf_hub_download(
@@ -36,7 +36,7 @@ def download(name: str | Path) -> Path:
             )
         )  # fmt: skip
     except Exception as error:  # the library also raises the errors of its HTTP client
-        raise _failed(f"{name} could not be downloaded", error) from error
+        raise _hub_error(f"{name} could not be downloaded", error) from error
 
 
 def upload(repo: str, folder: Path, private: bool | None, message: str) -> str:
@@ -44,17 +44,17 @@ def upload(repo: str, folder: Path, private: bool | None, message: str) -> str:
 
     Raises ImportError without huggingface_hub, and OSError if the hub refuses.
     """
-    hub = _library()
+    hub = _import_hub()
     try:
         api = hub.HfApi(library_name="fastlangevin", library_version=__version__)
         created = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:
-        raise _failed(f"push_to_hub: {repo} could not be written", error) from error
+        raise _hub_error(f"push_to_hub: {repo} could not be written", error) from error
     return str(created)
 
 
-def _library() -> Any:
+def _import_hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
@@ -64,6 +64,6 @@ def _library() -> Any:
     return huggingface_hub
 
 
-def _failed(what: str, error: Exception) -> OSError:
+def _hub_error(what: str, error: Exception) -> OSError:
     lines = str(error).split("\n")  # the rest is advice of many lines
     return OSError(f"{what}: {next((line for line in lines if line), type(error).__name__)}")

@@ -54,12 +54,12 @@ def save_gif(frames: Tensor, path: str | Path, columns: int | None = None, tile:
     """
     if frames.ndim != 5 or len(frames) == 0:
         raise ValueError(f"save_gif: frames must be [F >= 1, n, C, H, W], got {list(frames.shape)}")
-    first, *rest = [Image.fromarray(to_grid(frame, columns, tile)) for frame in frames]
+    first, *later = [Image.fromarray(to_grid(frame, columns, tile)) for frame in frames]
     times = [80] * len(frames)
     times[0] = times[-1] = 1000
     with replacing(Path(path)) as temporary:
         first.save(
-            temporary, format="GIF", save_all=True, append_images=rest, duration=times, loop=0
+            temporary, format="GIF", save_all=True, append_images=later, duration=times, loop=0
         )
 
 

@@ -59,9 +59,10 @@ def check_same_folder(group: Group, out: Path, command: str) -> None:
     text = group.first(write, f"run folder {out}")
     deadline = time.monotonic() + _SEEN_WITHIN
     with group.working():
-        while not (seen := _reads(out / JOB, text)) and time.monotonic() < deadline:
+        while not (visible := _holds_text(out / JOB, text)) and time.monotonic() < deadline:
             time.sleep(0.1)
-    blind = [rank for rank, sees in enumerate(group.share(seen, f"run folder {out}")) if not sees]
+    shared = group.share(visible, f"run folder {out}")
+    blind = [rank for rank, sees in enumerate(shared) if not sees]
     if blind:
         ranks = ", ".join(map(str, blind))
         raise DistributedError(
@@ -70,7 +71,7 @@ def check_same_folder(group: Group, out: Path, command: str) -> None:
         )
 
 
-def _reads(path: Path, text: str) -> bool:
+def _holds_text(path: Path, text: str) -> bool:
     try:
         return path.read_text("utf-8") == text
     except OSError:

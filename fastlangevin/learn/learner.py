@@ -189,9 +189,9 @@ class ShortRunLearner:
         ``self.signal`` is the largest of them, on every process. Raises FloatingPointError, before
         the weights change, if a chain or an energy of any process is not finite.
         """
-        data = self._data().float()
-        slots, x0, seed = self._start()
-        samples, measured, failure = self._sample(x0, seed, measure)
+        data = self._noisy_batch().float()
+        slots, x0, seed = self._chain_starts()
+        samples, measured, failure = self._run_chains(x0, seed, measure)
         lo, hi = self.sampler.clamp or (-1.0, 1.0)
         saturation = ((samples <= lo) | (samples >= hi)).flatten(1).float().mean(1)
         reach = torch.linalg.vector_norm((samples - x0).flatten(1), dim=1)
@@ -283,7 +283,7 @@ class ShortRunLearner:
         self.load_tensors(tensors, iteration_of(info, path), path)
         return info
 
-    def _data(self) -> Tensor:
+    def _noisy_batch(self) -> Tensor:
         """Return the batch of this iteration, with its noise: a function of (seed, iteration)."""
         first_chain, n = self._batch.own
         words = _noise.words(
@@ -315,7 +315,7 @@ class ShortRunLearner:
             )
         return images
 
-    def _start(self) -> tuple[Tensor | None, Tensor, int]:
+    def _chain_starts(self) -> tuple[Tensor | None, Tensor, int]:
         """Return the slots of persistent chains (else None), the starts, and the chains' seed."""
         seed = _noise.fold_in(self.seed, self.iteration)
         if self.buffer is not None:
@@ -325,7 +325,7 @@ class ShortRunLearner:
         shape = (n, *self.data.shape)
         return None, _noise.initial(shape, seed=seed, first_chain=first_chain, device=device), seed
 
-    def _sample(
+    def _run_chains(
         self, x0: Tensor, seed: int, measure: bool
     ) -> tuple[Tensor, list[Tensor], FloatingPointError | None]:
         """Run the chains from x0; return their last states and, with ``measure``, two figures each.

@@ -145,7 +145,7 @@ def load(
     device = torch.device(device)
     if not isinstance(info.get("sampler"), dict):
         raise CheckpointError(f"{path} has a damaged header: no sampler in it")
-    saved = _renamed(info["sampler"])
+    saved = _current_names(info["sampler"])
     if unknown := [name for name in saved if name not in _SETTINGS]:
         raise CheckpointError(
             f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
@@ -185,7 +185,7 @@ def load(
     return sampler
 
 
-def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved sampler's settings by their current names; ``gradient`` was ``score``."""
     settings = dict(settings)
     if "score" in settings and "gradient" not in settings:

@@ -82,9 +82,9 @@ def reading(path: Path | str, form: str) -> Iterator[None]:
         raise
     # Parsers raise KeyError, struct.error, zlib.error, RecursionError and more.
     except Exception as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        said = cut(" ".join(said.split())) or type(error).__name__
-        raise FileError(f"{path} cannot be read as {form}: {said}") from error
+        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        message = cut(" ".join(message.split())) or type(error).__name__
+        raise FileError(f"{path} cannot be read as {form}: {message}") from error
 
 
 def check_file(path: Path) -> None:
@@ -100,13 +100,13 @@ def check_inside(path: Path, folder: Path) -> None:
     """Raise FileError if a path leaves the folder, by a link or by "..", or leads nowhere."""
     with reading(path, "a path"):
         real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-        there = os.path.lexists(real) and not real.is_symlink()
+        exists = os.path.lexists(real) and not real.is_symlink()
     if not real.is_relative_to(root):
         raise FileError(
             f"{path} leads to {cut(str(real))}, outside {folder}; copy it into the folder, or "
             "pass its own path"
         )
-    if not there:
+    if not exists:
         raise FileError(f"{path} leads to {cut(str(real))}, which does not exist")
 
 
@@ -135,9 +135,9 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
         return content.decode("utf-8")
 
 
-def read_json(path: Path, most: int = TEXT_BYTES) -> Any:
-    """Parse a JSON file; bounds and errors are as for :func:`read_bytes`."""
-    content = read_text(path, most)
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of at most TEXT_BYTES; errors are as for :func:`read_bytes`."""
+    content = read_text(path)
     with reading(path, "json"):
         return json.loads(content)
 

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.learn.build import load_data
-from fastlangevin.learn.checkpoint import (
-    find_checkpoint,
-    iteration_of,
-    read_checkpoint,
-    shipped,
-)
+from fastlangevin.learn.checkpoint import find_checkpoint, iteration_of, read_checkpoint, shipped
 from fastlangevin.learn.config import TrainConfig, resolve_saved
 from fastlangevin.learn.data.load import ImageData, load_images
 

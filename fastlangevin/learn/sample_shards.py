@@ -65,9 +65,9 @@ def sample_shards(
                 save_arrays(paths[i], x.float())
                 group.check("samples")
                 if report is not None and group.rank == 0:
-                    there = _there(paths, per_file, n)
-                    if there < n:
-                        report(there, n)
+                    n_written = _count_written(paths, per_file, n)
+                    if n_written < n:
+                        report(n_written, n)
         group.barrier("samples")
     except DistributedError as error:
         raise DistributedError(f"{error}; the same command continues") from error
@@ -122,7 +122,7 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
         raise FileExistsError(f"sample: {out} holds other samples: {changes}; name another folder")
 
 
-def _there(paths: list[Path], per_file: int, n: int) -> int:
+def _count_written(paths: list[Path], per_file: int, n: int) -> int:
     """Return how many samples are in files that exist."""
     names = {path.name for path in paths[0].parent.glob("*.npy")}
     full = sum(path.name in names for path in paths[:-1]) * per_file

@@ -42,7 +42,7 @@ class SplitBatch:
                 )
         self.parts = [shard(n, i, parts) for i in range(parts)]
         self._energy, self._group, self._sum = energy, group, OrderedSum(parts, group)
-        self.chains = [_joined(self.parts[of_rank.rows()]) for of_rank in self._sum.shards]
+        self.chains = [_merged_shard(self.parts[of_rank.rows()]) for of_rank in self._sum.shards]
         self.own = self.chains[group.rank]
 
     def backward(
@@ -74,8 +74,8 @@ class SplitBatch:
             return torch.cat([g.to(dtype).flatten() for g in (*grads, *present)])
 
         def extra() -> Tensor:
-            most = max(chains.n for chains in self.chains)
-            padded = figures.new_zeros(most, figures.shape[1])
+            most_chains = max(chains.n for chains in self.chains)
+            padded = figures.new_zeros(most_chains, figures.shape[1])
             padded[: len(figures)] = figures
             return torch.cat([padded.flatten(), figures.new_tensor([signal()])]).to(dtype)
 
@@ -90,6 +90,6 @@ class SplitBatch:
         return torch.cat(rows).to(figures.dtype), int(max(values[-1] for values in extras))
 
 
-def _joined(shards: list[Shard]) -> Shard:
+def _merged_shard(shards: list[Shard]) -> Shard:
     """Consecutive shards as one."""
     return Shard(shards[0].first_chain, sum(s.n for s in shards))

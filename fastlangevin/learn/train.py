@@ -13,17 +13,8 @@ from typing import Any
 import fastlangevin.noise as _noise
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn.atomic import replacing
-from fastlangevin.learn.build import (
-    build_learner,
-    choose_device,
-    draw_samples,
-    fingerprint,
-)
-from fastlangevin.learn.checkpoint import (
-    DamagedCheckpointError,
-    checkpoint_path,
-    list_checkpoints,
-)
+from fastlangevin.learn.build import build_learner, choose_device, draw_samples, fingerprint
+from fastlangevin.learn.checkpoint import DamagedCheckpointError, checkpoint_path, list_checkpoints
 from fastlangevin.learn.config import TrainConfig, save_config
 from fastlangevin.learn.guard import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_grid
@@ -99,10 +90,10 @@ def train(
 
         def open_folder() -> bool:
             """Check and lock the folder; return whether to continue the run in it."""
-            own = is_run(out) and is_own(group, out)
-            check_folder(config, out, resume or own, overwrite and not own)
+            is_ours = is_run(out) and is_own(group, out)
+            check_folder(config, out, resume or is_ours, overwrite and not is_ours)
             stack.enter_context(only_writer(out))
-            return resume or own
+            return resume or is_ours
 
         resume = group.first(open_folder, f"run folder {out}")
         with group.working():
@@ -154,7 +145,7 @@ def _train(
     try:
         with stop_signal(stop):
             learner.signal = max(group.share(stop.signal or 0, "start"))
-            while learner.iteration < config.iterations and not _stopped(learner, stop):
+            while learner.iteration < config.iterations and not _should_stop(learner, stop):
                 iterate(learner, config, out, log, guard, report, stop)
             what = f"checkpoint of iteration {learner.iteration}"
             if not group.first(checkpoint_path(out, learner.iteration).exists, what):
@@ -179,7 +170,7 @@ def _train(
             log.close()
 
 
-def _stopped(learner: ShortRunLearner, stop: StopRequest) -> bool:
+def _should_stop(learner: ShortRunLearner, stop: StopRequest) -> bool:
     """Return whether to stop: in a group, after the iteration in which all have learned of it."""
     if learner.group.world_size == 1:
         return stop.signal is not None

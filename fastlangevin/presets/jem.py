@@ -62,7 +62,7 @@ def jem(
             f, steps=n_steps, step_size=args.sgld_lr, noise_std=args.sgld_std, maximize=True
         )
         with in_eval_mode(f):
-            x = sampler(x, **random._asdict(), **_label(y))
+            x = sampler(x, **random._asdict(), **_label_kwargs(y))
         if slots is not None:
             write_last(replay_buffer, slots, x.to(replay_buffer))
         return x
@@ -126,7 +126,7 @@ def jempp(args: Any = None, *, shape: Sequence[int] = (3, 32, 32)) -> Callable[.
         else:
             step_size = first_size + sum(other_sizes)
             sampler = samplers(f, step_size=step_size, grad_clip=args.eps, **settings)
-        x = sampler(x, **random._asdict(), **_label(y))
+        x = sampler(x, **random._asdict(), **_label_kwargs(y))
         if slots is not None and save:
             write_last(replay_buffer, slots, x.to(replay_buffer))
         return x
@@ -196,7 +196,7 @@ def _start(
     return torch.where(u < args.reinit_freq, new_states.to(x.dtype), x), slots
 
 
-def _label(y: Tensor | None) -> dict[str, Any]:
+def _label_kwargs(y: Tensor | None) -> dict[str, Any]:
     """The label as a keyword argument, if there is one. Without it f may be recognised."""
     return {} if y is None else {"y": y}
 

@@ -38,8 +38,8 @@ class Comparison(NamedTuple):
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        shown = sorted({0, 1, self.steps // 2} & set(range(len(self.differences) - 1)))
-        marks = [f"{f'step {k}' if k else 'start'} {self.differences[k]:.1e}" for k in shown]
+        shown_steps = sorted({0, 1, self.steps // 2} & set(range(len(self.differences) - 1)))
+        marks = [f"{f'step {k}' if k else 'start'} {self.differences[k]:.1e}" for k in shown_steps]
         states = ", ".join([*marks, f"end {self.differences[-1]:.1e}"])
         times = [f"{1e3 * seconds:.4g} ms" for seconds in self.seconds]
         memory = [f"{size / 2**20:.4g} MiB" for size in self.peak_bytes]
@@ -131,7 +131,7 @@ def compare(
             restore()
             return run(start, noise=noise, **model_kwargs)
 
-        fresh = _fresh(sampler)  # so that memory that it caches for later calls is counted
+        fresh = _unused_copy(sampler)  # so that memory that it caches for later calls is counted
         peak = peak_bytes(loop, x0.device), peak_bytes(lambda: replacement(fresh), x0.device)
         with watching() as runs:
             ours = state(replacement(sampler, z), x0.shape)
@@ -178,25 +178,25 @@ def _verdict(
 ) -> tuple[bool, str]:
     pairs = list(zip(judgement.differences, judgement.tolerances, strict=True))
     beyond = [i for i, (d, t) in enumerate(pairs) if not d <= t]
-    each = len(pairs) > 1
+    by_step = len(pairs) > 1
     if not beyond:
         i = max(range(len(pairs)), key=lambda i: pairs[i][0])
         difference, tolerance = pairs[i]
-        where = f"of step {i}" if each and i else "at the start" if each else "at the end"
+        where = f"of step {i}" if by_step and i else "at the start" if by_step else "at the end"
         return True, (
             f"the same chain: the largest difference is {difference:.1e}, {where}; rounding may "
             f"cause up to {tolerance:.1e}"
         )
     i = beyond[0]
     difference, tolerance = pairs[i]
-    k = i if each else steps
+    k = i if by_step else steps
     text = f"another chain: after step {k} the difference is {difference:.1e}; rounding may "
     text += f"cause up to {tolerance:.1e}"
     if record.draws == 0:
         text = "no draws of x0's shape were seen, so the loop used its own noise; " + text
     elif record.draws != len(z) and record.skip == 0:
         text += f"; the loop drew noise {record.draws} times, the sampler {len(z)} times"
-    if not each:
+    if not by_step:
         if z.dtype == torch.float32:
             text += "; dtype=torch.float64 shows whether this is accumulated rounding"
         return False, text
@@ -228,9 +228,9 @@ def _move(start: Tensor, end: Tensor, grad: Tensor, z: Tensor, k: int) -> str:
         for c, name, share in zip(solution.tolist(), parts, shares, strict=True)
         if share > 1e-3
     ]
-    left = (columns.cpu() @ solution - move.cpu()).norm() / move.norm().cpu().clamp(min=1e-300)
+    residual = (columns.cpu() @ solution - move.cpu()).norm() / move.norm().cpu().clamp(min=1e-300)
     return " ".join(terms or ["nothing"]) + (
-        f" and {left:.0%} else (clipped or clamped)" if left > 0.01 else ""
+        f" and {residual:.0%} else (clipped or clamped)" if residual > 0.01 else ""
     )
 
 
@@ -250,7 +250,7 @@ def _notes(record: Record, steps: int, by_step: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _fresh(sampler: Callable[..., Any]) -> Callable[..., Any]:
+def _unused_copy(sampler: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(sampler, LangevinSampler):
         return LangevinSampler(sampler.energy, **sampler.settings())
     return sampler

@@ -42,21 +42,23 @@ class Record(TorchFunctionMode):
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in ("randn", "randn_like", "normal", "normal_"):
-            self._supply(name, out, args, kwargs)
+            self._supply_noise(name, out, args, kwargs)
         return out
 
-    def _supply(self, name: str, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _supply_noise(
+        self, name: str, out: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
         if not isinstance(out, Tensor) or out.shape not in (self.shape, self.z.shape):
             return
         if out.shape == self.z.shape:  # the noise of all steps at once
             self.draws += len(self.z)
-            self._fill(name, out, self.z, args, kwargs)
+            self._fill_with_noise(name, out, self.z, args, kwargs)
             return
         k, self.draws = self.draws - self.skip, self.draws + 1
         if 0 <= k < len(self.z):
-            self._fill(name, out, self.z[k], args, kwargs)
+            self._fill_with_noise(name, out, self.z[k], args, kwargs)
 
-    def _fill(
+    def _fill_with_noise(
         self, name: str, out: Tensor, z: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
         mean, std = 0.0, 1.0

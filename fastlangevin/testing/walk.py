@@ -55,16 +55,18 @@ class Walk:
         apart = distance(theirs[0], begin)
         judgement = Judgement([begin], [difference], [tolerance], [apart])
         free = begin
-        for j, (here, there) in enumerate(itertools.pairwise(theirs)):
-            end, bound = self._step(j, here)
-            difference, tolerance = _worst(end, there, bound)
+        for j, (before, after) in enumerate(itertools.pairwise(theirs)):
+            end, bound = self._step(j, before)
+            difference, tolerance = _worst(end, after, bound)
             if not difference <= tolerance:
-                difference, tolerance = _worst(end, there, bound + self._response(j, here, end))
+                difference, tolerance = _worst(
+                    end, after, bound + self._rounding_growth(j, before, end)
+                )
             free = self._step(j, free)[0] if j + 1 < self.steps else ours
             judgement.states.append(end)
             judgement.differences.append(difference)
             judgement.tolerances.append(tolerance)
-            judgement.apart.append(distance(there, free))
+            judgement.apart.append(distance(after, free))
         return judgement
 
     def _begin(self) -> Tensor:
@@ -79,7 +81,7 @@ class Walk:
         one_step = settings._replace(steps=1, step_size=a, noise_std=b)
         if settings.noise_order == "before":  # x already has the step's noise
             one_step = one_step._replace(noise_order="after", noise_std=0.0)
-        one = chain._replace(
+        one_step_chain = chain._replace(
             settings=one_step,
             first_step=chain.first_step + k,
             noise=None if chain.noise is None else chain.noise[k : k + 1],
@@ -87,7 +89,7 @@ class Walk:
         )
         end, grad = x.clone(), None
         replay(self.buffers[j])
-        for step in one.walk(end):
+        for step in one_step_chain.walk(end):
             grad = step.grad
         eps = torch.finfo(x.dtype).eps
         bound = 4 * eps * torch.maximum(_largest(x), _largest(end))
@@ -102,14 +104,15 @@ class Walk:
             end = _noise_before(end, chain, k)
         return end, bound
 
-    def _response(self, j: int, x: Tensor, end: Tensor) -> Tensor:
+    def _rounding_growth(self, j: int, x: Tensor, end: Tensor) -> Tensor:
         """Bound [n] on how a step amplifies rounding of x.
 
         Four times the most by which a step from an x 4 eps away ends further away than that.
         """
         size = 4 * _network_eps(self.chain_steps[j][0][2], x) * _largest(x)
         growth = [
-            _largest(self._step(j, x + _like(size, x) * _signs(x, trial))[0] - end) - size
+            _largest(self._step(j, x + _as_chains(size, x) * _random_signs(x, trial))[0] - end)
+            - size
             for trial in range(4)
         ]
         return 4 * torch.stack(growth).amax(0).clamp(min=0)
@@ -139,7 +142,7 @@ def spread(run: Callable[[Tensor], Any], x0: Tensor, ours: Tensor, steps: int) -
     eps = torch.finfo(x0.dtype).eps
     size = 4 * eps * _largest(x0)
     growth = [
-        distance(state(run(x0 + _like(size, x0) * _signs(x0, trial)), x0.shape), ours)
+        distance(state(run(x0 + _as_chains(size, x0) * _random_signs(x0, trial)), x0.shape), ours)
         for trial in range(2)
     ]
     scale = max(float(_largest(x).nan_to_num().max()) for x in (x0, ours))
@@ -160,10 +163,10 @@ def _largest(x: Tensor) -> Tensor:
     return x.detach().abs().reshape(len(x), -1).amax(1)
 
 
-def _like(values: Tensor, x: Tensor) -> Tensor:
+def _as_chains(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
-def _signs(x: Tensor, trial: int) -> Tensor:
+def _random_signs(x: Tensor, trial: int) -> Tensor:
     u = _noise.uniform(x.shape, seed=trial, step=0, device=x.device, dtype=x.dtype)
     return 2 * (u < 0.5) - 1

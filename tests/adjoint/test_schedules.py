@@ -151,13 +151,13 @@ def test_peak_memory_stays_within_a_byte_budget(
 def test_auto_takes_a_quarter_of_free_memory() -> None:
     sizes = Sizes(state=100, graph=1000, step=1500)
     choose = functools.partial(choose_states, "op", steps=10, sizes=sizes, offload=False)
-    assert choose("auto", free=None) == 10
-    assert choose("auto", free=4000) == 10
-    assert choose("auto", free=3600) == 9
-    assert choose("auto", free=3) == 1
-    assert choose(Budget(10499, "10499B"), free=3) == 10
-    assert choose(Budget(10500, "10500B"), free=3) is None
-    assert choose(Budget(2499, "2499B"), free=3) == 7
+    assert choose("auto", free_bytes=None) == 10
+    assert choose("auto", free_bytes=4000) == 10
+    assert choose("auto", free_bytes=3600) == 9
+    assert choose("auto", free_bytes=3) == 1
+    assert choose(Budget(10499, "10499B"), free_bytes=3) == 10
+    assert choose(Budget(10500, "10500B"), free_bytes=3) is None
+    assert choose(Budget(2499, "2499B"), free_bytes=3) == 7
     assert choose_states("op", Budget(1700, "1700B"), 10, sizes, 3, offload=True) == 10
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fastlangevin.distributed import DistributedError, Group, Launch, join, own_device, rendezvous
 from fastlangevin.distributed.rendezvous import check_devices, meet
 from fastlangevin.distributed.store import TimedStore
-from fastlangevin.distributed.watch import Watch
+from fastlangevin.distributed.time_limits import TimedWaits
 from tests.distributed.threads import ThreadGroup, run_ranks
 
 
@@ -95,7 +95,7 @@ def test_processes_do_not_meet_in_a_store_that_has_been_stopped(stopped: Stopped
 def test_the_limit_of_a_collective_is_the_group_s_and_not_the_backend_s(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastlangevin.distributed.watch.GRACE", 0.5)
+    monkeypatch.setattr("fastlangevin.distributed.time_limits.GRACE", 0.5)
     monkeypatch.setattr(ThreadGroup, "_all_gather", lambda *_: Endless())
 
     def work(group: Group) -> None:
@@ -134,15 +134,15 @@ def test_a_busy_rank_still_learns_why_another_failed_before_the_store_ends(
     failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store ends with rank 0, which must not leave before the others have read the reason."""
-    monkeypatch.setattr("fastlangevin.distributed.watch.GRACE", 0.1)
-    mortal, leave = Mortal(), Watch.leave
+    monkeypatch.setattr("fastlangevin.distributed.time_limits.GRACE", 0.1)
+    mortal, leave = Mortal(), TimedWaits.leave
 
-    def leave_and_die(watch: Watch, failed: bool = False) -> None:
+    def leave_and_die(watch: TimedWaits, failed: bool = False) -> None:
         leave(watch, failed)
         if watch.rank == 0:
             mortal.dead.set()
 
-    monkeypatch.setattr(Watch, "leave", leave_and_die)
+    monkeypatch.setattr(TimedWaits, "leave", leave_and_die)
 
     def work(group: Group) -> None:
         if group.rank == failing:

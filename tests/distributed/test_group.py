@@ -93,7 +93,7 @@ def test_a_rank_that_fails_is_named_at_once_with_its_reason() -> None:
 def test_a_rank_that_does_not_answer_is_named(
     collective: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastlangevin.distributed.watch.GRACE", 0.5)
+    monkeypatch.setattr("fastlangevin.distributed.time_limits.GRACE", 0.5)
 
     def work(group: Group) -> None:
         if group.rank == 1:

@@ -108,12 +108,12 @@ def _parse_idx(path: Path, dims: int, limit: int | None) -> np.ndarray:
             raise ValueError(f"it must have magic number {0x800 + dims:#x}, got {magic:#x}")
         check_expansion(size, path.stat().st_size)
         if limit is None or limit >= shape[0]:
-            data = _take(file, size)
+            data = _read_exactly(file, size)
             if file.read(1):
                 raise ValueError(f"it must have {size} bytes of data for {shape}, got more")
         else:
             shape[0] = limit
-            data = _take(file, math.prod(shape))
+            data = _read_exactly(file, math.prod(shape))
         return data.reshape(shape)
 
 
@@ -166,7 +166,7 @@ def _unpack(archive: zipfile.ZipFile, key: str) -> np.ndarray:
     stored = min(info.compress_size, os.path.getsize(str(archive.filename)))
     check_expansion(info.file_size, stored)
     with archive.open(info) as packed:
-        data = _take(packed, info.file_size)
+        data = _read_exactly(packed, info.file_size)
     dtype, shape, order, offset = _parse_header(data[:_HEADER_BYTES].tobytes(), len(data))
     end = offset + math.prod(shape) * dtype.itemsize
     return data[offset:end].view(dtype).reshape(shape, order=order)
@@ -195,7 +195,7 @@ def _parse_header(
     return dtype, shape, "F" if fortran else "C", file.tell()
 
 
-def _take(file: IO[bytes], size: int) -> np.ndarray:
+def _read_exactly(file: IO[bytes], size: int) -> np.ndarray:
     """Read ``size`` bytes; those above IN_MEMORY_BYTES are mapped from a temporary file.
 
     Raises EOFError if there are fewer.

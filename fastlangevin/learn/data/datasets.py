@@ -66,11 +66,7 @@ class DatasetImages:
         return len(self.dataset)
 
     def batch(
-        self,
-        indices: Tensor,
-        flip: Tensor | None = None,
-        seed: int | None = None,
-        first: int = 0,
+        self, indices: Tensor, flip: Tensor | None = None, seed: int | None = None, first: int = 0
     ) -> Tensor:
         """Return the images at ``indices``.
 
@@ -170,9 +166,9 @@ def _dataset_of(op: str, loader: DataLoader[Any]) -> Dataset[Any]:
         "a collate_fn of its own": loader.batch_size is not None
         and loader.collate_fn is not default_collate,
     }
-    if own := [name for name, there in changes.items() if there]:
+    if owned := [name for name, is_own in changes.items() if is_own]:
         raise ValueError(
-            f"{op}: of a DataLoader only the dataset is used, and this one has {own[0]}; do the "
+            f"{op}: of a DataLoader only the dataset is used, and this one has {owned[0]}; do the "
             "same in the dataset, and give that"
         )
     warnings.warn(

@@ -211,7 +211,7 @@ def _open(
             f'{", ".join(SOURCES)} or "hub:owner/name"; looked for {cut(str(path.absolute()))}'
             f"{did_you_mean(source, SOURCES)}"
         )
-    _only_train(split, source)
+    _check_split(split, source)
     if source == "digits":
         return read_digits()
     if source == "mnist5k":
@@ -234,29 +234,29 @@ def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | P
     with reading(folder, "a folder of images"):
         subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
     if (folder / SAMPLES).is_file():
-        _only_train(split, folder)
+        _check_split(split, folder)
         return read_shards(folder, limit)
     if has_idx(folder):
         return read_idx(folder, split, limit)
     if files := sorted(folder.glob("*.parquet")):
-        chosen = [path for path in files if path.name.startswith(split)]
-        if not chosen:
+        of_split = [path for path in files if path.name.startswith(split)]
+        if not of_split:
             raise FileNotFoundError(
                 f"load_images: no parquet file of {folder} starts with {split!r}, it holds "
                 f"{', '.join(path.name for path in files)}"
             )
-        for path in chosen:
+        for path in of_split:
             check_inside(path, folder)
-        return open_parquet(chosen, f"{folder.name} {split}")
+        return open_parquet(of_split, f"{folder.name} {split}")
     if split in subfolders and subfolders <= _SPLITS:
         check_inside(folder / split, folder)
         pictures = open_folder(folder / split)
         return replace(pictures, name=f"{folder.name} {split}")
-    _only_train(split, folder)
+    _check_split(split, folder)
     return open_folder(folder)
 
 
-def _only_train(split: str, source: str | PathLike[str]) -> None:
+def _check_split(split: str, source: str | PathLike[str]) -> None:
     if split != "train":
         raise ValueError(
             f"load_images: {source} has no splits, got split={split!r}; "

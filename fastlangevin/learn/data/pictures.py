@@ -101,8 +101,8 @@ def _pictures(folder: Path) -> Iterator[Path]:
     pending: list[tuple[Path, tuple[Path, ...]]] = [(folder, (Path(os.path.realpath(folder)),))]
     linked = 0
     while pending:
-        here, above = pending.pop()
-        for entry in os.scandir(here):
+        current, above = pending.pop()
+        for entry in os.scandir(current):
             path, real = Path(entry.path), above[-1] / entry.name
             if entry.name.startswith("."):  # macOS leaves "._name.png" files
                 continue
@@ -151,7 +151,9 @@ def open_parquet(files: list[Path], name: str) -> PictureSource:
                 wanted = [c for c in (columns[path], "label") if c in file.schema_arrow.names]
                 for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                     for record in batch.to_pylist():
-                        yield _item(f"{path}, row {row}", record, columns[path], [path.parent])
+                        yield _item_of_row(
+                            f"{path}, row {row}", record, columns[path], [path.parent]
+                        )
                         row += 1
 
     return PictureSource(name, count, items)
@@ -170,7 +172,7 @@ def open_hub(name: str, split: str) -> PictureSource:
 
     def items() -> Iterator[Item]:
         for row, record in enumerate(rows):
-            yield _item(f"hub:{name}, row {row}", record, column, caches)
+            yield _item_of_row(f"hub:{name}, row {row}", record, column, caches)
 
     return PictureSource(f"{name} {split}", len(rows), items)
 
@@ -194,7 +196,7 @@ def _check_sizes(metadata: Any, column: str, stored: int) -> None:
                 check_expansion(part.total_uncompressed_size, packed)
 
 
-def _item(name: str, record: dict[str, Any], column: str, folders: list[Path]) -> Item:
+def _item_of_row(name: str, record: dict[str, Any], column: str, folders: list[Path]) -> Item:
     """Return a row as an item. Its picture is bytes, or a struct with bytes or else a path.
 
     The path is relative to the first folder. If it lies in none of the folders, the content of the
@@ -203,14 +205,14 @@ def _item(name: str, record: dict[str, Any], column: str, folders: list[Path]) -
     picture, label = record[column], record.get("label")
     if isinstance(picture, dict):
         encoded, path = picture.get("bytes"), picture.get("path")
-        picture = _within(name, path, folders) if encoded is None and path else encoded
+        picture = _inside_folders(name, path, folders) if encoded is None and path else encoded
     if not isinstance(label, int) or not -(2**63) <= label < 2**63:
         label = None
     # A row without a picture counts as corrupt, because Pillow cannot identify empty bytes.
     return Item(name, picture or b"", label)
 
 
-def _within(name: str, path: Any, folders: list[Path]) -> Path | FileError:
+def _inside_folders(name: str, path: Any, folders: list[Path]) -> Path | FileError:
     with contextlib.suppress(OSError, TypeError, ValueError):  # raised if it cannot be a path
         target = Path(*folders[:1], path)
         real = Path(os.path.realpath(target))

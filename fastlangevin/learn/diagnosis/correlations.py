@@ -123,10 +123,10 @@ def series_of(
 def _oscillation(d: Tensor, spacing: int) -> Oscillation:
     t = torch.linspace(-1, 1, len(d), dtype=torch.float64, device="cpu")
     basis = torch.linalg.qr(torch.stack([torch.ones_like(t), t, t.square()], 1)).Q
-    rest = d - basis @ (basis.T @ d)
-    if rest.norm() <= 1e-9 * d.norm():  # only rounding errors are left, and these oscillate
-        rest = torch.zeros_like(d)
-    autocorrelations = [_correlation(rest, rest, lag) for lag in range(1, _SHORT + 1)]
+    residual = d - basis @ (basis.T @ d)
+    if residual.norm() <= 1e-9 * d.norm():  # only rounding errors are left, and these oscillate
+        residual = torch.zeros_like(d)
+    autocorrelations = [_correlation(residual, residual, lag) for lag in range(1, _SHORT + 1)]
     bound = 3 / math.sqrt(len(d))
     verdict = None
     if spacing == 1 and len(d) >= _FEWEST_TO_TELL:

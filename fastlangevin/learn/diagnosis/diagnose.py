@@ -108,10 +108,7 @@ def diagnose(
     check_count("diagnose", "long", long)
     with_log = [
         correlations(*log, lags=lags) if len(log[0]) >= FEWEST else None
-        for log in (
-            series_of(series, "reach", sampler),
-            series_of(records, "grad_norm", sampler),
-        )
+        for log in (series_of(series, "reach", sampler), series_of(records, "grad_norm", sampler))
     ]
     total = 2 + long + starts
     x0 = _starts(data, len(data), seed)
@@ -160,11 +157,7 @@ def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
 
 
 def long_run(
-    sampler: LangevinSampler,
-    data: Tensor,
-    seed: int = 0,
-    long: int = 10,
-    report: Report = silent,
+    sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 10, report: Report = silent
 ) -> LongRun:
     """Return the :class:`LongRun` of ``long`` times K steps from U(-1, 1). Its verdict is one of:
 
@@ -242,8 +235,8 @@ def mixing(
     degrees = starts - 1
     ms_z = starts * float((of_z - mean).square().sum()) / degrees
     ms_u = starts * float((of_u - mean).square().sum()) / degrees
-    rest = x - of_z[:, None] - of_u + mean
-    ms_both = float(rest.square().sum()) / degrees**2
+    residual = x - of_z[:, None] - of_u + mean
+    ms_both = float(residual.square().sum()) / degrees**2
     parts = [max(0.0, (ms - ms_both) / starts) for ms in (ms_z, ms_u)] + [ms_both]
     total = sum(parts) or 1.0
     return Mixing(*(part / total for part in parts))

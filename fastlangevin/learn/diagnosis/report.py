@@ -47,7 +47,7 @@ def to_text(diagnosis: Diagnosis) -> str:
 
 def to_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """Return a diagnosis, JSON-ready: fields by name, with null for numbers that are not finite."""
-    return {"format": FORMAT, "version": 1, **_plain(diagnosis)}
+    return {"format": FORMAT, "version": 1, **_json_value(diagnosis)}
 
 
 def save(diagnosis: Diagnosis, folder: Path, title: str = "", **facts: Any) -> list[Path]:
@@ -98,11 +98,11 @@ def _table(rows: Sequence[Residual], top: Residual | None) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if hasattr(value, "_asdict"):
-        return {name: _plain(field) for name, field in value._asdict().items()}
+        return {name: _json_value(field) for name, field in value._asdict().items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -126,7 +126,7 @@ class QualityCheck:
         sure = None if self._judge is None else self._judge.of_data().sure
         m = len(self.images)
         distances = [
-            frechet_distance(self._drawn(n, 2 * i), self._drawn(m, 2 * i + 1))
+            frechet_distance(self._draw_coarse(n, 2 * i), self._draw_coarse(m, 2 * i + 1))
             for i in range(_DRAWS)
         ]
         noise = _noise.initial((n, *self.images.shape[1:]), seed=0)
@@ -135,7 +135,7 @@ class QualityCheck:
             "uniform noise": Mark(*self(noise), n, m),
         }
 
-    def _drawn(self, count: int, draw: int) -> Tensor:
+    def _draw_coarse(self, count: int, draw: int) -> Tensor:
         """Draw the coarse pixels of ``count`` images of the data, with replacement."""
         u = _noise.uniform((count,), seed=0, step=draw, stream=_noise.ORDER)
         return self._pixels[(u.double() * len(self._pixels)).to(torch.int64)]

@@ -100,7 +100,7 @@ def make_features(
     if name == "inception":
         return _inception(device)
     if ":" in name:
-        yours = _users(name, device)
+        yours = _custom(name, device)
         yours(train.batch(range(min(2, len(train)))).to(device))  # fails before any work is done
         return yours
     raise ValueError(
@@ -181,7 +181,7 @@ def _inception(device: torch.device | None) -> Features:
     return Features("Inception v3 (torch-fidelity)", extract, inception=True)
 
 
-def _users(name: str, device: torch.device | None) -> Features:
+def _custom(name: str, device: torch.device | None) -> Features:
     module, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # console scripts do not search the working directory
     try:

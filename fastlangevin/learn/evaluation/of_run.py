@@ -11,12 +11,7 @@ from torch import Tensor
 
 from fastlangevin.distributed import Group, split_rows
 from fastlangevin.learn.build import choose_device, fingerprint
-from fastlangevin.learn.checkpoint import (
-    checksum,
-    find_checkpoint,
-    read_checkpoint,
-    run_folder,
-)
+from fastlangevin.learn.checkpoint import checksum, find_checkpoint, read_checkpoint, run_folder
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.evaluation.evaluate import (
@@ -103,21 +98,21 @@ def evaluate_run(
     checkpoint, torch_device = find_checkpoint(run), choose_device(device)
     with group.working():
         held_out = _held_out(config, train, images)
-        read = _read(samples, train)
+        read = _read_samples(samples, train)
     order = shuffled(train if held_out is None else held_out, seed)
     if held_out is None:
         reference = min(reference, len(train) // 2)
         order = order[reference:]
     name, source = ("held-out data", held_out) if held_out else ("other training images", train)
-    most = {name: len(order)}
+    available = {name: len(order)}
     if read is not None:
-        most["samples"] = len(read)
-    scarce = min(most, key=most.__getitem__)
-    if n is not None and n > most[scarce]:
+        available["samples"] = len(read)
+    scarce = min(available, key=available.__getitem__)
+    if n is not None and n > available[scarce]:
         raise ValueError(
-            f"evaluate: n must be at most {most[scarce]}, the {scarce} there are, got {n}"
+            f"evaluate: n must be at most {available[scarce]}, the {scarce} there are, got {n}"
         )
-    n = n or min(2048, most[scarce])
+    n = n or min(2048, available[scarce])
     if group.world_size > 1:
         with group.working():
             tensors, info = read_checkpoint(checkpoint)
@@ -163,7 +158,7 @@ def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> Imag
         return None
 
 
-def _read(samples: str | None, train: ImageData) -> ImageData | None:
+def _read_samples(samples: str | None, train: ImageData) -> ImageData | None:
     if samples is None:
         return None
     read = load_images(samples, channels=train.shape[0], bounded=False)

@@ -30,12 +30,14 @@ def claimed(path: Path, lost: Callable[[], None]) -> Iterator[bool]:
     """
     make_folder(path.parent)
     owner = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
-    own = _take(path, owner)
-    if own is None:
+    own_claim = _take_claim(path, owner)
+    if own_claim is None:
         yield False
         return
     done = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(path, own, owner, done, lost), daemon=True)
+    keeper = threading.Thread(
+        target=_keep_claim, args=(path, own_claim, owner, done, lost), daemon=True
+    )
     keeper.start()
     try:
         yield True
@@ -43,7 +45,7 @@ def claimed(path: Path, lost: Callable[[], None]) -> Iterator[bool]:
         done.set()
         keeper.join()
         with contextlib.suppress(OSError):  # the work is done, and a claim that stays expires
-            if _is_owner(path, own, owner):
+            if _is_owner(path, own_claim, owner):
                 for claim in _claims(path):  # the newest is its own, and goes last
                     claim.unlink(missing_ok=True)
 
@@ -56,19 +58,19 @@ def _claims(path: Path) -> list[Path]:
     ]
 
 
-def _take(path: Path, owner: str) -> Path | None:
+def _take_claim(path: Path, owner: str) -> Path | None:
     """Create the next claim, unless the last one is in use; return its path."""
     last = next(reversed(_claims(path)), None)
-    if last is not None and not _expired(last):
+    if last is not None and not _is_expired(last):
         return None
     number = 0 if last is None else int(last.suffix[1:]) + 1
-    own = path.with_name(f"{path.name}.{number}")
-    if not _create(own, owner):
+    own_claim = path.with_name(f"{path.name}.{number}")
+    if not _create(own_claim, owner):
         return None
-    if last is not None and not _expired(last):  # another process was faster
-        own.unlink(missing_ok=True)
+    if last is not None and not _is_expired(last):  # another process was faster
+        own_claim.unlink(missing_ok=True)
         return None
-    return own
+    return own_claim
 
 
 def _create(path: Path, owner: str) -> bool:
@@ -95,7 +97,7 @@ def _create_without_links(path: Path, owner: str) -> bool:
     return True
 
 
-def _expired(path: Path) -> bool:
+def _is_expired(path: Path) -> bool:
     """Compare a claim's time with that of a new file, as machines may have different clocks."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -107,8 +109,8 @@ def _expired(path: Path) -> bool:
         probe.unlink(missing_ok=True)
 
 
-def _keep(
-    path: Path, own: Path, owner: str, done: threading.Event, lost: Callable[[], None]
+def _keep_claim(
+    path: Path, own_claim: Path, owner: str, done: threading.Event, lost: Callable[[], None]
 ) -> None:
     """Touch a claim until the work is done.
 
@@ -116,14 +118,14 @@ def _keep(
     """
     while not done.wait(EXPIRES / _TOUCHES):
         with contextlib.suppress(OSError):
-            if not _is_owner(path, own, owner):
+            if not _is_owner(path, own_claim, owner):
                 lost()
                 return
-            os.utime(own)
+            os.utime(own_claim)
 
 
-def _is_owner(path: Path, own: Path, owner: str) -> bool:
+def _is_owner(path: Path, own_claim: Path, owner: str) -> bool:
     try:
-        return own.read_bytes() == owner.encode() and _claims(path)[-1:] == [own]
+        return own_claim.read_bytes() == owner.encode() and _claims(path)[-1:] == [own_claim]
     except FileNotFoundError:
         return False

@@ -84,11 +84,11 @@ class Sweep:
         others = {other: [getattr(self.centre, other)] for other in self.axes}
         if self.grid:
             others = self.axes
-        rest = [[(other, v) for v in others[other]] for other in self.axes if other != name]
+        other_axes = [[(other, v) for v in others[other]] for other in self.axes if other != name]
         return [
             [{other: (dict(fixed) | {name: value})[other] for other in self.axes}
              for value in self.axes[name]]
-            for fixed in itertools.product(*rest)
+            for fixed in itertools.product(*other_axes)
         ]  # fmt: skip
 
     def points(self) -> list[Settings]:
@@ -159,8 +159,8 @@ def read_sweep(
     grid = of_file[1] if grid is None else grid
     for name in changes:
         if name not in FIELDS:
-            known = [*FIELDS, "axes", "seeds", "grid", "config"]
-            raise FileError(no_setting(str(config), [name], known))
+            allowed = [*FIELDS, "axes", "seeds", "grid", "config"]
+            raise FileError(no_setting(str(config), [name], allowed))
     for name, values in (lists or {}).items():
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")

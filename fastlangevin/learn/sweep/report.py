@@ -103,7 +103,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         parts.append(table([*axes, *_titles()], rows))
     else:
         for name, lines in content["lines"].items():
-            cells = [list(_cells(point).values()) for point in _along(content, lines[0])]
+            cells = [list(_cells(point).values()) for point in _points_on(content, lines[0])]
             header = [name, *(str(value) for value in axes[name])]
             rows = [
                 [title, *row]
@@ -142,12 +142,12 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
             for row, measure in enumerate(measured):
                 subplot = grid[row][column]
                 for line in content["lines"][axis]:
-                    measures = [point["measures"][measure] for point in _along(content, line)]
-                    points = [(i, one) for i, one in enumerate(measures) if one is not None]
+                    measures = [point["measures"][measure] for point in _points_on(content, line)]
+                    points = [(i, stats) for i, stats in enumerate(measures) if stats is not None]
                     subplot.errorbar(
                         [i for i, _ in points],
-                        [one["mean"] for _, one in points],
-                        yerr=[one["error"] or 0.0 for _, one in points],
+                        [stats["mean"] for _, stats in points],
+                        yerr=[stats["error"] or 0.0 for _, stats in points],
                         marker="o",
                         markersize=4,
                         capsize=3,
@@ -156,7 +156,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                 mark = content["marks"]["real images"].get(measure)
                 if mark is not None:
                     subplot.axhline(mark, color="black", linestyle=":", linewidth=1)
-                labels = [str(value) + _lost_at(content, axis, value) for value in values]
+                labels = [str(value) + _diverged_label(content, axis, value) for value in values]
                 subplot.set_xticks(range(len(values)), labels, fontsize="small")
                 subplot.set_xlim(-0.3, len(values) - 0.7)
                 subplot.grid(alpha=0.3)
@@ -170,7 +170,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def _along(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Mapping[str, Any]]:
+def _points_on(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Mapping[str, Any]]:
     for settings in line:
         yield next(point for point in content["points"] if point["settings"] == settings)
 
@@ -181,23 +181,23 @@ def _titles() -> list[str]:
 
 def _cells(point: Mapping[str, Any]) -> dict[str, str]:
     cells = {}
-    for name, found in point["measures"].items():
-        cells[name] = "-" if found is None else _text(found["mean"])
-        if found is not None and found["error"] is not None:
-            cells[name] += f" ± {found['error']:.1g}"
-    return cells | {"diverged": f"{_lost(point)} of {len(point['runs'])}"}
+    for name, statistic in point["measures"].items():
+        cells[name] = "-" if statistic is None else _text(statistic["mean"])
+        if statistic is not None and statistic["error"] is not None:
+            cells[name] += f" ± {statistic['error']:.1g}"
+    return cells | {"diverged": f"{_count_diverged(point)} of {len(point['runs'])}"}
 
 
-def _lost(point: Mapping[str, Any]) -> int:
+def _count_diverged(point: Mapping[str, Any]) -> int:
     return sum(result["diverged"] is not None for result in point["runs"])
 
 
-def _lost_at(content: Mapping[str, Any], axis: str, value: Any) -> str:
+def _diverged_label(content: Mapping[str, Any], axis: str, value: Any) -> str:
     """Return the line of a tick label on diverged runs, which are not in the means."""
     lost = sum(
-        _lost(point)
+        _count_diverged(point)
         for line in content["lines"][axis]
-        for point in _along(content, line)
+        for point in _points_on(content, line)
         if point["settings"][axis] == value
     )
     return f"\n{lost} diverged" if lost else ""

@@ -112,14 +112,14 @@ def run_sweep(
                 results[run.name] = result
                 if report is not None:
                     report(run, result)
-        if len(results) == before and not _wait(stop):  # others work on all that is left
+        if len(results) == before and not _wait_for_others(stop):  # others work on all that is left
             return None
     with contextlib.suppress(OSError):  # another process has just removed it
         (out / CLAIMS).rmdir()
     return [results[run.name] for run in runs]
 
 
-def _wait(stop: StopRequest) -> bool:
+def _wait_for_others(stop: StopRequest) -> bool:
     """Wait a little for other processes; return False if a signal came."""
     with stop_signal(stop):
         deadline = time.monotonic() + _POLL
@@ -132,23 +132,23 @@ def _claim_and_make(
     run: Run, out: Path, judge_of: Judge, stop: StopRequest, progress: Progress
 ) -> dict[str, Any] | None:
     """Make a run, unless another process works on it or a signal ends it: then return None."""
-    own, lost = StopRequest(), threading.Event()
+    own_stop, lost = StopRequest(), threading.Event()
 
     def leave() -> None:
-        if own.signal is None:  # a signal of the user stays
+        if own_stop.signal is None:  # a signal of the user stays
             lost.set()
-            own.signal = signal.SIGTERM
+            own_stop.signal = signal.SIGTERM
 
     with claimed(out / CLAIMS / run.name, leave) as free:
         if not free:
             return None
         result = _result(out / run.name)  # another process may just have finished it
         try:
-            result = result or _make(run, out / run.name, judge_of, own, progress)
+            result = result or _make_run(run, out / run.name, judge_of, own_stop, progress)
         except FolderInUseError:  # by a process whose claim has expired, but which still holds it
             return None
     if not lost.is_set():
-        stop.signal = own.signal  # also one that came when the run was complete
+        stop.signal = own_stop.signal  # also one that came when the run was complete
     return result
 
 
@@ -211,7 +211,7 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
     return lambda config: judge_of(*source(config))
 
 
-def _make(
+def _make_run(
     run: Run, folder: Path, judge_of: Judge, stop: StopRequest, progress: Progress
 ) -> dict[str, Any] | None:
     """Train or resume a run, measure its samples and save the result; None if a signal ended it."""
@@ -241,7 +241,7 @@ def _make(
         images = _samples(config, folder)
         if bool(images.isfinite().all()):
             measures |= judge_of(config)(images)._asdict()
-            measures |= _late(records)
+            measures |= _settled_measures(records)
         else:
             diverged = {"iteration": config.iterations, "reason": "samples are not finite"}
     result = {"settings": run.settings, "seed": config.seed, "diverged": diverged, **measures}
@@ -263,7 +263,7 @@ def _samples(config: TrainConfig, folder: Path) -> Tensor:
     )
 
 
-def _late(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _settled_measures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return measures over the last quarter of a run's records, when it has settled if ever."""
     late = records[-max(1, len(records) // 4) :]
     gaps = [record["gap"] for record in late]

@@ -131,7 +131,7 @@ def test_work_that_is_done_counts_although_its_claim_cannot_be_given_up(
 
 def test_a_claim_in_a_folder_that_has_gone_is_left_alone(tmp_path: Path) -> None:
     """The process that finished the sweep has removed it."""
-    assert not claims._expired(tmp_path / "gone" / "run.0")
+    assert not claims._is_expired(tmp_path / "gone" / "run.0")
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> None:

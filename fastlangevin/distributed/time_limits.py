@@ -1,4 +1,4 @@
-"""Watch: how a process waits for the others, and what it knows of them."""
+"""TimedWaits: how a process waits for the others, and what it knows of them."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ class DistributedError(RuntimeError):
     """The processes of a job cannot work together, or one of them has failed or is missing."""
 
 
-class Watch:
+class TimedWaits:
     """The waits of a process for the others, which end in time and say who is missing or why.
 
     holder: whether rank 0 holds the store, which then ends with it.
@@ -86,16 +86,16 @@ class Watch:
 
         waited: the seconds since this process came. The others compare theirs with the limit.
         """
-        here = [f"here/{rank}" for rank in range(self.world_size)]
+        keys = [f"here/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + GRACE
         try:
-            self._store.set(here[self.rank], str(waited))
-            while time.monotonic() < deadline and not self._store.check(here):
+            self._store.set(keys[self.rank], str(waited))
+            while time.monotonic() < deadline and not self._store.check(keys):
                 if reason := self.failure(what):
                     return reason
                 time.sleep(0.05)
-            missing = [rank for rank, key in enumerate(here) if not self._store.check([key])]
-            waits = {} if missing else {r: float(self._store.get(k)) for r, k in enumerate(here)}
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            waits = {} if missing else {r: float(self._store.get(k)) for r, k in enumerate(keys)}
         except StoreError as silence:
             return f"{what}: {silence}"
         timed_out = "timed out" in str(error).lower()  # by this class or by Gloo
@@ -133,15 +133,15 @@ class Watch:
         a moment, because a launcher may end all processes with the first one. So does the holder
         for those that are missing, which may only be slow.
         """
-        gone = [f"gone/{r}" for r in range(self.world_size)]
-        known = [key for r, key in enumerate(gone) if r not in self._missing]
+        departures = [f"gone/{r}" for r in range(self.world_size)]
+        known_departures = [key for r, key in enumerate(departures) if r not in self._missing]
         limit = self.timeout if self._holder and self.rank == 0 else GRACE if failed else 0
         started = time.monotonic()
         with contextlib.suppress(StoreError):
             if self.world_size > 1:
                 self._store.set(f"gone/{self.rank}", "")
                 while (waited := time.monotonic() - started) < limit:
-                    if self._store.check(gone if waited < GRACE else known):
+                    if self._store.check(departures if waited < GRACE else known_departures):
                         break
                     time.sleep(0.05)
 
