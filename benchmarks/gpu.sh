@@ -214,7 +214,7 @@ stage tests 60 "$python" -m pytest -v -p no:cacheprovider "${several[@]}" "${onl
 stage failed-capture 15 "$python" -m pytest -v -p no:cacheprovider "${only[@]}" "$breaks_a_capture"
 
 if [ -n "$dry" ]; then
-    stage memcheck 25 "$python" -m benchmarks.sanitize --device cpu
+    stage memcheck 25 "$python" -m benchmarks.sanitize "${device[@]}"
     device_stage racecheck 25 "$python" -m benchmarks.sanitize
 else
     sanitizer=$(find_tool compute-sanitizer)

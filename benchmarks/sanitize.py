@@ -10,7 +10,7 @@ an access beyond a tensor is no error. The numbers themselves are checked by the
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,12 @@ from fastlangevin.kernels import extension, triton
 from fastlangevin.kernels.philox import Address
 from fastlangevin.step import backend_status, resolve_backend
 
+Shape = tuple[int, ...]
+
 # Tails of every length, chains that share a block of four, and layouts with odd planes.
-SHAPES = ((1, 1), (3, 5), (2, 1023), (2, 3, 5, 7), (3, 4, 3, 3), (2, 16, 5, 5))
+SHAPES: tuple[Shape, ...] = ((1, 1), (3, 5), (2, 1023), (2, 3, 5, 7), (3, 4, 3, 3), (2, 16, 5, 5))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = ("fp32", "tf32", "fp16")
 ADDRESS = {"seed": 2**63 + 11, "step": 5, "first_chain": 3}
 
 
@@ -51,17 +54,17 @@ def take(run: Callable[..., Tensor], x: Tensor, g: Tensor, **step_options: Any) 
         raise AssertionError(f"not finite after {sorted(step_options)} on {list(x.shape)}")
 
 
-def steps(run: Callable[..., Tensor], device: torch.device) -> int:
+def steps(run: Callable[..., Tensor], device: torch.device, shapes: Sequence[Shape]) -> int:
     """Take a step with every combination of the test set; returns their number."""
     count = 0
-    for shape, dtype in itertools.product(SHAPES, DTYPES):
+    for shape, dtype in itertools.product(shapes, DTYPES):
         # All options in float32. In the other dtypes only loads, stores and tails differ.
         for step_options in itertools.islice(
             options(shape[0], device), None if dtype.itemsize == 4 else 1
         ):
             take(run, *tensors(shape, dtype, device), **step_options)
             count += 1
-    for shape in SHAPES[3:]:
+    for shape in (shape for shape in shapes if len(shape) == 4):
         for step_options in options(shape[0], device):
             take(run, *tensors(shape, torch.float32, device, torch.channels_last), **step_options)
             count += 1
@@ -76,9 +79,9 @@ def steps(run: Callable[..., Tensor], device: torch.device) -> int:
     return count
 
 
-def fused_steps(device: torch.device) -> int:
+def fused_steps(device: torch.device, precisions: Sequence[str]) -> int:
     """Take a step of the fused engine with smooth networks of odd sizes; returns their number."""
-    networks = list(itertools.product(NETS, ("fp32", "tf32", "fp16")))
+    networks = list(itertools.product(NETS, precisions))
     for name, precision in networks:
         odd_step(name, precision, str(device))
     return len(networks)
@@ -97,21 +100,27 @@ def tensors(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize")
     parser.add_argument("--device", default="cuda")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--quick", action="store_true", help="one shape and one precision")
+    chosen = parser.parse_args()
+    device = torch.device(chosen.device)
+    shapes, precisions = SHAPES, PRECISIONS
+    if chosen.quick:
+        shapes, precisions = SHAPES[3:4], PRECISIONS[-1:]
     kernels = {k: v for k, v in backend_status(device).items() if k != "reference"}
     for name, reason in kernels.items():
         if reason is None:
-            print(f"{name}: {steps(resolve_backend(name, device), device)} steps", flush=True)
+            count = steps(resolve_backend(name, device), device, shapes)
+            print(f"{name}: {count} steps", flush=True)
         else:
             print(f"{name}: cannot run: {reason}")
     if kernels["triton"] is None:
-        print(f"fused: {fused_steps(device)} steps", flush=True)
+        print(f"fused: {fused_steps(device, precisions)} steps", flush=True)
     if all(kernels.values()):
         raise SystemExit(f"sanitize: no kernels run on {device}")
     makers = {"native": extension, "triton": triton}
     address = Address(seed=1, step=2, stream=0, first_chain=3)
     for name in (name for name, reason in kernels.items() if reason is None):
-        for shape, uniform in itertools.product(SHAPES, (False, True)):
+        for shape, uniform in itertools.product(shapes, (False, True)):
             numbers = makers[name].fill(shape, address, device, uniform=uniform)
             if numbers is None or not bool(torch.isfinite(numbers).all()):
                 raise AssertionError(f"{name}: the noise of {list(shape)} is not finite")

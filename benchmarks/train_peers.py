@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 import fastlangevin as fl
@@ -284,6 +283,8 @@ def same(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     the probability of a larger |t| if the means are equal. A run is represented by its mean gap
     over the last third of the iterations.
     """
+    from scipy import stats  # takes seconds to import
+
     freedom = len(a) + len(b) - 2
     difference = statistics.fmean(b) - statistics.fmean(a)
     squares = sum((value - statistics.fmean(run)) ** 2 for run in (a, b) for value in run)

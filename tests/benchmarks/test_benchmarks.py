@@ -202,8 +202,8 @@ def test_step_runs_and_writes_what_it_promises(load, tmp_path, monkeypatch, thre
 
 @pytest.mark.slow
 def test_chains_are_timed_beside_the_papers_loop_and_reported(load, tmp_path):
-    done = python("-m", "benchmarks.chain", "--quick", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    with torch.random.fork_rng([]):
+        load("chain").main(["--quick", "--out", str(tmp_path)])
     content = json.loads((tmp_path / "chain-cpu.json").read_text())
     rows = {row["variant"]: row for row in content["results"]}
     scores = {f"{gradient} fp32" for gradient in ("autograd", "explicit", "fused")}
@@ -248,9 +248,9 @@ def test_a_chain_off_float64_is_timed_and_its_row_says_that_it_differs(load, mon
 
 
 @pytest.mark.slow
-def test_migrate_compares_every_preset_with_its_original(tmp_path):
-    done = python("-m", "benchmarks.migrate", "--quick", "--rounds", "1", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_migrate_compares_every_preset_with_its_original(load, tmp_path, threads):
+    with torch.random.fork_rng([]):
+        load("migrate").main(["--quick", "--rounds", "1", "--out", str(tmp_path)])
     content = json.loads((tmp_path / "migrate-cpu.json").read_text())
     rows = {row["name"]: row for row in content["results"]}
     peers = {name for name, package in PEERS.items() if not importlib.util.find_spec(package)}

@@ -6,8 +6,6 @@ import math
 import pytest
 import torch
 
-from tests.benchmarks.shared import python
-
 CPU = torch.device("cpu")
 
 
@@ -53,9 +51,9 @@ def test_the_largest_case_is_the_last_before_the_memory_ends(load, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_chain_memory_runs_and_draws(tmp_path):
-    done = python("-m", "benchmarks.chain_memory", "--quick", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_chain_memory_runs_and_draws(load, tmp_path, capsys):
+    with torch.random.fork_rng([]):
+        load("chain_memory").main(["--quick", "--out", str(tmp_path)])
     result = tmp_path / "chain_memory-cpu.json"
     content = json.loads(result.read_text())
     rows = {row["variant"]: row for row in content["results"]}
@@ -68,7 +66,7 @@ def test_chain_memory_runs_and_draws(tmp_path):
     assert rows["4 states"]["peak_bytes"] < rows["step"]["peak_bytes"] < rows["none"]["peak_bytes"]
     assert content["figures"]["times"]["step_over_plain_loop"]["median"] > 0
     pytest.importorskip("matplotlib")
-    done = python("-m", "benchmarks.report", str(result), "--plots", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "| plain loop |" in done.stdout
+    capsys.readouterr()
+    load("report").main([str(result), "--plots", str(tmp_path)])
+    assert "| plain loop |" in capsys.readouterr().out
     assert b"<svg" in (tmp_path / "chain_memory-cpu.svg").read_bytes()

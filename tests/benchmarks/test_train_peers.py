@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from scipy import stats
 
 import fastlangevin as fl
 
@@ -25,6 +24,8 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("b", [[1.1, 1.9, 3.2], [2.0, 2.1], [-4.0, -3.0, -3.5, -3.6]])
 def test_curves_are_compared_by_students_t_test(benchmark_module: Any, b: list[float]) -> None:
+    from scipy import stats  # takes seconds to import
+
     a = [1.0, 2.0, 3.0]
     found, want = benchmark_module("train_peers").same(a, b), stats.ttest_ind(b, a)
     assert found["t"] == pytest.approx(want.statistic)

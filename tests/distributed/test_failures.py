@@ -261,15 +261,20 @@ def test_ranks_wait_for_the_work_of_rank_0_alone() -> None:
 def test_a_failure_to_end_torch_distributed_does_not_replace_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    calls = []
+
     def fail() -> None:
+        calls.append("end")
         raise NameError("name 'ProcessGroupNCCL' is not defined")
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", fail)
         rendezvous._abort()
+        assert calls == ["end"]
         monkeypatch.delattr(dist.distributed_c10d, "_abort_process_group")
         rendezvous._abort()
+        assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
 

@@ -172,20 +172,26 @@ def wait_for(condition: Any, job: "subprocess.Popen[bytes]") -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc names the workers")
 def test_torchrun_restarts_a_killed_job_from_its_checkpoint(tmp_path: Path) -> None:
-    """And another torchrun with the same id does not take the finished run for its own."""
+    """And another torchrun with the same id does not take the finished run for its own.
+
+    Also when it restarts; it has one process, as each takes seconds to start.
+    """
     settings = SETTINGS | {"iterations": 150, "save_every": 10}
     run, log = tmp_path / "run", tmp_path / "log"
     own = {"rdzv_id": "mine", "rdzv_endpoint": f"localhost:{free_port()}"}
-    line = torchrun(2, 3, "train", "--out", run, *options(**settings), **own)
+    train_line = ("train", "--out", run, *options(**settings))
+    line = torchrun(2, 3, *train_line, **own)
     with log.open("wb") as file, subprocess.Popen(line, stdout=file, stderr=file) as job:
         wait_for(lambda: list_checkpoints(run), job)
         assert send(job, lambda ranks: ranks[-1], signal.SIGKILL)
         assert job.wait(300) == 0, log.read_text()
     train(resolve(overrides=settings), tmp_path / "alone")
     assert same_weights(run, tmp_path / "alone")
+    line = torchrun(1, 1, *train_line, **own)
     again = subprocess.run(line, capture_output=True, text=True)
     assert again.returncode == 1
-    assert "already holds a run; resume it (--resume), overwrite it (--overw" in again.stderr
+    refusal = "already holds a run; resume it (--resume), overwrite it (--overw"
+    assert again.stderr.count(refusal) == 2
 
 
 @pytest.mark.slow

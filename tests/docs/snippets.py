@@ -13,7 +13,9 @@ Lines of a bash block that start the ``fastlangevin`` command are checked agains
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -59,3 +61,12 @@ def commands(page: Path) -> list[tuple[int, str]]:
                 if line := re.sub(r"(^|\s)#.*", "", line).strip():
                     found.append((block.line + i, line))
     return found
+
+
+def not_finite(namespace: dict[str, Any]) -> list[str]:
+    """The names of the tensors that code has left with an infinite number or a NaN."""
+    return [
+        name
+        for name, value in namespace.items()
+        if isinstance(value, torch.Tensor) and not bool(value.isfinite().all())
+    ]

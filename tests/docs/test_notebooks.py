@@ -1,12 +1,13 @@
 """The notebooks run, and the outputs in the repository are those of the code beside them."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.docs.snippets import ROOT
+from tests.docs.snippets import ROOT, not_finite
 
 pytest.importorskip("nbclient", reason='notebooks need pip install -e ".[docs]"')
 _spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "docs/notebooks/run.py")
@@ -30,8 +31,13 @@ def test_outputs_belong_to_the_code(name: str) -> None:
 
 @pytest.mark.slow
 @notebooks
-def test_the_code_of_a_notebook_runs(name: str, tmp_path: Path, monkeypatch) -> None:
-    """In this process, where torch is imported already: a kernel would take seconds to start."""
+def test_the_code_of_a_notebook_runs_and_prints_its_lines(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines are compared by their first words, as figures and what follows from them may differ.
+
+    In this process, where torch is imported already: a kernel would take seconds to start.
+    """
     from matplotlib import pyplot
 
     pyplot.switch_backend("agg")
@@ -41,4 +47,11 @@ def test_the_code_of_a_notebook_runs(name: str, tmp_path: Path, monkeypatch) -> 
         for cell in run.read(name).cells:
             if cell.cell_type == "code":
                 exec(compile(cell.source, name, "exec"), namespace)
+                text = "".join(o.text for o in cell.outputs if o.output_type == "stream")
+                assert first_words(capsys.readouterr().out) == first_words(text)
     pyplot.close("all")
+    assert not_finite(namespace) == []
+
+
+def first_words(text: str) -> list[str]:
+    return [re.sub(r"\d+", "0", line.split()[0]) for line in text.splitlines() if line.strip()]

@@ -12,7 +12,7 @@ import torch
 from cyclopts import CycloptsError
 
 from fastlangevin.cli.app import NAMES, make_app
-from tests.docs.snippets import PAGES, ROOT, blocks, commands
+from tests.docs.snippets import PAGES, ROOT, blocks, commands, not_finite
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +38,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch) -> N
             tree = ast.parse("\n" * (block.line - 1) + block.code, str(page))
             if block.run:
                 exec(compile(tree, str(page), "exec"), namespace)
+    assert not_finite(namespace) == []
 
 
 def test_every_command_of_the_documentation_exists_with_its_options() -> None:

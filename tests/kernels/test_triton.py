@@ -269,33 +269,32 @@ VECTORS = {  # contiguous float32 and bfloat16 tensors: 16 bytes a load; bfloat1
 }
 
 
-def compiled_for(arch: str, cache: Path) -> dict[str, dict[str, Any]]:
-    """What compile_triton.py says of every launch on an architecture."""
+def compiled(cache: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """What compile_triton.py says of every launch on every architecture."""
     script = Path(__file__).with_name("compile_triton.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(script), arch]
+    command = [sys.executable, str(script), *ARCHITECTURES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {launch: results[arch] for launch, results in json.loads(done.stdout).items()}
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiled_kernels_spill_nothing_fuse_nothing_and_access_16_bytes(
-    arch: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    """At most 64 registers: 1,024 threads of 2,048 still fit. Fused roundings would differ.
-
-    One test per architecture, as the compilation is what takes time.
-    """
-    launches = compiled_for(arch, tmp_path)
-    for launch, result in launches.items():
-        assert result["local"] == 0, launch
-        assert result["registers"] <= 64, launch
-        assert result["fused"] == 0, launch
-        # Their -0 and NaN would differ from the CPU's, which compares and selects.
-        assert result["bounds"] == [], launch
+    """At most 64 registers: 1,024 threads of 2,048 still fit. Fused roundings would differ."""
+    launches = compiled(tmp_path)
+    for launch, results in launches.items():
+        assert list(results) == ARCHITECTURES, launch
+        for arch, result in results.items():
+            assert result["local"] == 0, (launch, arch)
+            assert result["registers"] <= 64, (launch, arch)
+            assert result["fused"] == 0, (launch, arch)
+            # Their -0 and NaN would differ from the CPU's, which compares and selects.
+            assert result["bounds"] == [], (launch, arch)
     for launch, loads in VECTORS.items():
-        assert set(launches[launch]["loads"]) == loads, launch
-        assert launches[launch]["stores"] == ["v4.b32"], launch
+        for arch, result in launches[launch].items():
+            assert set(result["loads"]) == loads, (launch, arch)
+            assert result["stores"] == ["v4.b32"], (launch, arch)
