@@ -77,7 +77,7 @@ not_an_energy = dict
         ([f"{__name__}:nothing"], "has no attribute 'nothing'"),
         (
             [f"{__name__}:not_an_energy"],
-            "must be an nn.Module, its class, or a function that returns one, got dict",
+            "or a function that returns one, got dict",
         ),
         (["torch.nn:Identity"], "give --shape"),
         (["nowhere:energy"], "no module 'nowhere' in the working directory"),
