@@ -29,9 +29,13 @@ class TrainConfig:
     flip: bool = _option("mirror half of the images")
     on_corrupt: str = _option("what to do with images that cannot be decoded: error or skip")
     # energy
-    width: int = _option("channels of the first convolution, the paper's n_f")
-    activation: str = _option("activation: leaky_relu, relu, silu, softplus or elu")
-    leak: float = _option("negative slope of leaky_relu")
+    energy: str | None = _option(
+        "your own nn.Module as module:attribute, its class or a function that returns it, called "
+        "without arguments; unset builds a ConvEnergy, whose settings follow"
+    )
+    width: int | None = _option("channels of the first convolution, the paper's n_f")
+    activation: str | None = _option("activation: leaky_relu, relu, silu, softplus or elu")
+    leak: float | None = _option("negative slope of leaky_relu")
     # chain
     steps: int = _option("Langevin steps K")
     step_size: float = _option("step size a, which multiplies the gradient")
@@ -94,5 +98,6 @@ class TrainConfig:
                 raise ValueError(f"train: {name} must be in [0, 1], got {getattr(self, name)}")
 
 
+NETWORK = ("width", "activation", "leak")  # of a ConvEnergy; None for any other energy
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)

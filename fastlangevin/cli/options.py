@@ -117,11 +117,13 @@ def more(group: str) -> Parameter:
 
 def settings_options(lists: bool = False) -> Any:
     """Return a TypedDict of the fields of TrainConfig or, with ``lists``, of texts of lists."""
-    from fastlangevin.train_config import FIELDS, TYPES
+    from fastlangevin.train_config import FIELDS, NETWORK, TYPES
 
     options = {}
     for name, field in FIELDS.items():
         kind, text = TYPES[name], field.metadata["help"]
+        if name in NETWORK:
+            kind = get_args(kind)[0]
         text = text[0].upper() + text[1:]
         parameter = Parameter(help=f"{text}.")
         if lists:

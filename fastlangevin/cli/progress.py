@@ -21,7 +21,9 @@ def start_line(work: str, sampler: Any, n: int, out: Any = None) -> None:
     weight, shape = next(sampler.energy.parameters()), sampler.energy.shape
     x = torch.zeros((n, *shape), dtype=torch.float32, device=weight.device)
     count = torch.get_num_threads()
-    threads = f" with {count} thread{'s'[: count > 1]}" if x.device.type == "cpu" else ""
+    # The fused engine tries one thread against all of them, and keeps the faster.
+    threads = f" with {'1 thread' if count == 1 else f'up to {count} threads'}"
+    threads = threads if x.device.type == "cpu" else ""
     engine, precision = sampler.choose_engine(x, {}).name, sampler.precision or "fp32"
     note(
         f"{work}: {sampler.steps} steps on {'x'.join(map(str, shape))}, {x.device}{threads}, "

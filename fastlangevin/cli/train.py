@@ -49,7 +49,8 @@ def train(
                 if group.rank == 0:
                     data = getattr(learner.data, "name", resolved.data)
                     n = resolved.batch_size
-                    work = f"{data}; {resolved.iterations} iterations of {n} chains"
+                    energy = "" if resolved.energy is None else f" on energy {resolved.energy}"
+                    work = f"{data}; {resolved.iterations} iterations of {n} chains{energy}"
                     start_line(work, learner.sampler, n, folder)
 
             def report(iteration: int, record: Any) -> None:

@@ -1,8 +1,6 @@
 """Build what a config describes: data, energy, sampler, learner and samples."""
 
 import hashlib
-import importlib
-import sys
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig, config_names, resolve
+from fastlangevin.learn.custom_energy import import_energy, open_energy
 from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.learner import ShortRunLearner
@@ -21,6 +20,7 @@ from fastlangevin.names import did_you_mean
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
+from fastlangevin.train_config import NETWORK
 
 _SIZES = (8, 16, 32, 64, 128, 256)  # of the images of a ConvEnergy
 
@@ -88,8 +88,11 @@ def build_learner(
     )
 
 
-def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
-    """Build the network of a config for the shape of the data; its weights depend on the seed."""
+def build_energy(config: TrainConfig, data: Images) -> torch.nn.Module:
+    """Build the energy of a config for the shape of the data; its weights depend on the seed."""
+    seed = _noise.fold_in(config.seed, _WEIGHTS) >> 1
+    if config.energy is not None:
+        return open_energy(config.energy, data.shape, seed).to(choose_device(config.device))
     channels, height, width = data.shape
     if config.size is not None and config.size not in _SIZES:
         raise ValueError(f"size must be a power of two from 8 to 256, got {config.size}")
@@ -99,9 +102,10 @@ def build_energy(config: TrainConfig, data: Images) -> ConvEnergy:
             "power of two from 8 to 256: set size, for example size=32"
         )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        energy = ConvEnergy(channels, height, config.width, config.leak, config.activation).float()
+        settings: Any = {name: getattr(config, name) for name in NETWORK}
+        energy = ConvEnergy(channels, height, **settings).float()
         # The weights are drawn in float32, independent of torch's default dtype.
-        torch.manual_seed(_noise.fold_in(config.seed, _WEIGHTS) >> 1)
+        torch.manual_seed(seed)
         for layer in energy.layers:
             if isinstance(layer, torch.nn.Conv2d):
                 layer.reset_parameters()
@@ -119,17 +123,7 @@ def find_energy(target: str) -> torch.nn.Module:
             )
         config = resolve(target)
         return build_energy(config, load_data(config))
-    module, _, attribute = target.partition(":")
-    sys.path.insert(0, "")  # as `python -m` would find it
-    value: Any = importlib.import_module(module)
-    for name in attribute.split("."):
-        if not hasattr(value, name):
-            raise ValueError(f"{module} has no attribute {attribute!r}")
-        value = getattr(value, name)
-    energy = value if isinstance(value, torch.nn.Module) else value()
-    if not isinstance(energy, torch.nn.Module):
-        raise TypeError(f"{target} must be or return an nn.Module, got {type(energy).__name__}")
-    return energy
+    return import_energy(target)
 
 
 def build_sampler(config: TrainConfig, energy: torch.nn.Module) -> LangevinSampler:

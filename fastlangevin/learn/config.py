@@ -21,7 +21,7 @@ from fastlangevin.learn.data.load import SOURCES
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, called, read_text, reading
 from fastlangevin.names import did_you_mean
-from fastlangevin.train_config import FIELDS, TYPES, TrainConfig
+from fastlangevin.train_config import FIELDS, NETWORK, TYPES, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,9 +85,21 @@ def resolve(
         # A resumed run must find its data from any working directory.
         settings["data"] = str(Path(settings["data"]).absolute())
     try:
+        if settings["energy"] is not None:
+            _check_network({**changes, **(overrides or {})}, settings["energy"])
+            settings |= dict.fromkeys(NETWORK)
         return TrainConfig(**settings)
     except (TypeError, ValueError) as error:
         raise error if overrides or not changes else _error_in_file(str(config), error) from error
+
+
+def _check_network(given: Mapping[str, Any], energy: str) -> None:
+    """ValueError if settings of ConvEnergy are given beside another energy: they do nothing."""
+    if useless := [name for name in NETWORK if given.get(name) is not None]:
+        raise ValueError(
+            f"{', '.join(useless)} {'is' if len(useless) == 1 else 'are'} of ConvEnergy alone, and "
+            f"energy is {energy}: leave out one or the other"
+        )
 
 
 def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:

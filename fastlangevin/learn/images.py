@@ -41,6 +41,25 @@ def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.nd
     return grid
 
 
+def image_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> Image.Image:
+    """Return the grid of :func:`to_grid` as a picture, which a notebook shows.
+
+    It is a PIL image: ``image_grid(sampler(n=64, seed=0))`` as the last line of a cell shows the
+    samples, and ``.save(path)`` and ``.resize(size)`` do what they say.
+
+    Args:
+        images: [n, C, H, W] with C = 1 or 3, or states [F, n, C, H, W] such as those of
+            ``sampler.trajectory``, which make a row each.
+        columns, tile: As for :func:`to_grid`.
+
+    Raises TypeError or ValueError as :func:`to_grid` does.
+    """
+    if isinstance(images, Tensor) and images.ndim == 5:
+        columns = images.shape[1] if columns is None else columns
+        images = images.flatten(0, 1)
+    return Image.fromarray(to_grid(images, columns, tile))
+
+
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, tile: int = 32) -> None:
     """Write the grid of :func:`to_grid` as PNG, atomically."""
     with replacing(Path(path)) as temporary:

@@ -19,11 +19,14 @@ from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     check_weights,
+    find_checkpoint,
     load_weights,
     read_checkpoint,
+    run_folder,
     save_checkpoint,
 )
-from fastlangevin.learn.hub import MODEL, upload
+from fastlangevin.learn.custom_energy import open_energy
+from fastlangevin.learn.hub import MODEL, is_hub_name, upload
 from fastlangevin.reprs import short
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
@@ -119,7 +122,8 @@ def load(
             is data alone: no code in it is run.
         energy: The nn.Module to load the weights into, for an energy of your own. It keeps its
             dtype, and is changed. By default, a ConvEnergy is built from the file, with the dtype
-            of the file.
+            of the file. In the folder of a run that was trained with ``energy="module:attribute"``,
+            it is that one by default, and its module is imported: load only runs that you trust.
         device: Device of the energy (default: the one where ``energy`` is, else the CPU).
         averaged: Use the moving average of the weights if the run kept one, else the weights.
         changes: Settings of the sampler to replace, such as ``steps=200``.
@@ -135,11 +139,13 @@ def load(
     check_device_exists("load", device)
     tensors, info = read_checkpoint(path)
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
+    if not isinstance(energy, nn.Module | None):
+        raise TypeError(f"load: energy must be an nn.Module, got {short(energy)}")
+    if energy is None:
+        energy = _energy_of_run(info, path)
     built = energy is None
     if energy is None:
         energy = _build_energy(info, tensors, prefix, path)
-    elif not isinstance(energy, nn.Module):
-        raise TypeError(f"load: energy must be an nn.Module, got {short(energy)}")
     if device is None:
         device = "cpu" if built else device_of(energy) or "cpu"
     device = torch.device(device)
@@ -192,6 +198,22 @@ def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         name = settings.pop("score")
         settings["gradient"] = {"general": "autograd", "lean": "explicit"}.get(name, name)
     return settings
+
+
+def _energy_of_run(info: Mapping[str, Any], path: str | Path) -> nn.Module | None:
+    """Import the energy that a run was trained with, if a setting of the run names one.
+
+    This runs code that is installed or in the working directory. So a file alone, which may have
+    come from anywhere, does not have it done; only a checkpoint in the folder of its run does.
+    """
+    config, data = info.get("config"), info.get("data")
+    target = config.get("energy") if isinstance(config, dict) else None
+    if not isinstance(target, str) or is_hub_name(path) or not run_folder(find_checkpoint(path)):
+        return None
+    shape = data.get("shape") if isinstance(data, dict) else None
+    if not (isinstance(shape, list) and shape and all(type(size) is int for size in shape)):
+        raise CheckpointError(f"{path} has a damaged header: no shape of the data in it")
+    return open_energy(target, shape)
 
 
 def _build_energy(

@@ -75,9 +75,12 @@ not_an_energy = dict
         ([f"{__name__}:make_energy", "--shape", "1,8,8"], "x must have shape"),
         ([f"{__name__}:make_energy", "--shape", "8;8"], "--shape must be positive integers"),
         ([f"{__name__}:nothing"], "has no attribute 'nothing'"),
-        ([f"{__name__}:not_an_energy"], "must be or return an nn.Module, got dict"),
+        (
+            [f"{__name__}:not_an_energy"],
+            "or a function that returns one, got dict",
+        ),
         (["torch.nn:Identity"], "give --shape"),
-        (["nowhere:energy"], "No module named 'nowhere'"),
+        (["nowhere:energy"], "no module 'nowhere' in the working directory"),
         (["none"], "give a config (anatomy-nonconvergent"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlangevin.learn import save_grid
+from fastlangevin.learn import image_grid, save_grid
 from fastlangevin.learn.images import to_grid
 
 W = 255  # the border
@@ -102,3 +102,23 @@ def test_wrong_grid_settings_are_refused(
     with pytest.raises(error, match=f"to_grid: {match}"):
         save_grid(images, tmp_path / "grid.png", columns)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_notebook_shows_a_grid_of_samples() -> None:
+    images = torch.rand(5, 3, 4, 4)
+    picture = image_grid(images, columns=3)
+    assert (picture._repr_png_() or b"").startswith(b"\x89PNG")
+    assert np.array_equal(np.asarray(picture), to_grid(images, columns=3))
+
+
+def test_the_states_of_a_trajectory_are_rows() -> None:
+    states = torch.rand(2, 3, 1, 4, 4)
+    rows = to_grid(torch.cat([states[0], states[1]]), columns=3)
+    assert np.array_equal(np.asarray(image_grid(states)), rows)
+
+
+def test_a_grid_of_anything_else_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"images must be \[n, 1 or 3, H, W\], got \[0, 1, 4, 4\]"):
+        image_grid(torch.zeros(2, 0, 1, 4, 4))
+    with pytest.raises(TypeError, match="images must be a tensor, got list"):
+        image_grid([1])  # type: ignore[arg-type]

@@ -81,6 +81,7 @@ OTHER = {
     "limit": 5,
     "flip": False,
     "on_corrupt": "skip",
+    "energy": "mine:Net",
     "width": 3,
     "activation": "relu",
     "leak": 0.1,

@@ -1,0 +1,142 @@
+"""Energies of the user's own code, named as module:attribute."""
+
+import copy
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlangevin.names import did_you_mean
+from fastlangevin.sampler import LangevinSampler
+
+
+def open_energy(target: str, shape: Sequence[int], seed: int = 0) -> nn.Module:
+    """Return the energy that :func:`import_energy` finds, tried on two states of ``shape``.
+
+    It has the attribute ``shape`` afterwards. Its weights depend on ``seed``, and torch's own
+    random numbers do not advance. Raises ValueError or TypeError, naming ``target``, as
+    :func:`import_energy` does, or if it does not take [n, *shape], does not return one energy per
+    state, or has no weights to learn.
+    """
+    sizes = ", ".join(map(str, shape))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        value = _find(target)
+        torch.manual_seed(seed)  # how much the import drew depends on what was imported before
+        energy = _make(target, value)
+        own: Any = getattr(energy, "shape", None)
+        if own is None:
+            energy.shape = tuple(shape)  # type: ignore[assignment]
+        elif tuple(own) != tuple(shape):
+            raise ValueError(
+                f"energy {target!r} must take images of shape [{sizes}], those of the data, but "
+                f"its attribute shape is {list(own)}"
+            )
+        try:
+            _try(energy, tuple(shape))
+        except Exception as error:  # the user's code may raise anything
+            raise ValueError(
+                f"energy {target!r} must take images [n, {sizes}] and return energies [n], but on "
+                f"two images it raised {type(error).__name__}: {error}"
+            ) from error
+    if not any(parameter.requires_grad for parameter in energy.parameters()):
+        raise ValueError(f"energy {target!r} has no parameter that requires grad, so none to learn")
+    return energy
+
+
+def _try(energy: nn.Module, shape: tuple[int, ...]) -> None:
+    """Run one step of two chains; give lazy modules their shapes first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of train mode, in which learning will warn itself
+        if any(nn.parameter.is_lazy(parameter) for parameter in energy.parameters()):
+            with torch.no_grad():
+                energy(torch.zeros((2, *shape), dtype=torch.float32))
+        LangevinSampler(energy, steps=1, gradient="autograd")(n=2, shape=shape, seed=0)
+
+
+def import_energy(target: str) -> nn.Module:
+    """Return a new nn.Module from module:attribute, whose module is imported as Python would.
+
+    The attribute is a class of an nn.Module or a function that returns one, which is called without
+    arguments, or a module, which is copied. Modules in the working directory are found, too.
+
+    Raises ValueError, naming ``target``, for another form, a module that cannot be imported, an
+    attribute that is not there and a call that fails; TypeError for anything but an nn.Module.
+    """
+    return _make(target, _find(target))
+
+
+def _find(target: str) -> Any:
+    """Return the attribute that ``target`` names."""
+    module, colon, attribute = target.partition(":")
+    if not (colon and module and attribute):
+        raise ValueError(f"energy must be module:attribute, such as mymodel:Net, got {target!r}")
+    value = _import(target, module)
+    for name in attribute.split("."):
+        if not hasattr(value, name):
+            names = [n for n, v in vars(value).items() if callable(v)]
+            raise ValueError(
+                f"energy {target!r}: {module} has no attribute {attribute!r}"
+                f"{did_you_mean(name, names)}"
+            )
+        value = getattr(value, name)
+    return value
+
+
+def _make(target: str, value: Any) -> nn.Module:
+    """Return a new module from what ``target`` names."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value)
+    if callable(value):
+        try:
+            value = value()
+        except Exception as error:  # the user's code may raise anything
+            raise ValueError(
+                f"energy {target!r} is called without arguments, and raised "
+                f"{type(error).__name__}: {error}; a function without arguments can give others to "
+                "your class"
+            ) from error
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"energy {target!r} must be an nn.Module, its class, or a function that returns one, "
+            f"got {type(value).__name__}"
+        )
+    return value
+
+
+def _import(target: str, module: str) -> Any:
+    """Import a module by name; the working directory comes first, as for ``python -m``."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    importlib.invalidate_caches()
+    # "my/model.py" is what a shell completes.
+    path = Path(module)
+    dotted = ".".join(path.with_suffix("").parts) if path.suffix == ".py" else module
+    if dotted != module:
+        raise ValueError(
+            f"energy {target!r} must name a module, not a file; did you mean "
+            f"{target.replace(module, dotted)}?"
+        )
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module != missing and not module.startswith(f"{missing}."):
+            raise ValueError(f"energy {target!r}: importing {module} failed: {error}") from error
+        hint = did_you_mean(module, [file.stem for file in Path().glob("*.py")])
+        raise ValueError(
+            f"energy {target!r}: no module {module!r} in the working directory, {Path.cwd()}, in "
+            f"PYTHONPATH, or among the installed packages{hint}"
+        ) from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        advice = ""
+        if isinstance(error, SystemExit):
+            advice = '; a script must do its work under if __name__ == "__main__"'
+        raise ValueError(
+            f"energy {target!r}: importing {module} raised {type(error).__name__}: {error}{advice}"
+        ) from error
