@@ -175,27 +175,35 @@ struct ChunkLayers {
 
   // The sum of `count` values, in partial sums that keep the rounding error small.
   static double total(const float* values, int count) {
-    Float parts[4] = {};
+    Float parts[4];
+    for (Float& part : parts) part = Float{};
     int c = 0;
-    for (; c + kLanes <= count; c += kLanes) parts[c / kLanes % 4] += Vector::load(values + c);
+    for (; c + 4 * kLanes <= count; c += 4 * kLanes) {
+      for (int k = 0; k < 4; ++k) parts[k] += Vector::load(values + c + k * kLanes);
+    }
+    for (; c + kLanes <= count; c += kLanes) parts[0] += Vector::load(values + c);
     const Float part = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-    double sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += part[i];
-    for (; c < count; ++c) sum += values[c];
-    return sum;
+    double sums[2] = {};  // two chains of dependent additions
+    for (int i = 0; i < kLanes; ++i) sums[i % 2] += part[i];
+    for (; c < count; ++c) sums[0] += values[c];
+    return sums[0] + sums[1];
   }
 
-  // Sets means[i][channel] to the mean of terms[i] over all pixels and the channel's group, where
-  // f(y, x, channel, terms) computes the terms of a vector of channels.
-  template <int kTerms, class F>
-  void group_means(size_t k, float* const (&means)[kTerms], const F& f) const {
+  // Sets means[i][channel] to of(mean), for the mean of terms[i] over all pixels and the channel's
+  // group, where f(y, x, channel, terms) computes the terms of a vector of channels.
+  template <int kTerms, class F, class Of>
+  void group_means(size_t k, float* const (&means)[kTerms], const F& f, const Of& of) const {
     const ConvLayer& layer = net.layers[k];
     const ConvBuffer& buffer = net.buffers[k + 1];
     const auto sum = [&](auto kSize, int first) {
-      for (float* at : means) std::fill_n(at + first, kSize * kLanes, 0.0f);
+      Float sums[kTerms][kSize];
       for (int y = 0; y < buffer.height; ++y) {
-        // Rows are summed separately, which keeps the rounding error small.
-        Float rows[kTerms][kSize] = {};
+        // Rows are summed separately, which keeps the rounding error small. Loops set them to zero,
+        // since an empty initialiser becomes a string instruction, which starts slowly.
+        Float rows[kTerms][kSize];
+        for (auto& row : rows) {
+          for (Float& value : row) value = Float{};
+        }
         for (int x = 0; x < buffer.width; ++x) {
           for (int v = 0; v < kSize; ++v) {
             Float terms[kTerms];
@@ -205,10 +213,12 @@ struct ChunkLayers {
         }
         for (int i = 0; i < kTerms; ++i) {
           for (int v = 0; v < kSize; ++v) {
-            float* at = means[i] + first + v * kLanes;
-            Vector::store(at, Vector::load(at) + rows[i][v]);
+            sums[i][v] = y > 0 ? sums[i][v] + rows[i][v] : rows[i][v];
           }
         }
+      }
+      for (int i = 0; i < kTerms; ++i) {
+        for (int v = 0; v < kSize; ++v) Vector::store(means[i] + first + v * kLanes, sums[i][v]);
       }
     };
     // Several vectors together are one read of whole cache lines.
@@ -221,7 +231,7 @@ struct ChunkLayers {
     const double count = double(size) * buffer.height * buffer.width;
     for (float* at : means) {
       for (int first = 0; first < layer.out; first += size) {
-        std::fill_n(at + first, size, static_cast<float>(total(at + first, size) / count));
+        std::fill_n(at + first, size, of(static_cast<float>(total(at + first, size) / count)));
       }
     }
   }
@@ -249,20 +259,17 @@ struct ChunkLayers {
 
   void normalise(size_t k, const Finish& finish) const {
     const ConvBuffer& out = net.buffers[k + 1];
-    const Float eps = Vector::broadcast(net.layers[k].factors[0]), one = Vector::broadcast(1.0f);
+    const float eps = net.layers[k].factors[0];
     const float* weights = batch.packed + net.plans[k].factors;
     for (int64_t n = 0; n < chains; ++n) {
       const Normal at = normal(k, n);
       group_means<1>(k, {at.means}, [&](int y, int x, int c, Float (&terms)[1]) {
         terms[0] = at.value(y, x, c);
-      });
+      }, [](float mean) { return mean; });
       group_means<1>(k, {at.scales}, [&](int y, int x, int c, Float (&terms)[1]) {
         const Float difference = at.centred(y, x, c);
         terms[0] = difference * difference;
-      });
-      for (int c = 0; c < out.channels; c += kLanes) {
-        Vector::store(at.scales + c, one / Vector::sqrt(Vector::load(at.scales + c) + eps));
-      }
+      }, [=](float variance) { return 1.0f / std::sqrt(variance + eps); });
       for (int y = 0; y < out.height; ++y) {
         for (int x = 0; x < out.width; ++x) {
           finish_pixel(n * out.chain + out.at(y, x), out.channels, finish, [&](int c) {
@@ -288,7 +295,7 @@ struct ChunkLayers {
       group_means<2>(k, {grads_mean, slopes}, [&](int y, int x, int c, Float (&terms)[2]) {
         terms[0] = grad(y, x, c);
         terms[1] = terms[0] * at(y, x, c);
-      });
+      }, [](float mean) { return mean; });
       for (int y = 0; y < in.height; ++y) {
         for (int x = 0; x < in.width; ++x) {
           finish_pixel(n * in.chain + in.at(y, x), in.channels, finish, [&](int c) {
