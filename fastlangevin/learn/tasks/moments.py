@@ -50,9 +50,10 @@ def stationary(x: Tensor) -> Tensor:
     waves = x
     for axis, basis in enumerate(cosines, 2):
         waves = (waves.transpose(axis, -1) @ basis.T).transpose(axis, -1)
-    waves = waves.flatten(2).permute(2, 1, 0)  # [frequencies, C, n]
-    blocks = (waves @ waves.mT / (len(x) - 1)).permute(1, 2, 0)
-    out = blocks.unflatten(2, sizes) if sizes else blocks.squeeze(2)  # [C, C, frequencies ...]
+    n, channels = x.shape[:2]
+    waves = waves.reshape(n, channels, -1).permute(2, 1, 0)  # [frequencies, C, n]
+    blocks = (waves @ waves.mT / (n - 1)).permute(1, 2, 0)
+    out = blocks.reshape(channels, channels, *sizes)
     for basis in cosines:  # each turns its frequencies into a pair of positions, at the end
         out = torch.tensordot(out, basis[:, :, None] * basis[:, None, :], ([2], [0]))
     axes = range(len(sizes))
