@@ -1,29 +1,33 @@
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.options import Chains, Count, Fit, Int, Run, belong, given, more
+from fastlangevin.cli.options import Chains, Count, Fit, Int, Int2, Run, belong, given, more
 from fastlangevin.cli.outputs import Result, count_images
 from fastlangevin.cli.progress import progress, start_line
 
 
 def restore(
-    run: Run, /, *, operator: str = "mask", method: str = "posterior", n: Count | None = None,
-    answers: Count = 4, out: Path | None = None, images: str | None = None,
-    mask: str | None = None, factor: Int | None = None, sigma: float | None = None,
-    zeta: float | None = None, chains: Chains = Chains(),
+    run: Run, /, *, operator: str = "mask", method: str = "moments", n: Count | None = None,
+    answers: Count = 4, measurement_noise: float = 0.0, samples: Int2 | None = None,
+    out: Path | None = None, images: str | None = None, mask: str | None = None,
+    factor: Int | None = None, sigma: float | None = None, zeta: float | None = None,
+    chains: Chains = Chains(),
     fit: Annotated[Fit | None, more("Fit (--method latent)")] = None,
 ) -> Result:  # fmt: skip
     """Restore held-out images from linear measurements, several answers for each.
 
-    The measurements are y = A x. The picture has a row per image, with the image, its measurement
-    and the answers.
+    The measurements are y = A x + noise. The picture has a row per image, with the image, its
+    measurement, the mean of all answers, and the answers.
 
     Args:
         operator: The measurement A: mask, downsample, blur or grey.
-        method: Method: posterior, clamped (for masks) or latent.
+        method: Method: moments (those of the model's samples, given y), posterior (chains guided by
+            y), clamped (for masks) or latent (fitted starting points).
         n: Number of images, 1 or more (default: 8, or all if there are fewer).
         answers: Answers per image, 1 or more.
-        out: A .png, or a .npz of images, y and x of shape [n, answers, C, H, W] (default:
+        measurement_noise: Standard deviation of the noise that is added to the measurements.
+        samples: Number of chains whose moments are estimated, for --method moments (default: 512).
+        out: A .png, or a .npz of images, y, mean, and x of shape [n, answers, C, H, W] (default:
             restored.png, or restored-2.png, ... if that exists).
         images: Source of the images: a picture, a folder, a file of arrays or a data set (default:
             those that the run held out).
@@ -35,6 +39,7 @@ def restore(
     """
     from fastlangevin.learn.tasks.measurements import make_operator
     from fastlangevin.learn.tasks.of_run import restore_run
+    from fastlangevin.learn.tasks.restore import SAMPLES
 
     out = chains.choose_out(out, "restored.png", ".png", ".npz")
     options = given(mask=mask, factor=factor, sigma=sigma)
@@ -42,13 +47,18 @@ def restore(
     belong(options.keys() - {own}, f"another operator than {operator}")
     if method != "latent":
         belong(fit or (), f"--method latent, got {method!r}")
+    if method != "moments":
+        belong(given(samples=samples), f"--method moments, got {method!r}")
     sampler = chains.load(run)
     measure = make_operator(operator, sampler.energy.shape, **options)
     work = f"{answers} answers, {method}, for {operator} of {count_images(n or 8)}"
-    start_line(work, sampler, answers * (n or 8), out)
+    count = answers * (n or 8)
+    count = max(count, samples or SAMPLES) if method == "moments" else count
+    start_line(work, sampler, count, out)
     with progress() as show:
         result = restore_run(
             run, sampler, measure, n=n, images=images, seed=chains.seed, method=method,
-            answers=answers, zeta=zeta, report=show, **fit or {},
+            answers=answers, measurement_noise=measurement_noise, report=show,
+            **given(zeta=zeta, samples=samples), **fit or {},
         )  # fmt: skip
     return chains.save(result, out)

@@ -53,8 +53,9 @@ def test_diagnostics_show_the_means_of_the_first_and_the_last_step() -> None:
             "error=<tensor [2, 1], float32>)",
         ),
         (
-            Restored(X, torch.zeros(2, 1)),
-            "Restored(x=<tensor [2, 1, 8, 8], float32>, residual=<tensor [2, 1], float32>)",
+            Restored(X[:, None], torch.zeros(2, 1), X),
+            "Restored(x=<tensor [2, 1, 1, 8, 8], float32>, residual=<tensor [2, 1], float32>, "
+            "mean=<tensor [2, 1, 8, 8], float32>)",
         ),
         (
             fl.learn.ImageData(np.zeros((3, 1, 8, 8), np.uint8), np.zeros(3, np.int64), "a", 1, 0),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastlangevin.noise as _noise
-from fastlangevin.arguments import check_count, check_positive
+from fastlangevin.arguments import check_count, check_number, check_positive
 from fastlangevin.gradients.precision import network_precision
 from fastlangevin.learn.data.arrays import map_npy
 from fastlangevin.learn.data.pictures import ALPHA_MODES, GREY_MODES, open_picture, read_picture
@@ -285,6 +285,16 @@ def _probe(
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     u = _noise.uniform(shape, seed=0, step=step, stream=_noise.USER, device=device, dtype=dtype)
     return 2 * u - 1
+
+
+def measure(operator: Operator, x: Tensor, noise: float, seed: int) -> Tensor:
+    """Return A x + noise e, with e standard normal; hidden pixels of a Mask stay 0."""
+    y = operator(x)
+    if check_number("measure", "measurement_noise", noise) == 0:
+        return y
+    e = _noise.normal(y.shape, seed=seed, step=1, stream=_noise.USER, device=y.device)
+    y = y + noise * e.to(y.dtype)
+    return operator(y) if isinstance(operator, Mask) else y
 
 
 def picture(operator: Operator, y: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -26,7 +26,7 @@ from fastlangevin.learn.run_data import (
     suggesting,
 )
 from fastlangevin.learn.tasks.interpolate import interpolate
-from fastlangevin.learn.tasks.measurements import Downsample, Operator, identity, picture
+from fastlangevin.learn.tasks.measurements import Downsample, Operator, identity, measure, picture
 from fastlangevin.learn.tasks.reconstruct import Fit, reconstruct
 from fastlangevin.learn.tasks.restore import Restored, restore
 from fastlangevin.learn.tasks.transfer import guide
@@ -192,24 +192,25 @@ class Restoration(NamedTuple):
     restored: Restored
 
     def save(self, path: Path, tile: int = 32) -> None:
-        """Write a .png with a row per image, or a .npz of images, y and x."""
-        x = self.restored.x
+        """Write a .png with a row per image, or a .npz of images, y, x and mean."""
+        x, _, mean = self.restored
         if path.suffix == ".png":
-            rows = torch.cat([self.images[:, None], self.seen[:, None], x], 1)
+            shown = torch.stack([self.images, self.seen, mean], 1)
+            rows = torch.cat([shown, x], 1)
             save_grid(rows.flatten(0, 1), path, rows.shape[1], tile)
         else:
-            save_arrays(path, images=self.images, y=self.y, x=x)
+            save_arrays(path, images=self.images, y=self.y, x=x, mean=mean)
 
     def rows(self) -> Rows:
-        x, residual = self.restored
+        x, residual, mean = self.restored
         error = _squares(self.images[:, None], x)
-        of_mean, of_seen = _squares(self.images, x.mean(1)), _squares(self.images, self.seen)
+        of_mean, of_seen = _squares(self.images, mean), _squares(self.images, self.seen)
         spread = x.var(1, correction=0).mean()
         return [
             ("images", f"{len(self.images)} of {self.source}"),
             ("answers", f"{error.mean():.5f}   mean squared error per element, in [-1, 1]"),
             ("best", f"{error.amin(1).mean():.5f}   of the {x.shape[1]} for each image"),
-            ("their mean", f"{of_mean.mean():.5f}"),
+            ("their mean", f"{of_mean.mean():.5f}   the best guess by this measure"),
             ("measurement", f"{of_seen.mean():.5f}   as the picture shows it"),
             ("residual", f"{residual.mean():.5f}   mean of (y - A x)^2"),
             ("spread", f"{spread:.5f}   mean variance of an element over the answers"),
@@ -223,6 +224,7 @@ def restore_run(
     *,
     n: int | None = None,
     images: str | None = None,
+    measurement_noise: float = 0.0,
     seed: int = 0,
     report: Report = silent,
     **options: Any,
@@ -231,6 +233,8 @@ def restore_run(
 
     n: number of images (default: 8, or all of the source if it has fewer).
 
+    measurement_noise: standard deviation of the noise that is added to the measurements. Only the
+        method "moments" is told of it.
     report: called as report(what, done, total) on the way.
     options: those of :func:`restore`.
     """
@@ -239,7 +243,9 @@ def restore_run(
         options = _reported(options, report)
     else:
         options["callback"] = lambda step, _: report("step", step, sampler.steps)
-    y = operator(truth)
+    if options.get("method", "moments") == "moments":
+        options["measurement_noise"] = measurement_noise
+    y = measure(operator, truth, measurement_noise, seed)
     restored = restore(sampler, y, operator, seed=seed, **options)
     seen = picture(operator, y, _shape(sampler))
     return Restoration(source, truth, y, seen, restored)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.arguments import check_count, check_positive
+from fastlangevin.arguments import check_count, check_number, check_positive
 from fastlangevin.learn.tasks.guidance import DataTerm, clamped, with_term
 from fastlangevin.learn.tasks.measurements import Mask, Operator, norm
+from fastlangevin.learn.tasks.moments import LARGEST, Conditional, moments
 from fastlangevin.learn.tasks.reconstruct import (
     Fit,
     check_measurements,
@@ -22,7 +23,8 @@ from fastlangevin.names import check_name, did_you_mean
 from fastlangevin.reprs import short_repr
 from fastlangevin.sampler import LangevinSampler
 
-METHODS = ("posterior", "clamped", "latent")
+METHODS = ("moments", "posterior", "clamped", "latent")
+SAMPLES = 512
 # The options of a fit without the seed, which every method takes.
 FIT = tuple(
     name
@@ -36,6 +38,8 @@ class Restored(NamedTuple):
 
     x: Tensor  #: [n, answers, C, H, W]
     residual: Tensor  #: [n, answers], means over elements of (y - A x)^2
+    #: [n, C, H, W], the mean of the answers; with "moments", of infinitely many
+    mean: Tensor
 
     def __repr__(self) -> str:
         return short_repr("Restored", self._asdict())
@@ -46,8 +50,10 @@ def restore(
     y: Tensor,
     operator: Operator,
     *,
-    method: str = "posterior",
+    method: str = "moments",
     answers: int = 4,
+    measurement_noise: float | None = None,
+    samples: int | None = None,
     zeta: float | None = None,
     seed: int = 0,
     callback: Callable[[int, Tensor], Any] | None = None,
@@ -55,23 +61,38 @@ def restore(
 ) -> Restored:
     """Find images x that are likely under a model and agree with measurements y = A x.
 
+    With "moments", the mean m and the covariance S of samples of the model are conditioned on y:
+
+        mean = m + K (y - A m),    answer = x + K (y + s e - A x),
+        K = S A^T (A S A^T + s^2 I)^-1
+
+    x is a chain's end and e is standard normal, so that an answer is a sample of the model that is
+    moved onto the measurement. There is nothing to tune: :func:`moments` weighs S by the number of
+    samples, and s is the noise of y. Learning matches the moments of data and samples, but does not
+    make the energy a calibrated density, which is what the other methods rely on.
+
     Args:
         y: Finite measurements [n, ...], in the shape that ``operator`` returns for n images.
         operator: The linear map A.
-        method: "posterior" runs chains from p0 on the energy + |y - A x|^2 / zeta^2. "clamped", for
-            a Mask, runs chains on the hidden pixels only and holds the known ones at y. "latent"
-            runs chains from starts that are fitted to y.
+        method: "moments" is described above. "posterior" runs chains from p0 on the energy
+            + |y - A x|^2 / zeta^2. "clamped", for a Mask, runs chains on the hidden pixels only and
+            holds the known ones at y. "latent" runs chains from starts that are fitted to y.
         answers: Number of answers for each measurement. Chain i * answers + k is answer k for y[i],
             independently of the other measurements.
+        measurement_noise: Standard deviation s of independent Gaussian noise in y, for "moments"
+            (default: 0). K is computed with 1 / 255 or more, the rounding of pictures.
+        samples: Number of chains whose moments are estimated, 2 or more, for "moments" (default:
+            512).
         zeta: Scale of the posterior's data term (default: As in :func:`with_data`).
         seed: Seed of the starts and the noise.
-        callback: That of a call of the sampler, for "posterior" and "clamped".
+        callback: That of a call of the sampler, for all methods but "latent".
         fit: Options of :func:`reconstruct` for "latent". ``restarts`` (default here: 1) is the
             number of chains for each answer; the best one is returned.
 
-    With a Mask, "clamped" and "latent" answers reproduce the known pixels of y exactly. Raises
-    TypeError or ValueError naming the argument, before any work, and FloatingPointError if a chain
-    is not finite.
+    With a Mask, all answers reproduce the known pixels of y exactly, except those of "posterior"
+    and of "moments" with noise. "moments" needs memory for several matrices of d x d elements, for
+    images of d <= 16384 elements. Raises TypeError or ValueError naming the argument, before any
+    work, and FloatingPointError if a chain is not finite.
     """
     op = "restore"
     check_name(f"{op}: method", method, METHODS)
@@ -82,9 +103,13 @@ def restore(
         )
     if method != "posterior" and zeta is not None:
         raise ValueError(f'{op}: zeta belongs to method "posterior", got method={method!r}')
+    if method != "moments" and not measurement_noise is samples is None:
+        name = "measurement_noise" if samples is None else "samples"
+        raise ValueError(f'{op}: {name} belongs to method "moments", got method={method!r}')
     if method == "latent" and callback is not None:
         raise ValueError(f'{op}: callback belongs to chains from noise; method "latent" has report')
-    options = {"posterior": ("zeta",), "clamped": (), "latent": FIT}[method]
+    own = {"moments": ("measurement_noise", "samples"), "posterior": ("zeta",), "latent": FIT}
+    options = own.get(method, ())
     names = {*options, *inspect.signature(restore).parameters} - {"fit"}
     if others := [name for name in fit if name not in options]:
         raise TypeError(
@@ -95,23 +120,43 @@ def restore(
     shape = image_shape(op, sampler, y, "y")
     check_measurements(op, y, operator, shape, name="y")
     seed = _noise.check_seed(seed)
+    noise = check_number(op, "measurement_noise", measurement_noise or 0)
+    samples = check_count(op, "samples", SAMPLES if samples is None else samples)
+    if samples < 2:
+        raise ValueError(f"{op}: samples must be at least 2, got {samples}")
+    if method == "moments" and math.prod(shape) > LARGEST:
+        raise ValueError(
+            f'{op}: method "moments" needs images of at most {LARGEST} elements, got {list(shape)}'
+        )
 
-    if method == "latent":
+    target = y.repeat_interleave(answers, 0)
+    mean = None
+    if method == "moments":
+        chains = max(samples, len(target))
+        drawn = sampler(starts(chains, shape, seed, y), seed=seed, callback=callback)
+        given = moments(drawn[:samples])
+        conditional = Conditional(given, operator, noise, drawn.dtype)
+        mean = conditional(given.mean.expand(len(y), *shape), y)
+        e = _noise.normal(target.shape, seed=seed, step=0, stream=_noise.USER, device=y.device)
+        x = conditional(drawn[: len(target)], target + noise * e)
+    elif method == "latent":
         restarts = check_count(op, "restarts", fit.pop("restarts", 1))
         fits = reconstruct(sampler, y, operator, restarts=answers * restarts, seed=seed, **fit)
         x = Fit(*(part.reshape(-1, restarts, *part.shape[2:]) for part in fits)).best().x
-    target = y.repeat_interleave(answers, 0)
-    if method != "latent":
+    else:
         if method == "posterior":
             guided = with_data(sampler, target, operator, zeta)
         else:
             assert isinstance(operator, Mask)
             guided = clamped(sampler, target, operator)
         x = guided(starts(len(target), shape, seed, y), seed=seed, callback=callback)
-    if method != "posterior" and isinstance(operator, Mask):
+    if method != "posterior" and not noise and isinstance(operator, Mask):
         x = operator.fill(x, target)
+        mean = None if mean is None else operator.fill(mean, y)
     residual = (target - operator(x)).square().flatten(1).mean(1)
-    return Restored(x.unflatten(0, (len(y), answers)), residual.view(len(y), answers))
+    x = x.unflatten(0, (len(y), answers))
+    residual = residual.view(len(y), answers)
+    return Restored(x, residual, x.mean(1) if mean is None else mean)
 
 
 def with_data(

@@ -233,7 +233,8 @@ def test_help_shows_shapes_and_what_is_done_by_default(command: Any, name: str) 
         ("--operator", "mask", "--method", "clamped"),
         ("--operator", "mask", "--method", "latent", "--iterations", 2),
         ("--operator", "downsample", "--factor", 4),
-        ("--operator", "blur", "--sigma", 0.6, "--zeta", 2),
+        ("--operator", "blur", "--sigma", 0.6, "--method", "posterior", "--zeta", 2),
+        ("--operator", "blur", "--measurement-noise", 0.1, "--samples", 40),
     ],
     ids=lambda options: " ".join(map(str, options)),
 )
@@ -242,13 +243,15 @@ def test_restore_command(command: Any, run: Path, options: tuple[Any, ...]) -> N
     said = numbers(command("restore", run, *options, "--out", "a.npz"))
     found = {name: torch.from_numpy(array) for name, array in np.load("a.npz").items()}
     assert found["x"].shape == (2, 3, 1, 8, 8)
+    off = (found["images"] - found["mean"]).square().mean()
+    assert said["their mean"] == pytest.approx(float(off), abs=1e-5)
     squares = (found["images"][:, None] - found["x"]).square().mean((2, 3, 4))
     assert said["answers"] == pytest.approx(float(squares.mean()), abs=1e-5)
     assert said["best"] == pytest.approx(float(squares.amin(1).mean()), abs=1e-5)
     result = command("restore", run, *options, "--out", "a.png")
     assert result.exit_code == 0, result.output
     with Image.open("a.png") as shown:
-        assert shown.size == (5 * 34 + 2, 2 * 34 + 2)
+        assert shown.size == (6 * 34 + 2, 2 * 34 + 2)
 
 
 def test_transfer_command(command: Any, run: Path) -> None:

@@ -125,8 +125,8 @@ def test_fits_leave_no_trace() -> None:
     state = torch.get_rng_state()
     sampler, y = fl.LangevinSampler(energy, steps=2), images(1)
     reconstruct(sampler, y, iterations=2)
-    restore(sampler, BOX(y), BOX)
-    restore(sampler, BOX(y), BOX, method="clamped")
+    for method in ("moments", "posterior", "clamped"):
+        restore(sampler, BOX(y), BOX, method=method)
     transfer(sampler, y, style=y)
     with pytest.raises(ZeroDivisionError):
         reconstruct(sampler, y, report=lambda i, e: 1 / 0)
@@ -224,7 +224,8 @@ def test_posterior_chains_against_a_plain_loop(operator: Any, maximize: bool) ->
         given if maximize else energy, steps=4, step_size=0.3, noise_std=0.05, maximize=maximize
     )
     zeta = 1.3
-    restored = restore(sampler, y, operator, answers=2, zeta=zeta, seed=6)
+    options: dict[str, Any] = {"method": "posterior", "answers": 2, "zeta": zeta, "seed": 6}
+    restored = restore(sampler, y, operator, **options)
     target, x = y.repeat_interleave(2, 0), start(4, 6)
     for k in range(4):
         pull = 2 / zeta**2 * adjoint(operator, operator(x) - target, SHAPE)
@@ -233,7 +234,7 @@ def test_posterior_chains_against_a_plain_loop(operator: Any, maximize: bool) ->
     torch.testing.assert_close(restored.x.flatten(0, 1), x, rtol=0, atol=2e-5)
     residual = (target - operator(x)).square().flatten(1).mean(1)
     torch.testing.assert_close(restored.residual.flatten(), residual, rtol=1e-4, atol=1e-5)
-    alone = restore(sampler, y[:1], operator, answers=2, zeta=zeta, seed=6)
+    alone = restore(sampler, y[:1], operator, **options)
     torch.testing.assert_close(alone.x[0], restored.x[0], rtol=0, atol=1e-5)
 
 
@@ -241,7 +242,7 @@ def test_a_posterior_that_is_known() -> None:
     """For |x|^2 / 2 v, a mask and no noise: y (2/zeta^2) / (1/v + 2/zeta^2), and 0 where hidden."""
     sampler = fl.LangevinSampler(GaussianEnergy(2.0), steps=200, step_size=0.2, noise_std=0.0)
     y = BOX(images(2))
-    restored = restore(sampler, y, BOX, zeta=2.0, answers=1)
+    restored = restore(sampler, y, BOX, method="posterior", zeta=2.0, answers=1)
     torch.testing.assert_close(restored.x[:, 0], y * 0.5 / (0.5 + 0.5), rtol=0, atol=1e-5)
 
 
@@ -251,15 +252,16 @@ def test_the_natural_zeta_takes_a_step_to_the_measurement(operator: Any) -> None
     sampler = fl.LangevinSampler(GaussianEnergy(1e12), steps=1, step_size=a, noise_std=0.0)
     sampler.energy.shape = SHAPE  # type: ignore[attr-defined]
     y = operator(images(1))
-    x = restore(sampler, y, operator, answers=1, seed=1).x[:, 0]
+    x = restore(sampler, y, operator, method="posterior", answers=1, seed=1).x[:, 0]
     largest = torch.linalg.svd(dense(operator))[2][0].float()
     first = start(1, 1)
     before = operator(first) - y
     direction = dense(operator).float() @ largest
     left = float(((operator(x) - y).flatten() * direction).sum())
     assert abs(left) <= 0.03 * abs(float((before.flatten() * direction).sum())) + 1e-5
+    short = 0.9 * norm(operator, SHAPE) * math.sqrt(a)
     with pytest.raises(ValueError, match="zeta must be at least"):
-        restore(sampler, y, operator, zeta=0.9 * norm(operator, SHAPE) * math.sqrt(a))
+        restore(sampler, y, operator, method="posterior", zeta=short)
 
 
 @pytest.mark.parametrize("order", ["after", "before", "last"])
@@ -318,10 +320,26 @@ def test_latent_answers_are_fits_with_the_known_pixels_filled_in() -> None:
         ({"y": images(1) / 0}, ValueError, ": y must be finite"),
         ({"operator": Mask(torch.eye(5) > 0)}, ValueError, r"got \[5, 5\]"),
         ({"operator": torch.tanh}, ValueError, "must be linear"),
-        ({"method": "magic"}, ValueError, "posterior, clamped, latent, got 'magic'"),
+        ({"method": "magic"}, ValueError, "moments, posterior, clamped, latent, got 'magic'"),
         ({"method": "clamped", "operator": Grey()}, ValueError, "must be a Mask, got Grey"),
         ({"method": "clamped", "zeta": 1.0}, ValueError, 'zeta belongs to method "posterior"'),
-        ({"iterations": 3}, TypeError, '"posterior" has no option iterations; it takes zeta'),
+        (
+            {"iterations": 3},
+            TypeError,
+            '"moments" has no option iterations; it takes measurement_n',
+        ),
+        ({"method": "posterior", "lr": 1}, TypeError, "no option lr; it takes zeta"),
+        ({"zeta": 1.0}, ValueError, "zeta belongs to method \"posterior\", got method='moments'"),
+        ({"method": "latent", "samples": 9}, ValueError, 'samples belongs to method "moments"'),
+        (
+            {"method": "clamped", "measurement_noise": 0.1},
+            ValueError,
+            "measurement_noise belongs to method \"moments\", got method='clamped'",
+        ),
+        ({"samples": 1}, ValueError, "restore: samples must be at least 2, got 1"),
+        ({"samples": 2.5}, TypeError, "restore: samples must be"),
+        ({"measurement_noise": -0.1}, ValueError, "measurement_noise must be finite and >= 0"),
+        ({"measurement_noise": "loud"}, TypeError, "measurement_noise must be a number"),
         ({"method": "clamped", "lr": 1}, TypeError, '"clamped" has no option lr; it takes none'),
         (
             {"method": "latent", "rate": 1},
@@ -332,9 +350,13 @@ def test_latent_answers_are_fits_with_the_known_pixels_filled_in() -> None:
         ({"method": "latent", "lr": "fast"}, TypeError, "lr must be a number, got 'fast'"),
         ({"method": "latent", "report": 3}, TypeError, "report must be a function or None, got 3"),
         ({"answers": 0}, ValueError, "answers must be at least 1, got 0"),
-        ({"zeta": math.nan}, ValueError, "zeta must be finite and > 0, got nan"),
-        ({"zeta": math.inf}, ValueError, "zeta must be finite"),
-        ({"zeta": "wide"}, TypeError, "zeta must be a number, got 'wide'"),
+        (
+            {"method": "posterior", "zeta": math.nan},
+            ValueError,
+            "zeta must be finite and > 0, got nan",
+        ),
+        ({"method": "posterior", "zeta": math.inf}, ValueError, "zeta must be finite"),
+        ({"method": "posterior", "zeta": "wide"}, TypeError, "zeta must be a number, got 'wide'"),
     ],
 )
 def test_what_restore_refuses(

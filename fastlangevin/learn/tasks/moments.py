@@ -1,0 +1,110 @@
+"""Restore by moments: the mean and covariance of a model's samples, conditioned on measurements."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlangevin.gradients.precision import network_precision
+from fastlangevin.learn.tasks.measurements import Operator
+
+LARGEST = 16384  # elements of an image; its covariance then takes 2 GiB
+ROUNDING = 1 / 255  # most that a picture's 256 levels change a pixel of [-1, 1]
+_ROWS = 1024  # images to which an operator is applied at a time
+
+
+class Moments(NamedTuple):
+    """The mean and covariance of images, in float64."""
+
+    mean: Tensor  #: [C, ...]
+    covariance: Tensor  #: [d, d], where d is the number of elements of an image
+
+
+def moments(samples: Tensor) -> Moments:
+    """Estimate the mean and covariance of the distribution that samples [n, C, ...] come from.
+
+    The covariance of n samples has rank n - 1 at most, less than the d elements of most images. It
+    is therefore averaged with a stationary one:
+
+        covariance = (n S + d D) / (n + d)
+
+    S is the covariance of the samples. In the basis of the discrete cosine transform over all axes
+    but the channels, D is S without the entries between different frequencies. The weights are
+    those of the posterior mean under an inverse Wishart prior around D that counts as d samples.
+
+    samples: two or more.
+    """
+    x = samples.double()
+    n, d = len(x), math.prod(x.shape[1:])
+    mean = x.mean(0)
+    flat = (x - mean).flatten(1)
+    sampled = flat.T @ flat / (n - 1)
+    return Moments(mean, (n * sampled + d * stationary(x - mean)) / (n + d))
+
+
+def stationary(x: Tensor) -> Tensor:
+    """Return the covariance D of :func:`moments`, [d, d], from n centred samples [n, C, ...]."""
+    sizes = x.shape[2:]
+    cosines = [_cosines(size, x) for size in sizes]
+    waves = x
+    for axis, basis in enumerate(cosines, 2):
+        waves = (waves.transpose(axis, -1) @ basis.T).transpose(axis, -1)
+    n, channels = x.shape[:2]
+    waves = waves.reshape(n, channels, -1).permute(2, 1, 0)  # [frequencies, C, n]
+    blocks = (waves @ waves.mT / (n - 1)).permute(1, 2, 0)
+    out = blocks.reshape(channels, channels, *sizes)
+    for basis in cosines:  # each turns its frequencies into a pair of positions, at the end
+        out = torch.tensordot(out, basis[:, :, None] * basis[:, None, :], ([2], [0]))
+    axes = range(len(sizes))
+    order = [0, *(2 + 2 * k for k in axes), 1, *(3 + 2 * k for k in axes)]
+    return out.permute(order).reshape(math.prod(x.shape[1:]), -1)
+
+
+def _cosines(size: int, like: Tensor) -> Tensor:
+    """Return the orthonormal basis of the discrete cosine transform (DCT-II), [size, size]."""
+    at = torch.arange(size, dtype=like.dtype, device=like.device)
+    basis = torch.cos(math.pi / size * (at + 0.5) * at[:, None]) * math.sqrt(2 / size)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+class Conditional:
+    """What measurements y = A x + noise say of x, given the moments of x.
+
+    With mean m and covariance S, the linear estimate of least expected squared error is
+
+        x + K (y - A x) at x = m,    K = S A^T (A S A^T + s^2 I)^-1
+
+    and at a random x with these moments, with noise of standard deviation s added to y, it is a
+    random image whose mean and covariance are those of x given y, if x is Gaussian.
+
+    given: the moments of images x.
+    operator: the linear map A.
+    noise: the standard deviation s. At least :data:`ROUNDING` is used.
+    dtype: dtype in which A is applied and images are returned, torch.float32 or torch.float64.
+    """
+
+    @torch.no_grad()
+    def __init__(self, given: Moments, operator: Operator, noise: float, dtype: torch.dtype):
+        self.operator, self.shape, self.dtype = operator, given.mean.shape, dtype
+        rows = self._measure(given.covariance)  # S A^T, [d, m]
+        square = self._measure(rows.T)  # A S A^T
+        self.seen = square.diagonal() > 0  # others, such as hidden pixels, measure nothing
+        square = square[self.seen][:, self.seen]
+        square = (square + square.T) / 2
+        square.diagonal().add_(max(noise, ROUNDING) ** 2)
+        self.rows, self.factor = rows[:, self.seen], torch.linalg.cholesky(square)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return x + K (y - A x), for images x and measurements y: [n, ...]."""
+        left = y.double().flatten(1) - self._measure(x)
+        change = torch.cholesky_solve(left[:, self.seen].T, self.factor)
+        return (x.double() + (self.rows @ change).T.view_as(x)).to(self.dtype)
+
+    def _measure(self, x: Tensor) -> Tensor:
+        """Return A x, [n, m] in float64, for n images whose elements are in rows or in place."""
+        parts = x.to(self.dtype).reshape(-1, *self.shape).split(_ROWS)
+        with network_precision("fp32", x.device):
+            return torch.cat([self.operator(part).flatten(1) for part in parts]).double()
