@@ -1,8 +1,8 @@
 """Schedules of step sizes and noise along a chain, in the form that LangevinSampler takes."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -60,6 +60,40 @@ def levels(sigmas: Sequence[float] | Tensor, steps_each: int, step_lr: float) ->
         sigma=[values[i] for i in level],
         level=level,
     )
+
+
+def cooldown(settings: Mapping[str, Any], steps: int = 10) -> dict[str, Any]:
+    """Settings of a sampler whose chain goes on with ``steps`` small steps without noise.
+
+    The added step sizes fall from a / 2 to a / 20 with a constant ratio, a being the step size of
+    the chain. They remove the noise that the chain has added and leave its image. The result no
+    longer follows exp(-E / T). For samples of a short-run model:
+
+        sampler = fl.load("runs/mine")
+        cooled = fl.LangevinSampler(sampler.energy, **fl.anneal.cooldown(sampler.settings()))
+
+    Args:
+        settings: What :meth:`LangevinSampler.settings` returns. step_size and noise_std must be
+            numbers.
+        steps: The number of steps to add, >= 1.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit. The message names it.
+    """
+    count = check_count("cooldown", "steps", steps)
+    for name in ("step_size", "noise_std"):
+        if not isinstance(settings[name], int | float):
+            raise TypeError(
+                f"cooldown: {name} must be a number, and not a schedule or a tensor, got "
+                f"{settings[name]!r}"
+            )
+    first, a, b = settings["steps"], settings["step_size"], settings["noise_std"]
+    return {
+        **settings,
+        "steps": first + count,
+        "step_size": [a] * first + [a * factor for factor in geometric(0.5, 0.05, count)],
+        "noise_std": [b] * first + [0.0] * count,
+    }
 
 
 def geometric(first: float, last: float, steps: int) -> list[float]:

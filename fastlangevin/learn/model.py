@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlangevin import anneal
 from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.network import device_of
@@ -258,13 +259,22 @@ def _replace_unavailable(
             setattr(sampler, name, instead)
 
 
-def export(run: str | Path, out: str | Path) -> None:
+def export(run: str | Path, out: str | Path, cooldown: int = 0) -> None:
     """Write a small checkpoint that can be sampled from but not resumed.
 
     It holds the averaged weights (the weights themselves if the run kept no average), the sampler's
-    settings and the run's settings. Raises CheckpointError as :func:`read_checkpoint` does.
+    settings and the run's settings. ``cooldown`` steps without noise are added to its chain, see
+    :func:`fastlangevin.anneal.cooldown`. Raises CheckpointError as :func:`read_checkpoint` does,
+    and ValueError if ``cooldown`` does not fit.
     """
     tensors, info = read_checkpoint(run)
+    if cooldown:
+        if not isinstance(info.get("sampler"), dict):
+            raise CheckpointError(f"{run} has a damaged header: no sampler in it")
+        try:
+            info["sampler"] = anneal.cooldown(info["sampler"], cooldown)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"export: {run} cannot be given a cooldown: {error}") from error
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
     weights = {
         f"model.{name.removeprefix(prefix)}": tensor

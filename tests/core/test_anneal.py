@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +87,32 @@ WRONG = [
 def test_impossible_annealing_schedules_are_refused(make: Callable, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_cooldown_follows_the_chain_and_adds_no_noise() -> None:
+    net = fl.ConvEnergy(1, 8, 4)
+    sampler = fl.LangevinSampler(net, steps=3, step_size=2.0, noise_std=0.1, clamp=(-1, 1))
+    cooled = fl.LangevinSampler(net, **fl.anneal.cooldown(sampler.settings(), 3))
+    assert cooled.clamp == (-1, 1)
+    assert cooled.step_size == pytest.approx([2.0, 2.0, 2.0, 1.0, 10**-0.5, 0.1])
+    states = cooled.trajectory(n=4, seed=1)
+    assert torch.equal(states[3], sampler(n=4, seed=1))
+    descent = fl.LangevinSampler(
+        net, 3, step_size=cooled.step_size[3:], noise_std=0.0, clamp=(-1, 1)
+    )
+    assert torch.equal(states[-1], descent(states[3], seed=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("step_size", [1.0, 0.5], r"step_size must be a number, and not a schedule"),
+        ("noise_std", torch.tensor([0.1, 0.2]), r"noise_std must be a number, and not a schedule"),
+    ],
+)
+def test_a_cooldown_of_a_schedule_is_refused(name: str, value: Any, message: str) -> None:
+    sampler = fl.LangevinSampler(fl.GaussianEnergy(), steps=2, **{name: value})
+    with pytest.raises(TypeError, match=message):
+        fl.anneal.cooldown(sampler.settings())
+    with pytest.raises(ValueError, match="cooldown: steps must be"):
+        fl.anneal.cooldown({"steps": 2, "step_size": 1.0, "noise_std": 0.1}, steps=0)

@@ -179,6 +179,12 @@ def test_export_keeps_the_averaged_weights_and_what_sampling_needs(
     tensors, info = checkpoint.read_checkpoint(tmp_path / "small.safetensors")
     assert all(name.startswith("model.") for name in tensors)
     assert info == checkpoint.read_checkpoint(last)[1]
+    assert command("export", "run", "--cooldown", "4", "--out", "cooled.safetensors").exit_code == 0
+    cooled = fl.load(tmp_path / "cooled.safetensors")
+    assert cooled.settings() == fl.anneal.cooldown(small.settings(), 4)
+    again = command("export", "cooled.safetensors", "--cooldown", "4", "--out", "twice.safetensors")
+    assert again.exit_code == 1
+    assert "cooled.safetensors cannot be given a cooldown: cooldown: step_size" in again.stderr
     refused = command("export", "run", "--out", "small.pt")
     assert refused.exit_code == 1
     assert "--out must end in .safetensors" in refused.stderr
