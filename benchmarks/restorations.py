@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastlangevin as fl
-from benchmarks.report import insert
-from benchmarks.tables import table
+from benchmarks.tables import fill, table
 from fastlangevin.learn import load_images
 from fastlangevin.learn.run_data import load_held_out, packaged_images, run_config, spaced_images
 from fastlangevin.learn.tasks.measurements import (
@@ -37,16 +36,14 @@ from fastlangevin.learn.tasks.restore import SAMPLES, restore
 from fastlangevin.sampler import LangevinSampler
 
 NOISES = (0.0, 0.1)
-SMOOTH = (
-    0.6  # sigma of the blur that removes noise; the best of 0.5, 0.6, 0.7 and 1 on other images
-)
+# Sigma of the blur that removes noise: the best of 0.5, 0.6, 0.7 and 1 on other images.
+SMOOTH = 0.6
 SIMPLE = {
     "mask": "neighbour fill",
     "downsample": "bicubic",
     "blur": "unsharp mask",
     "grey": "mean colours",
 }
-MARKS = ("<!-- restorations -->", "<!-- /restorations -->")
 
 Errors = dict[str, Tensor]  # the error of every image, by the name of the answer
 
@@ -200,7 +197,7 @@ def main() -> None:
         content = {"benchmark": "restorations", "run": chosen.run, "images": data.name}
         chosen.json.write_text(json.dumps(content | {"results": rows}) + "\n", "utf-8")
     if chosen.docs:
-        chosen.docs.write_text(insert(chosen.docs.read_text("utf-8"), text, MARKS), "utf-8")
+        fill(chosen.docs, "restorations", text)
 
 
 if __name__ == "__main__":

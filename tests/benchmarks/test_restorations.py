@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastlangevin as fl
-from benchmarks.restorations import MARKS, cell, errors, filled, main, tables, without_model, won
+from benchmarks.restorations import cell, errors, filled, main, tables, without_model, won
 from fastlangevin.learn.tasks.measurements import Downsample, Grey, make_operator, measure
 from fastlangevin.learn.tasks.moments import moments
 from fastlangevin.learn.tasks.restore import SAMPLES, restore
@@ -57,7 +57,7 @@ def test_the_command_writes_the_table_between_the_markers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, file = tmp_path / "page.md", tmp_path / "r.json"
-    page.write_text("above\n{}\nold\n{}\nbelow\n".format(*MARKS), "utf-8")
+    page.write_text("above\n<!-- restorations -->\nold\n<!-- /restorations -->\nbelow\n", "utf-8")
     arguments = ["digits", "--n", "3", "--docs", str(page), "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["restorations", *arguments])
     main()
