@@ -88,9 +88,9 @@ def test_a_long_command_says_what_runs_and_shows_how_far_it_is(
     if case == "evaluate":
         assert re.search(r" against digits, 1797 x 1x8x8: features auto, cpu$", first)
     else:
+        threads = r"(1 thread|up to \d+ threads)"
         assert re.search(
-            r": \d+ steps on 1x8x8, cpu with (1 thread|up to \d+ threads), engine fused, precision fp32",
-            first,
+            rf": \d+ steps on 1x8x8, cpu with {threads}, engine fused, precision fp32", first
         )
     counts = [re.fullmatch(r"(\w+) (\d+)/(\d+)", line) for line in lines]
     ends = {match[1] for match in counts if match and match[2] == match[3]}
