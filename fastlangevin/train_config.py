@@ -30,11 +30,13 @@ class TrainConfig:
     on_corrupt: str = _option("what to do with images that cannot be decoded: error or skip")
     # energy
     energy: str | None = _option(
-        "your own nn.Module as module:attribute, its class or a function that returns it, called "
-        "without arguments; unset builds a ConvEnergy, whose settings follow"
+        "energy of your own as module:attribute: an nn.Module, its class, or a function that "
+        "returns one, called without arguments; unset builds a ConvEnergy"
     )
-    width: int | None = _option("channels of the first convolution, the paper's n_f")
-    activation: str | None = _option("activation: leaky_relu, relu, silu, softplus or elu")
+    width: int | None = _option("channels of the first convolution of ConvEnergy, the paper's n_f")
+    activation: str | None = _option(
+        "activation of ConvEnergy: leaky_relu, relu, silu, softplus or elu"
+    )
     leak: float | None = _option("negative slope of leaky_relu")
     # chain
     steps: int = _option("Langevin steps K")

@@ -50,7 +50,9 @@ def train(
                     data = getattr(learner.data, "name", resolved.data)
                     n = resolved.batch_size
                     energy = "" if resolved.energy is None else f" on energy {resolved.energy}"
-                    work = f"{data}; {resolved.iterations} iterations of {n} chains{energy}"
+                    total = resolved.iterations
+                    iterations = "1 iteration" if total == 1 else f"{total} iterations"
+                    work = f"{data}; {iterations} of {n} chains{energy}"
                     start_line(work, learner.sampler, n, folder)
 
             def report(iteration: int, record: Any) -> None:

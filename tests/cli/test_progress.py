@@ -88,10 +88,9 @@ def test_a_long_command_says_what_runs_and_shows_how_far_it_is(
     if case == "evaluate":
         assert re.search(r" against digits, 1797 x 1x8x8: features auto, cpu$", first)
     else:
+        threads = r"(1 thread|up to \d+ threads)"
         assert re.search(
-            r": \d+ steps on 1x8x8, cpu with (1 thread|up to \d+ threads), engine fused, "
-            r"precision fp32",
-            first,
+            rf": \d+ steps on 1x8x8, cpu with {threads}, engine fused, precision fp32", first
         )
     counts = [re.fullmatch(r"(\w+) (\d+)/(\d+)", line) for line in lines]
     ends = {match[1] for match in counts if match and match[2] == match[3]}
@@ -101,27 +100,20 @@ def test_a_long_command_says_what_runs_and_shows_how_far_it_is(
 
 
 class Closed(io.StringIO):
-    """A terminal that has been closed, and the number of times that something was printed."""
-
-    printed = 0
+    """A terminal that has been closed."""
 
     def isatty(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        self.printed += 1
         raise OSError(errno.EIO, "Input/output error")
 
 
 def test_a_terminal_that_closes_before_the_first_bar_ends_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    terminal, shown = Closed(), []
-    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("sys.stderr", Closed())
     monkeypatch.setenv("TERM", "xterm")
     with progress() as show:
         for done in range(3):
             show("iteration", done, 3)
-            shown.append(done)
-    assert shown == [0, 1, 2]
-    assert terminal.printed > 0  # the bar was drawn, or tried to be

@@ -14,6 +14,7 @@ from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.config import FIELDS, TrainConfig, no_setting, read_config, resolve
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief
+from fastlangevin.train_config import NETWORK
 
 VERSION = 1
 # lr and data_noise change linearly to a final value during a run. A sweep scales both values.
@@ -117,8 +118,11 @@ class Sweep:
         return dict(json.loads(json.dumps(plan)))
 
     def _config(self, point: Settings) -> TrainConfig:
+        settings = dataclasses.asdict(self.centre)
+        if point.get("energy") is not None:  # it replaces the ConvEnergy of the centre
+            settings |= dict.fromkeys(NETWORK)
         try:
-            config = resolve(overrides=dataclasses.asdict(self.centre) | point)
+            config = resolve(overrides=settings | point)
         except ValueError as error:
             raise ValueError(f"sweep: at {describe(point)}: {error}") from error
         for name, final in _FINAL.items():

@@ -114,6 +114,16 @@ def test_annealing_follows_what_is_swept(
     assert {run.config.data_noise_final for run in both.runs()} == {final, 0.5}
 
 
+def test_energies_of_the_users_own_are_swept_without_settings_of_the_packages() -> None:
+    swept = Sweep(resolve("digits"), {"energy": [None, "mine:Net"]}, seeds=1)
+    assert [(run.config.energy, run.config.width) for run in swept.runs()] == [
+        (None, 32),
+        ("mine:Net", None),
+    ]
+    with pytest.raises(ValueError, match="at energy=mine:Net, width=8: width is of ConvEnergy al"):
+        Sweep(resolve("digits"), {"energy": ["mine:Net"], "width": [8]}, grid=True).runs()
+
+
 def test_a_file_and_options(tmp_path: Path) -> None:
     """Options take the place of the file's; a list of one is the centre's."""
     file = tmp_path / "plan.yaml"
