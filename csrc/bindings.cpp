@@ -193,6 +193,17 @@ std::vector<std::array<int64_t, 4>> head_places(const ConvNet& net) {
   return places;
 }
 
+// The same of each layer of constants, in those of a chain.
+std::vector<std::array<int64_t, 4>> constant_places(const ConvNet& net) {
+  std::vector<std::array<int64_t, 4>> places;
+  for (size_t k = 0; k < net.layers.size(); ++k) {
+    if (net.layers[k].kind != LayerKind::kConstant) continue;
+    const ConvBuffer& buffer = net.buffers[k + 1];
+    places.push_back({net.plans[k].numbers, buffer.height, buffer.width, buffer.stored});
+  }
+  return places;
+}
+
 // How many passes multiply by tiles.
 int tiled_passes(const ConvNet& net) {
   int count = 0;
@@ -204,16 +215,18 @@ int tiled_passes(const ConvNet& net) {
 }
 
 // chains, chunk, address and strides of x and of the gradient as images, address of the heads'
-// weights, offset, addresses of the energies and of the packed weights
+// weights, offset, addresses of the energies, of the packed weights and of the chains' constants
 using BatchTuple =
     std::tuple<int64_t, int64_t, uintptr_t, std::array<int64_t, 4>, uintptr_t,
-               std::array<int64_t, 4>, uintptr_t, float, uintptr_t, uintptr_t>;
+               std::array<int64_t, 4>, uintptr_t, float, uintptr_t, uintptr_t, uintptr_t>;
 
 ConvBatch read_batch(const ConvNet& net, const BatchTuple& tuple) {
-  const auto& [chains, chunk, x, x_strides, grad, grad_strides, head, offset, energies, packed] = tuple;
+  const auto& [chains, chunk, x, x_strides, grad, grad_strides, head, offset, energies, packed,
+               constants] = tuple;
   ConvBatch batch{chains, chunk, reinterpret_cast<const float*>(x), {},
                   reinterpret_cast<float*>(grad), {}, reinterpret_cast<const float*>(head), offset,
-                  reinterpret_cast<float*>(energies), reinterpret_cast<const float*>(packed)};
+                  reinterpret_cast<float*>(energies), reinterpret_cast<const float*>(packed),
+                  reinterpret_cast<const float*>(constants)};
   if (net.kernels->tiles && chunk != net.chunk) {
     throw std::invalid_argument("ConvNet: chunk must be the plan's " + std::to_string(net.chunk) +
                                 ", got " + std::to_string(chunk));
@@ -311,7 +324,8 @@ PYBIND11_MODULE(_native, module) {
       py::arg("mix") = static_cast<int>(fl::LayerKind::kMix),
       py::arg("max_pool") = static_cast<int>(fl::LayerKind::kMaxPool),
       py::arg("logsumexp") = static_cast<int>(fl::LayerKind::kLogSumExp),
-      py::arg("norm") = static_cast<int>(fl::LayerKind::kNorm));
+      py::arg("norm") = static_cast<int>(fl::LayerKind::kNorm),
+      py::arg("constant") = static_cast<int>(fl::LayerKind::kConstant));
   module.def("langevin_step", &fl::langevin_step, py::arg("shape"), py::arg("x"), py::arg("grad"),
              py::arg("noise"), py::arg("step_size"), py::arg("noise_std"), py::arg("maximize"),
              py::arg("grad_clip"), py::arg("lo"), py::arg("hi"), py::arg("noise_last"),
@@ -330,6 +344,8 @@ PYBIND11_MODULE(_native, module) {
       .def_readonly("scratch", &fl::ConvNet::scratch)
       .def_readonly("head_values", &fl::ConvNet::head_values)
       .def_property_readonly("heads", &fl::head_places)
+      .def_readonly("constant_values", &fl::ConvNet::constants)
+      .def_property_readonly("constants", &fl::constant_places)
       .def_property_readonly("tiled_passes", &fl::tiled_passes)
       .def_property_readonly("instruction_set",
                              [](const fl::ConvNet& net) {

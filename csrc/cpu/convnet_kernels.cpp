@@ -49,8 +49,22 @@ struct Chunk : ChunkLayers<N> {
     });
   }
 
+  void read_constants(int64_t first) const {
+    for (size_t k = 0; k < net.layers.size(); ++k) {
+      if (net.layers[k].kind != LayerKind::kConstant) continue;
+      const ConvBuffer& buffer = net.buffers[k + 1];
+      each_pixel(buffer, [&](int64_t n, int64_t y, int64_t x) {
+        const float* from = batch.constants + (first + n) * net.constants + net.plans[k].numbers +
+                            (y * buffer.width + x) * buffer.stored;
+        Type* to = values(k + 1) + n * buffer.chain + buffer.at(y, x);
+        for (int c = 0; c < buffer.channels; c += kLanes) N::store(to + c, Vector::load(from + c));
+      });
+    }
+  }
+
   void forward(size_t k) const {
     const ConvLayer& layer = net.layers[k];
+    if (layer.kind == LayerKind::kConstant) return;
     const LayerPlan& plan = net.plans[k];
     const ConvBuffer& out = net.buffers[k + 1];
     const float* bias = batch.packed + plan.bias;
@@ -74,6 +88,7 @@ struct Chunk : ChunkLayers<N> {
     const ConvBuffer &in = net.buffers[layer.inputs[0]], &out = net.buffers[k + 1];
     const Type* from = values(layer.inputs[0]);
     switch (layer.kind) {
+      case LayerKind::kConstant: return;
       case LayerKind::kConv:
         return run(plan.forward, source(from, in, out), chains, batch.packed, finish, tiles());
       case LayerKind::kMix: return this->mix(plan.mix, from, in, out, finish);
@@ -152,8 +167,10 @@ struct Chunk : ChunkLayers<N> {
   void backward(size_t k) const {
     const ConvLayer& layer = net.layers[k];
     for (int i = 0; i < 2; ++i) {
-      if (layer.inputs[i] < 0) continue;
-      with_arrival(layer.inputs[i], net.plans[k].arrivals[i],
+      const int value = layer.inputs[i];
+      if (value < 0) continue;
+      if (value > 0 && net.layers[value - 1].kind == LayerKind::kConstant) continue;
+      with_arrival(value, net.plans[k].arrivals[i],
                    [&](const Finish& finish) { pull(k, i, finish); });
     }
   }
@@ -165,6 +182,7 @@ struct Chunk : ChunkLayers<N> {
     const ConvBuffer &in = net.buffers[layer.inputs[i]], &out = net.buffers[k + 1];
     const Type* grad = grads(k + 1);
     switch (layer.kind) {
+      case LayerKind::kConstant: return;
       case LayerKind::kConv: {
         const auto from = source(grad, out, in);
         for (const ConvPass& pass : plan.backward) {
@@ -271,6 +289,7 @@ void score(const ConvNet& net, const ConvBatch& batch, int64_t first, int64_t la
     const Chunk<N> chunk{{net, batch, static_cast<typename N::Type*>(workspace),
                           std::min(last - first, batch.chunk)}};
     chunk.read(first);
+    chunk.read_constants(first);
     for (size_t k = 0; k < top; ++k) chunk.forward(k);
     if (batch.energies != nullptr) chunk.energies(first);
     chunk.begin_gradients();

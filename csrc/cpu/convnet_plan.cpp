@@ -177,7 +177,7 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
   for (size_t k = 0; k < net.layers.size(); ++k) {
     const ConvLayer& layer = net.layers[k];
     LayerPlan& plan = net.plans[k];
-    const ConvBuffer &in = net.buffers[layer.inputs[0]], &out = net.buffers[k + 1];
+    const ConvBuffer &in = net.buffers[std::max(layer.inputs[0], 0)], &out = net.buffers[k + 1];
     if (layer.kind == LayerKind::kConv) {
       const bool direct = k == 0 && net.direct;
       const int tiled = operands == Operands::kFloat32 ? lanes : 0;
@@ -200,6 +200,10 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     const bool weighs = layer.kind == LayerKind::kPointwise || layer.kind == LayerKind::kNorm;
     if (weighs) plan.factors = take(round_up(layer.out, lanes));
     plan.settings = take(lanes);
+    if (layer.kind == LayerKind::kConstant) {
+      plan.numbers = net.constants;
+      net.constants += int64_t{layer.height} * layer.width * out.stored;
+    }
   }
   if (split) {
     // The planes of one buffer.

@@ -34,6 +34,7 @@ enum class LayerKind : int32_t {
   kMaxPool,    // every pixel is the greatest of some input pixels, for each channel alone
   kLogSumExp,  // of all channels and pixels
   kNorm,       // weights[channel] (a - mean) / sqrt(variance + factor), over groups of channels
+  kConstant,   // numbers of each chain that the caller passes; it reads no value
 };
 
 // One input pixel of an output pixel, for kMix and kMaxPool. Pixels are numbered y * width + x. The
@@ -43,7 +44,8 @@ struct PixelLink {
   float factor;
 };
 
-// A layer adds a bias [out] and applies an activation to its result.
+// A layer adds a bias [out] and applies an activation to its result, except kConstant. The second input
+// of kMultiply and kPointwise may be a constant of one pixel, which belongs to all pixels.
 struct ConvLayer {
   LayerKind kind;
   int32_t inputs[2];      // values: 0 is the state and k + 1 the output of layer k; -1 is none
@@ -157,6 +159,7 @@ struct LayerPlan {
   // of the activation (leak of leaky_relu; beta of silu; beta and threshold of softplus; alpha of
   // elu).
   int64_t bias = 0, factors = 0, settings = 0;
+  int64_t numbers = 0;  // where those of kConstant [height, width, pixel] begin in a chain's
 };
 
 // A value that the energy contains a linear function of.
@@ -185,6 +188,7 @@ struct ConvNet {
   ConvSpread spread{};              // of the first layer, whose passes then only collect
   int64_t packed = 0;               // size of all packed weights in 32-bit words
   int64_t head_values = 0;          // size of the weights of all heads
+  int64_t constants = 0;            // how many numbers a chain has in all layers of kConstant
   int64_t workspace = 0;            // bytes of a thread's workspace for each of its chains
   int64_t scratch = 0;              // further bytes of a thread's workspace, after its chains
 };
@@ -220,6 +224,7 @@ struct ConvBatch {
   float offset;       // energy = sum of <value, head> + offset
   float* energies;    // or null
   const float* packed;
+  const float* constants = nullptr;  // [chains, net.constants]
 };
 
 }  // namespace fastlangevin

@@ -51,13 +51,15 @@ struct ChunkLayers {
     }
   }
 
-  // Results are f(channel, a, b) of two values of the same pixel and channel.
+  // Results are f(channel, a, b) of two values of the same pixel and channel; a b of one pixel
+  // belongs to all pixels.
   template <class F>
   void pairs(const Type* a, const ConvBuffer& a_at, const Type* b, const ConvBuffer& b_at,
              const ConvBuffer& out, const Finish& finish, const F& f) const {
+    const bool single = b_at.height == 1 && b_at.width == 1;
     each_pixel(out, [&](int64_t n, int64_t y, int64_t x) {
       const Type* one = a + n * a_at.chain + a_at.at(y, x);
-      const Type* two = b + n * b_at.chain + b_at.at(y, x);
+      const Type* two = b + n * b_at.chain + (single ? b_at.at(0, 0) : b_at.at(y, x));
       finish_pixel(n * out.chain + out.at(y, x), out.channels, finish,
                    [&](int c) { return f(c, N::load(one + c), N::load(two + c)); });
     });

@@ -21,6 +21,16 @@ from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.locks import new_rlock
 
 
+def refusal(graph: Graph) -> str | None:
+    """Return why this engine cannot run a graph, or None if it can."""
+    for node in graph.nodes:
+        if node.kind == "constant":
+            return "a constant differs between chains"
+        if node.kind == "cat":
+            return "cat is not supported"
+    return None
+
+
 class ExplicitGradient:
     """Energies and d energy / d x of batches with the shape and device of x [n, ...].
 

@@ -6,6 +6,7 @@ another, and the memory does not grow with the batch. A chain's results are the 
 every batch and for any number of threads. csrc/cpu/convnet.h describes how.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ class ConvNetGradient:
     """
 
     def __init__(self, graph: Graph, chains: int, precision: str | None = None) -> None:
-        self.graph = graph
+        self.graph, self.chains = graph, chains
         network = self._network()
         self.image = network.shape
         plan = functools.partial(
@@ -137,9 +138,24 @@ class ConvNetGradient:
         )
         self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
         self.head = torch.zeros(self.net.head_values, dtype=torch.float32, device="cpu")
+        self.constants = self._no_constants()
+        self._model_kwargs: dict[str, Any] = {}
         self._seen: list[tuple[int, int]] | None = None
         # Threads may share a sampler, but there is only one workspace.
         self._lock = new_lock()
+
+    def of_call(self, model_kwargs: dict[str, Any]) -> "ConvNetGradient":
+        """Return the engine for a call with these arguments. It shares all but their constants."""
+        if not self.net.constant_values:
+            return self
+        engine = copy.copy(self)
+        engine.constants, engine._model_kwargs = self._no_constants(), model_kwargs
+        engine._seen = None
+        return engine
+
+    def _no_constants(self) -> Tensor:
+        shape = self.chains, self.net.constant_values
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
     def _most(self, network: ImageGraph) -> int:
         """Return the most chains for which a chunk is fast."""
@@ -175,10 +191,12 @@ class ConvNetGradient:
             self.packed.data_ptr(),
             self.threads,
         )
-        heads, offset = network.head()
-        for head, (begin, height, width, pixel) in zip(heads, self.net.heads, strict=True):
-            place = self.head[begin : begin + height * width * pixel].view(height, width, pixel)
-            place[..., : head.shape[0]] = head.permute(1, 2, 0)
+        heads, offset = network.head(self.graph)
+        for head, place in zip(heads, self.net.heads, strict=True):
+            _place(self.head, head, place)
+        constants = network.constants(self.graph, self._model_kwargs)
+        for constant, place in zip(constants, self.net.constants, strict=True):
+            _place(self.constants, constant, place)
         self.offset = float(offset)
 
     def _network(self) -> ImageGraph:
@@ -257,17 +275,27 @@ class ConvNetGradient:
             self.offset,
             0 if energies is None else energies.data_ptr(),
             self.packed.data_ptr(),
+            self.constants.data_ptr(),
         )
 
     def held_bytes(self) -> int:
-        return self.workspace.numel() + 4 * (self.packed.numel() + self.head.numel())
+        numbers = self.packed.numel() + self.head.numel() + self.constants.numel()
+        return self.workspace.numel() + 4 * numbers
+
+
+def _place(numbers: Tensor, image: Tensor, place: tuple[int, int, int, int]) -> None:
+    """Write an image [..., C, H, W] to its place in the numbers [..., D] of a plan."""
+    begin, height, width, pixel = place
+    part = numbers[..., begin : begin + height * width * pixel]
+    pixels = part.unflatten(-1, (height, width, pixel))
+    pixels[..., : image.shape[-3]] = image.movedim(-3, -1)
 
 
 def _layer(layer: ImageLayer) -> tuple[Any, ...]:
     library = extension.library
     return (
         library.LAYERS[layer.kind],
-        (*layer.inputs, -1)[:2],
+        (*layer.inputs, -1, -1)[:2],
         layer.read[0],
         layer.shape[0],
         layer.shape[1:],

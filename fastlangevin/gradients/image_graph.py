@@ -7,6 +7,7 @@ Every value of a chain is an image [C, H, W]. A vector [D] is an image of one pi
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ class ImageLayer:
     factors: tuple[float, float] = (1.0, 1.0)
     links: Links = ()
     norm: Node | None = None  # a batch norm in eval mode, after the bias
+    # Of a constant: its number in the graph, and a convolution or linear layer that it passes.
+    number: int = 0
+    through: Node | None = None
     activation: Node | None = None
 
     @property
@@ -79,12 +83,25 @@ class ImageGraph:
     shape: Image
     layers: tuple[ImageLayer, ...]
     heads: tuple[tuple[int, Image, int], ...]  # value, its image, and its number in the graph
-    graph: Graph
     tail: tuple[int, ...]  # the linear nodes after the heads
 
-    def head(self) -> tuple[list[Tensor], Tensor]:
+    def constants(self, graph: Graph, model_kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return the constants [n, C, H, W] of the layers that are one, for a call's arguments."""
+        layers = [layer for layer in self.layers if layer.kind == "constant"]
+        if not layers:
+            return []
+        tensors = graph.constants_of_chains(model_kwargs)
+        constants = []
+        with torch.no_grad(), torch.autocast(graph.device.type, enabled=False):
+            for layer in layers:
+                tensor = tensors[layer.number]
+                if layer.through is not None:
+                    tensor = run_linear(layer.through, tensor)
+                constants.append(tensor.reshape(-1, *layer.shape))
+        return constants
+
+    def head(self, graph: Graph) -> tuple[list[Tensor], Tensor]:
         """Return the gradients [C, H, W] of the energy at the heads, and the number []."""
-        graph = self.graph
         values: dict[int, Tensor] = {}
         leaves: list[Tensor] = []
         with torch.enable_grad(), torch.autocast(graph.device.type, enabled=False):
@@ -106,6 +123,13 @@ class ImageGraph:
 
 def image_graph(graph: Graph) -> ImageGraph | str:
     """Return a graph as layers over images, or the reason why it is none."""
+    lowered: ImageGraph | str | None = graph.derived.get("image_graph")
+    if lowered is None:
+        lowered = graph.derived["image_graph"] = _lowered(graph)
+    return lowered
+
+
+def _lowered(graph: Graph) -> ImageGraph | str:
     flow = Dataflow(graph)
     if all(flow.constant[1:]):
         return "it has no activation"
@@ -136,12 +160,27 @@ class _Lowering:
     def result(self) -> ImageGraph:
         nodes, constant = self.graph.nodes, self.flow.constant
         for k, node in enumerate(nodes, 1):
-            if not constant[k]:
+            # Constants and parts are lowered with the layers that read them.
+            if not constant[k] and node.kind not in ("constant", "cat"):
                 self.places[k] = self._lower(k, node)
         tail = tuple(k for k in range(1, len(nodes) + 1) if constant[k])
         read = {i for k in tail for i in nodes[k - 1].inputs} or {len(nodes)}
-        heads = tuple((*self.places[i], i) for i in sorted(read) if i == 0 or not constant[i])
-        return ImageGraph(self.places[0][1], tuple(self.layers), heads, self.graph, tail)
+        heads = tuple((*self._place(i), i) for i in sorted(read) if i == 0 or not constant[i])
+        return ImageGraph(self.places[0][1], tuple(self.layers), heads, tail)
+
+    def _kind(self, value: int) -> str:
+        return self.graph.nodes[value - 1].kind if value else ""
+
+    def _place(self, value: int) -> tuple[int, Image]:
+        """Return the number and the image of a value."""
+        if self._kind(value) == "cat":
+            raise _Refused("cat is supported only in front of convolutions and linear layers")
+        if self._kind(value) == "constant" and value not in self.places:
+            self.places[value] = self._add(self._constant(value, _image(self._shape(value))))
+        return self.places[value]
+
+    def _constant(self, value: int, image: Image, through: Node | None = None) -> ImageLayer:
+        return ImageLayer("constant", (), image, image, number=value, through=through)
 
     def _state_shape(self) -> tuple[int, ...]:
         """Return the shape of the state: that of its view, if it is read through one only."""
@@ -152,16 +191,20 @@ class _Lowering:
 
     def _lower(self, k: int, node: Node) -> tuple[int, Image]:
         if node.kind == "view":
-            return self.places[node.inputs[0]]
+            return self._place(node.inputs[0])
         if node.kind in ACTIVATIONS:
             return self._activate(node)
-        inputs = tuple(self.places[i][0] for i in node.inputs)
-        image = self.places[node.inputs[0]][1]
+        if node.kind in ("conv", "linear") and self._kind(node.inputs[0]) == "cat":
+            return self._conv_of_parts(node)
+        inputs = tuple(self._place(i)[0] for i in node.inputs)
+        image = self._place(node.inputs[0])[1]
         layer = ImageLayer("pointwise", inputs, image, image)
         if node.kind in ("conv", "linear"):
             layer = self._conv(layer, node)
         elif node.kind in ("add", "mul"):
-            if self.places[node.inputs[1]][1] != image:
+            other = node.inputs[1]
+            of_pixels = self._kind(other) == "constant" and self._place(other)[1][1:] == (1, 1)
+            if self._place(other)[1] != ((image[0], 1, 1) if of_pixels else image):
                 raise _Refused(f"{node.kind} reads values that have been viewed in another shape")
             kind = "pointwise" if node.kind == "add" else "multiply"
             layer = replace(layer, kind=kind, factors=(1.0, *node.settings, 1.0)[:2])
@@ -203,13 +246,13 @@ class _Lowering:
         return self.graph.nodes[value - 1].shape if value else self.graph.shape
 
     def _check_image(self, node: Node) -> None:
-        if _image(self._shape(node.inputs[0])) != self.places[node.inputs[0]][1]:
+        if _image(self._shape(node.inputs[0])) != self._place(node.inputs[0])[1]:
             raise _Refused(f"{node.kind} reads values that have been viewed in another shape")
 
     def _activate(self, node: Node) -> tuple[int, Image]:
         """Add an activation to the layer before it, or as a layer if others read its input."""
         (value,) = node.inputs
-        place, image = self.places[value]
+        place, image = self._place(value)
         layer = self._alone(value)
         if layer is None:
             return self._add(ImageLayer("pointwise", (place,), image, image, activation=node))
@@ -237,6 +280,43 @@ class _Lowering:
             layer, kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
 
+    def _conv_of_parts(self, node: Node) -> tuple[int, Image]:
+        """Add a convolution or linear layer that reads a cat, as a sum over the parts.
+
+        The terms of constants are computed once per call.
+        """
+        weight, bias = node.constants
+        assert weight is not None
+        if node.kind == "conv" and node.settings[-1] != 1:
+            raise _Refused("cat in front of a convolution with groups is not supported")
+        cat = self.graph.nodes[node.inputs[0] - 1]
+        firsts = itertools.accumulate(cat.settings, initial=0)
+        parts = list(zip(cat.inputs, firsts, cat.settings, strict=False))
+        parts.sort(key=lambda part: self._kind(part[0]) == "constant")
+        total: tuple[int, Image] | None = None
+        for value, first, size in parts:
+            sizes = weight.size[0], size, *weight.size[2:]
+            offset = weight.offset + first * weight.stride[1]
+            part = replace(
+                node,
+                inputs=(value,),
+                constants=(
+                    replace(weight, size=sizes, offset=offset),
+                    bias if total is None else None,
+                ),
+            )
+            if self._kind(value) == "constant":
+                term = self._add(self._constant(value, _image(node.shape), part))
+            else:
+                place, image = self._place(value)
+                term = self._add(self._conv(ImageLayer("pointwise", (place,), image, image), part))
+            if total is not None:
+                inputs, image = (total[0], term[0]), total[1]
+                term = self._add(ImageLayer("pointwise", inputs, image, image))
+            total = term
+        assert total is not None
+        return total
+
     def _all_pixels(self, image: Image, node: Node) -> Links:
         """Return the links of a sum or mean over all pixels."""
         if node.settings[0] != tuple(range(2, len(self._shape(node.inputs[0])) + 1)):
@@ -261,7 +341,7 @@ class _Lowering:
         """Add a batch norm to the convolution before it, or as a layer if others read its input."""
         self._check_image(node)
         (value,) = node.inputs
-        place, image = self.places[value]
+        place, image = self._place(value)
         before = self._alone(value)
         if before is None or before.kind != "conv" or before.norm is not None:
             return self._add(replace(layer, norm=node))
@@ -270,7 +350,7 @@ class _Lowering:
 
     def _alone(self, value: int) -> ImageLayer | None:
         """Return the layer of a value if it has no activation and only one node reads the value."""
-        place, _ = self.places[value]
+        place, _ = self._place(value)
         layer = self.layers[place - 1] if place else None
         read_once = self.uses[self.flow.memory[value]] == 1
         return layer if layer and not layer.activation and read_once else None

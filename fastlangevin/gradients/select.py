@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients import fused_cpu, fused_gpu, onednn
+from fastlangevin.gradients import explicit, fused_cpu, fused_gpu, onednn
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.engine_cache import NOT_IN_MEMORY, EnergyCall, EngineCache
 from fastlangevin.gradients.explicit import ExplicitGradient
@@ -89,6 +89,9 @@ def proved_graph(
     graph = recording.graph
     if isinstance(graph, str):
         return graph
+    reason = explicit.refusal(graph)
+    if reason is not None:
+        return reason
     cache = _cache_for(graph, cache)
 
     def make() -> Engine:
@@ -154,23 +157,28 @@ def _of_layers(
 ) -> EngineChoice | str:
     """Return the fused or explicit engine of a graph, or why the one that was named cannot run."""
     x, precision = call.x, call.precision
+    reason = explicit.refusal(graph)
 
-    def explicit() -> Engine:
+    def layers() -> Engine:
         return cache.engine(
             lambda: ExplicitGradient(graph, x, precision),
             graph, "explicit", precision, torch.backends.mkldnn.enabled,
         )  # fmt: skip
 
     if gradient == "explicit":
-        return EngineChoice("explicit", explicit(), {}, graph)
+        return reason or EngineChoice("explicit", layers(), {}, graph)
+    if reason is not None and precision in HALVES:
+        return f"{reason}, which is supported only in float32"
     fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
-    if isinstance(fused, str) and gradient == "fused":
+    if isinstance(fused, str) and (gradient == "fused" or reason is not None):
         return fused
     if isinstance(fused, str):
-        return EngineChoice("explicit", explicit(), {"fused": fused}, graph)
+        return EngineChoice("explicit", layers(), {"fused": fused}, graph)
+    if isinstance(fused, fused_cpu.ConvNetGradient):
+        fused = fused.of_call(call.model_kwargs)
     if gradient == "fused" or not _is_in_question(call):
         return EngineChoice("fused", fused, {}, graph)
-    return _fastest({"fused": fused, "explicit": explicit()}, graph, call, cache)
+    return _fastest({"fused": fused, "explicit": layers()}, graph, call, cache)
 
 
 def _fastest(

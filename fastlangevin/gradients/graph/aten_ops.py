@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fastlangevin.gradients.graph.ir import Constant, Node
@@ -24,11 +25,17 @@ class Operands(Protocol):
     def value(self, tensor: Any, name: str) -> int:
         """Return the number of a value that is computed from the states; refuse other tensors."""
 
-    def constant(self, tensor: Any, name: str) -> Constant | None:
-        """Return the constant of a parameter, a buffer or a view of one, and None for None."""
+    def constant(self, tensor: Any, name: str, dtype: torch.dtype | None = None) -> Constant | None:
+        """Return the constant of a tensor that is not computed from the states, and None for None.
+
+        ``dtype`` is the one that it must have, if not that of the states.
+        """
 
     def is_value(self, tensor: Any) -> bool:
         """Return whether an argument is a tensor that is computed from the states."""
+
+    def is_of_arguments(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is an argument of the call, or computed from one."""
 
     nodes: list[Node]  # those that have been described; node k makes value k + 1
 
@@ -140,10 +147,14 @@ def _product(operands: Operands, name: str, one: Tensor, two: Tensor, out: Tenso
     """Describe the product of two values, or of a value and a constant."""
     shape = tuple(out.shape)
     if not operands.is_value(two):
+        if one.shape != out.shape:
+            raise operands.refuse(f"{name} by a constant of more dimensions is not supported")
+        differs = two.shape[:1] != (1,) or operands.is_of_arguments(two)
+        if two.ndim == out.ndim and differs:
+            inputs = operands.value(one, name), _of_chains(operands, name, two, out)
+            return Node("mul", inputs, shape[1:])
         factor = operands.constant(two, name)
         assert factor is not None
-        if one.shape != out.shape or (len(factor.size) == out.ndim and factor.size[0] != 1):
-            raise operands.refuse(f"{name} by a constant that differs between chains")
         return Node("scale", (operands.value(one, name),), shape[1:], (1.0,), (factor,))
     values = operands.value(one, name), operands.value(two, name)
     if one.shape != two.shape or one.dtype != two.dtype:
@@ -153,6 +164,54 @@ def _product(operands: Operands, name: str, one: Tensor, two: Tensor, out: Tenso
         if swish is not None:
             return swish
     return Node("mul", values, shape[1:])
+
+
+def _of_chains(
+    operands: Operands, name: str, tensor: Tensor, out: Tensor, each_pixel: bool = False
+) -> int:
+    """Add a constant node, and return its value.
+
+    Its shape is that of the result unless the tensor has the same numbers at all pixels. Then it
+    has a single pixel, except with ``each_pixel``.
+    """
+    constant = operands.constant(tensor, name)
+    assert constant is not None
+    missing = out.ndim - tensor.ndim
+    sizes = (1,) * missing + constant.size
+    strides = (0,) * missing + constant.stride
+    whole = each_pixel or any(size != 1 for size in sizes[2:])
+    target = (*out.shape[:2], *(out.shape[2:] if whole else sizes[2:]))
+    if missing < 0 or any(s not in (1, t) for s, t in zip(sizes, target, strict=True)):
+        raise operands.refuse(f"{name} by a constant of more dimensions is not supported")
+    strides = tuple(0 if s == 1 else step for s, step in zip(sizes, strides, strict=True))
+    constant = replace(constant, size=target, stride=strides)
+    operands.nodes.append(Node("constant", (), target[1:], (), (constant,)))
+    return len(operands.nodes)
+
+
+def _gather(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    """Describe a logit of each chain as the sum of all logits times zeros and a one."""
+    tensor, index = a["self"], a["index"]
+    if tensor.ndim != 2 or a["dim"] % 2 != 1 or tuple(out.shape) != (len(tensor), 1):
+        raise operands.refuse("gather is supported only of one number from each vector")
+    logits, classes = operands.value(tensor, name), operands.constant(index, name, torch.int64)
+    shape = _shape(tensor)
+    operands.nodes.append(Node("constant", (), shape, ("one_hot",), (classes,)))
+    operands.nodes.append(Node("mul", (logits, len(operands.nodes)), shape))
+    return Node("sum", (len(operands.nodes),), (1,), ((1,), True))
+
+
+def _cat(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    if a["dim"] % out.ndim != 1 or any(part.ndim != out.ndim for part in a["tensors"]):
+        raise operands.refuse("cat is supported only along the first dimension of a chain")
+    inputs = tuple(
+        operands.value(part, name)
+        if operands.is_value(part)
+        else _of_chains(operands, name, part, part, each_pixel=True)
+        for part in a["tensors"]
+    )
+    sizes = tuple(part.shape[1] for part in a["tensors"])
+    return Node("cat", inputs, _shape(out), sizes)
 
 
 def _square(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
@@ -189,10 +248,17 @@ def _batch_norm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -
 
 def _add(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     one, two = a["self"], a["other"]
+    alpha = float(a["alpha"])
+    if name.startswith("add") and alpha == 1 and not operands.is_value(one):
+        one, two = two, one
+    if isinstance(two, Tensor) and two.ndim and not operands.is_value(two):
+        if one.shape != out.shape:
+            raise operands.refuse(f"{name} of a constant of more dimensions is not supported")
+        values = operands.value(one, name), _of_chains(operands, name, two, out)
+        return Node("add", values, _shape(out), (-alpha if name.startswith("sub") else alpha,))
     values = operands.value(one, name), operands.value(two, name)
     if one.shape != two.shape or one.dtype != two.dtype:
         raise operands.refuse(f"{name} of two shapes or dtypes is not supported")
-    alpha = float(a["alpha"])
     return Node("add", values, _shape(out), (-alpha if name.startswith("sub") else alpha,))
 
 
@@ -239,7 +305,7 @@ ACTIVATIONS: dict[str, Callable[[dict[str, Any]], tuple[float, ...] | None]] = {
     "sigmoid": lambda a: (),
 }
 # If only other operators follow a value, its gradient is the same in every chain.
-NONLINEAR = {*ACTIVATIONS, "logsumexp", "mul", "max_pool", "group_norm"}
+NONLINEAR = {*ACTIVATIONS, "logsumexp", "mul", "max_pool", "group_norm", "constant"}
 _VIEWS = (
     "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "select", "slice",
     "alias", "expand", "clone", "contiguous", "_to_copy", "_reshape_alias",
@@ -260,7 +326,7 @@ OPERATORS: dict[str, Callable[..., Node | None]] = (
     )
     | dict.fromkeys(_VIEWS, _view)
     | dict.fromkeys(("mul", "mul_", "div", "div_", "neg", "neg_"), _scale)
-    | {"pow": _square}
+    | {"pow": _square, "gather": _gather, "cat": _cat}
     | dict.fromkeys(("add", "add_", "sub", "sub_"), _add)
     | {
         name + suffix: functools.partial(_activation, settings=settings)

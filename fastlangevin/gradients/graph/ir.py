@@ -1,11 +1,12 @@
 """The graph of operations that an energy computes."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class Computed(Protocol):
         """Compute them again."""
 
 
+class ComputedInCalls(Protocol):
+    """Tensors that an energy computes from its weights and the arguments of a call."""
+
+    slots: list[int]
+    leaves: dict[int, Tensor]  # the parameters and buffers that they are computed from
+
+    def compute(self, model_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return the tensors of the slots."""
+
+
 @dataclass(frozen=True)
 class Node:
     """An operation on a batch that treats all chains in the same way and independently.
@@ -54,6 +65,11 @@ class Node:
     [out, in, ...] and the bias, those of batch_norm the weight, bias, mean and variance,
     and those of group_norm the weight and bias. A scale
     may have one constant to multiply by, and a silu one of a single element, its beta.
+
+    constant reads no value: its constant [n, *shape] has a row for each chain or, with the setting
+    "one_hot", is the number of each chain's class. The second input of add and mul may be a
+    constant of shape [C, 1, ...] that is broadcast. cat (sizes) joins values along their first
+    dimension.
     """
 
     kind: str
@@ -78,6 +94,9 @@ class Graph:
     device: torch.device
     nodes: tuple[Node, ...]
     computed: Computed | None = field(default=None, repr=False)
+    in_calls: ComputedInCalls | None = field(default=None, repr=False)
+    # What other modules have derived from the nodes, by name.
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -101,12 +120,35 @@ class Graph:
         bases = {id(c.base): c.base for c in constants if c.slot is None}
         if self.computed is not None:
             bases |= {id(leaf): leaf for leaf in self.computed.leaves}
+        if self.in_calls is not None:
+            bases |= {id(leaf): leaf for leaf in self.in_calls.leaves.values()}
         return list(bases.values())
 
     def refresh(self) -> None:
         """Compute again what the energy computes from its weights, before they are read."""
         if self.computed is not None:
             self.computed.refresh()
+
+    @torch.no_grad()
+    def constants_of_chains(self, model_kwargs: dict[str, Any]) -> dict[int, Tensor]:
+        """Return the tensor [n, ...] of each constant node k, for the arguments of a call."""
+        computed: dict[int | None, Tensor] = {}
+        if self.in_calls is not None:
+            tensors = self.in_calls.compute(model_kwargs)
+            computed.update(zip(self.in_calls.slots, tensors, strict=True))
+        constants = {}
+        for k, node in enumerate(self.nodes, 1):
+            if node.kind != "constant":
+                continue
+            (constant,) = node.constants
+            assert constant is not None
+            if constant.slot is not None:
+                constant = replace(constant, base=computed[constant.slot].contiguous())
+            tensor = constant.tensor()
+            if node.settings:
+                tensor = F.one_hot(tensor.reshape(self.chains), node.shape[0]).to(self.dtype)
+            constants[k] = tensor
+        return constants
 
     def versions(self) -> list[tuple[int, int]]:
         """Return the version counters and addresses of the bases, to notice that one has changed.

@@ -29,7 +29,7 @@ from fastlangevin.gradients.graph.snapshot import Snapshot
 from fastlangevin.gradients.graph.watch import Values, Watch
 from fastlangevin.gradients.network import Network, modules_of, network_dtype
 from fastlangevin.gradients.precision import HALVES
-from fastlangevin.gradients.trace.constants import ComputedConstants, ReadNumbers
+from fastlangevin.gradients.trace.constants import ComputedConstants, Constants, ReadNumbers
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.tracer import Tracer
 from fastlangevin.gradients.untouched import left_as_found
@@ -163,7 +163,7 @@ def _record(
     if snapshot.unknown is not None:
         return Recording(snapshot.unknown, snapshot.unknown, None), None
     tracer, watch = Tracer(leaf, refuse), Watch(snapshot, refuse)
-    recorder = _recorder(energy, leaf, precision, tracer)
+    recorder = _recorder(energy, leaf, precision, tracer, model_kwargs)
     values = Values(refuse, tracer.reads_state, lambda: recorder.stop("a tensor has hooks"))
     tracer.prepare()  # it would be slow under the watch
     tracer.watch, tracer.observe = watch, recorder.see
@@ -228,11 +228,16 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def _recorder(
-    energy: Callable[..., Any], leaf: Tensor, precision: str | None, tracer: Tracer
+    energy: Callable[..., Any],
+    leaf: Tensor,
+    precision: str | None,
+    tracer: Tracer,
+    model_kwargs: dict[str, Any],
 ) -> OperatorRecorder:
     roots = modules_of(energy)
     tensors = tuple(t for m in roots for t in (*m.parameters(), *m.buffers()))
-    recorder = OperatorRecorder(leaf, tensors, tracer)
+    arguments = tuple(value for value in model_kwargs.values() if isinstance(value, Tensor))
+    recorder = OperatorRecorder(leaf, tensors, tracer, arguments)
     if not roots:
         recorder.stop(f"the energy is a {type(energy).__name__}, not an nn.Module; wrap it in one")
     elif precision in HALVES:
@@ -258,8 +263,17 @@ def _with_computed(graph: Graph | str, trace: Trace) -> Graph | str:
     """Return a graph that can compute those of its constants that the energy computes."""
     if isinstance(graph, str):
         return graph
-    constants = [c for node in graph.nodes for c in node.constants if c is not None]
-    targets = {c.slot: c.base for c in constants if c.slot is not None}
+    targets: dict[int, Tensor] = {}
+    of_chains: list[int] = []
+    for node in graph.nodes:
+        for constant in node.constants:
+            if constant is not None and constant.slot is not None:
+                if node.kind == "constant":
+                    of_chains.append(constant.slot)
+                else:
+                    targets[constant.slot] = constant.base
+    if of_chains:
+        graph = replace(graph, in_calls=Constants(trace, list(dict.fromkeys(of_chains))))
     if not targets:
         return graph
     computed = ComputedConstants(trace, targets)

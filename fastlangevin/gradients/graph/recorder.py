@@ -29,10 +29,17 @@ class OperatorRecorder:
 
     It stops at the first operator that it lacks, and ``unsupported`` says why. ``leaf``: the states
     [n, ...] of the run. ``constants``: the energy's parameters and buffers. ``slots`` tells the
-    tensors of the run apart. No tensor is kept alive that the run frees.
+    tensors of the run apart. ``arguments`` are those of the call that are tensors. No tensor is
+    kept alive that the run frees.
     """
 
-    def __init__(self, leaf: Tensor, constants: tuple[Tensor, ...], slots: Slots) -> None:
+    def __init__(
+        self,
+        leaf: Tensor,
+        constants: tuple[Tensor, ...],
+        slots: Slots,
+        arguments: tuple[Tensor, ...] = (),
+    ) -> None:
         self.chains = leaf.shape[0]
         self.leaf = leaf
         self.nodes: list[Node] = []
@@ -43,6 +50,8 @@ class OperatorRecorder:
         self._parameters = {id(t): t for t in constants if t.layout is torch.strided}
         self._constants: dict[int, Constant] = {}  # by slot, views of parameters and computed ones
         self._computed: set[int] = set()  # slots of tensors computed without the states
+        self._arguments = {id(t) for t in arguments} - self._parameters.keys()
+        self._of_arguments: set[int] = set()  # slots of what is computed from them
         # How torch writes an instance norm: as a batch norm of one image with all chains' channels,
         # whose weights are repeated for each chain. By slot, values in this form and the weights.
         self._joined: dict[int, int] = {}
@@ -74,7 +83,7 @@ class OperatorRecorder:
         read = [self.slots.slot_of(tensor) for tensor in tensors]
         moving = self.values.keys() | self.spoilt.keys() | self._joined.keys()
         if moving.isdisjoint(read):
-            self._see_constants(func, name, args, out)
+            self._see_constants(func, name, args, out, tensors)
             return
         if name == "detach":
             # Autograd makes detached copies itself, which nothing reads.
@@ -145,12 +154,20 @@ class OperatorRecorder:
             self.values[normal] = len(self.nodes)
         return True
 
-    def _see_constants(self, func: Any, name: str, args: tuple[Any, ...], out: Any) -> None:
+    def _see_constants(
+        self, func: Any, name: str, args: tuple[Any, ...], out: Any, read: list[Tensor]
+    ) -> None:
         """See an operator that does not read the state; views of constants are constants."""
-        if func._schema.is_mutable:
-            raise self.refuse(f"{name} changes a tensor in place")
         new = [tensor for tensor in _flat((out,)) if isinstance(tensor, Tensor)]
-        self._computed.update(map(self.slots.slot_of, new))
+        written = [self.slots.slot_of(tensor) for tensor in new]
+        if func._schema.is_mutable:
+            # Memory of the run's own may change until a node reads it.
+            aliases = {alias for slot in written for alias in self.slots.sharing(slot)}
+            if not aliases <= self._computed or not aliases.isdisjoint(self._constants):
+                raise self.refuse(f"{name} changes a tensor in place")
+        self._computed.update(written)
+        if any(map(self.is_of_arguments, read)):
+            self._of_arguments.update(written)
         if name == "repeat" and list(args[1]) == [self.chains]:
             repeated = self._known(args[0])
             if repeated is not None and out.dtype == self.leaf.dtype:
@@ -179,15 +196,24 @@ class OperatorRecorder:
         """Return whether an argument is a tensor that is computed from the states."""
         return isinstance(tensor, Tensor) and self.slots.slot_of(tensor) in self.values
 
-    def constant(self, tensor: Any, name: str) -> Constant | None:
-        """Return the constant of a parameter, a buffer or a view of one, and None for None."""
+    def is_of_arguments(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is an argument of the call, or computed from one."""
+        is_argument = id(tensor) in self._arguments
+        return is_argument or self.slots.slot_of(tensor) in self._of_arguments
+
+    def constant(self, tensor: Any, name: str, dtype: torch.dtype | None = None) -> Constant | None:
+        """Return the constant of a tensor that is not computed from the states, and None for None.
+
+        ``dtype`` is the one that it must have, if not that of the states.
+        """
         if tensor is None:
             return None
         constant, slot = self._known(tensor), self.slots.slot_of(tensor)
-        if constant is None and slot not in self._computed:
+        is_argument = id(tensor) in self._arguments
+        if constant is None and slot not in self._computed and not is_argument:
             raise self.refuse(f"{name} reads a tensor that is neither a parameter nor a buffer")
-        if tensor.dtype != self.leaf.dtype or tensor.device != self.leaf.device:
-            raise self.refuse(f"{name} reads a parameter of another dtype or device")
+        if tensor.dtype != (dtype or self.leaf.dtype) or tensor.device != self.leaf.device:
+            raise self.refuse(f"{name} reads a tensor of another dtype or device")
         if constant is None:
             base = tensor.detach().clone(memory_format=torch.contiguous_format)
             constant = Constant(base, tuple(base.shape), base.stride(), 0, slot)

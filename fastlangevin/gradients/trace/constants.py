@@ -14,6 +14,7 @@ class Constants:
     """Computes the tensors of some slots of a trace, which do not depend on the states."""
 
     def __init__(self, trace: Trace, slots: list[int]) -> None:
+        self.slots = slots
         draft = Draft(trace, (), kept=tuple(slots))
         read = draft.once_reads(slots)
         self.leaves = {n: trace.leaves[n] for n in read if n in trace.leaves}
