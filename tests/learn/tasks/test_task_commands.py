@@ -23,6 +23,8 @@ from fastlangevin.learn import (
     save_gif,
 )
 from fastlangevin.learn.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
+from fastlangevin.learn.evaluation.features import quantise
+from fastlangevin.learn.evaluation.metrics import kernel_distance
 from fastlangevin.learn.images import to_grid
 from fastlangevin.learn.run_data import load_held_out, suggesting
 from fastlangevin.learn.tasks.measurements import (
@@ -143,7 +145,15 @@ def test_interpolate_command(command: Any, run: Path) -> None:
     assert x.shape == (3, 2, 1, 8, 8)
     z = start(4, 0, channels=1)
     torch.testing.assert_close(x, interpolate(fl.load(run), z[::2], z[1::2], 3))
-    assert said["ratio"] == pytest.approx(said["between"] / said["end points"], abs=2e-3)
+    real = load_images("digits").batch([i * 1787 // 512 for i in range(512)]).flatten(1)
+    sets = {
+        "end points": x[[0, 2]],
+        "between": x[1],
+        "crossfade": (x[0] + x[2]) / 2,
+    }
+    for name, shown in sets.items():
+        distance = kernel_distance(quantise(shown.reshape(-1, 64)), real)  # of pixels, for grey
+        assert said[name] == pytest.approx(distance, abs=1e-4)
     assert numbers(command("interpolate", run, "--n", 2, "--frames", 3, "--out", "a.png"))
     want = to_grid(x.transpose(0, 1).flatten(0, 1), 3)
     assert np.array_equal(np.asarray(Image.open("a.png")), want)
@@ -163,7 +173,7 @@ def test_a_model_whose_data_are_not_here(command: Any, run: Path) -> None:
     found = command("interpolate", "m.safetensors", "--n", 2, "--out", "i.npy")
     assert found.exit_code == 0, found.output
     assert found.stdout == "i.npy\n"
-    assert "no classifier: load_images: 'not/here' is neither" in found.stderr
+    assert "no features to judge the frames by: load_images: 'not/here' is neither" in found.stderr
     assert np.load("i.npy").shape == (9, 2, 1, 8, 8)
     save(info["config"] | {"momentum": 0.9})
     for name in ("interpolate", "diagnose"):
