@@ -156,11 +156,12 @@ def measured(
     images: Tensor,
     priors: dict[str, Moments],
     methods: Sequence[str] = (),
+    noises: Sequence[float] = NOISES,
     report: Callable[[str], None] = print,
 ) -> Iterator[tuple[tuple[str, float], Errors]]:
     """Yield the errors for every operator that suits the images, and every level of noise."""
     for name in OPERATORS:
-        for noise in NOISES if name != "grey" or images.shape[1] > 1 else ():
+        for noise in noises if name != "grey" or images.shape[1] > 1 else ():
             report(f"{name}, noise {noise:g}")
             yield (name, noise), errors(sampler, images, name, noise, priors, methods)
 
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("run", help="a run, a checkpoint or a model in the package")
     parser.add_argument("--images", help="source of images (default: those that the run held out)")
     parser.add_argument("--n", type=int, default=64, help="number of images")
+    parser.add_argument("--noises", nargs="+", type=float, default=NOISES, help="in measurements")
     parser.add_argument("--methods", nargs="*", default=(), help="more methods of restore")
     parser.add_argument("--photographs", help="source of training images, whose moments are used")
     parser.add_argument("--json", type=Path, help="write the error of every image")
@@ -186,7 +188,7 @@ def main() -> None:
     if chosen.photographs:
         source = load_images(chosen.photographs, size=shape[-1], channels=shape[0])
         priors["photographs"] = moments(spaced_images(source, SAMPLES, None))
-    results = dict(measured(sampler, images, priors, chosen.methods))
+    results = dict(measured(sampler, images, priors, chosen.methods, chosen.noises))
     text = tables(results)
     print(text)
     if chosen.json:

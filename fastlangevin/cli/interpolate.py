@@ -15,8 +15,8 @@ def interpolate(
 
     The points between z1 and z2 are rho z1 + sqrt(1 - rho^2) z2. By default, z1 and z2 are random.
     With --images, they are fitted to a pair of images, as by reconstruct, so that the first and the
-    last frame are reconstructions. If the run's data have labels, a classifier of the data reports
-    how sure it is of the ends and of the frames between them.
+    last frame are reconstructions. The kernel distance of features to the run's data says whether
+    the frames between are as near to the data as the ends are, and nearer than crossfades.
 
     Args:
         n: Number of pairs, 1 or more (default: 8, or all that there are).
@@ -26,7 +26,7 @@ def interpolate(
         images: Source of images to interpolate between (default: random starting points).
         noise: Noise in the chain: off, or frozen (always the same).
     """
-    from fastlangevin.learn.tasks.of_run import confidence_rows, interpolate_run
+    from fastlangevin.learn.tasks.of_run import feature_rows, interpolate_run
 
     out = chains.choose_out(out, "interpolated.png", ".png", ".gif", ".npy")
     if images is None:
@@ -41,4 +41,4 @@ def interpolate(
             run, sampler, n=n, frames=frames, images=images, noise=noise, seed=chains.seed,
             report=show, **fit or {},
         )  # fmt: skip
-    return chains.save(result, out, *confidence_rows(run, result.x, note))
+    return chains.save(result, out, *feature_rows(run, result.x, note))

@@ -100,7 +100,7 @@ def load_held_out(
 def spaced_images(
     data: ImageData, n: int | None, device: torch.device | None, each: int = 1, usual: int = 8
 ) -> Tensor:
-    """Return n times ``each`` images, spaced evenly over the data, on a device.
+    """Return n times ``each`` images, spread over the data and its classes, on a device.
 
     Without n, these are ``usual`` times ``each`` images, or as many as there are.
     """
@@ -111,8 +111,24 @@ def spaced_images(
     if n * each > len(data):
         most = f"{len(data) // each}" + (f", of {each} images each" if each > 1 else "")
         raise ValueError(f"n must be at most {most}, the images of {data.name}, got {n}")
-    n *= each
-    return data.batch([i * len(data) // n for i in range(n)]).to(device)
+    return data.batch(_spread(data, n * each)).to(device)
+
+
+def _spread(data: ImageData, n: int) -> list[int]:
+    """Return the indices of one image out of each of n equal parts of the data.
+
+    It is the first of its part and, if there are labels, of those whose class has been taken least.
+    """
+    ends = [i * len(data) // n for i in range(n + 1)]
+    if data.labels is None:
+        return ends[:-1]
+    labels = data.labels.tolist()
+    taken = dict.fromkeys(labels, 0)
+    chosen = []
+    for part in map(range, ends, ends[1:]):
+        chosen.append(min(part, key=lambda i: taken[labels[i]]))
+        taken[labels[chosen[-1]]] += 1
+    return chosen
 
 
 @contextlib.contextmanager

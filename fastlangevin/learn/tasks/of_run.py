@@ -17,6 +17,7 @@ import fastlangevin.noise as _noise
 from fastlangevin.gradients.network import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images
+from fastlangevin.learn.evaluation.metrics import kernel_distance
 from fastlangevin.learn.images import save_arrays, save_gif, save_grid, save_rows
 from fastlangevin.learn.run_data import (
     load_held_out,
@@ -148,38 +149,50 @@ def interpolate_run(
     return Interpolation(x, source, error)
 
 
-def confidence_rows(
+def feature_rows(
     run: str | Path, frames: Tensor, note: Callable[[str], None] | None = None
 ) -> Rows:
-    """Say how sure a classifier of the run's data is of the end frames and of those between.
+    """Say how far the frames between two ends are from the run's data, in features.
 
-    frames: [frames, n, C, H, W]. note: called with a line before the classifier is fitted, which
-        can take minutes. Returns no rows if there are only two frames, if the data have no labels
-        or, with a warning, if they cannot be read.
+    The figures are kernel distances to at most 512 images of the data: of the end frames, of the
+    frames between them, and, as a yardstick, of crossfades of the end frames' pixels.
+
+    frames: [frames, n, C, H, W]. note: called with a line before the features are computed, which
+        can take a minute. Returns no rows for fewer than three frames or, with a warning, if the
+        data or the features are not there.
     """
-    from fastlangevin.learn.evaluation.classifier import ClassifierCheck  # imports scikit-learn
+    from fastlangevin.learn.evaluation.features import (  # imports scikit-learn
+        make_features,
+        quantise,
+    )
 
-    config = run_config(run)
     if len(frames) <= 2:
         return []
     try:
-        data = load_data(config)
+        data = packaged_images(run) or load_data(run_config(run))
+        features = make_features("auto", data, frames.device)
     except (ImportError, OSError, ValueError) as error:
-        warnings.warn(f"no classifier: {error}", stacklevel=2)
-        return []
-    if data.labels is None:
+        warnings.warn(f"no features to judge the frames by: {error}", stacklevel=2)
         return []
     if note is not None:
-        note(f"fitting a classifier to {data.name}")
-    sure = ClassifierCheck(data).probabilities(frames.flatten(0, 1)).max(1)
-    sure = sure.reshape(frames.shape[:2])
-    ends, between = float(sure[[0, -1]].mean()), float(sure[1:-1].mean())
-    n = frames.shape[1]
-    return [
-        ("end points", f"{ends:.3f}   the classifier's mean confidence, {2 * n} images"),
-        ("between", f"{between:.3f}   {n * (len(frames) - 2)} images"),
-        ("ratio", f"{between / ends:.3f}"),
-    ]
+        note(f"comparing the frames with {data.name} in features")
+    real = features(spaced_images(data, min(len(data), 512), frames.device))[0]
+    weights = torch.linspace(0, 1, len(frames), device=frames.device)[1:-1, None, None, None, None]
+    sets = {
+        "end points": frames[[0, -1]],
+        "between": frames[1:-1],
+        "crossfade": (1 - weights) * frames[0] + weights * frames[-1],
+    }
+    texts = {
+        "end points": f"kernel distance to {len(real)} images, in {features.name}",
+        "between": "the same of the frames between them",
+        "crossfade": "the same of mixtures of the end points' pixels",
+    }
+    rows = []
+    for name, x in sets.items():
+        distance = kernel_distance(features(quantise(x.flatten(0, 1)))[0], real)
+        rows.append((name, f"{distance:.4f}   {texts[name]}"))
+    return rows
 
 
 class Restoration(NamedTuple):

@@ -1,5 +1,6 @@
 """The commands reconstruct, interpolate, restore, transfer and sample --gif; held-out images."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,9 +23,12 @@ from fastlangevin.learn import (
     restore,
     save_gif,
 )
+from fastlangevin.learn.build import load_data
 from fastlangevin.learn.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
+from fastlangevin.learn.evaluation.features import quantise
+from fastlangevin.learn.evaluation.metrics import kernel_distance
 from fastlangevin.learn.images import to_grid
-from fastlangevin.learn.run_data import load_held_out, suggesting
+from fastlangevin.learn.run_data import load_held_out, run_config, spaced_images, suggesting
 from fastlangevin.learn.tasks.measurements import (
     make_operator,
 )
@@ -63,6 +67,24 @@ def test_nothing_held_out(limit: int | None, match: str) -> None:
     advice = r".*; give --images PATH \(in Python images=\) to use other images$"
     with pytest.raises(ValueError, match=match + advice), suggesting("images", None):
         load_held_out(config, (1, 8, 8))
+
+
+def test_images_are_spread_over_the_data_and_its_classes() -> None:
+    """Classes in turn, as in many files, would otherwise give some classes only."""
+    labels = np.arange(64) % 10
+    pixels = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None, None], (64, 1, 8, 8))
+    data = dataclasses.replace(
+        load_images("digits"), pixels=pixels, labels=labels, divisor=1, offset=0
+    )
+
+    def chosen(data: Any, n: int) -> list[int]:
+        return spaced_images(data, n, None)[:, 0, 0, 0].int().tolist()
+
+    assert len({labels[i] for i in chosen(data, 8)}) == 8
+    assert len({labels[i] for i in chosen(data, 10)}) == 10
+    assert all(i * 64 // 8 <= k < (i + 1) * 64 // 8 for i, k in enumerate(chosen(data, 8)))
+    assert chosen(data, 64) == list(range(64))
+    assert chosen(dataclasses.replace(data, labels=None), 8) == list(range(0, 64, 8))
 
 
 def test_one_image_is_not_called_images() -> None:
@@ -143,7 +165,15 @@ def test_interpolate_command(command: Any, run: Path) -> None:
     assert x.shape == (3, 2, 1, 8, 8)
     z = start(4, 0, channels=1)
     torch.testing.assert_close(x, interpolate(fl.load(run), z[::2], z[1::2], 3))
-    assert said["ratio"] == pytest.approx(said["between"] / said["end points"], abs=2e-3)
+    real = spaced_images(load_data(run_config(run)), 512, None).flatten(1)
+    sets = {
+        "end points": x[[0, 2]],
+        "between": x[1],
+        "crossfade": (x[0] + x[2]) / 2,
+    }
+    for name, shown in sets.items():
+        distance = kernel_distance(quantise(shown.reshape(-1, 64)), real)  # of pixels, for grey
+        assert said[name] == pytest.approx(distance, abs=1e-4)
     assert numbers(command("interpolate", run, "--n", 2, "--frames", 3, "--out", "a.png"))
     want = to_grid(x.transpose(0, 1).flatten(0, 1), 3)
     assert np.array_equal(np.asarray(Image.open("a.png")), want)
@@ -163,7 +193,7 @@ def test_a_model_whose_data_are_not_here(command: Any, run: Path) -> None:
     found = command("interpolate", "m.safetensors", "--n", 2, "--out", "i.npy")
     assert found.exit_code == 0, found.output
     assert found.stdout == "i.npy\n"
-    assert "no classifier: load_images: 'not/here' is neither" in found.stderr
+    assert "no features to judge the frames by: load_images: 'not/here' is neither" in found.stderr
     assert np.load("i.npy").shape == (9, 2, 1, 8, 8)
     save(info["config"] | {"momentum": 0.9})
     for name in ("interpolate", "diagnose"):
@@ -181,7 +211,7 @@ def test_interpolate_command_between_images(command: Any, run: Path) -> None:
     options = ("--images", "digits", "--n", 2, "--frames", 3, "--iterations", 4, "--restarts", 2)
     result = command("interpolate", run, *options, "--seed", 8, "--out", "a.npy")
     said, x = numbers(result), torch.from_numpy(np.load("a.npy"))
-    truth = load_images("digits").batch([0, 449, 898, 1347])
+    truth = spaced_images(load_images("digits"), 4, None)
     fit = reconstruct(fl.load(run), truth, restarts=2, iterations=4, seed=8).best()
     assert said["their fit"] == pytest.approx(float(fit.error.mean()), abs=1e-5)
     assert "4 of digits, 1797 x 1x8x8" in result.stdout
