@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.adjoint.unroll import unroll
 from fastlangevin.arguments import check_chains, check_count, check_sizes, check_step_kwargs
 from fastlangevin.chain.chain import Chain, note
 from fastlangevin.chain.metropolis import AdjustedChain
@@ -51,19 +50,6 @@ class Call(NamedTuple):
     def own_state(self) -> Tensor:
         """The starting state in memory that the caller does not see."""
         return self.x if self.is_copy else self.x.clone()
-
-    def unroll(
-        self,
-        x0: Tensor | None,
-        checkpoint: str | int,
-        grad_steps: int | None,
-        grad_through: str,
-        offload: bool,
-    ) -> Tensor:
-        """The last state with gradients, to x0 too if it is given."""
-        note(self.x, self.chain)
-        start = self.x if x0 is None else x0.to(self.x.dtype)
-        return unroll(self.chain, start, checkpoint, grad_steps, grad_through, offload)
 
 
 def read_call(
@@ -124,29 +110,14 @@ def read_call(
     first_chain, first_step = _noise.check_address(
         first_chain, x.shape[0], first_step, settings.steps
     )
-    chain = chain_of(
+    chain = chain_type(settings)(
         energy, settings, recognised, seed, first_chain, first_step, noise, model_kwargs, by_step
     )
     return Call(x, is_copy, chain)
 
 
-def chain_of(
-    energy: Callable[..., Any],
-    settings: Settings,
-    recognised: EngineCache,
-    seed: int = 0,
-    first_chain: int = 0,
-    first_step: int = 0,
-    noise: Tensor | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    step_kwargs: Mapping[str, Any] | None = None,
-) -> Chain:
-    """The chain of these values, which can reject steps if ``settings.metropolis`` is set."""
-    kind = AdjustedChain if settings.metropolis else Chain
-    return kind(
-        energy, settings, recognised, seed, first_chain, first_step, noise, model_kwargs or {},
-        step_kwargs or {},
-    )  # fmt: skip
+def chain_type(settings: Settings) -> type[Chain]:
+    return AdjustedChain if settings.metropolis else Chain
 
 
 def _initial(energy: Callable[..., Any], n: Any, shape: Any, seed: int, first_chain: int) -> Tensor:

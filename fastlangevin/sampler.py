@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlangevin.adjoint.unroll import unroll
 from fastlangevin.arguments import (
     GradClip,
     Schedule,
@@ -17,8 +18,8 @@ from fastlangevin.arguments import (
     check_grad_clip,
     check_schedule,
 )
-from fastlangevin.calls import Call, chain_of, entry, read_call, run_steps
-from fastlangevin.chain.chain import Chain, norms, rows
+from fastlangevin.calls import Call, chain_type, entry, read_call, run_steps
+from fastlangevin.chain.chain import Chain, norms, note, rows
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.diagnostics import Diagnostics
@@ -268,7 +269,9 @@ class LangevinSampler:
                     f"{_OP}: differentiable=True is not supported with metropolis=True: accepting "
                     "or rejecting a step is not differentiable"
                 )
-            return call.unroll(x0, checkpoint, grad_steps, grad_through, offload)
+            note(call.x, call.chain)
+            start = call.x if x0 is None else x0.to(call.x.dtype)
+            return unroll(call.chain, start, checkpoint, grad_steps, grad_through, offload)
         if (checkpoint, grad_steps, grad_through, offload) != ("auto", None, "exact", False):
             raise ValueError(
                 f"{_OP}: checkpoint and grad_steps need differentiable=True, as do grad_through "
@@ -361,8 +364,19 @@ class LangevinSampler:
     def _settings(self) -> Settings:
         return Settings(*(getattr(self, name) for name in Settings._fields))
 
-    def _chain(self, *address: Any, **values: Any) -> Chain:
-        return chain_of(self.energy, self._settings(), self._recognised, *address, **values)
+    def _chain(
+        self,
+        seed: int = 0,
+        first_chain: int = 0,
+        first_step: int = 0,
+        model_kwargs: dict[str, Any] | None = None,
+        step_kwargs: Mapping[str, Any] | None = None,
+    ) -> Chain:
+        settings = self._settings()
+        return chain_type(settings)(
+            self.energy, settings, self._recognised, seed, first_chain, first_step, None,
+            model_kwargs or {}, step_kwargs or {},
+        )  # fmt: skip
 
     def _read(self, x0: Any, **options: Any) -> Call:
         return read_call(self.energy, self._settings(), self._recognised, _options(), x0, **options)

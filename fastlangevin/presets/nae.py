@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlangevin.arguments import check_clamp, check_count, check_number
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.presets.common import Randomness, Samplers, Summed, Wrapper, random_keywords
-from fastlangevin.presets.nae_walk import in_box, on_sphere, walk
+from fastlangevin.presets.nae_walk import Records, in_box, on_sphere, walk
 
 
 def nae() -> Callable[..., Tensor]:
@@ -143,14 +143,7 @@ def nae_v2() -> Callable[..., dict[str, Any]]:
             mh=mh,
             random=random,
         )
-        return {
-            "sample": records.x,
-            "l_samples": records.states,
-            "l_dynamics": records.moves,
-            "l_drift": [-stepsize * grad for grad in records.grads],
-            "l_diffusion": records.noises,
-            "l_accept": records.accepted,
-        }
+        return _as_dict(records, stepsize, l_samples=records.states)
 
     return sample_langevin_v2
 
@@ -207,17 +200,22 @@ def nae_mcmc() -> Callable[..., dict[str, Any]]:
             mh=mh,
             random=random,
         )
-        return {
-            "sample": records.x,
-            "l_sample": torch.stack(records.states),
-            "l_dynamics": records.moves,
-            "l_drift": [-stepsize * grad for grad in records.grads],
-            "l_diffusion": records.noises,
-            "l_accept": records.accepted,
-            "l_E": torch.stack(records.energies),
-        }
+        out = _as_dict(records, stepsize, l_sample=torch.stack(records.states))
+        return out | {"l_E": torch.stack(records.energies)}
 
     return sample_langevin_v2
+
+
+def _as_dict(records: Records, stepsize: float, **states: Any) -> dict[str, Any]:
+    """The records as both versions of sample_langevin_v2 return them."""
+    return {
+        "sample": records.x,
+        **states,
+        "l_dynamics": records.moves,
+        "l_drift": [-stepsize * grad for grad in records.grads],
+        "l_diffusion": records.noises,
+        "l_accept": records.accepted,
+    }
 
 
 def step_and_noise(
