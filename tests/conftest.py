@@ -135,6 +135,18 @@ def _without_waiting_for_disks() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _without_measured_rates() -> Iterator[None]:
+    """Nothing waits for the rates of this machine's products and copies, which take seconds.
+
+    tests/core/test_roofline.py measures them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("bench.matrix_rate", "explain.matrix_rate", "explain.copy_bandwidth"):
+            patch.setattr(f"fastlangevin.{name}", lambda *_: 1e10)
+        yield
+
+
 @pytest.fixture(params=instruction_sets())
 def instruction_set(request):
     best = extension.library.instruction_set()
