@@ -1,6 +1,7 @@
 """Fixtures for every test: the backends that can run here, and settings of the process."""
 
 import dataclasses
+import gc
 import importlib.util
 import os
 import signal
@@ -25,6 +26,15 @@ TILE_BYTES = triton._TILE_BYTES
 
 # A shell has SIGINT ignored for what it runs in the background, and so for the runs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# All modules and tests stay until the end. To look for garbage among them takes seconds.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -132,6 +142,18 @@ def _without_waiting_for_disks() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_measured_rates() -> Iterator[None]:
+    """Nothing waits for the rates of this machine's products and copies, which take seconds.
+
+    tests/core/test_roofline.py measures them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("bench.matrix_rate", "explain.matrix_rate", "explain.copy_bandwidth"):
+            patch.setattr(f"fastlangevin.{name}", lambda *_: 1e10)
         yield
 
 
