@@ -32,6 +32,7 @@ def sweep(
         grid: Run all combinations of the lists, or sweep one axis at a time (default: --axes).
     """
     from fastlangevin.distributed import own_device
+    from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.sweep.plan import describe, parse_values, read_sweep
     from fastlangevin.learn.sweep.report import outcome, write_report
     from fastlangevin.learn.sweep.run import Run, run_sweep
@@ -50,7 +51,8 @@ def sweep(
         note(f"{where}  {outcome(result)}")
 
     device = own_device(plan.centre.device)
-    note(f"{total} runs on {plan.centre.data}, device {device}, to {out}")
+    where = choose_device(device)
+    note(f"{total} runs on {plan.centre.data}, {where}, to {out}")
     with progress() as show:
         results = run_sweep(
             plan, out, device=device, report=report, stop=stop,

@@ -148,10 +148,10 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:  # torch's message lists twenty kinds of devices, and not "auto"
-        raise ValueError(
-            f"device must be auto, cpu, cuda or cuda:N, got {name!r}"
-            f"{did_you_mean(name, ('auto', 'cpu', 'cuda'))}"
-        ) from None
+        hint = did_you_mean(name, ("auto", "cpu", "cuda"))
+        if name.lower().startswith("gpu"):  # whose nearest name is cpu
+            hint = "; did you mean cuda?"
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}{hint}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
     return indexed(device)

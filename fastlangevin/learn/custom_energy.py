@@ -1,17 +1,14 @@
 """Energies of the user's own code, named as module:attribute."""
 
 import copy
-import importlib
-import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlangevin.names import did_you_mean
+from fastlangevin.learn.user_code import find_attribute
 from fastlangevin.sampler import LangevinSampler
 
 
@@ -26,7 +23,7 @@ def open_energy(target: str, shape: Sequence[int], seed: int = 0) -> nn.Module:
     sizes = ", ".join(map(str, shape))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        value = _find(target)
+        value = find_attribute("energy", target)
         torch.manual_seed(seed)  # how much the import drew depends on what was imported before
         energy = _make(target, value)
         own: Any = getattr(energy, "shape", None)
@@ -68,24 +65,7 @@ def import_energy(target: str) -> nn.Module:
     Raises ValueError, naming ``target``, for another form, a module that cannot be imported, an
     attribute that is not there and a call that fails; TypeError for anything but an nn.Module.
     """
-    return _make(target, _find(target))
-
-
-def _find(target: str) -> Any:
-    """Return the attribute that ``target`` names."""
-    module, colon, attribute = target.partition(":")
-    if not (colon and module and attribute):
-        raise ValueError(f"energy must be module:attribute, such as mymodel:Net, got {target!r}")
-    value = _import(target, module)
-    for name in attribute.split("."):
-        if not hasattr(value, name):
-            names = [n for n, v in vars(value).items() if callable(v)]
-            raise ValueError(
-                f"energy {target!r}: {module} has no attribute {attribute!r}"
-                f"{did_you_mean(name, names)}"
-            )
-        value = getattr(value, name)
-    return value
+    return _make(target, find_attribute("energy", target))
 
 
 def _make(target: str, value: Any) -> nn.Module:
@@ -107,36 +87,3 @@ def _make(target: str, value: Any) -> nn.Module:
             f"got {type(value).__name__}"
         )
     return value
-
-
-def _import(target: str, module: str) -> Any:
-    """Import a module by name; the working directory comes first, as for ``python -m``."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    importlib.invalidate_caches()
-    # "my/model.py" is what a shell completes.
-    path = Path(module)
-    dotted = ".".join(path.with_suffix("").parts) if path.suffix == ".py" else module
-    if dotted != module:
-        raise ValueError(
-            f"energy {target!r} must name a module, not a file; did you mean "
-            f"{target.replace(module, dotted)}?"
-        )
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if module != missing and not module.startswith(f"{missing}."):
-            raise ValueError(f"energy {target!r}: importing {module} failed: {error}") from error
-        hint = did_you_mean(module, [file.stem for file in Path().glob("*.py")])
-        raise ValueError(
-            f"energy {target!r}: no module {module!r} in the working directory, {Path.cwd()}, in "
-            f"PYTHONPATH, or among the installed packages{hint}"
-        ) from error
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        advice = ""
-        if isinstance(error, SystemExit):
-            advice = '; a script must do its work under if __name__ == "__main__"'
-        raise ValueError(
-            f"energy {target!r}: importing {module} raised {type(error).__name__}: {error}{advice}"
-        ) from error

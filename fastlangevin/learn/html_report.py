@@ -224,6 +224,7 @@ def curve(points: Sequence[tuple[float, float]]) -> str:
         f'<text x="{_LEFT - 4}" y="{top + 8}" text-anchor="end">{high:.4g}</text>'
         f'<text x="{_LEFT - 4}" y="{base}" text-anchor="end">{low:.4g}</text>'
         f'<text x="{_LEFT}" y="{base + 16}">{xs[0]:g}</text>'
+        f'<text x="{(_LEFT + right) / 2:g}" y="{base + 16}" text-anchor="middle">iteration</text>'
         f'<text x="{right}" y="{base + 16}" text-anchor="end">{xs[-1]:g}</text></svg>'
     )
 
@@ -237,7 +238,7 @@ def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
         stretch = points[i : i + size]
         ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
         extremes += sorted(ends)
-    return extremes
+    return [points[0], *extremes, points[-1]]
 
 
 def _pictures(run: Path, weights: Weights) -> str:

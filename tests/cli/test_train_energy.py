@@ -175,6 +175,7 @@ def test_a_file_alone_imports_nothing(command: Command) -> None:
         ("userpackage/nets.py:Net", r"did you mean userpackage.nets:Net\?$"),
         ("userpackage.net:Net", "no module 'userpackage.net' in the working directory"),
         ("usermodel:Nett", r"usermodel has no attribute 'Nett'; did you mean Net\?$"),
+        ("usermodel:number.x", "usermodel has no attribute 'number.x'"),
         ("usermodel:wide", r"called without arguments, and raised TypeError: wide\(\) missing 1"),
         ("usermodel:number", "must be an nn.Module, its class, or a function .*, got int$"),
         ("usermodel:conv", r"take images \[n, 1, 8, 8\] .* but on two images it raised RuntimeErr"),

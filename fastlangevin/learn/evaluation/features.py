@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,9 @@ from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.evaluation.efficientnet import EfficientNetLite0
 from fastlangevin.learn.reading import check_file, reading
+from fastlangevin.learn.user_code import find_attribute
 from fastlangevin.names import did_you_mean
+from fastlangevin.reprs import short
 
 NAMES = ("pixels", "classifier", "efficientnet-lite0", "inception")
 BATCH = 32  # images per call of an extractor
@@ -100,7 +101,7 @@ def make_features(
     if name == "inception":
         return _inception(device)
     if ":" in name:
-        yours = _custom(name, device)
+        yours = _users(name, device)
         yours(train.batch(range(min(2, len(train)))).to(device))  # fails before any work is done
         return yours
     raise ValueError(
@@ -181,19 +182,12 @@ def _inception(device: torch.device | None) -> Features:
     return Features("Inception v3 (torch-fidelity)", extract, inception=True)
 
 
-def _custom(name: str, device: torch.device | None) -> Features:
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # console scripts do not search the working directory
-    try:
-        function = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # importing a module runs arbitrary code
-        raise ImportError(f"features {name}: {module} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
+def _users(name: str, device: torch.device | None) -> Features:
+    function = find_attribute("features", name)
     if not callable(function) or isinstance(function, type):
         raise TypeError(
-            f"features {name}: {attribute} must be a function or an nn.Module (not its class) in "
-            f"{module}, got {function!r}"
+            f"features {name!r} must be a function or an nn.Module (not its class), got "
+            f"{short(function)}"
         )
     if isinstance(function, nn.Module):
         function = function.to(device).eval()
