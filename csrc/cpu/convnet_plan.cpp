@@ -151,6 +151,15 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
   return passes;
 }
 
+// The convolution whose input gradient a transposed one computes from images of this size.
+ConvLayer convolution_of(const ConvLayer& layer, const ConvBuffer& in) {
+  ConvLayer convolution = layer;
+  convolution.kind = LayerKind::kConv;
+  std::swap(convolution.in, convolution.out);
+  convolution.height = in.height, convolution.width = in.width;
+  return convolution;
+}
+
 // Sets the steps of each tap. Merges runs of taps that are adjacent in memory into one tap each, if
 // all runs have one length and no chains lie between pixels.
 void plan_steps(const ConvBuffer& in, int step, ConvPass& pass) {
@@ -367,6 +376,9 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     const ConvLayer& layer = net.layers[k];
     if (layer.kind == LayerKind::kConv) {
       frame(layer, net.buffers[layer.inputs[0]], net.buffers[k + 1]);
+    } else if (layer.kind == LayerKind::kTransposed) {
+      ConvBuffer& in = net.buffers[layer.inputs[0]];
+      frame(convolution_of(layer, in), net.buffers[k + 1], in);
     }
     readers += (layer.inputs[0] == 0) + (layer.inputs[1] == 0);
   }
@@ -392,19 +404,25 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     const ConvLayer& layer = net.layers[k];
     LayerPlan& plan = net.plans[k];
     const ConvBuffer &in = net.buffers[std::max(layer.inputs[0], 0)], &out = net.buffers[k + 1];
+    const int tiled = operands == Operands::kFloat32 ? lanes : 0;
     if (layer.kind == LayerKind::kConv) {
       const bool direct = k == 0 && net.direct;
-      const int tiled = operands == Operands::kFloat32 ? lanes : 0;
       // Transforms read whole vectors of channels, which the state may not have.
-      plan.forward = plan_forward(layer, in, out, direct ? 0 : tiled);
+      plan.forward = {plan_forward(layer, in, out, direct ? 0 : tiled)};
       plan.backward = plan_backward(layer, in, out, direct ? 0 : tiled);
       if (direct && !kernels.tiles) plan_spread(layer, out, lanes, plan.backward, net.spread);
-      place(plan.forward, in, out);
+      place(plan.forward.front(), in, out);
       if (direct && net.spread.pixel > 0) {
         place(net.spread.products, out, out);
       } else {
         for (ConvPass& pass : plan.backward) place(pass, out, in);
       }
+    } else if (layer.kind == LayerKind::kTransposed) {
+      const ConvLayer convolution = convolution_of(layer, in);
+      plan.forward = plan_backward(convolution, out, in, tiled);
+      plan.backward = {plan_forward(convolution, out, in, tiled)};
+      for (ConvPass& pass : plan.forward) place(pass, in, out);
+      place(plan.backward.front(), out, in);
     } else if (!layer.links.empty()) {
       plan.mix = plan_mix(layer.links, in, out);
       plan.mix_back = plan_mix(reversed(layer.links), out, in);

@@ -55,7 +55,7 @@ def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
     if isinstance(network, str):
         return network
     for layer in network.layers:
-        if layer.kind == "conv" and layer.groups != 1:
+        if layer.kind in ("conv", "transposed") and layer.groups != 1:
             return f"a convolution has {layer.groups} groups"
         positions = max((factor for _, _, factor in layer.links), default=0.0)
         if layer.kind == "max_pool" and positions > _MAX_POSITIONS:
@@ -73,8 +73,12 @@ def _waste(network: ImageGraph) -> str | None:
     """
     useful = planned = 0
     for layer in network.layers:
-        (channels, height, width), out = layer.read, layer.shape[0]
-        written = math.prod(layer.shape[1:])
+        # A transposed convolution does in its forward pass what others do in the backward pass.
+        ends = (
+            (layer.shape, layer.read) if layer.kind == "transposed" else (layer.read, layer.shape)
+        )
+        (channels, height, width), out = ends[0], ends[1][0]
+        written = math.prod(ends[1][1:])
         if (
             max(out, channels)
             * math.prod(
@@ -84,7 +88,7 @@ def _waste(network: ImageGraph) -> str | None:
             > _MAX_ELEMENTS
         ):
             return "a chain is too large: its elements are indexed in 31 bits"
-        if layer.kind == "conv":
+        if layer.kind in ("conv", "transposed"):
             weights = out * channels * math.prod(layer.kernel)
             useful += 2 * written * weights
             planned += written * weights

@@ -42,12 +42,20 @@ class Operands(Protocol):
 
 def _conv(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     dims = out.ndim - 2
-    if a["transposed"] or dims not in (1, 2):
-        raise operands.refuse("only 1-D and 2-D convolutions that are not transposed are supported")
-    sizes = (tuple(a[k]) for k in ("stride", "padding", "dilation"))
+    if dims not in (1, 2):
+        raise operands.refuse("only 1-D and 2-D convolutions are supported")
+    kind, names = "conv", ("stride", "padding", "dilation")
+    if a["transposed"]:
+        kind, names = "transposed", ("stride", "padding", "output_padding", "dilation")
+    sizes = (tuple(a[k]) for k in names)
     settings = (*(s * dims if len(s) == 1 else s for s in sizes), a["groups"])
     constants = operands.constant(a["weight"], name), operands.constant(a["bias"], name)
-    return Node("conv", (operands.value(a["input"], name),), _shape(out), settings, constants)
+    return Node(kind, (operands.value(a["input"], name),), _shape(out), settings, constants)
+
+
+def _upsample(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    rest = tuple(a[k] for k in ("align_corners", "scales_h", "scales_w") if k in a)
+    return Node("upsample", (operands.value(a["self"], name),), _shape(out), (name, *rest))
 
 
 def _addmm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
@@ -326,6 +334,7 @@ OPERATORS: dict[str, Callable[..., Node | None]] = (
     )
     | dict.fromkeys(_VIEWS, _view)
     | dict.fromkeys(("mul", "mul_", "div", "div_", "neg", "neg_"), _scale)
+    | dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d"), _upsample)
     | {"pow": _square, "gather": _gather, "cat": _cat}
     | dict.fromkeys(("add", "add_", "sub", "sub_"), _add)
     | {
