@@ -100,6 +100,8 @@ class OperatorRecorder:
         describe = OPERATORS.get(name)
         if describe is None:
             raise self.refuse(f"{name} is not supported")
+        if func._schema.is_mutable and self.slots.slot_of(args[0]) not in self.values:
+            raise self.refuse(f"{name} changes a tensor in place")
         if isinstance(out, tuple):
             # Norms and max pools also return tensors that only their backward passes read.
             out, *others = out
