@@ -142,7 +142,7 @@ class ConvNetGradient:
         )
         self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
         self.head = torch.zeros(self.net.head_values, dtype=torch.float32, device="cpu")
-        self.constants = self._no_constants()
+        self.constants: Tensor | None = None  # [chains, net.constant_values], if there are any
         self._model_kwargs: dict[str, Any] = {}
         self._seen: list[tuple[int, int]] | None = None
         # Threads may share a sampler, but there is only one workspace.
@@ -153,13 +153,9 @@ class ConvNetGradient:
         if not self.net.constant_values:
             return self
         engine = copy.copy(self)
-        engine.constants, engine._model_kwargs = self._no_constants(), model_kwargs
-        engine._seen = None
+        engine.constants = engine._seen = None
+        engine._model_kwargs = model_kwargs
         return engine
-
-    def _no_constants(self) -> Tensor:
-        shape = self.chains, self.net.constant_values
-        return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
     def _most(self, network: ImageGraph) -> int:
         """Return the most chains for which a chunk is fast."""
@@ -198,8 +194,12 @@ class ConvNetGradient:
         heads, offset = network.head(self.graph)
         for head, place in zip(heads, self.net.heads, strict=True):
             _place(self.head, head, place)
+        if self.constants is None and self.net.constant_values:
+            shape = self.chains, self.net.constant_values
+            self.constants = torch.zeros(shape, dtype=torch.float32, device="cpu")
         constants = network.constants(self.graph, self._model_kwargs)
         for constant, place in zip(constants, self.net.constants, strict=True):
+            assert self.constants is not None
             _place(self.constants, constant, place)
         self.offset = float(offset)
 
@@ -279,11 +279,11 @@ class ConvNetGradient:
             self.offset,
             0 if energies is None else energies.data_ptr(),
             self.packed.data_ptr(),
-            self.constants.data_ptr(),
+            0 if self.constants is None else self.constants.data_ptr(),
         )
 
     def held_bytes(self) -> int:
-        numbers = self.packed.numel() + self.head.numel() + self.constants.numel()
+        numbers = self.packed.numel() + self.head.numel() + self.chains * self.net.constant_values
         return self.workspace.numel() + 4 * numbers
 
 

@@ -6,6 +6,7 @@ Every value of a chain is an image [C, H, W]. A vector [D] is an image of one pi
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,20 +89,16 @@ class ImageGraph:
     heads: tuple[tuple[int, Image, int], ...]  # value, its image, and its number in the graph
     tail: tuple[int, ...]  # the linear nodes after the heads
 
-    def constants(self, graph: Graph, model_kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return the constants [n, C, H, W] of the layers that are one, for a call's arguments."""
+    def constants(self, graph: Graph, model_kwargs: dict[str, Any]) -> Iterator[Tensor]:
+        """Yield the constants [n, C, H, W] of the layers that are one, for a call's arguments."""
         layers = [layer for layer in self.layers if layer.kind == "constant"]
-        if not layers:
-            return []
-        tensors = graph.constants_of_chains(model_kwargs)
-        constants = []
-        with torch.no_grad(), torch.autocast(graph.device.type, enabled=False):
-            for layer in layers:
-                tensor = layer.bias.tensor() if layer.bias is not None else tensors[layer.number]
-                if layer.through is not None:
+        tensors = graph.constants_of_chains(model_kwargs) if layers else {}
+        for layer in layers:
+            tensor = layer.bias.tensor() if layer.bias is not None else tensors[layer.number]
+            if layer.through is not None:
+                with torch.no_grad(), torch.autocast(graph.device.type, enabled=False):
                     tensor = run_linear(layer.through, tensor)
-                constants.append(tensor.reshape(-1, *layer.shape))
-        return constants
+            yield tensor.reshape(-1, *layer.shape)
 
     def head(self, graph: Graph) -> tuple[list[Tensor], Tensor]:
         """Return the gradients [C, H, W] of the energy at the heads, and the number []."""

@@ -25,10 +25,13 @@ class Operands(Protocol):
     def value(self, tensor: Any, name: str) -> int:
         """Return the number of a value that is computed from the states; refuse other tensors."""
 
-    def constant(self, tensor: Any, name: str, dtype: torch.dtype | None = None) -> Constant | None:
+    def constant(
+        self, tensor: Any, name: str, dtype: torch.dtype | None = None, shared: bool = True
+    ) -> Constant | None:
         """Return the constant of a tensor that is not computed from the states, and None for None.
 
-        ``dtype`` is the one that it must have, if not that of the states.
+        ``dtype`` is the one that it must have, if not that of the states. What the energy computes
+        has a base in memory only if it is ``shared`` by the chains.
         """
 
     def is_value(self, tensor: Any) -> bool:
@@ -182,7 +185,7 @@ def _of_chains(
     Its shape is that of the result unless the tensor has the same numbers at all pixels. Then it
     has a single pixel, except with ``each_pixel``.
     """
-    constant = operands.constant(tensor, name)
+    constant = operands.constant(tensor, name, shared=False)
     assert constant is not None
     missing = out.ndim - tensor.ndim
     sizes = (1,) * missing + constant.size
@@ -202,7 +205,10 @@ def _gather(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> No
     tensor, index = a["self"], a["index"]
     if tensor.ndim != 2 or a["dim"] % 2 != 1 or tuple(out.shape) != (len(tensor), 1):
         raise operands.refuse("gather is supported only of one number from each vector")
-    logits, classes = operands.value(tensor, name), operands.constant(index, name, torch.int64)
+    logits, classes = (
+        operands.value(tensor, name),
+        operands.constant(index, name, torch.int64, False),
+    )
     shape = _shape(tensor)
     operands.nodes.append(Node("constant", (), shape, ("one_hot",), (classes,)))
     operands.nodes.append(Node("mul", (logits, len(operands.nodes)), shape))
