@@ -208,7 +208,7 @@ std::vector<std::array<int64_t, 4>> constant_places(const ConvNet& net) {
 int tiled_passes(const ConvNet& net) {
   int count = 0;
   for (const LayerPlan& plan : net.plans) {
-    count += plan.forward.tiles.used();
+    for (const ConvPass& pass : plan.forward) count += pass.tiles.used();
     for (const ConvPass& pass : plan.backward) count += pass.tiles.used();
   }
   return count;
@@ -325,6 +325,7 @@ PYBIND11_MODULE(_native, module) {
       py::arg("max_pool") = static_cast<int>(fl::LayerKind::kMaxPool),
       py::arg("logsumexp") = static_cast<int>(fl::LayerKind::kLogSumExp),
       py::arg("norm") = static_cast<int>(fl::LayerKind::kNorm),
+      py::arg("transposed") = static_cast<int>(fl::LayerKind::kTransposed),
       py::arg("constant") = static_cast<int>(fl::LayerKind::kConstant));
   module.def("langevin_step", &fl::langevin_step, py::arg("shape"), py::arg("x"), py::arg("grad"),
              py::arg("noise"), py::arg("step_size"), py::arg("noise_std"), py::arg("maximize"),

@@ -137,7 +137,7 @@ void pack_conv(const ConvNet& net, size_t k, const float* weights, int threads, 
   const auto pack = [&](const ConvPass& pass, const auto& from) {
     pack_any(*net.kernels, net.operands != Operands::kFloat32, pass, threads, from, packed);
   };
-  pack(plan.forward, [&](int64_t i, int64_t o) { return at(o, i); });
+  pack(plan.forward.front(), [&](int64_t i, int64_t o) { return at(o, i); });
   if (k == 0 && net.spread.pixel > 0) {
     pack(net.spread.products, [&](int64_t o, int64_t i) -> const float* {
       const float* all = i < positions * layer.in ? at(o, i % layer.in) : nullptr;
@@ -146,6 +146,18 @@ void pack_conv(const ConvNet& net, size_t k, const float* weights, int threads, 
   } else {
     for (const ConvPass& pass : plan.backward) pack(pass, at);
   }
+}
+
+void pack_transposed(const ConvNet& net, size_t k, const float* weights, int threads,
+                     float* packed) {
+  ConvLayer convolution = net.layers[k];
+  std::swap(convolution.in, convolution.out);
+  const auto at = weights_at(convolution, weights);
+  const auto pack = [&](const ConvPass& pass, const auto& from) {
+    pack_any(*net.kernels, net.operands != Operands::kFloat32, pass, threads, from, packed);
+  };
+  for (const ConvPass& pass : net.plans[k].forward) pack(pass, at);
+  pack(net.plans[k].backward.front(), [&](int64_t i, int64_t o) { return at(o, i); });
 }
 
 }  // namespace
@@ -165,6 +177,8 @@ void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, 
     };
     if (layer.kind == LayerKind::kConv) {
       pack_conv(net, k, weights[k].weights, threads, packed);
+    } else if (layer.kind == LayerKind::kTransposed) {
+      pack_transposed(net, k, weights[k].weights, threads, packed);
     } else if (layer.kind == LayerKind::kPointwise) {
       fill(plan.factors, weights[k].weights, layer.factors[0]);
     } else if (layer.kind == LayerKind::kNorm) {

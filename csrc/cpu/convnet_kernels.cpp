@@ -90,7 +90,13 @@ struct Chunk : ChunkLayers<N> {
     switch (layer.kind) {
       case LayerKind::kConstant: return;
       case LayerKind::kConv:
-        return run(plan.forward, source(from, in, out), chains, batch.packed, finish, tiles());
+      case LayerKind::kTransposed: {
+        const auto read = source(from, in, out);
+        for (const ConvPass& pass : plan.forward) {
+          run(pass, read, chains, batch.packed, finish, tiles());
+        }
+        return;
+      }
       case LayerKind::kMix: return this->mix(plan.mix, from, in, out, finish);
       case LayerKind::kMaxPool: return this->greatest(k, finish);
       case LayerKind::kLogSumExp: return this->log_sum_exp(k, finish);
@@ -183,7 +189,8 @@ struct Chunk : ChunkLayers<N> {
     const Type* grad = grads(k + 1);
     switch (layer.kind) {
       case LayerKind::kConstant: return;
-      case LayerKind::kConv: {
+      case LayerKind::kConv:
+      case LayerKind::kTransposed: {
         const auto from = source(grad, out, in);
         for (const ConvPass& pass : plan.backward) {
           run(pass, from, chains, batch.packed, finish, tiles());

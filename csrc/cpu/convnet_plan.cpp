@@ -9,6 +9,15 @@ namespace fastlangevin {
 namespace cpu {
 namespace {
 
+// The convolution whose input gradient a transposed one computes from images of this size.
+ConvLayer convolution_of(const ConvLayer& layer, const ConvBuffer& in) {
+  ConvLayer convolution = layer;
+  convolution.kind = LayerKind::kConv;
+  std::swap(convolution.in, convolution.out);
+  convolution.height = in.height, convolution.width = in.width;
+  return convolution;
+}
+
 bool is_smooth(Activation activation) {
   return activation != Activation::kIdentity && activation != Activation::kLeakyReLU;
 }
@@ -153,6 +162,9 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     const ConvLayer& layer = net.layers[k];
     if (layer.kind == LayerKind::kConv) {
       widen_frames(layer, net.buffers[layer.inputs[0]], net.buffers[k + 1]);
+    } else if (layer.kind == LayerKind::kTransposed) {
+      ConvBuffer& in = net.buffers[layer.inputs[0]];
+      widen_frames(convolution_of(layer, in), net.buffers[k + 1], in);
     }
     readers += (layer.inputs[0] == 0) + (layer.inputs[1] == 0);
   }
@@ -178,19 +190,25 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     const ConvLayer& layer = net.layers[k];
     LayerPlan& plan = net.plans[k];
     const ConvBuffer &in = net.buffers[std::max(layer.inputs[0], 0)], &out = net.buffers[k + 1];
+    const int tiled = operands == Operands::kFloat32 ? lanes : 0;
     if (layer.kind == LayerKind::kConv) {
       const bool direct = k == 0 && net.direct;
-      const int tiled = operands == Operands::kFloat32 ? lanes : 0;
       // Transforms read whole vectors of channels, which the state may not have.
-      plan.forward = plan_forward(layer, in, out, direct ? 0 : tiled);
+      plan.forward = {plan_forward(layer, in, out, direct ? 0 : tiled)};
       plan.backward = plan_backward(layer, in, out, direct ? 0 : tiled);
       if (direct && !kernels.tiles) plan_spread(layer, out, lanes, plan.backward, net.spread);
-      place(plan.forward, in, out);
+      place(plan.forward.front(), in, out);
       if (direct && net.spread.pixel > 0) {
         place(net.spread.products, out, out);
       } else {
         for (ConvPass& pass : plan.backward) place(pass, out, in);
       }
+    } else if (layer.kind == LayerKind::kTransposed) {
+      const ConvLayer convolution = convolution_of(layer, in);
+      plan.forward = plan_backward(convolution, out, in, tiled);
+      plan.backward = {plan_forward(convolution, out, in, tiled)};
+      for (ConvPass& pass : plan.forward) place(pass, in, out);
+      place(plan.backward.front(), out, in);
     } else if (!layer.links.empty()) {
       plan.mix = plan_mix(layer.links, in, out);
       plan.mix_back = plan_mix(reversed(layer.links), out, in);

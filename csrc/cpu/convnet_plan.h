@@ -34,6 +34,7 @@ enum class LayerKind : int32_t {
   kMaxPool,    // every pixel is the greatest of some input pixels, for each channel alone
   kLogSumExp,  // of all channels and pixels
   kNorm,       // weights[channel] (a - mean) / sqrt(variance + factor), over groups of channels
+  kTransposed,  // the input gradient of a convolution with weights [in, out, kernel]
   kConstant,   // numbers of each chain that the caller passes; it reads no value
 };
 
@@ -151,8 +152,7 @@ struct Arrival {
 };
 
 struct LayerPlan {
-  ConvPass forward{};
-  std::vector<ConvPass> backward{};
+  std::vector<ConvPass> forward{}, backward{};
   MixPass mix{}, mix_back{};
   Arrival arrivals[2];
   // Where these begin in the packed weights: the bias, the weights of kPointwise and kNorm, and two settings

@@ -40,15 +40,16 @@ struct Exact {
   const std::vector<std::vector<float>>& weights;
   const std::vector<std::vector<float>>& biases;
   double leak;
-  std::vector<Values> values, grads;
+  std::vector<Values> constants;  // of every layer
+  std::vector<Values> values{}, grads{};
 
   int height(int v) const { return v ? test.layers[v - 1].height : test.height; }
   int width(int v) const { return v ? test.layers[v - 1].width : test.width; }
 
-  // Calls f(input index, output index, weight index) for every product of a convolution.
+  // Calls f(input index, output index, weight index) for every product of a convolution that reads
+  // images of this size.
   template <class F>
-  void each_product(const ConvLayer& layer, const F& f) const {
-    const int tall = height(layer.inputs[0]), wide = width(layer.inputs[0]);
+  void each_product(const ConvLayer& layer, int tall, int wide, const F& f) const {
     for (int o = 0; o < layer.out; ++o)
       for (int y = 0; y < layer.height; ++y)
         for (int x = 0; x < layer.width; ++x)
@@ -63,20 +64,34 @@ struct Exact {
               }
   }
 
+  // The element of the second input that belongs to an element of the result.
+  int second(const ConvLayer& layer, int e) const {
+    return int(values[layer.inputs[1]].size()) == layer.out ? e / area(layer) : e;
+  }
+
   // For layers that are linear in each input, calls f(which input, input, output, factor).
   template <class F>
   void each_factor(size_t k, const F& f) const {
     const ConvLayer& layer = test.layers[k];
+    if (layer.kind == LayerKind::kConstant) return;
     const int size = layer.out * area(layer), read = int(values[layer.inputs[0]].size());
+    const int tall = height(layer.inputs[0]), wide = width(layer.inputs[0]);
     if (layer.kind == LayerKind::kConv) {
-      each_product(layer, [&](int i, int o, int w) { f(0, i, o, double(weights[k][w])); });
+      each_product(layer, tall, wide,
+                   [&](int i, int o, int w) { f(0, i, o, double(weights[k][w])); });
+    } else if (layer.kind == LayerKind::kTransposed) {
+      ConvLayer convolution = layer;
+      std::swap(convolution.in, convolution.out);
+      convolution.height = tall, convolution.width = wide;
+      each_product(convolution, layer.height, layer.width,
+                   [&](int i, int o, int w) { f(0, o, i, double(weights[k][w])); });
     } else if (layer.kind == LayerKind::kPointwise) {
       for (int e = 0; e < size; ++e) {
         f(0, e, e, double(weights[k][e / area(layer)]));
-        if (layer.inputs[1] >= 0) f(1, e, e, double(layer.factors[1]));
+        if (layer.inputs[1] >= 0) f(1, second(layer, e), e, double(layer.factors[1]));
       }
     } else if (layer.kind == LayerKind::kMultiply) {
-      for (int e = 0; e < size; ++e) f(0, e, e, values[layer.inputs[1]][e]);
+      for (int e = 0; e < size; ++e) f(0, e, e, values[layer.inputs[1]][second(layer, e)]);
     } else if (layer.kind == LayerKind::kMix) {
       for (int c = 0; c < layer.out; ++c)
         for (const PixelLink& link : layer.links)
@@ -110,6 +125,10 @@ struct Exact {
   void forward() {
     for (size_t k = 0; k < test.layers.size(); ++k) {
       const ConvLayer& layer = test.layers[k];
+      if (layer.kind == LayerKind::kConstant) {
+        values.push_back(constants[k]);
+        continue;
+      }
       Values sums(layer.out * area(layer), 0.0);
       if (layer.kind == LayerKind::kLogSumExp) {
         for (double value : values[layer.inputs[0]]) sums[0] += std::exp(value);
@@ -158,11 +177,31 @@ struct Exact {
       each_factor(k, [&](int which, int i, int o, double factor) {
         grads[layer.inputs[which]][i] += grad[o] * factor;
         if (layer.kind == LayerKind::kMultiply)
-          grads[layer.inputs[1]][i] += grad[o] * values[layer.inputs[0]][i];
+          grads[layer.inputs[1]][second(layer, i)] += grad[o] * values[layer.inputs[0]][i];
       });
     }
   }
 };
+
+// Calls f(layer, element, place) for every number of a chain's constants.
+template <class F>
+void each_constant(const ConvNet& net, const F& f) {
+  for (size_t k = 0; k < net.layers.size(); ++k) {
+    if (net.layers[k].kind != LayerKind::kConstant) continue;
+    const int pixels = area(net.layers[k]);
+    for (int64_t c = 0; c < net.layers[k].out; ++c)
+      for (int64_t p = 0; p < pixels; ++p)
+        f(k, c * pixels + p, net.plans[k].numbers + p * net.buffers[k + 1].stored + c);
+  }
+}
+
+// The constants of one chain, for every layer.
+std::vector<Values> unpadded(const ConvNet& net, const float* numbers) {
+  std::vector<Values> constants;
+  for (const ConvLayer& layer : net.layers) constants.emplace_back(layer.out * area(layer));
+  each_constant(net, [&](size_t k, int64_t e, int64_t at) { constants[k][e] = numbers[at]; });
+  return constants;
+}
 
 struct Result {
   std::vector<float> grad, energies;
@@ -179,7 +218,7 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
   std::vector<std::vector<float>> weights, biases;
   std::vector<cpu::LayerWeights> parameters;
   for (const ConvLayer& layer : test.layers) {
-    const bool conv = layer.kind == LayerKind::kConv;
+    const bool conv = layer.kind == LayerKind::kConv || layer.kind == LayerKind::kTransposed;
     weights.push_back(numbers.take(conv ? size_t(layer.out) * layer.in * layer.kernel[0] * layer.kernel[1]
                                         : layer.out));
     biases.push_back(weights.size() == 1 ? std::vector<float>(layer.out) : numbers.take(layer.out));
@@ -201,6 +240,12 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
       for (int p = 0; p < pixels; ++p)
         padded[at.begin + p * top.stored + c] = heads.back()[c * pixels + p];
   }
+  std::vector<float> constants(chains * net.constants, 0.0f);
+  for (int64_t n = 0; n < chains; ++n) {
+    each_constant(net, [&](size_t, int64_t, int64_t at) {
+      constants[n * net.constants + at] = numbers.next();
+    });
+  }
   const std::vector<float> x = numbers.take(chains * size);
   Result result{std::vector<float>(chains * size), std::vector<float>(chains)};
   std::vector<float> &grad = result.grad, &energies = result.energies;
@@ -208,7 +253,7 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
   const int64_t plane = int64_t{test.height} * test.width;
   const ConvBatch batch{chains, chunk, x.data(), {size, plane, test.width, 1},
                         grad.data(), {size, plane, test.width, 1}, padded.data(), 0.25f,
-                        energies.data(), packed.data()};
+                        energies.data(), packed.data(), constants.data()};
   for (int repeat = 0; repeat < 2; ++repeat) {
     cpu::convnet_score(net, batch, workspace.data(), threads);
   }
@@ -217,7 +262,8 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
                            : operands == Operands::kFloat32 ? 2e-6
                                                             : 3e-5;
   for (int64_t n = 0; n < chains; ++n) {
-    Exact exact{test, weights, biases, leak, {Values(x.begin() + n * size, x.begin() + (n + 1) * size)}, {}};
+    Exact exact{test, weights, biases, leak, unpadded(net, constants.data() + n * net.constants)};
+    exact.values.emplace_back(x.begin() + n * size, x.begin() + (n + 1) * size);
     exact.forward();
     for (const Values& values : exact.values) exact.grads.emplace_back(values.size(), 0.0);
     double energy = 0.25, scale = 0.25;
@@ -286,6 +332,15 @@ struct Builder {
       }
     return add(layer);
   }
+  int transposed(int v, int out, int kernel, int stride, int padding) {
+    const auto size = [&](int inputs) { return (inputs - 1) * stride - 2 * padding + kernel; };
+    return add({LayerKind::kTransposed, {v, -1}, channels(v), out, size(height(v)), size(width(v)),
+                Activation::kLeakyReLU, {kernel, kernel}, {stride, stride}, {padding, padding}});
+  }
+  int constant(int channels, int height, int width) {
+    return add({LayerKind::kConstant, {-1, -1}, channels, channels, height, width,
+                Activation::kIdentity});
+  }
   int log_sum_exp(int v) {
     return add({LayerKind::kLogSumExp, {v, -1}, channels(v), 1, 1, 1, Activation::kIdentity});
   }
@@ -318,6 +373,22 @@ Case pools(LayerKind kind) {
   return b.energy({b.log_sum_exp(square), b.pairs(LayerKind::kMultiply, square, a)});
 }
 
+// The energy contains a constant itself, and constants of one pixel and of all.
+Case constants() {
+  Builder b(3, 5, 4);
+  const int a = b.conv(0, 9, 3, 1, 1), one = b.constant(9, 1, 1), all = b.constant(9, 5, 4);
+  const int scaled = b.pairs(LayerKind::kMultiply, a, one, Activation::kLeakyReLU);
+  const int shifted = b.pairs(LayerKind::kPointwise, scaled, all, Activation::kLeakyReLU);
+  return b.energy({b.pairs(LayerKind::kMultiply, b.pairs(LayerKind::kPointwise, shifted, one), all), one});
+}
+
+Case decoder() {
+  Builder b(17, 1, 1);
+  const int a = b.transposed(b.transposed(0, 9, 3, 1, 0), 18, 4, 2, 1);
+  const int gaps = b.transposed(a, 3, 2, 3, 0), same = b.transposed(a, 18, 3, 1, 1);
+  return b.energy({gaps, b.conv(same, 5, 3, 1, 1)});
+}
+
 Case norms() {
   Builder b(4, 3, 5);
   ConvLayer norm{LayerKind::kNorm, {b.conv(0, 18, 3, 1, 1), -1}, 18, 18, 3, 5, Activation::kLeakyReLU};
@@ -338,7 +409,7 @@ int main() {
       stack({2, 1, 1}, {{40, 1, 1, 0}, {1, 1, 1, 0}}),
       stack({3, 4, 4}, {{9, 3, 1, 1}, {17, 4, 1, 0}, {3, 1, 1, 0}}),
       stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
-      residual(), norms(), pools(LayerKind::kMix), pools(LayerKind::kMaxPool),
+      residual(), constants(), decoder(), norms(), pools(LayerKind::kMix), pools(LayerKind::kMaxPool),
   };
   for (const char* name : {"amx_emulated", "amx"}) {
     if (!cpu::choose_instruction_set(name)) continue;

@@ -26,8 +26,8 @@ def refusal(graph: Graph) -> str | None:
     for node in graph.nodes:
         if node.kind == "constant":
             return "a constant differs between chains"
-        if node.kind == "cat":
-            return "cat is not supported"
+        if node.kind in ("cat", "transposed", "upsample"):
+            return f"{node.kind} is not supported"
     return None
 
 

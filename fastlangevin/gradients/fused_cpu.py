@@ -55,7 +55,7 @@ def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
     if isinstance(network, str):
         return network
     for layer in network.layers:
-        if layer.kind == "conv" and layer.groups != 1:
+        if layer.kind in ("conv", "transposed") and layer.groups != 1:
             return f"a convolution has {layer.groups} groups"
         positions = max((factor for _, _, factor in layer.links), default=0.0)
         if layer.kind == "max_pool" and positions > _MAX_POSITIONS:
@@ -73,8 +73,12 @@ def _waste(network: ImageGraph) -> str | None:
     """
     useful = planned = 0
     for layer in network.layers:
-        (channels, height, width), out = layer.read, layer.shape[0]
-        written = math.prod(layer.shape[1:])
+        # A transposed convolution does in its forward pass what others do in the backward pass.
+        ends = (
+            (layer.shape, layer.read) if layer.kind == "transposed" else (layer.read, layer.shape)
+        )
+        (channels, height, width), out = ends[0], ends[1][0]
+        written = math.prod(ends[1][1:])
         if (
             max(out, channels)
             * math.prod(
@@ -84,7 +88,7 @@ def _waste(network: ImageGraph) -> str | None:
             > _MAX_ELEMENTS
         ):
             return "a chain is too large: its elements are indexed in 31 bits"
-        if layer.kind == "conv":
+        if layer.kind in ("conv", "transposed"):
             weights = out * channels * math.prod(layer.kernel)
             useful += 2 * written * weights
             planned += written * weights
@@ -138,7 +142,7 @@ class ConvNetGradient:
         )
         self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
         self.head = torch.zeros(self.net.head_values, dtype=torch.float32, device="cpu")
-        self.constants = self._no_constants()
+        self.constants: Tensor | None = None  # [chains, net.constant_values], if there are any
         self._model_kwargs: dict[str, Any] = {}
         self._seen: list[tuple[int, int]] | None = None
         # Threads may share a sampler, but there is only one workspace.
@@ -149,13 +153,9 @@ class ConvNetGradient:
         if not self.net.constant_values:
             return self
         engine = copy.copy(self)
-        engine.constants, engine._model_kwargs = self._no_constants(), model_kwargs
-        engine._seen = None
+        engine.constants = engine._seen = None
+        engine._model_kwargs = model_kwargs
         return engine
-
-    def _no_constants(self) -> Tensor:
-        shape = self.chains, self.net.constant_values
-        return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
     def _most(self, network: ImageGraph) -> int:
         """Return the most chains for which a chunk is fast."""
@@ -194,8 +194,12 @@ class ConvNetGradient:
         heads, offset = network.head(self.graph)
         for head, place in zip(heads, self.net.heads, strict=True):
             _place(self.head, head, place)
+        if self.constants is None and self.net.constant_values:
+            shape = self.chains, self.net.constant_values
+            self.constants = torch.zeros(shape, dtype=torch.float32, device="cpu")
         constants = network.constants(self.graph, self._model_kwargs)
         for constant, place in zip(constants, self.net.constants, strict=True):
+            assert self.constants is not None
             _place(self.constants, constant, place)
         self.offset = float(offset)
 
@@ -275,11 +279,11 @@ class ConvNetGradient:
             self.offset,
             0 if energies is None else energies.data_ptr(),
             self.packed.data_ptr(),
-            self.constants.data_ptr(),
+            0 if self.constants is None else self.constants.data_ptr(),
         )
 
     def held_bytes(self) -> int:
-        numbers = self.packed.numel() + self.head.numel() + self.constants.numel()
+        numbers = self.packed.numel() + self.head.numel() + self.chains * self.net.constant_values
         return self.workspace.numel() + 4 * numbers
 
 

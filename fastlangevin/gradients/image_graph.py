@@ -6,6 +6,7 @@ Every value of a chain is an image [C, H, W]. A vector [D] is an image of one pi
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +35,9 @@ class ImageLayer:
     inputs: tuple[int, ...]
     read: Image
     shape: Image
-    weight: Constant | None = (
-        None  # of conv [out, in, kh, kw] in some shape; of pointwise [C] or [1]
-    )
+    # Of conv [out, in, kh, kw] and of transposed [in, out, kh, kw], in some shape; of pointwise [C]
+    # or [1].
+    weight: Constant | None = None
     bias: Constant | None = None
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
@@ -46,7 +47,8 @@ class ImageLayer:
     factors: tuple[float, float] = (1.0, 1.0)
     links: Links = ()
     norm: Node | None = None  # a batch norm in eval mode, after the bias
-    # Of a constant: its number in the graph, and a convolution or linear layer that it passes.
+    # Of a constant that is not a bias alone: its number in the graph, and a convolution or linear
+    # layer that it passes.
     number: int = 0
     through: Node | None = None
     activation: Node | None = None
@@ -65,6 +67,8 @@ class ImageLayer:
         weight, bias = (None if c is None else c.tensor() for c in (self.weight, self.bias))
         if weight is not None and self.kind == "conv":
             weight = weight.reshape(self.shape[0], self.read[0] // self.groups, *self.kernel)
+        elif weight is not None and self.kind == "transposed":
+            weight = weight.reshape(self.read[0], self.shape[0] // self.groups, *self.kernel)
         elif weight is not None:
             weight = weight.reshape(-1).expand(self.shape[0])
             if self.kind == "pointwise":
@@ -85,20 +89,16 @@ class ImageGraph:
     heads: tuple[tuple[int, Image, int], ...]  # value, its image, and its number in the graph
     tail: tuple[int, ...]  # the linear nodes after the heads
 
-    def constants(self, graph: Graph, model_kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return the constants [n, C, H, W] of the layers that are one, for a call's arguments."""
+    def constants(self, graph: Graph, model_kwargs: dict[str, Any]) -> Iterator[Tensor]:
+        """Yield the constants [n, C, H, W] of the layers that are one, for a call's arguments."""
         layers = [layer for layer in self.layers if layer.kind == "constant"]
-        if not layers:
-            return []
-        tensors = graph.constants_of_chains(model_kwargs)
-        constants = []
-        with torch.no_grad(), torch.autocast(graph.device.type, enabled=False):
-            for layer in layers:
-                tensor = tensors[layer.number]
-                if layer.through is not None:
+        tensors = graph.constants_of_chains(model_kwargs) if layers else {}
+        for layer in layers:
+            tensor = layer.bias.tensor() if layer.bias is not None else tensors[layer.number]
+            if layer.through is not None:
+                with torch.no_grad(), torch.autocast(graph.device.type, enabled=False):
                     tensor = run_linear(layer.through, tensor)
-                constants.append(tensor.reshape(-1, *layer.shape))
-        return constants
+            yield tensor.reshape(-1, *layer.shape)
 
     def head(self, graph: Graph) -> tuple[list[Tensor], Tensor]:
         """Return the gradients [C, H, W] of the energy at the heads, and the number []."""
@@ -191,7 +191,7 @@ class _Lowering:
 
     def _lower(self, k: int, node: Node) -> tuple[int, Image]:
         if node.kind == "view":
-            return self._place(node.inputs[0])
+            return self._view(node)
         if node.kind in ACTIVATIONS:
             return self._activate(node)
         if node.kind in ("conv", "linear") and self._kind(node.inputs[0]) == "cat":
@@ -199,7 +199,7 @@ class _Lowering:
         inputs = tuple(self._place(i)[0] for i in node.inputs)
         image = self._place(node.inputs[0])[1]
         layer = ImageLayer("pointwise", inputs, image, image)
-        if node.kind in ("conv", "linear"):
+        if node.kind in ("conv", "linear", "transposed"):
             layer = self._conv(layer, node)
         elif node.kind in ("add", "mul"):
             other = node.inputs[1]
@@ -223,10 +223,12 @@ class _Lowering:
             self._check_image(node)
             links = _max_windows(image, node)
             layer = replace(layer, kind="max_pool", shape=_image(node.shape), links=links)
-        elif node.kind in ("avg_pool", "mean", "sum"):
+        elif node.kind in ("avg_pool", "mean", "sum", "upsample"):
             self._check_image(node)
             if node.kind == "avg_pool":
                 links = _pool_windows(image, node)
+            elif node.kind == "upsample":
+                links = _interpolation(image, node)
             else:
                 links = self._all_pixels(image, node)
             layer = replace(layer, kind="mix", shape=_image(node.shape), links=links)
@@ -245,6 +247,36 @@ class _Lowering:
     def _shape(self, value: int) -> tuple[int, ...]:
         return self.graph.nodes[value - 1].shape if value else self.graph.shape
 
+    def _view(self, node: Node) -> tuple[int, Image]:
+        """Return the place of a view.
+
+        A linear layer whose result is viewed as an image alone becomes a transposed convolution of
+        one pixel, since channels are stored next to each other.
+        """
+        (value,) = node.inputs
+        place, image = self._place(value)
+        layer = self._alone(value)
+        is_image = len(node.shape) > 1 and math.prod(node.shape[1:]) > 1 and image[1:] == (1, 1)
+        if not is_image or layer is None or layer.kind != "conv" or layer.norm is not None:
+            return place, image
+        if layer.read[1:] != (1, 1) or layer.groups != 1:
+            return place, image
+        assert layer.weight is not None
+        shape = channels, height, width = _image(node.shape)
+        row, column = layer.weight.stride[:2]
+        weight = replace(
+            layer.weight,
+            size=(layer.read[0], channels, height, width),
+            stride=(column, height * width * row, width * row, row),
+        )
+        self.layers[place - 1] = replace(
+            layer, kind="transposed", weight=weight, bias=None, shape=shape, kernel=shape[1:]
+        )
+        if layer.bias is None:
+            return place, shape
+        bias, _ = self._add(ImageLayer("constant", (), shape, shape, bias=layer.bias))
+        return self._add(ImageLayer("pointwise", (place, bias), shape, shape))
+
     def _check_image(self, node: Node) -> None:
         if _image(self._shape(node.inputs[0])) != self._place(node.inputs[0])[1]:
             raise _Refused(f"{node.kind} reads values that have been viewed in another shape")
@@ -262,13 +294,16 @@ class _Lowering:
     def _conv(self, layer: ImageLayer, node: Node) -> ImageLayer:
         weight, bias = node.constants
         assert weight is not None
-        layer = replace(layer, kind="conv", weight=weight, bias=bias, shape=_image(node.shape))
+        kind = "transposed" if node.kind == "transposed" else "conv"
+        layer = replace(layer, kind=kind, weight=weight, bias=bias, shape=_image(node.shape))
         if node.kind == "linear":
             if self._shape(node.inputs[0]) != (math.prod(layer.read),):
                 raise _Refused("linear reads values that have been viewed in another shape")
             return replace(layer, kernel=layer.read[1:])
         self._check_image(node)
         *geometry, groups = node.settings
+        if node.kind == "transposed":
+            del geometry[2]  # the padding of the output is in its shape
         missing = 2 - len(geometry[0])  # a convolution of sequences has no vertical dimension
         kernel, stride, padding, dilation = (
             (*neutral[:missing], *sizes)
@@ -398,6 +433,26 @@ def _pool_windows(image: Image, node: Node) -> Links:
         count = divisor or (tall * wide if counted else len(rows) * len(columns))
         links += [(pixel, y * image[2] + x, 1 / count) for y in rows for x in columns]
     return tuple(links)
+
+
+def _interpolation(image: Image, node: Node) -> Links:
+    """Return the links of an interpolation, which weighs rows and columns independently."""
+    shares = []
+    for axis in range(2):
+        # A row (or column) of ones at a time: its share in every row of the result.
+        size = image[1 + axis]
+        ones = torch.eye(size, device="cpu").view(
+            (size, 1, -1, 1) if axis == 0 else (size, 1, 1, -1)
+        )
+        ones = ones.expand(size, 1, *image[1:])
+        out = run_linear(node, ones)[:, 0]
+        share = (out[:, :, 0] if axis == 0 else out[:, 0]).T
+        shares.append([[(k, float(row[k])) for k in row.nonzero()[:, 0].tolist()] for row in share])
+    return tuple(
+        (pixel, y * image[2] + x, tall * wide)
+        for pixel, (rows, columns) in enumerate(itertools.product(*shares))
+        for (y, tall), (x, wide) in itertools.product(rows, columns)
+    )
 
 
 def _max_windows(image: Image, node: Node) -> Links:

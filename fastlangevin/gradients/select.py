@@ -146,9 +146,9 @@ def _by_layers(
     reason = cache.disproof(choice.name, lambda: engine, graph, results, call)
     if reason is not None and gradient == "auto" and choice.name == "fused" and call.x.is_cuda:
         # The graph may be right and the GPU's kernels wrong.
-        explicit = _by_layers("explicit", graph, results, call, cache)
-        if isinstance(explicit, EngineChoice):
-            return explicit._replace(why_not={"fused": reason})
+        other = _by_layers("explicit", graph, results, call, cache)
+        if isinstance(other, EngineChoice):
+            return other._replace(why_not={"fused": reason})
     return reason or choice
 
 

@@ -188,13 +188,25 @@ def test_a_chain_that_keeps_its_graph_is_differentiated_by_autograd():
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
 
 
-def test_memory_that_changes_after_it_was_read_is_left_to_the_trace():
+def after_its_read(x: Tensor, y: Tensor) -> Tensor:
+    scale = y * 1.0
+    h = torch.tanh(x) + scale
+    scale.add_(1)
+    return (h * scale).sum(1)
+
+
+def by_the_state(x: Tensor, y: Tensor) -> Tensor:
+    scale = y * 1.0
+    h = torch.tanh(x) + scale
+    scale.mul_(x)
+    return (h.sin() + scale).sum(1)
+
+
+@pytest.mark.parametrize("change", [after_its_read, by_the_state])
+def test_memory_that_changes_later_is_left_to_the_trace(change):
     class Changing(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            scale = y * 1.0
-            h = torch.tanh(x) + scale
-            scale.add_(1)
-            return (h * scale).sum(1)
+            return change(x, y)
 
     x, y = torch.rand(N, 3), torch.rand(N, 3)
     sampler = step_of(Changing(), "auto")

@@ -199,10 +199,7 @@ REFUSED: dict[str, tuple[Callable[[Custom, Tensor], Tensor], str]] = {
     "changed buffer": (changed_buffer, "changes a tensor in place"),
     "cast": (lambda m, x: rows(m.one(x)).double(), "keeps all elements and their dtype"),
     "unknown": (lambda m, x: rows(torch.erf(m.one(x))), "erf is not supported"),
-    "transposed": (
-        lambda m, x: rows(F.conv_transpose2d(m.one(x), m.two.weight)),
-        "not transposed",
-    ),
+    "cube": (lambda m, x: rows(F.avg_pool3d(m.one(x), 2)), "avg_pool3d is not supported"),
     "negative slope": (lambda m, x: rows(F.leaky_relu(m.one(x), -0.1)), "these settings"),
     "selu": (lambda m, x: rows(F.selu(m.one(x))), "these settings"),
     "shape": (lambda m, x: m.one(x), "has shape [4, 4, 8, 8] for 4 chains"),

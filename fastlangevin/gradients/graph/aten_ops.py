@@ -25,10 +25,13 @@ class Operands(Protocol):
     def value(self, tensor: Any, name: str) -> int:
         """Return the number of a value that is computed from the states; refuse other tensors."""
 
-    def constant(self, tensor: Any, name: str, dtype: torch.dtype | None = None) -> Constant | None:
+    def constant(
+        self, tensor: Any, name: str, dtype: torch.dtype | None = None, shared: bool = True
+    ) -> Constant | None:
         """Return the constant of a tensor that is not computed from the states, and None for None.
 
-        ``dtype`` is the one that it must have, if not that of the states.
+        ``dtype`` is the one that it must have, if not that of the states. What the energy computes
+        has a base in memory only if it is ``shared`` by the chains.
         """
 
     def is_value(self, tensor: Any) -> bool:
@@ -42,12 +45,20 @@ class Operands(Protocol):
 
 def _conv(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     dims = out.ndim - 2
-    if a["transposed"] or dims not in (1, 2):
-        raise operands.refuse("only 1-D and 2-D convolutions that are not transposed are supported")
-    sizes = (tuple(a[k]) for k in ("stride", "padding", "dilation"))
+    if dims not in (1, 2):
+        raise operands.refuse("only 1-D and 2-D convolutions are supported")
+    kind, names = "conv", ("stride", "padding", "dilation")
+    if a["transposed"]:
+        kind, names = "transposed", ("stride", "padding", "output_padding", "dilation")
+    sizes = (tuple(a[k]) for k in names)
     settings = (*(s * dims if len(s) == 1 else s for s in sizes), a["groups"])
     constants = operands.constant(a["weight"], name), operands.constant(a["bias"], name)
-    return Node("conv", (operands.value(a["input"], name),), _shape(out), settings, constants)
+    return Node(kind, (operands.value(a["input"], name),), _shape(out), settings, constants)
+
+
+def _upsample(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    rest = tuple(a[k] for k in ("align_corners", "scales_h", "scales_w") if k in a)
+    return Node("upsample", (operands.value(a["self"], name),), _shape(out), (name, *rest))
 
 
 def _addmm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
@@ -174,7 +185,7 @@ def _of_chains(
     Its shape is that of the result unless the tensor has the same numbers at all pixels. Then it
     has a single pixel, except with ``each_pixel``.
     """
-    constant = operands.constant(tensor, name)
+    constant = operands.constant(tensor, name, shared=False)
     assert constant is not None
     missing = out.ndim - tensor.ndim
     sizes = (1,) * missing + constant.size
@@ -194,7 +205,10 @@ def _gather(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> No
     tensor, index = a["self"], a["index"]
     if tensor.ndim != 2 or a["dim"] % 2 != 1 or tuple(out.shape) != (len(tensor), 1):
         raise operands.refuse("gather is supported only of one number from each vector")
-    logits, classes = operands.value(tensor, name), operands.constant(index, name, torch.int64)
+    logits, classes = (
+        operands.value(tensor, name),
+        operands.constant(index, name, torch.int64, False),
+    )
     shape = _shape(tensor)
     operands.nodes.append(Node("constant", (), shape, ("one_hot",), (classes,)))
     operands.nodes.append(Node("mul", (logits, len(operands.nodes)), shape))
@@ -326,6 +340,7 @@ OPERATORS: dict[str, Callable[..., Node | None]] = (
     )
     | dict.fromkeys(_VIEWS, _view)
     | dict.fromkeys(("mul", "mul_", "div", "div_", "neg", "neg_"), _scale)
+    | dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d"), _upsample)
     | {"pow": _square, "gather": _gather, "cat": _cat}
     | dict.fromkeys(("add", "add_", "sub", "sub_"), _add)
     | {

@@ -89,6 +89,15 @@ def run_linear(node: Node, x: Tensor, *others: Tensor) -> Tensor:
         stride, padding, dilation, groups = settings
         convolve = torch.conv1d if x.ndim == 3 else torch.conv2d
         return convolve(x, weight.tensor(), offset, stride, padding, dilation, groups)
+    if node.kind == "transposed":
+        weight, bias = node.constants
+        assert weight is not None
+        offset = None if bias is None else bias.tensor()
+        stride, padding, added, dilation, groups = settings
+        transposed = torch.conv_transpose1d if x.ndim == 3 else torch.conv_transpose2d
+        return transposed(x, weight.tensor(), offset, stride, padding, added, groups, dilation)
+    if node.kind == "upsample":
+        return getattr(torch.ops.aten, settings[0])(x, node.shape[1:], *settings[1:])
     if node.kind == "add":
         return torch.add(x, *others, alpha=settings[0])
     if node.kind == "cat":

@@ -69,7 +69,9 @@ class Node:
     constant reads no value: its constant [n, *shape] has a row for each chain or, with the setting
     "one_hot", is the number of each chain's class. The second input of add and mul may be a
     constant of shape [C, 1, ...] that is broadcast. cat (sizes) joins values along their first
-    dimension.
+    dimension. transposed (stride, padding, output_padding, dilation, groups) is a transposed
+    convolution with the weight [in, out, ...] and the bias, and upsample (name of the operator, its
+    arguments after the size) an interpolation.
     """
 
     kind: str

@@ -100,6 +100,8 @@ class OperatorRecorder:
         describe = OPERATORS.get(name)
         if describe is None:
             raise self.refuse(f"{name} is not supported")
+        if func._schema.is_mutable and self.slots.slot_of(args[0]) not in self.values:
+            raise self.refuse(f"{name} changes a tensor in place")
         if isinstance(out, tuple):
             # Norms and max pools also return tensors that only their backward passes read.
             out, *others = out
@@ -201,10 +203,13 @@ class OperatorRecorder:
         is_argument = id(tensor) in self._arguments
         return is_argument or self.slots.slot_of(tensor) in self._of_arguments
 
-    def constant(self, tensor: Any, name: str, dtype: torch.dtype | None = None) -> Constant | None:
+    def constant(
+        self, tensor: Any, name: str, dtype: torch.dtype | None = None, shared: bool = True
+    ) -> Constant | None:
         """Return the constant of a tensor that is not computed from the states, and None for None.
 
-        ``dtype`` is the one that it must have, if not that of the states.
+        ``dtype`` is the one that it must have, if not that of the states. What the energy computes
+        has a base in memory only if it is ``shared`` by the chains.
         """
         if tensor is None:
             return None
@@ -214,8 +219,11 @@ class OperatorRecorder:
             raise self.refuse(f"{name} reads a tensor that is neither a parameter nor a buffer")
         if tensor.dtype != (dtype or self.leaf.dtype) or tensor.device != self.leaf.device:
             raise self.refuse(f"{name} reads a tensor of another dtype or device")
-        if constant is None:
-            base = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if constant is None or (shared and constant.base.is_meta):
+            if shared:
+                base = tensor.detach().clone(memory_format=torch.contiguous_format)
+            else:
+                base = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             constant = Constant(base, tuple(base.shape), base.stride(), 0, slot)
             self._constants[slot] = constant
         return constant
