@@ -46,7 +46,7 @@ SIMPLE = {
     "blur": "unsharp mask",
     "grey": "mean colours",
 }
-MARKS = ("<!-- restorations -->", "<!-- /restorations -->")
+MARKS = ("<!-- restorations {} -->", "<!-- /restorations {} -->")  # of a run
 
 Errors = dict[str, Tensor]  # the error of every image, by the name of the answer
 
@@ -202,7 +202,8 @@ def main() -> None:
         content = {"benchmark": "restorations", "run": chosen.run, "images": data.name}
         chosen.json.write_text(json.dumps(content | {"results": rows}) + "\n", "utf-8")
     if chosen.docs:
-        chosen.docs.write_text(insert(chosen.docs.read_text("utf-8"), text, MARKS), "utf-8")
+        marks = MARKS[0].format(chosen.run), MARKS[1].format(chosen.run)
+        chosen.docs.write_text(insert(chosen.docs.read_text("utf-8"), text, marks), "utf-8")
 
 
 if __name__ == "__main__":
