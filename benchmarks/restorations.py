@@ -199,7 +199,7 @@ def main() -> None:
         content = {"benchmark": "restorations", "run": chosen.run, "images": data.name}
         chosen.json.write_text(json.dumps(content | {"results": rows}) + "\n", "utf-8")
     if chosen.docs:
-        fill(chosen.docs, "restorations", text)
+        fill(chosen.docs, f"restorations {chosen.run}", text)
 
 
 if __name__ == "__main__":

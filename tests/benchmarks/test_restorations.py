@@ -57,7 +57,9 @@ def test_the_command_writes_the_table_between_the_markers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, file = tmp_path / "page.md", tmp_path / "r.json"
-    page.write_text("above\n<!-- restorations -->\nold\n<!-- /restorations -->\nbelow\n", "utf-8")
+    page.write_text(
+        "above\n<!-- restorations digits -->\nold\n<!-- /restorations digits -->\nbelow\n", "utf-8"
+    )
     arguments = ["digits", "--n", "3", "--docs", str(page), "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["restorations", *arguments])
     main()
