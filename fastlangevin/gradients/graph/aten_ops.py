@@ -47,9 +47,9 @@ def _conv(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node
     dims = out.ndim - 2
     if dims not in (1, 2):
         raise operands.refuse("only 1-D and 2-D convolutions are supported")
-    kind, names = "conv", ("stride", "padding", "dilation")
+    kind, names = "conv", ["stride", "padding", "dilation"]
     if a["transposed"]:
-        kind, names = "transposed", ("stride", "padding", "output_padding", "dilation")
+        kind, names = "transposed", ["stride", "padding", "output_padding", "dilation"]
     sizes = (tuple(a[k]) for k in names)
     settings = (*(s * dims if len(s) == 1 else s for s in sizes), a["groups"])
     constants = operands.constant(a["weight"], name), operands.constant(a["bias"], name)
