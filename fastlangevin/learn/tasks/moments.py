@@ -72,12 +72,10 @@ def _cosines(size: int, like: Tensor) -> Tensor:
 class Conditional:
     """What measurements y = A x + noise say of x, given the moments of x.
 
-    With mean m and covariance S, the linear estimate of least expected squared error is
-
-        x + K (y - A x) at x = m,    K = S A^T (A S A^T + s^2 I)^-1
-
-    and at a random x with these moments, with noise of standard deviation s added to y, it is a
-    random image whose mean and covariance are those of x given y, if x is Gaussian.
+    A call returns x + K (y - A x), where K = S A^T (A S A^T + s^2 I)^-1 for the covariance S. At
+    the mean of x, this is the linear estimate of least expected squared error. At random x with
+    these moments, and with noise of standard deviation s added to y, the results have the mean and
+    covariance of x given y, if x is Gaussian (Matheron's rule).
 
     given: the moments of images x.
     operator: the linear map A.

@@ -69,7 +69,7 @@ def restore(
     x is a chain's end and e is standard normal, so that an answer is a sample of the model that is
     moved onto the measurement. There is nothing to tune: :func:`moments` weighs S by the number of
     samples, and s is the noise of y. Learning matches the moments of data and samples, but does not
-    make the energy a calibrated density, which is what the other methods rely on.
+    make the energy a calibrated density, on which "posterior" and "clamped" rely.
 
     Args:
         y: Finite measurements [n, ...], in the shape that ``operator`` returns for n images.
@@ -81,8 +81,8 @@ def restore(
             independently of the other measurements.
         measurement_noise: Standard deviation s of independent Gaussian noise in y, for "moments"
             (default: 0). K is computed with 1 / 255 or more, the rounding of pictures.
-        samples: Number of chains whose moments are estimated, 2 or more, for "moments" (default:
-            512).
+        samples: Number of chains from which the moments are estimated, 2 or more, for "moments"
+            (default: 512).
         zeta: Scale of the posterior's data term (default: As in :func:`with_data`).
         seed: Seed of the starts and the noise.
         callback: That of a call of the sampler, for all methods but "latent".
@@ -103,9 +103,9 @@ def restore(
         )
     if method != "posterior" and zeta is not None:
         raise ValueError(f'{op}: zeta belongs to method "posterior", got method={method!r}')
-    if method != "moments" and not measurement_noise is samples is None:
-        name = "measurement_noise" if samples is None else "samples"
-        raise ValueError(f'{op}: {name} belongs to method "moments", got method={method!r}')
+    for name, value in (("measurement_noise", measurement_noise), ("samples", samples)):
+        if method != "moments" and value is not None:
+            raise ValueError(f'{op}: {name} belongs to method "moments", got method={method!r}')
     if method == "latent" and callback is not None:
         raise ValueError(f'{op}: callback belongs to chains from noise; method "latent" has report')
     own = {"moments": ("measurement_noise", "samples"), "posterior": ("zeta",), "latent": FIT}
