@@ -26,19 +26,20 @@ def cost(graph: Graph) -> Cost:
     """Return the cost of a step of a graph.
 
     A convolution with weights [out, in, kh, kw] takes 2 in kh kw operations per output element, in
-    the forward pass and again in the input gradient. The linear part after the last activation is
-    not counted.
+    the forward pass and again in the input gradient. A transposed one takes as many per input
+    element. The linear part after the last activation is not counted.
     """
     last = max((k for k, n in enumerate(graph.nodes) if n.kind in ACTIVATIONS), default=-1)
     flops = activations = weights = 0
     for k, node in enumerate(graph.nodes):
         if node.kind in ACTIVATIONS:
             activations += math.prod(node.shape)
-        elif node.constants and node.constants[0] is not None:
+        elif node.kind != "constant" and node.constants and node.constants[0] is not None:
             size = node.constants[0].size
+            shape = graph.input_shape(node) if node.kind == "transposed" else node.shape
             weights += math.prod(size)
             if k < last:
-                flops += 4 * math.prod(node.shape) * math.prod(size[1:])
+                flops += 4 * math.prod(shape) * math.prod(size[1:])
     return Cost(flops, activations, weights)
 
 

@@ -39,11 +39,15 @@ void widen(int32_t& before, int32_t& after, int extent, int first, int last) {
 // Whether all of a convolution's input is one window, so that no gradient is a sum over outputs.
 bool one_output(const ConvLayer& layer) { return layer.height == 1 && layer.width == 1; }
 
+// Whether the taps of every phase along an axis are adjacent.
+bool adjacent(const ConvLayer& layer, int axis) {
+  return layer.dilation[axis] == 1 || layer.kernel[axis] == 1;
+}
+
 // The taps of each phase of a convolution along an axis, or 0 if they differ or are not adjacent.
 int phase_taps(const ConvLayer& layer, int axis) {
   const int kernel = layer.kernel[axis], stride = layer.stride[axis];
-  const bool even = kernel % stride == 0 && (layer.dilation[axis] == 1 || kernel == 1);
-  return even ? kernel / stride : 0;
+  return kernel % stride == 0 && adjacent(layer, axis) ? kernel / stride : 0;
 }
 
 }  // namespace
@@ -139,7 +143,7 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
           pass.rows.push_back(down.kernel * layer.kernel[1] + along.kernel);
         }
       }
-      if (lanes > 0 && phase_taps(layer, 0) > 0 && phase_taps(layer, 1) > 0) {
+      if (lanes > 0 && adjacent(layer, 0) && adjacent(layer, 1)) {
         plan_tiles({{(in.height - 1 - ry) / layer.stride[0] + 1,
                      (in.width - 1 - rx) / layer.stride[1] + 1},
                     {static_cast<int32_t>(downs.size()), static_cast<int32_t>(alongs.size())},

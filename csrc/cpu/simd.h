@@ -61,13 +61,12 @@ struct Vector : Register<kLanes> {
   static FASTLANGEVIN_INLINE Float to_float(Int value) {
     return __builtin_convertvector(value, Float);
   }
-  // NaN stays NaN. The compiler takes a comparison and a selection each for the last lines.
+  // NaN stays NaN. Without AVX-512 the compiler makes a comparison and a blend of each of the last
+  // lines.
   static FASTLANGEVIN_INLINE Float clamp(Float x, Float lo, Float hi) {
-#if defined(__AVX512F__)
-    return (Float)_mm512_min_ps((__m512)hi, _mm512_max_ps((__m512)lo, (__m512)x));
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
     return (Float)_mm256_min_ps((__m256)hi, _mm256_max_ps((__m256)lo, (__m256)x));
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(__AVX2__)
     return (Float)_mm_min_ps((__m128)hi, _mm_max_ps((__m128)lo, (__m128)x));
 #else
     x = x < lo ? lo : x;

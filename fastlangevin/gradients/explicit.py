@@ -23,12 +23,13 @@ from fastlangevin.locks import new_rlock
 
 def refusal(graph: Graph) -> str | None:
     """Return why this engine cannot run a graph, or None if it can."""
-    for node in graph.nodes:
-        if node.kind == "constant":
-            return "a constant differs between chains"
-        if node.kind in ("cat", "transposed", "upsample"):
-            return f"{node.kind} is not supported"
-    return None
+    reasons = {
+        "cat": "it has no layer for cat",
+        "constant": "it has no layer for constants of each chain",
+        "transposed": "it has no layer for transposed convolutions",
+        "upsample": "it has no layer for interpolations",
+    }
+    return next((reasons[node.kind] for node in graph.nodes if node.kind in reasons), None)
 
 
 class ExplicitGradient:

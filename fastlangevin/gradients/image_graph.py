@@ -441,7 +441,7 @@ def _interpolation(image: Image, node: Node) -> Links:
     for axis in range(2):
         # A row (or column) of ones at a time: its share in every row of the result.
         size = image[1 + axis]
-        ones = torch.eye(size, device="cpu").view(
+        ones = torch.eye(size, dtype=torch.float32, device="cpu").view(
             (size, 1, -1, 1) if axis == 0 else (size, 1, 1, -1)
         )
         ones = ones.expand(size, 1, *image[1:])

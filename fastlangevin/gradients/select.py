@@ -124,7 +124,8 @@ def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> Engine
         reason = cache.disproof("traced", lambda: engine, trace, results, call)
     except Exception as error:
         reason = f"a replay raises {type(error).__name__}: {error}"
-    return reason or EngineChoice("explicit", engine, {"fused": choice})
+    why_not = {} if gradient == "explicit" else {"fused": choice}
+    return reason or EngineChoice("explicit", engine, why_not)
 
 
 def _by_layers(
@@ -168,7 +169,7 @@ def _of_layers(
     if gradient == "explicit":
         return reason or EngineChoice("explicit", layers(), {}, graph)
     if reason is not None and precision in HALVES:
-        return f"{reason}, which is supported only in float32"
+        return f"in half precision it is proved by the engine explicit, and {reason}"
     fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
     if isinstance(fused, str) and (gradient == "fused" or reason is not None):
         return fused
