@@ -134,7 +134,7 @@ def tables(results: dict[tuple[str, float], Errors]) -> str:
         kinds = ", ".join(SIMPLE[name] for name in columns)
         labels = {
             "simple": kinds,
-            "simple, smoothed": "the same, smoothed",
+            "simple, smoothed": f"{kinds}; smoothed",
             "moments": "**`restore`** (moments)",
             "photographs": "the same with the moments of photographs",
         }

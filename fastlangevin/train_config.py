@@ -25,7 +25,9 @@ class TrainConfig:
         "crop and resize the images to this power of two; unset keeps their size"
     )
     channels: int | None = _option("convert the images to 1 (grey) or 3 (colour) channels")
-    limit: int | None = _option("use the first LIMIT images only")
+    limit: int | None = _option(
+        "train on the first LIMIT images, in the order of paths, and hold the others out"
+    )
     flip: bool = _option("mirror half of the images")
     on_corrupt: str = _option("what to do with images that cannot be decoded: error or skip")
     # energy

@@ -52,7 +52,7 @@ def _try(energy: nn.Module, shape: tuple[int, ...]) -> None:
         warnings.simplefilter("ignore")  # of train mode, in which learning will warn itself
         if any(nn.parameter.is_lazy(parameter) for parameter in energy.parameters()):
             with torch.no_grad():
-                energy(torch.zeros((2, *shape), dtype=torch.float32))
+                energy(torch.zeros((2, *shape), dtype=torch.float32, device="cpu"))
         LangevinSampler(energy, steps=1, gradient="autograd")(n=2, shape=shape, seed=0)
 
 

@@ -245,7 +245,7 @@ def test_a_model_alone(
         assert found.exit_code == 0, found.output
         assert found.stdout.strip() == "report.html"
         page = Page(Path("report.html").read_text("utf-8"))
-        for words in (title, end, "No curves", "best of 64", "confidence, 16 images", "noise_std"):
+        for words in (title, end, "No curves", "best of 64", "crossfade", "noise_std"):
             assert words in page.text
         assert "Evaluation" not in page.text
         samples, interpolated, reconstructed = map(decoded, page.images)
@@ -287,7 +287,7 @@ def test_compute_makes_what_is_missing(
     assert json.loads((run / "diagnose.json").read_text())["iteration"] == 20
     assert not (run / "reconstructed.png").exists()
     page = Page((run / "report.html").read_text("utf-8"))
-    for words in ("restored", "ratio 0.123", "interpolated", "confidence", "long run", "mixing"):
+    for words in ("restored", "ratio 0.123", "interpolated", "crossfade", "long run", "mixing"):
         assert words in page.text
     assert str(run / "restored.png") not in page.text
 

@@ -127,11 +127,14 @@ def short(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-@pytest.mark.parametrize("name", [k for k in OTHER if k not in ("on_corrupt", "backend")])
+@pytest.mark.parametrize("name", [k for k in OTHER if k not in ("on_corrupt", "backend", "energy")])
 def test_every_setting_reaches_the_run(
     name: str, config: TrainConfig, short: Path, tmp_path: Path
 ) -> None:
-    """Changed alone, it changes the weights or their average; these two change only how."""
+    """Changed alone, it changes the weights or their average; the first two change only how.
+
+    tests/cli/test_train_energy.py is about the energy.
+    """
     changed = dataclasses.replace(config, **{"iterations": 6, name: OTHER[name]})
     train(changed, tmp_path / "run")
     runs = [read_checkpoint(run)[0] for run in (short, tmp_path / "run")]

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,8 @@ def make_features(
     inception           the Inception v3 of FID, from torch-fidelity
     module:attribute    your own function or nn.Module, which maps float32 images [n, C, H, W] in
                         [-1, 1] to features [n, d]
-    auto                efficientnet-lite0 for colour images, pixels for grey images
+    auto                efficientnet-lite0 for colour images, pixels for grey images and, with a
+                        warning, where the package of efficientnet-lite0 is missing
 
     group: the processes that share the features. All of them call this function.
 
@@ -91,7 +93,12 @@ def make_features(
     first tried on two training images, and raises as :class:`Features` does.
     """
     if name == "auto":
-        name = "efficientnet-lite0" if train.shape[0] == 3 else "pixels"
+        name = "pixels"
+        if train.shape[0] == 3:
+            try:
+                return _efficientnet(device)
+            except (ImportError, FileNotFoundError) as error:
+                warnings.warn(f"{error}; using pixels", stacklevel=2)
     if name == "pixels":
         return Features("pixels", lambda x: (x.flatten(1), None))
     if name == "classifier":

@@ -1,5 +1,6 @@
 """Evaluations of sets of images, by several features, and the command."""
 
+import dataclasses
 import json
 import math
 import os
@@ -118,6 +119,18 @@ def test_wrong_images(
         evaluate.evaluate({}, train, pixels)
     with pytest.raises(ValueError, match="held_out must be one of a, got 'b'"):
         evaluate.evaluate({"a": held}, train, pixels, held_out="b")
+
+
+def test_without_the_networks_weights_colour_images_are_compared_in_pixels(
+    monkeypatch: pytest.MonkeyPatch, digits: ImageData
+) -> None:
+    colour = dataclasses.replace(digits, pixels=digits.pixels.expand(-1, 3, -1, -1))
+    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(features, "_hub_path", Path("nowhere").joinpath)
+    with pytest.warns(UserWarning, match=r"efficientnet-lite0: needs the file .* using pixels"):
+        assert features.make_features("auto", colour).name == "pixels"
+    with pytest.raises(FileNotFoundError, match="features pixels, classifier"):
+        features.make_features("efficientnet-lite0", colour)
 
 
 def test_a_classifiers_features(digits: ImageData) -> None:
