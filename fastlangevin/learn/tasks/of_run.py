@@ -177,7 +177,9 @@ def feature_rows(
     if note is not None:
         note(f"comparing the frames with {data.name} in features")
     real = features(spaced_images(data, min(len(data), 512), frames.device))[0]
-    weights = torch.linspace(0, 1, len(frames), device=frames.device)[1:-1, None, None, None, None]
+    weights = torch.linspace(0, 1, len(frames), dtype=frames.dtype, device=frames.device)[
+        1:-1, None, None, None, None
+    ]
     sets = {
         "end points": frames[[0, -1]],
         "between": frames[1:-1],

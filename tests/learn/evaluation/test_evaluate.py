@@ -124,7 +124,7 @@ def test_wrong_images(
 def test_without_the_networks_weights_colour_images_are_compared_in_pixels(
     monkeypatch: pytest.MonkeyPatch, digits: ImageData
 ) -> None:
-    colour = dataclasses.replace(digits, pixels=digits.pixels.expand(-1, 3, -1, -1))
+    colour = dataclasses.replace(digits, pixels=np.repeat(digits.pixels, 3, 1))
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(features, "_hub_path", Path("nowhere").joinpath)
     with pytest.warns(UserWarning, match=r"efficientnet-lite0: needs the file .* using pixels"):
