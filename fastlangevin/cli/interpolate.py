@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Run, ShortFit, belong, more
-from fastlangevin.cli.outputs import Result, note
+from fastlangevin.cli.outputs import Result, note, table
 from fastlangevin.cli.progress import progress, start_line
 
 
@@ -41,4 +41,5 @@ def interpolate(
             run, sampler, n=n, frames=frames, images=images, noise=noise, seed=chains.seed,
             report=show, **fit or {},
         )  # fmt: skip
-    return chains.save(result, out, *feature_rows(run, result.x, note))
+    result.save(out, chains.tile)  # before the features, which may fail
+    return Result(table(*result.rows(), *feature_rows(run, result.x, note)), [out])

@@ -177,7 +177,9 @@ class ConvNetGradient:
         with self._lock:
             self._read()
 
+    @torch.autocast("cpu", enabled=False)
     def _read(self) -> None:
+        """Read what the graph computes and holds, in its own precision."""
         self._seen = self.graph.versions()
         self.graph.refresh()
         network = self._network()

@@ -168,8 +168,8 @@ def _of_layers(
 
     if gradient == "explicit":
         return reason or EngineChoice("explicit", layers(), {}, graph)
-    if reason is not None and precision in HALVES:
-        return f"in half precision it is proved by the engine explicit, and {reason}"
+    if reason is not None and (precision in HALVES or x.is_cuda):
+        return f"in half precision and on CUDA it is proved by the engine explicit, and {reason}"
     fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
     if isinstance(fused, str) and (gradient == "fused" or reason is not None):
         return fused

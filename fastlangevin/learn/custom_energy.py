@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from fastlangevin.learn.user_code import find_attribute
+from fastlangevin.reprs import short
 from fastlangevin.sampler import LangevinSampler
 
 
 def open_energy(target: str, shape: Sequence[int], seed: int = 0) -> nn.Module:
     """Return the energy that :func:`import_energy` finds, tried on two states of ``shape``.
 
-    It has the attribute ``shape`` afterwards. Its weights depend on ``seed``, and torch's own
-    random numbers do not advance. Raises ValueError or TypeError, naming ``target``, as
-    :func:`import_energy` does, or if it does not take [n, *shape], does not return one energy per
-    state, or has no weights to learn.
+    It has the attribute ``shape`` afterwards. The weights that a class or a function makes depend
+    on ``seed``; an instance keeps its own. torch's own random numbers do not advance. Raises
+    ValueError or TypeError, naming ``target``, as :func:`import_energy` does, or if it does not
+    take [n, *shape], does not return one energy per state, or has no weights to learn.
     """
     sizes = ", ".join(map(str, shape))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -29,10 +30,10 @@ def open_energy(target: str, shape: Sequence[int], seed: int = 0) -> nn.Module:
         own: Any = getattr(energy, "shape", None)
         if own is None:
             energy.shape = tuple(shape)  # type: ignore[assignment]
-        elif tuple(own) != tuple(shape):
+        elif not isinstance(own, Sequence) or tuple(own) != tuple(shape):
             raise ValueError(
                 f"energy {target!r} must take images of shape [{sizes}], those of the data, but "
-                f"its attribute shape is {list(own)}"
+                f"its attribute shape is {list(own) if isinstance(own, Sequence) else short(own)}"
             )
         try:
             _try(energy, tuple(shape))
@@ -51,8 +52,11 @@ def _try(energy: nn.Module, shape: tuple[int, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of train mode, in which learning will warn itself
         if any(nn.parameter.is_lazy(parameter) for parameter in energy.parameters()):
-            with torch.no_grad():
-                energy(torch.zeros((2, *shape), dtype=torch.float32, device="cpu"))
+            modes = [(module, module.training) for module in energy.modules()]
+            with torch.no_grad():  # in eval mode, in which no statistics change
+                energy.eval()(torch.zeros((2, *shape), dtype=torch.float32, device="cpu"))
+            for module, mode in modes:
+                module.training = mode
         LangevinSampler(energy, steps=1, gradient="autograd")(n=2, shape=shape, seed=0)
 
 

@@ -181,7 +181,8 @@ def load(
         for name, value in sampler.settings().items()
         if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim == 2)
     ]
-    if "steps" in changes and not changes.keys() >= set(schedules):
+    other_steps = changes.get("steps", sampler.steps) != sampler.steps
+    if other_steps and not changes.keys() >= set(schedules):
         raise ValueError(
             f"load: steps cannot be {changes['steps']}: the model has schedules of {sampler.steps} "
             f"steps in {', '.join(schedules)}; give these too"
@@ -321,7 +322,7 @@ def _card(repo: str, info: Mapping[str, Any]) -> str:
     """Return the text of a model card: what the model is, how to load it, and its settings."""
     kind, settings = info.get("energy_class", "ConvEnergy"), info["energy"]
     own = settings is None
-    rows = {**(settings or {}), **info["sampler"], **(info.get("config") or {})}
+    rows = {**(settings or {}), **(info.get("config") or {}), **info["sampler"]}
     return _CARD.format(
         name=repo.split("/")[-1],
         repo=repo,

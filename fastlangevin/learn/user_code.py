@@ -31,17 +31,19 @@ def find_attribute(option: str, target: str) -> Any:
 
 def _import(option: str, target: str, module: str) -> Any:
     """Import a module by name; the working directory comes first, as for ``python -m``."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    importlib.invalidate_caches()
     # "my/model.py" is what a shell completes.
     path = Path(module)
     dotted = ".".join(path.with_suffix("").parts) if path.suffix == ".py" else module
     if dotted != module:
-        raise ValueError(
-            f"{option} {target!r} must name a module, not a file; did you mean "
-            f"{target.replace(module, dotted)}?"
+        is_inside = not path.is_absolute() and ".." not in path.parts
+        hint = (
+            f"did you mean {target.replace(module, dotted)}?"
+            if is_inside
+            else f"put {path.parent} into PYTHONPATH and give {target.replace(module, path.stem)}"
         )
+        raise ValueError(f"{option} {target!r} must name a module, not a file; {hint}")
+    sys.path.insert(0, "")
+    importlib.invalidate_caches()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -61,3 +63,5 @@ def _import(option: str, target: str, module: str) -> Any:
         raise ValueError(
             f"{option} {target!r}: importing {module} raised {kind}: {error}{advice}"
         ) from error
+    finally:
+        sys.path.remove("")

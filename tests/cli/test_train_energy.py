@@ -11,6 +11,7 @@ import yaml
 import fastlangevin as fl
 from fastlangevin.learn import resolve
 from fastlangevin.learn.checkpoint import read_checkpoint
+from fastlangevin.learn.custom_energy import open_energy
 from tests.cli.shared import TINY, Command, assert_refused, snapshot
 
 CODE = """
@@ -172,6 +173,7 @@ def test_a_file_alone_imports_nothing(command: Command) -> None:
             r"no module 'usermodle' in .* installed packages; did you mean usermodel",
         ),
         ("usermodel.py:Net", r"a module, not a file; did you mean usermodel:Net\?$"),
+        ("/elsewhere/nets.py:Net", "put /elsewhere into PYTHONPATH and give nets:Net$"),
         ("userpackage/nets.py:Net", r"did you mean userpackage.nets:Net\?$"),
         ("userpackage.net:Net", "no module 'userpackage.net' in the working directory"),
         ("usermodel:Nett", r"usermodel has no attribute 'Nett'; did you mean Net\?$"),
@@ -214,3 +216,24 @@ def test_settings_of_the_packages_network_are_refused(command: Command, tmp_path
     assert_refused(done, "mine.yaml: activation is of ConvEnergy alone")
     with pytest.raises(ValueError, match="width is of ConvEnergy alone"):
         resolve("digits", {"energy": "usermodel:Net", "width": 8})
+
+
+def test_the_search_path_of_python_is_as_before(command: Command) -> None:
+    before = list(sys.path)
+    for target in ("usermodel:Net", "broken:Net"):
+        command("train", "--energy", target, "--out", "run", *options())
+        assert sys.path == before
+
+
+def test_a_lazy_module_gets_its_shapes_and_no_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "usermodel.py").write_text(
+        "from torch import nn\n"
+        "norm = nn.BatchNorm2d(2)\n"
+        "net = nn.Sequential(nn.LazyConv2d(2, 3), norm, nn.Flatten(), nn.LazyLinear(1))\n"
+    )
+    energy = open_energy("usermodel:net", (1, 8, 8))
+    assert all(module.training for module in energy.modules())
+    assert energy.get_submodule("1").num_batches_tracked == 0

@@ -212,3 +212,58 @@ def test_memory_that_changes_later_is_left_to_the_trace(change):
     sampler = step_of(Changing(), "auto")
     assert "in place" in sampler.choose_engine(x, {"y": y}).why_not["fused"]
     assert_close(gradient_of(sampler, x, {"y": y}), exact_gradient(Changing(), x, {"y": y}))
+
+
+class Viewed(nn.Module):
+    """Reads an argument and a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 8)
+        self.outer = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = torch.tanh(self.linear(x) + y)
+        return (torch.tanh(self.outer(h)) * y[:, 1:4]).sum(1) + h.sum(1)
+
+
+LAYOUTS = {
+    "rows of a larger tensor": lambda make: make(100, 8)[5:10],
+    "columns of a larger tensor": lambda make: make(5, 16)[:, 8:],
+    "transposed": lambda make: make(8, 5).t(),
+    "contiguous": lambda make: make(5, 8),
+}
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
+def test_a_view_of_an_argument_is_read_where_each_call_has_it(first: str, second: str) -> None:
+    """The first argument has equal rows, so that no comparison could find a wrong one."""
+    torch.manual_seed(0)
+    energy, x = Viewed(), torch.randn(5, 6)
+    ours = fl.LangevinSampler(energy, steps=3, step_size=0.1)
+    want = fl.LangevinSampler(energy, steps=3, step_size=0.1, gradient="autograd")
+    for y in (LAYOUTS[first](torch.zeros), LAYOUTS[second](torch.randn)):
+        torch.testing.assert_close(ours(x, seed=0, y=y), want(x, seed=0, y=y))
+
+
+class Embedded(nn.Module):
+    """Adds an embedding of an argument to its hidden values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.embed, self.last = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.linear(x) + self.embed(y))).flatten()
+
+
+def test_a_callers_autocast_does_not_reach_what_is_computed_from_arguments() -> None:
+    torch.manual_seed(0)
+    energy = Embedded()
+    x, y = torch.randn(N, 6), torch.randn(N, 4)
+    sampler = fl.LangevinSampler(energy, steps=3, step_size=0.1, precision="fp32")
+    want = sampler(x, seed=0, y=y)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fl.LangevinSampler(energy, steps=3, step_size=0.1, precision="fp32")(x, seed=0, y=y)
+    assert torch.equal(got, want)

@@ -74,6 +74,7 @@ def test_a_model_with_schedules_keeps_its_steps_unless_they_change_too(
     with pytest.raises(ValueError, match=f"has schedules of {steps} steps in step_size; give"):
         fl.load(path, energy=own(), steps=9)
     assert fl.load(path, energy=own(), steps=9, step_size=0.1).steps == 9
+    assert fl.load(path, energy=own(), steps=steps).steps == steps
 
 
 def test_a_conv_energy_needs_no_argument_and_a_score_network_stays_one(tmp_path: Path) -> None:

@@ -177,7 +177,14 @@ class OperatorRecorder:
         if isinstance(out, Tensor):
             viewed = self._known(args[0]) if args and isinstance(args[0], Tensor) else None
             alias = func._schema.returns[0].alias_info
-            if viewed is not None and alias is not None and out.dtype == viewed.base.dtype:
+            # A view of what is computed, or of an argument, has a slot of its own: the next
+            # call's tensor may lie otherwise in its memory.
+            if (
+                viewed is not None
+                and viewed.slot is None
+                and alias is not None
+                and out.dtype == viewed.base.dtype
+            ):
                 offset = int(out.storage_offset() - viewed.base.storage_offset())
                 view = replace(viewed, size=tuple(out.shape), stride=out.stride(), offset=offset)
                 self._constants[self.slots.slot_of(out)] = view

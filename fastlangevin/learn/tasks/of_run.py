@@ -158,16 +158,16 @@ def feature_rows(
     frames between them, and, as a yardstick, of crossfades of the end frames' pixels.
 
     frames: [frames, n, C, H, W]. note: called with a line before the features are computed, which
-        can take a minute. Returns no rows for fewer than three frames or, with a warning, if the
-        data or the features are not there.
+        can take a minute. Returns no rows if there are fewer than two images between the ends or,
+        with a warning, if the data or the features are not there.
     """
     from fastlangevin.learn.evaluation.features import (  # imports scikit-learn
         make_features,
         quantise,
     )
 
-    if len(frames) <= 2:
-        return []
+    if len(frames[1:-1].flatten(0, 1)) < 2:
+        return []  # the distance needs two images
     try:
         data = packaged_images(run) or load_data(run_config(run))
         features = make_features("auto", data, frames.device)
