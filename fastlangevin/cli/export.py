@@ -1,11 +1,11 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import Flag, Run
+from fastlangevin.cli.options import Flag, Natural, Run
 from fastlangevin.cli.outputs import Result, choose_out
 
 
 def export(
-    run: Run, /, *, out: Path | None = None, cooldown: int = 0, overwrite: Flag = False
+    run: Run, /, *, out: Path | None = None, cooldown: Natural = 0, overwrite: Flag = False
 ) -> Result:
     """Write a run's averaged weights and settings as a small checkpoint.
 

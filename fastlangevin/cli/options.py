@@ -26,6 +26,7 @@ def convert(kind: Any, tokens: "tuple[Token, ...]") -> Any:
 
 Int = Annotated[int, Parameter(converter=convert)]
 Count = Annotated[Int, Parameter(validator=Number(gte=1))]
+Natural = Annotated[Int, Parameter(validator=Number(gte=0))]
 Int2 = Annotated[Int, Parameter(validator=Number(gte=2))]
 Int8 = Annotated[Int, Parameter(validator=Number(gte=8))]
 Int16 = Annotated[Int, Parameter(validator=Number(gte=16))]
@@ -51,6 +52,8 @@ class Chains:
     Args:
         seed: Seed of the starting points and the noise.
         steps: Number of Langevin steps, 1 or more (default: the run's).
+        cooldown: Steps without noise to add to every chain. Their size falls from half of the step
+            size to a twentieth, which makes samples cleaner.
         tile: Enlarge small images to about this many pixels per side.
         averaged: Use the moving average of the weights, if there is one.
         overwrite: Replace the file if it exists.
@@ -58,6 +61,7 @@ class Chains:
 
     seed: Int = 0
     steps: Count | None = None
+    cooldown: Natural = 0
     tile: Count = 32
     device: Device = "auto"
     averaged: bool = True
@@ -65,11 +69,15 @@ class Chains:
 
     def load(self, run: Path) -> Any:
         """Load the sampler of a run, a checkpoint or a model in the package."""
+        from fastlangevin.anneal import cooldown
         from fastlangevin.learn.build import choose_device
         from fastlangevin.learn.model import load
 
         changes: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
-        return load(run, device=choose_device(self.device), averaged=self.averaged, **changes)
+        sampler = load(run, device=choose_device(self.device), averaged=self.averaged, **changes)
+        if not self.cooldown:
+            return sampler
+        return type(sampler)(sampler.energy, **cooldown(sampler.settings(), self.cooldown))
 
     def choose_out(self, out: Path | None, default: str, *suffixes: str) -> Path:
         """Return the file to write; see :func:`outputs.choose_out`."""

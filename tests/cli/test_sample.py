@@ -95,6 +95,14 @@ def test_sample_an_array(
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
 
+def test_a_cooldown_is_that_of_python(command: Command, run: Path, tmp_path: Path) -> None:
+    arguments = ("--n", 3, "--device", "cpu", "--cooldown", 4, "--out", "x.npy")
+    assert command("sample", run, *arguments).exit_code == 0
+    model = fl.load(run)
+    cooled = fl.LangevinSampler(model.energy, **fl.anneal.cooldown(model.settings(), 4))
+    assert np.array_equal(np.load(tmp_path / "x.npy"), cooled(n=3, seed=0).numpy())
+
+
 def test_sample_from_one_checkpoint(command: Command, run: Path, tmp_path: Path) -> None:
     earlier = run / "checkpoints" / "00000002.safetensors"
     for path, name in ((earlier, "earlier.npy"), (run, "newest.npy")):
