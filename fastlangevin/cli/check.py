@@ -1,11 +1,11 @@
-from fastlangevin.cli.options import Count, Device, Int, Run
+from fastlangevin.cli.options import Count, Device, Int, OnCorrupt, Run
 from fastlangevin.cli.outputs import Result, table
 from fastlangevin.cli.progress import progress, start_line
 
 
 def check(
     run: Run, /, *, n: Count = 256, seed: Int = 1, sure: float = 0.5, data: str | None = None,
-    device: Device = "auto",
+    on_corrupt: OnCorrupt = None, device: Device = "auto",
 ) -> Result:  # fmt: skip
     """Check, with a classifier of the real images, whether samples are recognisable.
 
@@ -24,7 +24,8 @@ def check(
     from fastlangevin.learn.run_data import load_training
     from fastlangevin.progress import report_steps
 
-    sampler, images = load(run, device=choose_device(device)), load_training(run, data)[1]
+    sampler = load(run, device=choose_device(device))
+    _, images = load_training(run, data, on_corrupt=on_corrupt)
     start_line(f"{n} samples and a classifier of {images.name}", sampler, n)
     judge = ClassifierCheck(images)
     with progress() as show:

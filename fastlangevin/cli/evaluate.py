@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import Count, Device, Flag, Int, Int8, Run, Timeout
+from fastlangevin.cli.options import Count, Device, Flag, Int, Int8, OnCorrupt, Run, Timeout
 from fastlangevin.cli.outputs import Result, announce_replacing, check_folder, choose_out, note
 from fastlangevin.cli.progress import progress
 
@@ -9,6 +9,7 @@ def evaluate(
     run: Run, /, *, n: Int8 | None = None, samples: str | None = None, features: str = "auto",
     reference: Int8 = 2048, noise: list[float] | None = None, quantise: bool = True, k: Count = 3,
     seed: Int = 1, out: Path | None = None, data: str | None = None, images: str | None = None,
+    on_corrupt: OnCorrupt = None,
     device: Device = "auto", averaged: bool = True, timeout: Timeout = 600.0,
     overwrite: Flag = False,
 ) -> Result:  # fmt: skip
@@ -51,7 +52,7 @@ def evaluate(
         raise ValueError("--no-averaged belongs to samples that the model draws, not --samples")
     with join(device, timeout) as group, progress(group.rank == 0) as show:
         with group.working():
-            config, training = load_training(run, data)
+            config, training = load_training(run, data, on_corrupt=on_corrupt)
         if group.rank == 0:
             device = str(choose_device(device))
             note(f"{samples or run} against {training.name}: features {features}, {device}")

@@ -1,14 +1,15 @@
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.options import Chains, Count, Run, ShortFit, belong, more
+from fastlangevin.cli.options import Chains, Count, OnCorrupt, Run, ShortFit, belong, more
 from fastlangevin.cli.outputs import Result, note, table
 from fastlangevin.cli.progress import progress, start_line
 
 
 def interpolate(
     run: Run, /, *, n: Count | None = None, out: Path | None = None, frames: Count | None = None,
-    images: str | None = None, noise: str = "off", chains: Chains = Chains(),
+    images: str | None = None, on_corrupt: OnCorrupt = None, noise: str = "off",
+    chains: Chains = Chains(),
     fit: Annotated[ShortFit | None, more("Fit (--images)")] = None,
 ) -> Result:  # fmt: skip
     """Run chains from points between two starting points.
@@ -38,7 +39,8 @@ def interpolate(
     start_line(f"{frames} frames of {n or 8} pairs", sampler, n or 8, out)
     with progress() as show:
         result = interpolate_run(
-            run, sampler, n=n, frames=frames, images=images, noise=noise, seed=chains.seed,
+            run, sampler, n=n, frames=frames, images=images, on_corrupt=on_corrupt,
+            noise=noise, seed=chains.seed,
             report=show, **fit or {},
         )  # fmt: skip
     result.save(out, chains.tile)  # before the features, which may fail

@@ -41,6 +41,12 @@ Run = Annotated[
 Timeout = Annotated[
     float, Parameter(help="Longest wait for another process of the job, in seconds.")
 ]
+OnCorrupt = Annotated[
+    str | None,
+    Parameter(
+        help="What to do with pictures that cannot be decoded: error or skip (default: the run's)."
+    ),
+]
 Device = Annotated[str, Parameter(help="Where to compute: auto, cpu, cuda or cuda:N.")]
 
 

@@ -1,14 +1,15 @@
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.options import Chains, Count, Fit, Run, more
+from fastlangevin.cli.options import Chains, Count, Fit, OnCorrupt, Run, more
 from fastlangevin.cli.outputs import Result, count_images
 from fastlangevin.cli.progress import progress, start_line
 
 
 def reconstruct(
     run: Run, /, *, n: Count | None = None, out: Path | None = None, images: str | None = None,
-    samples: Count = 64, chains: Chains = Chains(), fit: Annotated[Fit | None, more("Fit")] = None,
+    on_corrupt: OnCorrupt = None, samples: Count = 64, chains: Chains = Chains(),
+    fit: Annotated[Fit | None, more("Fit")] = None,
 ) -> Result:  # fmt: skip
     """Fit starting points whose chains end at held-out images.
 
@@ -30,7 +31,8 @@ def reconstruct(
     start_line(f"starting points for {count_images(n or 16)}", sampler, n or 16, out)
     with progress() as show:
         result = reconstruct_run(
-            run, sampler, n=n, images=images, samples=samples, seed=chains.seed, report=show,
+            run, sampler, n=n, images=images, on_corrupt=on_corrupt, samples=samples,
+            seed=chains.seed, report=show,
             **fit or {},
         )  # fmt: skip
     return chains.save(result, out)

@@ -1,7 +1,18 @@
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.options import Chains, Count, Fit, Int, Int2, Run, belong, given, more
+from fastlangevin.cli.options import (
+    Chains,
+    Count,
+    Fit,
+    Int,
+    Int2,
+    OnCorrupt,
+    Run,
+    belong,
+    given,
+    more,
+)
 from fastlangevin.cli.outputs import Result, count_images
 from fastlangevin.cli.progress import progress, start_line
 
@@ -9,9 +20,9 @@ from fastlangevin.cli.progress import progress, start_line
 def restore(
     run: Run, /, *, operator: str = "mask", method: str = "moments", n: Count | None = None,
     answers: Count = 4, measurement_noise: float = 0.0, samples: Int2 | None = None,
-    out: Path | None = None, images: str | None = None, mask: str | None = None,
-    factor: Int | None = None, sigma: float | None = None, zeta: float | None = None,
-    chains: Chains = Chains(),
+    out: Path | None = None, images: str | None = None, on_corrupt: OnCorrupt = None,
+    mask: str | None = None, factor: Int | None = None, sigma: float | None = None,
+    zeta: float | None = None, chains: Chains = Chains(),
     fit: Annotated[Fit | None, more("Fit (--method latent)")] = None,
 ) -> Result:  # fmt: skip
     """Restore held-out images from linear measurements, several answers for each.
@@ -57,7 +68,8 @@ def restore(
     start_line(work, sampler, count, out)
     with progress() as show:
         result = restore_run(
-            run, sampler, measure, n=n, images=images, seed=chains.seed, method=method,
+            run, sampler, measure, n=n, images=images, on_corrupt=on_corrupt, seed=chains.seed,
+            method=method,
             answers=answers, measurement_noise=measurement_noise, report=show,
             **given(zeta=zeta, samples=samples), **fit or {},
         )  # fmt: skip

@@ -1,12 +1,13 @@
 from pathlib import Path
 
-from fastlangevin.cli.options import FRAMES, Chains, Count, Run, belong, given
+from fastlangevin.cli.options import FRAMES, Chains, Count, OnCorrupt, Run, belong, given
 from fastlangevin.cli.outputs import Result, count_images
 from fastlangevin.cli.progress import progress, start_line
 
 
 def transfer(
-    run: Run, /, *, images: str, n: Count | None = None, out: Path | None = None,
+    run: Run, /, *, images: str, on_corrupt: OnCorrupt = None, n: Count | None = None,
+    out: Path | None = None,
     content: Count | None = None, zeta: float | None = None, style: str | None = None,
     weight: float | None = None, statistics: str | None = None, chains: Chains = Chains(),
 ) -> Result:  # fmt: skip
@@ -40,7 +41,8 @@ def transfer(
     start_line(f"chains from {count_images(n or 8)} of {images}", sampler, n or 8, out)
     with progress() as show:
         result = transfer_images(
-            sampler, images, n=n, content=content, style=style, frames=frames, seed=chains.seed,
+            sampler, images, on_corrupt=on_corrupt, n=n, content=content, style=style,
+            frames=frames, seed=chains.seed,
             report=show, **options,
         )  # fmt: skip
     return chains.save(result, out)

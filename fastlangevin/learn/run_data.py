@@ -16,8 +16,10 @@ from fastlangevin.learn.config import TrainConfig, resolve_saved
 from fastlangevin.learn.data.load import ImageData, load_images
 
 
-def run_config(run: str | Path, data: str | None = None) -> TrainConfig:
-    """Return the settings of a run or checkpoint, with ``data`` in place of its own if given.
+def run_config(
+    run: str | Path, data: str | None = None, on_corrupt: str | None = None
+) -> TrainConfig:
+    """Return the settings of a run or checkpoint, with ``data`` and ``on_corrupt`` for its own.
 
     Raises ValueError for a checkpoint that names no data, and FileError for one that is damaged or
     was written by another version.
@@ -25,20 +27,25 @@ def run_config(run: str | Path, data: str | None = None) -> TrainConfig:
     info = read_checkpoint(run)[1]
     if info.get("config") is None:
         raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
-    config = resolve_saved(info, run, {} if data is None else {"data": data})
+    changes = {"data": data, "on_corrupt": on_corrupt}
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = resolve_saved(info, run, given)
     iteration_of(info, run)
     return config
 
 
 def load_training(
-    run: str | Path, data: str | None = None, packaged: bool = False
+    run: str | Path,
+    data: str | None = None,
+    packaged: bool = False,
+    on_corrupt: str | None = None,
 ) -> tuple[TrainConfig, ImageData]:
     """Return the settings of a run and its training images, or the images of ``data``.
 
     packaged: if the images of a model in the package cannot be read, return the test images that
         come with it, with a warning.
     """
-    config = run_config(run, data)
+    config = run_config(run, data, on_corrupt)
     with suggesting("data", data):
         try:
             return config, load_data(config)

@@ -98,7 +98,7 @@ def evaluate_run(
     checkpoint, torch_device = find_checkpoint(run), choose_device(device)
     with group.working():
         held_out = _held_out(config, train, images)
-        read = _read_samples(samples, train)
+        read = _read_samples(samples, train, config.on_corrupt)
     order = shuffled(train if held_out is None else held_out, seed)
     if held_out is None:
         reference = min(reference, len(train) // 2)
@@ -158,10 +158,10 @@ def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> Imag
         return None
 
 
-def _read_samples(samples: str | None, train: ImageData) -> ImageData | None:
+def _read_samples(samples: str | None, train: ImageData, on_corrupt: str) -> ImageData | None:
     if samples is None:
         return None
-    read = load_images(samples, channels=train.shape[0], bounded=False)
+    read = load_images(samples, channels=train.shape[0], on_corrupt=on_corrupt, bounded=False)
     if read.shape != train.shape:
         raise ValueError(
             f"evaluate: samples must be images of {list(train.shape)}, as the data are, got "

@@ -72,6 +72,7 @@ def reconstruct_run(
     *,
     n: int | None = None,
     images: str | None = None,
+    on_corrupt: str | None = None,
     samples: int = 64,
     seed: int = 0,
     report: Report = silent,
@@ -84,7 +85,7 @@ def reconstruct_run(
     report: called as report(what, done, total) on the way.
     fit: options of :func:`reconstruct`.
     """
-    source, truth = _held_out(run, sampler, images, n, usual=16)
+    source, truth = _held_out(run, sampler, images, n, usual=16, on_corrupt=on_corrupt)
     best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
     drawn = sampler(n=samples, seed=seed)
     error, nearest = _squares(truth[:, None], drawn[None]).min(1)
@@ -123,6 +124,7 @@ def interpolate_run(
     n: int | None = None,
     frames: int = 9,
     images: str | None = None,
+    on_corrupt: str | None = None,
     noise: str = "off",
     seed: int = 0,
     report: Report = silent,
@@ -142,7 +144,7 @@ def interpolate_run(
         shape = (2 * (8 if n is None else n), *_shape(sampler))
         z = _noise.initial(shape, seed=seed, device=device_of(sampler.energy))
     else:
-        source, truth = _held_out(run, sampler, images, n, each=2)
+        source, truth = _held_out(run, sampler, images, n, each=2, on_corrupt=on_corrupt)
         best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
         z, error = best.z, float(best.error.mean())
     x = interpolate(sampler, z[::2], z[1::2], frames, noise=noise, seed=seed, report=report)
@@ -239,6 +241,7 @@ def restore_run(
     *,
     n: int | None = None,
     images: str | None = None,
+    on_corrupt: str | None = None,
     measurement_noise: float = 0.0,
     seed: int = 0,
     report: Report = silent,
@@ -253,7 +256,7 @@ def restore_run(
     report: called as report(what, done, total) on the way.
     options: those of :func:`restore`.
     """
-    source, truth = _held_out(run, sampler, images, n)
+    source, truth = _held_out(run, sampler, images, n, on_corrupt=on_corrupt)
     if options.get("method") == "latent":
         options = _reported(options, report)
     else:
@@ -298,6 +301,7 @@ def transfer_images(
     images: str,
     *,
     n: int | None = None,
+    on_corrupt: str | None = None,
     content: int | None = None,
     style: str | None = None,
     frames: int = 1,
@@ -319,10 +323,12 @@ def transfer_images(
     """
     channels, size, _ = _shape(sampler)
     device = device_of(sampler.energy)
-    sources = load_images(images, size=size, channels=channels)
+    options: dict[str, Any] = {"size": size, "channels": channels}
+    options["on_corrupt"] = on_corrupt or "error"
+    sources = load_images(images, **options)
     x0 = spaced_images(sources, n, device)
     if style is not None:
-        patterns = load_images(style, size=size, channels=channels)
+        patterns = load_images(style, **options)
         guidance["style"] = spaced_images(patterns, len(patterns), device)
     if content is not None:
         guidance["content"] = identity if content == 1 else Downsample(content)
@@ -353,12 +359,13 @@ def _held_out(
     n: int | None,
     each: int = 1,
     usual: int = 8,
+    on_corrupt: str | None = None,
 ) -> tuple[str, Tensor]:
     """Return the name of the held-out images, and n times ``each`` of them.
 
     Those that come with a model in the package are used if they are enough.
     """
-    config = run_config(run)
+    config = run_config(run, on_corrupt=on_corrupt)
     data = packaged_images(run) if source is None else None
     if data is None or len(data) < (usual if n is None else n) * each:
         with suggesting("images", source):
