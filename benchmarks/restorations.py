@@ -1,4 +1,4 @@
-"""Errors of restored images, beside those of their measurements and of answers without a model.
+"""Compare the errors of restored images with those of measurements and of answers without a model.
 
     python -m benchmarks.restorations cifar10 [--json FILE] [--docs docs/results.md]
 

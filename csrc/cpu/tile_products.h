@@ -17,8 +17,8 @@ using Tiles = FASTLANGEVIN_TILES;
 struct TiledBFloat16 : BFloat16 {};
 struct TiledFloat32 : Float32 {};  // in two planes of bfloat16
 
-// What passes read: bfloat16 values, or float32 values as sums of the numbers at the same place of
-// two planes, the second of which is `apart` elements after the first.
+// What passes read: bfloat16 values, or float32 values, each of which is the sum of two bfloat16
+// numbers. These lie in two planes, and the second plane begins `apart` elements after the first.
 struct Planes {
   const uint16_t* in;
   int64_t apart;

@@ -94,7 +94,7 @@ def resolve(
 
 
 def _check_network(given: Mapping[str, Any], energy: str) -> None:
-    """ValueError if settings of ConvEnergy are given beside another energy: they do nothing."""
+    """Raise ValueError if settings of ConvEnergy are given, and the energy is another one."""
     if useless := [name for name in NETWORK if given.get(name) is not None]:
         raise ValueError(
             f"{', '.join(useless)} {'is' if len(useless) == 1 else 'are'} of ConvEnergy alone, and "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlangevin import anneal
+import fastlangevin.anneal as _anneal
 from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.network import device_of
@@ -273,7 +273,7 @@ def export(run: str | Path, out: str | Path, cooldown: int = 0) -> None:
         if not isinstance(info.get("sampler"), dict):
             raise CheckpointError(f"{run} has a damaged header: no sampler in it")
         try:
-            info["sampler"] = anneal.cooldown(info["sampler"], cooldown)
+            info["sampler"] = _anneal.cooldown(info["sampler"], cooldown)
         except (KeyError, TypeError) as error:
             raise ValueError(f"export: {run} cannot be given a cooldown: {error}") from error
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."

@@ -100,20 +100,27 @@ def test_a_long_command_says_what_runs_and_shows_how_far_it_is(
 
 
 class Closed(io.StringIO):
-    """A terminal that has been closed."""
+    """A terminal that has been closed, and the number of times that something was printed."""
+
+    printed = 0
 
     def isatty(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
+        self.printed += 1
         raise OSError(errno.EIO, "Input/output error")
 
 
 def test_a_terminal_that_closes_before_the_first_bar_ends_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sys.stderr", Closed())
+    terminal, shown = Closed(), []
+    monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     with progress() as show:
         for done in range(3):
             show("iteration", done, 3)
+            shown.append(done)
+    assert shown == [0, 1, 2]
+    assert terminal.printed > 0  # the bar was drawn, or tried to be

@@ -63,7 +63,7 @@ number = 5
 
 @pytest.fixture(autouse=True)
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module of the user's in the working directory, imported anew by every test."""
+    """Write a module of the user's own, which every test imports anew."""
     (tmp_path / "usermodel.py").write_text(CODE)
     (tmp_path / "userpackage").mkdir()
     (tmp_path / "userpackage" / "nets.py").write_text("from usermodel import Net")
