@@ -13,8 +13,8 @@ its weights. The rows of a tile of the result are in the order (y, chain, x), so
 contiguous in shared memory, from where matrix instructions read it. The padding's pixels are outside
 the image, and TMA writes zeros for them.
 
-:func:`offsets`, :func:`corner` and :func:`pixel_of` compute with numbers as with Triton's values.
-The tests call them in Python.
+:func:`offsets`, :func:`corner` and :func:`place` compute with numbers as with Triton's values. The
+tests call them in Python.
 """
 
 from triton.experimental import gluon
@@ -49,9 +49,14 @@ def corner(tile, H: gl.constexpr, W: gl.constexpr, BOX: gl.constexpr):
 
 
 @gluon.jit
-def pixel_of(row, BOX: gl.constexpr):
-    """(y, chain, x) of a row of a tile, from the tile's first pixel."""
-    return row // (BOX[2] * BOX[3]), row // BOX[3] % BOX[2], row % BOX[3]
+def place(
+    row, y, chain, x, p, q,
+    FORWARD: gl.constexpr, H: gl.constexpr, W: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
+    """(chain, pixel) of the result for a row of the tile that begins at (y, chain, x)."""
+    y, x = y + row // (BOX[2] * BOX[3]), x + row % BOX[3]
+    pixel = y * W + x if FORWARD else (2 * y + p) * (2 * W) + 2 * x + q
+    return chain + row // BOX[3] % BOX[2], pixel
 
 
 @gluon.jit
@@ -136,11 +141,11 @@ def _words(acc, BM: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def patch_forward_kernel(
-    box_desc, row_desc, weight_desc, bias, out, saved, head, energies, overflow, n, p,
+    box_desc, row_desc, weight_desc, bias, out, saved, head, energies, overflow, n, slope,
     C: gl.constexpr, H: gl.constexpr, W: gl.constexpr, COLUMNS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """As triton_conv.forward_kernel, with leaky_relu of slope p; the result has H x W pixels."""
+    """As triton_conv.forward_kernel, with leaky_relu; the result has H x W pixels."""
     tiles: gl.constexpr = COLUMNS // BN
     box: gl.constexpr = box_desc.block_type.shape
     y, chain, x = corner(gl.program_id(0) // tiles, H, W, box)
@@ -150,51 +155,48 @@ def patch_forward_kernel(
         True, C, BM, BN, STAGES, WARPS,
     )  # fmt: skip
     value, row, word, bit = _words(acc, BM, BN, WARPS)
-    dy, after, dx = pixel_of(row, box)
-    live, pixel = chain + after < n, (y + dy) * W + x + dx
-    line = (chain + after).to(gl.int64) * (H * W) + pixel
+    chain, pixel = place(row, y, chain, x, 0, 0, True, H, W, box)
+    live, line = chain < n, chain.to(gl.int64) * (H * W) + pixel
     columns = column + word * 32 + bit
     value += gl.load(bias + columns)
     if overflow is not None:  # 65520 rounds to infinity
         large = (~(gl.abs(value) < 65520.0)).to(gl.int32)
         large = gl.max(gl.max(large, axis=2, keep_dims=True), axis=1, keep_dims=True)
         gl.store(overflow + row * 0, large, mask=live & (large != 0))
-    slope = gl.where(value > 0, 1.0, p)
+    factor = gl.where(value > 0, 1.0, slope)
     at, mask = line * COLUMNS + columns, live & (bit < 32)
     if head is None:
-        gl.store(out + at, (value * slope).to(out.dtype.element_ty), mask=mask)
+        gl.store(out + at, (value * factor).to(out.dtype.element_ty), mask=mask)
         signs = gl.sum(gl.where(value > 0, 1 << bit, 0), axis=2, keep_dims=True)
         gl.store(saved + line * (COLUMNS // 32) + column // 32 + word, signs, mask=live)
     else:
         v = gl.load(head + pixel * COLUMNS + columns)
-        gl.store(out + at, (v * slope).to(out.dtype.element_ty), mask=mask)
+        gl.store(out + at, (v * factor).to(out.dtype.element_ty), mask=mask)
         if energies is not None:
-            energy = gl.sum(gl.sum(value * slope * v, axis=2, keep_dims=True), axis=1, keep_dims=True)
+            energy = gl.sum(gl.sum(value * factor * v, axis=2, keep_dims=True), axis=1, keep_dims=True)
             gl.store(energies + line * tiles + gl.program_id(0) % tiles, energy, mask=live)
 
 
 @gluon.jit
 def patch_backward_kernel(
-    box_desc, row_desc, weight_desc, saved, out, n, p,
+    box_desc, row_desc, weight_desc, saved, out, n, slope,
     C: gl.constexpr, H: gl.constexpr, W: gl.constexpr, COLUMNS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """As triton_conv_grad.backward_kernel with SIGNS; the source has H x W pixels."""
     tiles: gl.constexpr = COLUMNS // BN
     box: gl.constexpr = box_desc.block_type.shape
-    rest_y, rest_x = gl.program_id(1) // 2, gl.program_id(1) % 2
+    p, q = gl.program_id(1) // 2, gl.program_id(1) % 2
     y, chain, x = corner(gl.program_id(0) // tiles, H, W, box)
     column = gl.program_id(0) % tiles * BN
     acc = _products(
-        box_desc, row_desc, weight_desc, y, chain, x, rest_y, rest_x,
+        box_desc, row_desc, weight_desc, y, chain, x, p, q,
         gl.program_id(1) * COLUMNS + column, False, C, BM, BN, STAGES, WARPS,
     )  # fmt: skip
     g, row, word, bit = _words(acc, BM, BN, WARPS)
-    dy, after, dx = pixel_of(row, box)
-    live = chain + after < n
-    pixel = ((y + dy) * 2 + rest_y) * (2 * W) + (x + dx) * 2 + rest_x
-    line = (chain + after).to(gl.int64) * (4 * H * W) + pixel
+    chain, pixel = place(row, y, chain, x, p, q, False, H, W, box)
+    live, line = chain < n, chain.to(gl.int64) * (4 * H * W) + pixel
     signs = gl.load(saved + line * (COLUMNS // 32) + column // 32 + word, mask=live, other=0)
-    g = gl.where((signs >> bit) & 1 != 0, g, g * p)
+    g = gl.where((signs >> bit) & 1 != 0, g, g * slope)
     at = line * COLUMNS + column + word * 32 + bit
     gl.store(out + at, g.to(out.dtype.element_ty), mask=live & (bit < 32))

@@ -1,28 +1,81 @@
-"""Compare the fused engine's convolutions with those of :mod:`benchmarks.patch_kernels`, on a GPU.
+"""Time the fused engine with the convolutions of :mod:`benchmarks.patch_kernels`, on a Hopper GPU.
 
     python -m benchmarks.patches --out DIR
 
 writes DIR/patches-cuda.json, for the paper's networks in fp16: the microseconds of every launch of a
-step, and of the whole step in a CUDA graph, with the package's kernels and with those. A step of
-each is compared first.
+step, and of the whole step in a CUDA graph, with the package's kernels and with those in Gluon. A
+network is timed only if its gradient is right with both: the error of the kernels in Gluon against
+float64 may be twice that of the package's. :mod:`benchmarks.traffic` writes the predictions.
 """
 
+import contextlib
+import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benchmarks import patch_kernels
-from fastlangevin.kernels import triton_conv, triton_conv_grad
+import fastlangevin as fl
+from benchmarks import tiles
+from benchmarks.fused_step import engine
+from benchmarks.result_file import ResultFile, parser_of
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.fused_gpu_plan import Plan
 
-Values = dict[str, Any]
+if TYPE_CHECKING:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+Values = dict[str, Any]  # the arguments of a launch by name
+
+NETS = ((64, 64), (32, 64), (128, 64), (64, 1024))  # width, batch
+_GEOMETRY = {"TAPS": 4, "STRIDE": 2, "PAD": 1, "DILATION": 1}
+# An H100's or H200's multiprocessors, and the products per second of a good kernel on all of them.
+_MULTIPROCESSORS, _PRODUCTS = 132, 395e12
+# The least and the most seconds of a launch without its loop, those of a pass without its products,
+# and bytes per second. On an H200, a pass of the package's kernels took 0.13 to 0.19 us more than
+# its products, and all multiprocessors together read 8 TB/s.
+_FAST, _SLOW = (1.5e-6, 0.0, 11e12), (3.5e-6, 1.6e-7, 8e12)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser_of("patches", device=None).parse_args(arguments)
+    file = ResultFile(options.out / "patches-cuda.json", "patches", device="cuda")
+    for width, batch in NETS:
+        torch.manual_seed(0)
+        energy = fl.ConvEnergy(width=width).to("cuda")
+        x = torch.rand(batch, 3, 32, 32, device="cuda")
+        step = engine(energy, (3, 32, 32), batch, "fp16")
+        _, exact = energy_and_grad(copy.deepcopy(energy).double(), x[:8].double(), {})
+        errors: dict[str, float] = {}
+        for kernels, context in (("triton", contextlib.nullcontext), ("gluon", patched)):
+            with context():
+                _, grad = step(x)
+                errors[kernels] = float((grad[:8] - exact).norm() / exact.norm())
+                if errors[kernels] > 2 * errors["triton"]:
+                    raise AssertionError(f"width {width}, batch {batch}: errors {errors}")
+                row = {"width": width, "batch": batch, "precision": "fp16", "kernels": kernels}
+                row |= {"error": errors[kernels]} | tiles.measure(step, x.clone())
+            file.add(row)
+            print(width, batch, kernels, f"{row['step']:.1f} us", row["launches"], flush=True)
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Within it, the fused engine launches the kernels in Gluon where they can be."""
+    from benchmarks import patch_kernels
+    from fastlangevin.kernels import triton_conv, triton_conv_grad
+
+    forward = PatchKernel(triton_conv.forward_kernel, patch_kernels.patch_forward_kernel)
+    backward = PatchKernel(triton_conv_grad.backward_kernel, patch_kernels.patch_backward_kernel)
+    with (
+        mock.patch.object(triton_conv, "forward_kernel", forward),
+        mock.patch.object(triton_conv_grad, "backward_kernel", backward),
+    ):
+        yield
 
 
 class PatchKernel:
@@ -36,48 +89,33 @@ class PatchKernel:
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         values = dict(zip(self.plain.arg_names, args, strict=False)) | options
-        if not is_supported(values):
+        if is_supported(values):
+            self.kernel[grid_of(values)](**arguments_of(values), num_warps=values["num_warps"])
+        else:
             self.plain[grid](*args, **options)
-            return
-        arguments = arguments_of(values)
-        self.kernel[grid_of(values)](**arguments, num_warps=arguments["WARPS"])
 
 
-@contextmanager
-def patched() -> Iterator[None]:
-    """Within it, the fused engine launches the kernels in Gluon."""
-    with (
-        mock.patch.object(
-            triton_conv,
-            "forward_kernel",
-            PatchKernel(triton_conv.forward_kernel, patch_kernels.patch_forward_kernel),
-        ),
-        mock.patch.object(
-            triton_conv_grad,
-            "backward_kernel",
-            PatchKernel(triton_conv_grad.backward_kernel, patch_kernels.patch_backward_kernel),
-        ),
-    ):
-        yield
-
-
-def is_supported(values: Values) -> bool:
-    """Whether a launch of the package's forward or backward kernel can be one in Gluon."""
-    geometry = {"TAPS": 4, "STRIDE": 2, "PAD": 1, "DILATION": 1}
-    height, width = result_size(values)
-    return (
-        all(values[f"{name}_{axis}"] == size for name, size in geometry.items() for axis in "YX")
-        and values["weight"].dtype in (torch.float16, torch.bfloat16)
-        and values["C"] % min(values["C"], 64) == 0 == values["C"] % 32
-        and values["COLUMNS"] % values["BN"] == 0
-        and all(size >= 4 and size & (size - 1) == 0 for size in (height, width))
-        and values.get("ACTIVATION", "leaky_relu") == "leaky_relu"
-        and values.get("SIGNS", True)
-    )
+def values_of(plan: Plan, forward: bool) -> Values:
+    """The arguments that decide about a launch."""
+    kind = {"ACTIVATION": "leaky_relu"} if forward else {"SIGNS": True}
+    return {**plan.constants, **plan.options, "weight": plan.weight, "rows": plan.rows, **kind}
 
 
 def is_forward(values: Values) -> bool:
     return "ACTIVATION" in values
+
+
+def is_supported(values: Values) -> bool:
+    """Whether a launch of the package's forward or backward kernel can be one in Gluon."""
+    return (
+        all(values[f"{name}_{axis}"] == size for name, size in _GEOMETRY.items() for axis in "YX")
+        and values["weight"].dtype in (torch.float16, torch.bfloat16)
+        and values["C"] % 32 == values["C"] % min(values["C"], 64) == 0
+        and values["COLUMNS"] % values["BN"] == 0
+        and all(size >= 4 and size & (size - 1) == 0 for size in result_size(values))
+        and values.get("ACTIVATION", "leaky_relu") == "leaky_relu"
+        and values.get("SIGNS", True)
+    )
 
 
 def result_size(values: Values) -> tuple[int, int]:
@@ -86,51 +124,76 @@ def result_size(values: Values) -> tuple[int, int]:
 
 
 def box_of(values: Values) -> tuple[int, int, int]:
-    """How many (rows, chains, columns) of pixels make a tile: as square as a power of 2 can be."""
+    """How many (rows, chains, columns) of pixels make a tile."""
     height, width = result_size(values)
     across = min(width, 16)
-    down = min(height, values["BM"] // max(across, 8))
+    down = min(height, values["BM"] // max(across, 8))  # 8 pixels or more in a row of all chains
     return down, values["BM"] // (down * across), across
 
 
 def grid_of(values: Values) -> tuple[int, int]:
     (height, width), (down, chains, across) = result_size(values), box_of(values)
     n = values["rows"] // (height * width)
-    tiles = math.ceil(n / chains) * (height // down) * (width // across)
-    return tiles * (values["COLUMNS"] // values["BN"]), values["weight"].shape[0]
+    tiles_of_pixels = math.ceil(n / chains) * (height // down) * (width // across)
+    return tiles_of_pixels * (values["COLUMNS"] // values["BN"]), values["weight"].shape[0]
+
+
+def boxes_of(values: Values) -> list[list[int]]:
+    """The boxes that a pass of the loop copies: of pixels, of one more row of them, of weights."""
+    down, *inside = *box_of(values), min(values["C"], 64)
+    return [[1, down, *inside], [1, 1, *inside], [2, values["BN"], inside[-1]]]
+
+
+def passes_of(values: Values) -> int:
+    return values["C"] // min(values["C"], 64) * (8 if is_forward(values) else 2)
 
 
 def arguments_of(values: Values) -> Values:
     """The arguments of a launch in Gluon."""
-    (height, width), (down, chains, across) = result_size(values), box_of(values)
+    (height, width), boxes = result_size(values), boxes_of(values)
     n, forward = values["rows"] // (height * width), is_forward(values)
     h, w, c, source, weight = (values[name] for name in ("H", "W", "C", "source", "weight"))
-    if forward:  # the pixels (2 y + p, 2 x + q): channel q C + c of pixel x
+    if forward:  # the pixels (2 y + p, 2 x + q), with q before their channels
         shape, strides = [2, h // 2, n, w // 2, 2 * c], [w * c, 2 * w * c, h * w * c, 2 * c, 1]
     else:
         shape, strides = [1, h, n, w, c], [w * c, w * c, h * w * c, c, 1]
-    bk = min(c, 64)
-    inside = [chains, across, bk]
-    k = weight.shape[2]
-    weights = [2, math.prod(weight.shape[:2]), k // 2], [k // 2, k, 1]  # two rows of taps
-    arguments = {
-        "box_desc": _descriptor(source, shape, strides, [1, down, *inside]),
-        "row_desc": _descriptor(source, shape, strides, [1, 1, *inside]),
-        "weight_desc": _descriptor(weight, *weights, [2, values["BN"], bk]),
+    k = weight.shape[2] // 2  # of one of the two rows of taps that share a box
+    weights = [2, math.prod(weight.shape[:2]), k], [k, 2 * k, 1]
+    names = ["out", "saved", "C", "COLUMNS", "BM", "BN"]
+    names += ["bias", "head", "energies", "overflow"] if forward else []
+    return {name: values[name] for name in names} | {
+        "box_desc": _descriptor(source, shape, strides, boxes[0]),
+        "row_desc": _descriptor(source, shape, strides, boxes[1]),
+        "weight_desc": _descriptor(weight, *weights, boxes[2]),
         "n": n,
+        "slope": values["p"],
         "H": height,
         "W": width,
         "STAGES": values["num_stages"],
         "WARPS": values["num_warps"],
     }
-    names = ["out", "saved", "p", "C", "COLUMNS", "BM", "BN"]
-    names += ["bias", "head", "energies", "overflow"] if forward else []
-    return arguments | {name: values[name] for name in names}
 
 
 def _descriptor(
     tensor: Tensor, shape: list[int], strides: list[int], box: list[int]
-) -> TensorDescriptor:
-    swizzle = box[-1] * tensor.element_size()
-    layout = NVMMASharedLayout(swizzle, 8 * tensor.element_size(), rank=len(box))
+) -> "TensorDescriptor":
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    size = tensor.element_size()
+    layout = NVMMASharedLayout(box[-1] * size, 8 * size, rank=len(box))
     return TensorDescriptor(tensor, shape, strides, box, layout)
+
+
+def predicted(values: Values) -> dict[str, Any]:
+    """The bytes that a launch copies, padding included, and the least and the most seconds."""
+    programs, passes = math.prod(grid_of(values)), passes_of(values)
+    copied = sum(map(math.prod, boxes_of(values))) * values["weight"].element_size()
+    size = programs * passes * copied
+    turns = passes * math.ceil(programs / _MULTIPROCESSORS)
+    products = 2 * values["BM"] * values["BN"] * min(values["C"], 64)
+    at_work = products / (_PRODUCTS / _MULTIPROCESSORS)
+    seconds = [
+        launch + max(size / rate, turns * (at_work + more)) for launch, more, rate in (_FAST, _SLOW)
+    ]
+    return {"bytes": size, "seconds": seconds}
