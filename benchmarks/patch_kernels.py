@@ -1,17 +1,17 @@
 """Convolutions by 4x4 at stride 2 and their input gradients in Gluon, for Hopper GPUs.
 
-This is an experiment: :mod:`benchmarks.patches` compares it with the kernels of
-:mod:`fastlangevin.kernels.triton_conv`, which compute an address per 16 bytes and read every pixel
-again for every tap. Here the tensor memory accelerator (TMA) copies boxes, and two taps share one.
+This is an experiment, which :mod:`benchmarks.patches` compares with the package's kernels. Those
+compute an address per 16 bytes, and read every pixel again for every tap. Here the tensor memory
+accelerator (TMA) copies boxes, and two taps share a box. Written in the Gluon of Triton 3.6.
 
-Tap (i, j) of a forward pass reads the pixels (2 y + i - 1, 2 x + j - 1). With source (p, q), which
-holds the pixels (2 y + p, 2 x + q), the taps i and i + 2 read neighbouring rows of one source. An
-input gradient is four convolutions by 2x2, one for each (p, q) of its result, whose taps are
-neighbours as well. A pass of the loop takes a column of two taps and BK channels: it copies a box of
-``down + 1`` rows of pixels, and each of the taps multiplies a window of ``down`` rows of the box by
-its weights. The rows of a tile of the result are in the order (y, chain, x), so that a window is
-contiguous in shared memory, from where matrix instructions read it. The padding's pixels are outside
-the image, and TMA writes zeros for them.
+Tap (i, j) of a forward pass reads the pixels (2 y + i - 1, 2 x + j - 1). The source is taken as four
+images, one for each parity (p, q) of a pixel's coordinates: in these, taps i and i + 2 read
+neighbouring rows. An input gradient is four convolutions by 2x2, one for each parity (p, q) of its
+result, whose taps are neighbours as well. A pass of the loop takes two taps, one below the other,
+and BK channels. It copies a box of ``down + 1`` rows of pixels, and multiplies a window of ``down``
+of these rows by the weights of each tap. The rows of a tile are in the order (y, chain, x), so that
+a window is contiguous in shared memory, where matrix instructions read it. Pixels of the padding lie
+outside of the image, and TMA writes zeros for them.
 
 :func:`offsets`, :func:`corner` and :func:`place` compute with numbers as with Triton's values. The
 tests call them in Python.
@@ -25,9 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 @gluon.jit
 def offsets(step, p, q, FORWARD: gl.constexpr, C: gl.constexpr, BK: gl.constexpr):
-    """What a pass of the loop reads: (row of the source, y, x, channel, weight).
+    """What pass ``step`` of the loop reads: (p of the source, y, x, channel, weight).
 
-    y and x count from the tile's first pixel. In a forward pass p and q follow from ``step``.
+    y and x count from the tile's first pixel. A forward pass takes every parity of its source in
+    turn, and (p, q) of the arguments is the parity of an input gradient's result.
     """
     block, shift = step % (C // BK) * BK, step // (C // BK) % 2
     if FORWARD:
@@ -173,7 +174,9 @@ def patch_forward_kernel(
         v = gl.load(head + pixel * COLUMNS + columns)
         gl.store(out + at, (v * factor).to(out.dtype.element_ty), mask=mask)
         if energies is not None:
-            energy = gl.sum(gl.sum(value * factor * v, axis=2, keep_dims=True), axis=1, keep_dims=True)
+            energy = gl.sum(
+                gl.sum(value * factor * v, axis=2, keep_dims=True), axis=1, keep_dims=True
+            )
             gl.store(energies + line * tiles + gl.program_id(0) % tiles, energy, mask=live)
 
 

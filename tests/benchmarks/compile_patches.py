@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.compile_patches
 
-For sm_90, a list with the width, the prediction and the machine code of every launch, of the paper's
+A list with the width, the prediction and the machine code of every launch for sm_90, of the paper's
 networks in fp16 at batch 64. Needs no GPU, but a Python without TRITON_INTERPRET.
 """
 

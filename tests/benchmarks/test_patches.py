@@ -200,8 +200,10 @@ def test_the_engine_takes_the_same_step_with_the_kernels_in_gluon(
 
 @pytest.mark.slow
 def test_machine_code_has_tma_and_matrix_instructions_no_spills_and_the_predicted_bytes(
-    tmp_path: Path,
+    patches, tmp_path: Path
 ) -> None:
+    if patches.gluon_refusal() is not None:
+        pytest.skip(patches.gluon_refusal())
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
