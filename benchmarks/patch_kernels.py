@@ -4,14 +4,14 @@ This is an experiment, which :mod:`benchmarks.patches` compares with the package
 compute an address per 16 bytes, and read every pixel again for every tap. Here the tensor memory
 accelerator (TMA) copies boxes, and two taps share a box. Written in the Gluon of Triton 3.6.
 
-Tap (i, j) of a forward pass reads the pixels (2 y + i - 1, 2 x + j - 1). The source is taken as four
-images, one for each parity (p, q) of a pixel's coordinates: in these, taps i and i + 2 read
+Tap (i, j) of a forward pass reads the pixels (2 y + i - 1, 2 x + j - 1). The source is taken as
+four images, one for each parity (p, q) of a pixel's coordinates: in these, taps i and i + 2 read
 neighbouring rows. An input gradient is four convolutions by 2x2, one for each parity (p, q) of its
 result, whose taps are neighbours as well. A pass of the loop takes two taps, one below the other,
 and BK channels. It copies a box of ``down + 1`` rows of pixels, and multiplies a window of ``down``
 of these rows by the weights of each tap. The rows of a tile are in the order (y, chain, x), so that
-a window is contiguous in shared memory, where matrix instructions read it. Pixels of the padding lie
-outside of the image, and TMA writes zeros for them.
+a window is contiguous in shared memory, where matrix instructions read it. Pixels of the padding
+lie outside of the image, and TMA writes zeros for them.
 
 :func:`offsets`, :func:`corner` and :func:`place` compute with numbers as with Triton's values. The
 tests call them in Python.

@@ -12,12 +12,12 @@ use of the tensor cores beside its predicted bytes, to DIR/fused-profile.json.
 The first profile, on an H200, disproved the count of bytes: of 636 MB predicted it found 468. Where
 all programs read the same weights, it found about half of them, as if L2 served two multiprocessors
 at once. The kernels took 133 us, of 83 to 144 predicted for the step, but at 2.2 to 5.1 TB/s: most
-layers are bound by something else than L2. ``benchmarks.tiles`` then timed the deeper layers with 16
-to 128 programs, one to a multiprocessor. All programs together read 1 to 9 TB/s, but each read 50 to
-90 GB/s, whatever their number: the bound is in the multiprocessor. More copies in flight and more
-warps both make a pass faster, so it waits for the latency of its copies and for the instructions
-that compute their addresses. :mod:`benchmarks.patches` is an experiment without these. Its launches
-are predicted by :func:`benchmarks.patches.predicted`, in fused-predicted.json under "gluon".
+layers are bound by something else than L2. ``benchmarks.tiles`` then timed the deeper layers with
+16 to 128 programs, one to a multiprocessor. All programs together read 1 to 9 TB/s, but each read
+50 to 90 GB/s, whatever their number, so the bound is in the multiprocessor. More copies in flight
+and more warps both make a pass faster, so it waits for the latency of its copies and for the
+instructions that compute their addresses. :mod:`benchmarks.patches` is an experiment without these.
+Its launches are predicted by :func:`benchmarks.patches.predicted`, under "gluon" in the same file.
 """
 
 import csv
