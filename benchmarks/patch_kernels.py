@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra import cuda
 
 
 @gluon.jit
@@ -100,6 +101,9 @@ def _products(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
+    # If launches may overlap, the next one begins as this one does, and waits here for its results.
+    cuda.gdc_launch_dependents()
+    cuda.gdc_wait()
     steps: gl.constexpr = C // box[4] * (8 if FORWARD else 2)
     for i in gl.static_range(STAGES - 1):
         _copy(

@@ -3,7 +3,9 @@
     python -m benchmarks.patches --out DIR
 
 writes DIR/patches-cuda.json, for the paper's networks in fp16: the microseconds of every launch of
-a step, and of the whole step in a CUDA graph, with the package's kernels and with those in Gluon.
+a step, and of the whole step in a CUDA graph, with the package's kernels, with those in Gluon, and
+with those and programmatic dependent launches: a launch begins before the one before it has ended,
+so that only the time of the step counts.
 A gradient is compared with float64 before it is timed: the error of the kernels in Gluon may be
 twice that of the package's. :mod:`benchmarks.traffic` writes the predictions.
 """
@@ -43,6 +45,7 @@ _MULTIPROCESSORS, _PRODUCTS = 132, 395e12
 # kernels took 0.06 to 0.3 us more for a pass than its products take on an H200, and read up to 88
 # GB/s in one multiprocessor (fused-tiles-cuda.json).
 _FAST, _SLOW = (1.5e-6, 0.0, 11e12), (3.5e-6, 1.6e-7, 8e12)
+EARLY = (5e-7, 1.5e-6)  # the least and the most seconds that a launch saves if it begins early
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         energy, step, x = make(width, batch)
         _, exact = energy_and_grad(copy.deepcopy(energy).double(), x[:8].double(), {})
         errors: dict[str, float] = {}
-        for kernels, context in (("triton", contextlib.nullcontext), ("gluon", patched)):
+        for kernels, context in VARIANTS.items():
             with context():
                 _, grad = step(x)
                 errors[kernels] = float((grad[:8] - exact).norm() / exact.norm())
@@ -98,30 +101,41 @@ def make(width: int, batch: int) -> tuple[nn.Module, FusedGradient, Tensor]:
 def compile_kernels(net: tuple[int, int]) -> None:
     """Leave the kernels of a network's launches in Triton's cache."""
     _, step, x = make(*net)
-    with patched():
-        step.step_(x, **OPTIONS)
+    for context in VARIANTS.values():
+        with context():
+            step.step_(x, **OPTIONS)
 
 
 @contextlib.contextmanager
-def patched() -> Iterator[None]:
-    """Within it, the fused engine launches the kernels in Gluon where they can be."""
+def patched(launch_pdl: bool = False) -> Iterator[None]:
+    """Within it, the fused engine launches the kernels in Gluon where they can be.
+
+    With ``launch_pdl`` a launch in Gluon begins early, and waits for the results of the one before.
+    """
     from benchmarks import patch_kernels
     from fastlangevin.kernels import triton_conv, triton_conv_grad
 
-    forward = PatchKernel(triton_conv.forward_kernel, patch_kernels.patch_forward_kernel)
-    backward = PatchKernel(triton_conv_grad.backward_kernel, patch_kernels.patch_backward_kernel)
-    with (
-        mock.patch.object(triton_conv, "forward_kernel", forward),
-        mock.patch.object(triton_conv_grad, "backward_kernel", backward),
-    ):
+    with contextlib.ExitStack() as patches:
+        kernels = {"forward_kernel": triton_conv, "backward_kernel": triton_conv_grad}
+        for name, module in kernels.items():
+            kernel = getattr(patch_kernels, f"patch_{name}")
+            stand_in = PatchKernel(getattr(module, name), kernel, launch_pdl=launch_pdl)
+            patches.enter_context(mock.patch.object(module, name, stand_in))
         yield
+
+
+VARIANTS = {
+    "triton": contextlib.nullcontext,
+    "gluon": patched,
+    "gluon, early": functools.partial(patched, launch_pdl=True),
+}
 
 
 class PatchKernel:
     """Stands in for a kernel of the package, and launches the one in Gluon where it can."""
 
-    def __init__(self, plain: Any, kernel: Any) -> None:
-        self.plain, self.kernel = plain, kernel
+    def __init__(self, plain: Any, kernel: Any, **options: Any) -> None:
+        self.plain, self.kernel, self.options = plain, kernel, options
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
@@ -129,7 +143,8 @@ class PatchKernel:
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         values = dict(zip(self.plain.arg_names, args, strict=False)) | options
         if is_supported(values):
-            self.kernel[grid_of(values)](**arguments_of(values), num_warps=values["num_warps"])
+            more = {"num_warps": values["num_warps"], **self.options}
+            self.kernel[grid_of(values)](**arguments_of(values), **more)
         else:
             self.plain[grid](*args, **options)
 

@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [predicted(*case) for case in itertools.product(WIDTHS, BATCHES, PRECISIONS)]
     gluon = [predicted_in_gluon(*case) for case in itertools.product(WIDTHS, BATCHES)]
     content = {"benchmark": "fused-predicted", "results": rows, "gluon": gluon}
+    content["gluon_early"] = {"seconds_saved_per_launch": patches.EARLY}
     write_json(options.out / "fused-predicted.json", content)
     for row in rows:
         low, high = (1e6 * seconds for seconds in row["seconds"])
