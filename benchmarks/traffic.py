@@ -12,7 +12,12 @@ use of the tensor cores beside its predicted bytes, to DIR/fused-profile.json.
 The first profile, on an H200, disproved the count of bytes: of 636 MB predicted it found 468. Where
 all programs read the same weights, it found about half of them, as if L2 served two multiprocessors
 at once. The kernels took 133 us, of 83 to 144 predicted for the step, but at 2.2 to 5.1 TB/s: most
-layers are bound by something else than L2.
+layers are bound by something else than L2. ``benchmarks.tiles`` then timed the deeper layers with
+16 to 128 programs, one to a multiprocessor. All programs together read 1 to 9 TB/s, but each read
+50 to 90 GB/s, whatever their number, so the bound is in the multiprocessor. More copies in flight
+and more warps both make a pass faster, so it waits for the latency of its copies and for the
+instructions that compute their addresses. :mod:`benchmarks.patches` is an experiment without these.
+Its launches are predicted by :func:`benchmarks.patches.predicted`, under "gluon" in the same file.
 """
 
 import csv
@@ -26,6 +31,7 @@ import torch
 from torch import nn
 
 import fastlangevin as fl
+from benchmarks import patches
 from benchmarks.result_file import ResultFile, parser_of, write_json
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.graph.conv_stack import ConvStack, StackedConv, conv_stack
@@ -55,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         return
     rows = [predicted(*case) for case in itertools.product(WIDTHS, BATCHES, PRECISIONS)]
-    content = {"benchmark": "fused-predicted", "results": rows}
+    gluon = [predicted_in_gluon(*case) for case in itertools.product(WIDTHS, BATCHES)]
+    content = {"benchmark": "fused-predicted", "results": rows, "gluon": gluon}
+    content["gluon_early"] = {"seconds_saved_per_launch": patches.EARLY}
     write_json(options.out / "fused-predicted.json", content)
     for row in rows:
         low, high = (1e6 * seconds for seconds in row["seconds"])
@@ -86,12 +94,7 @@ def launches_of(
 
     The signs that LeakyReLU keeps, a bit per value, are left out.
     """
-    stack = conv_stack(recognise(energy, torch.zeros(1, *shape)))
-    assert isinstance(stack, ConvStack), stack
-    sizes = [shape]
-    for conv in stack.convs:
-        sizes.append((conv.weight.shape[0], *conv.output_size(sizes[-1][1:])))
-    layers = list(enumerate(zip(stack.convs, sizes, sizes[1:], strict=False)))
+    layers = layers_of(energy, shape)
     itemsize, state = conv_plan.DTYPES[precision].itemsize, 4  # x is float32 in every precision
     launch_bytes = {}
     for i, layer in layers:
@@ -107,6 +110,32 @@ def launches_of(
     stepped = 2 * batch * math.prod(shape) * state
     launch_bytes["image"] = operands(plan, batch * pairs(*first_layer), itemsize) + stepped
     return launch_bytes
+
+
+def layers_of(
+    energy: nn.Module, shape: conv_plan.Image
+) -> list[tuple[int, tuple[StackedConv, conv_plan.Image, conv_plan.Image]]]:
+    """Every convolution with its number and the shapes of its input and its result."""
+    stack = conv_stack(recognise(energy, torch.zeros(1, *shape)))
+    assert isinstance(stack, ConvStack), stack
+    sizes = [shape]
+    for conv in stack.convs:
+        sizes.append((conv.weight.shape[0], *conv.output_size(sizes[-1][1:])))
+    return list(enumerate(zip(stack.convs, sizes, sizes[1:], strict=False)))
+
+
+def predicted_in_gluon(width: int, batch: int) -> dict[str, Any]:
+    """What benchmarks.patches predicts for its launches in fp16."""
+    _, *layers = layers_of(fl.ConvEnergy(width=width), (3, 32, 32))
+    launches = {}
+    for direction, plan_of in (
+        ("forward", conv_plan.forward_plan),
+        ("backward", conv_plan.backward_plan),
+    ):
+        for i, layer in layers:
+            values = patches.values_of(plan_of(*layer, batch, "fp16"), direction == "forward")
+            launches[f"{direction} {i}"] = patches.predicted(values)
+    return {"width": width, "batch": batch, "precision": "fp16", "launches": launches}
 
 
 def profiled(text: str, launches: dict[str, int]) -> list[dict[str, Any]]:

@@ -348,6 +348,7 @@ class TestGpuScript:
             ("racecheck", "FAILED (1)"),
             ("chains", "passed"),
             ("networks", "passed"),
+            ("patches", "passed"),
             ("steps", "passed"),
             ("chain-memory", "passed"),
             ("capacity", "passed"),
@@ -380,7 +381,7 @@ class TestGpuScript:
             line.split("\t")[:2]
             for line in (tmp_path / "out" / "stages.tsv").read_text().splitlines()
         )
-        printed = {"build", "racecheck", "profile", "learning"}
+        printed = {"build", "racecheck", "profile", "patches", "learning"}
         ran = {"limits", "triton-cache", "checks", "tests", "failed-capture", "memcheck"}
         ran |= {"chains", "networks", "steps", "chain-memory", "capacity"}
         assert stages == dict.fromkeys(ran, "passed") | dict.fromkeys(printed, "printed")

@@ -102,7 +102,11 @@ class Recorder:
 
 
 def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
-    """Registers, bytes of local memory (spills), widths of global accesses, matrix instructions."""
+    """What the machine code has and uses; ``local`` are the bytes that registers spill to memory.
+
+    ``copies`` are the instructions that copy to shared memory, ``awaited`` the bytes that barriers
+    wait for, and ``dependent`` the instructions for launches that begin early.
+    """
     options = {k: v for k, v in recorder.options.items() if k not in recorder.kernel.arg_names}
     target = GPUTarget("cuda", arch, 32)
     kernel = compiler.compile(recorder.source(), target=target, options=options)
@@ -119,6 +123,9 @@ def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
         "loads": sorted(set(re.findall(r"ld\.global\.(\S+)", ptx))),
         "stores": sorted(set(re.findall(r"st\.global\.(\S+)", ptx))),
         "shared": kernel.metadata.shared,
+        "copies": sorted(set(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", usage))),
+        "dependent": sorted(set(re.findall(r"griddepcontrol\.\w+", ptx))),
+        "awaited": sorted({int(n) for n in re.findall(r"expect_tx\S* _, \S+, (\d+)", ptx)}),
         "matrix": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b[.\w]*", usage))),
         "fused": len(re.findall(r"fma\.rn\.f32", ptx)),
         "bounds": sorted(set(re.findall(r"\b(?:min|max)\S*\.f32", ptx))),

@@ -1,0 +1,253 @@
+"""Time the fused engine with the convolutions of :mod:`benchmarks.patch_kernels`, on a Hopper GPU.
+
+    python -m benchmarks.patches --out DIR
+
+writes DIR/patches-cuda.json, for the paper's networks in fp16: the microseconds of every launch of
+a step, and of the whole step in a CUDA graph, with the package's kernels, with those in Gluon, and
+with those and programmatic dependent launches: a launch begins before the one before it has ended,
+so that only the time of the step counts.
+A gradient is compared with float64 before it is timed: the error of the kernels in Gluon may be
+twice that of the package's. :mod:`benchmarks.traffic` writes the predictions.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import fastlangevin as fl
+from benchmarks import tiles
+from benchmarks.fused_step import OPTIONS, engine
+from benchmarks.result_file import ResultFile, parser_of
+from fastlangevin.gradients.autograd import energy_and_grad
+from fastlangevin.gradients.fused_gpu import FusedGradient
+from fastlangevin.gradients.fused_gpu_plan import Plan
+
+if TYPE_CHECKING:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+Values = dict[str, Any]  # the arguments of a launch by name
+
+NETS = ((64, 64), (32, 64), (64, 1024))  # width, batch
+_GEOMETRY = {"TAPS": 4, "STRIDE": 2, "PAD": 1, "DILATION": 1}
+# An H100's or H200's multiprocessors, and the products per second of a good kernel on all of them.
+_MULTIPROCESSORS, _PRODUCTS = 132, 395e12
+# The least and the most: seconds of a launch without its loop, seconds of a pass without its
+# products, and bytes per second of all multiprocessors. With one program on each, the package's
+# kernels took 0.06 to 0.3 us more for a pass than its products take on an H200, and read up to 88
+# GB/s in one multiprocessor (fused-tiles-cuda.json).
+_FAST, _SLOW = (1.5e-6, 0.0, 11e12), (3.5e-6, 1.6e-7, 8e12)
+EARLY = (5e-7, 1.5e-6)  # the least and the most seconds that a launch saves if it begins early
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser_of("patches", device=None).parse_args(arguments)
+    reason = refusal() or gluon_refusal()
+    if reason is not None:
+        print(f"not run: {reason}")
+        return
+    with ProcessPoolExecutor(len(NETS), get_context("spawn")) as pool:
+        list(pool.map(compile_kernels, NETS))
+    file = ResultFile(options.out / "patches-cuda.json", "patches", device="cuda")
+    for width, batch in NETS:
+        energy, step, x = make(width, batch)
+        _, exact = energy_and_grad(copy.deepcopy(energy).double(), x[:8].double(), {})
+        errors: dict[str, float] = {}
+        for kernels, context in VARIANTS.items():
+            with context():
+                _, grad = step(x)
+                errors[kernels] = float((grad[:8] - exact).norm() / exact.norm())
+                if not errors[kernels] <= 2 * errors["triton"]:
+                    raise AssertionError(f"width {width}, batch {batch}: errors {errors}")
+                row = {"width": width, "batch": batch, "precision": "fp16", "kernels": kernels}
+                row |= {"error": errors[kernels]} | tiles.measure(step, x.clone())
+            file.add(row)
+            print(width, batch, kernels, f"{row['step']:.1f} us", row["launches"], flush=True)
+
+
+def refusal() -> str | None:
+    """Why this machine's GPU cannot run the kernels in Gluon, or None if it can."""
+    capability = torch.cuda.get_device_capability()
+    if capability[0] == 9:
+        return None
+    return "the kernels are for compute capability 9.0, the GPU's is {}.{}".format(*capability)
+
+
+def gluon_refusal() -> str | None:
+    """Why this Triton cannot compile them, or None if it can."""
+    import triton
+    from triton.experimental.gluon import language as gl
+
+    if hasattr(gl.shared_memory_descriptor, "_reinterpret"):
+        return None
+    return f"they are written in the Gluon of Triton 3.6, this is Triton {triton.__version__}"
+
+
+def make(width: int, batch: int) -> tuple[nn.Module, FusedGradient, Tensor]:
+    torch.manual_seed(0)
+    energy = fl.ConvEnergy(width=width).to("cuda")
+    x = torch.rand(batch, 3, 32, 32, device="cuda")
+    return energy, engine(energy, (3, 32, 32), batch, "fp16"), x
+
+
+def compile_kernels(net: tuple[int, int]) -> None:
+    """Leave the kernels of a network's launches in Triton's cache."""
+    _, step, x = make(*net)
+    for context in VARIANTS.values():
+        with context():
+            step.step_(x, **OPTIONS)
+
+
+@contextlib.contextmanager
+def patched(launch_pdl: bool = False) -> Iterator[None]:
+    """Within it, the fused engine launches the kernels in Gluon where they can be.
+
+    With ``launch_pdl`` a launch in Gluon begins early, and waits for the results of the one before.
+    """
+    from benchmarks import patch_kernels
+    from fastlangevin.kernels import triton_conv, triton_conv_grad
+
+    with contextlib.ExitStack() as patches:
+        kernels = {"forward_kernel": triton_conv, "backward_kernel": triton_conv_grad}
+        for name, module in kernels.items():
+            kernel = getattr(patch_kernels, f"patch_{name}")
+            stand_in = PatchKernel(getattr(module, name), kernel, launch_pdl=launch_pdl)
+            patches.enter_context(mock.patch.object(module, name, stand_in))
+        yield
+
+
+VARIANTS = {
+    "triton": contextlib.nullcontext,
+    "gluon": patched,
+    "gluon, early": functools.partial(patched, launch_pdl=True),
+}
+
+
+class PatchKernel:
+    """Stands in for a kernel of the package, and launches the one in Gluon where it can."""
+
+    def __init__(self, plain: Any, kernel: Any, **options: Any) -> None:
+        self.plain, self.kernel, self.options = plain, kernel, options
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        values = dict(zip(self.plain.arg_names, args, strict=False)) | options
+        if is_supported(values):
+            more = {"num_warps": values["num_warps"], **self.options}
+            self.kernel[grid_of(values)](**arguments_of(values), **more)
+        else:
+            self.plain[grid](*args, **options)
+
+
+def values_of(plan: Plan, forward: bool) -> Values:
+    """The arguments that decide about a launch."""
+    kind = {"ACTIVATION": "leaky_relu"} if forward else {"SIGNS": True}
+    return {**plan.constants, **plan.options, "weight": plan.weight, "rows": plan.rows, **kind}
+
+
+def is_forward(values: Values) -> bool:
+    return "ACTIVATION" in values
+
+
+def is_supported(values: Values) -> bool:
+    """Whether a launch of the package's forward or backward kernel can be one in Gluon."""
+    return (
+        all(values[f"{name}_{axis}"] == size for name, size in _GEOMETRY.items() for axis in "YX")
+        and values["weight"].dtype in (torch.float16, torch.bfloat16)
+        and values["C"] % 32 == values["C"] % min(values["C"], 64) == 0
+        and values["COLUMNS"] % values["BN"] == 0
+        and all(size >= 4 and size & (size - 1) == 0 for size in result_size(values))
+        and values.get("ACTIVATION", "leaky_relu") == "leaky_relu"
+        and values.get("SIGNS", True)
+    )
+
+
+def result_size(values: Values) -> tuple[int, int]:
+    """Height and width of the result, or of one class of its pixels."""
+    return (values["OUT_H"], values["OUT_W"]) if is_forward(values) else (values["H"], values["W"])
+
+
+def box_of(values: Values) -> tuple[int, int, int]:
+    """How many (rows, chains, columns) of pixels make a tile."""
+    height, width = result_size(values)
+    across = min(width, 16)
+    down = min(height, values["BM"] // max(across, 8))  # 8 pixels or more in a row of all chains
+    return down, values["BM"] // (down * across), across
+
+
+def grid_of(values: Values) -> tuple[int, int]:
+    (height, width), (down, chains, across) = result_size(values), box_of(values)
+    n = values["rows"] // (height * width)
+    tiles_of_pixels = math.ceil(n / chains) * (height // down) * (width // across)
+    return tiles_of_pixels * (values["COLUMNS"] // values["BN"]), values["weight"].shape[0]
+
+
+def boxes_of(values: Values) -> list[list[int]]:
+    """The boxes that a pass of the loop copies: of pixels, of one more row of them, of weights."""
+    down, *inside = *box_of(values), min(values["C"], 64)
+    return [[1, down, *inside], [1, 1, *inside], [2, values["BN"], inside[-1]]]
+
+
+def passes_of(values: Values) -> int:
+    return values["C"] // min(values["C"], 64) * (8 if is_forward(values) else 2)
+
+
+def arguments_of(values: Values) -> Values:
+    """The arguments of a launch in Gluon."""
+    (height, width), boxes = result_size(values), boxes_of(values)
+    n, forward = values["rows"] // (height * width), is_forward(values)
+    h, w, c, source, weight = (values[name] for name in ("H", "W", "C", "source", "weight"))
+    if forward:  # the pixels (2 y + p, 2 x + q), with q before their channels
+        shape, strides = [2, h // 2, n, w // 2, 2 * c], [w * c, 2 * w * c, h * w * c, 2 * c, 1]
+    else:
+        shape, strides = [1, h, n, w, c], [w * c, w * c, h * w * c, c, 1]
+    k = weight.shape[2] // 2  # of one of the two rows of taps that share a box
+    weights = [2, math.prod(weight.shape[:2]), k], [k, 2 * k, 1]
+    names = ["out", "saved", "C", "COLUMNS", "BM", "BN"]
+    names += ["bias", "head", "energies", "overflow"] if forward else []
+    return {name: values[name] for name in names} | {
+        "box_desc": _descriptor(source, shape, strides, boxes[0]),
+        "row_desc": _descriptor(source, shape, strides, boxes[1]),
+        "weight_desc": _descriptor(weight, *weights, boxes[2]),
+        "n": n,
+        "slope": values["p"],
+        "H": height,
+        "W": width,
+        "STAGES": values["num_stages"],
+        "WARPS": values["num_warps"],
+    }
+
+
+def _descriptor(
+    tensor: Tensor, shape: list[int], strides: list[int], box: list[int]
+) -> "TensorDescriptor":
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    size = tensor.element_size()
+    layout = NVMMASharedLayout(box[-1] * size, 8 * size, rank=len(box))
+    return TensorDescriptor(tensor, shape, strides, box, layout)
+
+
+def predicted(values: Values) -> dict[str, Any]:
+    """The bytes that a launch copies, padding included, and the least and the most seconds."""
+    programs, passes = math.prod(grid_of(values)), passes_of(values)
+    copied = sum(map(math.prod, boxes_of(values))) * values["weight"].element_size()
+    size = programs * passes * copied
+    turns = passes * math.ceil(programs / _MULTIPROCESSORS)
+    products = 2 * values["BM"] * values["BN"] * min(values["C"], 64)
+    at_work = products / (_PRODUCTS / _MULTIPROCESSORS)
+    seconds = [
+        launch + max(size / rate, turns * (at_work + more)) for launch, more, rate in (_FAST, _SLOW)
+    ]
+    return {"bytes": size, "seconds": seconds}
