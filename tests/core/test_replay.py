@@ -4,17 +4,17 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 
 import fastlangevin as fl
 from tests.core.replay_shared import DTYPES, KINDS, SHAPE, buffer
+from tests.laws import equal_counts_p, uniform_p
 
 
 def test_slots_start_uniform() -> None:
     """N = 256 x 1023 states: Kolmogorov-Smirnov against U(-1, 1)."""
     states = buffer(256, (1023,)).states
     assert states.shape == (256, 1023)
-    assert stats.kstest(states.flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue >= 1e-5
+    assert uniform_p(states, -1, 1) >= 1e-5
 
 
 @pytest.mark.parametrize("shape", [(), (5,), SHAPE], ids=str)
@@ -61,7 +61,7 @@ def test_reinit_1_starts_every_chain_from_fresh_uniforms() -> None:
     chains = buffer(reinit=1.0)
     chains.states.fill_(3.0)
     x = torch.stack([chains.draw(16, step)[1] for step in range(200)])
-    assert stats.kstest(x.flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue >= 1e-5
+    assert uniform_p(x, -1, 1) >= 1e-5
     assert x.flatten(2).unique(dim=0).shape[0] == 200
 
 
@@ -165,7 +165,7 @@ def test_every_chain_is_new_until_the_first_put(kind: str, dtype: torch.dtype) -
     """N = 16 x 1023 elements: Kolmogorov-Smirnov against U(-1, 1)."""
     chains = buffer(shape=(1023,), kind=kind, dtype=dtype)
     x = chains.draw(16, 0)[1]
-    assert stats.kstest(x.flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue >= 1e-5
+    assert uniform_p(x, -1, 1) >= 1e-5
     chains.put(None, torch.full((1, 1023), 0.5))
     assert (chains.draw(16, 0)[1] - 0.5).abs().max() <= 1 / 128
 
@@ -260,8 +260,7 @@ def test_uint8_is_read_as_a_uniform_point_of_its_cell() -> None:
     chains = buffer(dtype=torch.uint8)
     chains.states.fill_(77)
     x = torch.stack([chains.draw(16, step)[1] for step in range(200)])
-    cell = stats.uniform(-1 + 77 / 128, 1 / 128)
-    assert stats.kstest(x.flatten().numpy(), cell.cdf).pvalue >= 1e-5
+    assert uniform_p(x, -1 + 77 / 128, -1 + 78 / 128) >= 1e-5
     assert x.flatten(2).unique(dim=0).shape[0] == 200
 
 
@@ -269,7 +268,7 @@ def test_uint8_starts_uniform_and_clips() -> None:
     """N = 256 x 1023 bytes: chi-square against equal counts; states outside go to the ends."""
     chains = buffer(256, (1023,), dtype=torch.uint8)
     counts = torch.bincount(chains.states.flatten().long(), minlength=256)
-    assert stats.chisquare(counts.numpy()).pvalue >= 1e-5
+    assert equal_counts_p(counts) >= 1e-5
     chains.put(torch.tensor([0, 1]), torch.tensor([[-7.0], [7.0]]).expand(2, 1023))
     assert (chains.states[0] == 0).all()
     assert (chains.states[1] == 255).all()
@@ -279,4 +278,4 @@ def test_uint8_starts_uniform_and_clips() -> None:
 def test_new_chains_are_uniform_on_the_value_range(kind: str) -> None:
     chains = buffer(kind=kind, shape=(1023,), reinit=1.0, value_range=(0.0, 255.0))
     x = chains.draw(16, 0)[1]
-    assert stats.kstest(x.flatten().numpy(), stats.uniform(0, 255).cdf).pvalue >= 1e-5
+    assert uniform_p(x, 0, 255) >= 1e-5

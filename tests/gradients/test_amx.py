@@ -11,12 +11,21 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
+from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.kernels import extension
 from tests.backends import choose, instruction_sets
 from tests.gradients import fused_shared
 from tests.gradients.bodies import Body
-from tests.gradients.fused_shared import CPU, SHAPE, assert_equal, fused, numbers, relative
+from tests.gradients.fused_shared import (
+    CPU,
+    SHAPE,
+    assert_equal,
+    fused,
+    numbers,
+    record,
+    relative,
+)
 from tests.gradients.test_fused_cpu import by_autocast, net, states, with_head
 from tests.gradients.test_fused_graphs import ACTIVATIONS, BODIES, mlp
 from tests.pairwise import pairwise
@@ -118,12 +127,13 @@ def test_batches_chunks_and_threads_do_not_matter(
         nn.Conv2d(3, 20, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(20, 16, 4, 2, 1), nn.SiLU(),
         nn.Conv2d(16, 9, 3, 1, 1), nn.LeakyReLU(0.2),
     )  # fmt: skip
-    energy, x = with_head(body, (3, 10, 10)), states(37, 3, 10, 10)
-    expected = fused(energy, x, precision)(x, True)
+    energy, x = with_head(body, (3, 6, 6)), states(37, 3, 6, 6)
+    graph = record(energy, x)
+    expected = fused_cpu.ConvNetGradient(graph, 37, precision)(x, True)
     assert expected[0] is not None
     for count, chunk in ((1, 13), (2, 10), (3, 13), (7, 6)):
         threads(count)
-        engine = fused(energy, x, precision)
+        engine = fused_cpu.ConvNetGradient(graph, 37, precision)
         assert engine.chunk == chunk  # the fewest chunks of at most 16 chains, of one size
         assert_equal(engine(x, True), expected)
     for chains in (1, 2, 17):
