@@ -74,7 +74,7 @@ def test_a_slice_is_written_and_nothing_beside_it(step_: Callable[..., Tensor]) 
 
 @pytest.mark.parametrize(
     ("elements", "clip", "dtype"),
-    pairwise([1, 5, 1023, 1024], [None, 0.4, ("chain_norm", 5.0)], DTYPES),
+    pairwise([1, 1023, 1024], [None, 0.4, ("chain_norm", 5.0)], DTYPES),
     ids=str,
 )
 def test_a_step_is_the_same_bits_in_every_batch_split(
