@@ -52,7 +52,7 @@ def test_a_run_that_is_cut_again_and_again_ends_as_one_that_is_not(
     assert_same_end(out, whole)
 
 
-@pytest.mark.parametrize(("k", "number"), zip([1, 6, 8], STOPPING, strict=False), ids=str)
+@pytest.mark.parametrize(("k", "number"), list(zip([1, 6, 8], STOPPING, strict=False)), ids=str)
 def test_a_signal_ends_the_run_with_a_checkpoint(
     k: int, number: signal.Signals, config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:

@@ -82,7 +82,7 @@ def test_oscillation_by_its_formula() -> None:
 
 def test_chance_is_not_read_as_oscillation() -> None:
     """At 5 lags white noise is below -3 standard errors in 1 % of series: of 200, 12 are 1e-5."""
-    for n in (64, 250):
+    for n in (64, 500):
         verdicts = [
             correlations(x, x).oscillation.verdict for x in normal(200, n, seed=6).double().tolist()
         ]
