@@ -1,6 +1,7 @@
 """Fixtures for every test: the backends that can run here, and settings of the process."""
 
 import dataclasses
+import functools
 import gc
 import importlib.util
 import os
@@ -20,6 +21,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastlangevin.kernels import extension, triton
+from fastlangevin.learn.data import load
+from fastlangevin.learn.data.arrays import ArraySource
 from tests.backends import SERVING, choose, instruction_sets
 
 TILE_BYTES = triton._TILE_BYTES
@@ -154,6 +157,23 @@ def _without_measured_rates() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("bench.matrix_rate", "explain.matrix_rate", "explain.copy_bandwidth"):
             patch.setattr(f"fastlangevin.{name}", lambda *_: 1e10)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _digits_that_are_parsed_once() -> Iterator[None]:
+    """Hundreds of tests read scikit-learn's digits, whose text takes longer than a short run.
+
+    Every reader gets arrays of its own.
+    """
+    read = functools.cache(load.read_digits)
+
+    def read_digits() -> ArraySource:
+        name, pixels, labels = read()
+        return ArraySource(name, pixels.copy(), labels.copy())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "read_digits", read_digits)
         yield
 
 

@@ -21,13 +21,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         from fastlangevin import lod  # noqa: F401
 
 
-def test_importing_the_package_imports_no_torch_and_star_gives_every_name() -> None:
-    program = (
-        "import sys, fastlangevin\n"
-        "assert 'torch' not in sys.modules\n"
-        "from fastlangevin import *\n"
-        "assert all(name in globals() for name in fastlangevin.__all__)\n"
-        "assert 'fastlangevin.presets' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_importing_the_package_imports_no_torch() -> None:
+    program = "import sys, fastlangevin; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_star_gives_every_name_but_the_subpackages() -> None:
+    names: dict[str, object] = {}
+    exec("from fastlangevin import *", names)
+    assert set(fl.__all__) <= names.keys()
+    assert not {"learn", "presets", "testing"} & names.keys()

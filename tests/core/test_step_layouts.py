@@ -1,5 +1,6 @@
 """A step is the same bits in every memory layout, batch split and thread count."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,18 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 LAYOUTS = ["contiguous", *layouts(torch.zeros(2, 3, 5, 7))]
+# Each with a contiguous tensor, with itself, and with one other.
+PAIRS = dict.fromkeys(
+    pair
+    for one, other in zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)
+    for pair in ((one, "contiguous"), ("contiguous", one), (one, one), (one, other))
+)
 
 
 @pytest.mark.parametrize(
-    ("layout", "grad_layout", "dtype"), pairwise(LAYOUTS, LAYOUTS, DTYPES), ids=str
+    ("layout", "grad_layout", "dtype"),
+    [(*pair, dtype) for pair, dtype in zip(PAIRS, itertools.cycle(DTYPES), strict=False)],
+    ids=str,
 )
 def test_a_step_is_the_same_bits_in_every_memory_layout(
     step_: Callable[..., Tensor], layout: str, grad_layout: str, dtype: torch.dtype
@@ -65,7 +74,7 @@ def test_a_slice_is_written_and_nothing_beside_it(step_: Callable[..., Tensor]) 
 
 @pytest.mark.parametrize(
     ("elements", "clip", "dtype"),
-    pairwise([1, 5, 1023, 1024], [None, 0.4, ("chain_norm", 5.0)], DTYPES),
+    pairwise([1, 1023, 1024], [None, 0.4, ("chain_norm", 5.0)], DTYPES),
     ids=str,
 )
 def test_a_step_is_the_same_bits_in_every_batch_split(

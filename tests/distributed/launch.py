@@ -1,6 +1,8 @@
 """Real processes with the environment variables of torchrun.
 
-They are not forked: this process has threads of Gloo, whose locks a fork would copy.
+They are not forked from this process, which has threads of Gloo, whose locks a fork would copy. On
+Linux they are forked from a server that has imported torch and has no threads: each rank alone
+would take seconds for that.
 """
 
 import multiprocessing
@@ -11,6 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+_CONTEXT.set_forkserver_preload(["tests.distributed.test_launched"])
 
 
 def launch(world_size: int, log: Path, function: Callable[..., Any], *arguments: Any) -> list[int]:
@@ -23,9 +28,8 @@ def launch(world_size: int, log: Path, function: Callable[..., Any], *arguments:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log.write_bytes(b"")
-    context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(
+        _CONTEXT.Process(
             target=_run, args=(rank, world_size, port, log, function, arguments), daemon=True
         )
         for rank in range(world_size)

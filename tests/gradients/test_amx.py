@@ -4,18 +4,31 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
+from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.kernels import extension
 from tests.backends import choose, instruction_sets
+from tests.gradients import fused_shared
 from tests.gradients.bodies import Body
-from tests.gradients.test_fused_cpu import by_autocast, net, relative, states, with_head
-from tests.gradients.test_fused_graphs import ACTIVATIONS, BODIES, CPU, SHAPE, fused, mlp, numbers
+from tests.gradients.fused_shared import (
+    CPU,
+    SHAPE,
+    assert_equal,
+    fused,
+    numbers,
+    record,
+    relative,
+)
+from tests.gradients.test_fused_cpu import by_autocast, net, states, with_head
+from tests.gradients.test_fused_graphs import ACTIVATIONS, BODIES, mlp
+from tests.pairwise import pairwise
 
 pytestmark = pytest.mark.skipif(
     extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
@@ -34,21 +47,12 @@ def _tiles() -> Iterator[None]:
     choose(best)
 
 
-def check(energy: nn.Module, x: Tensor, bound: float, precision: str = "bf16") -> None:
-    """Energies and gradients against float64, and that no chain depends on another one."""
-    energies, grad = energy_and_grad(copy.deepcopy(energy).double(), x.double(), {})
-    engine = fused(energy, x, precision)
-    assert engine.net.by_matrix_unit
-    got_energies, got = engine(x, True)
-    assert got_energies is not None
-    assert relative(got, grad) <= bound
-    assert relative(got_energies, energies.flatten()) <= max(bound, 0.03 * (precision == "bf16"))
-    assert torch.equal(engine(x, False)[1], got)
-    for k in range(x.shape[0]):
-        alone_energies, alone = fused(energy, x[k : k + 1], precision)(x[k : k + 1], True)
-        assert alone_energies is not None
-        assert torch.equal(alone[0], got[k])
-        assert torch.equal(alone_energies[0], got_energies[k])
+def check(energy: nn.Module, x: Tensor, bf16: float, tf32: float = SPLIT_BOUND) -> None:
+    fused_shared.check(energy, x, {"bf16": bf16, "tf32": tf32}, by_matrix_unit=True)
+
+
+def small() -> tuple[nn.Module, Tensor]:
+    return with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
 
 
 def bound_by_autocast(energy: nn.Module, x: Tensor) -> float:
@@ -57,47 +61,49 @@ def bound_by_autocast(energy: nn.Module, x: Tensor) -> float:
 
 
 # Channels of one tile and of several, that fill them or not, and pairs that have no second half.
-@pytest.mark.parametrize("channels", [(1, 1, 1), (2, 17, 33), (5, 16, 64), (40, 32, 7)])
+CHANNELS = [(1, 1, 1), (2, 17, 33), (5, 16, 64), (40, 32, 7)]
+GEOMETRIES = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 4, "stride": 2, "padding": 1},
+    {"kernel_size": 5, "stride": 2, "padding": 4},
+    {"kernel_size": 2, "stride": 3, "padding": 1},  # pixels that no output reads
+    {"kernel_size": 3, "padding": 2, "dilation": 2},
+    {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1), "dilation": (1, 2)},
+]
+
+
 @pytest.mark.parametrize(
-    "geometry",
-    [
-        {"kernel_size": 3, "padding": 1},
-        {"kernel_size": 4, "stride": 2, "padding": 1},
-        {"kernel_size": 5, "stride": 2, "padding": 4},
-        {"kernel_size": 2, "stride": 3, "padding": 1},  # pixels that no output reads
-        {"kernel_size": 3, "padding": 2, "dilation": 2},
-        {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1), "dilation": (1, 2)},
-    ],
+    ("geometry", "channels", "precision"),
+    pairwise(GEOMETRIES, CHANNELS, ["bf16", "tf32"]),
     ids=str,
 )
-def test_geometries(geometry: dict[str, int], channels: tuple[int, int, int]) -> None:
+def test_convolutions_of_every_geometry_match_float64(
+    geometry: dict[str, Any], channels: tuple[int, int, int], precision: str
+) -> None:
     first, second, third = channels
     body = net(
         nn.Conv2d(first, second, **geometry), nn.SiLU(),
         nn.Conv2d(second, third, 3, 1, 1), nn.SiLU(),
     )  # fmt: skip
     energy, x = with_head(body, (first, 7, 18)), states(3, first, 7, 18)
-    check(energy, x, bound_by_autocast(energy, x))
-    check(energy, x, SPLIT_BOUND, "tf32")
+    bound = bound_by_autocast(energy, x) if precision == "bf16" else SPLIT_BOUND
+    fused_shared.check(energy, x, {precision: bound}, by_matrix_unit=True)
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_graphs(name: str) -> None:
+def test_graphs_of_every_kind_match_float64(name: str) -> None:
     check(Body(BODIES[name]), numbers(SHAPE), 0.03)
-    check(Body(BODIES[name]), numbers(SHAPE), SPLIT_BOUND, "tf32")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_vectors(activation: Callable[[], nn.Module]) -> None:
+def test_networks_on_vectors_match_float64(activation: Callable[[], nn.Module]) -> None:
     check(mlp(activation, 2, 128, 33), numbers((7, 2)), 0.1)
-    check(mlp(activation, 2, 128, 33), numbers((7, 2)), SPLIT_BOUND, "tf32")
 
 
 def test_more_words_to_a_pixel_than_are_summed_at_a_time() -> None:
     body = net(nn.Conv2d(3, 300, 1), nn.SiLU(), nn.Conv2d(300, 24, 4, 2, 1), nn.SiLU())
     energy, x = with_head(body, (3, 6, 6)), states(2, 3, 6, 6)
     check(energy, x, bound_by_autocast(energy, x))
-    check(energy, x, SPLIT_BOUND, "tf32")
 
 
 def test_numbers_that_bfloat16_holds_are_exact() -> None:
@@ -110,7 +116,7 @@ def test_numbers_that_bfloat16_holds_are_exact() -> None:
         keep = torch.rand(parameter.shape) < (0.6 if parameter.shape[1:2] else 1)
         parameter.data = torch.randint(-1, 2, parameter.shape) * keep.float()
     x = torch.randint(-1, 2, (20, 3, 8, 8)).float()
-    check(energy, x, 0.0)
+    check(energy, x, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
@@ -121,22 +127,18 @@ def test_batches_chunks_and_threads_do_not_matter(
         nn.Conv2d(3, 20, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(20, 16, 4, 2, 1), nn.SiLU(),
         nn.Conv2d(16, 9, 3, 1, 1), nn.LeakyReLU(0.2),
     )  # fmt: skip
-    energy, x = with_head(body, (3, 10, 10)), states(37, 3, 10, 10)
-    expected = fused(energy, x, precision)(x, True)
+    energy, x = with_head(body, (3, 6, 6)), states(37, 3, 6, 6)
+    graph = record(energy, x)
+    expected = fused_cpu.ConvNetGradient(graph, 37, precision)(x, True)
     assert expected[0] is not None
     for count, chunk in ((1, 13), (2, 10), (3, 13), (7, 6)):
         threads(count)
-        engine = fused(energy, x, precision)
+        engine = fused_cpu.ConvNetGradient(graph, 37, precision)
         assert engine.chunk == chunk  # the fewest chunks of at most 16 chains, of one size
-        for one, two in zip(engine(x, True), expected, strict=True):
-            assert one is not None
-            assert two is not None
-            assert torch.equal(one, two)
+        assert_equal(engine(x, True), expected)
     for chains in (1, 2, 17):
-        energies, grad = fused(energy, x[:chains], precision)(x[:chains], True)
-        assert energies is not None
-        assert torch.equal(grad, expected[1][:chains])
-        assert torch.equal(energies, expected[0][:chains])
+        first = [part[:chains] for part in expected]
+        assert_equal(fused(energy, x[:chains], precision)(x[:chains], True), first)
 
 
 def test_what_is_not_finite_stays_in_its_chain() -> None:
@@ -150,14 +152,11 @@ def test_what_is_not_finite_stays_in_its_chain() -> None:
         assert torch.equal(grad[chain], clean[1][chain])
     assert not bool(grad[1].isfinite().all())
     assert bool(grad[3].isnan().all())
-    for one, two in zip(engine(x, True), clean, strict=True):
-        assert one is not None
-        assert two is not None
-        assert torch.equal(one, two)
+    assert_equal(engine(x, True), clean)
 
 
 def test_a_chain_in_one_call_is_that_of_single_steps() -> None:
-    energy, x = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
+    energy, x = small()
     whole, single = (
         fl.LangevinSampler(energy, steps, 0.1, gradient="fused", precision="bf16")
         for steps in (4, 1)
@@ -169,7 +168,7 @@ def test_a_chain_in_one_call_is_that_of_single_steps() -> None:
 
 
 def test_explain_names_the_instruction_set() -> None:
-    energy, x = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
+    energy, x = small()
     sampler = fl.LangevinSampler(energy, 4, gradient="fused", precision="bf16")
     assert "; instruction set amx_emulated\n" in sampler.explain(x)
     float32 = fl.LangevinSampler(energy, 4, gradient="fused", precision="fp32")
@@ -177,7 +176,7 @@ def test_explain_names_the_instruction_set() -> None:
 
 
 def test_tf32_runs_on_cpus_with_tiles() -> None:
-    energy, x = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
+    energy, x = small()
     ends = [
         fl.LangevinSampler(energy, 4, 0.1, precision=precision)(x, seed=0)
         for precision in ("tf32", "fp32")
@@ -189,8 +188,8 @@ def test_tf32_runs_on_cpus_with_tiles() -> None:
         fl.LangevinSampler(energy, 4, 0.1, precision="tf32")(x, seed=0)
 
 
-def test_float32_does_not_use_them() -> None:
-    energy, x = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
+def test_float32_does_not_use_tiles() -> None:
+    energy, x = small()
     engine = fused(energy, x, "fp32")
     assert not engine.net.by_matrix_unit
     choose("baseline")
@@ -209,10 +208,7 @@ def test_the_processors_tiles_give_the_same_bits() -> None:
         pytest.skip(f"no AMX: {extension.library.why_no_amx()}")
     real = engine(x, True)
     assert choose("amx_emulated")
-    for one, two in zip(fused(energy, x, "bf16")(x, True), real, strict=True):
-        assert one is not None
-        assert two is not None
-        assert torch.equal(one, two)
+    assert_equal(fused(energy, x, "bf16")(x, True), real)
 
 
 def test_the_emulation_is_never_chosen_by_itself() -> None:

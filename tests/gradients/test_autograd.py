@@ -1,6 +1,7 @@
 """d energy / d x through autograd, on its own."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -111,19 +112,22 @@ class Mixed(nn.Module):
         return out + self.scale * x.square().flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("state", [torch.float32, torch.float64])
-@pytest.mark.parametrize("beside", DTYPES)
-@pytest.mark.parametrize("body", DTYPES)
-@pytest.mark.parametrize("buffer", [False, True])
-@pytest.mark.parametrize("casts", [False, True])
+# The dtypes and the cast decide together; with each of them, parameters and buffers take turns.
+@pytest.mark.parametrize(
+    ("dtypes", "casts", "buffer"),
+    [
+        (dtypes, casts, casts == bool(i % 2))
+        for i, dtypes in enumerate(
+            itertools.product([torch.float32, torch.float64], DTYPES, DTYPES)
+        )
+        for casts in (False, True)
+    ],
+    ids=str,
+)
 def test_x_enters_as_in_a_plain_loop_or_the_error_says_what_to_do(
-    x: Tensor,
-    body: torch.dtype,
-    beside: torch.dtype,
-    state: torch.dtype,
-    buffer: bool,
-    casts: bool,
+    x: Tensor, dtypes: tuple[torch.dtype, ...], casts: bool, buffer: bool
 ) -> None:
+    state, body, beside = dtypes
     net, x = Mixed(body, beside, buffer, casts), x.to(state)
     start = x.clone()
     if not casts and body != state:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import extension
+from tests.gradients.fused_shared import CPU, fused, relative
+from tests.pairwise import pairwise
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
 )
@@ -32,15 +33,6 @@ def states(*shape: int, seed: int = 1) -> Tensor:
     return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 1
 
 
-def score_of(
-    energy: nn.Module, x: Tensor, precision: str | None = None
-) -> fused_cpu.ConvNetGradient:
-    graph = recognise(energy, x)
-    assert not isinstance(graph, str), graph
-    assert fused_cpu.refusal(graph, torch.zeros(1), precision) is None
-    return fused_cpu.ConvNetGradient(graph, x.shape[0], precision)
-
-
 def by_autograd(energy: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     leaf = x.to(dtype).requires_grad_()
     energies = energy.to(dtype)(leaf).flatten()
@@ -57,12 +49,8 @@ def by_autocast(energy: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return energies.detach().float(), grad
 
 
-def relative(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected).norm() / expected.norm())
-
-
 def check(energy: nn.Module, x: Tensor, smooth: bool) -> None:
-    energies, grad = score_of(energy, x)(x, want_energies=True)
+    energies, grad = fused(energy, x)(x, want_energies=True)
     exact_energies, exact = by_autograd(energy, x, torch.float64)
     plain_energies, plain = by_autograd(energy, x, torch.float32)
     assert energies is not None
@@ -74,7 +62,7 @@ def check(energy: nn.Module, x: Tensor, smooth: bool) -> None:
     assert (energies - exact_energies).abs().max() <= 1e-6 * scale + 2 * float(
         (plain_energies - exact_energies).abs().max()
     )
-    _, grad = score_of(energy, x, "bf16")(x, False)
+    _, grad = fused(energy, x, "bf16")(x, False)
     assert relative(grad, exact) <= 2 * relative(by_autocast(energy, x)[1], exact)
 
 
@@ -92,28 +80,29 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name, instruction_set):
+def test_every_activation_matches_autograd(name, instruction_set):
     activation, smooth = ACTIVATIONS[name]
     body = net(nn.Conv2d(3, 9, 3, 1, 1), activation(), nn.Conv2d(9, 20, 4, 2, 1), activation())
     check(with_head(body, (3, 8, 8)), states(5, 3, 8, 8), smooth)
 
 
-@pytest.mark.parametrize("channels", [(1, 1, 1), (2, 17, 33), (5, 16, 40)])
-@pytest.mark.parametrize("size", [(8, 8), (7, 11)])
+GEOMETRIES = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 4, "stride": 2, "padding": 1},
+    {"kernel_size": 5, "stride": 2, "padding": 4},
+    {"kernel_size": 3, "stride": 3, "padding": 0},
+    {"kernel_size": 2, "stride": 3, "padding": 1},  # pixels that no output reads
+    {"kernel_size": 3, "padding": 2, "dilation": 2},
+    {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1), "dilation": (1, 2)},
+]
+
+
 @pytest.mark.parametrize(
-    "geometry",
-    [
-        {"kernel_size": 3, "padding": 1},
-        {"kernel_size": 4, "stride": 2, "padding": 1},
-        {"kernel_size": 5, "stride": 2, "padding": 4},
-        {"kernel_size": 3, "stride": 3, "padding": 0},
-        {"kernel_size": 2, "stride": 3, "padding": 1},  # pixels that no output reads
-        {"kernel_size": 3, "padding": 2, "dilation": 2},
-        {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1), "dilation": (1, 2)},
-    ],
+    ("geometry", "size", "channels"),
+    pairwise(GEOMETRIES, [(8, 8), (7, 11)], [(1, 1, 1), (2, 17, 33), (5, 16, 40)]),
     ids=str,
 )
-def test_geometries(geometry, size, channels, instruction_set):
+def test_convolutions_of_every_geometry_match_autograd(geometry, size, channels, instruction_set):
     first, second, third = channels
     body = net(
         nn.Conv2d(first, second, **geometry), nn.SiLU(), nn.Conv2d(second, third, 1), nn.SiLU()
@@ -153,7 +142,7 @@ def test_bfloat16_is_exact_where_its_numbers_are(channels, instruction_set):
         keep = torch.rand(parameter.shape) < (2 / channels if parameter.shape[1:2] else 1)
         parameter.data = torch.randint(-1, 2, parameter.shape) * keep.float()
     x = torch.randint(-1, 2, (4, channels, 8, 8)).float()
-    energies, grad = score_of(energy, x, "bf16")(x, want_energies=True)
+    energies, grad = fused(energy, x, "bf16")(x, want_energies=True)
     exact_energies, exact = by_autograd(energy, x, torch.float64)
     assert torch.equal(energies.double(), exact_energies)
     assert torch.equal(grad.double(), exact)
@@ -162,10 +151,10 @@ def test_bfloat16_is_exact_where_its_numbers_are(channels, instruction_set):
 def test_a_padded_channel_does_not_carry_a_nan_into_the_next_call():
     energy = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6))
     x = states(2, 3, 6, 6)
-    score = score_of(energy, x, "bf16")
-    expected = score(x, False)[1]
-    score(torch.full_like(x, float("nan")), False)
-    assert torch.equal(score(x, False)[1], expected)
+    engine = fused(energy, x, "bf16")
+    expected = engine(x, False)[1]
+    engine(torch.full_like(x, float("nan")), False)
+    assert torch.equal(engine(x, False)[1], expected)
 
 
 @pytest.mark.parametrize("chains", [0, 1, 2, 7, 33])
@@ -173,10 +162,10 @@ def test_chains_do_not_know_of_each_other(chains, threads):
     body = net(nn.Conv2d(3, 8, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 16, 4, 2, 1), nn.SiLU())
     energy = with_head(body, (3, 8, 8))
     x = states(33, 3, 8, 8)
-    expected = [score_of(energy, x[k : k + 1])(x[k : k + 1], True) for k in range(chains)]
+    expected = [fused(energy, x[k : k + 1])(x[k : k + 1], True) for k in range(chains)]
     for count in (1, 2, 7):
         threads(count)
-        energies, grad = score_of(energy, x[:chains])(x[:chains], want_energies=True)
+        energies, grad = fused(energy, x[:chains])(x[:chains], want_energies=True)
         assert grad.shape == (chains, 3, 8, 8)
         assert energies.shape == (chains,)
         for k in range(chains):
@@ -187,36 +176,34 @@ def test_chains_do_not_know_of_each_other(chains, threads):
 def test_layouts_are_read_and_written_as_they_are():
     energy = with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.LeakyReLU(0.2)), (3, 6, 6))
     x = states(4, 3, 6, 6)
-    expected = score_of(energy, x)(x, False)[1]
+    expected = fused(energy, x)(x, False)[1]
     images = x.contiguous(memory_format=torch.channels_last)
     wide = torch.zeros(4, 3, 6, 12)[..., ::2]
     wide.copy_(x)
     for other in (images, wide):
-        grad = score_of(energy, other)(other, False)[1]
+        grad = fused(energy, other)(other, False)[1]
         assert torch.equal(grad, expected)
-    assert score_of(energy, images)(images, False)[1].is_contiguous(
-        memory_format=torch.channels_last
-    )
+    assert fused(energy, images)(images, False)[1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_calls_do_not_leak_into_each_other():
     body = net(nn.Conv2d(1, 8, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 4, 2, 1), nn.SiLU())
     energy = with_head(body, (1, 8, 8))
-    score = score_of(energy, states(9, 1, 8, 8))
+    engine = fused(energy, states(9, 1, 8, 8))
     first, second = states(9, 1, 8, 8), 1e3 * states(9, 1, 8, 8, seed=5)
-    expected = score(first, True)
-    score(second, False)
-    again = score(first, True)
+    expected = engine(first, True)
+    engine(second, False)
+    again = engine(first, True)
     for one, other in zip(expected, again, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("through", ["version", "begin"])
-def test_weights_are_read_anew(through):
+def test_changed_weights_are_read_again(through):
     energy = with_head(net(nn.Conv2d(1, 8, 3, 1, 1), nn.SiLU()), (1, 8, 8))
     x = states(2, 1, 8, 8)
-    score = score_of(energy, x)
-    score(x, True)
+    engine = fused(energy, x)
+    engine(x, True)
     with torch.no_grad():
         for parameter in energy.parameters():
             if through == "version":
@@ -224,8 +211,8 @@ def test_weights_are_read_anew(through):
             else:
                 parameter.data = 1.1 * parameter
     if through == "begin":
-        score.begin()
-    for value, exact in zip(score(x, True), by_autograd(energy, x, torch.float64), strict=True):
+        engine.begin()
+    for value, exact in zip(engine(x, True), by_autograd(energy, x, torch.float64), strict=True):
         assert relative(value, exact) < 1e-6
 
 
@@ -235,11 +222,11 @@ def test_what_is_not_finite_goes_where_autograds_goes(name, bad):
     activation, _ = ACTIVATIONS[name]
     energy = with_head(net(nn.Conv2d(1, 8, 3, 1, 1), activation()), (1, 8, 8))
     x = states(3, 1, 8, 8)
-    score = score_of(energy, x)
-    clean = score(x, True)
+    engine = fused(energy, x)
+    clean = engine(x, True)
     y = x.clone()
     y[1, 0, 4, 4] = bad
-    energies, grad = score(y, True)
+    energies, grad = engine(y, True)
     plain_energies, plain = by_autograd(energy, y, torch.float32)
     assert torch.equal(grad.isfinite(), plain.isfinite())
     seen = plain.isfinite()
@@ -248,7 +235,7 @@ def test_what_is_not_finite_goes_where_autograds_goes(name, bad):
     for k in (0, 2):
         assert torch.equal(grad[k], clean[1][k])
         assert torch.equal(energies[k], clean[0][k])
-    for one, two in zip(score(x, True), clean, strict=True):
+    for one, two in zip(engine(x, True), clean, strict=True):
         assert torch.equal(one, two)
 
 
@@ -275,7 +262,7 @@ def test_refusals_say_why(body, reason):
     assert reason in fused_cpu.refusal(graph, torch.zeros(1), None)
 
 
-def test_precisions_that_it_has_not(monkeypatch):
+def test_tf32_is_refused_without_a_matrix_unit(monkeypatch):
     monkeypatch.setattr(extension, "has_matrix_unit", lambda: False)
     energy = with_head(net(nn.Conv2d(1, 4, 3), nn.SiLU()), (1, 8, 8))
     graph = recognise(energy, torch.zeros(1, 1, 8, 8))

@@ -12,49 +12,24 @@ from torch.nn import functional as F
 import fastlangevin as fl
 from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import extension
 from tests.gradients.bodies import COMMON, Body, block, mean
+from tests.gradients.fused_shared import (
+    CPU,
+    SHAPE,
+    assert_equal,
+    check,
+    fused,
+    numbers,
+    record,
+    relative,
+)
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
 )
-SHAPE = (5, 4, 9, 7)  # odd and unequal, so that strides leave rows over
-
-
-def numbers(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def fused(energy: nn.Module, x: Tensor, precision: str | None = None) -> fused_cpu.ConvNetGradient:
-    graph = recognise(energy, x)
-    assert isinstance(graph, Graph), graph
-    assert fused_cpu.refusal(graph, x, precision) is None
-    return fused_cpu.ConvNetGradient(graph, x.shape[0], precision)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
-def check(energy: nn.Module, x: Tensor, half_bound: float = 0.03) -> None:
-    """Energies and gradients in both precisions, and that no chain depends on another one."""
-    energies, grad = energy_and_grad(copy.deepcopy(energy).double(), x.double(), {})
-    energies = energies.flatten()
-    for precision, bound in (("fp32", 1e-6), ("bf16", half_bound)):
-        engine = fused(energy, x, precision)
-        engine_energies, engine_grad = engine(x, True)
-        assert engine_energies is not None
-        assert error(engine_grad, grad) <= bound
-        assert error(engine_energies, energies) <= bound
-        assert torch.equal(engine(x, False)[1], engine_grad)
-        for k in range(x.shape[0]):
-            alone_energies, alone = fused(energy, x[k : k + 1], precision)(x[k : k + 1], True)
-            assert alone_energies is not None
-            assert torch.equal(alone[0], engine_grad[k])
-            assert torch.equal(alone_energies[0], engine_energies[k])
+FP32_AND_BF16 = {"fp32": 1e-6, "bf16": 0.03}
 
 
 BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = COMMON | {
@@ -79,8 +54,10 @@ BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = COMMON | {
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_graphs(body: Callable[[Body, Tensor], Tensor], instruction_set: str) -> None:
-    check(Body(body), numbers(SHAPE))
+def test_graphs_of_every_kind_match_float64(
+    body: Callable[[Body, Tensor], Tensor], instruction_set: str
+) -> None:
+    check(Body(body), numbers(SHAPE), FP32_AND_BF16)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.2])
@@ -91,11 +68,13 @@ def test_a_piecewise_activation_that_several_layers_read(slope: float) -> None:
             m.one(F.leaky_relu((h := F.leaky_relu(m.one(x), slope)) + m.two(h), slope))
         )
     )
-    check(energy, numbers(SHAPE), half_bound=0.2)  # rounded values are on other sides of kinks
+    check(
+        energy, numbers(SHAPE), FP32_AND_BF16 | {"bf16": 0.2}
+    )  # rounded values are on other sides of kinks
 
 
 @pytest.mark.parametrize("chains", [1, 5])
-def test_instance_norms(chains: int) -> None:
+def test_instance_norms_match_float64(chains: int) -> None:
     """Torch writes them as batch norms of one image with the channels of all chains."""
     torch.manual_seed(0)
     image = nn.Sequential(
@@ -110,7 +89,7 @@ def test_instance_norms(chains: int) -> None:
         nn.init.normal_(energy[1].weight)
         nn.init.normal_(energy[1].bias)
         nn.init.ones_(energy[-1].weight)  # no energy near zero, whose relative error says little
-        check(energy, numbers((chains, *shape)))
+        check(energy, numbers((chains, *shape)), FP32_AND_BF16)
 
 
 def test_a_batch_norm_of_all_chains_is_no_instance_norm() -> None:
@@ -119,23 +98,23 @@ def test_a_batch_norm_of_all_chains_is_no_instance_norm() -> None:
     assert recognise(energy, numbers((4, 3, 6, 6))) == ("a batch norm in train mode mixes chains")
 
 
-def test_layer_norms_of_vectors() -> None:
+def test_layer_norms_of_vectors_match_float64() -> None:
     energy = nn.Sequential(mlp(nn.SiLU, 3, 9)[0], nn.LayerNorm(9), nn.SiLU(), nn.Linear(9, 1))
     nn.init.normal_(energy[1].weight)
-    check(energy, numbers((7, 3)))
+    check(energy, numbers((7, 3)), FP32_AND_BF16)
 
 
-def test_maxima() -> None:
+def test_maxima_match_float64() -> None:
     """A rounded value may be another maximum, as of equal values; the first one counts then."""
     energy = Body(
         lambda m, x: mean(
             F.silu(m.one(F.max_pool2d(F.silu(m.two(F.max_pool2d(x, 3, 2, 1))), (2, 1), dilation=2)))
         )
     )
-    check(energy, numbers(SHAPE), half_bound=0.5)
-    check(energy, torch.ones(SHAPE), half_bound=0.5)
+    check(energy, numbers(SHAPE), FP32_AND_BF16 | {"bf16": 0.5})
+    check(energy, torch.ones(SHAPE), FP32_AND_BF16 | {"bf16": 0.5})
     whole = Body(lambda m, x: F.max_pool2d(x.relu(), 2).tanh().sum((1, 2, 3)))
-    check(whole, numbers(SHAPE).sign())
+    check(whole, numbers(SHAPE).sign(), FP32_AND_BF16)
 
 
 ACTIVATIONS = (nn.SiLU, nn.Tanh, nn.Softplus, nn.LeakyReLU, nn.ELU, nn.GELU)
@@ -153,8 +132,10 @@ def mlp(activation: Callable[[], nn.Module], *sizes: int) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_vectors(activation: Callable[[], nn.Module], instruction_set: str) -> None:
-    check(mlp(activation, 2, 128, 33), numbers((7, 2)), half_bound=0.1)
+def test_networks_on_vectors_match_float64(
+    activation: Callable[[], nn.Module], instruction_set: str
+) -> None:
+    check(mlp(activation, 2, 128, 33), numbers((7, 2)), FP32_AND_BF16 | {"bf16": 0.1})
 
 
 @pytest.mark.parametrize("chains", [1, 50, 130])
@@ -163,10 +144,7 @@ def test_vectors_fill_tiles_of_chains(chains: int, threads: Callable[[int], None
     want = fused(energy, x)(x, True)
     for count in (2, 3):
         threads(count)
-        for one, two in zip(fused(energy, x)(x, True), want, strict=True):
-            assert one is not None
-            assert two is not None
-            assert torch.equal(one, two)
+        assert_equal(fused(energy, x)(x, True), want)
 
 
 SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -196,13 +174,13 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes(name: str) -> None:
+def test_states_of_every_shape_match_float64(name: str) -> None:
     make, shape = SHAPES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         energy = make()
     x = numbers((4, *shape))
-    check(energy, x)
+    check(energy, x, FP32_AND_BF16)
     wide = numbers((4, *shape[:-1], 2 * shape[-1]))[..., ::2]
     assert torch.equal(
         fused(energy, wide)(wide, False)[1], fused(energy, x)(wide.clone(), False)[1]
@@ -219,10 +197,7 @@ def test_what_is_not_finite_stays_in_its_chain() -> None:
     assert torch.equal(grad[0], clean[1][0])
     assert torch.equal(grad[2:], clean[1][2:])
     assert not bool(grad[1].isfinite().all())
-    for one, two in zip(engine(x, True), clean, strict=True):
-        assert one is not None
-        assert two is not None
-        assert torch.equal(one, two)
+    assert_equal(engine(x, True), clean)
 
 
 @pytest.mark.parametrize("name", ["learned swish", "scaled channels", "batch norm"])
@@ -240,7 +215,7 @@ def test_constants_that_change_are_read_again(name: str) -> None:
     ):
         assert got is not None
         assert want is not None
-        assert error(got, want.flatten().view(got.shape)) < 1e-6
+        assert relative(got, want.flatten().view(got.shape)) < 1e-6
 
 
 REFUSED: dict[str, tuple[Callable[[Body, Tensor], Tensor], str]] = {
@@ -258,9 +233,7 @@ REFUSED: dict[str, tuple[Callable[[Body, Tensor], Tensor], str]] = {
 @pytest.mark.parametrize(("body", "reason"), REFUSED.values(), ids=REFUSED)
 def test_refusals_say_why(body: Callable[[Body, Tensor], Tensor], reason: str) -> None:
     x = numbers(SHAPE)
-    graph = recognise(Body(body), x)
-    assert isinstance(graph, Graph), graph
-    found = fused_cpu.refusal(graph, x, None)
+    found = fused_cpu.refusal(record(Body(body), x), x, None)
     assert found is not None
     assert reason in found
 

@@ -55,6 +55,9 @@ def settings() -> dict[str, list[Callable[[], None]]]:
     return single | mixed
 
 
+SETTINGS = settings()
+
+
 @pytest.fixture(autouse=True)
 def _as_found() -> Iterator[None]:
     """Each case begins with torch's own settings: those of cuDNN cannot be set again."""
@@ -89,25 +92,22 @@ def all_switches() -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("wanted", ["ieee", "tf32"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", settings())
-def test_switches_are_set_and_put_back_whatever_they_were(
-    name: str, device: str, wanted: str
-) -> None:
-    for act in settings()[name]:
+@pytest.mark.parametrize("name", SETTINGS)
+def test_switches_are_set_and_put_back_whatever_they_were(name: str) -> None:
+    for act in SETTINGS[name]:
         act()
     before = all_switches()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with float32_products(wanted, device):
-            assert precision._holds(wanted, device)
-            with float32_products("ieee", device):
-                assert precision._holds("ieee", device)
-            assert precision._holds(wanted, device)
-        precision.switches()
-        precision.convolutions_use_tf32()
-    assert all_switches() == before
+    for device, wanted in itertools.product(("cpu", "cuda"), ("ieee", "tf32")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with float32_products(wanted, device):
+                assert precision._holds(wanted, device)
+                with float32_products("ieee", device):
+                    assert precision._holds("ieee", device)
+                assert precision._holds(wanted, device)
+            precision.switches()
+            precision.convolutions_use_tf32()
+        assert all_switches() == before, (device, wanted)
 
 
 @needs_new
@@ -184,7 +184,7 @@ RUNS: dict[str, Callable[[LangevinSampler, Tensor], Any]] = {
 @pytest.mark.parametrize("gradient", ["autograd", "explicit"])
 @pytest.mark.parametrize("run", RUNS)
 def test_fp32_is_strict_on_the_cpu_too(run: str, gradient: str, name: str) -> None:
-    for act in settings()[name]:
+    for act in SETTINGS[name]:
         act()
     assert not precision._holds("ieee", "cpu")
     sampler = LangevinSampler(net(), steps=2, precision="fp32", gradient=gradient)

@@ -18,6 +18,7 @@ from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.graph.record import record
 from fastlangevin.gradients.proof import prove_kernels
 from fastlangevin.gradients.trace.engine import TracedGradient
+from tests.pairwise import pairwise
 
 
 class Own(nn.Module):
@@ -53,21 +54,24 @@ def factor(engine: type, size: float) -> Any:
     return mock.patch.object(engine, "__call__", wrong)
 
 
-@pytest.mark.parametrize("size", [0.0, 0.8, 1.2, -1.0, float("nan")])
+ENGINES = {"explicit": ExplicitGradient, "fused": ConvNetGradient}
+
+
 @pytest.mark.parametrize(
-    ("engine", "name"), [(ExplicitGradient, "explicit"), (ConvNetGradient, "fused")]
+    ("size", "name", "code"),
+    pairwise([0.0, 0.8, 1.2, -1.0, float("nan")], ENGINES, ["own code", "torch's code"]),
 )
-@pytest.mark.parametrize("make", [Own, lambda: Own().net], ids=["own code", "torch's code"])
-def test_an_engine_with_another_gradient_is_not_used(
-    make: Callable[[], nn.Module], engine: type, name: str, size: float
-) -> None:
-    energy, x0 = make(), states(3)
+def test_an_engine_with_another_gradient_is_not_used(size: float, name: str, code: str) -> None:
+    energy: nn.Module = Own()
+    if code == "torch's code":
+        energy = energy.net
+    x0 = states(3)
     if name == "explicit":
         energy = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2), energy)  # no fused kernels have groups
     want = sampler(energy, gradient="autograd")(x0, seed=0)
     if sampler(energy).choose_engine(x0, {}).name != name:
         pytest.skip("the compiled extension is not here")
-    with factor(engine, size), factor(TracedGradient, size):
+    with factor(ENGINES[name], size), factor(TracedGradient, size):
         run = sampler(energy)
         torch.testing.assert_close(run(x0, seed=0), want, rtol=0, atol=0)
         assert "its gradient differs from autograd's by" in run.explain(x0)

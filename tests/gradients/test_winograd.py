@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from fastlangevin.kernels import extension
-from tests.gradients.test_fused_graphs import CPU, check, fused, numbers
+from tests.gradients.fused_shared import CPU, check, fused, numbers
 
 pytestmark = pytest.mark.skipif(
     extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
 )
+FP32 = {"fp32": 1e-6}
 WIDTH = 33  # a last block of one vector, and a last vector of one channel
 
 # Convolution, height and width of its input.
@@ -48,8 +49,12 @@ def test_tiles_give_the_gradient_for_every_geometry(geometry, instruction_set):
     conv, height, width = GEOMETRIES[geometry]
     module, x = energy(conv, height, width), numbers((5, 3, height, width))
     assert fused(module, x).net.tiled_passes > 0
+    check(module, x, FP32)
+
+
+def test_in_bfloat16_convolutions_multiply_directly():
+    module, x = energy(*GEOMETRIES["3x3"]), numbers((2, 3, 8, 6))
     assert fused(module, x, "bf16").net.tiled_passes == 0
-    check(module, x)
 
 
 def test_dilated_and_narrow_convolutions_multiply_directly():
@@ -61,7 +66,7 @@ def test_dilated_and_narrow_convolutions_multiply_directly():
     for module in (dilated, narrow):
         x = numbers((2, 3, 8, 8))
         assert fused(module, x).net.tiled_passes == 0
-        check(module, x)
+        check(module, x, FP32)
 
 
 def test_a_state_that_one_convolution_reads_is_multiplied_directly():
@@ -70,7 +75,7 @@ def test_a_state_that_one_convolution_reads_is_multiplied_directly():
     )
     x = numbers((3, WIDTH, 8, 8))
     assert fused(module, x).net.tiled_passes == 0
-    check(module, x)
+    check(module, x, FP32)
 
 
 def test_a_chain_that_is_not_finite_leaves_the_others_as_they_are():

@@ -94,10 +94,11 @@ def _claims() -> Iterator[tuple[str, bytes]]:
     yield "a.npz", zipped("x.npy", npy_header("(70000, 32, 32)") + bytes(70000 * 1024))
     yield "a.npz", zipped("notes.txt", b"no arrays")
     yield "a.npz", zipped("x", npy_header("(1, 8, 8)") + bytes(64))
+    zeros = gzip.compress(bytes(80_000_000), 9)
     for sizes in ((2**32 - 1,) * 3, (2**31, 28, 28), (100_000, 28, 28)):
         header = struct.pack(">4I", 0x803, *sizes)
         yield "train-images-idx3-ubyte", header + bytes(999)
-        yield "train-images-idx3-ubyte.gz", gzip.compress(header + bytes(80_000_000), 9)
+        yield "train-images-idx3-ubyte.gz", gzip.compress(header) + zeros
     for width, height in ((30_000, 30_000), (13_000, 13_000), (9400, 9400), (4000, 4000)):
         for name in ("a.png", "mask.png"):
             yield name, png_claiming(width, height)

@@ -1,6 +1,7 @@
 """Models that come with the package: there, repeatable, and good for what they say."""
 
 import shlex
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,26 @@ def test_what_lies_between_two_samples_is_as_sure_a_digit() -> None:
 FEW = ("--n", 2, "--iterations", 1, "--restarts", 1)
 OFFLINE = {
     "reconstruct": (*FEW, "--steps", 1, "--samples", 2),
-    "restore": ("--n", 2, "--answers", 1, "--steps", 1),
+    "restore": ("--n", 2, "--answers", 1, "--method", "clamped"),
     "diagnose": ("--n", 16, "--long", 1, "--starts", 2),
 }
 
 
+@pytest.fixture
+def short_chains(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's models, of which that of CIFAR-10 takes a single step."""
+    folder = tmp_path_factory.mktemp("models")
+    for path in MODELS["cifar10"].parent.iterdir():
+        shutil.copy(path, folder)
+    tensors, info = checkpoint.read_checkpoint(MODELS["cifar10"])
+    info["sampler"]["steps"] = 1
+    checkpoint.save_checkpoint(folder / MODELS["cifar10"].name, tensors, info)
+    monkeypatch.setattr(checkpoint, "_MODELS", folder)
+
+
 @pytest.mark.parametrize("name", OFFLINE)
 def test_the_cifar10_model_brings_test_images_of_its_own(
-    name: str, command: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, command: Any, short_chains: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FASTLANGEVIN_DATA", raising=False)
     result = command(name, "cifar10", *OFFLINE[name])

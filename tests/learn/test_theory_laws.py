@@ -184,10 +184,10 @@ def p_value(law: Tensor, x: Tensor, grid: Grid, group: int) -> float:
     ],
 )
 def test_sampled_chains_follow_the_law(grid: Grid, changes: dict) -> None:
-    """N = 200,000 chains of 12 steps."""
+    """N = 80,000 chains of 12 steps."""
     sampler = sampler_of(double_well, 12, maximize=False, **changes)
     law = short_run(sampler, grid)[-1]
-    x0 = 2 * fl.noise.uniform((200_000, grid.dim), seed=5, step=0) - 1
+    x0 = 2 * fl.noise.uniform((80_000, grid.dim), seed=5, step=0) - 1
     x = sampler(x0, seed=5)
     assert p_value(law, x, grid, 8 if grid.dim == 1 else 2) >= 1e-5
 
@@ -295,12 +295,12 @@ def test_a_nonlinear_energy_reaches_the_estimating_equation() -> None:
 
 
 def test_the_learner_stands_still_at_the_fixed_point() -> None:
-    """N = 400,000 chains: their moments are the data's, within 5 standard errors."""
+    """N = 100,000 chains: their moments are the data's, within 5 standard errors."""
     energy = Polynomial(4)
     solved(energy, LINE, TWO, 20)
-    x0 = 2 * fl.noise.uniform((400_000, 1), seed=7, step=0) - 1
+    x0 = 2 * fl.noise.uniform((100_000, 1), seed=7, step=0) - 1
     h = energy.features(sampler_of(energy, 20)(x0, seed=7).double())
-    z = (h.mean(0) - TWO @ energy.features(LINE.points)) / h.std(0) * 400_000**0.5
+    z = (h.mean(0) - TWO @ energy.features(LINE.points)) / h.std(0) * 100_000**0.5
     assert z.abs().max() <= 5
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastlangevin as fl
 from fastlangevin.learn import load_images, resolve, train
 from fastlangevin.learn.checkpoint import read_checkpoint, save_checkpoint
+from fastlangevin.learn.diagnosis import report
 from fastlangevin.learn.diagnosis.diagnose import diagnose, long_run, mixing, noisy_batch, reach
 from fastlangevin.learn.diagnosis.moments import layer_residuals, parameter_residuals, top_layer
 from fastlangevin.learn.diagnosis.report import to_json, to_text
@@ -261,6 +262,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def without_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the picture, which takes longer than the diagnosis."""
+    monkeypatch.setattr(report, "_plot", lambda diagnosis, path, title: path.touch())
+
+
 def command(*arguments: Any) -> Any:
     return run_command("diagnose", *arguments, "--n=32", "--long=2", "--starts=3")
 
@@ -299,6 +306,7 @@ def test_series_of_a_run(run: Path) -> None:
             assert line[name] == pytest.approx(record[name], rel=1e-8)
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_a_run_without_a_log(run: Path, tmp_path: Path) -> None:
     """An older run has no series, a lone checkpoint nothing: the rest is measured all the same."""
     copied = Path(shutil.copytree(run, tmp_path / "copied"))
@@ -316,6 +324,7 @@ def test_a_run_without_a_log(run: Path, tmp_path: Path) -> None:
     assert result.stdout.count("no log, or fewer than 16 values in it, nothing to correlate") == 2
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_a_model_alone_takes_nothing_from_the_run_around_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +343,7 @@ def test_a_model_alone_takes_nothing_from_the_run_around_it(
     assert sorted(copied.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_an_older_checkpoint_has_the_log_as_far_as_itself(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

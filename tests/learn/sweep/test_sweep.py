@@ -385,7 +385,7 @@ def test_damaged_sweep_results_are_named(
     whole: tuple[Path, Results],
     tmp_path: Path,
 ) -> None:
-    """The file and what to do are named before any run goes on; done so, the result is the same."""
+    """The file and what to do are named before any run goes on."""
     out, runs = tmp_path / "sweep", plan.runs()
     shutil.copytree(whole[0], out)
     (out / runs[0].name / "result.json").unlink()
@@ -397,5 +397,12 @@ def test_damaged_sweep_results_are_named(
         run_sweep(plan, out)
     assert str(path) in str(error.value)
     assert not (out / runs[0].name / "result.json").exists()
-    path.unlink()
+
+
+def test_a_sweep_whose_damaged_result_is_removed_ends_as_the_whole_one(
+    plan: Sweep, whole: tuple[Path, Results], tmp_path: Path
+) -> None:
+    out, run = tmp_path / "sweep", plan.runs()[2]
+    shutil.copytree(whole[0], out)
+    (out / run.name / "result.json").unlink()
     assert_same(out, run_sweep(plan, out), whole)
