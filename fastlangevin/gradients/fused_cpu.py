@@ -288,7 +288,10 @@ class ConvNetGradient:
 
     def held_bytes(self) -> int:
         constants = self._constant_rows * self.net.constant_values
-        return self.workspace.numel() + 4 * (self.packed.numel() + self.head.numel() + constants)
+        return self.workspace.numel() + 4 * (self.head.numel() + constants) + self.weight_bytes()
+
+    def weight_bytes(self) -> int:
+        return 4 * self.packed.numel()
 
 
 def _place(numbers: Tensor, image: Tensor, place: tuple[int, int, int, int]) -> None:
