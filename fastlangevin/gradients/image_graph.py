@@ -96,8 +96,6 @@ class ImageGraph:
         """Whether chains have constants of their own, not only biases that they share."""
         return any(layer.kind == "constant" and layer.bias is None for layer in self.layers)
 
-    @torch.no_grad()
-    @torch.autocast("cpu", enabled=False)
     def constants(
         self, graph: Graph, model_kwargs: dict[str, Any]
     ) -> Iterator[tuple[int, slice, Tensor]]:
@@ -119,7 +117,9 @@ class ImageGraph:
                 continue
             for first in range(0, len(tensor), _CONSTANT_CHAINS):
                 chains = slice(first, first + _CONSTANT_CHAINS)
-                yield k, chains, run_linear(layer.through, tensor[chains]).reshape(-1, *layer.shape)
+                with torch.no_grad(), torch.autocast(graph.device.type, enabled=False):
+                    part = run_linear(layer.through, tensor[chains])
+                yield k, chains, part.reshape(-1, *layer.shape)
 
     def head(self, graph: Graph) -> tuple[list[Tensor], Tensor]:
         """Return the gradients [C, H, W] of the energy at the heads, and the number []."""
