@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import threading
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
 from fastlangevin.gradients import engine_cache
+from fastlangevin.gradients.graph.record import record
 
 
 class Energy(nn.Module):
@@ -132,6 +134,19 @@ def test_energies_without_state_are_recorded() -> None:
     assert LangevinSampler(Energy(), 1).choose_engine(x0, {}).name != "autograd"
 
 
+def scaled(weight: Tensor) -> Tensor:
+    return weight / weight.norm()
+
+
+def test_an_energy_that_calls_a_compiled_function_is_recorded_once() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        compiled = torch.jit.script(scaled)
+    energy = Energy(lambda module: compiled(module.net[3].weight).sum())
+    recording, _ = record(energy, torch.rand(3, 2, 5, 5))
+    assert recording.guard is not None
+
+
 def of_count(module: Any) -> float:
     if module.counts:
         module.count += 1
@@ -143,12 +158,12 @@ def counting_energy(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[None]]:
     energy, attempts = Energy(of_count), []
     energy.counts, energy.count = True, 0
 
-    def record(*args: Any) -> Any:
+    def counted(*args: Any) -> Any:
         attempts.append(None)
         return recorded(*args)
 
     recorded = engine_cache.record
-    monkeypatch.setattr(engine_cache, "record", record)
+    monkeypatch.setattr(engine_cache, "record", counted)
     return energy, attempts
 
 
