@@ -215,18 +215,19 @@ int tiled_passes(const ConvNet& net) {
 }
 
 // chains, chunk, address and strides of x and of the gradient as images, address of the heads'
-// weights, offset, addresses of the energies, of the packed weights and of the chains' constants
+// weights, offset, addresses of the energies, of the packed weights and of the chains' constants,
+// stride of these between chains
 using BatchTuple =
     std::tuple<int64_t, int64_t, uintptr_t, std::array<int64_t, 4>, uintptr_t,
-               std::array<int64_t, 4>, uintptr_t, float, uintptr_t, uintptr_t, uintptr_t>;
+               std::array<int64_t, 4>, uintptr_t, float, uintptr_t, uintptr_t, uintptr_t, int64_t>;
 
 ConvBatch read_batch(const ConvNet& net, const BatchTuple& tuple) {
   const auto& [chains, chunk, x, x_strides, grad, grad_strides, head, offset, energies, packed,
-               constants] = tuple;
+               constants, constants_stride] = tuple;
   ConvBatch batch{chains, chunk, reinterpret_cast<const float*>(x), {},
                   reinterpret_cast<float*>(grad), {}, reinterpret_cast<const float*>(head), offset,
                   reinterpret_cast<float*>(energies), reinterpret_cast<const float*>(packed),
-                  reinterpret_cast<const float*>(constants)};
+                  reinterpret_cast<const float*>(constants), constants_stride};
   if (net.kernels->tiles && chunk != net.chunk) {
     throw std::invalid_argument("ConvNet: chunk must be the plan's " + std::to_string(net.chunk) +
                                 ", got " + std::to_string(chunk));

@@ -96,7 +96,7 @@ def _explain_cost(
     choice: EngineChoice, graph: Graph | None, x: Tensor, precision: str | None
 ) -> list[str]:
     """Describe the work and the memory of a step from x, as far as they are known."""
-    lines, held_bytes = [], None
+    lines, held_bytes, copies = [], None, ""
     if graph is not None:
         costs = cost(graph)
         lines = _explain_work(choice.name, graph, costs, x, precision)
@@ -105,8 +105,9 @@ def _explain_cost(
             held_bytes = 2 * costs.activations * x.shape[0] * graph.dtype.itemsize
     if choice.engine is not None:
         held_bytes = choice.engine.held_bytes()
+        copies = f", {choice.engine.weight_bytes() / 2**20:.3g} MiB of them copies of the weights"
     if held_bytes is not None:
-        lines.append(f"memory     the engine holds about {held_bytes / 2**20:.3g} MiB")
+        lines.append(f"memory     the engine holds about {held_bytes / 2**20:.3g} MiB{copies}")
     return lines
 
 

@@ -54,7 +54,7 @@ struct Chunk : ChunkLayers<N> {
       if (net.layers[k].kind != LayerKind::kConstant) continue;
       const ConvBuffer& buffer = net.buffers[k + 1];
       each_pixel(buffer, [&](int64_t n, int64_t y, int64_t x) {
-        const float* from = batch.constants + (first + n) * net.constants + net.plans[k].numbers +
+        const float* from = batch.constants + (first + n) * batch.constants_stride + net.plans[k].numbers +
                             (y * buffer.width + x) * buffer.stored;
         Type* to = values(k + 1) + n * buffer.chain + buffer.at(y, x);
         for (int c = 0; c < buffer.channels; c += kLanes) N::store(to + c, Vector::load(from + c));

@@ -225,6 +225,7 @@ struct ConvBatch {
   float* energies;    // or null
   const float* packed;
   const float* constants = nullptr;  // [chains, net.constants]
+  int64_t constants_stride = 0;      // between chains: net.constants, or 0 if all have the same
 };
 
 }  // namespace fastlangevin

@@ -253,7 +253,7 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
   const int64_t plane = int64_t{test.height} * test.width;
   const ConvBatch batch{chains, chunk, x.data(), {size, plane, test.width, 1},
                         grad.data(), {size, plane, test.width, 1}, padded.data(), 0.25f,
-                        energies.data(), packed.data(), constants.data()};
+                        energies.data(), packed.data(), constants.data(), net.constants};
   for (int repeat = 0; repeat < 2; ++repeat) {
     cpu::convnet_score(net, batch, workspace.data(), threads);
   }

@@ -16,3 +16,6 @@ class Engine(Protocol):
 
     def held_bytes(self) -> int | None:
         """Return the most bytes held during and between calls, without the gradient, if known."""
+
+    def weight_bytes(self) -> int:
+        """Return how many of these are copies of the weights and what is computed from them."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, RunResults, record
+from fastlangevin.gradients.network import modules_of
 from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.gradients.proof import other_states, prove, prove_kernels
 from fastlangevin.gradients.trace.engine import Programs, TracedGradient
@@ -20,6 +22,8 @@ from fastlangevin.locks import new_lock
 NOT_IN_MEMORY = "not in memory (fake, meta, or of a torch.func transform)"
 # Entries of each kind that are remembered. Every engine holds a copy of the weights.
 _ENTRIES = 4
+# The most calls for which an energy that could not be recorded is not tried again.
+_MOST_SKIPPED = 32
 
 
 class EnergyCall(NamedTuple):
@@ -29,6 +33,15 @@ class EnergyCall(NamedTuple):
     x: Tensor
     precision: str | None
     model_kwargs: dict[str, Any]
+
+
+@dataclass
+class _Failure:
+    """A run that could not be recorded, and the calls that pass before it is tried again."""
+
+    recording: Recording
+    skipped: int = 1
+    left: int = 1
 
 
 class EngineCache:
@@ -41,6 +54,7 @@ class EngineCache:
     def __init__(self) -> None:
         # Keys contain ids, so each entry holds the graph that keeps the objects behind them alive.
         self._recordings: dict[tuple[Any, ...], Recording] = {}  # by shape and half precision
+        self._failures: dict[tuple[Any, ...], _Failure] = {}
         self._engines: dict[tuple[Any, ...], tuple[Graph | None, Engine]] = {}
         self._programs: dict[int, Programs] = {}  # by the trace's id
         self._proved: dict[tuple[Any, ...], Graph | Trace] = {}
@@ -51,12 +65,14 @@ class EngineCache:
         return EngineCache, ()
 
     def recording(
-        self, call: EnergyCall, half: str | None = None
+        self, call: EnergyCall, half: str | None = None, try_again: bool = True
     ) -> tuple[Recording, RunResults | None]:
         """Return the recording of the energy on its states, with the run's results if it ran now.
 
         The energy is run unless a remembered recording still holds. ``half`` is the precision of
-        autocast during the run, or None.
+        autocast during the run, or None. A run that cannot be recorded costs as much as a few
+        steps. Without ``try_again`` it is therefore not repeated at every call: after each failure,
+        twice as many calls pass before the next attempt, and no more than 32.
         """
         energy, x, _, model_kwargs = call
         key = tuple(x.shape), half
@@ -64,8 +80,17 @@ class EngineCache:
         guard = None if kept is None else kept.guard
         if kept is not None and guard is not None and guard.holds(energy, x, model_kwargs):
             return kept, None
+        modes = (module.training for root in modules_of(energy) for module in root.modules())
+        attempt = *key, id(energy), tuple(model_kwargs), tuple(modes)
+        failure = self._failures.get(attempt)
+        if failure is not None and not try_again and failure.left > 0:
+            failure.left -= 1
+            return failure.recording, None
         with _strict(call, half):
             recording, results = record(energy, x, model_kwargs, half)
+        if recording.ran and results is None:
+            skipped = 1 if failure is None else min(2 * failure.skipped, _MOST_SKIPPED)
+            self._remember(self._failures, attempt, _Failure(recording, skipped, skipped))
         graph = recording.graph
         if isinstance(graph, Graph) and not all_in_memory(*graph.bases):
             recording = recording._replace(graph=f"a parameter or buffer is {NOT_IN_MEMORY}")

@@ -110,8 +110,11 @@ class ExplicitGradient:
             for node, size in zip(nodes, sizes, strict=True)
             if node.kind in NONLINEAR
         )
-        weights = 2 * item * sum(base.numel() for base in self.graph.bases)
-        return int(weights + saved + item * sum(sorted(sizes)[-2:]))
+        return int(self.weight_bytes() + saved + item * sum(sorted(sizes)[-2:]))
+
+    def weight_bytes(self) -> int:
+        """Estimate the bytes of packed weights: one copy for each direction."""
+        return 2 * self.dtype.itemsize * sum(base.numel() for base in self.graph.bases)
 
     def buffers(self) -> list[Tensor]:
         """Return the tensors that a chain's launches use and that outlive a call, after begin.

@@ -142,7 +142,9 @@ class ConvNetGradient:
         )
         self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
         self.head = torch.zeros(self.net.head_values, dtype=torch.float32, device="cpu")
-        self.constants: Tensor | None = None  # [chains, net.constant_values], if there are any
+        # [chains, net.constant_values] if there are any, or one row if all chains have the same.
+        self.constants: Tensor | None = None
+        self._constant_rows = chains if network.constants_differ else 1
         self._model_kwargs: dict[str, Any] = {}
         self._seen: list[tuple[int, int]] | None = None
         # Threads may share a sampler, but there is only one workspace.
@@ -196,14 +198,13 @@ class ConvNetGradient:
         heads, offset = network.head(self.graph)
         for head, place in zip(heads, self.net.heads, strict=True):
             _place(self.head, head, place)
-        if self.constants is None and self.net.constant_values:
-            shape = self.chains, self.net.constant_values
-            self.constants = torch.zeros(shape, dtype=torch.float32, device="cpu")
-        constants = network.constants(self.graph, self._model_kwargs)
-        for constant, place in zip(constants, self.net.constants, strict=True):
-            assert self.constants is not None
-            _place(self.constants, constant, place)
         self.offset = float(offset)
+        if self.constants is None and self.net.constant_values:
+            shape = self._constant_rows, self.net.constant_values
+            self.constants = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        for k, chains, images in network.constants(self.graph, self._model_kwargs):
+            assert self.constants is not None
+            _place(self.constants[chains], images, self.net.constants[k])
 
     def _network(self) -> ImageGraph:
         network = image_graph(self.graph)
@@ -282,11 +283,15 @@ class ConvNetGradient:
             0 if energies is None else energies.data_ptr(),
             self.packed.data_ptr(),
             0 if self.constants is None else self.constants.data_ptr(),
+            0 if self._constant_rows == 1 else self.net.constant_values,
         )
 
     def held_bytes(self) -> int:
-        numbers = self.packed.numel() + self.head.numel() + self.chains * self.net.constant_values
-        return self.workspace.numel() + 4 * numbers
+        constants = self._constant_rows * self.net.constant_values
+        return self.workspace.numel() + 4 * (self.head.numel() + constants) + self.weight_bytes()
+
+    def weight_bytes(self) -> int:
+        return 4 * self.packed.numel()
 
 
 def _place(numbers: Tensor, image: Tensor, place: tuple[int, int, int, int]) -> None:

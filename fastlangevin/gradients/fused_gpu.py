@@ -149,7 +149,10 @@ class FusedGradient:
             self.pack(force=True)
 
     def held_bytes(self) -> int:
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.packed())
 
     def buffers(self) -> list[Tensor]:
         """Return the tensors that a chain's launches use and that outlive a call."""

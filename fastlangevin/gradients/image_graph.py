@@ -21,6 +21,8 @@ from fastlangevin.gradients.passes import Dataflow
 
 Image = tuple[int, int, int]
 Links = tuple[tuple[int, int, float], ...]
+# The chains whose constants pass a layer at a time.
+_CONSTANT_CHAINS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +91,35 @@ class ImageGraph:
     heads: tuple[tuple[int, Image, int], ...]  # value, its image, and its number in the graph
     tail: tuple[int, ...]  # the linear nodes after the heads
 
-    def constants(self, graph: Graph, model_kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Yield the constants [n, C, H, W] of the layers that are one, for a call's arguments."""
+    @property
+    def constants_differ(self) -> bool:
+        """Whether chains have constants of their own, not only biases that they share."""
+        return any(layer.kind == "constant" and layer.bias is None for layer in self.layers)
+
+    def constants(
+        self, graph: Graph, model_kwargs: dict[str, Any]
+    ) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield the constants [n, C, H, W] of a call, as (number of the layer, chains, values).
+
+        The layers that are constants are numbered in order. A shared bias has one row. Layers that
+        constants pass are computed a few chains at a time: their values may be the largest that
+        a chain has.
+        """
         layers = [layer for layer in self.layers if layer.kind == "constant"]
         tensors = graph.constants_of_chains(model_kwargs) if layers else {}
-        for layer in layers:
-            tensor = layer.bias.tensor() if layer.bias is not None else tensors[layer.number]
-            if layer.through is not None:
+        for k, layer in enumerate(layers):
+            if layer.bias is not None:
+                yield k, slice(None), layer.bias.tensor().reshape(1, *layer.shape)
+                continue
+            tensor = tensors[layer.number]
+            if layer.through is None:
+                yield k, slice(None), tensor.reshape(-1, *layer.shape)
+                continue
+            for first in range(0, len(tensor), _CONSTANT_CHAINS):
+                chains = slice(first, first + _CONSTANT_CHAINS)
                 with torch.no_grad(), torch.autocast(graph.device.type, enabled=False):
-                    tensor = run_linear(layer.through, tensor)
-            yield tensor.reshape(-1, *layer.shape)
+                    part = run_linear(layer.through, tensor[chains])
+                yield k, chains, part.reshape(-1, *layer.shape)
 
     def head(self, graph: Graph) -> tuple[list[Tensor], Tensor]:
         """Return the gradients [C, H, W] of the energy at the heads, and the number []."""

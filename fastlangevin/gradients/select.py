@@ -103,7 +103,8 @@ def proved_graph(
 def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineChoice | str:
     """Return the fastest engine that may run instead of the energy's code, or why none may."""
     half = call.precision if call.precision in HALVES else None
-    recording, results = cache.recording(call)
+    try_again = gradient != "auto"
+    recording, results = cache.recording(call, try_again=try_again)
     choice = _by_layers(gradient, recording.graph, results, call, cache)
     if isinstance(choice, EngineChoice) or gradient == "fused":
         return choice
@@ -112,7 +113,7 @@ def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> Engine
         return choice  # replaying has not been tried on other devices
     # On a CPU without hardware for the half precision, float32 is faster and more precise.
     if half and (device_type == "cuda" or onednn.runs(HALVES[half])):
-        recording, results = cache.recording(call, half)
+        recording, results = cache.recording(call, half, try_again)
     trace = recording.trace
     if not isinstance(trace, Trace):
         return trace

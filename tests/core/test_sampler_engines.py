@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 
@@ -111,7 +112,12 @@ def test_auto_takes_the_native_kernels_for_a_stack_of_convolutions() -> None:
     text = sampler(fl.ConvEnergy(size=8, width=4)).explain(x0)
     # 3x3 on 64 pixels, 3 to 4 channels; 4x4 on 16, 4 to 8: a multiply-add is two, both ways.
     assert f"work       {5 * 4 * (64 * 27 * 4 + 16 * 64 * 8) / 1e9:.3g} GFLOP a step" in text
-    assert "the engine holds about " in text
+    # Of the weights alone, each layer is packed for the pass forward and for the one back.
+    weights = 4 * (3 * 4 * 9 + 4 * 8 * 16)
+    copies = re.search(r"the engine holds about (.+) MiB, (.+) MiB of them copies", text)
+    assert copies is not None
+    held, packed = (2**20 * float(number) for number in copies.groups())
+    assert held > packed >= weights
 
 
 @needs_extension

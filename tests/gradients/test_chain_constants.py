@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlangevin as fl
+from benchmarks.chain import peak_bytes
 from benchmarks.networks import conditional, dense
 
 N, CLASSES = 5, conditional.CLASSES
@@ -156,6 +157,27 @@ def test_bits_do_not_depend_on_the_split_of_the_batch(case, size):
         for k in range(0, N, size)
     ]
     assert torch.equal(torch.cat(parts), whole)
+
+
+def planes_of(chains):
+    """Return the fused engine of an energy whose constants pass a convolution, and its call."""
+    torch.manual_seed(0)
+    energy, x = conditional.LabelPlanes(4), torch.rand(chains, 1, 28, 28)
+    kwargs = {"y": torch.randint(CLASSES, (chains,))}
+    engine = fl.LangevinSampler(energy, 2).choose_engine(x, kwargs).engine
+    engine.begin()
+    return engine, energy, x, kwargs
+
+
+def test_constants_of_many_chains_are_those_of_each():
+    engine, energy, x, kwargs = planes_of(37)
+    _, grad = engine(x, False)
+    assert_close(grad, exact_gradient(energy, x, kwargs))
+
+
+def test_more_chains_do_not_need_more_memory_to_compute_constants():
+    few, many = (peak_bytes(planes_of(chains)[0].begin) for chains in (32, 96))
+    assert many < 1.5 * few
 
 
 def test_calls_of_two_threads_do_not_share_labels():

@@ -124,6 +124,16 @@ def test_gradients_and_energies_are_those_of_float64_for_any_split_of_the_batch(
         assert error(whole[0], energies.flatten()) <= bound
 
 
+def test_a_bias_is_stored_once_for_all_chains() -> None:
+    held = []
+    for chains in (16, 64):
+        graph = recognise(Viewed(True), torch.randn(chains, 3))
+        assert isinstance(graph, Graph), graph
+        engine = fused_cpu.ConvNetGradient(graph, chains)
+        held.append(engine.held_bytes() - engine.workspace.nbytes)
+    assert held[0] == held[1]
+
+
 def test_a_transposed_convolution_with_groups_is_refused() -> None:
     energy, shape = case(nn.ConvTranspose2d(6, 4, 3, groups=2))
     x = torch.randn(shape)

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import threading
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
+from fastlangevin.gradients import engine_cache
+from fastlangevin.gradients.graph.record import record
 
 
 class Energy(nn.Module):
@@ -129,6 +132,71 @@ def test_energies_with_such_state_stay_with_autograd(
 def test_energies_without_state_are_recorded() -> None:
     x0 = torch.rand((3, 2, 5, 5), generator=torch.Generator().manual_seed(1))
     assert LangevinSampler(Energy(), 1).choose_engine(x0, {}).name != "autograd"
+
+
+def scaled(weight: Tensor) -> Tensor:
+    return weight / weight.norm()
+
+
+def test_an_energy_that_calls_a_compiled_function_is_recorded_once() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        compiled = torch.jit.script(scaled)
+    energy = Energy(lambda module: compiled(module.net[3].weight).sum())
+    recording, _ = record(energy, torch.rand(3, 2, 5, 5))
+    assert recording.guard is not None
+
+
+def of_count(module: Any) -> float:
+    if module.counts:
+        module.count += 1
+    return 1.0
+
+
+def counting_energy(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[None]]:
+    """Return an energy that counts its calls, and a list as long as the recordings of it."""
+    energy, attempts = Energy(of_count), []
+    energy.counts, energy.count = True, 0
+
+    def counted(*args: Any) -> Any:
+        attempts.append(None)
+        return recorded(*args)
+
+    recorded = engine_cache.record
+    monkeypatch.setattr(engine_cache, "record", counted)
+    return energy, attempts
+
+
+def test_an_energy_that_cannot_be_recorded_is_seldom_run_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    energy, attempts = counting_energy(monkeypatch)
+    x0, sampler = torch.rand(3, 2, 5, 5), LangevinSampler(energy, 1)
+    for _ in range(40):
+        assert sampler.choose_engine(x0, {}).name == "autograd"
+    assert len(attempts) <= 6
+
+
+def test_an_energy_that_could_not_be_recorded_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    energy, _ = counting_energy(monkeypatch)
+    x0, sampler = torch.rand(3, 2, 5, 5), LangevinSampler(energy, 1)
+    for _ in range(40):
+        sampler.choose_engine(x0, {})
+    energy.counts = False
+    names = {sampler.choose_engine(x0, {}).name for _ in range(33)}
+    assert names == {"autograd", "fused"} or names == {"autograd", "explicit"}
+
+
+def test_an_engine_that_is_named_is_tried_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    energy, _ = counting_energy(monkeypatch)
+    x0, sampler = torch.rand(3, 2, 5, 5), LangevinSampler(energy, 1, gradient="explicit")
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="changes"):
+            sampler.choose_engine(x0, {})
+    energy.counts = False
+    assert sampler.choose_engine(x0, {}).name == "explicit"
 
 
 def test_what_another_thread_changes_meanwhile_stays() -> None:

@@ -25,9 +25,14 @@ class Constant:
 
     def tensor(self, detach: bool = True) -> Tensor:
         base = self.base.detach() if detach else self.base
-        if base.shape == self.size and base.stride() == self.stride:
+        if self.is_whole:
             return base
         return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the base itself and not a view of it."""
+        return self.base.shape == self.size and self.base.stride() == self.stride
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -144,9 +149,9 @@ class Graph:
                 continue
             (constant,) = node.constants
             assert constant is not None
-            if constant.slot is not None:
-                constant = replace(constant, base=computed[constant.slot].contiguous())
-            tensor = constant.tensor()
+            tensor = constant.tensor() if constant.slot is None else computed[constant.slot]
+            if constant.slot is not None and not constant.is_whole:
+                tensor = replace(constant, base=tensor.contiguous()).tensor()
             if node.settings:
                 tensor = F.one_hot(tensor.reshape(self.chains), node.shape[0]).to(self.dtype)
             constants[k] = tensor

@@ -39,11 +39,13 @@ class Recording(NamedTuple):
     """The two forms of a recorded run; each may be the reason why it does not exist.
 
     ``guard`` tells whether the recording holds for another call; if it is None, it holds for none.
+    ``ran`` is whether the energy was run.
     """
 
     graph: Graph | str
     trace: Trace | str
     guard: Guard | None
+    ran: bool = True
 
 
 class RunResults(NamedTuple):
@@ -79,7 +81,7 @@ def record(
         energy = owner
     reason = _refusal(named for root in modules_of(energy) for named in root.named_modules())
     if reason is not None:
-        return Recording(reason, reason, None), None
+        return Recording(reason, reason, None, ran=False), None
     if not x.shape[0]:
         x = x.new_zeros((1, *x.shape[1:]))
     return _record(energy, x, model_kwargs or {}, precision)

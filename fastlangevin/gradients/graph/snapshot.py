@@ -277,7 +277,14 @@ def _hides(value: Any) -> bool:
     return is_trusted(type(value).__module__) and type(value).__module__ != "builtins"
 
 
-_CALLABLES = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, np.ufunc)
+# A ScriptFunction is compiled, and refers to no variable that could change.
+_CALLABLES = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    np.ufunc,
+    torch.jit.ScriptFunction,
+)
 
 
 def _functions_of(value: Any) -> list[Any]:

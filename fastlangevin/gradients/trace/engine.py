@@ -95,8 +95,11 @@ class TracedGradient:
 
     def held_bytes(self) -> int:
         """Estimate the bytes held: the constants of a chain, and the values of a step."""
-        program = self._programs.of(False)
-        return program.constant_bytes + program.step_bytes
+        return self.weight_bytes() + self._programs.of(False).step_bytes
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of the constants of a chain, such as normalised weights."""
+        return self._programs.of(False).constant_bytes
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._watched]
