@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import (
     check_chain_dimension,
     check_device,
@@ -18,7 +19,7 @@ from fastlangevin.arguments import (
     check_strided,
     check_tensor,
 )
-from fastlangevin.gradients.network import modules_of, tensors_of
+from fastlangevin.gradients.network import module_of, tensors_of
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.names import nearest
 
@@ -163,19 +164,19 @@ def check_tensors(op: str, energy: Callable[..., Any], device: torch.device) -> 
         raise ValueError(f"{op}: x0 is on {device}, the energy on {owner}; move one of them")
 
 
-def copy_state(op: str, x0: Any, energy: Callable[..., Any]) -> Tensor:
-    """A detached copy of x0 [n, ...], in float64 for a float64 x0 and in float32 otherwise.
-
-    Raises TypeError or ValueError if x0 is not a state, or is on another device than the energy.
-    """
-    x, is_copy = read_state(op, x0, energy)
-    return x if is_copy else x.clone()
+def choose_seed(op: str, seed: int | None, generator: torch.Generator | None) -> int:
+    """``seed``, or without one a seed drawn from the generator, by default torch's."""
+    if seed is not None and generator is not None:
+        raise ValueError(f"{op}: give seed or generator, not both")
+    return _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
 
 
 def read_state(op: str, x0: Any, energy: Callable[..., Any]) -> tuple[Tensor, bool]:
-    """The state of :func:`copy_state` for reading, and whether it is a copy.
+    """The detached state x0 [n, ...], in float64 for a float64 x0 and in float32 otherwise.
 
-    It is x0's own memory if that has the dtype and layout of a copy.
+    Also returns whether it is a copy. It is x0's own memory if that has the dtype and layout of a
+    copy. Raises TypeError or ValueError if x0 is not a state, or is on another device than the
+    energy.
     """
     if isinstance(x0, int):
         hint = f"; n={x0} starts that many chains from U(-1, 1)"
@@ -214,7 +215,8 @@ def check_noise(op: str, noise: Any, shape: Sequence[int], device: torch.device)
 
 def _name_of(tensor: Tensor, energy: Callable[..., Any]) -> str:
     """The name of a parameter or buffer of the energy's module."""
-    (module,) = modules_of(energy)
+    module = module_of(energy)
+    assert module is not None
     named = (*module.named_parameters(), *module.named_buffers())
     return next(name for name, candidate in named if candidate is tensor)
 

@@ -1,6 +1,6 @@
 """A step of a chain as a differentiable function, and the leaves of its autograd graph."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastlangevin.chain.chain import Chain, norms
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.network import modules_of
 from fastlangevin.gradients.second_order import SecondOrderGradient, refusal
 from fastlangevin.gradients.select import proved_graph
 from fastlangevin.kernels import reference
@@ -77,7 +76,7 @@ def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
     if settings.gradient not in ("auto", "explicit", "fused"):
         return f'the gradient is "{settings.gradient}"'
     graph = proved_graph(
-        chain.energy, x.detach(), settings.precision, chain.model_kwargs, chain.recognised,
+        chain.energy, x.detach(), settings.precision, chain.model_kwargs, chain.cache,
         chain.step_kwargs,
     )  # fmt: skip
     if isinstance(graph, str):
@@ -92,11 +91,6 @@ def arguments_of(chain: Chain) -> list[Tensor]:
     values = [settings.step_size, settings.noise_std, chain.noise, *chain.all_kwargs().values()]
     values += [entry for entries in sequences for entry in entries]
     return [value for value in values if isinstance(value, Tensor)]
-
-
-def parameters_of(energy: Callable[..., Tensor]) -> list[Tensor]:
-    """The parameters of the modules behind an energy."""
-    return [parameter for module in modules_of(energy) for parameter in module.parameters()]
 
 
 def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:

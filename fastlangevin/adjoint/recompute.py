@@ -15,13 +15,12 @@ from fastlangevin.adjoint.one_step import (
     explicit_graph,
     leaves_of,
     nodes_of,
-    parameters_of,
     transition,
 )
 from fastlangevin.adjoint.schedules import Sizes, reverse, sweep
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
-from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.network import parameters_of, submodules_of
 from fastlangevin.gradients.precision import network_precision
 from fastlangevin.gradients.second_order import SecondOrderGradient
 from fastlangevin.kernels import reference
@@ -53,8 +52,7 @@ class StoredSteps:
         # torch.func.functional_call puts its tensors into these tables only for the forward pass.
         self.tables: list[tuple[dict[str, Any], str, Tensor]] = [
             (table, name, tensor)
-            for root in modules_of(chain.energy)
-            for module in root.modules()
+            for module in submodules_of(chain.energy)
             # functional_call does not support scripted modules, whose tables are views.
             if not isinstance(module, torch.jit.ScriptModule)
             for table in (module._parameters, module._buffers)

@@ -23,7 +23,6 @@ from fastlangevin.adjoint.one_step import (
     check_graph,
     leaves_of,
     nodes_of,
-    parameters_of,
     transition,
 )
 from fastlangevin.adjoint.recompute import Adjoint, StoredSteps
@@ -37,7 +36,8 @@ from fastlangevin.adjoint.schedules import (
     states_for,
 )
 from fastlangevin.arguments import check_count
-from fastlangevin.chain.chain import Chain
+from fastlangevin.chain.chain import Chain, check_finite
+from fastlangevin.gradients.network import parameters_of
 from fastlangevin.kernels import reference
 from fastlangevin.names import check_name
 
@@ -74,7 +74,7 @@ def unroll(
         )
     if x.numel() == 0:
         return x.clone()
-    chain = chain.isolated(x.device, twice=True)
+    chain = chain.isolated(x.device, differentiated_twice=True)
     straight, first_traced = grad_through == "straight", steps - grad_steps
     if not torch.is_grad_enabled():
         first_traced = steps
@@ -89,7 +89,7 @@ def unroll(
         out, energies = _masked(chain, x, first_traced)
     else:
         out, energies = _recomputed(chain, x, first_traced, schedule, straight, offload)
-    chain.check_finite(out, energies)
+    check_finite(out, energies, steps)
     return out
 
 
@@ -107,7 +107,7 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
     """Lines of text with the cost of each schedule from x. Runs a step and its backward pass."""
     x, steps = x.detach().requires_grad_(), chain.settings.steps
     try:
-        chain = chain.isolated(x.device, twice=True)
+        chain = chain.isolated(x.device, differentiated_twice=True)
         stored_steps = StoredSteps(chain, 0, False, x)
         check_graph(chain, stored_steps.begin(x)[-1])
         sizes = stored_steps.measure(x)

@@ -131,7 +131,7 @@ class ChainRecording:
         def run() -> None:
             energies = None
             self._forget_constants()
-            for step in recorded_chain.stride(self.engine, self.x, self.overflow):
+            for step in recorded_chain.steps_with(self.engine, self.x, self.overflow):
                 energies = step.energies
             assert energies is not None
             if self.energies is None:

@@ -34,7 +34,7 @@ from fastlangevin.step import apply_step_, fold_norm_clip, resolve_backend
 class AdjustedChain(Chain):
     """A chain whose steps are accepted or rejected; it evaluates K + 1 gradients, one at x0."""
 
-    def stride(
+    def steps_with(
         self,
         engine: Engine | None,
         x: Tensor,
@@ -74,9 +74,9 @@ class AdjustedChain(Chain):
     def _propose(self, run: Callable[..., Tensor], x: Tensor, grad: Tensor, k: int) -> Tensor:
         settings = self.settings
         return apply_step_(
-            run, x.clone(), grad, None if self.noise is None else self.noise[k],
+            run, x.clone(), grad, self._noise_at(k),
             step_size=at_step(settings.step_size, k), noise_std=at_step(settings.noise_std, k),
-            step=self.first_step + k, **self._options() | {"clamp": None},
+            step=self.first_step + k, **self._update_options() | {"clamp": None},
         )  # fmt: skip
 
     def _accept(

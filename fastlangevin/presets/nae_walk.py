@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.chain.chain import rows
+from fastlangevin.chain.chain import check_finite, rows
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.untouched import Isolation
-from fastlangevin.inputs import check_energy, check_noise, copy_state
-from fastlangevin.presets.common import Randomness, Summed, check_finite, sum_to_chains
+from fastlangevin.inputs import check_energy, check_noise, read_state
+from fastlangevin.presets.common import Randomness, Summed, sum_to_chains
 
 
 class Records(NamedTuple):
@@ -57,7 +57,8 @@ def walk(
     temperature = 1.0 if temperature is None else temperature
     energy = _KeepsOutput(model)
     with torch.inference_mode(False), torch.no_grad():
-        x = copy_state(op, x, energy)
+        x, is_copy = read_state(op, x, energy)
+        x = x if is_copy else x.clone()
         check_noise(op, noise, (len(sizes), *x.shape), x.device)
         states, energies, grads, moves, noises, accepts = ([] for _ in range(6))
         isolation = Isolation(energy, x.device, seed)
@@ -104,7 +105,7 @@ def walk(
             grads.append(at_x[2].cpu())
             moves.append(move.cpu())
             noises.append(z.cpu())
-    check_finite(x, len(sizes))
+    check_finite(x, None, len(sizes))
     return Records(x, states, energies, grads, moves, noises, accepts)
 
 

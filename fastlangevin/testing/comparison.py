@@ -11,7 +11,7 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import watching
 from fastlangevin.gradients.draws import kept_generators
-from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.network import submodules_of
 from fastlangevin.gradients.train_mode import effect_of_train_mode
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.testing.loop import OP, Record, distance, follow, kind, snapshot, state
@@ -101,7 +101,7 @@ def compare(
         raise TypeError(f"{OP}: x0 must be a float32 or float64 tensor, got {kind(x0)}")
     rounds = check_count(OP, "rounds", rounds)
     energy = sampler.energy if energy is None and isinstance(sampler, LangevinSampler) else energy
-    modules = () if energy is None else modules_of(energy)
+    modules = [] if energy is None else submodules_of(energy)
     if dtype is not None and not modules:
         raise ValueError(f"{OP}: dtype converts an energy's modules; give the energy as energy=")
     x0 = x0.detach().to(dtype or x0.dtype)

@@ -174,7 +174,7 @@ def test_an_energy_that_raises_leaves_nothing() -> None:
     before = dict(vars(energy))
     assert (
         "it raises ArithmeticError: no energy"
-        in sampler(energy).choose_engine(states(2), {}).why_not["fused, explicit"]
+        in sampler(energy).choose_engine(states(2), {}).why_not[0].reason
     )
     assert vars(energy) == before
     assert sys.getprofile() is None
