@@ -115,7 +115,7 @@ def read_call(
         first_chain, x.shape[0], first_step, settings.steps
     )
     chain = chain_type(settings)(
-        energy, settings, cache, seed, first_chain, first_step, noise, model_kwargs, by_step
+        energy, settings, cache, model_kwargs, seed, first_chain, first_step, noise, by_step
     )
     return Call(x, is_copy, chain)
 

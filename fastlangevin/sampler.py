@@ -359,7 +359,7 @@ class LangevinSampler:
         self, x: Tensor, model_kwargs: dict[str, Any], step_kwargs: Mapping[str, Any] | None = None
     ) -> EngineChoice:
         """The engine of a chain from x; RuntimeError if one that was named cannot run."""
-        return self._chain(model_kwargs=model_kwargs, step_kwargs=step_kwargs or {}).choose(x)
+        return self._chain(model_kwargs, step_kwargs=step_kwargs or {}).choose(x)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments except the energy, as a dict."""
@@ -368,9 +368,9 @@ class LangevinSampler:
     def _settings(self) -> Settings:
         return Settings(*(getattr(self, name) for name in Settings._fields))
 
-    def _chain(self, **values: Any) -> Chain:
-        settings = self._settings()
-        return chain_type(settings)(self.energy, settings, self._cache, **values)
+    def _chain(self, model_kwargs: dict[str, Any] | None = None, **values: Any) -> Chain:
+        settings, kwargs = self._settings(), model_kwargs or {}
+        return chain_type(settings)(self.energy, settings, self._cache, kwargs, **values)
 
     def _read(self, x0: Any, **options: Any) -> Call:
         return read_call(

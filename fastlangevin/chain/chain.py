@@ -79,11 +79,11 @@ class Chain(NamedTuple):
     energy: Callable[..., Any]
     settings: Settings
     cache: EngineCache  # of the energy, from earlier calls
+    model_kwargs: dict[str, Any]
     seed: int = 0
     first_chain: int = 0
     first_step: int = 0
     noise: Tensor | None = None
-    model_kwargs: dict[str, Any] = {}
     step_kwargs: Mapping[str, Any] = {}  # by name, values with one entry per step
     # int64 [2] on the device: a seed to use instead, and a number to add to every step's number.
     rng_state: Tensor | None = None
