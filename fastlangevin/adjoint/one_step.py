@@ -1,6 +1,7 @@
 """A step of a chain as a differentiable function, and the leaves of its autograd graph."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,29 +22,27 @@ def transition(
     k: int,
     create_graph: bool,
     straight: bool = False,
-    explicit: SecondOrderGradient | None = None,
+    second_order: SecondOrderGradient | None = None,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(state after step k, energies before it) as a function of x and all tensors of the step.
 
-    A score network has no energies, and the norms of its scores take their place. ``explicit``
-    computes the gradient and its derivatives; if it is None, autograd does.
+    A score network has no energies, and the norms of its scores take their place.
+    ``second_order`` computes the gradient and its derivatives; if it is None, autograd does. ``z``
+    are normals that replace those of the chain.
     """
 
     def at_constant_x(state: Tensor) -> tuple[Tensor | None, Tensor]:
         return chain.evaluate(_Detached.apply(state), k, create_graph=True)
 
-    if explicit is not None:
-
-        def by_explicit(state: Tensor) -> tuple[Tensor | None, Tensor]:
-            if create_graph:
-                return explicit.differentiable(state, straight)
-            return explicit(state, True)
-
-        step = chain.transition(reference.step, x, k, by_explicit)
-        assert step.energies is not None
-        return step.x, step.energies
-    evaluate = at_constant_x if straight and create_graph else None
-    step = chain.transition(reference.step, x, k, evaluate, create_graph)
+    evaluate: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None = None
+    if second_order is not None and create_graph:
+        evaluate = functools.partial(second_order.differentiable, straight=straight)
+    elif second_order is not None:
+        evaluate = functools.partial(second_order, want_energies=True)
+    elif straight and create_graph:
+        evaluate = at_constant_x
+    step = chain.transition(reference.step, x, k, evaluate, create_graph, z)
     if step.energies is not None:
         return step.x, step.energies
     assert step.grad is not None
@@ -63,11 +62,11 @@ class _Detached(torch.autograd.Function):
 
 
 def advance(
-    chain: Chain, x: Tensor, k: int, explicit: SecondOrderGradient | None = None
+    chain: Chain, x: Tensor, k: int, second_order: SecondOrderGradient | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`transition` without a graph."""
     with torch.no_grad():
-        return transition(chain, x.detach(), k, create_graph=False, explicit=explicit)
+        return transition(chain, x.detach(), k, create_graph=False, second_order=second_order)
 
 
 def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:

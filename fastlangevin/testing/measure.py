@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.adjoint.memory import Allocations
+from fastlangevin.adjoint.storage import Allocations
 
 
 def times(
