@@ -106,16 +106,18 @@ def langevin_step_(
         and torch._C._len_torch_dispatch_stack() == 0
         and resolve_backend(backend, x.device) is native.step_
         and native.reads(x)
-        and (grad is None or native.reads(grad))
         and not isinstance(clip, tuple)
+        and (grad is None or native.reads(grad))
         and isinstance(step_size, float)
         and isinstance(noise_std, float)
     ):
         if grad is not None:
             check_overlap(_OP, "grad", grad, x)
         native.launch(
-            x, grad, None, step_size, noise_std, seed, step, first_chain, clamp, clip,
-            bool(maximize), bool(noise_last),
+            x, grad, None, step_size, noise_std, step,
+            reference.StepOptions(
+                seed, first_chain, clamp, clip, bool(maximize), bool(noise_last)
+            ),
         )  # fmt: skip
         return x
     # The op's schema has no unions, and its integers are signed with 64 bits.
@@ -211,15 +213,7 @@ def apply_step_(
 
 
 def bind_step(
-    run: Callable[..., Tensor],
-    x: Tensor,
-    *,
-    seed: int,
-    first_chain: int,
-    clamp: tuple[float, float] | None,
-    grad_clip: GradClip | None,
-    maximize: bool,
-    noise_last: bool,
+    run: Callable[..., Tensor], x: Tensor, **options: Any
 ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
     """:func:`apply_step_` for a loop that always changes the same x with the same options.
 
@@ -227,28 +221,24 @@ def bind_step(
     coefficients and no norm clip, a call on 64 elements takes half the time of :func:`apply_step_`,
     which the function calls in all other cases.
     """
-    direct = run is native.step_ and native.reads(x) and in_memory(x)
+    fixed = reference.StepOptions(**options)
+    is_native = run is native.step_ and native.reads(x) and in_memory(x)
+    may_launch = is_native and not isinstance(fixed.grad_clip, tuple)
 
     def bound(
         grad: Tensor | None, step_size: Coefficient, noise_std: Coefficient, step: int
     ) -> Tensor:
         if (
-            direct
+            may_launch
             and (grad is None or (native.reads(grad) and in_memory(grad)))
-            and not isinstance(grad_clip, tuple)
             and isinstance(step_size, float)
             and isinstance(noise_std, float)
         ):
-            native.launch(
-                x, grad, None, step_size, noise_std, seed, step, first_chain, clamp, grad_clip,
-                maximize, noise_last,
-            )  # fmt: skip
+            native.launch(x, grad, None, step_size, noise_std, step, fixed)
             return x
         return apply_step_(
-            run, x, grad, None, step_size=step_size, noise_std=noise_std, grad_clip=grad_clip,
-            seed=seed, step=step, first_chain=first_chain, clamp=clamp, maximize=maximize,
-            noise_last=noise_last,
-        )  # fmt: skip
+            run, x, grad, None, step_size=step_size, noise_std=noise_std, step=step, **options
+        )
 
     return bound
 

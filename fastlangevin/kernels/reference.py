@@ -1,13 +1,28 @@
 """The step in plain torch, which specifies the result of every other backend."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlangevin.arguments import GradClip
 from fastlangevin.kernels import philox
 
 Coefficient = float | Tensor
+
+
+class StepOptions(NamedTuple):
+    """The options of a step that are the same at every step of a chain.
+
+    A backend knows elementwise clips only, and so a ``grad_clip`` that is a number.
+    """
+
+    seed: int
+    first_chain: int
+    clamp: tuple[float, float] | None = None
+    grad_clip: GradClip | None = None
+    maximize: bool = False
+    noise_last: bool = False
 
 
 def langevin_step(

@@ -133,7 +133,7 @@ WRONG = [
     ({"grad_through": "around"}, ValueError, "grad_through must be one of exact, straight"),
     ({"checkpoint": "none", "offload": True}, ValueError, "offload stores states in host memory"),
     ({"differentiable": False, "offload": True}, ValueError, "needed for offload=True"),
-    ({"differentiable": False, "grad_through": "straight"}, ValueError, "need differentiable"),
+    ({"differentiable": False, "grad_through": "straight"}, ValueError, "needed for grad_through"),
 ]
 
 
