@@ -19,7 +19,7 @@ from fastlangevin.chain.cuda_recording import ChainRecording, CudaRecorder, Reco
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.precision import switches
 from fastlangevin.gradients.select import EngineChoice
-from fastlangevin.gradients.trace.engine import TracedGradient
+from fastlangevin.gradients.trace.traced import TracedGradient
 from fastlangevin.locks import new_lock
 from fastlangevin.step import choose_backend
 

@@ -16,7 +16,7 @@ from fastlangevin.chain.chain import Chain, Overflow, check_overflow
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.trace.engine import TracedGradient
+from fastlangevin.gradients.trace.traced import TracedGradient
 from fastlangevin.locks import new_lock
 
 # Only one thread of a process may capture a CUDA graph at a time.

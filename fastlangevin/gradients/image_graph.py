@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients.graph.conv_stack import run_linear
 from fastlangevin.gradients.graph.ir import Constant, Graph, Node
+from fastlangevin.gradients.graph.linear import run_linear
 from fastlangevin.gradients.layers import scale_and_shift
 
 Image = tuple[int, int, int]

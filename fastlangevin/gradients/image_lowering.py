@@ -9,28 +9,32 @@ from typing import Any, ClassVar
 import torch
 
 from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
-from fastlangevin.gradients.graph.conv_stack import run_linear
 from fastlangevin.gradients.graph.ir import Graph, Node
+from fastlangevin.gradients.graph.linear import run_linear
 from fastlangevin.gradients.image_graph import Image, ImageGraph, ImageLayer, Link
 from fastlangevin.gradients.passes import Dataflow
 
 Place = tuple[int, Image]  # the number of a value, and its image
 
 
-def image_graph(graph: Graph) -> ImageGraph | str:
-    """Return a graph as layers over images, or the reason why it has no such form."""
-    lowered: ImageGraph | str | None = graph.derived.get("image_graph")
+def image_graph(graph: Graph, views_state: bool = True) -> ImageGraph | str:
+    """Return a graph as layers over images, or the reason why it has no such form.
+
+    With ``views_state``, a state that is read through one view only has the shape of the view.
+    """
+    key = f"image_graph, views_state={views_state}"
+    lowered: ImageGraph | str | None = graph.derived.get(key)
     if lowered is None:
-        lowered = graph.derived["image_graph"] = _lowered(graph)
+        lowered = graph.derived[key] = _lowered(graph, views_state)
     return lowered
 
 
-def _lowered(graph: Graph) -> ImageGraph | str:
+def _lowered(graph: Graph, views_state: bool) -> ImageGraph | str:
     flow = Dataflow(graph)
     if all(flow.constant[1:]):
         return "it has no activation"
     try:
-        return _Lowering(graph, flow).result()
+        return _Lowering(graph, flow, views_state).result()
     except _NoImageForm as error:
         return str(error)
 
@@ -40,10 +44,11 @@ class _NoImageForm(Exception):
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, flow: Dataflow) -> None:
+    def __init__(self, graph: Graph, flow: Dataflow, views_state: bool) -> None:
         self.graph, self.flow = graph, flow
         self.layers: list[ImageLayer] = []
-        self.places: dict[int, Place] = {0: (0, _image(self._state_shape()))}
+        shape = self._viewed_shape() if views_state else graph.shape
+        self.places: dict[int, Place] = {0: (0, _image(shape))}
         # How often a value is read, under any view of it.
         self.uses = [0] * (len(graph.nodes) + 1)
         for k, node in enumerate(graph.nodes, 1):
@@ -70,7 +75,7 @@ class _Lowering:
         heads = tuple((*self._place(i), i) for i in sorted(read) if i == 0 or not constant[i])
         return ImageGraph(self.places[0][1], tuple(self.layers), heads, tail)
 
-    def _state_shape(self) -> tuple[int, ...]:
+    def _viewed_shape(self) -> tuple[int, ...]:
         """Return the shape of the state: that of its view, if it is read through one only."""
         first = {k for k, node in enumerate(self.graph.nodes, 1) if 0 in node.inputs}
         views = {self.graph.nodes[k - 1].shape for k in first if self.flow.memory[k] == 0}

@@ -17,7 +17,7 @@ from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.graph.record import record
 from fastlangevin.gradients.proof import prove_kernels
-from fastlangevin.gradients.trace.engine import TracedGradient
+from fastlangevin.gradients.trace.traced import TracedGradient
 
 
 class Own(nn.Module):

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastlangevin.gradients.graph.guard import HOOKS, Guard, global_hooks, may_be_kept
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.recorder import OperatorRecorder, Unsupported
+from fastlangevin.gradients.graph.recording_guard import HOOKS, Guard, global_hooks, may_be_kept
 from fastlangevin.gradients.graph.snapshot import Snapshot
 from fastlangevin.gradients.graph.watch import Values, Watch
 from fastlangevin.gradients.network import Network, module_of, network_dtype
