@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_chains, check_count, check_sizes, check_step_kwargs
-from fastlangevin.chain.chain import Chain, note
+from fastlangevin.chain.chain import Chain, note_call
 from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings
 from fastlangevin.diagnostics import Diagnostics
@@ -50,7 +50,7 @@ class Call(NamedTuple):
         """Chooses the engine, then copies x0 (in this order to save memory). Returns both."""
         choice = self.chain.choose(self.x) if len(self.x) else None
         x = self.own_state()
-        note(x, self.chain)
+        note_call(x, self.chain)
         return x, choice
 
     def own_state(self) -> Tensor:

@@ -6,7 +6,7 @@ This is the layout of the text. Each reason is worded where it is decided.
 import torch
 from torch import Tensor
 
-from fastlangevin.adjoint.unroll import explain as explain_gradients
+from fastlangevin.adjoint.unroll import explain_gradients
 from fastlangevin.chain.chain import Chain
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings

@@ -20,7 +20,7 @@ from fastlangevin.arguments import (
     check_tensor,
 )
 from fastlangevin.gradients.network import module_of, tensors_of
-from fastlangevin.kernels.memory import in_memory
+from fastlangevin.kernels.memory import in_memory, is_dense
 from fastlangevin.names import nearest
 
 # The least similarity at which a name is taken for a mistake although the energy accepts it: "sede"
@@ -194,10 +194,7 @@ def read_state(op: str, x0: Any, energy: Callable[..., Any]) -> tuple[Tensor, bo
         and type(x0) in (Tensor, nn.Parameter)
         and in_memory(x0)
         and not x0.is_inference()
-        and (
-            x0.is_contiguous()
-            or (x0.ndim == 4 and x0.is_contiguous(memory_format=torch.channels_last))
-        )
+        and is_dense(x0)
     )
     return (x0.detach() if as_it_is else x0.detach().to(dtype, copy=True)), not as_it_is
 

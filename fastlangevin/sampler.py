@@ -19,7 +19,7 @@ from fastlangevin.arguments import (
     check_schedule,
 )
 from fastlangevin.calls import Call, chain_type, entry, read_call, run_steps
-from fastlangevin.chain.chain import Chain, check_finite, norms, note, rows
+from fastlangevin.chain.chain import Chain, check_finite, norms, note_call, rows
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.diagnostics import Diagnostics
@@ -269,7 +269,7 @@ class LangevinSampler:
                     f"{_OP}: differentiable=True is not supported with metropolis=True: accepting "
                     "or rejecting a step is not differentiable"
                 )
-            note(call.x, call.chain)
+            note_call(call.x, call.chain)
             start = call.x if x0 is None else x0.to(call.x.dtype)
             return unroll(call.chain, start, checkpoint, grad_steps, grad_through, offload)
         needless = [

@@ -24,7 +24,7 @@ from fastlangevin.arguments import (
     check_values,
 )
 from fastlangevin.kernels import native, reference, triton
-from fastlangevin.kernels.memory import check_injective, check_overlap, in_memory
+from fastlangevin.kernels.memory import check_injective, check_overlap, in_memory, is_dense
 from fastlangevin.names import check_name, keywords_checked
 
 BACKENDS = ("auto", "native", "triton", "reference")
@@ -340,9 +340,8 @@ def _check_state(x: Tensor, ordinary: bool) -> None:
     if not ordinary and not is_compiling() and is_functorch_wrapped_tensor(x):
         return  # its strides do not describe memory
     # The usual memory formats pass without the check of the strides, which takes about 4 us.
-    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return
-    check_injective(_OP, "x", x)
+    if not is_dense(x):
+        check_injective(_OP, "x", x)
 
 
 def _check_like(name: str, value: Tensor, x: Tensor, ordinary: bool = False) -> None:

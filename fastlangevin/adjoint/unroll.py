@@ -104,7 +104,7 @@ def only_masks(chain: Chain, x: Tensor) -> bool:
     return graph is not None and all(node.kind in _PIECEWISE_LINEAR for node in graph.nodes)
 
 
-def explain(chain: Chain, x: Tensor) -> list[str]:
+def explain_gradients(chain: Chain, x: Tensor) -> list[str]:
     """Lines of text with the cost of each schedule from x. Runs a step and its backward pass."""
     x, steps = x.detach().requires_grad_(), chain.settings.steps
     try:

@@ -49,7 +49,7 @@ def watching() -> Iterator[list[tuple[Tensor, Tensor, "Chain"]]]:
         _watched.reset(token)
 
 
-def note(x: Tensor, chain: "Chain") -> None:
+def note_call(x: Tensor, chain: "Chain") -> None:
     """Adds a call that begins to the list of :func:`watching`, if there is one."""
     runs = _watched.get()
     if runs is not None:

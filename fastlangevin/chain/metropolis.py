@@ -27,7 +27,7 @@ from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.chain import Chain, Overflow, Step, rows
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.kernels.memory import in_memory
-from fastlangevin.kernels.reference import per_chain
+from fastlangevin.kernels.reference import over_chains, per_chain
 from fastlangevin.step import apply_step_, fold_norm_clip, resolve_backend
 
 
@@ -57,9 +57,9 @@ class AdjustedChain(Chain):
                 y = self._propose(run, x, grad, k)
                 at_y = chain._evaluate(engine, y, k)
                 accepted = self._accept(x, y, (energies, grad), at_y, k)
-                x.copy_(torch.where(_as_chains(accepted, x), y, x))
+                x.copy_(torch.where(over_chains(accepted, x), y, x))
                 energies = torch.where(accepted, at_y[0], energies)
-                grad = torch.where(_as_chains(accepted, x), at_y[1], grad)
+                grad = torch.where(over_chains(accepted, x), at_y[1], grad)
             if overflow is not None:
                 overflow.look_at(step)
             yield step._replace(accepted=accepted)
@@ -111,8 +111,3 @@ def _inside(x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
     if clamp is None:
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
     return rows((x >= clamp[0]) & (x <= clamp[1])).all(1)
-
-
-def _as_chains(accepted: Tensor, x: Tensor) -> Tensor:
-    """[n] as [n, 1, ...], which broadcasts over x."""
-    return accepted.view(-1, *[1] * (x.ndim - 1))

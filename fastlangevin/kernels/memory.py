@@ -30,6 +30,11 @@ _OTHER_KEYS = ~_ordinary_dispatch_keys()
 _dispatch_keys = torch._C._dispatch_keys
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x is contiguous or channels_last, the usual memory formats."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in a value and in its lists, tuples and dicts."""
     if isinstance(value, Tensor):

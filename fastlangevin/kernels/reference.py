@@ -5,10 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlangevin.arguments import GradClip
+from fastlangevin.arguments import Coefficient, GradClip
 from fastlangevin.kernels import philox
-
-Coefficient = float | Tensor
 
 
 class StepOptions(NamedTuple):
@@ -101,7 +99,12 @@ def per_chain(value: Coefficient, x: Tensor, dtype: torch.dtype) -> Coefficient:
     if not isinstance(value, Tensor):
         return value
     value = value.to(device=x.device, dtype=dtype)
-    return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
+    return value if value.ndim == 0 else over_chains(value, x)
+
+
+def over_chains(values: Tensor, x: Tensor) -> Tensor:
+    """Values of chains [n] as [n, 1, ...], which broadcasts over x [n, ...]."""
+    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def _clamp(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:

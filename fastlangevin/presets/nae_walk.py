@@ -11,6 +11,7 @@ from fastlangevin.chain.chain import check_finite, rows
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.untouched import Isolation
 from fastlangevin.inputs import check_energy, check_noise, read_state
+from fastlangevin.kernels.reference import over_chains
 from fastlangevin.presets.common import Randomness, Summed, sum_to_chains
 
 
@@ -28,6 +29,8 @@ class Records(NamedTuple):
 
 class _KeepsOutput(Summed):
     """A summed energy that keeps the model's last output, in its own shape, as ``out``."""
+
+    out: Any = None
 
     def forward(self, x: Tensor, **model_kwargs: Any) -> Tensor:
         out = self.model(x, **model_kwargs)
@@ -115,7 +118,7 @@ def _choose(accepted: Tensor, new: Any, old: Any) -> Any:
         return tuple(_choose(accepted, a, b) for a, b in zip(new, old, strict=True))
     if new.ndim == 0:  # the one chain's energy
         return new if bool(accepted) else old
-    return torch.where(accepted.view(-1, *[1] * (new.ndim - 1)), new, old)
+    return torch.where(over_chains(accepted, new), new, old)
 
 
 def in_box(x: Tensor, y: Tensor, clamp: tuple[float, float] | None, rejects: bool) -> Tensor:

@@ -131,9 +131,10 @@ class Watch:
         self.stores_any_name = self.stores_items = False
         self.names: set[str] = set()  # all names that the code uses
         self.reads_unsaved = False  # whether code read variables that the snapshot does not hold
-        self._import: types.FrameType | None = (
-            None  # frame of an import that torch delays until now
-        )
+        # The frame of an import that torch delays until now.
+        self._import: types.FrameType | None = None
+        self._before: Any = None  # the profiler, and numpy's random state, before the run
+        self._numpy: Any = None
 
     def __enter__(self) -> "Watch":
         self._before = sys.getprofile()
