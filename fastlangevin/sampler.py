@@ -35,6 +35,10 @@ from fastlangevin.step import check_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _OP = "LangevinSampler"
+# Options of differentiable calls.
+_GRADIENT_DEFAULTS = {
+    "checkpoint": "auto", "grad_steps": None, "grad_through": "exact", "offload": False,
+}  # fmt: skip
 
 
 class LangevinSampler:
@@ -245,17 +249,9 @@ class LangevinSampler:
                 values when a step is recomputed, or has been changed in place in the meantime.
         """
         call = self._read(
-            x0,
-            n=n,
-            shape=shape,
-            seed=seed,
-            generator=generator,
-            first_chain=first_chain,
-            first_step=first_step,
-            noise=noise,
-            step_kwargs=step_kwargs,
-            **model_kwargs,
-        )
+            x0, n=n, shape=shape, seed=seed, generator=generator, first_chain=first_chain,
+            first_step=first_step, noise=noise, step_kwargs=step_kwargs, **model_kwargs,
+        )  # fmt: skip
         if callback is not None and not callable(callback):
             raise TypeError(f"{_OP}: callback must be a function of (step, x), got {callback!r}")
         every = check_count(_OP, "callback_every", callback_every)
@@ -272,18 +268,11 @@ class LangevinSampler:
             note_call(call.x, call.chain)
             start = call.x if x0 is None else x0.to(call.x.dtype)
             return unroll(call.chain, start, checkpoint, grad_steps, grad_through, offload)
-        needless = [
-            f"{name}={value!r}"
-            for name, value, default in (
-                ("checkpoint", checkpoint, "auto"),
-                ("grad_steps", grad_steps, None),
-                ("grad_through", grad_through, "exact"),
-                ("offload", offload, False),
-            )
-            if value != default
-        ]
-        if needless:
-            raise ValueError(f"{_OP}: differentiable=True is needed for {', '.join(needless)}")
+        options = {"checkpoint": checkpoint, "grad_steps": grad_steps,
+                   "grad_through": grad_through, "offload": offload}  # fmt: skip
+        given = [f"{k}={v!r}" for k, v in options.items() if v != _GRADIENT_DEFAULTS[k]]
+        if given:
+            raise ValueError(f"{_OP}: differentiable=True is needed for {', '.join(given)}")
         x, choice = call.begin()
         energies = None
         if choice is not None and callback is None and not progress:

@@ -74,10 +74,7 @@ def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
     settings = chain.settings
     if settings.gradient not in ("auto", "explicit", "fused"):
         return f'the gradient is "{settings.gradient}"'
-    graph = proved_graph(
-        chain.energy, x.detach(), settings.precision, chain.model_kwargs, chain.cache,
-        chain.step_kwargs,
-    )  # fmt: skip
+    graph = proved_graph(chain.energy_call(x.detach()), chain.cache, chain.step_kwargs)
     if isinstance(graph, str):
         return graph
     return refusal(graph, settings.precision) or graph

@@ -15,7 +15,7 @@ from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.settings import Settings
 from fastlangevin.gradients.autograd import EnergyGradient
 from fastlangevin.gradients.engine import Engine
-from fastlangevin.gradients.engine_cache import EngineCache
+from fastlangevin.gradients.engine_cache import EnergyCall, EngineCache
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.score_network import network_score
@@ -138,11 +138,7 @@ class Chain(NamedTuple):
             )
         elif isinstance(engine, FusedGradient) and not want_energies and self._can_fuse():
             steps, overflow = self._fused_steps(engine, x), None
-        elif (
-            every > 1
-            and isinstance(engine, ConvNetGradient)
-            and self._can_take_blocks(engine, run, x)
-        ):
+        elif every > 1 and isinstance(engine, ConvNetGradient) and self._can_block(engine, run, x):
             steps = self._block_steps(engine, x, every)
         else:
             steps = self._single_steps(run, x, lambda k: engine(x, want_energies or k == last_step))
@@ -171,9 +167,7 @@ class Chain(NamedTuple):
             return [Update(False, 0.0, noise_std, step), Update(True, step_size, 0.0, step)]
         return [Update(True, step_size, noise_std, step)]
 
-    def _can_take_blocks(
-        self, engine: ConvNetGradient, run: Callable[..., Tensor], x: Tensor
-    ) -> bool:
+    def _can_block(self, engine: ConvNetGradient, run: Callable[..., Tensor], x: Tensor) -> bool:
         """Whether :meth:`_block_steps` takes the steps that ``run`` would take."""
         settings = self.settings
         return (
@@ -311,10 +305,11 @@ class Chain(NamedTuple):
         """
         if not self.cache.warned:
             self.cache.warned = warn_of_train_mode(self.energy)
-        return choose_engine(
-            self.settings.gradient, self.energy, x, self.settings.precision, self.model_kwargs,
-            self.cache, self.step_kwargs,
-        )  # fmt: skip
+        call = self.energy_call(x)
+        return choose_engine(self.settings.gradient, call, self.cache, self.step_kwargs)
+
+    def energy_call(self, x: Tensor) -> EnergyCall:
+        return EnergyCall(self.energy, x, self.settings.precision, self.model_kwargs)
 
     def all_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the energy, with those of all steps together."""

@@ -1,8 +1,8 @@
 """Chooses the engine of a call: the fastest one that computes what the energy's own code would."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,24 +50,17 @@ def check_gradient(gradient: str) -> None:
 
 
 def choose_engine(
-    gradient: str,
-    energy: Callable[..., Tensor],
-    x: Tensor,
-    precision: str | None,
-    model_kwargs: dict[str, Any],
-    cache: EngineCache,
-    step_kwargs: Iterable[str] = (),
+    gradient: str, call: EnergyCall, cache: EngineCache, step_kwargs: Iterable[str] = ()
 ) -> EngineChoice:
-    """Return the engine for chains from x [n, ...].
+    """Return the engine for chains from the call's states.
 
-    An energy whose code is not torch's or this package's is run once on x; see
+    An energy whose code is not torch's or this package's is run once on them; see
     :mod:`fastlangevin.gradients.graph.record`. ``step_kwargs`` names the arguments that the energy
-    gets in addition to ``model_kwargs`` and that differ from step to step. Raises RuntimeError if
+    gets in addition to the call's and that differ from step to step. Raises RuntimeError if
     ``gradient`` names an engine that cannot run.
     """
     if gradient in ("autograd", "network"):
         return EngineChoice(gradient, None)
-    call = EnergyCall(energy, x, precision, model_kwargs)
     choice = _refusal(call, step_kwargs) or _choose_from_recording(gradient, call, cache)
     if isinstance(choice, EngineChoice):
         return choice
@@ -77,15 +70,9 @@ def choose_engine(
 
 
 def proved_graph(
-    energy: Callable[..., Tensor],
-    x: Tensor,
-    precision: str | None,
-    model_kwargs: dict[str, Any],
-    cache: EngineCache,
-    step_kwargs: Iterable[str] = (),
+    call: EnergyCall, cache: EngineCache, step_kwargs: Iterable[str] = ()
 ) -> Graph | str:
     """Return a graph for the explicit engine that has been proved, or why autograd must be used."""
-    call = EnergyCall(energy, x, precision, model_kwargs)
     reason = _refusal(call, step_kwargs)
     if reason is not None:
         return reason
@@ -99,7 +86,7 @@ def proved_graph(
     cache = _cache_for(graph, cache)
 
     def make() -> Engine:
-        return ExplicitGradient(graph, x, precision)
+        return ExplicitGradient(graph, call.x, call.precision)
 
     return cache.disproof("explicit", make, graph, results, call) or graph
 
@@ -247,7 +234,7 @@ def _fused(
     graph: Graph, x: Tensor, precision: str | None, cache: EngineCache, by_name: bool
 ) -> Engine | str:
     """Return the fused engine for the state's device, or the reason why there is none."""
-    chains, device = x.shape[0], x.device
+    device = x.device
     if device.type != "cpu" and graph.computed is not None:
         return "weights are computed from other weights"
     if not all(math.prod(shape) for shape in (graph.shape, *(node.shape for node in graph.nodes))):
@@ -257,22 +244,18 @@ def _fused(
         if reason is not None:
             return reason
         return cache.engine(
-            lambda: fused_cpu.ConvNetGradient(graph, chains, precision),
+            lambda: fused_cpu.ConvNetGradient(graph, x.shape[0], precision),
             graph, "native", precision, torch.get_num_threads(),
             extension.library.instruction_set(),
         )  # fmt: skip
-    return _fused_on_gpu(graph, chains, device, precision, cache, by_name)
+    return _fused_on_gpu(graph, x, precision, cache, by_name)
 
 
 def _fused_on_gpu(
-    graph: Graph,
-    chains: int,
-    device: torch.device,
-    precision: str | None,
-    cache: EngineCache,
-    by_name: bool,
+    graph: Graph, x: Tensor, precision: str | None, cache: EngineCache, by_name: bool
 ) -> Engine | str:
     """Return the fused engine for a GPU, or the reason why there is none."""
+    chains, device = x.shape[0], x.device
     stack = conv_stack(graph)
     if isinstance(stack, str):
         return stack

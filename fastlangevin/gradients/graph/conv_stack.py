@@ -6,24 +6,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
-from fastlangevin.gradients.graph.ir import Graph
+from fastlangevin.gradients.graph.ir import Graph, Node
 from fastlangevin.gradients.image_graph import Image, ImageGraph, ImageLayer
 from fastlangevin.gradients.image_lowering import image_graph
 from fastlangevin.gradients.passes import Dataflow
 
+_IDENTITY = Node("leaky_relu", (), (), (1.0,))
 _KINDS = {"conv", "linear", "view", *ACTIVATIONS}  # of the nodes before the linear tail
-
-
-@dataclass(frozen=True)
-class StackedActivation:
-    """An activation of a stack.
-
-    ``kind`` (``settings``) is leaky_relu (slope), relu, silu, softplus (beta, threshold), elu
-    (alpha), gelu (1.0 for the tanh form, else 0.0) or tanh.
-    """
-
-    kind: str
-    settings: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +21,7 @@ class StackedConv:
 
     A Linear is a convolution whose kernel has the size of its input. ``weight``
     [out, in / groups, kh, kw] and ``bias`` [out] are the parameters themselves or views of them.
+    ``activation`` has a kind and settings.
     """
 
     weight: Tensor
@@ -40,7 +30,7 @@ class StackedConv:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
-    activation: StackedActivation
+    activation: Node
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Return the height and width of the output for an input of this height and width."""
@@ -102,9 +92,12 @@ def conv_stack(graph: Graph) -> ConvStack | str:
 def _stacked(layer: ImageLayer) -> StackedConv:
     weight, bias, _ = layer.parameters()
     assert weight is not None
-    activation = StackedActivation("leaky_relu", (1.0,))  # the identity
-    if layer.activation is not None:
-        activation = StackedActivation(layer.activation.kind, layer.activation.settings)
     return StackedConv(
-        weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups, activation
+        weight,
+        bias,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        layer.activation or _IDENTITY,
     )
