@@ -84,8 +84,8 @@ def arguments_of(chain: Chain) -> list[Tensor]:
     """The tensors among the arguments of a chain."""
     settings = chain.settings
     sequences = [v for v in chain.step_kwargs.values() if not isinstance(v, Tensor)]
-    values = [settings.step_size, settings.noise_std, chain.noise, *chain.all_kwargs().values()]
-    values += [entry for entries in sequences for entry in entries]
+    values = [settings.step_size, settings.noise_std, chain.noise, *chain.model_kwargs.values()]
+    values += [*chain.step_kwargs.values(), *(v for entries in sequences for v in entries)]
     return [value for value in values if isinstance(value, Tensor)]
 
 

@@ -311,10 +311,6 @@ class Chain(NamedTuple):
     def energy_call(self, x: Tensor) -> EnergyCall:
         return EnergyCall(self.energy, x, self.settings.precision, self.model_kwargs)
 
-    def all_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of the energy, with those of all steps together."""
-        return {**self.model_kwargs, **self.step_kwargs}
-
 
 def check_finite(x: Tensor, energies: Tensor | None, steps: int) -> None:
     """FloatingPointError if a chain is not finite at its end, or its last energy is NaN."""

@@ -43,7 +43,7 @@ class AdjustedChain(Chain):
         every: int = 1,
     ) -> Iterator[Step]:
         settings = self.settings
-        if in_memory(x) and not bool(_inside(x, settings.clamp).all()):
+        if in_memory(x) and not bool(inside(x, settings.clamp).all()):
             raise ValueError(
                 "LangevinSampler: with metropolis=True x0 must lie within clamp="
                 f"{settings.clamp}, since proposals outside are rejected"
@@ -98,7 +98,7 @@ class AdjustedChain(Chain):
             (len(x),), seed=self.seed, step=self.first_step + k, stream=_noise.ACCEPT,
             first_chain=self.first_chain, device=x.device,
         )  # fmt: skip
-        return (u.double().log() < ratio) & _inside(y, settings.clamp)
+        return (u.double().log() < ratio) & inside(y, settings.clamp)
 
     def _move(self, grad: Tensor, a: Coefficient) -> Tensor:
         """The move a clip(g)."""
@@ -107,7 +107,8 @@ class AdjustedChain(Chain):
         return per_chain(a, grad, grad.dtype) * clipped
 
 
-def _inside(x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
+def inside(x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
+    """Whether each chain is within the bounds, bool [n]."""
     if clamp is None:
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
     return rows((x >= clamp[0]) & (x <= clamp[1])).all(1)

@@ -285,20 +285,14 @@ class _Lowering:
         return self._add_layer("logsumexp", node, shape=(1, 1, 1))
 
     _LOWER: ClassVar[dict[str, Callable[["_Lowering", Node], Place]]] = {
-        "add": _combine,
-        "avg_pool": _mix,
+        **dict.fromkeys(("conv", "linear", "transposed"), _conv),
+        **dict.fromkeys(("add", "mul"), _combine),
+        **dict.fromkeys(("avg_pool", "mean", "sum", "upsample"), _mix),
         "batch_norm": _batch_norm,
-        "conv": _conv,
         "group_norm": _group_norm,
-        "linear": _conv,
         "logsumexp": _logsumexp,
         "max_pool": _max_pool,
-        "mean": _mix,
-        "mul": _combine,
         "scale": _scale,
-        "sum": _mix,
-        "transposed": _conv,
-        "upsample": _mix,
         "view": _view,
     }
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.chain.chain import check_finite, rows
+from fastlangevin.chain.metropolis import inside
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.untouched import Isolation
 from fastlangevin.inputs import check_energy, check_noise, read_state
@@ -121,16 +122,10 @@ def _choose(accepted: Tensor, new: Any, old: Any) -> Any:
     return torch.where(over_chains(accepted, new), new, old)
 
 
-def in_box(x: Tensor, y: Tensor, clamp: tuple[float, float] | None, rejects: bool) -> Tensor:
-    """Clamp y, or with ``rejects`` return x for each chain whose y is outside the box."""
-    if clamp is None:
-        return y
-    if not rejects:
-        return y.clamp(*clamp)
-    inside = rows((y >= clamp[0]) & (y <= clamp[1])).all(1)
-    bounded: Tensor = _choose(inside, y, x)
-    return bounded
-
-
-def on_sphere(y: Tensor, spherical: bool) -> Tensor:
+def bounded(
+    x: Tensor, y: Tensor, clamp: tuple[float, float] | None, rejects: bool, spherical: bool
+) -> Tensor:
+    """Clamp y, or with ``rejects`` return x for each chain whose y is outside; then normalise."""
+    if clamp is not None:
+        y = _choose(inside(y, clamp), y, x) if rejects else y.clamp(*clamp)
     return y / y.norm(dim=1, keepdim=True) if spherical else y
