@@ -76,9 +76,9 @@ def check_model_kwargs(
 ) -> None:
     """TypeError if a keyword argument of a call is probably not meant for the energy.
 
-    That is a name that the energy does not accept by name, and that is one of the ``options`` of
-    calls or of the ``settings`` of samplers, or near one. An energy that accepts any keyword would
-    otherwise swallow it, and the sampler would ignore what it stands for.
+    This is a name that the energy does not list in its signature, and that equals or resembles an
+    option of calls or a setting of samplers. An energy that accepts any keyword would otherwise
+    take it, and the sampler would ignore it.
     """
     if not model_kwargs:
         return

@@ -86,7 +86,7 @@ def langevin_step_(
         TypeError, ValueError: An argument does not fit. The message names it, and x is unchanged.
         RuntimeError: The backend cannot run on x's device.
     """
-    # Ordinary tensors pass many of the checks by definition.
+    # Ordinary tensors need fewer checks.
     ordinary = not is_compiling() and _is_ordinary(x) and (grad is None or _is_ordinary(grad))
     _check_state(x, ordinary)
     if grad is not None:

@@ -146,7 +146,7 @@ class Draws:
         self._shares = True
 
     def _watch(self) -> None:
-        """At a call's first step, notice an energy that handles the global generators itself."""
+        """At a call's first step, notice an energy that uses the global generators itself."""
         self._watched = True
         if sys.getprofile() is not None:  # another profiler uses the only hook
             self._share()

@@ -67,10 +67,10 @@ def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
 
 
 def _waste(network: ImageGraph) -> str | None:
-    """Return a reason if the backward pass would multiply too much in vain.
+    """Return a reason if the backward pass would compute too many products that are not needed.
 
-    In it, each pixel that a convolution reads meets all weights of its residue modulo the stride,
-    including those that fall outside the output.
+    It multiplies each pixel that a convolution reads by all weights of its residue modulo the
+    stride, including those that fall outside the output.
     """
     useful = planned = 0
     for layer in network.layers:

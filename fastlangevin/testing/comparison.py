@@ -1,5 +1,6 @@
 """Compare a sampling loop with its replacement, step by step, on the same noise."""
 
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -105,14 +106,10 @@ def compare(
     if dtype is not None and not modules:
         raise ValueError(f"{OP}: dtype converts an energy's modules; give the energy as energy=")
     x0 = x0.detach().to(dtype or x0.dtype)
-    z = torch.stack(
-        [
-            _noise.normal(
-                x0.shape, seed=seed, step=k, stream=_noise.USER, device=x0.device, dtype=x0.dtype
-            )
-            for k in range(steps)
-        ]
+    draw = functools.partial(
+        _noise.normal, x0.shape, seed=seed, stream=_noise.USER, device=x0.device, dtype=x0.dtype
     )
+    z = torch.stack([draw(step=k) for k in range(steps)])
     with (
         kept_generators(x0.device),
         restored_modules(modules, dtype) as restore,
