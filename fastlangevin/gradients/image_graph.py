@@ -96,7 +96,7 @@ class ImageGraph:
     tail: tuple[int, ...]  # the linear nodes after the heads
 
     def constants(self, graph: Graph, model_kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Yield the values [n, C, H, W] of the constant layers, for a call's arguments."""
+        """Yield the constants [n, C, H, W] of the layers that are one, for a call's arguments."""
         layers = [layer for layer in self.layers if layer.kind == "constant"]
         tensors = graph.constants_of_chains(model_kwargs) if layers else {}
         for layer in layers:
