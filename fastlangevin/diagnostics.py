@@ -117,7 +117,7 @@ class Diagnostics(NamedTuple):
         return figure
 
     def _repr_png_(self) -> bytes | None:
-        """Return the plot that a notebook shows in addition to the text."""
+        """What a notebook shows, beside the text."""
         try:
             figure = self.plot()
         except (ImportError, ValueError):
