@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 import fastlangevin as fl
 from benchmarks import timing
 from benchmarks.result_file import ResultFile, parser_of
-from fastlangevin.adjoint.memory import Allocations
 from fastlangevin.adjoint.schedules import recomputed
+from fastlangevin.adjoint.storage import Allocations
 from fastlangevin.gradients.precision import float32_products
 
 STEP_SIZE, NOISE_STD = 0.1, 0.01

@@ -231,6 +231,26 @@ def _check_bound(op: str, bound: Any) -> float:
     return float(bound)
 
 
+def check_rng_state(op: str, x: Tensor, rng_state: Tensor, unread: str | None) -> None:
+    """TypeError or ValueError unless ``rng_state`` holds {seed, step} where the kernels read it.
+
+    ``unread`` is the reason why the kernels for x would not read it, or None. A step that ignored
+    it would repeat the same noise at every replay of a captured graph.
+    """
+    if unread is not None:
+        raise ValueError(f"{op}: rng_state cannot be used: {unread}")
+    if not isinstance(rng_state, Tensor) or rng_state.dtype != torch.int64:
+        raise TypeError(
+            f"{op}: rng_state must be an int64 tensor, got "
+            f"{getattr(rng_state, 'dtype', type(rng_state))}"
+        )
+    if rng_state.shape != (2,) or not rng_state.is_contiguous():
+        raise ValueError(
+            f"{op}: rng_state must be contiguous and of shape [2], got {list(rng_state.shape)}"
+        )
+    check_device(op, "rng_state", rng_state, x.device, "x")
+
+
 def check_number(op: str, name: str, value: Any) -> float:
     """The value as a finite float >= 0."""
     if isinstance(value, Tensor) and value.requires_grad:

@@ -1,4 +1,4 @@
-"""The calls of a sampler: their arguments are checked here before any work, and loops run here."""
+"""The calls of a sampler: the checks of their arguments, and the loop that calls back."""
 
 import copy
 import functools
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_chains, check_count, check_sizes, check_step_kwargs
-from fastlangevin.chain.chain import Chain, note
+from fastlangevin.chain.chain import Chain, note_call
 from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings
 from fastlangevin.diagnostics import Diagnostics
@@ -21,7 +21,13 @@ from fastlangevin.gradients.network import device_of
 from fastlangevin.gradients.packing import PackedEnergy, packing_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import EngineChoice
-from fastlangevin.inputs import check_model_kwargs, check_noise, check_tensors, read_state
+from fastlangevin.inputs import (
+    check_model_kwargs,
+    check_noise,
+    check_tensors,
+    choose_seed,
+    read_state,
+)
 from fastlangevin.progress import step_bar
 from fastlangevin.step import choose_backend
 
@@ -41,10 +47,10 @@ class Call(NamedTuple):
     chain: Chain
 
     def begin(self) -> tuple[Tensor, EngineChoice | None]:
-        """The state to change, and the engine, which is chosen while no copy of x0 takes memory."""
+        """Chooses the engine, then copies x0 (in this order to save memory). Returns both."""
         choice = self.chain.choose(self.x) if len(self.x) else None
         x = self.own_state()
-        note(x, self.chain)
+        note_call(x, self.chain)
         return x, choice
 
     def own_state(self) -> Tensor:
@@ -55,7 +61,7 @@ class Call(NamedTuple):
 def read_call(
     energy: Callable[..., Any],
     settings: Settings,
-    recognised: EngineCache,
+    cache: EngineCache,
     reserved: Set[str],
     x0: Tensor | None,
     /,
@@ -91,13 +97,11 @@ def read_call(
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and value.is_inference():
                 kwargs[name] = value.clone()  # autograd cannot save inference tensors
-    if seed is not None and generator is not None:
-        raise ValueError(f"{_OP}: give seed or generator, not both")
     if (x0 is None) == (n is None):
         raise ValueError(f"{_OP}: give either x0 or n")
     if x0 is not None and shape is not None:
         raise ValueError(f"{_OP}: shape belongs to chains that n starts; x0 has its own")
-    seed = _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
+    seed = choose_seed(_OP, seed, generator)
     if x0 is None:
         x, is_copy = _initial(energy, n, shape, seed, first_chain), True
     else:
@@ -111,7 +115,7 @@ def read_call(
         first_chain, x.shape[0], first_step, settings.steps
     )
     chain = chain_type(settings)(
-        energy, settings, recognised, seed, first_chain, first_step, noise, model_kwargs, by_step
+        energy, settings, cache, model_kwargs, seed, first_chain, first_step, noise, by_step
     )
     return Call(x, is_copy, chain)
 

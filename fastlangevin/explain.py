@@ -1,9 +1,12 @@
-"""The plan of a call as text: which engine and backend run, and why nothing faster does."""
+"""The plan of a call as text: which engine and backend run, and why each faster one does not.
+
+This is the layout of the text. Each reason is worded where it is decided.
+"""
 
 import torch
 from torch import Tensor
 
-from fastlangevin.adjoint.unroll import explain as explain_gradients
+from fastlangevin.adjoint.unroll import explain_gradients
 from fastlangevin.chain.chain import Chain
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings
@@ -82,7 +85,7 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
     lines = [f"gradient   {choice.name}: {_ENGINE_TEXT[choice.name]}; {precision_text}"]
     if isinstance(choice.engine, ConvNetGradient):
         lines[0] += f"; instruction set {choice.engine.net.instruction_set}"
-    lines += [f"{_INDENT}not {name}: {reason}" for name, reason in choice.why_not.items()]
+    lines += [f"{_INDENT}not {names}: {reason}" for names, reason in rejected(choice).items()]
     if started and x.shape[0] and choice.name != "network":
         graph: Graph | str | None = choice.graph
         if choice.engine is None:
@@ -90,6 +93,15 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
         lines += _explain_cost(choice, graph if isinstance(graph, Graph) else None, x, precision)
     lines.append(f"graph      {graphs.explain(chain, x, choice)}")
     return lines
+
+
+def rejected(choice: EngineChoice) -> dict[str, str]:
+    """The reasons why faster engines were rejected, by the names of the engines that share one."""
+    names: dict[str, list[str]] = {}
+    for engine, reason, precision in choice.why_not:
+        name = engine if precision is None else f"{engine} in {precision}"
+        names.setdefault(reason, []).append(name)
+    return {", ".join(engines): reason for reason, engines in names.items()}
 
 
 def _explain_cost(

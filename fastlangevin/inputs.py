@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastlangevin.noise as _noise
 from fastlangevin.arguments import (
     check_chain_dimension,
     check_device,
@@ -18,8 +19,8 @@ from fastlangevin.arguments import (
     check_strided,
     check_tensor,
 )
-from fastlangevin.gradients.network import modules_of, tensors_of
-from fastlangevin.kernels.memory import in_memory
+from fastlangevin.gradients.network import module_of, tensors_of
+from fastlangevin.kernels.memory import in_memory, is_dense
 from fastlangevin.names import nearest
 
 # The least similarity at which a name is taken for a mistake although the energy accepts it: "sede"
@@ -75,9 +76,9 @@ def check_model_kwargs(
 ) -> None:
     """TypeError if a keyword argument of a call is probably not meant for the energy.
 
-    That is a name that the energy does not accept by name, and that is one of the ``options`` of
-    calls or of the ``settings`` of samplers, or near one. An energy that accepts any keyword would
-    otherwise swallow it, and the sampler would ignore what it stands for.
+    This is a name that the energy does not list in its signature, and that equals or resembles an
+    option of calls or a setting of samplers. An energy that accepts any keyword would otherwise
+    take it, and the sampler would ignore it.
     """
     if not model_kwargs:
         return
@@ -163,19 +164,19 @@ def check_tensors(op: str, energy: Callable[..., Any], device: torch.device) -> 
         raise ValueError(f"{op}: x0 is on {device}, the energy on {owner}; move one of them")
 
 
-def copy_state(op: str, x0: Any, energy: Callable[..., Any]) -> Tensor:
-    """A detached copy of x0 [n, ...], in float64 for a float64 x0 and in float32 otherwise.
-
-    Raises TypeError or ValueError if x0 is not a state, or is on another device than the energy.
-    """
-    x, is_copy = read_state(op, x0, energy)
-    return x if is_copy else x.clone()
+def choose_seed(op: str, seed: int | None, generator: torch.Generator | None) -> int:
+    """``seed``, or without one a seed drawn from the generator, by default torch's."""
+    if seed is not None and generator is not None:
+        raise ValueError(f"{op}: give seed or generator, not both")
+    return _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
 
 
 def read_state(op: str, x0: Any, energy: Callable[..., Any]) -> tuple[Tensor, bool]:
-    """The state of :func:`copy_state` for reading, and whether it is a copy.
+    """The detached state x0 [n, ...], in float64 for a float64 x0 and in float32 otherwise.
 
-    It is x0's own memory if that has the dtype and layout of a copy.
+    Also returns whether it is a copy. It is x0's own memory if that has the dtype and layout of a
+    copy. Raises TypeError or ValueError if x0 is not a state, or is on another device than the
+    energy.
     """
     if isinstance(x0, int):
         hint = f"; n={x0} starts that many chains from U(-1, 1)"
@@ -193,10 +194,7 @@ def read_state(op: str, x0: Any, energy: Callable[..., Any]) -> tuple[Tensor, bo
         and type(x0) in (Tensor, nn.Parameter)
         and in_memory(x0)
         and not x0.is_inference()
-        and (
-            x0.is_contiguous()
-            or (x0.ndim == 4 and x0.is_contiguous(memory_format=torch.channels_last))
-        )
+        and is_dense(x0)
     )
     return (x0.detach() if as_it_is else x0.detach().to(dtype, copy=True)), not as_it_is
 
@@ -214,7 +212,8 @@ def check_noise(op: str, noise: Any, shape: Sequence[int], device: torch.device)
 
 def _name_of(tensor: Tensor, energy: Callable[..., Any]) -> str:
     """The name of a parameter or buffer of the energy's module."""
-    (module,) = modules_of(energy)
+    module = module_of(energy)
+    assert module is not None
     named = (*module.named_parameters(), *module.named_buffers())
     return next(name for name, candidate in named if candidate is tensor)
 

@@ -43,7 +43,7 @@ def check_name(argument: str, value: Any, names: Collection[str]) -> None:
 
 
 def unknown_keyword(op: str, name: str, names: Collection[str]) -> TypeError:
-    """Return the error for a keyword that is none of ``names``: the nearest one, or all of them."""
+    """Return the error for a keyword not in ``names``. It suggests the nearest, or lists all."""
     hint = did_you_mean(name, names) or f"; the arguments are {', '.join(names)}"
     return TypeError(f"{op}: no argument is called {name}{hint}")
 

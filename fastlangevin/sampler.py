@@ -19,7 +19,7 @@ from fastlangevin.arguments import (
     check_schedule,
 )
 from fastlangevin.calls import Call, chain_type, entry, read_call, run_steps
-from fastlangevin.chain.chain import Chain, norms, note, rows
+from fastlangevin.chain.chain import Chain, check_finite, norms, note_call, rows
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.diagnostics import Diagnostics
@@ -35,6 +35,10 @@ from fastlangevin.step import check_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _OP = "LangevinSampler"
+# Options of differentiable calls.
+_GRADIENT_DEFAULTS = {
+    "checkpoint": "auto", "grad_steps": None, "grad_through": "exact", "offload": False,
+}  # fmt: skip
 
 
 class LangevinSampler:
@@ -125,7 +129,7 @@ class LangevinSampler:
         self.backend = backend
         self.gradient = gradient
         self.metropolis = bool(metropolis)
-        self._recognised = EngineCache()
+        self._cache = EngineCache()
         self._graphs = Graphs()
         # An energy can move to another device, so only the names are checked before a call.
         check_precision(precision)
@@ -245,17 +249,9 @@ class LangevinSampler:
                 values when a step is recomputed, or has been changed in place in the meantime.
         """
         call = self._read(
-            x0,
-            n=n,
-            shape=shape,
-            seed=seed,
-            generator=generator,
-            first_chain=first_chain,
-            first_step=first_step,
-            noise=noise,
-            step_kwargs=step_kwargs,
-            **model_kwargs,
-        )
+            x0, n=n, shape=shape, seed=seed, generator=generator, first_chain=first_chain,
+            first_step=first_step, noise=noise, step_kwargs=step_kwargs, **model_kwargs,
+        )  # fmt: skip
         if callback is not None and not callable(callback):
             raise TypeError(f"{_OP}: callback must be a function of (step, x), got {callback!r}")
         every = check_count(_OP, "callback_every", callback_every)
@@ -269,22 +265,22 @@ class LangevinSampler:
                     f"{_OP}: differentiable=True is not supported with metropolis=True: accepting "
                     "or rejecting a step is not differentiable"
                 )
-            note(call.x, call.chain)
+            note_call(call.x, call.chain)
             start = call.x if x0 is None else x0.to(call.x.dtype)
             return unroll(call.chain, start, checkpoint, grad_steps, grad_through, offload)
-        if (checkpoint, grad_steps, grad_through, offload) != ("auto", None, "exact", False):
-            raise ValueError(
-                f"{_OP}: checkpoint and grad_steps need differentiable=True, as do grad_through "
-                "and offload"
-            )
+        options = {"checkpoint": checkpoint, "grad_steps": grad_steps,
+                   "grad_through": grad_through, "offload": offload}  # fmt: skip
+        given = [f"{k}={v!r}" for k, v in options.items() if v != _GRADIENT_DEFAULTS[k]]
+        if given:
+            raise ValueError(f"{_OP}: differentiable=True is needed for {', '.join(given)}")
         x, choice = call.begin()
         energies = None
         if choice is not None and callback is None and not progress:
             energies = self._graphs.run(call.chain, x, choice)
         if energies is None:
-            every = self.steps if callback is None else every
-            energies = run_steps(call.chain, x, choice, callback, every, progress)
-        call.chain.check_finite(x, energies)
+            due = self.steps if callback is None else every
+            energies = run_steps(call.chain, x, choice, callback, due, progress)
+        check_finite(x, energies, self.steps)
         return x
 
     @entry
@@ -312,7 +308,7 @@ class LangevinSampler:
             energies = step.energies
             if (step.k + 1) % every == 0:
                 states[(step.k + 1) // every] = x
-        call.chain.check_finite(x, energies)
+        check_finite(x, energies, self.steps)
         return states
 
     @entry
@@ -332,30 +328,27 @@ class LangevinSampler:
         """
         call = self._read(x0, **options)
         x, choice = call.begin()
-        records = [x.new_full((self.steps, x.shape[0]), math.nan) for _ in range(5)]
+        names = Diagnostics._fields[1:]
+        records = {name: x.new_full((self.steps, x.shape[0]), math.nan) for name in names}
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
         for step in call.chain.walk(x, want_energies=True, choice=choice):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype).masked_fill(~x.isfinite(), math.nan)
             assert step.grad is not None
-            values = (
-                step.energies,
-                norms(step.grad),
-                norms(x - before),
-                rows(outside).mean(1),
-                1.0 if step.accepted is None else step.accepted,
-            )
-            for record, value in zip(records, values, strict=True):
-                if value is not None:
-                    record[step.k] = value
+            if step.energies is not None:
+                records["energy"][step.k] = step.energies
+            records["grad_norm"][step.k] = norms(step.grad)
+            records["displacement"][step.k] = norms(x - before)
+            records["saturation"][step.k] = rows(outside).mean(1)
+            records["accepted"][step.k] = 1.0 if step.accepted is None else step.accepted
             before.copy_(x)
-        return Diagnostics(x, *records)
+        return Diagnostics(x, **records)
 
     def choose_engine(
         self, x: Tensor, model_kwargs: dict[str, Any], step_kwargs: Mapping[str, Any] | None = None
     ) -> EngineChoice:
         """The engine of a chain from x; RuntimeError if one that was named cannot run."""
-        return self._chain(model_kwargs=model_kwargs, step_kwargs=step_kwargs).choose(x)
+        return self._chain(model_kwargs, step_kwargs=step_kwargs or {}).choose(x)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments except the energy, as a dict."""
@@ -364,22 +357,14 @@ class LangevinSampler:
     def _settings(self) -> Settings:
         return Settings(*(getattr(self, name) for name in Settings._fields))
 
-    def _chain(
-        self,
-        seed: int = 0,
-        first_chain: int = 0,
-        first_step: int = 0,
-        model_kwargs: dict[str, Any] | None = None,
-        step_kwargs: Mapping[str, Any] | None = None,
-    ) -> Chain:
-        settings = self._settings()
-        return chain_type(settings)(
-            self.energy, settings, self._recognised, seed, first_chain, first_step, None,
-            model_kwargs or {}, step_kwargs or {},
-        )  # fmt: skip
+    def _chain(self, model_kwargs: dict[str, Any] | None = None, **values: Any) -> Chain:
+        settings, kwargs = self._settings(), model_kwargs or {}
+        return chain_type(settings)(self.energy, settings, self._cache, kwargs, **values)
 
     def _read(self, x0: Any, **options: Any) -> Call:
-        return read_call(self.energy, self._settings(), self._recognised, _options(), x0, **options)
+        return read_call(
+            self.energy, self._settings(), self._cache, _call_arguments(), x0, **options
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_graphs": Graphs()}  # every copy, even a shallow one, has its own
@@ -397,7 +382,7 @@ class LangevinSampler:
 
     @entry
     def explain(self, x0: Any = None, **model_kwargs: Any) -> str:
-        """Describes what a call will run and on which device, and why nothing faster.
+        """Describes what a call will run, on which device, and why each faster engine was rejected.
 
         Args:
             x0: A starting state. With it the text also lists what gradients through the chain cost
@@ -415,7 +400,8 @@ class LangevinSampler:
             call = self._read(x0, seed=0, **model_kwargs)
             return explain(call.chain, call.own_state(), True, self._graphs)
         if model_kwargs:
-            raise TypeError(f"{_OP}: explain needs x0 beside {', '.join(model_kwargs)}")
+            names = ", ".join(model_kwargs)
+            raise TypeError(f"{_OP}: explain: {names} can be given only together with x0")
         shape, device = getattr(self.energy, "shape", None), device_of(self.energy)
         zeros = None
         if shape is not None:
@@ -424,7 +410,7 @@ class LangevinSampler:
 
 
 @functools.cache
-def _options() -> frozenset[str]:
+def _call_arguments() -> frozenset[str]:
     """The names of the arguments of calls, of :meth:`LangevinSampler.trajectory` too."""
     methods = (LangevinSampler.__call__, LangevinSampler.trajectory)
     parameters = [p for m in methods for p in inspect.signature(m).parameters.values()]

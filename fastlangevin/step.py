@@ -24,7 +24,7 @@ from fastlangevin.arguments import (
     check_values,
 )
 from fastlangevin.kernels import native, reference, triton
-from fastlangevin.kernels.memory import check_injective, check_overlap, in_memory
+from fastlangevin.kernels.memory import check_injective, check_overlap, in_memory, is_dense
 from fastlangevin.names import check_name, keywords_checked
 
 BACKENDS = ("auto", "native", "triton", "reference")
@@ -86,7 +86,7 @@ def langevin_step_(
         TypeError, ValueError: An argument does not fit. The message names it, and x is unchanged.
         RuntimeError: The backend cannot run on x's device.
     """
-    # Ordinary tensors pass many of the checks by definition.
+    # Ordinary tensors need fewer checks.
     ordinary = not is_compiling() and _is_ordinary(x) and (grad is None or _is_ordinary(grad))
     _check_state(x, ordinary)
     if grad is not None:
@@ -106,16 +106,18 @@ def langevin_step_(
         and torch._C._len_torch_dispatch_stack() == 0
         and resolve_backend(backend, x.device) is native.step_
         and native.reads(x)
-        and (grad is None or native.reads(grad))
         and not isinstance(clip, tuple)
+        and (grad is None or native.reads(grad))
         and isinstance(step_size, float)
         and isinstance(noise_std, float)
     ):
         if grad is not None:
             check_overlap(_OP, "grad", grad, x)
         native.launch(
-            x, grad, None, step_size, noise_std, seed, step, first_chain, clamp, clip,
-            bool(maximize), bool(noise_last),
+            x, grad, None, step_size, noise_std, step,
+            reference.StepOptions(
+                seed, first_chain, clamp, clip, bool(maximize), bool(noise_last)
+            ),
         )  # fmt: skip
         return x
     # The op's schema has no unions, and its integers are signed with 64 bits.
@@ -211,15 +213,7 @@ def apply_step_(
 
 
 def bind_step(
-    run: Callable[..., Tensor],
-    x: Tensor,
-    *,
-    seed: int,
-    first_chain: int,
-    clamp: tuple[float, float] | None,
-    grad_clip: GradClip | None,
-    maximize: bool,
-    noise_last: bool,
+    run: Callable[..., Tensor], x: Tensor, **options: Any
 ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
     """:func:`apply_step_` for a loop that always changes the same x with the same options.
 
@@ -227,28 +221,24 @@ def bind_step(
     coefficients and no norm clip, a call on 64 elements takes half the time of :func:`apply_step_`,
     which the function calls in all other cases.
     """
-    direct = run is native.step_ and native.reads(x) and in_memory(x)
+    fixed = reference.StepOptions(**options)
+    is_native = run is native.step_ and native.reads(x) and in_memory(x)
+    may_launch = is_native and not isinstance(fixed.grad_clip, tuple)
 
     def bound(
         grad: Tensor | None, step_size: Coefficient, noise_std: Coefficient, step: int
     ) -> Tensor:
         if (
-            direct
+            may_launch
             and (grad is None or (native.reads(grad) and in_memory(grad)))
-            and not isinstance(grad_clip, tuple)
             and isinstance(step_size, float)
             and isinstance(noise_std, float)
         ):
-            native.launch(
-                x, grad, None, step_size, noise_std, seed, step, first_chain, clamp, grad_clip,
-                maximize, noise_last,
-            )  # fmt: skip
+            native.launch(x, grad, None, step_size, noise_std, step, fixed)
             return x
         return apply_step_(
-            run, x, grad, None, step_size=step_size, noise_std=noise_std, grad_clip=grad_clip,
-            seed=seed, step=step, first_chain=first_chain, clamp=clamp, maximize=maximize,
-            noise_last=noise_last,
-        )  # fmt: skip
+            run, x, grad, None, step_size=step_size, noise_std=noise_std, step=step, **options
+        )
 
     return bound
 
@@ -350,9 +340,8 @@ def _check_state(x: Tensor, ordinary: bool) -> None:
     if not ordinary and not is_compiling() and is_functorch_wrapped_tensor(x):
         return  # its strides do not describe memory
     # The usual memory formats pass without the check of the strides, which takes about 4 us.
-    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return
-    check_injective(_OP, "x", x)
+    if not is_dense(x):
+        check_injective(_OP, "x", x)
 
 
 def _check_like(name: str, value: Tensor, x: Tensor, ordinary: bool = False) -> None:

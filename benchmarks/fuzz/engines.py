@@ -11,7 +11,7 @@ from benchmarks.fuzz.bounds import BRAIN, SINGLE, Exact, Rounding, evaluate
 from benchmarks.fuzz.machine import instruction_set, threads
 from benchmarks.fuzz.networks import Energy, network_case
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.engine_cache import EngineCache
+from fastlangevin.gradients.engine_cache import EnergyCall, EngineCache
 from fastlangevin.gradients.select import choose_engine
 
 ENGINES = ("autograd", "explicit", "fused")
@@ -36,7 +36,7 @@ def engine(name: str, energy: Energy, x: Tensor, dtype: str) -> Run:
     """
     if name == "autograd":
         return lambda x, want_energies: energy_and_grad(energy, x, {}, dtype)
-    run = choose_engine(name, energy, x, dtype, {}, EngineCache()).engine
+    run = choose_engine(name, EnergyCall(energy, x, dtype, {}), EngineCache()).engine
     assert run is not None
     run.begin()
     return run

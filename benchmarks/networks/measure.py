@@ -15,6 +15,7 @@ from benchmarks.chain import peak_bytes
 from benchmarks.networks.cases import Built, Case
 from benchmarks.report_networks import LOOP
 from fastlangevin.bench import plain_loop
+from fastlangevin.explain import rejected
 from fastlangevin.gradients.precision import network_autocast, network_precision
 
 LEAST_SECONDS = 0.05  # of one measurement
@@ -123,7 +124,7 @@ def torchs(precision: str, device: torch.device) -> Iterator[None]:
 def engine_of(sampler: fl.LangevinSampler, built: Built) -> Row:
     """The engine of a call, and why each faster one was rejected."""
     choice = sampler.choose_engine(built.x, dict(built.kwargs))
-    return {"engine": choice.name, "why_not": choice.why_not}
+    return {"engine": choice.name, "why_not": rejected(choice)}
 
 
 def cuda_graph(sampler: fl.LangevinSampler, built: Built) -> str:

@@ -1,5 +1,6 @@
 """A step of a chain as a differentiable function, and the leaves of its autograd graph."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from fastlangevin.chain.chain import Chain, norms
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.network import modules_of
 from fastlangevin.gradients.second_order import SecondOrderGradient, refusal
 from fastlangevin.gradients.select import proved_graph
 from fastlangevin.kernels import reference
@@ -22,29 +22,27 @@ def transition(
     k: int,
     create_graph: bool,
     straight: bool = False,
-    explicit: SecondOrderGradient | None = None,
+    second_order: SecondOrderGradient | None = None,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(state after step k, energies before it) as a function of x and all tensors of the step.
 
-    A score network has no energies, and the norms of its scores take their place. ``explicit``
-    computes the gradient and its derivatives; if it is None, autograd does.
+    A score network has no energies, and the norms of its scores take their place.
+    ``second_order`` computes the gradient and its derivatives; if it is None, autograd does. ``z``
+    are normals that replace those of the chain.
     """
 
     def at_constant_x(state: Tensor) -> tuple[Tensor | None, Tensor]:
         return chain.evaluate(_Detached.apply(state), k, create_graph=True)
 
-    if explicit is not None:
-
-        def by_explicit(state: Tensor) -> tuple[Tensor | None, Tensor]:
-            if create_graph:
-                return explicit.differentiable(state, straight)
-            return explicit(state, True)
-
-        step = chain.transition(reference.step, x, k, by_explicit)
-        assert step.energies is not None
-        return step.x, step.energies
-    evaluate = at_constant_x if straight and create_graph else None
-    step = chain.transition(reference.step, x, k, evaluate, create_graph)
+    evaluate: Callable[[Tensor], tuple[Tensor | None, Tensor]] | None = None
+    if second_order is not None and create_graph:
+        evaluate = functools.partial(second_order.differentiable, straight=straight)
+    elif second_order is not None:
+        evaluate = functools.partial(second_order, want_energies=True)
+    elif straight and create_graph:
+        evaluate = at_constant_x
+    step = chain.transition(reference.step, x, k, evaluate, create_graph, z)
     if step.energies is not None:
         return step.x, step.energies
     assert step.grad is not None
@@ -64,11 +62,11 @@ class _Detached(torch.autograd.Function):
 
 
 def advance(
-    chain: Chain, x: Tensor, k: int, explicit: SecondOrderGradient | None = None
+    chain: Chain, x: Tensor, k: int, second_order: SecondOrderGradient | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`transition` without a graph."""
     with torch.no_grad():
-        return transition(chain, x.detach(), k, create_graph=False, explicit=explicit)
+        return transition(chain, x.detach(), k, create_graph=False, second_order=second_order)
 
 
 def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
@@ -76,10 +74,7 @@ def explicit_graph(chain: Chain, x: Tensor) -> Graph | str:
     settings = chain.settings
     if settings.gradient not in ("auto", "explicit", "fused"):
         return f'the gradient is "{settings.gradient}"'
-    graph = proved_graph(
-        chain.energy, x.detach(), settings.precision, chain.model_kwargs, chain.recognised,
-        chain.step_kwargs,
-    )  # fmt: skip
+    graph = proved_graph(chain.energy_call(x.detach()), chain.cache, chain.step_kwargs)
     if isinstance(graph, str):
         return graph
     return refusal(graph, settings.precision) or graph
@@ -89,14 +84,9 @@ def arguments_of(chain: Chain) -> list[Tensor]:
     """The tensors among the arguments of a chain."""
     settings = chain.settings
     sequences = [v for v in chain.step_kwargs.values() if not isinstance(v, Tensor)]
-    values = [settings.step_size, settings.noise_std, chain.noise, *chain.all_kwargs().values()]
-    values += [entry for entries in sequences for entry in entries]
+    values = [settings.step_size, settings.noise_std, chain.noise, *chain.model_kwargs.values()]
+    values += [*chain.step_kwargs.values(), *(v for entries in sequences for v in entries)]
     return [value for value in values if isinstance(value, Tensor)]
-
-
-def parameters_of(energy: Callable[..., Tensor]) -> list[Tensor]:
-    """The parameters of the modules behind an energy."""
-    return [parameter for module in modules_of(energy) for parameter in module.parameters()]
 
 
 def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:

@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.adjoint.memory import free_memory
 from fastlangevin.adjoint.one_step import (
     advance,
     arguments_of,
     check_graph,
     leaves_of,
     nodes_of,
-    parameters_of,
     transition,
 )
-from fastlangevin.adjoint.recompute import Adjoint, StoredSteps
+from fastlangevin.adjoint.recompute import Adjoint, run_forward
+from fastlangevin.adjoint.repeatable import RepeatableSteps
 from fastlangevin.adjoint.schedules import (
     Budget,
     Checkpoint,
@@ -36,8 +35,10 @@ from fastlangevin.adjoint.schedules import (
     cost_text,
     states_for,
 )
+from fastlangevin.adjoint.storage import free_memory
 from fastlangevin.arguments import check_count
-from fastlangevin.chain.chain import Chain
+from fastlangevin.chain.chain import Chain, check_finite
+from fastlangevin.gradients.network import parameters_of
 from fastlangevin.kernels import reference
 from fastlangevin.names import check_name
 
@@ -74,7 +75,7 @@ def unroll(
         )
     if x.numel() == 0:
         return x.clone()
-    chain = chain.isolated(x.device, twice=True)
+    chain = chain.isolated(x.device, differentiated_twice=True)
     straight, first_traced = grad_through == "straight", steps - grad_steps
     if not torch.is_grad_enabled():
         first_traced = steps
@@ -89,7 +90,7 @@ def unroll(
         out, energies = _masked(chain, x, first_traced)
     else:
         out, energies = _recomputed(chain, x, first_traced, schedule, straight, offload)
-    chain.check_finite(out, energies)
+    check_finite(out, energies, steps)
     return out
 
 
@@ -103,14 +104,14 @@ def only_masks(chain: Chain, x: Tensor) -> bool:
     return graph is not None and all(node.kind in _PIECEWISE_LINEAR for node in graph.nodes)
 
 
-def explain(chain: Chain, x: Tensor) -> list[str]:
+def explain_gradients(chain: Chain, x: Tensor) -> list[str]:
     """Lines of text with the cost of each schedule from x. Runs a step and its backward pass."""
     x, steps = x.detach().requires_grad_(), chain.settings.steps
     try:
-        chain = chain.isolated(x.device, twice=True)
-        stored_steps = StoredSteps(chain, 0, False, x)
-        check_graph(chain, stored_steps.begin(x)[-1])
-        sizes = stored_steps.measure(x)
+        chain = chain.isolated(x.device, differentiated_twice=True)
+        repeatable = RepeatableSteps(chain, 0, False, x)
+        check_graph(chain, repeatable.begin(x)[-1])
+        sizes = repeatable.measure(x)
     except Exception as error:  # of any kind; calls without gradients may still work
         return [f"gradients  not with this energy: {error}"]
     free_bytes = free_memory(x.device)
@@ -120,9 +121,9 @@ def explain(chain: Chain, x: Tensor) -> list[str]:
         rows.append(f"checkpoint {checkpoint!r}: {cost_text(steps, states, sizes)}")
     rows = list(dict.fromkeys(rows))
     rows.append(
-        f"a recomputed step is differentiated twice by autograd: {stored_steps.graph}"
-        if isinstance(stored_steps.graph, str)
-        else "a recomputed step is differentiated by an explicit second-order pass"
+        "a recomputed step is differentiated by an explicit second-order pass"
+        if repeatable.why_autograd is None
+        else f"a recomputed step is differentiated twice by autograd: {repeatable.why_autograd}"
     )
     if only_masks(chain, x):
         rows.append("d x_K / d x_0 is the identity except where a clamp held; no step is rerun")
@@ -136,8 +137,8 @@ def _recomputed(
     steps = chain.settings.steps - first_traced
     if schedule == "none":
         return _unrolled(chain, x, first_traced, straight)
-    stored_steps = StoredSteps(chain, first_traced, straight, x)
-    after, energies, tensors, nodes = stored_steps.begin(x)
+    repeatable = RepeatableSteps(chain, first_traced, straight, x)
+    after, energies, tensors, nodes = repeatable.begin(x)
     if straight and not tensors and x.requires_grad:
         del after, nodes
         return _masked(chain, x, first_traced)
@@ -147,13 +148,13 @@ def _recomputed(
         raise _nothing_requires_grad()
     sizes = Sizes(x.numel() * x.element_size())
     if isinstance(schedule, Budget):
-        sizes = stored_steps.measure(x)
+        sizes = repeatable.measure(x)
     states = choose_states(_OP, schedule, steps, sizes, free_memory(x.device), offload)
     if states is None:
-        del after, stored_steps
+        del after, repeatable
         return _unrolled(chain, x, first_traced, straight)
-    out, energies = stored_steps.forward(x, after, energies, tensors, steps, states, offload)
-    return Adjoint.apply(stored_steps, out, x, *tensors), energies
+    out, run = run_forward(repeatable, x, after, energies, tensors, steps, states, offload)
+    return Adjoint.apply(run, out, x, *tensors), run.energies[-1]
 
 
 def _unrolled(chain: Chain, x: Tensor, first_traced: int, straight: bool) -> tuple[Tensor, Tensor]:

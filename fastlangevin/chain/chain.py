@@ -15,7 +15,7 @@ from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.settings import Settings
 from fastlangevin.gradients.autograd import EnergyGradient
 from fastlangevin.gradients.engine import Engine
-from fastlangevin.gradients.engine_cache import EngineCache
+from fastlangevin.gradients.engine_cache import EnergyCall, EngineCache
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.score_network import network_score
@@ -49,7 +49,7 @@ def watching() -> Iterator[list[tuple[Tensor, Tensor, "Chain"]]]:
         _watched.reset(token)
 
 
-def note(x: Tensor, chain: "Chain") -> None:
+def note_call(x: Tensor, chain: "Chain") -> None:
     """Adds a call that begins to the list of :func:`watching`, if there is one."""
     runs = _watched.get()
     if runs is not None:
@@ -78,12 +78,12 @@ class Chain(NamedTuple):
 
     energy: Callable[..., Any]
     settings: Settings
-    recognised: EngineCache  # what earlier calls found out about the energy
-    seed: int
-    first_chain: int
-    first_step: int
-    noise: Tensor | None
+    cache: EngineCache  # of the energy, from earlier calls
     model_kwargs: dict[str, Any]
+    seed: int = 0
+    first_chain: int = 0
+    first_step: int = 0
+    noise: Tensor | None = None
     step_kwargs: Mapping[str, Any] = {}  # by name, values with one entry per step
     # int64 [2] on the device: a seed to use instead, and a number to add to every step's number.
     rng_state: Tensor | None = None
@@ -112,10 +112,10 @@ class Chain(NamedTuple):
         overflow = Overflow(settings.steps) if settings.precision == "fp16" else None
         if engine is not None:
             engine.begin()
-        yield from self.stride(engine, x, overflow, want_energies, every)
+        yield from self.steps_with(engine, x, overflow, want_energies, every)
         check_overflow(engine, overflow)
 
-    def stride(
+    def steps_with(
         self,
         engine: Engine | None,
         x: Tensor,
@@ -131,23 +131,23 @@ class Chain(NamedTuple):
         last_step = self.settings.steps - 1
         if engine is None:
             chain = self.isolated(x.device)
-            strides = self._strides(
+            steps = self._single_steps(
                 run,
                 x,
                 lambda k: chain.evaluate(x, k, want_energies=want_energies or k == last_step),
             )
-        elif isinstance(engine, FusedGradient) and not want_energies and self._fuses():
-            strides, overflow = self._fused_strides(engine, x), None
-        elif every > 1 and isinstance(engine, ConvNetGradient) and self._in_blocks(engine, run, x):
-            strides = self._block_strides(engine, x, every)
+        elif isinstance(engine, FusedGradient) and not want_energies and self._can_fuse():
+            steps, overflow = self._fused_steps(engine, x), None
+        elif every > 1 and isinstance(engine, ConvNetGradient) and self._can_block(engine, run, x):
+            steps = self._block_steps(engine, x, every)
         else:
-            strides = self._strides(run, x, lambda k: engine(x, want_energies or k == last_step))
-        for step in strides:
+            steps = self._single_steps(run, x, lambda k: engine(x, want_energies or k == last_step))
+        for step in steps:
             if overflow is not None:
                 overflow.look_at(step)
             yield step
 
-    def _strides(
+    def _single_steps(
         self, run: Callable[..., Tensor], x: Tensor, evaluate: Callable[[int], Evaluated]
     ) -> Iterator[Step]:
         """Steps along the gradient at x that ``evaluate`` returns for a step's index."""
@@ -167,8 +167,8 @@ class Chain(NamedTuple):
             return [Update(False, 0.0, noise_std, step), Update(True, step_size, 0.0, step)]
         return [Update(True, step_size, noise_std, step)]
 
-    def _in_blocks(self, engine: ConvNetGradient, run: Callable[..., Tensor], x: Tensor) -> bool:
-        """Whether :meth:`_block_strides` takes the steps that ``run`` would take."""
+    def _can_block(self, engine: ConvNetGradient, run: Callable[..., Tensor], x: Tensor) -> bool:
+        """Whether :meth:`_block_steps` takes the steps that ``run`` would take."""
         settings = self.settings
         return (
             run is native.step_
@@ -179,9 +179,9 @@ class Chain(NamedTuple):
             and all_in_memory(settings.step_size, settings.noise_std)
         )
 
-    def _block_strides(self, engine: ConvNetGradient, x: Tensor, every: int) -> Iterator[Step]:
+    def _block_steps(self, engine: ConvNetGradient, x: Tensor, every: int) -> Iterator[Step]:
         """Each ``every``-th step and the last; the engine takes the steps between them at once."""
-        steps, options, done = self.settings.steps, self._options(), 0
+        steps, options, done = self.settings.steps, self._update_options(), 0
         while done < steps:
             end = min(done + engine.block_steps(), steps, done + every - done % every)
             with torch.no_grad():
@@ -195,26 +195,29 @@ class Chain(NamedTuple):
         self, run: Callable[..., Tensor], x: Tensor
     ) -> Callable[[Tensor | None, Coefficient, Coefficient, int], Tensor]:
         """The in-place update of x as a function of (grad, step_size, noise_std, step)."""
-        options = self._options()
-        noise, first_step = self.noise, self.first_step
-        if noise is None and self.rng_state is None:
+        options = self._update_options()
+        if self.noise is None and self.rng_state is None:
             return bind_step(run, x, **options)
         return lambda grad, a, b, step: apply_step_(
-            run, x, grad, None if noise is None else noise[step - first_step], step_size=a,
-            noise_std=b, step=step, **options,
+            run, x, grad, self._noise_at(step - self.first_step), step_size=a, noise_std=b,
+            step=step, **options,
         )  # fmt: skip
 
-    def _fuses(self) -> bool:
+    def _noise_at(self, k: int) -> Tensor | None:
+        """The given normals of step k, or None for those of the seed."""
+        return None if self.noise is None else self.noise[k]
+
+    def _can_fuse(self) -> bool:
         """Whether the settings allow a kernel that computes the gradient and then steps."""
         return self.settings.noise_order != "before" and self.settings.backend in ("auto", "triton")
 
-    def _fused_strides(self, engine: FusedGradient, x: Tensor) -> Iterator[Step]:
+    def _fused_steps(self, engine: FusedGradient, x: Tensor) -> Iterator[Step]:
         """Steps of kernels that use the gradient without storing it."""
-        settings, options = self.settings, self._options()
+        settings, options = self.settings, self._update_options()
         for k in range(settings.steps):
             energies = engine.step_(
                 x,
-                None if self.noise is None else self.noise[k],
+                self._noise_at(k),
                 step_size=at_step(settings.step_size, k),
                 noise_std=at_step(settings.noise_std, k),
                 step=self.first_step + k,
@@ -223,7 +226,7 @@ class Chain(NamedTuple):
             )
             yield Step(k, x, energies, None)
 
-    def _options(self) -> dict[str, Any]:
+    def _update_options(self) -> dict[str, Any]:
         """The options of the update that are the same at every step."""
         settings = self.settings
         rng_state = {} if self.rng_state is None else {"rng_state": self.rng_state}
@@ -243,28 +246,28 @@ class Chain(NamedTuple):
         k: int,
         evaluate: Callable[[Tensor], Evaluated] | None = None,
         create_graph: bool = False,
+        z: Tensor | None = None,
     ) -> Step:
         """Step k by ``run``, in place on x for a backend and pure for ``reference.step``.
 
-        ``evaluate`` maps x to (energies or None, gradient); by default it uses autograd.
+        ``evaluate`` maps x to (energies or None, gradient); by default it uses autograd. ``z`` are
+        normals that replace those of the chain.
         """
-        settings = self.settings
-        step_size, noise_std = at_step(settings.step_size, k), at_step(settings.noise_std, k)
-        options = {"step": self.first_step + k} | self._options()
-        z = None if self.noise is None else self.noise[k]
-        if z is None and run is reference.step and not reference.is_zero(noise_std):
-            # The kernels draw the same numbers faster than the reference's own generator.
-            z = _noise.normal(
-                x.shape, seed=self.seed, step=self.first_step + k, first_chain=self.first_chain,
-                device=x.device, dtype=x.dtype,
-            )  # fmt: skip
-        if settings.noise_order == "before":
-            x = apply_step_(run, x, None, z, step_size=0.0, noise_std=noise_std, **options)
-            noise_std = 0.0
         if evaluate is None:
             evaluate = functools.partial(self.evaluate, k=k, create_graph=create_graph)
-        energies, grad = evaluate(x)
-        x = apply_step_(run, x, grad, z, step_size=step_size, noise_std=noise_std, **options)
+        z = self._noise_at(k) if z is None else z
+        options = self._update_options()
+        for along_gradient, step_size, noise_std, step in self._updates(k):
+            if z is None and run is reference.step and not reference.is_zero(noise_std):
+                # The kernels draw the same numbers faster than the reference's own generator.
+                z = _noise.normal(
+                    x.shape, seed=self.seed, step=step, first_chain=self.first_chain,
+                    device=x.device, dtype=x.dtype,
+                )  # fmt: skip
+            energies, grad = evaluate(x) if along_gradient else (None, None)
+            x = apply_step_(
+                run, x, grad, z, step_size=step_size, noise_std=noise_std, step=step, **options
+            )
         return Step(k, x, energies, grad)
 
     def evaluate(
@@ -283,12 +286,14 @@ class Chain(NamedTuple):
             precision = self.settings.precision
             return network_score(isolation.network, x, kwargs, precision, create_graph)
 
-    def isolated(self, device: torch.device, twice: bool = False) -> "Self":
-        """The chain with what all its evaluations share.
+    def isolated(self, device: torch.device, differentiated_twice: bool = False) -> "Self":
+        """A copy that owns the guard and the autograd function shared by all steps.
 
-        ``twice`` is for steps that are differentiated twice.
+        ``differentiated_twice`` says that the steps are differentiated, and the energy with them a
+        second time.
         """
-        isolation, gradient = Isolation(self.energy, device, self.seed, twice), None
+        isolation = Isolation(self.energy, device, self.seed, differentiated_twice)
+        gradient = None
         if self.settings.gradient != "network":
             gradient = EnergyGradient(isolation.network, self.settings.precision, device)
         return self._replace(isolation=isolation, energy_gradient=gradient)
@@ -298,37 +303,36 @@ class Chain(NamedTuple):
 
         Raises RuntimeError if an engine that was named cannot run.
         """
-        if not self.recognised.warned:
-            self.recognised.warned = warn_of_train_mode(self.energy)
-        return choose_engine(
-            self.settings.gradient, self.energy, x, self.settings.precision, self.model_kwargs,
-            self.recognised, self.step_kwargs,
-        )  # fmt: skip
+        if not self.cache.warned:
+            self.cache.warned = warn_of_train_mode(self.energy)
+        call = self.energy_call(x)
+        return choose_engine(self.settings.gradient, call, self.cache, self.step_kwargs)
 
-    def all_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of the energy, with those of all steps together."""
-        return {**self.model_kwargs, **self.step_kwargs}
+    def energy_call(self, x: Tensor) -> EnergyCall:
+        return EnergyCall(self.energy, x, self.settings.precision, self.model_kwargs)
 
-    def check_finite(self, x: Tensor, energies: Tensor | None) -> None:
-        """FloatingPointError if a chain is not finite at its end, or its last energy is NaN."""
-        if not in_memory(x):
-            return  # Python cannot branch on tensors without values, or on those of transforms
-        # A sum is finite only if all its terms are, and it takes one pass over memory.
-        if all(math.isfinite(v.detach().sum()) for v in (x, energies) if v is not None):
-            return
-        finite = torch.isfinite(rows(x)).all(1)
-        if energies is not None and energies.numel():
-            finite &= ~torch.isnan(energies)
-        if not bool(finite.all()):
-            raise FloatingPointError(
-                f"LangevinSampler: {int((~finite).sum())} of {x.shape[0]} chains are not finite "
-                f"after {self.settings.steps} steps, or their energy is NaN; diagnose() shows at "
-                "which step this began, and a smaller step_size, clamp or grad_clip may help"
-            )
+
+def check_finite(x: Tensor, energies: Tensor | None, steps: int) -> None:
+    """FloatingPointError if a chain is not finite at its end, or its last energy is NaN."""
+    if not in_memory(x):
+        return  # Python cannot branch on tensors without values, or on those of transforms
+    # A sum is finite only if all its terms are, and it takes one pass over memory.
+    if all(math.isfinite(v.detach().sum()) for v in (x, energies) if v is not None):
+        return
+    finite = torch.isfinite(rows(x)).all(1)
+    if energies is not None and energies.numel():
+        finite &= ~torch.isnan(energies)
+    if not bool(finite.all()):
+        raise FloatingPointError(
+            f"LangevinSampler: {int((~finite).sum())} of {x.shape[0]} chains are not finite after "
+            f"{steps} steps, or their energy is NaN; a smaller step_size, clamp or grad_clip may "
+            "help, and the sampler's diagnose() shows at which step this began"
+        )
 
 
 _OVERFLOW = (
-    "the gradient is not finite: float16 ends at 65504. bf16 and tf32 have the range of float32"
+    'the gradient is not finite; the largest float16 value is 65504, and precision="bf16" or '
+    '"tf32" has the range of float32'
 )
 
 

@@ -19,14 +19,14 @@ from fastlangevin.chain.cuda_recording import ChainRecording, CudaRecorder, Reco
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.precision import switches
 from fastlangevin.gradients.select import EngineChoice
-from fastlangevin.gradients.trace.engine import TracedGradient
+from fastlangevin.gradients.trace.traced import TracedGradient
 from fastlangevin.locks import new_lock
 from fastlangevin.step import choose_backend
 
 # The most recordings at a time. Each holds its chain's state and the network's values in a step.
 _RECORDINGS = 2
 # A recording is dropped for another kind of chain only after this many calls without it. Otherwise
-# kinds that alternate would be recorded at every call, which takes longer than running them.
+# kinds that alternate would be recorded at every call, which is slower than running them.
 _CALLS_BEFORE_DROP = 8
 # The most kinds of chains that are remembered, recorded or not.
 _KINDS = 16
@@ -110,9 +110,9 @@ def _torch_settings(device_type: str) -> tuple[Any, ...]:
 
 
 def _source(engine: Engine | None) -> Any:
-    """Returns what stays the same in all calls that a recording is for.
+    """Returns what is the same object in all calls that a recording is for.
 
-    An engine that replays a trace is made anew for every call.
+    An engine that replays a trace is made for one call, so its trace is returned instead.
     """
     return engine.trace if isinstance(engine, TracedGradient) else engine
 

@@ -16,7 +16,7 @@ from fastlangevin.chain.chain import Chain, Overflow, check_overflow
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.trace.engine import TracedGradient
+from fastlangevin.gradients.trace.traced import TracedGradient
 from fastlangevin.locks import new_lock
 
 # Only one thread of a process may capture a CUDA graph at a time.
@@ -131,7 +131,7 @@ class ChainRecording:
         def run() -> None:
             energies = None
             self._forget_constants()
-            for step in recorded_chain.stride(self.engine, self.x, self.overflow):
+            for step in recorded_chain.steps_with(self.engine, self.x, self.overflow):
                 energies = step.energies
             assert energies is not None
             if self.energies is None:

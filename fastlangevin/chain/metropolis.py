@@ -27,14 +27,14 @@ from fastlangevin.arguments import Coefficient, at_step
 from fastlangevin.chain.chain import Chain, Overflow, Step, rows
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.kernels.memory import in_memory
-from fastlangevin.kernels.reference import per_chain
+from fastlangevin.kernels.reference import over_chains, per_chain
 from fastlangevin.step import apply_step_, fold_norm_clip, resolve_backend
 
 
 class AdjustedChain(Chain):
     """A chain whose steps are accepted or rejected; it evaluates K + 1 gradients, one at x0."""
 
-    def stride(
+    def steps_with(
         self,
         engine: Engine | None,
         x: Tensor,
@@ -43,7 +43,7 @@ class AdjustedChain(Chain):
         every: int = 1,
     ) -> Iterator[Step]:
         settings = self.settings
-        if in_memory(x) and not bool(_inside(x, settings.clamp).all()):
+        if in_memory(x) and not bool(inside(x, settings.clamp).all()):
             raise ValueError(
                 "LangevinSampler: with metropolis=True x0 must lie within clamp="
                 f"{settings.clamp}, since proposals outside are rejected"
@@ -57,9 +57,9 @@ class AdjustedChain(Chain):
                 y = self._propose(run, x, grad, k)
                 at_y = chain._evaluate(engine, y, k)
                 accepted = self._accept(x, y, (energies, grad), at_y, k)
-                x.copy_(torch.where(_as_chains(accepted, x), y, x))
+                x.copy_(torch.where(over_chains(accepted, x), y, x))
                 energies = torch.where(accepted, at_y[0], energies)
-                grad = torch.where(_as_chains(accepted, x), at_y[1], grad)
+                grad = torch.where(over_chains(accepted, x), at_y[1], grad)
             if overflow is not None:
                 overflow.look_at(step)
             yield step._replace(accepted=accepted)
@@ -74,9 +74,9 @@ class AdjustedChain(Chain):
     def _propose(self, run: Callable[..., Tensor], x: Tensor, grad: Tensor, k: int) -> Tensor:
         settings = self.settings
         return apply_step_(
-            run, x.clone(), grad, None if self.noise is None else self.noise[k],
+            run, x.clone(), grad, self._noise_at(k),
             step_size=at_step(settings.step_size, k), noise_std=at_step(settings.noise_std, k),
-            step=self.first_step + k, **self._options() | {"clamp": None},
+            step=self.first_step + k, **self._update_options() | {"clamp": None},
         )  # fmt: skip
 
     def _accept(
@@ -98,7 +98,7 @@ class AdjustedChain(Chain):
             (len(x),), seed=self.seed, step=self.first_step + k, stream=_noise.ACCEPT,
             first_chain=self.first_chain, device=x.device,
         )  # fmt: skip
-        return (u.double().log() < ratio) & _inside(y, settings.clamp)
+        return (u.double().log() < ratio) & inside(y, settings.clamp)
 
     def _move(self, grad: Tensor, a: Coefficient) -> Tensor:
         """The move a clip(g)."""
@@ -107,12 +107,8 @@ class AdjustedChain(Chain):
         return per_chain(a, grad, grad.dtype) * clipped
 
 
-def _inside(x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
+def inside(x: Tensor, clamp: tuple[float, float] | None) -> Tensor:
+    """Whether each chain is within the bounds, bool [n]."""
     if clamp is None:
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
     return rows((x >= clamp[0]) & (x <= clamp[1])).all(1)
-
-
-def _as_chains(accepted: Tensor, x: Tensor) -> Tensor:
-    """[n] as [n, 1, ...], which broadcasts over x."""
-    return accepted.view(-1, *[1] * (x.ndim - 1))

@@ -119,6 +119,7 @@ class PackedConv(Conv):
     def __init__(self, node: Node, read: tuple[int, ...], dtype: torch.dtype, chains: int) -> None:
         super().__init__(node, read, dtype)
         self.sizes = [chains, *read], [chains, *node.shape]
+        self.transposed: Tensor | None = None  # the weights of the backward pass, once packed
 
     def pack(self) -> None:
         super().pack()

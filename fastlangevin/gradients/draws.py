@@ -72,6 +72,7 @@ class Draws:
         self._shares = False  # whether the energy needs the global generators
         self._watched = False
         self._number = 0
+        self._before: Draws | None = None  # those of the step around this one
         self._undo: contextlib.ExitStack | None = None  # what a step must restore at its end
 
     def step(self, number: int) -> "Draws":
@@ -145,7 +146,7 @@ class Draws:
         self._shares = True
 
     def _watch(self) -> None:
-        """At a call's first step, notice an energy that handles the global generators itself."""
+        """At a call's first step, notice an energy that uses the global generators itself."""
         self._watched = True
         if sys.getprofile() is not None:  # another profiler uses the only hook
             self._share()

@@ -14,8 +14,8 @@ from fastlangevin.gradients.graph.record import Recording, RunResults, record
 from fastlangevin.gradients.network import modules_of
 from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.gradients.proof import other_states, prove, prove_kernels
-from fastlangevin.gradients.trace.engine import Programs, TracedGradient
 from fastlangevin.gradients.trace.instructions import Trace
+from fastlangevin.gradients.trace.traced import Programs, TracedGradient
 from fastlangevin.kernels.memory import all_in_memory
 from fastlangevin.locks import new_lock
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlangevin.gradients.conv_layers import Conv, PackedConv, packs
 from fastlangevin.gradients.graph.aten_ops import NONLINEAR
 from fastlangevin.gradients.graph.ir import Graph, Node
-from fastlangevin.gradients.layers import BatchNorm, GroupNorm, Linear, spread
+from fastlangevin.gradients.layers import BatchNorm, GroupNorm, Linear, broadcast
 from fastlangevin.gradients.passes import Dataflow, Passes, Weighted, deliver, unweighted_layer
 from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.locks import new_rlock
@@ -62,7 +62,7 @@ class ExplicitGradient:
         # Threads may share a sampler, but the layers save values for one backward pass only.
         self.lock = new_rlock()
         shape = (self.chains, *graph.shape)
-        self._x = spread(torch.zeros((), dtype=self.dtype, device=graph.device), shape)
+        self._x = broadcast(torch.zeros((), dtype=self.dtype, device=graph.device), shape)
 
     def begin(self) -> None:
         """Read the weights.
@@ -155,7 +155,7 @@ class ExplicitGradient:
         nodes = self.graph.nodes
         grads: list[Tensor | None] = [None] * (len(nodes) + 1)
         one = torch.ones((), dtype=self.graph.dtype, device=self.graph.device)
-        grads[-1] = spread(one, (1, *nodes[-1].shape))
+        grads[-1] = broadcast(one, (1, *nodes[-1].shape))
         for k in range(len(nodes), 0, -1):
             grad = grads[k]
             if self._flow.constant[k] and grad is not None:

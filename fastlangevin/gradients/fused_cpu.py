@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.image_graph import ImageGraph, ImageLayer, image_graph
+from fastlangevin.gradients.image_graph import ImageGraph, ImageLayer
+from fastlangevin.gradients.image_lowering import image_graph
 from fastlangevin.gradients.threads import ThreadTrial
 from fastlangevin.kernels import extension, native
 from fastlangevin.kernels.memory import in_memory
@@ -57,7 +58,7 @@ def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
     for layer in network.layers:
         if layer.kind in ("conv", "transposed") and layer.groups != 1:
             return f"a convolution has {layer.groups} groups"
-        positions = max((factor for _, _, factor in layer.links), default=0.0)
+        positions = max((link.factor for link in layer.links), default=0.0)
         if layer.kind == "max_pool" and positions > _MAX_POSITIONS:
             return "max_pool has too many positions in a window"
         if layer.activation_name not in extension.library.ACTIVATIONS:
@@ -66,10 +67,10 @@ def refusal(graph: Graph, x: Tensor, precision: str | None) -> str | None:
 
 
 def _waste(network: ImageGraph) -> str | None:
-    """Return a reason if the backward pass would multiply too much in vain.
+    """Return a reason if the backward pass would compute too many products that are not needed.
 
-    In it, each pixel that a convolution reads meets all weights of its residue modulo the stride,
-    including those that fall outside the output.
+    It multiplies each pixel that a convolution reads by all weights of its residue modulo the
+    stride, including those that fall outside the output.
     """
     useful = planned = 0
     for layer in network.layers:
@@ -195,7 +196,7 @@ class ConvNetGradient:
             self.packed.data_ptr(),
             self.threads,
         )
-        heads, offset = network.head(self.graph)
+        heads, offset = network.linear_tail(self.graph)
         for head, place in zip(heads, self.net.heads, strict=True):
             _place(self.head, head, place)
         self.offset = float(offset)

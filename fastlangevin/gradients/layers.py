@@ -36,7 +36,7 @@ def read_weight(value: Tensor, dtype: torch.dtype, target: Tensor | None, inplac
     return target.copy_(value)
 
 
-def spread(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def broadcast(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return x broadcast to a shape, as a new tensor in the memory format of all values."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -118,7 +118,7 @@ class Reduction:
 
     def backward(self, grad: Tensor) -> Tensor:
         chains = grad.shape[0]
-        return spread(grad.reshape(chains, *self.reduced) * self.factor, (chains, *self.read))
+        return broadcast(grad.reshape(chains, *self.reduced) * self.factor, (chains, *self.read))
 
 
 class LogSumExp:

@@ -44,56 +44,66 @@ def call_network(network: Callable[..., Any], x: Tensor, model_kwargs: dict[str,
     return network(x, **model_kwargs)
 
 
-def _hinted(error: RuntimeError, dtypes: set[torch.dtype], state: torch.dtype) -> RuntimeError:
-    """Add advice to the error if it is torch's error for operands of different dtypes."""
-    if not dtypes - {state} or not re.search(r"dtype|type .*(same|but)", str(error)):
+def _hinted(
+    error: RuntimeError, dtypes: set[torch.dtype], state_dtype: torch.dtype
+) -> RuntimeError:
+    """Return the error, with advice if it is torch's error for operands of different dtypes."""
+    if not dtypes - {state_dtype} or not re.search(r"dtype|type .*(same|but)", str(error)):
         return error
-    names = [str(dtype).removeprefix("torch.") for dtype in (state, *sorted(dtypes, key=str))]
+    names = [str(dtype).removeprefix("torch.") for dtype in (state_dtype, *sorted(dtypes, key=str))]
     return RuntimeError(
         f"{error}. The network is given x in the state's dtype, {names[0]}, and has tensors of "
         f'{", ".join(names[1:])}: cast x inside the network, or use precision="bf16"'
     )
 
 
-def network_dtype(network: Callable[..., Any], state: torch.dtype) -> torch.dtype:
+def network_dtype(network: Callable[..., Any], state_dtype: torch.dtype) -> torch.dtype:
     """Return the one dtype of a network's floating parameters and buffers.
 
-    Returns ``state``, the state's dtype, if they have several dtypes or there are none.
+    Returns ``state_dtype`` if they have several dtypes or there are none.
     """
     dtypes = _dtypes_of(network)
-    return dtypes.pop() if len(dtypes) == 1 else state
+    return dtypes.pop() if len(dtypes) == 1 else state_dtype
 
 
 def _dtypes_of(network: Callable[..., Any]) -> set[torch.dtype]:
     return {tensor.dtype for tensor in tensors_of(network) if tensor.is_floating_point()}
 
 
-def modules_of(energy: Callable[..., Tensor]) -> tuple[nn.Module, ...]:
-    """Return the module behind an energy as a tuple, which is empty if there is none.
+def module_of(energy: Callable[..., Tensor]) -> nn.Module | None:
+    """Return the module behind an energy, or None if there is none.
 
     The energy may be the module, a method bound to it, or a partial or a packing of either.
     """
-    if isinstance(energy, nn.Module):  # which looks long for attributes that it does not have
-        return (energy,)
+    # Checked first because getattr on an nn.Module is slow for missing names.
+    if isinstance(energy, nn.Module):
+        return energy
     while isinstance(energy, functools.partial | PackedEnergy):
         energy = energy.func
     owner = getattr(energy, "__self__", energy)
-    return (owner,) if isinstance(owner, nn.Module) else ()
+    return owner if isinstance(owner, nn.Module) else None
 
 
 def submodules_of(energy: Callable[..., Tensor]) -> list[nn.Module]:
     """Return all modules of an energy in the order of ``nn.Module.modules``, each once.
 
-    Every call of a sampler comes here several times, and torch's own iterator makes names.
+    Faster than ``nn.Module.modules``, which also builds names: each sampler call runs this several
+    times.
     """
     modules: dict[int, nn.Module] = {}
-    stack: list[nn.Module | None] = [*modules_of(energy)]
+    stack = [module_of(energy)]
     while stack:
         module = stack.pop()
         if module is not None and id(module) not in modules:
             modules[id(module)] = module
             stack += list(module._modules.values())[::-1]
     return list(modules.values())
+
+
+def parameters_of(energy: Callable[..., Tensor]) -> list[Tensor]:
+    """Return the parameters of the module behind an energy, each once."""
+    module = module_of(energy)
+    return [] if module is None else list(module.parameters())
 
 
 def tensors_of(energy: Callable[..., Tensor]) -> list[Tensor]:

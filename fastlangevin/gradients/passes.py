@@ -22,7 +22,7 @@ from fastlangevin.gradients.layers import (
     Reduction,
     Scale,
     View,
-    spread,
+    broadcast,
 )
 
 Unweighted = Add | AvgPool | LogSumExp | MaxPool | Multiply | Reduction | Scale | View
@@ -182,7 +182,7 @@ def total(grad: Tensor | None, offset: Tensor | None, shape: tuple[int, ...]) ->
     if offset is None:
         assert grad is not None
         return grad
-    return spread(offset, shape) if grad is None else grad.add_(offset)
+    return broadcast(offset, shape) if grad is None else grad.add_(offset)
 
 
 def _dead(nodes: tuple[Node, ...], readers: list[list[int]], k: int) -> list[int]:

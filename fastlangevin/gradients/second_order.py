@@ -26,8 +26,8 @@ from fastlangevin.gradients.layers import (
     BatchNorm,
     Linear,
     LogSumExp,
+    broadcast,
     laid_out,
-    spread,
 )
 from fastlangevin.gradients.passes import Dataflow, Passes, Weighted, deliver, total
 from fastlangevin.gradients.precision import HALVES, network_precision
@@ -81,7 +81,7 @@ class SecondOrderGradient(ExplicitGradient):
         """Return the energies, their gradient, and what the second pass needs."""
         saved = _Saved(self._heads)
         with network_precision(self.precision, x.device):
-            energies = self._second.values(spread(x.to(self.dtype), x.shape), saved)
+            energies = self._second.values(broadcast(x.to(self.dtype), x.shape), saved)
             grad = self._second.gradients(self._offsets, saved)
         return energies, grad.to(x.dtype), saved
 
@@ -89,7 +89,7 @@ class SecondOrderGradient(ExplicitGradient):
         """Return the gradients of <v, g> with respect to x and each weight of ``_trained``."""
         device = v.device
         with network_precision(self.precision, device), torch.autocast(device.type, enabled=False):
-            self._second.tangents(spread(v.to(self.dtype), v.shape), saved)
+            self._second.tangents(broadcast(v.to(self.dtype), v.shape), saved)
             hessian_v = self._second.gradient_tangents(saved, want_x)
         weight_grads = [
             saved.weight_grads[key]

@@ -1,8 +1,8 @@
 """Chooses the engine of a call: the fastest one that computes what the energy's own code would."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +14,22 @@ from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import RunResults
-from fastlangevin.gradients.precision import (
-    HALVES,
-    convolutions_use_tf32,
-    half_name,
-)
-from fastlangevin.gradients.timing import step_seconds
+from fastlangevin.gradients.precision import HALVES, convolutions_use_tf32, half_name
+from fastlangevin.gradients.timing import Candidate, step_seconds
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.names import check_name
 
 GRADIENTS = ("auto", "autograd", "explicit", "fused", "network")
+
+
+class Rejected(NamedTuple):
+    """An engine that does not run, and why; ``precision`` is the one in which it was timed."""
+
+    engine: str
+    reason: str
+    precision: str | None = None
 
 
 class EngineChoice(NamedTuple):
@@ -36,52 +40,39 @@ class EngineChoice(NamedTuple):
 
     name: str
     engine: Engine | None
-    why_not: dict[str, str]
+    why_not: tuple[Rejected, ...] = ()
     graph: Graph | None = None
 
 
 def check_gradient(gradient: str) -> None:
-    """Raise ValueError unless the name is that of an engine, or "auto"."""
+    """Raise ValueError unless ``gradient`` is the name of an engine or "auto"."""
     check_name("gradient", gradient, GRADIENTS)
 
 
 def choose_engine(
-    gradient: str,
-    energy: Callable[..., Tensor],
-    x: Tensor,
-    precision: str | None,
-    model_kwargs: dict[str, Any],
-    cache: EngineCache,
-    step_kwargs: Iterable[str] = (),
+    gradient: str, call: EnergyCall, cache: EngineCache, step_kwargs: Iterable[str] = ()
 ) -> EngineChoice:
-    """Return the engine for chains from x [n, ...].
+    """Return the engine for chains from the call's states.
 
-    An energy whose code is not torch's or this package's is run once on x; see
+    An energy whose code is not torch's or this package's is run once on them; see
     :mod:`fastlangevin.gradients.graph.record`. ``step_kwargs`` names the arguments that the energy
-    gets in addition to ``model_kwargs`` and that differ from step to step. Raises RuntimeError if
+    gets in addition to the call's and that differ from step to step. Raises RuntimeError if
     ``gradient`` names an engine that cannot run.
     """
     if gradient in ("autograd", "network"):
-        return EngineChoice(gradient, None, {})
-    call = EnergyCall(energy, x, precision, model_kwargs)
-    choice = _refusal(call, step_kwargs) or _by_recording(gradient, call, cache)
+        return EngineChoice(gradient, None)
+    choice = _refusal(call, step_kwargs) or _choose_from_recording(gradient, call, cache)
     if isinstance(choice, EngineChoice):
         return choice
     if gradient != "auto":
         raise RuntimeError(f'LangevinSampler: gradient "{gradient}" cannot run: {choice}')
-    return EngineChoice("autograd", None, {"fused, explicit": choice})
+    return EngineChoice("autograd", None, (Rejected("fused", choice), Rejected("explicit", choice)))
 
 
 def proved_graph(
-    energy: Callable[..., Tensor],
-    x: Tensor,
-    precision: str | None,
-    model_kwargs: dict[str, Any],
-    cache: EngineCache,
-    step_kwargs: Iterable[str] = (),
+    call: EnergyCall, cache: EngineCache, step_kwargs: Iterable[str] = ()
 ) -> Graph | str:
     """Return a graph for the explicit engine that has been proved, or why autograd must be used."""
-    call = EnergyCall(energy, x, precision, model_kwargs)
     reason = _refusal(call, step_kwargs)
     if reason is not None:
         return reason
@@ -95,17 +86,19 @@ def proved_graph(
     cache = _cache_for(graph, cache)
 
     def make() -> Engine:
-        return ExplicitGradient(graph, x, precision)
+        return ExplicitGradient(graph, call.x, call.precision)
 
     return cache.disproof("explicit", make, graph, results, call) or graph
 
 
-def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> EngineChoice | str:
+def _choose_from_recording(
+    gradient: str, call: EnergyCall, cache: EngineCache
+) -> EngineChoice | str:
     """Return the fastest engine that may run instead of the energy's code, or why none may."""
     half = call.precision if call.precision in HALVES else None
     try_again = gradient != "auto"
     recording, results = cache.recording(call, try_again=try_again)
-    choice = _by_layers(gradient, recording.graph, results, call, cache)
+    choice = _choose_proved_layers(gradient, recording.graph, results, call, cache)
     if isinstance(choice, EngineChoice) or gradient == "fused":
         return choice
     device_type = call.x.device.type
@@ -125,11 +118,11 @@ def _by_recording(gradient: str, call: EnergyCall, cache: EngineCache) -> Engine
         reason = cache.disproof("traced", lambda: engine, trace, results, call)
     except Exception as error:
         reason = f"a replay raises {type(error).__name__}: {error}"
-    why_not = {} if gradient == "explicit" else {"fused": choice}
+    why_not = () if gradient == "explicit" else (Rejected("fused", choice),)
     return reason or EngineChoice("explicit", engine, why_not)
 
 
-def _by_layers(
+def _choose_proved_layers(
     gradient: str,
     graph: Graph | str,
     results: RunResults | None,
@@ -140,7 +133,7 @@ def _by_layers(
     if isinstance(graph, str):
         return graph
     cache = _cache_for(graph, cache)
-    choice = _of_layers(gradient, graph, call, cache)
+    choice = _choose_layers(gradient, graph, call, cache)
     if isinstance(choice, str):
         return choice
     engine = choice.engine
@@ -148,13 +141,13 @@ def _by_layers(
     reason = cache.disproof(choice.name, lambda: engine, graph, results, call)
     if reason is not None and gradient == "auto" and choice.name == "fused" and call.x.is_cuda:
         # The graph may be right and the GPU's kernels wrong.
-        other = _by_layers("explicit", graph, results, call, cache)
+        other = _choose_proved_layers("explicit", graph, results, call, cache)
         if isinstance(other, EngineChoice):
-            return other._replace(why_not={"fused": reason})
+            return other._replace(why_not=(Rejected("fused", reason),))
     return reason or choice
 
 
-def _of_layers(
+def _choose_layers(
     gradient: str, graph: Graph, call: EnergyCall, cache: EngineCache
 ) -> EngineChoice | str:
     """Return the fused or explicit engine of a graph, or why the one that was named cannot run."""
@@ -168,48 +161,49 @@ def _of_layers(
         )  # fmt: skip
 
     if gradient == "explicit":
-        return reason or EngineChoice("explicit", layers(), {}, graph)
+        return reason or EngineChoice("explicit", layers(), (), graph)
     if reason is not None and (precision in HALVES or x.is_cuda):
         return f"in half precision and on CUDA it is proved by the engine explicit, and {reason}"
     fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
     if isinstance(fused, str) and (gradient == "fused" or reason is not None):
         return fused
     if isinstance(fused, str):
-        return EngineChoice("explicit", layers(), {"fused": fused}, graph)
+        return EngineChoice("explicit", layers(), (Rejected("fused", fused),), graph)
     if isinstance(fused, fused_cpu.ConvNetGradient):
         fused = fused.of_call(call.model_kwargs)
-    if gradient == "fused" or not _is_in_question(call):
-        return EngineChoice("fused", fused, {}, graph)
-    return _fastest({"fused": fused, "explicit": layers()}, graph, call, cache)
+    if gradient == "fused" or not _must_time(call):
+        return EngineChoice("fused", fused, (), graph)
+    engines = {("fused", precision): fused, ("explicit", precision): layers()}
+    return _fastest(engines, graph, call, cache)
 
 
 def _fastest(
-    engines: dict[str, Engine], graph: Graph, call: EnergyCall, cache: EngineCache
+    engines: dict[Candidate, Engine], graph: Graph, call: EnergyCall, cache: EngineCache
 ) -> EngineChoice:
     """Return the engine whose gradient takes the least time, the fused one in float32 included."""
     x, precision = call.x, call.precision
     float32 = _fused(graph, x, "fp32", cache, by_name=False)
     if not isinstance(float32, str):
-        engines = engines | {"fused in float32": float32}
+        engines = engines | {("fused", "fp32"): float32}
     case = (graph.structure, precision, torch.get_num_threads(), torch.backends.mkldnn.enabled,
             extension.library.instruction_set())  # fmt: skip
     seconds = step_seconds(case, engines, x)
-    fastest = min(seconds, key=lambda name: seconds[name])
-    why_not = {
-        f"{name} in {precision}" if name in GRADIENTS else name: f"a gradient takes {1e3 * s:.3g} "
-        f"ms, and {1e3 * seconds[fastest]:.3g} ms with the engine {fastest}"
-        for name, s in seconds.items()
-        if name != fastest
-    }
-    return EngineChoice(fastest.partition(" ")[0], engines[fastest], why_not, graph)
+    fastest = min(seconds, key=lambda candidate: seconds[candidate])
+    least = f"{1e3 * seconds[fastest]:.3g} ms with {fastest[0]} in {fastest[1]}"
+    why_not = tuple(
+        Rejected(name, f"a gradient takes {1e3 * s:.3g} ms, and {least}", its_precision)
+        for (name, its_precision), s in seconds.items()
+        if (name, its_precision) != fastest
+    )
+    return EngineChoice(fastest[0], engines[fastest], why_not, graph)
 
 
-def _is_in_question(call: EnergyCall) -> bool:
-    """Return whether measurement must show if the fused engine is the fastest that may run.
+def _must_time(call: EnergyCall) -> bool:
+    """Return whether the fused and the explicit engine are timed to find the faster one.
 
-    In float32 it was, to within 10 %, on all networks of ``benchmarks.networks`` that it runs
-    (AVX2, one thread). In half precision that depends on the CPU: torch uses some matrix
-    instructions better, and without any of them float32 is faster.
+    In float32 the fused engine is never timed: it was fastest, or within 10 % of that, on every
+    network in ``benchmarks.networks`` that it runs (AVX2, one thread). In half precision the
+    fastest engine depends on the CPU, so it is timed.
     """
     return call.precision in HALVES and call.x.device.type == "cpu" and call.x.shape[0] > 0
 
@@ -217,8 +211,8 @@ def _is_in_question(call: EnergyCall) -> bool:
 def _cache_for(graph: Graph, cache: EngineCache) -> EngineCache:
     """Return the cache for a graph's engines.
 
-    Weights that functional_call passes have a grad_fn, and the call's graph must not be kept
-    alive. A new EngineCache is returned for them.
+    Weights passed by functional_call belong to the call's autograd graph. Their engines go into a
+    new cache, so that the graph can be freed.
     """
     return EngineCache() if any(base.grad_fn is not None for base in graph.bases) else cache
 
@@ -241,7 +235,7 @@ def _fused(
     graph: Graph, x: Tensor, precision: str | None, cache: EngineCache, by_name: bool
 ) -> Engine | str:
     """Return the fused engine for the state's device, or the reason why there is none."""
-    chains, device = x.shape[0], x.device
+    device = x.device
     if device.type != "cpu" and graph.computed is not None:
         return "weights are computed from other weights"
     if not all(math.prod(shape) for shape in (graph.shape, *(node.shape for node in graph.nodes))):
@@ -251,10 +245,18 @@ def _fused(
         if reason is not None:
             return reason
         return cache.engine(
-            lambda: fused_cpu.ConvNetGradient(graph, chains, precision),
+            lambda: fused_cpu.ConvNetGradient(graph, x.shape[0], precision),
             graph, "native", precision, torch.get_num_threads(),
             extension.library.instruction_set(),
         )  # fmt: skip
+    return _fused_on_gpu(graph, x, precision, cache, by_name)
+
+
+def _fused_on_gpu(
+    graph: Graph, x: Tensor, precision: str | None, cache: EngineCache, by_name: bool
+) -> Engine | str:
+    """Return the fused engine for a GPU, or the reason why there is none."""
+    chains, device = x.shape[0], x.device
     stack = conv_stack(graph)
     if isinstance(stack, str):
         return stack
@@ -272,10 +274,8 @@ def _fused(
     assert precision is not None
     engine = cache.engine(
         lambda: fused_gpu.FusedGradient(stack, chains, device, precision),
-        graph,
-        "triton",
-        precision,
-    )
+        graph, "triton", precision,
+    )  # fmt: skip
     assert isinstance(engine, fused_gpu.FusedGradient)
     engine.stack = stack  # the weights may have moved
     return engine

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastlangevin.gradients.network import modules_of, submodules_of
+from fastlangevin.gradients.network import module_of, submodules_of
 
 
 def warn_of_train_mode(energy: Callable[..., Tensor]) -> bool:
@@ -23,15 +23,15 @@ def warn_of_train_mode(energy: Callable[..., Tensor]) -> bool:
 
 def effect_of_train_mode(energy: Callable[..., Tensor]) -> str | None:
     """Say which modules change the chain because they are in train mode, and how; None if none."""
-    if not any(_effect(module) for module in submodules_of(energy)):
+    root = module_of(energy)
+    if root is None or not any(_effect(module) for module in submodules_of(energy)):
         return None
     effects = []
-    for root in modules_of(energy):
-        for name, module in root.named_modules():
-            called = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-            effect = _effect(module)
-            if effect is not None:
-                effects.append(f"{called} {effect}")
+    for name, module in root.named_modules():
+        called = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+        effect = _effect(module)
+        if effect is not None:
+            effects.append(f"{called} {effect}")
     more = f" (and {len(effects) - 1} more)" if len(effects) > 1 else ""
     return f"in train mode {effects[0]}{more}"
 

@@ -7,6 +7,7 @@ allocates. The dispatch keys of a tensor, which list the handlers of its operato
 of these from an ordinary tensor.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,20 @@ def _ordinary_dispatch_keys() -> int:
 
 _OTHER_KEYS = ~_ordinary_dispatch_keys()
 _dispatch_keys = torch._C._dispatch_keys
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x is contiguous or channels_last, the usual memory formats."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value and in its lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
 
 
 def in_memory(tensor: Tensor) -> bool:

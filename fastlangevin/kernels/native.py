@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlangevin.arguments import check_rng_state
 from fastlangevin.kernels import extension, reference
-from fastlangevin.kernels.checks import check_rng_state
 from fastlangevin.kernels.extension import available
 from fastlangevin.kernels.memory import all_in_memory, in_memory
 
 __all__ = ["Update", "available", "chain_", "launch", "reads", "step_"]
 
+_OP = "langevin_step_"
 _INF = float("inf")
 
 
@@ -37,16 +38,13 @@ def step_(
     *,
     step_size: reference.Coefficient,
     noise_std: reference.Coefficient,
-    seed: int,
     step: int,
-    first_chain: int,
-    clamp: tuple[float, float] | None = None,
-    grad_clip: float | None = None,
-    maximize: bool = False,
-    noise_last: bool = False,
     rng_state: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """:func:`reference.step_` on checked arguments, in place on x in any memory format.
+
+    ``options`` are those of :class:`reference.StepOptions`.
 
     ``rng_state`` is an int64 tensor [2] on x's CUDA device: the seed, and a number that is added to
     ``step``. The kernel reads it when it runs, so that writing to it gives a replayed graph other
@@ -62,13 +60,11 @@ def step_(
         or not all_in_memory(z, step_size, noise_std)
     )
     if rng_state is not None:
-        check_rng_state(x, rng_state, _why_unread(x, fallback))
+        check_rng_state(_OP, x, rng_state, _why_unread(x, fallback))
     if fallback:
         return reference.step_(
-            x, grad, z, step_size=step_size, noise_std=noise_std, seed=seed, step=step,
-            first_chain=first_chain, clamp=clamp, grad_clip=grad_clip, maximize=maximize,
-            noise_last=noise_last,
-        )  # fmt: skip
+            x, grad, z, step_size=step_size, noise_std=noise_std, step=step, **options
+        )
     grad, z = _as_float(grad), _as_float(z)
     if z is not None and x.is_cuda:
         z = z.float()  # given noise is rare, and the CUDA kernels read it in float32 only
@@ -78,8 +74,8 @@ def step_(
     if isinstance(noise_std, Tensor):
         noise_std = _as_values(noise_std, x)
     launch(
-        x, grad, z, _coefficient(step_size), _coefficient(noise_std), seed, step, first_chain,
-        clamp, grad_clip, maximize, noise_last, rng_state,
+        x, grad, z, _coefficient(step_size), _coefficient(noise_std), step,
+        reference.StepOptions(**options), rng_state,
     )  # fmt: skip
     return x
 
@@ -95,13 +91,8 @@ def launch(
     z: Tensor | None,
     step_size: float | tuple[int, int],
     noise_std: float | tuple[int, int],
-    seed: int,
     step: int,
-    first_chain: int,
-    clamp: tuple[float, float] | None,
-    grad_clip: float | None,
-    maximize: bool,
-    noise_last: bool,
+    options: reference.StepOptions,
     rng_state: Tensor | None = None,
 ) -> None:
     """:func:`step_` on operands that the kernels read as they are, which is not checked.
@@ -110,6 +101,7 @@ def launch(
     in float32. Coefficients are numbers, or addresses and strides of float32 values per chain.
     """
     dtypes = extension.DTYPES
+    seed, first_chain, clamp, grad_clip, maximize, noise_last = options
     lo, hi = clamp or (-_INF, _INF)
     device, queue = extension.device_and_queue(x)
     # By position and without helpers, which would take longer than the kernel on a few elements.
@@ -144,21 +136,18 @@ def chain_(
     grad: Tensor,
     updates: Sequence[Update],
     *,
-    seed: int,
-    first_chain: int,
-    clamp: tuple[float, float] | None,
-    grad_clip: float | None,
-    maximize: bool,
-    noise_last: bool,
     workspace: int,
     threads: int,
+    **options: Any,
 ) -> None:
     """Updates in turn, in place on x, each the same as :func:`step_` along the network's gradient.
 
     ``net`` is a ConvNet of the extension, ``operands`` are those of its ``score``, with grad as
     memory for the gradient. x and grad must be in memory and in float32, as must all tensors among
-    the coefficients, in any floating dtype; :func:`reads` must hold for x.
+    the coefficients, in any floating dtype; :func:`reads` must hold for x. ``options`` are those of
+    :class:`reference.StepOptions`.
     """
+    seed, first_chain, clamp, grad_clip, maximize, noise_last = reference.StepOptions(**options)
     lo, hi = clamp or (-_INF, _INF)
     # Converted values must stay alive until the kernels have run.
     values = [

@@ -1,13 +1,26 @@
 """The step in plain torch, which specifies the result of every other backend."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlangevin.arguments import Coefficient, GradClip
 from fastlangevin.kernels import philox
 
-Coefficient = float | Tensor
+
+class StepOptions(NamedTuple):
+    """The options of a step that are the same at every step of a chain.
+
+    A backend knows elementwise clips only, and so a ``grad_clip`` that is a number.
+    """
+
+    seed: int
+    first_chain: int
+    clamp: tuple[float, float] | None = None
+    grad_clip: GradClip | None = None
+    maximize: bool = False
+    noise_last: bool = False
 
 
 def langevin_step(
@@ -86,7 +99,12 @@ def per_chain(value: Coefficient, x: Tensor, dtype: torch.dtype) -> Coefficient:
     if not isinstance(value, Tensor):
         return value
     value = value.to(device=x.device, dtype=dtype)
-    return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
+    return value if value.ndim == 0 else over_chains(value, x)
+
+
+def over_chains(values: Tensor, x: Tensor) -> Tensor:
+    """Values of chains [n] as [n, 1, ...], which broadcasts over x [n, ...]."""
+    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def _clamp(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:

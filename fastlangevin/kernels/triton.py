@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlangevin.arguments import check_rng_state
 from fastlangevin.kernels import reference
-from fastlangevin.kernels.checks import check_rng_state
 from fastlangevin.kernels.memory import all_in_memory, in_memory
 from fastlangevin.kernels.philox import Address
 
@@ -83,7 +83,7 @@ def step_(
     elif not all_in_memory(x, grad, z, *options.values()):
         fallback = "an operand that is not in memory falls back to the reference"
     if rng_state is not None:
-        check_rng_state(x, rng_state, fallback)
+        check_rng_state("langevin_step_", x, rng_state, fallback)
     if fallback is not None:
         return reference.step_(x, grad, z, **options)
     if x.numel() == 0:
@@ -110,18 +110,14 @@ def _step(
     *,
     step_size: reference.Coefficient,
     noise_std: reference.Coefficient,
-    seed: int,
     step: int,
-    first_chain: int,
-    clamp: tuple[float, float] | None = None,
-    grad_clip: float | None = None,
-    maximize: bool = False,
-    noise_last: bool = False,
     rng_state: Tensor | None = None,
+    **options: Any,
 ) -> None:
     """Launches the step on tensors whose chains consist of ``lines`` = (channels, pixels)."""
     from fastlangevin.kernels.triton_step import step_kernel
 
+    seed, first_chain, clamp, grad_clip, maximize, noise_last = reference.StepOptions(**options)
     chains, (channels, pixels) = x.shape[0], lines
     a, step_sizes = coefficient(step_size, x)
     b, noise_stds = coefficient(noise_std, x)

@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor
 
 import fastlangevin.noise as _noise
+from fastlangevin.chain.chain import check_finite
 from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.gradients.network import device_of
 from fastlangevin.names import check_name, keywords_checked
-from fastlangevin.presets.common import Randomness, Samplers, check_finite, random_keywords
+from fastlangevin.presets.common import Randomness, Samplers, random_keywords
 from fastlangevin.sampler import LangevinSampler
 
 INITS = ("persistent", "data", "uniform", "gaussian")
@@ -127,5 +128,5 @@ def anatomy_eval(
 
 def _diagnose(sampler: LangevinSampler, x: Tensor, random: Randomness) -> Diagnostics:
     chains = sampler.diagnose(x, **random._asdict())
-    check_finite(chains.x, sampler.steps)
+    check_finite(chains.x, None, sampler.steps)
     return chains

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import GradClip
-from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.network import module_of, submodules_of
+from fastlangevin.inputs import choose_seed
 from fastlangevin.names import unknown_keyword
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import langevin_step_
@@ -51,7 +51,7 @@ def random_keywords(call: Callable[..., T]) -> Callable[..., T]:
         for name in kwargs:
             if name not in names:
                 raise unknown_keyword(call.__qualname__.partition(".")[0], name, names)
-        random = Randomness(take_seed(seed, generator), noise, first_chain)
+        random = Randomness(choose_seed("presets", seed, generator), noise, first_chain)
         return call(*args, random=random, **kwargs)
 
     signature = inspect.signature(call)
@@ -61,13 +61,6 @@ def random_keywords(call: Callable[..., T]) -> Callable[..., T]:
     names = [p.name for p in shown if p.name != "self"]
     with_keywords.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return with_keywords
-
-
-def take_seed(seed: int | None, generator: torch.Generator | None) -> int:
-    """``seed``, or without one a seed drawn from the generator, by default torch's."""
-    if seed is not None and generator is not None:
-        raise ValueError("presets: give seed or generator, not both")
-    return _noise.draw_seed(generator) if seed is None else _noise.check_seed(seed)
 
 
 def draw_slots(n: int, size: int, seed: int, first_chain: int = 0) -> Tensor:
@@ -82,7 +75,7 @@ class Wrapper(nn.Module):
     def __init__(self, model: Callable[..., Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.owners = nn.ModuleList(modules_of(model))
+        self.owner = module_of(model)
 
 
 class Labelled(Wrapper):
@@ -143,7 +136,7 @@ def in_eval_mode(energy: Callable[..., Tensor]) -> Iterator[None]:
     """Put an energy's modules in eval mode, and restore each one's mode, also after an error."""
     training = [
         module
-        for module in itertools.chain(*(root.modules() for root in modules_of(energy)))
+        for module in submodules_of(energy)
         if getattr(module, "training", False)  # torch.jit.freeze removes the attribute
     ]
     for module in training:
@@ -190,15 +183,6 @@ def _same_settings(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is b
     return bool(np.array_equal(a, b)) if isinstance(a, np.ndarray) else bool(np.all(a == b))
-
-
-def check_finite(x: Tensor, steps: int) -> None:
-    """Raise FloatingPointError unless the final states x are finite."""
-    if not bool(torch.isfinite(x).all()):
-        raise FloatingPointError(
-            f"LangevinSampler: chains are not finite after {steps} steps; a smaller step_size, "
-            "clamp or grad_clip may help"
-        )
 
 
 def kick(x0: Tensor, noise_std: float, random: Randomness, k: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin.noise as _noise
+from fastlangevin.arguments import check_floating, check_tensor
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.network import device_of
 from fastlangevin.names import keywords_checked
@@ -168,12 +169,8 @@ def _start(
     n = args.batch_size if y is None else len(y)
     if len(replay_buffer) == 0:
         return _noise.initial((n, *shape), seed=seed, first_chain=first_chain, device=device), None
-    if not isinstance(replay_buffer, Tensor):
-        raise TypeError(
-            f"{op}: replay_buffer must be a tensor or [], got {type(replay_buffer).__name__}"
-        )
-    if not replay_buffer.is_floating_point():
-        raise TypeError(f"{op}: replay_buffer must be of floating dtype, got {replay_buffer.dtype}")
+    check_tensor(op, "replay_buffer", replay_buffer, "; [] stands for no states")
+    check_floating(op, "replay_buffer", replay_buffer)
     size, block_size = len(replay_buffer), len(replay_buffer)
     if size < n:
         raise ValueError(f"{op}: replay_buffer holds {size} states for a batch of {n}")

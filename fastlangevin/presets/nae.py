@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlangevin.arguments import check_clamp, check_count, check_number
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.presets.common import Randomness, Samplers, Summed, Wrapper, random_keywords
-from fastlangevin.presets.nae_walk import Records, in_box, on_sphere, walk
+from fastlangevin.presets.nae_walk import Records, bounded, walk
 
 
 def nae() -> Callable[..., Tensor]:
@@ -138,7 +138,7 @@ def nae_v2() -> Callable[..., dict[str, Any]]:
             [stepsize] * len(steps),
             [noise_scale / (1 if noise_anneal is None else max(k, 1)) for k in steps],
             clip=lambda grad: grad if clip_grad is None else clip_rows(grad, clip_grad),
-            bound=lambda x, y: on_sphere(in_box(x, y, clamp, reject_boundary), spherical),
+            bound=lambda x, y: bounded(x, y, clamp, reject_boundary, spherical),
             temperature=temperature,
             mh=mh,
             random=random,
@@ -195,7 +195,7 @@ def nae_mcmc() -> Callable[..., dict[str, Any]]:
             [stepsize / (max(k, 1) ** 2 if anneals_both else 1) for k in steps],
             [noise_scale / (max(k, 1) if anneals else 1) for k in steps],
             clip=lambda grad: grad if clip_grad is None else grad.clamp(-clip_grad, clip_grad),
-            bound=lambda x, y: on_sphere(in_box(x, y, clamp, reject_boundary), spherical),
+            bound=lambda x, y: bounded(x, y, clamp, reject_boundary, spherical),
             temperature=temperature,
             mh=mh,
             random=random,

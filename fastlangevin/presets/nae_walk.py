@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.chain.chain import rows
+from fastlangevin.chain.chain import check_finite, rows
+from fastlangevin.chain.metropolis import inside
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.untouched import Isolation
-from fastlangevin.inputs import check_energy, check_noise, copy_state
-from fastlangevin.presets.common import Randomness, Summed, check_finite, sum_to_chains
+from fastlangevin.inputs import check_energy, check_noise, read_state
+from fastlangevin.kernels.reference import over_chains
+from fastlangevin.presets.common import Randomness, Summed, sum_to_chains
 
 
 class Records(NamedTuple):
@@ -28,6 +30,8 @@ class Records(NamedTuple):
 
 class _KeepsOutput(Summed):
     """A summed energy that keeps the model's last output, in its own shape, as ``out``."""
+
+    out: Any = None
 
     def forward(self, x: Tensor, **model_kwargs: Any) -> Tensor:
         out = self.model(x, **model_kwargs)
@@ -57,7 +61,8 @@ def walk(
     temperature = 1.0 if temperature is None else temperature
     energy = _KeepsOutput(model)
     with torch.inference_mode(False), torch.no_grad():
-        x = copy_state(op, x, energy)
+        x, is_copy = read_state(op, x, energy)
+        x = x if is_copy else x.clone()
         check_noise(op, noise, (len(sizes), *x.shape), x.device)
         states, energies, grads, moves, noises, accepts = ([] for _ in range(6))
         isolation = Isolation(energy, x.device, seed)
@@ -104,7 +109,7 @@ def walk(
             grads.append(at_x[2].cpu())
             moves.append(move.cpu())
             noises.append(z.cpu())
-    check_finite(x, len(sizes))
+    check_finite(x, None, len(sizes))
     return Records(x, states, energies, grads, moves, noises, accepts)
 
 
@@ -114,19 +119,13 @@ def _choose(accepted: Tensor, new: Any, old: Any) -> Any:
         return tuple(_choose(accepted, a, b) for a, b in zip(new, old, strict=True))
     if new.ndim == 0:  # the one chain's energy
         return new if bool(accepted) else old
-    return torch.where(accepted.view(-1, *[1] * (new.ndim - 1)), new, old)
+    return torch.where(over_chains(accepted, new), new, old)
 
 
-def in_box(x: Tensor, y: Tensor, clamp: tuple[float, float] | None, rejects: bool) -> Tensor:
-    """Clamp y, or with ``rejects`` return x for each chain whose y is outside the box."""
-    if clamp is None:
-        return y
-    if not rejects:
-        return y.clamp(*clamp)
-    inside = rows((y >= clamp[0]) & (y <= clamp[1])).all(1)
-    bounded: Tensor = _choose(inside, y, x)
-    return bounded
-
-
-def on_sphere(y: Tensor, spherical: bool) -> Tensor:
+def bounded(
+    x: Tensor, y: Tensor, clamp: tuple[float, float] | None, rejects: bool, spherical: bool
+) -> Tensor:
+    """Clamp y, or with ``rejects`` return x for each chain whose y is outside; then normalise."""
+    if clamp is not None:
+        y = _choose(inside(y, clamp), y, x) if rejects else y.clamp(*clamp)
     return y / y.norm(dim=1, keepdim=True) if spherical else y

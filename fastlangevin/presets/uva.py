@@ -7,6 +7,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.gradients.network import device_of
+from fastlangevin.inputs import choose_seed
 from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import (
     Randomness,
@@ -14,7 +15,6 @@ from fastlangevin.presets.common import (
     Summed,
     in_eval_mode,
     random_keywords,
-    take_seed,
 )
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
@@ -52,7 +52,7 @@ class uva:  # lower case, like all presets
     ) -> None:
         self.first_chain = first_chain
         self.model, self.sample_size, self.drawn = model, sample_size, 0
-        self.seed, device = take_seed(seed, None), device_of(model)
+        self.seed, device = choose_seed("presets", seed, None), device_of(model)
         if max_len < sample_size:
             raise ValueError(
                 f"uva: max_len must be at least sample_size={sample_size}, got {max_len}"

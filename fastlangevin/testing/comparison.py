@@ -1,5 +1,6 @@
 """Compare a sampling loop with its replacement, step by step, on the same noise."""
 
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +12,12 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import watching
 from fastlangevin.gradients.draws import kept_generators
-from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.network import submodules_of
 from fastlangevin.gradients.train_mode import effect_of_train_mode
 from fastlangevin.sampler import LangevinSampler
-from fastlangevin.testing.loop import OP, Record, distance, follow, kind, snapshot, state
+from fastlangevin.testing.loop import OP, Record, described, distance, follow, snapshot, state
 from fastlangevin.testing.measure import peak_bytes, restored_modules, times
-from fastlangevin.testing.walk import Judgement, Walk, spread
+from fastlangevin.testing.walk import Judgement, Walk, final_rounding
 
 
 class Comparison(NamedTuple):
@@ -98,21 +99,17 @@ def compare(
     """
     steps = _check_steps(sampler, steps)
     if not isinstance(x0, Tensor) or x0.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{OP}: x0 must be a float32 or float64 tensor, got {kind(x0)}")
+        raise TypeError(f"{OP}: x0 must be a float32 or float64 tensor, got {described(x0)}")
     rounds = check_count(OP, "rounds", rounds)
     energy = sampler.energy if energy is None and isinstance(sampler, LangevinSampler) else energy
-    modules = () if energy is None else modules_of(energy)
+    modules = [] if energy is None else submodules_of(energy)
     if dtype is not None and not modules:
         raise ValueError(f"{OP}: dtype converts an energy's modules; give the energy as energy=")
     x0 = x0.detach().to(dtype or x0.dtype)
-    z = torch.stack(
-        [
-            _noise.normal(
-                x0.shape, seed=seed, step=k, stream=_noise.USER, device=x0.device, dtype=x0.dtype
-            )
-            for k in range(steps)
-        ]
+    draw = functools.partial(
+        _noise.normal, x0.shape, seed=seed, stream=_noise.USER, device=x0.device, dtype=x0.dtype
     )
+    z = torch.stack([draw(step=k) for k in range(steps)])
     with (
         kept_generators(x0.device),
         restored_modules(modules, dtype) as restore,
@@ -146,7 +143,9 @@ def compare(
         else:
             judgement = Judgement([], [distance(theirs, ours)], [0.0], [distance(theirs, ours)])
         if not (by_step and walk.ends_in(ours)):
-            judgement.tolerances[-1] = spread(lambda x: replacement(sampler, z, x), x0, ours, steps)
+            judgement.tolerances[-1] = final_rounding(
+                lambda x: replacement(sampler, z, x), x0, ours, steps
+            )
             judgement.differences[-1] = judgement.apart[-1]
         seconds = times((loop, lambda: replacement(sampler)), x0.device, rounds)
     same, verdict = _verdict(judgement, steps, record, theirs, z)

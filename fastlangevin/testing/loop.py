@@ -11,7 +11,7 @@ from fastlangevin.adjoint.one_step import leaves_of, nodes_of
 from fastlangevin.testing.measure import buffers_of
 
 OP = "compare"
-Buffers = list[tuple[nn.Module, str, Tensor]]
+BufferCopies = list[tuple[nn.Module, str, Tensor]]
 
 
 class Record(TorchFunctionMode):
@@ -25,7 +25,7 @@ class Record(TorchFunctionMode):
     def __init__(self, z: Tensor, skip: int, modules: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.modules = modules
-        self.buffers: list[Buffers] = []
+        self.buffers: list[BufferCopies] = []
         self.z, self.shape, self.skip = z, z.shape[1:], skip
         self.draws = 0
         self.points: list[Tensor] = []
@@ -102,7 +102,7 @@ class Record(TorchFunctionMode):
         self.grads.append(None if grad is None else grad.detach().clone())
 
 
-def snapshot(modules: Sequence[nn.Module]) -> Buffers:
+def snapshot(modules: Sequence[nn.Module]) -> BufferCopies:
     """Copy the buffers of the modules that are in eval mode."""
     return [
         (module, name, buffer.detach().clone())
@@ -111,7 +111,7 @@ def snapshot(modules: Sequence[nn.Module]) -> Buffers:
     ]
 
 
-def replay(buffers: Buffers) -> None:
+def replay(buffers: BufferCopies) -> None:
     """Write the buffers that a :class:`Record` has copied back to their modules."""
     for module, name, value in buffers:
         module._buffers[name].data.copy_(value)  # type: ignore[union-attr]
@@ -146,7 +146,7 @@ def state(out: Any, shape: Sequence[int]) -> Tensor:
             return value.detach()
         if isinstance(value, Tensor) and value.shape[1:] == shape and len(value):
             return value[-1].detach()
-    raise ValueError(f"{OP}: a run must return states of shape {list(shape)}, got {kind(out)}")
+    raise ValueError(f"{OP}: a run must return states of shape {list(shape)}, got {described(out)}")
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -155,7 +155,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float(differences.nan_to_num(nan=torch.inf).max()) if differences.numel() else 0.0
 
 
-def kind(value: Any) -> str:
+def described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"
     return type(value).__name__

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.adjoint.memory import Allocations
+from fastlangevin.adjoint.storage import Allocations
 
 
 def times(
@@ -43,30 +43,25 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def buffers_of(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
-    """(module, name, buffer) of these modules and all their submodules, once each."""
-    unique = {id(m): m for root in modules for m in root.modules()}.values()
-    return [(m, name, b) for m in unique for name, b in m.named_buffers(recurse=False)]
+    """(module, name, buffer) of these modules, without those of their submodules."""
+    return [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
 
 
 @contextlib.contextmanager
 def restored_modules(
     modules: Sequence[nn.Module], dtype: torch.dtype | None
 ) -> Iterator[Callable[[], None]]:
-    """Convert modules to a dtype, if there is one, and restore them afterwards.
+    """Convert all modules of an energy to a dtype, if there is one, and restore them afterwards.
 
     Yields a function that restores flags, modes, .grads and buffers between two runs.
     """
-    parameters = [p for m in modules for p in m.parameters()]
+    parameters = [p for m in modules for p in m.parameters(recurse=False)]
     owners = buffers_of(modules)
     buffers = list({id(b): b for _, _, b in owners}.values())
     leaves = [(p, p.data, p.requires_grad, p.grad) for p in parameters if p.is_leaf]
     values = [(b, b.data, b.detach().clone()) for b in buffers]
-    modes = [
-        (m, m.training)
-        for root in modules
-        for m in root.modules()
-        if hasattr(m, "training")  # torch.jit.freeze removes the attribute
-    ]
+    # torch.jit.freeze removes the attribute.
+    modes = [(m, m.training) for m in modules if hasattr(m, "training")]
 
     def restore() -> None:
         for parameter, _, requires_grad, _ in leaves:

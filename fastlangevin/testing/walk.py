@@ -11,8 +11,9 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
 from fastlangevin.gradients.network import network_dtype
+from fastlangevin.kernels.reference import over_chains
 from fastlangevin.step import fold_norm_clip, langevin_step_
-from fastlangevin.testing.loop import Buffers, distance, replay, state
+from fastlangevin.testing.loop import BufferCopies, distance, replay, state
 
 
 class Judgement(NamedTuple):
@@ -34,13 +35,16 @@ class Walk:
         runs = [run for run in runs if run[1].shape == x0.shape and run[1].dtype == x0.dtype]
         every_step = [(run, k) for run in runs for k in range(run[2].settings.steps)]
         self.chain_steps, self.steps = every_step[:steps], steps
+        self.buffers: Sequence[BufferCopies] = ()  # the loop's, once :meth:`judge` knows them
 
     def ends_in(self, ours: Tensor) -> bool:
         """Whether the call returned the last step's state unchanged."""
         end = self.chain_steps[-1][0][0]
         return torch.equal(end.to(ours), ours)
 
-    def judge(self, theirs: list[Tensor], ours: Tensor, buffers: Sequence[Buffers]) -> Judgement:
+    def judge(
+        self, theirs: list[Tensor], ours: Tensor, buffers: Sequence[BufferCopies]
+    ) -> Judgement:
         """Compare the sampler's steps with the loop's.
 
         theirs: the loop's states at its gradients and at its end, K + 1. ours: the sampler's
@@ -111,7 +115,7 @@ class Walk:
         """
         size = 4 * _network_eps(self.chain_steps[j][0][2], x) * _largest(x)
         growth = [
-            _largest(self._step(j, x + _as_chains(size, x) * _random_signs(x, trial))[0] - end)
+            _largest(self._step(j, x + over_chains(size, x) * _random_signs(x, trial))[0] - end)
             - size
             for trial in range(4)
         ]
@@ -137,12 +141,12 @@ def _network_eps(chain: Chain, x: Tensor) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype is not None)
 
 
-def spread(run: Callable[[Tensor], Any], x0: Tensor, ours: Tensor, steps: int) -> float:
+def final_rounding(run: Callable[[Tensor], Any], x0: Tensor, ours: Tensor, steps: int) -> float:
     """Bound on the final states' rounding: that of every step, and the growth of that of x0."""
     eps = torch.finfo(x0.dtype).eps
     size = 4 * eps * _largest(x0)
     growth = [
-        distance(state(run(x0 + _as_chains(size, x0) * _random_signs(x0, trial)), x0.shape), ours)
+        distance(state(run(x0 + over_chains(size, x0) * _random_signs(x0, trial)), x0.shape), ours)
         for trial in range(2)
     ]
     scale = max(float(_largest(x).nan_to_num().max()) for x in (x0, ours))
@@ -161,10 +165,6 @@ def _worst(a: Tensor, b: Tensor, bound: Tensor) -> tuple[float, float]:
 def _largest(x: Tensor) -> Tensor:
     """The largest absolute value of each chain [n]."""
     return x.detach().abs().reshape(len(x), -1).amax(1)
-
-
-def _as_chains(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def _random_signs(x: Tensor, trial: int) -> Tensor:

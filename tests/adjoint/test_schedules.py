@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from fastlangevin.adjoint.memory import Allocations
 from fastlangevin.adjoint.schedules import Budget, Sizes, choose_states, recomputed, reverse, sweep
+from fastlangevin.adjoint.storage import Allocations
 from tests.adjoint.shared import (
     ACTIVATIONS,
     Calls,

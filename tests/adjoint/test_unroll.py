@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from fastlangevin.adjoint.memory import Allocations
+from fastlangevin.adjoint.storage import Allocations
 from tests.adjoint.shared import (
     ACTIVATIONS,
     SHAPE,

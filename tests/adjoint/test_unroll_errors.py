@@ -132,8 +132,8 @@ WRONG = [
     ({"checkpoint": "100B"}, ValueError, 'checkpoint="100B" is not enough .* the least that would'),
     ({"grad_through": "around"}, ValueError, "grad_through must be one of exact, straight"),
     ({"checkpoint": "none", "offload": True}, ValueError, "offload stores states in host memory"),
-    ({"differentiable": False, "offload": True}, ValueError, "need differentiable=True"),
-    ({"differentiable": False, "grad_through": "straight"}, ValueError, "need differentiable"),
+    ({"differentiable": False, "offload": True}, ValueError, "needed for offload=True"),
+    ({"differentiable": False, "grad_through": "straight"}, ValueError, "needed for grad_through"),
 ]
 
 

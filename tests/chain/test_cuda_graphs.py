@@ -90,7 +90,10 @@ def test_other_calls_are_not_recorded(options: dict[str, Any]) -> None:
 def key(x: Tensor | None = None, seed: int = 0, first_chain: int = 0, first_step: int = 0,
         **options: Any) -> tuple[Any, ...]:  # fmt: skip
     run = fl.LangevinSampler(net(), **{"steps": K, "backend": "reference"} | options)
-    return kind_of(run._chain(seed, first_chain, first_step), numbers() if x is None else x)
+    return kind_of(
+        run._chain(seed=seed, first_chain=first_chain, first_step=first_step),
+        numbers() if x is None else x,
+    )
 
 
 OTHER: list[dict[str, Any]] = [

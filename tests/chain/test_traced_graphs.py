@@ -9,7 +9,7 @@ from torch import nn
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
-from fastlangevin.gradients.trace.engine import FixedInputs, TracedGradient
+from fastlangevin.gradients.trace.traced import FixedInputs, TracedGradient
 from tests.chain.nets import MLP, NETS, Labelled, Residual, opaque, seeded
 from tests.chain.shared import (
     CHANGES,

@@ -112,16 +112,20 @@ NO_STACKS = {
     "residual": (
         Custom(lambda m, x: rows(F.relu((h := F.relu(m.one(x))) + m.two(h)))),
         X,
-        "not a single chain of operations",
+        "add is not a convolution",
     ),
     "kept": (Custom(lambda m, x: rows((h := m.one(x)) + F.relu(h))), X, "read again after it"),
     "pool": (
         nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 1, 4), nn.Tanh()),
         X,
-        "avg_pool stands between",
+        "avg_pool is not a convolution",
     ),
-    "logits": (Custom(lambda m, x: -F.relu(m.one(x)).flatten(1).logsumexp(1)), X, "is not linear"),
-    "first": (nn.Sequential(nn.Tanh(), nn.Conv2d(3, 1, 8)), X, "tanh does not follow"),
+    "logits": (
+        Custom(lambda m, x: -F.relu(m.one(x)).flatten(1).logsumexp(1)),
+        X,
+        "logsumexp is not",
+    ),
+    "first": (nn.Sequential(nn.Tanh(), nn.Conv2d(3, 1, 8)), X, "does not follow"),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlangevin as fl
-from fastlangevin.adjoint.memory import Allocations
+from fastlangevin.adjoint.storage import Allocations
 from fastlangevin.gradients.derivatives import derivatives
 from fastlangevin.gradients.graph.ir import Node
 from fastlangevin.gradients.graph.record import recognise

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fastlangevin import LangevinSampler
 from fastlangevin.gradients import engine_cache, onednn
 from fastlangevin.gradients.graph.record import record
-from fastlangevin.gradients.trace.engine import TracedGradient
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.program import Program
 from fastlangevin.gradients.trace.rewrite import rewrite
 from fastlangevin.gradients.trace.split import Draft
+from fastlangevin.gradients.trace.traced import TracedGradient
 
 N, SHAPE = 4, (4, 6, 6)
 

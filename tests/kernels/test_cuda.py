@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
 from fastlangevin.gradients.fused_gpu import FusedGradient
-from fastlangevin.gradients.trace.engine import TracedGradient
+from fastlangevin.gradients.trace.traced import TracedGradient
 from fastlangevin.kernels import native, triton
 from tests.chain.nets import NETS, Labelled, Residual, opaque, seeded
 

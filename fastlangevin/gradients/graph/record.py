@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastlangevin.gradients.graph.guard import HOOKS, Guard, global_hooks, may_be_kept
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.recorder import OperatorRecorder, Unsupported
+from fastlangevin.gradients.graph.recording_guard import HOOKS, Guard, global_hooks, may_be_kept
 from fastlangevin.gradients.graph.snapshot import Snapshot
 from fastlangevin.gradients.graph.watch import Values, Watch
-from fastlangevin.gradients.network import Network, modules_of, network_dtype
+from fastlangevin.gradients.network import Network, module_of, network_dtype
 from fastlangevin.gradients.precision import HALVES
 from fastlangevin.gradients.trace.constants import ComputedConstants, Constants, ReadNumbers
 from fastlangevin.gradients.trace.instructions import Trace
@@ -79,7 +79,8 @@ def record(
     owner = getattr(energy, "__self__", None)
     if isinstance(owner, nn.Module) and getattr(energy, "__func__", None) is type(owner).forward:
         energy = owner
-    reason = _refusal(named for root in modules_of(energy) for named in root.named_modules())
+    module = module_of(energy)
+    reason = _refusal(() if module is None else module.named_modules())
     if reason is not None:
         return Recording(reason, reason, None, ran=False), None
     if not x.shape[0]:
@@ -236,11 +237,11 @@ def _recorder(
     tracer: Tracer,
     model_kwargs: dict[str, Any],
 ) -> OperatorRecorder:
-    roots = modules_of(energy)
-    tensors = tuple(t for m in roots for t in (*m.parameters(), *m.buffers()))
+    module = module_of(energy)
+    tensors = () if module is None else (*module.parameters(), *module.buffers())
     arguments = tuple(value for value in model_kwargs.values() if isinstance(value, Tensor))
     recorder = OperatorRecorder(leaf, tensors, tracer, arguments)
-    if not roots:
+    if module is None:
         recorder.stop(f"the energy is a {type(energy).__name__}, not an nn.Module; wrap it in one")
     elif precision in HALVES:
         recorder.stop("the run is under autocast")

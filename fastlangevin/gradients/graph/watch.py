@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastlangevin.gradients.graph.snapshot import Snapshot
+from fastlangevin.kernels.memory import tensors_in
 
 Refuse = Callable[[str], Exception]  # notes the reason and returns the error to raise
 
@@ -91,11 +92,11 @@ class Values(TorchFunctionMode):
             if access != "__get__" and name != "requires_grad":
                 raise self.refuse(f"it sets {name} of a tensor")
         if name in _COPIES:
-            tensors = list(_tensors((args, kwargs)))
+            tensors = list(tensors_in((args, kwargs)))
             if any(map(self.reads_state, tensors)):
                 raise self.refuse(f"it copies values through {name}()")
             self.copied |= bool(tensors)
-        if name in _NUMBERS and not any(map(self.reads_state, _tensors(args))):
+        if name in _NUMBERS and not any(map(self.reads_state, tensors_in(args))):
             return func(*args, **kwargs)  # the tracer sees the number
         if name in _READS:
             raise self.refuse(f"it reads values through {name}()")
@@ -105,14 +106,6 @@ class Values(TorchFunctionMode):
         if name not in _METADATA and not _is_plain(result):
             raise self.refuse(f"it reads values through {name}()")
         return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-    elif isinstance(value, Tensor):
-        yield value
 
 
 def _is_plain(value: Any) -> bool:
@@ -138,9 +131,10 @@ class Watch:
         self.stores_any_name = self.stores_items = False
         self.names: set[str] = set()  # all names that the code uses
         self.reads_unsaved = False  # whether code read variables that the snapshot does not hold
-        self._import: types.FrameType | None = (
-            None  # frame of an import that torch delays until now
-        )
+        # The frame of an import that torch delays until now.
+        self._import: types.FrameType | None = None
+        self._before: Any = None  # the profiler, and numpy's random state, before the run
+        self._numpy: Any = None
 
     def __enter__(self) -> "Watch":
         self._before = sys.getprofile()

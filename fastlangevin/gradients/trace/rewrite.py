@@ -7,7 +7,7 @@ the memory.
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -149,86 +149,96 @@ def _weights(instruction: Instruction) -> list[int]:
     return [a.number for a in instruction.args[1 if forward else 2 : 3] if isinstance(a, Slot)]
 
 
+class _Convolution(NamedTuple):
+    """A convolution, or the input gradient of one: the slots it uses, and its settings."""
+
+    read: Slot
+    weight: Slot
+    bias: Any
+    written: int
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    output_padding: list[int]
+    groups: int
+    is_gradient: bool
+    is_spread: bool  # whether it is computed as a transposed convolution
+
+
+def _read_convolution(instruction: Instruction) -> _Convolution | None:
+    args = instruction.args
+    is_gradient = instruction.op is not aten.convolution.default
+    if is_gradient and args[10] != [True, False, False]:
+        return None
+    read, weight, bias = (args[0], args[2], None) if is_gradient else args[:3]
+    *sizes, transposed, output_padding, groups = args[4:10] if is_gradient else args[3:9]
+    stride, padding, dilation = (list(v) * 2 if len(v) == 1 else v for v in sizes)
+    written = instruction.outputs[0]
+    assert written is not None
+    return _Convolution(
+        read, weight, bias, written, stride, padding, dilation, output_padding, groups,
+        is_gradient, transposed != is_gradient,
+    )  # fmt: skip
+
+
 def _convolution(draft: Draft, constants: set[int], instruction: Instruction) -> Instruction:
     """Return a convolution, or the input gradient of one, with packed weights if possible."""
-    if instruction.op not in _CONVOLUTIONS:
+    conv = _read_convolution(instruction) if instruction.op in _CONVOLUTIONS else None
+    if conv is None:
         return instruction
-    forward = instruction.op is aten.convolution.default
-    args = instruction.args
-    if forward:
-        read, weight, bias = args[0], args[1], args[2]
-        stride, padding, dilation, transposed, output_padding, groups = args[3:9]
-        written = instruction.outputs[0]
-    else:
-        read, weight, bias = args[0], args[2], None
-        stride, padding, dilation, transposed, output_padding, groups = args[4:10]
-        written = instruction.outputs[0]
-        if args[10] != [True, False, False]:
-            return instruction
-    assert written is not None
-    stride, padding, dilation = (
-        list(v) * 2 if len(v) == 1 else v for v in (stride, padding, dilation)
-    )
-    value, source = draft.values[written], draft.values[read.number]
-    kernel = draft.values[weight.number]
+    value, source = draft.values[conv.written], draft.values[conv.read.number]
+    kernel = draft.values[conv.weight.number]
     if (
         len(value.shape) != 4
-        or weight.number not in constants
-        or (isinstance(bias, Slot) and bias.number not in constants)
+        or conv.weight.number not in constants
+        or (isinstance(conv.bias, Slot) and conv.bias.number not in constants)
         or value.dtype not in (torch.float32, torch.bfloat16)
-        or any(p >= s for p, s in zip(output_padding, stride, strict=False))
+        or any(p >= s for p, s in zip(conv.output_padding, conv.stride, strict=False))
     ):
         return instruction
-    spread = transposed == forward  # whether it is computed as a transposed convolution
     tiled = None
     if value.dtype == torch.float32:
-        settings = stride, padding, dilation, groups
-        tiled = faster(source.shape, value.shape, kernel.shape, settings, spread)
+        settings = conv.stride, conv.padding, conv.dilation, conv.groups
+        tiled = faster(source.shape, value.shape, kernel.shape, settings, conv.is_spread)
     if tiled is not None:
         packed = draft.new_slot(kernel._replace(shape=(tiled.packed_numbers,)))
-        draft.added.append(Instruction(tiled.pack, (weight,), {}, (packed,), True))
-        return Instruction(tiled, (read, Slot(packed), bias), {}, (written,), True)
-    if not _packs(value.dtype) or onednn.skips(kernel.shape[2:], stride, padding):
+        draft.added.append(Instruction(tiled.pack, (conv.weight,), {}, (packed,), True))
+        return Instruction(tiled, (conv.read, Slot(packed), conv.bias), {}, (conv.written,), True)
+    if not _packs(value.dtype) or onednn.skips(kernel.shape[2:], conv.stride, conv.padding):
         return instruction
-    if not forward:
-        # What no window of the forward convolution reads, or what a transposed one adds.
-        output_padding = (
-            [0, 0]
-            if transposed
-            else [
-                value.shape[d + 2] - (source.shape[d + 2] - 1) * stride[d] + 2 * padding[d]
-                - dilation[d] * (kernel.shape[d + 2] - 1) - 1
+    return _packed_by_onednn(draft, conv)
+
+
+def _packed_by_onednn(draft: Draft, conv: _Convolution) -> Instruction:
+    """Return a convolution whose weights are in oneDNN's order, and add their packing."""
+    value, source = draft.values[conv.written], draft.values[conv.read.number]
+    kernel, mkldnn = draft.values[conv.weight.number], torch.ops.mkldnn
+    paddings = [conv.padding]
+    pack, run = mkldnn._reorder_convolution_weight, mkldnn._convolution_pointwise
+    if conv.is_spread:
+        output_padding = conv.output_padding
+        if conv.is_gradient:  # what no window of the forward convolution reads
+            output_padding = [
+                value.shape[d + 2] - (source.shape[d + 2] - 1) * conv.stride[d]
+                + 2 * conv.padding[d] - conv.dilation[d] * (kernel.shape[d + 2] - 1) - 1
                 for d in range(2)
-            ]
-        )  # fmt: skip
-    plain = draft.new_slot(kernel)
-    packed = draft.new_slot(kernel)
-    draft.added.append(Instruction(aten.contiguous.default, (weight,), {}, (plain,), True))
-    settings = stride, dilation, groups, list(source.shape)
-    mkldnn = torch.ops.mkldnn
-    if not spread:
-        draft.added.append(
-            Instruction(
-                mkldnn._reorder_convolution_weight.default,
-                (Slot(plain), padding, *settings), {}, (packed,), True,
-            )
-        )  # fmt: skip
-        return Instruction(
-            mkldnn._convolution_pointwise.default,
-            (read, Slot(packed), bias, padding, stride, dilation, groups, "none", [], ""),
-            {}, (written,), True,
-        )  # fmt: skip
-    draft.added.append(
+            ]  # fmt: skip
+        paddings.append(output_padding)
+        pack = mkldnn._reorder_convolution_transpose_weight
+        run = mkldnn._convolution_transpose_pointwise
+    plain, packed = draft.new_slot(kernel), draft.new_slot(kernel)
+    settings = conv.stride, conv.dilation, conv.groups
+    draft.added += [
+        Instruction(aten.contiguous.default, (conv.weight,), {}, (plain,), True),
         Instruction(
-            mkldnn._reorder_convolution_transpose_weight.default,
-            (Slot(plain), padding, output_padding, *settings), {}, (packed,), True,
-        )
-    )  # fmt: skip
+            pack.default, (Slot(plain), *paddings, *settings, list(source.shape)), {}, (packed,),
+            True,
+        ),
+    ]  # fmt: skip
     return Instruction(
-        mkldnn._convolution_transpose_pointwise.default,
-        (read, Slot(packed), bias, padding, output_padding, stride, dilation, groups,
-         "none", [], ""),
-        {}, (written,), True,
+        run.default,
+        (conv.read, Slot(packed), conv.bias, *paddings, *settings, "none", [], ""),
+        {}, (conv.written,), True,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastlangevin.gradients.dispatch_mode import DispatchMode
 from fastlangevin.gradients.graph.watch import Watch
 from fastlangevin.gradients.trace.instructions import Instruction, Slot, Trace, Value, mapped
+from fastlangevin.kernels.memory import tensors_in
 
 # They change running statistics that they do not declare as changed.
 _BATCH_NORMS = (
@@ -85,7 +86,7 @@ class Tracer(DispatchMode):
         writes = self._writes(func, name, args, kwargs)
         recorded_args = mapped(args, self._recorded)
         recorded_kwargs = mapped(kwargs, self._recorded)
-        inputs = _tensors((args, kwargs))
+        inputs = list(tensors_in((args, kwargs)))
         out = func(*args, **kwargs)
         outs = out if isinstance(out, (tuple, list)) else (out,)
         numbers = tuple(
@@ -115,7 +116,7 @@ class Tracer(DispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             passed = args[k] if k < len(args) else kwargs.get(argument.name)
-            for tensor in _tensors(passed):
+            for tensor in tensors_in(passed):
                 number = self.slot_of(tensor)
                 storage = self.values[number].storage
                 if storage == 0 or any(self.values[n].storage == storage for n in self.leaves):
@@ -128,7 +129,7 @@ class Tracer(DispatchMode):
         if not any(tag in func.tags for tag in _DATA_TAGS):
             return False
         masks = (torch.bool, torch.uint8)
-        by_numbers = all(index.dtype not in masks for index in _tensors(args[1:]))
+        by_numbers = all(index.dtype not in masks for index in tensors_in(args[1:]))
         return not (func is torch.ops.aten.index.Tensor and by_numbers)
 
     def _recorded(self, argument: Any) -> Any:
@@ -193,13 +194,3 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return True
     k = names.index("dropout_p")
     return bool((args[k] if k < len(args) else kwargs.get("dropout_p", 0.0)) != 0)
-
-
-def _tensors(arguments: Any) -> list[Tensor]:
-    if isinstance(arguments, Tensor):
-        return [arguments]
-    if isinstance(arguments, dict):
-        return _tensors(tuple(arguments.values()))
-    if isinstance(arguments, (tuple, list)):
-        return [tensor for item in arguments for tensor in _tensors(item)]
-    return []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_positive
-from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.network import parameters_of
 from fastlangevin.learn.tasks.measurements import Operator, check_operator, identity
 from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.reprs import short_repr
@@ -181,7 +181,7 @@ def check_measurements(
 @contextlib.contextmanager
 def frozen(sampler: LangevinSampler) -> Iterator[None]:
     """Freeze the parameters of the energy, because a fit would also compute their gradients."""
-    parameters = [p for m in modules_of(sampler.energy) for p in m.parameters() if p.requires_grad]
+    parameters = [p for p in parameters_of(sampler.energy) if p.requires_grad]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)

@@ -2,13 +2,14 @@
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlangevin.gradients.dispatch_mode import DispatchMode
+from fastlangevin.kernels.memory import tensors_in
 
 
 class States:
@@ -92,8 +93,8 @@ class Allocations(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {_memory(t)[0] for t in _tensors((*args, *(kwargs or {}).values()))}
-        for tensor in _tensors(out if isinstance(out, tuple | list) else (out,)):
+        inputs = {_memory(t)[0] for t in tensors_in((args, kwargs))}
+        for tensor in tensors_in(out):
             key, owner = _memory(tensor)
             if key not in self._storages and key not in inputs:
                 self._add(key, owner)
@@ -117,12 +118,3 @@ def _memory(tensor: Tensor) -> tuple[int, Any]:
         return id(tensor), tensor
     storage = tensor.untyped_storage()
     return storage._cdata, storage
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values and in their tuples and lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)
