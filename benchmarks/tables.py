@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastlangevin.learn.sweep.report import table as table
+from fastlangevin.learn.sweep.write_sweep import table as table
 
 Row = dict[str, Any]
 

@@ -1,6 +1,6 @@
 from fastlangevin.cli.options import Count, Device, Int, OnCorrupt, Run
 from fastlangevin.cli.outputs import Result, table
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def check(

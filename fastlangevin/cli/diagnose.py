@@ -2,7 +2,7 @@ from pathlib import Path
 
 from fastlangevin.cli.options import Count, Device, Int, Int2, Int16, OnCorrupt, Run
 from fastlangevin.cli.outputs import Result, announce_replacing, check_folder
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def diagnose(
@@ -28,7 +28,7 @@ def diagnose(
         averaged: Diagnose the moving average of the weights instead of the weights.
     """
     from fastlangevin.learn.build import choose_device
-    from fastlangevin.learn.diagnosis.of_run import diagnose_run
+    from fastlangevin.learn.diagnosis.diagnose_run import diagnose_run
     from fastlangevin.learn.model import load
     from fastlangevin.learn.run_data import load_training
 

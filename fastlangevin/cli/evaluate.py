@@ -2,7 +2,7 @@ from pathlib import Path
 
 from fastlangevin.cli.options import Count, Device, Flag, Int, Int8, OnCorrupt, Run, Timeout
 from fastlangevin.cli.outputs import Result, announce_replacing, check_folder, choose_out, note
-from fastlangevin.cli.progress import progress
+from fastlangevin.cli.progress_bar import progress
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
     """
     from fastlangevin.distributed import join
     from fastlangevin.learn.build import choose_device
-    from fastlangevin.learn.evaluation.of_run import evaluate_run
+    from fastlangevin.learn.evaluation.evaluate_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
     if out is not None:

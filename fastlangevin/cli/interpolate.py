@@ -3,7 +3,7 @@ from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, OnCorrupt, Run, ShortFit, belong, more
 from fastlangevin.cli.outputs import Result, note, table
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def interpolate(
@@ -27,7 +27,7 @@ def interpolate(
         images: Source of images to interpolate between (default: random starting points).
         noise: Noise in the chain: off, or frozen (always the same).
     """
-    from fastlangevin.learn.tasks.of_run import feature_rows, interpolate_run
+    from fastlangevin.learn.tasks.run_tasks import feature_rows, interpolate_run
 
     out = chains.choose_out(out, "interpolated.png", ".png", ".gif", ".npy")
     if images is None:

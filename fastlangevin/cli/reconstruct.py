@@ -3,7 +3,7 @@ from typing import Annotated
 
 from fastlangevin.cli.options import Chains, Count, Fit, OnCorrupt, Run, more
 from fastlangevin.cli.outputs import Result, count_images
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def reconstruct(
@@ -24,7 +24,7 @@ def reconstruct(
             those that the run held out).
         samples: Number of random samples, 1 or more; the nearest one is shown for comparison.
     """
-    from fastlangevin.learn.tasks.of_run import reconstruct_run
+    from fastlangevin.learn.tasks.run_tasks import reconstruct_run
 
     out = chains.choose_out(out, "reconstructed.png", ".png", ".npz")
     sampler = chains.load(run)

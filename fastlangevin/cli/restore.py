@@ -14,7 +14,7 @@ from fastlangevin.cli.options import (
     more,
 )
 from fastlangevin.cli.outputs import Result, count_images
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def restore(
@@ -49,8 +49,8 @@ def restore(
         zeta: Scale of the posterior's term |y - A x|^2 / zeta^2 (default: |A| sqrt(2 a)).
     """
     from fastlangevin.learn.tasks.measurements import make_operator
-    from fastlangevin.learn.tasks.of_run import restore_run
     from fastlangevin.learn.tasks.restore import SAMPLES
+    from fastlangevin.learn.tasks.run_tasks import restore_run
 
     out = chains.choose_out(out, "restored.png", ".png", ".npz")
     options = given(mask=mask, factor=factor, sigma=sigma)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run, Timeout, belong
 from fastlangevin.cli.outputs import Result, count_images
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def sample(

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from fastlangevin.cli.options import Count, more, settings_options
 from fastlangevin.cli.outputs import Result, check_folder, note
-from fastlangevin.cli.progress import progress
+from fastlangevin.cli.progress_bar import progress
 
 _LISTS = more("Settings: one value each, or several to sweep over, such as 5,10,25")
 
@@ -34,8 +34,8 @@ def sweep(
     from fastlangevin.distributed import own_device
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.sweep.plan import describe, parse_values, read_sweep
-    from fastlangevin.learn.sweep.report import outcome, write_report
     from fastlangevin.learn.sweep.run import Run, run_sweep
+    from fastlangevin.learn.sweep.write_sweep import outcome, write_report
     from fastlangevin.learn.train import StopRequest
 
     check_folder(out)

@@ -3,7 +3,7 @@ from typing import Annotated, Any
 
 from fastlangevin.cli.options import Flag, Timeout, more, settings_options
 from fastlangevin.cli.outputs import Result, note, table
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def train(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, OnCorrupt, Run, belong, given
 from fastlangevin.cli.outputs import Result, count_images
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def transfer(
@@ -28,7 +28,7 @@ def transfer(
         weight: Weight of the style term in the energy (default: 1.0).
         statistics: Statistics of the style: gram or mean-std (default: gram).
     """
-    from fastlangevin.learn.tasks.of_run import transfer_images
+    from fastlangevin.learn.tasks.run_tasks import transfer_images
 
     out = chains.choose_out(out, "transferred.png", ".png", ".gif", ".npy")
     options = given(zeta=zeta, weight=weight, statistics=statistics)

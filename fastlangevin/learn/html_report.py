@@ -14,7 +14,7 @@ from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from fastlangevin.learn.config import resolve, resolve_saved
 from fastlangevin.learn.data.pictures import read_picture
-from fastlangevin.learn.diagnosis.report import FORMAT as DIAGNOSIS
+from fastlangevin.learn.diagnosis.write_diagnosis import FORMAT as DIAGNOSIS
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.evaluate import FORMAT as EVALUATION
 from fastlangevin.learn.log import read_records, read_series

@@ -13,7 +13,7 @@ from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.gradients.network import device_of
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.checkpoint import checksum
-from fastlangevin.learn.data.shards import FORMAT, SAMPLES, VERSION, shard_paths
+from fastlangevin.learn.data.sample_folder import FORMAT, SAMPLES, VERSION, shard_paths
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_arrays
 from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code

@@ -16,7 +16,7 @@ from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.build import build_learner, choose_device, draw_samples, fingerprint
 from fastlangevin.learn.checkpoint import DamagedCheckpointError, checkpoint_path, list_checkpoints
 from fastlangevin.learn.config import TrainConfig, save_config
-from fastlangevin.learn.guard import DivergedError, DivergenceGuard
+from fastlangevin.learn.divergence import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_grid
 from fastlangevin.learn.job import check_same_folder, check_same_work, is_own
 from fastlangevin.learn.learner import ShortRunLearner

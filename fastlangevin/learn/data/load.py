@@ -37,7 +37,7 @@ from fastlangevin.learn.data.pictures import (
     open_hub,
     open_parquet,
 )
-from fastlangevin.learn.data.shards import SAMPLES, read_shards
+from fastlangevin.learn.data.sample_folder import SAMPLES, read_shards
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, check_inside, cut, reading
 from fastlangevin.names import check_name, did_you_mean, keywords_checked

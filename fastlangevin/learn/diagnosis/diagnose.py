@@ -17,7 +17,7 @@ from fastlangevin.arguments import at_step, check_count
 from fastlangevin.chain.chain import norms
 from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations, correlations, series_of
-from fastlangevin.learn.diagnosis.moments import (
+from fastlangevin.learn.diagnosis.residuals import (
     Residual,
     check_sets,
     layer_residuals,

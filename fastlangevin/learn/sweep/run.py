@@ -23,9 +23,9 @@ from fastlangevin.learn.build import build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.config import TrainConfig, read_settings
 from fastlangevin.learn.data.load import ImageData
+from fastlangevin.learn.divergence import DivergedError
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
-from fastlangevin.learn.guard import DivergedError
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.model import load
 from fastlangevin.learn.reading import brief, read_bytes, read_json

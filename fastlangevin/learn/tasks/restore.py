@@ -11,7 +11,6 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_number, check_positive
 from fastlangevin.learn.tasks.guidance import DataTerm, clamped, with_term
 from fastlangevin.learn.tasks.measurements import Mask, Operator, norm
-from fastlangevin.learn.tasks.moments import LARGEST, Conditional, moments
 from fastlangevin.learn.tasks.reconstruct import (
     Fit,
     check_measurements,
@@ -19,6 +18,7 @@ from fastlangevin.learn.tasks.reconstruct import (
     reconstruct,
     starts,
 )
+from fastlangevin.learn.tasks.restore_moments import LARGEST, Conditional, moments
 from fastlangevin.names import check_name, did_you_mean
 from fastlangevin.reprs import short_repr
 from fastlangevin.sampler import LangevinSampler

@@ -22,8 +22,8 @@ from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import QualityCheck, coarse
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
-from fastlangevin.learn.sweep.report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep.run import run_sweep
+from fastlangevin.learn.sweep.write_sweep import summarise, to_markdown, write_report
 from tests.learn.sweep.shared import CENTRE, interrupted
 
 Results = list[dict[str, Any]]

@@ -8,7 +8,7 @@ from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.diagnosis.diagnose import Diagnosis, diagnose, noisy_batch
-from fastlangevin.learn.diagnosis.report import save, to_text
+from fastlangevin.learn.diagnosis.write_diagnosis import save, to_text
 from fastlangevin.learn.log import read_records, read_series
 from fastlangevin.learn.model import load
 from fastlangevin.learn.train import annealed

@@ -10,7 +10,7 @@ from typing import Any
 from fastlangevin.learn.atomic import replacing
 from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations
 from fastlangevin.learn.diagnosis.diagnose import Diagnosis
-from fastlangevin.learn.diagnosis.moments import Residual
+from fastlangevin.learn.diagnosis.residuals import Residual
 
 FORMAT = "fastlangevin diagnosis"
 
