@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlangevin.optional import require
 from fastlangevin.reprs import short
 
 _BAND = (0.05, 0.95)  # quantiles over chains
@@ -82,20 +83,15 @@ class Diagnostics(NamedTuple):
 
         Raises ImportError without matplotlib, and ValueError if there are no chains.
         """
-        try:
-            # pyplot is not used, because it would start or change the user's backend.
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                'Diagnostics: a plot needs matplotlib: pip install "fastlangevin[plot]"'
-            ) from error
+        # pyplot is not used, because it would start or change the user's backend.
+        matplotlib_figure = require("matplotlib.figure", "plot", "Diagnostics: a plot")
         steps, chains = self.energy.shape
         if not chains:
             raise ValueError("Diagnostics: a plot needs chains, got 0")
         shown = self._measured()
         if shown["energy"].isnan().all():
             del shown["energy"]
-        figure = Figure(figsize=(3.2 * len(shown), 2.8), layout="constrained")
+        figure = matplotlib_figure.Figure(figsize=(3.2 * len(shown), 2.8), layout="constrained")
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         failure = self._failure()
         for axes, (name, values) in zip(panels, shown.items(), strict=True):
@@ -117,7 +113,7 @@ class Diagnostics(NamedTuple):
         return figure
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows, beside the text."""
+        """Return the picture that a notebook shows together with the text."""
         try:
             figure = self.plot()
         except (ImportError, ValueError):

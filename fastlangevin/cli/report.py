@@ -61,7 +61,7 @@ def report(
 
 
 def _compute(run: Path, folder: Path, device: str, everything: bool) -> None:
-    from fastlangevin.learn.atomic import replacing
+    from fastlangevin.learn.atomic import save_text
     from fastlangevin.learn.html_report import ITERATION, age, find_weights
 
     weights = find_weights(run)
@@ -87,5 +87,4 @@ def _compute(run: Path, folder: Path, device: str, everything: bool) -> None:
             continue
         if path.suffix == ".png":
             text = f"{ITERATION}{weights.iteration}\n{result.text}\n"
-            with replacing(path.with_suffix(".txt")) as temporary:
-                temporary.write_text(text, "utf-8")
+            save_text(path.with_suffix(".txt"), text)

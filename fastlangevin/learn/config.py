@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from fastlangevin._version import __version__
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.data.load import SOURCES
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.reading import brief, called, read_text, reading
+from fastlangevin.learn.reading import as_json, brief, called, read_text, reading
 from fastlangevin.names import did_you_mean
 from fastlangevin.train_config import FIELDS, NETWORK, TYPES, TrainConfig
 
@@ -165,9 +165,7 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, file: Path) -> None:
     """Write all settings as YAML, atomically."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    with replacing(file) as temporary:
-        temporary.write_text(MARK + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    save_text(file, MARK + yaml.safe_dump(as_json(dataclasses.asdict(config)), sort_keys=False))
 
 
 def _error_in_file(file: str | Path, error: Exception) -> FileError:

@@ -10,7 +10,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from fastlangevin._version import __version__
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from fastlangevin.learn.config import resolve, resolve_saved
 from fastlangevin.learn.data.pictures import read_picture
@@ -87,9 +87,7 @@ def write_report(run: str | Path, out: str | Path, results: Path | None = None) 
     Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged,
     from another version, or a link to a place outside.
     """
-    page = to_html(Path(run), results)
-    with replacing(Path(out)) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    save_text(Path(out), to_html(Path(run), results))
 
 
 def to_html(run: Path, results: Path | None = None) -> str:

@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from fastlangevin._version import __version__
+from fastlangevin.optional import require
 
 MODEL = "model.safetensors"  # the file of a model in its repository
 _NAME = re.compile(r"hf:/{0,2}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -27,7 +27,7 @@ def download(name: str | Path) -> Path:
         raise ValueError(
             f"a model on the hub must be hf:owner/name or hf:owner/name@revision, got {str(name)!r}"
         )
-    hub = _import_hub()
+    hub = require("huggingface_hub", "hub", "a model on the hub")
     try:
         return Path(
             hub.hf_hub_download(
@@ -44,7 +44,7 @@ def upload(repo: str, folder: Path, private: bool | None, message: str) -> str:
 
     Raises ImportError without huggingface_hub, and OSError if the hub refuses.
     """
-    hub = _import_hub()
+    hub = require("huggingface_hub", "hub", "a model on the hub")
     try:
         api = hub.HfApi(library_name="fastlangevin", library_version=__version__)
         created = api.create_repo(repo, private=private, exist_ok=True)
@@ -52,16 +52,6 @@ def upload(repo: str, folder: Path, private: bool | None, message: str) -> str:
     except Exception as error:
         raise _hub_error(f"push_to_hub: {repo} could not be written", error) from error
     return str(created)
-
-
-def _import_hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            'models on the hub need huggingface_hub: pip install "fastlangevin[hub]"'
-        ) from error
-    return huggingface_hub
 
 
 def _hub_error(what: str, error: Exception) -> OSError:

@@ -12,7 +12,7 @@ import torch
 
 from fastlangevin._version import __version__
 from fastlangevin.distributed import DistributedError, Group
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.run_folder import JOB
 
@@ -52,8 +52,7 @@ def check_same_folder(group: Group, out: Path, command: str) -> None:
 
     def write() -> str:
         text = f"{group.job or ''}\n{group.start}\n{secrets.token_hex(8)}\n"
-        with replacing(out / JOB) as temporary:
-            temporary.write_text(text, "utf-8")
+        save_text(out / JOB, text)
         return text
 
     text = group.first(write, f"run folder {out}")

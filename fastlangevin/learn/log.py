@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from fastlangevin.learn.atomic import replacing, sync
+from fastlangevin.learn.atomic import save_text, sync
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_grid, to_grid
 from fastlangevin.learn.reading import check_file
@@ -89,8 +89,7 @@ def read_series(run: Path) -> list[dict[str, Any]]:
 def _reopen(path: Path, iteration: int) -> TextIO:
     """Remove the records after ``iteration`` from a file and open it to append more."""
     lines = [line for line, record in _records(path) if record["iteration"] <= iteration]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    save_text(path, "".join(lines))
     return path.open("a", encoding="utf-8")
 
 

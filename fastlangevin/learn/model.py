@@ -16,7 +16,7 @@ from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.network import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import check_device_exists
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     check_weights,
@@ -313,8 +313,7 @@ def push_to_hub(
         else:
             export(model, folder / MODEL)
         info = read_checkpoint(folder / MODEL)[1]
-        with replacing(folder / "README.md") as path:
-            path.write_text(_card(repo, info), "utf-8")
+        save_text(folder / "README.md", _card(repo, info))
         return upload(repo, folder, private, message)
 
 

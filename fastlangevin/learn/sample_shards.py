@@ -1,6 +1,5 @@
 """Many samples as files of a folder, drawn by any number of processes and resumed after a stop."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from torch import Tensor
 from fastlangevin.arguments import check_count
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.gradients.network import device_of
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_json
 from fastlangevin.learn.checkpoint import checksum
 from fastlangevin.learn.data.sample_folder import FORMAT, SAMPLES, VERSION, shard_paths
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_arrays
 from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code
-from fastlangevin.learn.reading import read_json
+from fastlangevin.learn.reading import as_json, read_json
 from fastlangevin.sampler import LangevinSampler
 
 Progress = Callable[[int, int], None]
@@ -87,7 +86,7 @@ def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[st
     }
     plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
     plan |= {"weights": digest, "sampler": settings, "device": _device(sampler), **VERSIONS}
-    return json.loads(json.dumps(plan))
+    return as_json(plan)
 
 
 def _device(sampler: LangevinSampler) -> str:
@@ -108,8 +107,7 @@ def _open(out: Path, plan: dict[str, Any]) -> None:
             raise FileExistsError(
                 f"sample: {out} holds {others[0]} but no {SAMPLES}; name another folder"
             )
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
+        save_json(file, plan, indent=1)
         return
     saved = read_json(file)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:

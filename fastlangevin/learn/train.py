@@ -12,7 +12,7 @@ from typing import Any
 
 import fastlangevin.noise as _noise
 from fastlangevin.distributed import DistributedError, Group
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.build import build_learner, choose_device, draw_samples, fingerprint
 from fastlangevin.learn.checkpoint import DamagedCheckpointError, checkpoint_path, list_checkpoints
 from fastlangevin.learn.config import TrainConfig, save_config
@@ -157,8 +157,8 @@ def _train(
         # The learner counts an iteration once its weights have changed.
         broken = learner.iteration + isinstance(error, FloatingPointError)
         if group.rank == 0:
-            with contextlib.suppress(OSError), replacing(out / DIVERGED) as temporary:
-                temporary.write_text(f"diverged at iteration {broken}: {error}\n", "utf-8")
+            with contextlib.suppress(OSError):
+                save_text(out / DIVERGED, f"diverged at iteration {broken}: {error}\n")
         advice = "" if list_checkpoints(out) else f"; {REMEDY}"
         raise DivergedError(f"{error}; {last_good(out)}{advice}") from error
     except DistributedError as error:

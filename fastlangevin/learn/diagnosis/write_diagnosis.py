@@ -1,13 +1,12 @@
 """Write a diagnosis as text, JSON and a picture."""
 
 import importlib.util
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import replacing, save_json
 from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations
 from fastlangevin.learn.diagnosis.diagnose import Diagnosis
 from fastlangevin.learn.diagnosis.residuals import Residual
@@ -56,9 +55,7 @@ def save(diagnosis: Diagnosis, folder: Path, title: str = "", **facts: Any) -> l
     The JSON also holds ``facts`` about what was diagnosed.
     """
     paths = [folder / "diagnose.json"]
-    with replacing(paths[0]) as temporary:
-        text = json.dumps(to_json(diagnosis) | facts, indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    save_json(paths[0], to_json(diagnosis) | facts, indent=1, allow_nan=False)
     if importlib.util.find_spec("matplotlib") is not None:
         paths.append(folder / "diagnose.png")
         _plot(diagnosis, paths[1], title)

@@ -4,7 +4,6 @@ A figure is meaningful only with its features, its counts, and the processing of
 Therefore an :class:`Evaluation` holds all of these, and the same figures for reference sets.
 """
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_not_text, check_positive
 from fastlangevin.distributed import Group, shard, split_rows
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_json
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation import metrics
 from fastlangevin.learn.evaluation.features import BATCH, Features, quantise
@@ -216,8 +215,7 @@ def save(evaluation: Evaluation, path: Path, **facts: Any) -> None:
         "clamp": [-1, 1],
         "figures": figures,
     }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
+    save_json(path, record, indent=1, allow_nan=False)
 
 
 def _prepare(images: Tensor, quantised: bool) -> Tensor:

@@ -1,6 +1,5 @@
 """Features to compare images by: pixels, a classifier, ImageNet networks, or your own function."""
 
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from fastlangevin.learn.evaluation.efficientnet import EfficientNetLite0
 from fastlangevin.learn.reading import check_file, reading
 from fastlangevin.learn.user_code import find_attribute
 from fastlangevin.names import did_you_mean
+from fastlangevin.optional import require
 from fastlangevin.reprs import short
 
 NAMES = ("pixels", "classifier", "efficientnet-lite0", "inception")
@@ -168,14 +168,8 @@ def _efficientnet(device: torch.device | None) -> Features:
 
 def _inception(device: torch.device | None) -> Features:
     where = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
-    try:
-        fidelity: Any = importlib.import_module("torch_fidelity")
-    except ImportError as error:
-        raise ImportError(
-            f"features inception: torch_fidelity cannot be imported ({error}); "
-            f'pip install "fastlangevin[fid]", and put the file {_INCEPTION}, published at '
-            f"{where}, at {_hub_path(_INCEPTION)}; {_OTHERS}"
-        ) from error
+    hint = f", and put the file {_INCEPTION}, published at {where}, at {_hub_path(_INCEPTION)}"
+    fidelity = require("torch_fidelity", "fid", "features inception", f"{hint}; {_OTHERS}")
     weights = _weights("inception", _INCEPTION, None, f"it is published at {where}")
     with reading(weights, "the network's weights"):
         net = fidelity.FeatureExtractorInceptionV3(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.config import FIELDS, TrainConfig, no_setting, read_config, resolve
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.reading import brief
+from fastlangevin.learn.reading import as_json, brief
 from fastlangevin.train_config import NETWORK
 
 VERSION = 1
@@ -114,8 +113,7 @@ class Sweep:
 
     def plan(self) -> dict[str, Any]:
         """Return the sweep, JSON-ready."""
-        plan = {"version": VERSION, **dataclasses.asdict(self)}
-        return dict(json.loads(json.dumps(plan)))
+        return dict(as_json({"version": VERSION, **dataclasses.asdict(self)}))
 
     def _config(self, point: Settings) -> TrainConfig:
         settings = dataclasses.asdict(self.centre)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import signal
 import statistics
@@ -18,7 +17,7 @@ import yaml
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_json, save_text
 from fastlangevin.learn.build import build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.config import TrainConfig, read_settings
@@ -97,8 +96,7 @@ def run_sweep(
     judge_of = _check_runs(runs)
     stop = stop or StopRequest()
     if not (out / PLAN).exists():
-        with replacing(out / PLAN) as temporary:
-            temporary.write_text(MARK + yaml.safe_dump(plan.plan(), sort_keys=False), "utf-8")
+        save_text(out / PLAN, MARK + yaml.safe_dump(plan.plan(), sort_keys=False))
     results: dict[str, dict[str, Any]] = {}
     while len(results) < len(runs):
         before = len(results)
@@ -245,8 +243,7 @@ def _make_run(
         else:
             diverged = {"iteration": config.iterations, "reason": "samples are not finite"}
     result = {"settings": run.settings, "seed": config.seed, "diverged": diverged, **measures}
-    with replacing(folder / RESULT) as temporary:
-        temporary.write_text(json.dumps(result) + "\n", "utf-8")
+    save_json(folder / RESULT, result)
     return _result(folder)
 
 

@@ -1,7 +1,6 @@
 """Write the results of a sweep as JSON, tables and a plot: means over seeds and standard errors."""
 
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 
 from fastlangevin._version import __version__
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import replacing, save_json, save_text
 from fastlangevin.learn.build import choose_device, load_data
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.evaluation.classifier import QualityCheck
+from fastlangevin.learn.reading import as_json
 from fastlangevin.learn.sweep import run
 from fastlangevin.learn.sweep.plan import VERSION, Settings, Sweep, describe
 
@@ -29,11 +29,9 @@ def write_report(plan: Sweep, results: Sequence[Result], out: Path) -> list[Path
     results: the results of all runs of the plan, from :func:`run_sweep`.
     """
     content = summarise(plan, results)
-    texts = {"sweep.json": json.dumps(content, indent=1) + "\n", "sweep.md": to_markdown(content)}
-    for name, text in texts.items():
-        with replacing(out / name) as temporary:
-            temporary.write_text(text, "utf-8")
-    written = [out / name for name in texts]
+    written = [out / "sweep.json", out / "sweep.md"]
+    save_json(written[0], content, indent=1)
+    save_text(written[1], to_markdown(content))
     if importlib.util.find_spec("matplotlib") is not None:
         plot(content, out / "sweep.svg")
         written.append(out / "sweep.svg")
@@ -56,7 +54,7 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
     """
     points = []
     for settings in plan.points():
-        of_point = [result for result in results if result["settings"] == _json(settings)]
+        of_point = [result for result in results if result["settings"] == as_json(settings)]
         finished = [result for result in of_point if result["diverged"] is None]
         measures = {name: _mean([result[name] for result in finished]) for name in run.MEASURES}
         points.append({"settings": settings, "measures": measures, "runs": of_point})
@@ -70,7 +68,7 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
         "marks": marks_of(plan.centre, run.SAMPLES),
         "points": points,
     }
-    return dict(_json(content))
+    return dict(as_json(content))
 
 
 def marks_of(centre: TrainConfig, samples: int) -> dict[str, Any]:
@@ -244,8 +242,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown; all columns but the first are aligned to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _json(value: Any) -> Any:
-    """Return a value as it would be read back from JSON, with lists for tuples."""
-    return json.loads(json.dumps(value))
