@@ -2,14 +2,13 @@ from pathlib import Path
 
 from fastlangevin.cli.options import Count, Device, Int, Int2, Int16, OnCorrupt, Run
 from fastlangevin.cli.outputs import Result, announce_replacing, check_folder
-from fastlangevin.cli.progress_bar import progress, start_line
+from fastlangevin.cli.progress_bar import started
 
 
 def diagnose(
     run: Run, /, *, n: Int16 = 256, long: Count = 10, starts: Int2 = 16, lags: Count = 15,
     seed: Int = 1, out: Path | None = None, data: str | None = None, on_corrupt: OnCorrupt = None,
-    device: Device = "auto",
-    averaged: bool = False,
+    device: Device = "auto", averaged: bool = False,
 ) -> Result:  # fmt: skip
     """Show how learning went, whether moments match, and what the chains do.
 
@@ -36,8 +35,7 @@ def diagnose(
         check_folder(out or run)
     config, images = load_training(run, data, packaged=True, on_corrupt=on_corrupt)
     sampler = load(run, device=choose_device(device), averaged=averaged)
-    start_line(f"{n} chains against {images.name}", sampler, n, out)
-    with progress() as show:
+    with started(f"{n} chains against {images.name}", sampler, n, out) as show:
         diagnosed = diagnose_run(
             run, config, images, n=n, seed=seed, device=device, averaged=averaged, long=long,
             starts=starts, lags=lags, report=show,

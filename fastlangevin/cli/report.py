@@ -18,7 +18,7 @@ from fastlangevin.cli.outputs import (
 from fastlangevin.cli.reconstruct import reconstruct
 from fastlangevin.cli.restore import restore
 
-# A sixteenth of the default number of evaluations: seconds for a model in the package.
+# A sixteenth of the default number of evaluations, which takes seconds for a packaged model.
 _SHORT: dict[str, Any] = {"n": 8, "fit": {"restarts": 1, "iterations": 100}}
 
 
@@ -31,7 +31,7 @@ def report(
     The page needs no other file and no network. Each picture in RUN is shown with the text file of
     the same name. --compute runs reconstruct, interpolate, restore, evaluate and diagnose, which
     takes minutes, and reports which of them failed and why. The page of a model without a run has
-    no curves, but samples, interpolations and short fits of reconstructions, always computed.
+    no curves. Its samples, interpolations and short fits of reconstructions are always computed.
 
     Args:
         out: The page (default: report.html in RUN, which is replaced; for a model without a run,

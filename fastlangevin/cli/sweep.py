@@ -21,7 +21,7 @@ def sweep(
 
     An example is `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run has
     a folder in OUT, as with `train`. If a sweep is stopped, the same command continues it. Several
-    processes share the runs if they have the same OUT, also on several machines.
+    processes, also on several machines, share the runs if they have the same OUT.
 
     Args:
         out: Folder of the sweep.
@@ -47,12 +47,11 @@ def sweep(
     def report(run: Run, result: Mapping[str, Any]) -> None:
         nonlocal count
         count += 1
-        where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
-        note(f"{where}  {outcome(result)}")
+        point = f"{describe(run.settings)}, seed {run.config.seed}"
+        note(f"{count}/{total}  {point}  {outcome(result)}")
 
     device = own_device(plan.centre.device)
-    where = choose_device(device)
-    note(f"{total} runs on {plan.centre.data}, {where}, to {out}")
+    note(f"{total} runs on {plan.centre.data}, {choose_device(device)}, to {out}")
     with progress() as show:
         results = run_sweep(
             plan, out, device=device, report=report, stop=stop,

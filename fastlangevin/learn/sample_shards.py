@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlangevin.arguments import check_count
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.gradients.network import device_of
+from fastlangevin.kernels.devices import device_name
 from fastlangevin.learn.atomic import save_json
 from fastlangevin.learn.checkpoint import checksum
 from fastlangevin.learn.data.sample_folder import FORMAT, SAMPLES, VERSION, shard_paths
@@ -85,14 +86,10 @@ def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[st
         for name, value in sampler.settings().items()
     }
     plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
-    plan |= {"weights": digest, "sampler": settings, "device": _device(sampler), **VERSIONS}
-    return as_json(plan)
-
-
-def _device(sampler: LangevinSampler) -> str:
-    """Return what computes the samples: the name of a GPU, or "cpu"."""
     device = device_of(sampler.energy) or torch.device("cpu")
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    computed_by = device_name(device) if device.type == "cuda" else device.type
+    plan |= {"weights": digest, "sampler": settings, "device": computed_by, **VERSIONS}
+    return as_json(plan)
 
 
 def _open(out: Path, plan: dict[str, Any]) -> None:

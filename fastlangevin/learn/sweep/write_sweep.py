@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-import platform
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from fastlangevin._version import __version__
+from fastlangevin.kernels.devices import device_name
 from fastlangevin.learn.atomic import replacing, save_json, save_text
 from fastlangevin.learn.build import choose_device, load_data
 from fastlangevin.learn.config import TrainConfig
@@ -215,23 +215,13 @@ def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
 
 def _machine(device: str) -> dict[str, Any]:
     """Describe the machine of the last process, on which times depend."""
-    where = choose_device(device)
     return {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu(),
+        "device": device_name(choose_device(device)),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "fastlangevin": __version__,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _text(value: float | None) -> str:
