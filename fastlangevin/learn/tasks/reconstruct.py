@@ -18,6 +18,7 @@ from fastlangevin.sampler import LangevinSampler
 
 OPTIMIZERS = ("adam", "gd")
 NOISES = ("off", "frozen")
+ITERATIONS = 200
 _RATES = {"adam": 0.1, "gd": 0.05}
 
 
@@ -46,7 +47,7 @@ def reconstruct(
     operator: Operator = identity,
     *,
     restarts: int = 4,
-    iterations: int = 200,
+    iterations: int = ITERATIONS,
     optimizer: str = "adam",
     lr: float | None = None,
     noise: str = "off",
