@@ -20,8 +20,6 @@ from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_cod
 from fastlangevin.learn.reading import as_json, read_json
 from fastlangevin.sampler import LangevinSampler
 
-Progress = Callable[[int, int], None]
-
 
 def sample_shards(
     sampler: LangevinSampler,
@@ -31,7 +29,7 @@ def sample_shards(
     seed: int = 0,
     per_file: int = 512,
     group: Group | None = None,
-    report: Progress | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Draw n samples from noise into files of ``per_file`` samples each, and return their paths.
 

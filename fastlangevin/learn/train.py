@@ -28,8 +28,8 @@ from fastlangevin.learn.run_folder import (
     check_folder,
     is_run,
     only_writer,
-    remove_leftovers,
     remove_run,
+    remove_run_leftovers,
 )
 from fastlangevin.names import keywords_checked
 
@@ -37,7 +37,8 @@ from fastlangevin.names import keywords_checked
 # four times (with their average and Adam's two moments) and the buffer.
 KEPT_CHECKPOINTS = 2
 
-Report = Callable[[int, Mapping[str, Any]], None]
+# Called after every iteration as report(iteration, record).
+IterationReport = Callable[[int, Mapping[str, Any]], None]
 
 
 class StopRequest:
@@ -54,7 +55,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    report: Report | None = None,
+    report: IterationReport | None = None,
     start: Callable[[ShortRunLearner], None] | None = None,
     stop: StopRequest | None = None,
     group: Group | None = None,
@@ -114,7 +115,7 @@ def _open_run(
     group = learner.group
 
     def prepare() -> int:
-        remove_leftovers(out)
+        remove_run_leftovers(out)
         if resume:
             (out / DIVERGED).unlink(missing_ok=True)
             resume_learner(learner, config, out)
@@ -135,7 +136,7 @@ def _train(
     learner: ShortRunLearner,
     config: TrainConfig,
     out: Path,
-    report: Report | None,
+    report: IterationReport | None,
     stop: StopRequest,
 ) -> Path:
     group = learner.group
@@ -149,7 +150,7 @@ def _train(
                 iterate(learner, config, out, log, guard, report, stop)
             what = f"checkpoint of iteration {learner.iteration}"
             if not group.first(checkpoint_path(out, learner.iteration).exists, what):
-                if not sound(learner, config, what):
+                if not group.first(lambda: is_sound(learner, config), what):
                     raise DivergedError(f"energies run away after iteration {learner.iteration}")
                 save_run(learner, config, out, log)
             return Path(group.first(lambda: finish(learner, config, out), what))
@@ -171,7 +172,7 @@ def _train(
 
 
 def _should_stop(learner: ShortRunLearner, stop: StopRequest) -> bool:
-    """Return whether to stop: in a group, after the iteration in which all have learned of it."""
+    """Return whether a signal came; in a group, all processes stop after the same iteration."""
     if learner.group.world_size == 1:
         return stop.signal is not None
     stop.signal = learner.signal or stop.signal
@@ -184,7 +185,7 @@ def iterate(
     out: Path,
     log: RunLog | None,
     guard: DivergenceGuard,
-    report: Report | None,
+    report: IterationReport | None,
     stop: StopRequest,
 ) -> None:
     """Run one iteration, then write the record, grid and checkpoint that are due."""
@@ -218,7 +219,11 @@ def iterate(
 
         group.first(grid, f"samples of iteration {due}")
     what = f"checkpoint of iteration {due}"
-    if due % config.save_every == 0 and guard.calm and sound(learner, config, what):
+    if (
+        due % config.save_every == 0
+        and guard.calm
+        and group.first(lambda: is_sound(learner, config), what)
+    ):
         save_run(learner, config, out, log)
     if report is not None:
         report(due, record)
@@ -229,11 +234,6 @@ def finish(learner: ShortRunLearner, config: TrainConfig, out: Path) -> str:
     remove_old_checkpoints(out)  # an earlier process may have been killed before this
     save_grid(draw_samples(learner, config), out / "samples.png")
     return str(list_checkpoints(out)[-1])
-
-
-def sound(learner: ShortRunLearner, config: TrainConfig, what: str) -> bool:
-    """Return what :func:`is_sound` says on rank 0."""
-    return learner.group.first(lambda: is_sound(learner, config), what)
 
 
 def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
@@ -247,13 +247,12 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
     x0 = _noise.initial((16, *learner.data.shape), seed=config.seed)
     chain = learner.sampler.diagnose(x0.to(choose_device(config.device)), seed=config.seed)
     # A comparison with NaN is false.
-    return bool(
-        chain.x.isfinite().all() and chain.energy[-1].mean().abs() <= 10 * config.max_energy
-    )
+    bounded = chain.energy[-1].mean().abs() <= 10 * config.max_energy
+    return bool(chain.x.isfinite().all() and bounded)
 
 
 def last_good(out: Path) -> str:
-    """Say which checkpoint a run that has stopped can continue from."""
+    """Return a text about the checkpoint from which a run that has stopped can continue."""
     checkpoints = list_checkpoints(out)
     return (
         f"the last good checkpoint is {checkpoints[-1]}"

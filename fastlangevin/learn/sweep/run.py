@@ -32,8 +32,7 @@ from fastlangevin.learn.run_folder import FolderInUseError, is_run
 from fastlangevin.learn.sweep.claims import claimed
 from fastlangevin.learn.sweep.plan import VERSION, Run, Sweep, describe
 from fastlangevin.learn.train import StopRequest, stop_signal, train
-from fastlangevin.progress import Report as Progress
-from fastlangevin.progress import silent
+from fastlangevin.progress import Report, silent
 
 PLAN, RESULT, CLAIMS = "sweep.yaml", "result.json", ".claims"
 _POLL = 2.0  # seconds between looks at what other processes have done
@@ -51,7 +50,7 @@ MEASURES = {
 }
 _SOURCE = ("data", "size", "channels", "limit", "on_corrupt")
 
-Report = Callable[[Run, Mapping[str, Any]], None]
+RunReport = Callable[[Run, Mapping[str, Any]], None]
 Judge = Callable[[TrainConfig], QualityCheck]
 
 
@@ -60,9 +59,9 @@ def run_sweep(
     out: str | Path,
     *,
     device: str | None = None,
-    report: Report | None = None,
+    report: RunReport | None = None,
     stop: StopRequest | None = None,
-    progress: Progress = silent,
+    progress: Report = silent,
 ) -> list[dict[str, Any]] | None:
     """Make the runs of a sweep, in folders under ``out``, and return all results.
 
@@ -127,7 +126,7 @@ def _wait_for_others(stop: StopRequest) -> bool:
 
 
 def _claim_and_make(
-    run: Run, out: Path, judge_of: Judge, stop: StopRequest, progress: Progress
+    run: Run, out: Path, judge_of: Judge, stop: StopRequest, progress: Report
 ) -> dict[str, Any] | None:
     """Make a run, unless another process works on it or a signal ends it: then return None."""
     own_stop, lost = StopRequest(), threading.Event()
@@ -210,7 +209,7 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
 
 
 def _make_run(
-    run: Run, folder: Path, judge_of: Judge, stop: StopRequest, progress: Progress
+    run: Run, folder: Path, judge_of: Judge, stop: StopRequest, progress: Report
 ) -> dict[str, Any] | None:
     """Train or resume a run, measure its samples and save the result; None if a signal ended it."""
     config = run.config

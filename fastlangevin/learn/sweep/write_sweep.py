@@ -98,7 +98,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
             [*(str(point["settings"][name]) for name in axes), *_cells(point).values()]
             for point in content["points"]
         ]
-        parts.append(table([*axes, *_titles()], rows))
+        parts.append(markdown_table([*axes, *_titles()], rows))
     else:
         for name, lines in content["lines"].items():
             cells = [list(_cells(point).values()) for point in _points_on(content, lines[0])]
@@ -107,7 +107,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
                 [title, *row]
                 for title, row in zip(_titles(), zip(*cells, strict=True), strict=True)
             ]
-            parts.append(table(header, rows))
+            parts.append(markdown_table(header, rows))
     lost = [
         f"- {describe(point['settings'])}, seed {result['seed']}: iteration "
         f"{result['diverged']['iteration']}: {result['diverged']['reason']}"
@@ -228,7 +228,7 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown; all columns but the first are aligned to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
