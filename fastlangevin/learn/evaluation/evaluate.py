@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.arguments import check_count, check_not_text, check_positive
+from fastlangevin.arguments import check_count, check_not_text, check_positive, check_tensor
 from fastlangevin.distributed import Group, shard, split_rows
 from fastlangevin.learn.atomic import save_json
 from fastlangevin.learn.data.load import ImageData
@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
     """The figures of each set, and everything that they depend on."""
 
     features: str  # name of the features
-    inception: bool  # if True, the Frechet distance is FID
+    inception: bool  # whether the features are Inception's, so that the Frechet distance is FID
     dimension: int  # of the features
     reference: str  # name of the training data
     reference_images: int  # number of training images that sets are compared with
@@ -100,18 +100,7 @@ def evaluate(
     check_count("evaluate", "neighbours", neighbours)
     if held_out is not None:
         check_name("evaluate: held_out", held_out, sets)
-    if not sets:
-        raise ValueError("evaluate: sets must hold a set of images, got none")
-    for name, images in sets.items():
-        if not isinstance(images, Tensor):
-            raise TypeError(f"evaluate: {name} must be a tensor, got {type(images).__name__}")
-        if tuple(images.shape[1:]) != train.shape or len(images) <= k:
-            raise ValueError(
-                f"evaluate: {name} must be more than k = {k} images of {list(train.shape)}, got "
-                f"{list(images.shape)}"
-            )
-        if not bool(images.isfinite().all()):
-            raise ValueError(f"evaluate: {name} is not finite")
+    _check_sets(sets, train, k)
     prepared = {name: _prepare(images, quantised) for name, images in sets.items()}
     device = next(iter(prepared.values())).device
     real = _prepare(train.batch(shuffled(train, seed)[:reference]).to(device), quantised)
@@ -119,11 +108,11 @@ def evaluate(
     real_rank = _warned_rank("the reference", of_real)
     report("set", 1, len(prepared) + 1)
 
-    few = [images[:neighbours] for images in prepared.values()]
-    nearest = _nearest(torch.cat(few), train, quantised, group)
-    parts = nearest.split([len(images) for images in few])
+    first_images = [images[:neighbours] for images in prepared.values()]
+    nearest = _nearest(torch.cat(first_images), train, quantised, group)
+    parts = nearest.split([len(images) for images in first_images])
     distances = dict(zip(prepared, parts, strict=True))
-    near = None if held_out is None else distances[held_out].quantile(0.05)
+    close = None if held_out is None else distances[held_out].quantile(0.05)
     figures = {}
     for name, images in prepared.items():
         what = f"the features of {name}"
@@ -137,7 +126,7 @@ def evaluate(
             *metrics.precision_recall(of_images, of_real, k),
             None if probabilities is None else metrics.inception_score(probabilities),
             float(distances[name].median()),
-            None if near is None else float((distances[name] < near).double().mean()),
+            None if close is None else float((distances[name] < close).double().mean()),
             float((sets[name].abs() > 1).double().mean()),
         )
         report("set", len(figures) + 1, len(prepared) + 1)
@@ -154,6 +143,21 @@ def evaluate(
         k,
         figures,
     )
+
+
+def _check_sets(sets: Mapping[str, Tensor], train: ImageData, k: int) -> None:
+    """Raise TypeError or ValueError unless there are sets, of more than k finite images each."""
+    if not sets:
+        raise ValueError("evaluate: sets must hold a set of images, got none")
+    for name, images in sets.items():
+        check_tensor("evaluate", name, images)
+        if tuple(images.shape[1:]) != train.shape or len(images) <= k:
+            raise ValueError(
+                f"evaluate: {name} must be more than k = {k} images of {list(train.shape)}, got "
+                f"{list(images.shape)}"
+            )
+        if not bool(images.isfinite().all()):
+            raise ValueError(f"evaluate: {name} is not finite")
 
 
 def shuffled(data: ImageData, seed: int) -> Tensor:
@@ -241,14 +245,14 @@ def _nearest(images: Tensor, train: ImageData, quantised: bool, group: Group) ->
     """
     blocks = torch.arange(len(train), dtype=torch.int64, device="cpu").split(_BLOCK)
 
-    def own() -> Iterator[Tensor]:
+    def own_blocks() -> Iterator[Tensor]:
         for rows in blocks[shard(len(blocks), group.rank, group.world_size).rows()]:
             yield _prepare(train.batch(rows).to(images.device), quantised).flatten(1)
 
     what = "the nearest training images"
     with group.working():
-        distance = metrics.nearest(images.flatten(1), own()).distance
-    group.barrier(what)  # which waits for a process that works
+        distance = metrics.nearest(images.flatten(1), own_blocks()).distance
+    group.barrier(what)  # unlike all_gather, it waits for a process that is working
     nearest = group.all_gather(distance, what).amin(0)
     return nearest / images[0].numel() ** 0.5
 

