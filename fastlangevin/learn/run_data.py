@@ -35,10 +35,7 @@ def run_config(
 
 
 def load_training(
-    run: str | Path,
-    data: str | None = None,
-    packaged: bool = False,
-    on_corrupt: str | None = None,
+    run: str | Path, data: str | None = None, packaged: bool = False, on_corrupt: str | None = None
 ) -> tuple[TrainConfig, ImageData]:
     """Return the settings of a run and its training images, or the images of ``data``.
 

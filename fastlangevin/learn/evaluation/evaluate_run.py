@@ -147,10 +147,7 @@ def _choose_count(n: int | None, k: int, available: dict[str, int]) -> int:
 
 
 def _compare_work(
-    group: Group,
-    options: dict[str, Any],
-    sources: dict[str, ImageData | None],
-    checkpoint: Path,
+    group: Group, options: dict[str, Any], sources: dict[str, ImageData | None], checkpoint: Path
 ) -> None:
     """Raise DistributedError unless all processes have equal options, images and checkpoints."""
     if group.world_size == 1:

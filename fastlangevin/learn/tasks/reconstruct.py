@@ -103,11 +103,7 @@ def reconstruct(
     with frozen(sampler):
         for i in range(iterations + 1):
             x = quiet(
-                z,
-                seed=seed,
-                differentiable=True,
-                checkpoint=checkpoint,
-                grad_through=grad_through,
+                z, seed=seed, differentiable=True, checkpoint=checkpoint, grad_through=grad_through
             )
             squares = (target - operator(x)).square().flatten(1)
             best = _better(best, Fit(x.detach(), z.detach(), squares.detach().mean(1)))

@@ -222,10 +222,7 @@ class Restoration(NamedTuple):
             ("images", f"{len(self.images)} of {self.source}"),
             ("answers", f"{error.mean():.5f}   mean squared error per element, in [-1, 1]"),
             ("best", f"{error.amin(1).mean():.5f}   of the {x.shape[1]} for each image"),
-            (
-                "their mean",
-                f"{of_mean.mean():.5f}   smallest expected error",
-            ),
+            ("their mean", f"{of_mean.mean():.5f}   smallest expected error"),
             ("measurement", f"{of_seen.mean():.5f}   error of the measurement shown as an image"),
             ("residual", f"{residual.mean():.5f}   mean of (y - A x)^2"),
             ("spread", f"{spread:.5f}   mean variance of an element over the answers"),
