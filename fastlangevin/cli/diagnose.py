@@ -40,6 +40,8 @@ def diagnose(
             run, config, images, n=n, seed=seed, device=device, averaged=averaged, long=long,
             starts=starts, lags=lags, report=show,
         )  # fmt: skip
-    if (folder := out or diagnosed.folder) is not None:
-        announce_replacing(folder / "diagnose.json")
-    return Result(diagnosed.text(), diagnosed.save(out))
+    folder = out or diagnosed.folder
+    if folder is None:
+        return Result(diagnosed.text())
+    announce_replacing(folder / "diagnose.json")
+    return Result(diagnosed.text(), diagnosed.save(folder))

@@ -63,5 +63,9 @@ def evaluate(
         if group.rank > 0:
             return Result()
         if out is None and evaluated.folder is not None:
-            announce_replacing(evaluated.folder / "evaluate.json")
-        return Result(evaluated.text(), evaluated.save(out))
+            out = evaluated.folder / "evaluate.json"
+            announce_replacing(out)
+        if out is None:
+            return Result(evaluated.text())
+        evaluated.save(out)
+        return Result(evaluated.text(), [out])

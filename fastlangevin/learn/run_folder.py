@@ -38,17 +38,8 @@ WRITTEN = (
 )
 # Settings that a resumed run may change: its length, what it writes, and where things are. The path
 # of the data may change, because the content of the data is compared.
-FREE_SETTINGS = (
-    "data",
-    "iterations",
-    "device",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "samples",
-    "max_energy",
-    "max_saturation",
-)
+FREE_SETTINGS = ("data", "iterations", "device", "log_every", "sample_every", "save_every",
+                 "samples", "max_energy", "max_saturation")  # fmt: skip
 
 
 class FolderInUseError(FileExistsError):

@@ -27,14 +27,8 @@ class RunDiagnosis(NamedTuple):
         """Return all figures as text, each with its reference value."""
         return to_text(self.diagnosis)
 
-    def save(self, folder: Path | None = None) -> list[Path]:
-        """Write the files of a diagnosis (default: in the run's folder, if there is one).
-
-        Return their paths.
-        """
-        folder = folder or self.folder
-        if folder is None:
-            return []
+    def save(self, folder: Path) -> list[Path]:
+        """Write the files of the diagnosis, and return their paths."""
         return save(self.diagnosis, folder, self.title, **self.facts)
 
 

@@ -45,16 +45,9 @@ class RunEvaluation(NamedTuple):
         text = to_text(self.evaluation)
         return text if self.files is None else f"samples    {self.files}\n{text}"
 
-    def save(self, path: Path | None = None) -> list[Path]:
-        """Write the figures as JSON (default: evaluate.json in the run's folder, if there is one).
-
-        Return the paths of the files.
-        """
-        path = path or (self.folder and self.folder / "evaluate.json")
-        if path is None:
-            return []
+    def save(self, path: Path) -> None:
+        """Write the figures as JSON."""
         save(self.evaluation, path, **self.facts)
-        return [path]
 
 
 def evaluate_run(

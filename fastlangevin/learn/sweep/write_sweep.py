@@ -133,7 +133,11 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 
         axes = content["plan"]["axes"]
         # If every run diverged, one row of plots shows only tick labels that say so.
-        measured = [name for name in run.MEASURES if _is_measured(content, name)] or ["frechet"]
+        measured = [
+            name
+            for name in run.MEASURES
+            if any(point["measures"][name] is not None for point in content["points"])
+        ] or ["frechet"]
         figure = Figure(figsize=(3.2 * len(axes), 1.9 * len(measured)), layout="constrained")
         grid = figure.subplots(len(measured), len(axes), squeeze=False, sharey="row")
         for column, (axis, values) in enumerate(axes.items()):
@@ -199,10 +203,6 @@ def _diverged_label(content: Mapping[str, Any], axis: str, value: Any) -> str:
         if point["settings"][axis] == value
     )
     return f"\n{lost} diverged" if lost else ""
-
-
-def _is_measured(content: Mapping[str, Any], measure: str) -> bool:
-    return any(point["measures"][measure] is not None for point in content["points"])
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ def starts(n: int, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
     return x0.double() if like.dtype == torch.float64 else x0
 
 
-def check_tensor(op: str, name: str, x: Tensor) -> None:
+def check_batch(op: str, name: str, x: Any) -> None:
     """Raise TypeError unless the argument ``name`` is a floating tensor [n, ...]."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         got = f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
@@ -146,7 +146,7 @@ def image_shape(
     op: str, sampler: LangevinSampler, images: Tensor, name: str = "images"
 ) -> tuple[int, ...]:
     """Return (C, H, W) of the energy if it has a shape, else of the images, argument ``name``."""
-    check_tensor(op, name, images)
+    check_batch(op, name, images)
     return tuple(getattr(sampler.energy, "shape", images.shape[1:]))
 
 
@@ -162,7 +162,7 @@ def check_measurements(
 
     Raises TypeError or ValueError unless it does and, if ``bounded``, lies in [-1, 1].
     """
-    check_tensor(op, name, y)
+    check_batch(op, name, y)
     want = check_operator(op, operator, shape, y.device, y.dtype)
     if tuple(y.shape[1:]) != want or len(y) == 0:
         raise ValueError(
