@@ -65,7 +65,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
     """Write contiguous CPU tensors as a safetensors file; equal content gives equal bytes.
 
     The function of the safetensors library is not used, because it copies all tensors first, writes
-    the metadata in random order, and leaves a temporary file behind if it is killed.
+    the metadata in random order, and leaves a temporary file if it is killed.
     """
     # The format has no padding. Sorting by element size, largest first, aligns all tensors.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -78,11 +78,8 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
                 f"checkpoint {path}: {name} has dtype {tensor.dtype}, which safetensors cannot hold"
             )
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -197,7 +194,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def shipped() -> dict[str, Path]:
-    """Return the models in the package by name. A YAML file next to each says how it was made."""
+    """Return the models in the package by name. The YAML file beside each says how it was made."""
     return {path.stem: path for path in sorted(_MODELS.glob(f"*{_SUFFIX}"))}
 
 

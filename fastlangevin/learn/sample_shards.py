@@ -16,7 +16,7 @@ from fastlangevin.learn.checkpoint import checksum
 from fastlangevin.learn.data.sample_folder import FORMAT, SAMPLES, VERSION, shard_paths
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_arrays
-from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code
+from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code, has_plan
 from fastlangevin.learn.reading import as_json, read_json
 from fastlangevin.sampler import LangevinSampler
 
@@ -92,16 +92,8 @@ def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[st
 
 def _open(out: Path, plan: dict[str, Any]) -> None:
     """Write the plan into a new folder; FileExistsError unless an old one has the same plan."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"sample: {out} is a file, not a folder for samples")
     file = out / SAMPLES
-    # Another job may be writing its plan and then its files, so the plan is looked for last.
-    others = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
-    if not file.exists():
-        if others:
-            raise FileExistsError(
-                f"sample: {out} holds {others[0]} but no {SAMPLES}; name another folder"
-            )
+    if not has_plan("sample", out, SAMPLES, "samples"):
         save_json(file, plan, indent=1)
         return
     saved = read_json(file)

@@ -211,15 +211,8 @@ def to_text(evaluation: Evaluation) -> str:
 def save(evaluation: Evaluation, path: Path, **facts: Any) -> None:
     """Write the evaluation as JSON, with ``facts`` about what was evaluated."""
     figures = {name: row._asdict() for name, row in evaluation.figures.items()}
-    record = {
-        "format": FORMAT,
-        "version": 1,
-        **facts,
-        **evaluation._asdict(),
-        "clamp": [-1, 1],
-        "figures": figures,
-    }
-    save_json(path, record, indent=1, allow_nan=False)
+    record = {"format": FORMAT, "version": 1, **facts, **evaluation._asdict(), "clamp": [-1, 1]}
+    save_json(path, record | {"figures": figures}, indent=1, allow_nan=False)
 
 
 def _prepare(images: Tensor, quantised: bool) -> Tensor:

@@ -14,6 +14,7 @@ from fastlangevin.distributed import Group
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.evaluation.efficientnet import EfficientNetLite0
+from fastlangevin.learn.images import to_bytes
 from fastlangevin.learn.reading import check_file, reading
 from fastlangevin.learn.user_code import find_attribute
 from fastlangevin.names import did_you_mean
@@ -120,10 +121,6 @@ def make_features(
 def quantise(images: Tensor) -> Tensor:
     """Clamp images to [-1, 1] and round them to the 256 levels of a picture file."""
     return to_bytes(images).float() / 127.5 - 1
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _classifier(train: ImageData, group: Group | None) -> Features:

@@ -21,10 +21,10 @@ from fastlangevin.learn.atomic import save_json, save_text
 from fastlangevin.learn.build import build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.config import TrainConfig, read_settings
-from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.divergence import DivergedError
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
+from fastlangevin.learn.job import has_plan
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.model import load
 from fastlangevin.learn.reading import brief, read_bytes, read_json
@@ -35,7 +35,7 @@ from fastlangevin.learn.train import StopRequest, stop_signal, train
 from fastlangevin.progress import Report, silent
 
 PLAN, RESULT, CLAIMS = "sweep.yaml", "result.json", ".claims"
-_POLL = 2.0  # seconds between looks at what other processes have done
+_POLL = 2.0  # seconds between checks of what other processes have done
 MARK = "# The plan of a fastlangevin sweep.\n"
 SAMPLES = 1024
 _SAMPLES_SEED = 2**32 + 3  # folded into a run's seed; build.py uses the numbers below
@@ -66,8 +66,8 @@ def run_sweep(
     """Make the runs of a sweep, in folders under ``out``, and return all results.
 
     Any number of processes may call this function for one folder, also on several machines and at
-    different times. Each takes the next run that nobody works on. If a process is lost, another
-    one takes its run over some minutes later and resumes it from its checkpoint. All of them
+    different times. Each takes the next run that no other works on. If a process is lost, another
+    one takes over its run some minutes later and resumes it from its checkpoint. All of them
     return when every run has a result.
 
     Returns None if a signal ended the sweep. When called again, it keeps finished runs and resumes
@@ -76,7 +76,7 @@ def run_sweep(
     device: replaces the device of the config.
     report: called as ``report(run, result)`` for every run when its result is there, including
         those already finished and those of other processes.
-    stop: holds, afterwards, the signal that ended the sweep, as in ``train``.
+    stop: afterwards holds the signal that ended the sweep, as in ``train``.
     progress: called as progress(run, done, total) after every iteration of a run of this process.
 
     Before anything is written, raises ValueError for a run with invalid settings or a damaged
@@ -109,7 +109,8 @@ def run_sweep(
                 results[run.name] = result
                 if report is not None:
                     report(run, result)
-        if len(results) == before and not _wait_for_others(stop):  # others work on all that is left
+        # Without a new result, others work on all runs that are left.
+        if len(results) == before and not _wait_for_others(stop):
             return None
     with contextlib.suppress(OSError):  # another process has just removed it
         (out / CLAIMS).rmdir()
@@ -150,17 +151,7 @@ def _claim_and_make(
 
 
 def _check_folder(plan: Sweep, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"sweep: {out} is a file, not a folder for a sweep")
-    # Another process may be writing its plan, to a hidden temporary file, and then its runs. The
-    # plan is looked for after the files have been listed, so it is there if they are a sweep's.
-    names = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
-    if not (out / PLAN).exists():
-        if names:
-            raise FileExistsError(
-                f"sweep: {out} holds {names[0]} but is not a sweep (it has no {PLAN}); "
-                "name another folder"
-            )
+    if not has_plan("sweep", out, PLAN, "a sweep"):
         return
     if not read_bytes(out / PLAN).startswith(MARK.encode()):
         raise FileExistsError(
@@ -185,27 +176,22 @@ def _check_folder(plan: Sweep, out: Path) -> None:
 
 def _check_runs(runs: Sequence[Run]) -> Judge:
     """Build the learner of every point once; return a function that judges a run's samples."""
+    data_of = functools.cache(load_data)
+    judge_of = functools.cache(lambda source: QualityCheck(data_of(source)))
 
-    @functools.cache
-    def data_of(*source: Any) -> ImageData:
-        changes = dict(zip(_SOURCE, source, strict=True))
-        return load_data(dataclasses.replace(runs[0].config, **changes))
-
-    @functools.cache
-    def judge_of(*source: Any) -> QualityCheck:
-        return QualityCheck(data_of(*source))
-
-    def source(config: TrainConfig) -> list[Any]:
-        return [getattr(config, name) for name in _SOURCE]
+    def source(config: TrainConfig) -> TrainConfig:
+        """Return a config that differs from the first run's only in its data."""
+        changes = {name: getattr(config, name) for name in _SOURCE}
+        return dataclasses.replace(runs[0].config, **changes)
 
     for run in runs:
         if run.config.seed != runs[0].config.seed:
             continue
         try:
-            build_learner(run.config, data_of(*source(run.config)))
+            build_learner(run.config, data_of(source(run.config)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"sweep: at {describe(run.settings)}: {error}") from error
-    return lambda config: judge_of(*source(config))
+    return lambda config: judge_of(source(config))
 
 
 def _make_run(
@@ -260,7 +246,7 @@ def _samples(config: TrainConfig, folder: Path) -> Tensor:
 
 
 def _settled_measures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return measures over the last quarter of a run's records, when it has settled if ever."""
+    """Return measures over the last quarter of a run's records, the most settled part."""
     late = records[-max(1, len(records) // 4) :]
     gaps = [record["gap"] for record in late]
     return {
@@ -293,7 +279,7 @@ def _is_result(result: Any) -> bool:
     if not isinstance(result, dict) or not {"settings", "seed", "diverged"} <= result.keys():
         return False
     numbers = [result.get(name, "missing") for name in MEASURES]
-    lost = result["diverged"]
+    end = result["diverged"]
     return all(value is None or isinstance(value, int | float) for value in numbers) and (
-        lost is None or (isinstance(lost, dict) and {"iteration", "reason"} <= lost.keys())
+        end is None or (isinstance(end, dict) and {"iteration", "reason"} <= end.keys())
     )

@@ -114,9 +114,7 @@ def restore(
     mean = None
     if method == "moments":
         count = check_count(op, "samples", SAMPLES if samples is None else samples)
-        x, mean = conditioned(
-            op, sampler, y, operator, shape, answers, count, noise, seed, callback
-        )  # fmt: skip
+        x, mean = conditioned(sampler, y, operator, shape, answers, count, noise, seed, callback)
     elif method == "latent":
         restarts = check_count(op, "restarts", fit.pop("restarts", 1))
         fits = reconstruct(sampler, y, operator, restarts=answers * restarts, seed=seed, **fit)

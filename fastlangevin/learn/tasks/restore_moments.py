@@ -22,7 +22,6 @@ _ROWS = 1024  # images to which an operator is applied at a time
 
 
 def conditioned(
-    op: str,
     sampler: LangevinSampler,
     y: Tensor,
     operator: Operator,
@@ -39,14 +38,15 @@ def conditioned(
     samples: number of chains from which the moments are estimated.
     noise: standard deviation of the noise in y.
 
-    Raises ValueError, beginning with ``op``, for fewer than two samples and for images with more
-    than :data:`LARGEST` elements.
+    Raises ValueError for fewer than two samples, and for images with more than :data:`LARGEST`
+    elements.
     """
     if samples < 2:
-        raise ValueError(f"{op}: samples must be at least 2, got {samples}")
+        raise ValueError(f"restore: samples must be at least 2, got {samples}")
     if math.prod(shape) > LARGEST:
         raise ValueError(
-            f'{op}: method "moments" needs images of at most {LARGEST} elements, got {list(shape)}'
+            f'restore: method "moments" needs images of at most {LARGEST} elements, got '
+            f"{list(shape)}"
         )
     target = y.repeat_interleave(answers, 0)
     x0 = starts(max(samples, len(target)), shape, seed, y)

@@ -358,7 +358,7 @@ def test_sweep_refuses_folders_that_it_cannot_use(
     with pytest.raises(ValueError, match=r"sweep\.yaml is damaged, it has no centre"):
         run_sweep(plan, tmp_path)
     (tmp_path / "sweep.yaml").rename(tmp_path / "thesis.tex")
-    with pytest.raises(FileExistsError, match=r"holds thesis\.tex but is not a sweep"):
+    with pytest.raises(FileExistsError, match=r"holds thesis\.tex but no sweep\.yaml"):
         run_sweep(plan, tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         run_sweep(plan, tmp_path / "thesis.tex")
