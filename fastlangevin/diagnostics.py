@@ -47,7 +47,7 @@ class Diagnostics(NamedTuple):
     def _measured(self) -> dict[str, Tensor]:
         """Return what was measured, by name, in float64 on the CPU.
 
-        Without a rejected step, as without ``metropolis``, the acceptance says nothing.
+        The acceptance is left out if no step was rejected, as without ``metropolis``.
         """
         measured = {name: getattr(self, name).detach().double().cpu() for name in _PANELS}
         if bool((measured["accepted"] == 1).all()):
@@ -57,7 +57,7 @@ class Diagnostics(NamedTuple):
     def _failure(self) -> tuple[int, str] | None:
         """Return the first step, from 1, at which a chain was not finite, and a line about it.
 
-        Energies that are all NaN are those of a score network, which has none.
+        Energies that are all NaN are not counted, because a score network has no energy.
         """
         measured = self._measured()
         names = ["grad_norm", "displacement"]
@@ -75,11 +75,11 @@ class Diagnostics(NamedTuple):
     def plot(self) -> Any:
         """Return a figure of all measurements by step: the median and the 5 to 95 % of chains.
 
-        Notebooks show it if it is the last value of a cell, as they show the diagnostics
-        themselves. ``figure.savefig(path)`` saves it. Energies that are all NaN, as those of score
-        networks, and the acceptance of chains that rejected no step are left out. The axis of
-        values that span many orders of magnitude is logarithmic. A dotted line marks the first step
-        at which a chain was not finite.
+        A notebook shows it, or the diagnostics themselves, as the last value of a cell.
+        ``figure.savefig(path)`` saves it. Energies that are all NaN, as for score networks, and the
+        acceptance of chains that rejected no step are left out. The axis of values that span many
+        orders of magnitude is logarithmic. A dotted line marks the first step at which a chain was
+        not finite.
 
         Raises ImportError without matplotlib, and ValueError if there are no chains.
         """

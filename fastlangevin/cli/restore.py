@@ -32,8 +32,8 @@ def restore(
 
     Args:
         operator: The measurement A: mask, downsample, blur or grey.
-        method: Method: moments (those of the model's samples, given y), posterior (chains guided by
-            y), clamped (for masks) or latent (fitted starting points).
+        method: Method: moments (the moments of the model's samples, conditioned on y), posterior
+            (chains guided by y), clamped (for masks) or latent (fitted starting points).
         n: Number of images, 1 or more (default: 8, or all if there are fewer).
         answers: Answers per image, 1 or more.
         measurement_noise: Standard deviation of the noise that is added to the measurements.

@@ -17,7 +17,7 @@ def split_rows(
     """Return compute(slice(0, n)). Every process computes a share of it.
 
     Args:
-        compute: Returns tensors whose rows are those of the slice, or None in place of a tensor. It
+        compute: Returns tensors with the rows of the slice, or None in place of a tensor. It
             is called with slices that begin at a multiple of ``block``. If it works block by block,
             the result does not depend on the number of processes, bit for bit.
         what: What the rows are, as error messages say it.

@@ -239,9 +239,9 @@ def check_weights(
     faults = []
     for name in [*expected, *(name for name in weights if name not in expected)]:
         needed = list(expected[name].shape) if name in expected else "nothing"
-        given = list(weights[name].shape) if name in weights else "nothing"
-        if needed != given:
-            faults.append(f"{type(module).__name__}.{name} needs {needed}, the file has {given}")
+        saved = list(weights[name].shape) if name in weights else "nothing"
+        if needed != saved:
+            faults.append(f"{type(module).__name__}.{name} needs {needed}, the file has {saved}")
     if faults:
         others = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
         first_faults = "; ".join(faults[:_MOST_FAULTS])

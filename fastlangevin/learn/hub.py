@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: their names, and how their files get there and here."""
+"""Models on the Hugging Face hub: their names, downloads and uploads."""
 
 import re
 from pathlib import Path
@@ -18,9 +18,9 @@ def is_hub_name(path: str | Path) -> bool:
 def download(name: str | Path) -> Path:
     """Return the file of the model "hf:owner/name" or "hf:owner/name@revision".
 
-    It comes from the library's cache if it is there and the hub has no newer one, or cannot be
-    asked. Raises ValueError for another form of name, ImportError without huggingface_hub, and
-    OSError if there is no such file.
+    It comes from the library's cache if the hub has no newer one or cannot be reached. Raises
+    ValueError for another form of name, ImportError without huggingface_hub, and OSError if there
+    is no such file.
     """
     match = _NAME.fullmatch(str(name))
     if match is None:
@@ -40,7 +40,7 @@ def download(name: str | Path) -> Path:
 
 
 def upload(repo: str, folder: Path, private: bool | None, message: str) -> str:
-    """Make the repository "owner/name" if it does not exist, add the files, return its address.
+    """Create the repository "owner/name" if it does not exist, add the files, return its address.
 
     Raises ImportError without huggingface_hub, and OSError if the hub refuses.
     """

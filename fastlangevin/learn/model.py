@@ -244,7 +244,7 @@ def _build_energy(
 ) -> ConvEnergy:
     """Build the energy that a header describes, on the meta device.
 
-    Raises CheckpointError if that is impossible or its shapes are not those of the weights.
+    Raises CheckpointError if that is impossible, or if its shapes differ from the weights'.
     """
     settings, kind = info.get("energy"), info.get("energy_class")
     if settings is None:
@@ -255,7 +255,7 @@ def _build_energy(
         )
     try:
         # The meta device allocates no memory. A header of a few bytes can describe terabytes, so
-        # its shapes are first compared with those of the weights in the file.
+        # its shapes are first compared with the weights in the file.
         with torch.device("meta"):
             energy = ConvEnergy(**settings)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -340,15 +340,15 @@ def push_to_hub(
 def _card(repo: str, info: Mapping[str, Any]) -> str:
     """Return the text of a model card: what the model is, how to load it, and its settings."""
     kind, settings = info.get("energy_class", "ConvEnergy"), info["energy"]
-    own = settings is None
+    is_custom = settings is None
     rows = {**(settings or {}), **(info.get("config") or {}), **info["sampler"]}
     return _CARD.format(
         name=repo.split("/")[-1],
         repo=repo,
         version=__version__,
         kind=kind,
-        energy=", energy=MyEnergy()" if own else "",
-        hint=f"  # an instance of {kind}" if own else "",
+        energy=", energy=MyEnergy()" if is_custom else "",
+        hint=f"  # an instance of {kind}" if is_custom else "",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
 

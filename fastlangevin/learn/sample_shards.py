@@ -33,15 +33,15 @@ def sample_shards(
 ) -> list[Path]:
     """Draw n samples from noise into files of ``per_file`` samples each, and return their paths.
 
-    The samples are those of one call ``sampler(n=n, seed=seed)``, in float32. The file of chains
-    i, i + 1, ... is called i.npy, with eight digits, and has shape [per_file, ...], or less at the
-    end. samples.json says what the files hold. Files that are complete are kept, so that the same
+    The samples equal the result of one call ``sampler(n=n, seed=seed)``, in float32. The file of
+    chains i, i + 1, ... is called i.npy, with eight digits, and holds ``per_file`` samples, or
+    fewer at the end. samples.json describes the files. Complete files are kept, so that the same
     call continues after a stop, with any number of processes. Each process draws the next file
-    that is missing. The call returns when the files of all processes are there.
+    that is missing. The call returns when all files exist.
 
     per_file: samples per file, which one call of the sampler draws; it bounds the memory.
     group: the processes that share the files.
-    report: called as ``report(samples that are there, n)``, on rank 0 alone.
+    report: called as ``report(samples written, n)``, on rank 0 alone.
 
     Raises FileExistsError if the folder holds samples of another model, seed, number, version or
     kind of device, or other files; DistributedError if the processes differ, do not share the

@@ -82,7 +82,7 @@ class SharedBuffer:
     def _move(self, values: Tensor, sources: Tensor, targets: Tensor, what: str) -> Tensor:
         """Move value i from rank sources[i] to rank targets[i], for all i.
 
-        values: those of this rank, in ascending i, as are the values returned.
+        values: the values of this rank, in ascending i. So are the values returned.
         """
         rank, world_size = self._group.rank, self._group.world_size
         to, origin = targets[sources == rank], sources[targets == rank]

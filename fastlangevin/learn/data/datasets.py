@@ -143,7 +143,7 @@ def warn_of_range(op: str, images: Tensor) -> None:
     beyond = float((images.abs() > 1.5).float().mean())
     if beyond > 0.01 or low >= 0:
         warnings.warn(
-            f"{op}: data must be in [-1, 1], where the chains start, and those of the first batch "
+            f"{op}: data must be in [-1, 1], where the chains start, and the first batch's values "
             f"are from {low:.3g} to {high:.3g}"
             + ("; use 2 * images - 1" if low >= 0 and 0.5 < high <= 1 else ""),
             stacklevel=4,
@@ -154,8 +154,8 @@ def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
     """Return the images, those with a True ``flip`` mirrored along the last dimension."""
     if flip is None:
         return images
-    where = flip.to(images.device).view(-1, *[1] * (images.ndim - 1))
-    return torch.where(where, images.flip(-1), images)
+    flips = flip.to(images.device).view(-1, *[1] * (images.ndim - 1))
+    return torch.where(flips, images.flip(-1), images)
 
 
 def _dataset_of(op: str, loader: DataLoader[Any]) -> Dataset[Any]:

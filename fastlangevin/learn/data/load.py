@@ -253,7 +253,7 @@ def _from_array(
                 f"{name}: float images must have 1 or 3 channels, got 4; composite the alpha "
                 "channel first"
             )
-        # The range is that of all images, so that `limit` does not change the meaning of a value.
+        # The range is taken over all images, so that `limit` does not change what a value means.
         low, _ = arrays.float_range(pixels, name, bounded)
     pixels, labels = pixels[:limit], None if labels is None else labels[:limit]
     count, depth, height, width = pixels.shape

@@ -44,7 +44,7 @@ class Correlations(NamedTuple):
     values: int  # number of values
     spacing: int  # iterations between values
     d: list[float]  # autocorrelations at lags 0, 1, ...
-    r: list[float]  # the same of r
+    r: list[float]  # the same for r
     cross: list[float]  # correlations of d at t with r at t + lag, for lags -L .. L
     bound: float  # 3 / sqrt(values), rarely exceeded without correlation
     d_mean: float

@@ -72,7 +72,7 @@ def evaluate(
 ) -> Evaluation:
     """Compare sets of images [n, C, H, W] with training images.
 
-    The metrics are those of :mod:`fastlangevin.learn.evaluation.metrics`. Nearest neighbours are
+    The metrics are defined in :mod:`fastlangevin.learn.evaluation.metrics`. Nearest neighbours are
     searched for by pixels, among all training images.
 
     Args:

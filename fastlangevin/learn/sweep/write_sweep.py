@@ -47,17 +47,17 @@ def outcome(result: Result) -> str:
 
 
 def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
-    """Return the plan, the machine, the marks, and each point with its runs, JSON-ready.
+    """Return the plan, the machine, reference values, and each point with its runs, JSON-ready.
 
     The measures of a point are {"mean", "error", "n"} over its n runs that did not diverge. The
     error is the standard error, the standard deviation / sqrt(n), and None for n = 1.
     """
     points = []
     for settings in plan.points():
-        of_point = [result for result in results if result["settings"] == as_json(settings)]
-        finished = [result for result in of_point if result["diverged"] is None]
+        runs = [result for result in results if result["settings"] == as_json(settings)]
+        finished = [result for result in runs if result["diverged"] is None]
         measures = {name: _mean([result[name] for result in finished]) for name in run.MEASURES}
-        points.append({"settings": settings, "measures": measures, "runs": of_point})
+        points.append({"settings": settings, "measures": measures, "runs": runs})
     content = {
         "format": "fastlangevin sweep",
         "version": VERSION,
@@ -108,15 +108,15 @@ def to_markdown(content: Mapping[str, Any]) -> str:
                 for title, row in zip(_titles(), zip(*cells, strict=True), strict=True)
             ]
             parts.append(markdown_table(header, rows))
-    lost = [
+    diverged = [
         f"- {describe(point['settings'])}, seed {result['seed']}: iteration "
         f"{result['diverged']['iteration']}: {result['diverged']['reason']}"
         for point in content["points"]
         for result in point["runs"]
         if result["diverged"]
     ]
-    if lost:
-        parts.append("Diverged:\n\n" + "\n".join(lost))
+    if diverged:
+        parts.append("Diverged:\n\n" + "\n".join(diverged))
     return "\n\n".join(parts) + "\n"
 
 
@@ -195,14 +195,14 @@ def _count_diverged(point: Mapping[str, Any]) -> int:
 
 
 def _diverged_label(content: Mapping[str, Any], axis: str, value: Any) -> str:
-    """Return the line of a tick label on diverged runs, which are not in the means."""
-    lost = sum(
+    """Return a tick label's line about diverged runs, which are not in the means."""
+    count = sum(
         _count_diverged(point)
         for line in content["lines"][axis]
         for point in _points_on(content, line)
         if point["settings"][axis] == value
     )
-    return f"\n{lost} diverged" if lost else ""
+    return f"\n{count} diverged" if count else ""
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
@@ -214,7 +214,7 @@ def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """Describe the machine of the last process, on which times depend."""
+    """Describe this machine, on which times depend."""
     return {
         "device": device_name(choose_device(device)),
         "cores": os.cpu_count(),

@@ -187,8 +187,8 @@ def feature_rows(
     rows = []
     for name, x, what in (
         ("end points", frames[[0, -1]], text),
-        ("between", frames[1:-1], "the same of the frames between them"),
-        ("crossfade", crossfade, "the same of mixtures of the end points' pixels"),
+        ("between", frames[1:-1], "the same for the frames between them"),
+        ("crossfade", crossfade, "the same for mixtures of the end points' pixels"),
     ):
         distance = kernel_distance(features(quantise(x.flatten(0, 1)))[0], real)
         rows.append((name, f"{distance:.4f}   {what}"))
@@ -309,9 +309,9 @@ def transfer_images(
 
     n: number of images (default: 8, or all of the source if it has fewer).
 
-    content: side of the squares whose means are held; 1 holds the pixels.
+    content: side of the squares whose means are preserved; 1 preserves the pixels.
     style: source of images whose statistics guide the chains.
-    frames: most states to return after the source images.
+    frames: the largest number of states to return after the source images.
     report: called as report(what, done, total) on the way, unless there are frames.
     guidance: other options of :func:`guide`.
 
