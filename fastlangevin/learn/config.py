@@ -106,9 +106,9 @@ def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
         config_text(str(config))  # raises an error that lists the names
     changes = read_settings(config)
     name = changes.pop("config", None)
-    if name is not None and name not in config_names():
+    if name is not None:
         try:
-            config_text(name)
+            config_text(name)  # raises an error for an unknown name
         except ValueError as error:
             raise _error_in_file(str(config), error) from error
     return name or "digits", changes

@@ -23,10 +23,8 @@ class RunLog:
     """Writes the records and sample grids of a run to its folder.
 
     metrics.jsonl receives one record per logged iteration. series.jsonl receives a short line for
-    every iteration, to show oscillations between consecutive iterations.
-
-    When a run is resumed, records after ``iteration`` are removed: the weights that they describe
-    were lost.
+    every iteration, which shows oscillations between consecutive iterations. When a run is resumed,
+    records after ``iteration`` are removed, because the weights that they describe were lost.
     """
 
     def __init__(self, run: Path, iteration: int) -> None:

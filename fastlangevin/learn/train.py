@@ -72,7 +72,7 @@ def train(
         overwrite: Delete the run in ``out`` first.
         report: Called as ``report(iteration, record)`` after every iteration.
         start: Called with the learner before the first iteration.
-        stop: Holds, afterwards, the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
+        stop: Afterwards holds the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
             checkpoint after the current iteration and end the run.
         group: The processes that share each batch. All of them call this function; see
             :func:`fastlangevin.distributed.join`. Rank 0 writes. A signal to any of them stops
@@ -82,8 +82,8 @@ def train(
     ``resume`` nor ``overwrite`` is given, or if another process is training in it; ValueError for
     settings that do not fit; and, with ``resume``, FileError naming the file of the run that
     cannot be read. Later, raises DivergedError, naming the last good checkpoint, and OSError if the
-    disk is full. Checkpoints that were already written stay. Raises DistributedError if the
-    processes of a group have other settings, code, data or folders, or if one of them fails.
+    disk is full; checkpoints that were already written are kept. Raises DistributedError if the
+    processes of a group have different settings, code, data or folders, or if one of them fails.
     """
     out, group = Path(out), group or Group()
     check_same_work(group, config)
@@ -196,17 +196,11 @@ def iterate(
     measured = due % config.log_every == 0 or due == config.iterations
     metrics = learner.step(measure=measured, signal=lambda: stop.signal or 0)
     guard.check(metrics)
-    record = {
-        **metrics._asdict(),
-        "lr": learner.lr,
-        "data_noise": learner.data_noise,
-        "seconds": time.perf_counter() - started,
-    }
+    record = {**metrics._asdict(), "lr": learner.lr, "data_noise": learner.data_noise}
+    record["seconds"] = time.perf_counter() - started
     if group.world_size > 1:
-        record |= {
-            "communicated_bytes": group.bytes - sent,
-            "communication_seconds": group.seconds - waited,
-        }
+        record["communicated_bytes"] = group.bytes - sent
+        record["communication_seconds"] = group.seconds - waited
     if log is not None:
         log.follow(due, metrics.gap, metrics.reach)
         if measured:
@@ -254,11 +248,9 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
 def last_good(out: Path) -> str:
     """Return a text about the checkpoint from which a run that has stopped can continue."""
     checkpoints = list_checkpoints(out)
-    return (
-        f"the last good checkpoint is {checkpoints[-1]}"
-        if checkpoints
-        else "no checkpoint was saved yet"
-    )
+    if not checkpoints:
+        return "no checkpoint was saved yet"
+    return f"the last good checkpoint is {checkpoints[-1]}"
 
 
 def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
@@ -272,7 +264,7 @@ def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
 
 
 def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path, log: RunLog | None) -> None:
-    """Flush the records, save a checkpoint, and delete all older ones but the newest."""
+    """Flush the records, save a checkpoint, and delete all but the newest older ones."""
     what = f"checkpoint of iteration {learner.iteration}"
 
     def flush() -> None:
@@ -335,19 +327,19 @@ def stop_signal(stop: StopRequest) -> Iterator[None]:
         return
     # Windows has no SIGHUP.
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {number: signal.getsignal(number) for number in numbers if number is not None}
+    handlers = {number: signal.getsignal(number) for number in numbers if number is not None}
     # Signals that are ignored stay ignored: shells ignore SIGINT for background processes, and
     # nohup ignores SIGHUP.
-    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    handlers = {number: old for number, old in handlers.items() if old != signal.SIG_IGN}
 
     def request(number: int, _frame: object) -> None:
         stop.signal = number
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, handlers[signal.Signals(number)])
 
     try:
-        for number in before:
+        for number in handlers:
             signal.signal(number, request)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

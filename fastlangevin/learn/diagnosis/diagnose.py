@@ -34,7 +34,7 @@ class Reach(NamedTuple):
     moved: float  # |x_K - x_0|
     path: float  # sum over steps of |x after - x before|
     drift: float  # sum over steps of |a dE/dx|
-    noise: float  # b sqrt(K elements), the distance due to noise alone
+    noise: float  # b sqrt(K elements), the distance that noise alone would give
     data: float  # |x_data - x_0|, the distance to the data
 
 
@@ -106,11 +106,15 @@ def diagnose(
     """
     energy = check_sets(sampler.energy, data, data)
     check_count("diagnose", "long", long)
-    with_log = [
-        correlations(*log, lags=lags) if len(log[0]) >= FEWEST else None
-        for log in (series_of(series, "reach", sampler), series_of(records, "grad_norm", sampler))
-    ]
+    logs = series_of(series, "reach", sampler), series_of(records, "grad_norm", sampler)
+    every, measured = (
+        correlations(*log, lags=lags) if len(log[0]) >= FEWEST else None for log in logs
+    )
     total = 2 + long + starts
+
+    def report_after(earlier: int) -> Report:
+        return lambda _, done, __: report("chains", earlier + done, total)
+
     x0 = _starts(data, len(data), seed)
     samples = sampler(x0, seed=seed)
     report("chains", 1, total)
@@ -118,21 +122,14 @@ def diagnose(
     moved = reach(sampler, data, seed)
     report("chains", 2, total)
     return Diagnosis(
-        with_log[0],
-        with_log[1],
+        every,
+        measured,
         layers,
         top_layer(layers, energy),
         parameter_residuals(energy, data, samples),
         moved,
-        long_run(sampler, data, seed, long, lambda _, done, __: report("chains", 2 + done, total)),
-        mixing(
-            sampler,
-            data.shape[1:],
-            seed,
-            starts,
-            data.device,
-            lambda _, done, __: report("chains", 2 + long + done, total),
-        ),
+        long_run(sampler, data, seed, long, report_after(2)),
+        mixing(sampler, data.shape[1:], seed, starts, data.device, report_after(2 + long)),
     )
 
 
@@ -245,7 +242,7 @@ def mixing(
 def noisy_batch(
     data: Images, n: int, data_noise: float, seed: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """Draw n different images (all, if there are fewer) and add the noise that learning adds.
+    """Draw n different images, or all if there are fewer, and add the noise that learning adds.
 
     Raises ValueError if there are fewer than 16.
     """

@@ -70,8 +70,7 @@ def _correlations(what: str, series: Correlations | None) -> str:
     verdict = f"{swings.verdict} oscillation"
     if swings.verdict is None:
         apart = f"values are {series.spacing} iterations apart"
-        why = "too few values" if series.spacing == 1 else apart
-        verdict = f"no verdict on oscillation, {why}"
+        verdict = f"no verdict on oscillation, {'too few values' if series.spacing == 1 else apart}"
     return (
         f"  {what}, the last {series.values}\n"
         f"    d {series.d_mean:+.4g} +- {series.d_std:.4g}, below 0 (expansion) in "
