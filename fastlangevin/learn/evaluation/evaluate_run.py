@@ -147,7 +147,7 @@ def _compare_work(
         return
     with group.working():
         tensors, info = read_checkpoint(checkpoint)
-    digests = {name: data and fingerprint(data) for name, data in sources.items()}
+    digests: dict[str, Any] = {name: data and fingerprint(data) for name, data in sources.items()}
     digests["the checkpoint"] = checksum(json.dumps(info), tensors)
     compare_with_code(group, options | digests)
 

@@ -18,7 +18,7 @@ from fastlangevin.learn.tasks.reconstruct import (
     reconstruct,
     starts,
 )
-from fastlangevin.learn.tasks.restore_moments import conditioned
+from fastlangevin.learn.tasks.restore_moments import from_moments
 from fastlangevin.names import check_name, did_you_mean
 from fastlangevin.reprs import short_repr
 from fastlangevin.sampler import LangevinSampler
@@ -114,7 +114,7 @@ def restore(
     mean = None
     if method == "moments":
         count = check_count(op, "samples", SAMPLES if samples is None else samples)
-        x, mean = conditioned(sampler, y, operator, shape, answers, count, noise, seed, callback)
+        x, mean = from_moments(sampler, y, operator, shape, answers, count, noise, seed, callback)
     elif method == "latent":
         restarts = check_count(op, "restarts", fit.pop("restarts", 1))
         fits = reconstruct(sampler, y, operator, restarts=answers * restarts, seed=seed, **fit)

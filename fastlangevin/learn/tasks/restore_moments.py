@@ -21,7 +21,7 @@ ROUNDING = 1 / 255  # most that a picture's 256 levels change a pixel of [-1, 1]
 _ROWS = 1024  # images to which an operator is applied at a time
 
 
-def conditioned(
+def from_moments(
     sampler: LangevinSampler,
     y: Tensor,
     operator: Operator,
