@@ -47,16 +47,16 @@ def report(
 
     inside = out is None and is_run(run)
     path = run / "report.html" if inside else choose_out(out, "report.html", overwrite)
-    made = None
+    results = None
     with contextlib.ExitStack() as stack:
         if not is_run(run):
-            made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            results = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             sampler = load(run, device=choose_device(device))
-            save_grid(sampler(n=64, seed=0), made / "samples.png")
-        if made or compute:
-            _compute(run, made or run, device, compute)
+            save_grid(sampler(n=64, seed=0), results / "samples.png")
+        if results or compute:
+            _compute(run, results or run, device, compute)
         announce_replacing(path)
-        write_report(run, path, made)
+        write_report(run, path, results)
     return Result(files=[path])
 
 

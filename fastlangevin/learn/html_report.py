@@ -105,7 +105,7 @@ def to_html(run: Path, results: Path | None = None) -> str:
         )
         settings = dataclasses.asdict(resolve_saved(weights.info, run, {})) if saved else sampler
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
-    how = divergence(run) if _files_of_run(run, DIVERGED) else None
+    diverged = divergence(run) if _files_of_run(run, DIVERGED) else None
     iterations = settings.get("iterations")
     trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
     folder = results or run
@@ -113,7 +113,7 @@ def to_html(run: Path, results: Path | None = None) -> str:
         weights = weights._replace(checkpoint=None)  # these results are new
     sections = [
         f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
-        f"<p>The run {escape(how)}</p>" if how else "",
+        f"<p>The run {escape(diverged)}</p>" if diverged else "",
         _section("Samples", _samples(folder, weights, iterations)),
         _section("Learning", learning),
         _section("Results", _pictures(folder, weights)),
@@ -135,10 +135,10 @@ def _settings_in_header(info: Mapping[str, Any], name: str, model: Path) -> dict
 
 
 def age(path: Path, weights: Weights) -> str:
-    """Say that a result is of other weights; return "" if it is of these.
+    """Return a text that says that a result is of other weights, or "" if it is of these.
 
     A result records its iteration: JSON under that name, a picture in the first line of its text.
-    If there is none, the times of the files are compared, although copying may change them.
+    Without one, the times of the files are compared, although copying may change them.
     """
     if weights.checkpoint is None:
         return ""
@@ -198,12 +198,12 @@ def curve(points: Sequence[tuple[float, float]]) -> str:
     points = _extremes(points)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
-    spread = (high - low) or abs(high) or 1.0
+    extent = (high - low) or abs(high) or 1.0
     right, top = _WIDTH - 8, 8
 
     def at(x: float, y: float) -> str:
         across = (x - xs[0]) / ((xs[-1] - xs[0]) or 1)
-        up = (y - low) / spread
+        up = (y - low) / extent
         return (
             f"{_LEFT + across * (right - _LEFT):.1f},"
             f"{_HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - top):.1f}"

@@ -18,7 +18,7 @@ from fastlangevin.learn.run_folder import JOB
 
 # Seconds. Network file systems show new files late: NFS keeps a folder's entries for up to 60 s.
 _SEEN_WITHIN = 60.0
-_OWN = ("data", "device")  # settings that may differ between machines
+_MAY_DIFFER = ("data", "device")  # settings that may differ between machines
 _CODE = (".py", ".so", ".pyd")
 VERSIONS = {"fastlangevin": __version__, "torch": torch.__version__}
 
@@ -51,7 +51,7 @@ def is_own(group: Group, out: Path) -> bool:
 
 def check_same_work(group: Group, config: TrainConfig) -> None:
     """Raise DistributedError, naming what differs, unless all processes have equal settings."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OWN}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_DIFFER}
     compare_with_code(group, settings)
 
 

@@ -50,7 +50,7 @@ def sample_shards(
     out, group = Path(out), group or Group()
     plan = _plan(sampler, check_count("sample", "n", n), seed, per_file)
     compare_with_code(group, plan)
-    group.first(lambda: _open(out, plan), f"folder of samples {out}")
+    group.first(lambda: _open_folder(out, plan), f"folder of samples {out}")
     check_same_folder(group, out, "sample")
     paths = shard_paths(out, n, per_file)
     try:
@@ -90,7 +90,7 @@ def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[st
     return as_json(plan)
 
 
-def _open(out: Path, plan: dict[str, Any]) -> None:
+def _open_folder(out: Path, plan: dict[str, Any]) -> None:
     """Write the plan into a new folder; FileExistsError unless an old one has the same plan."""
     file = out / SAMPLES
     if not has_plan("sample", out, SAMPLES, "samples"):

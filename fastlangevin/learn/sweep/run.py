@@ -91,7 +91,7 @@ def run_sweep(
         ]
     _check_folder(plan, out)
     for run in runs:
-        _result(out / run.name)  # raises an error for a damaged result before any work
+        _read_result(out / run.name)  # raises an error for a damaged result before any work
     judge_of = _check_runs(runs)
     stop = stop or StopRequest()
     if not (out / PLAN).exists():
@@ -102,7 +102,9 @@ def run_sweep(
         for run in runs:
             if run.name in results:
                 continue
-            result = _result(out / run.name) or _claim_and_make(run, out, judge_of, stop, progress)
+            result = _read_result(out / run.name) or _claim_and_make(
+                run, out, judge_of, stop, progress
+            )
             if stop.signal is not None:
                 return None
             if result is not None:
@@ -140,7 +142,7 @@ def _claim_and_make(
     with claimed(out / CLAIMS / run.name, leave) as free:
         if not free:
             return None
-        result = _result(out / run.name)  # another process may just have finished it
+        result = _read_result(out / run.name)  # another process may just have finished it
         try:
             result = result or _make_run(run, out / run.name, judge_of, own_stop, progress)
         except FolderInUseError:  # by a process whose claim has expired, but which still holds it
@@ -221,7 +223,7 @@ def _make_run(
     if records:
         measures["seconds"] = statistics.median(record["seconds"] for record in records)
     if diverged is None:
-        images = _samples(config, folder)
+        images = _draw_samples(config, folder)
         if bool(images.isfinite().all()):
             measures |= judge_of(config)(images)._asdict()
             measures |= _settled_measures(records)
@@ -229,10 +231,10 @@ def _make_run(
             diverged = {"iteration": config.iterations, "reason": "samples are not finite"}
     result = {"settings": run.settings, "seed": config.seed, "diverged": diverged, **measures}
     save_json(folder / RESULT, result)
-    return _result(folder)
+    return _read_result(folder)
 
 
-def _samples(config: TrainConfig, folder: Path) -> Tensor:
+def _draw_samples(config: TrainConfig, folder: Path) -> Tensor:
     """Run new chains from p0 through the trained model, a batch at a time."""
     sampler = load(folder, device=choose_device(config.device))
     seed = _noise.fold_in(config.seed, _SAMPLES_SEED)
@@ -256,7 +258,7 @@ def _settled_measures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _result(folder: Path) -> dict[str, Any] | None:
+def _read_result(folder: Path) -> dict[str, Any] | None:
     """Return the result of a finished run, or None; FileError if it is damaged."""
     path = folder / RESULT
     if not os.path.lexists(path):

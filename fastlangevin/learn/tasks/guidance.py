@@ -18,7 +18,7 @@ Energy = Callable[..., Tensor]
 def with_term(sampler: LangevinSampler, term: Energy) -> LangevinSampler:
     """Return this sampler on energy + term, or on f - term if it maximizes f."""
     sign = -1.0 if sampler.maximize else 1.0
-    return _on(sampler, _Sum(sampler.energy, term, sign))
+    return _on_energy(sampler, _Sum(sampler.energy, term, sign))
 
 
 def clamped(sampler: LangevinSampler, y: Tensor, mask: Mask) -> LangevinSampler:
@@ -28,7 +28,7 @@ def clamped(sampler: LangevinSampler, y: Tensor, mask: Mask) -> LangevinSampler:
     The hidden pixels of the chains are the same as if the known ones were reset to y before every
     step. The known pixels of the state only accumulate noise; the caller must replace them by y.
     """
-    return _on(sampler, _Clamped(sampler.energy, y, mask))
+    return _on_energy(sampler, _Clamped(sampler.energy, y, mask))
 
 
 class DataTerm(nn.Module):
@@ -153,6 +153,6 @@ class _Clamped(_Wrapped):
         return self.energy(self.mask.fill(x, self.y.to(x.dtype)), **model_kwargs)
 
 
-def _on(sampler: LangevinSampler, energy: nn.Module) -> LangevinSampler:
+def _on_energy(sampler: LangevinSampler, energy: nn.Module) -> LangevinSampler:
     # These energies read tensors that are not parameters, which only autograd supports.
     return LangevinSampler(energy, **sampler.settings() | {"gradient": "autograd"})

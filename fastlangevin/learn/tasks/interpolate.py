@@ -48,11 +48,11 @@ def interpolate(
         check_batch(op, name, z)
     if z1.shape != z2.shape:
         raise ValueError(f"{op}: z2 must have z1's shape {list(z1.shape)}, got {list(z2.shape)}")
-    quiet = with_noise(op, sampler, noise)
+    deterministic = with_noise(op, sampler, noise)
     angles = [math.pi / 2 * k / (frames - 1) for k in range(frames)]
     weights = [(1.0, 0.0), *((math.cos(a), math.sin(a)) for a in angles[1:-1]), (0.0, 1.0)]
     ends = []
     for a, b in weights:
-        ends.append(quiet(a * z1 + b * z2, seed=seed))
+        ends.append(deterministic(a * z1 + b * z2, seed=seed))
         report("frame", len(ends), frames)
     return torch.stack(ends)

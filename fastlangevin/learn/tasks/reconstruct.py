@@ -88,7 +88,7 @@ def reconstruct(
     check_name(f"{op}: optimizer", optimizer, OPTIMIZERS)
     check_name(f"{op}: grad_through", grad_through, ("exact", "straight"))
     lr = check_positive(op, "lr", _RATES[optimizer] if lr is None else lr)
-    quiet = with_noise(op, sampler, noise)
+    deterministic = with_noise(op, sampler, noise)
     if report is not None and not callable(report):
         raise TypeError(f"{op}: report must be a function or None, got {report!r}")
     shape = image_shape(op, sampler, images)
@@ -102,7 +102,7 @@ def reconstruct(
     best = Fit(z.detach(), z.detach(), z.new_full((len(z),), math.inf, requires_grad=False))
     with frozen(sampler):
         for i in range(iterations + 1):
-            x = quiet(
+            x = deterministic(
                 z, seed=seed, differentiable=True, checkpoint=checkpoint, grad_through=grad_through
             )
             squares = (target - operator(x)).square().flatten(1)
