@@ -154,10 +154,10 @@ def _check_method(
                 raise ValueError(f'{op}: {name} belongs to method "{owner}", got method={method!r}')
     known = _OPTIONS[method]
     if others := [name for name in fit if name not in known]:
-        names = {*known, *inspect.signature(restore).parameters} - {"fit"}
+        arguments = {*known, *inspect.signature(restore).parameters} - {"fit"}
         raise TypeError(
             f'{op}: method "{method}" has no option {", ".join(others)}; it takes '
-            f"{', '.join(known) or 'none'}{did_you_mean(others[0], names)}"
+            f"{', '.join(known) or 'none'}{did_you_mean(others[0], arguments)}"
         )
 
 
