@@ -143,21 +143,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
         for column, (axis, values) in enumerate(axes.items()):
             for row, measure in enumerate(measured):
                 subplot = grid[row][column]
-                for line in content["lines"][axis]:
-                    measures = [point["measures"][measure] for point in _points_on(content, line)]
-                    points = [(i, stats) for i, stats in enumerate(measures) if stats is not None]
-                    subplot.errorbar(
-                        [i for i, _ in points],
-                        [stats["mean"] for _, stats in points],
-                        yerr=[stats["error"] or 0.0 for _, stats in points],
-                        marker="o",
-                        markersize=4,
-                        capsize=3,
-                        label=describe({k: v for k, v in line[0].items() if k != axis}),
-                    )
-                mark = content["marks"]["real images"].get(measure)
-                if mark is not None:
-                    subplot.axhline(mark, color="black", linestyle=":", linewidth=1)
+                _plot_measure(subplot, content, axis, measure)
                 labels = [str(value) + _diverged_label(content, axis, value) for value in values]
                 subplot.set_xticks(range(len(values)), labels, fontsize="small")
                 subplot.set_xlim(-0.3, len(values) - 0.7)
@@ -170,6 +156,21 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                 grid[0][column].legend(fontsize="xx-small")
         with replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def _plot_measure(subplot: Any, content: Mapping[str, Any], axis: str, measure: str) -> None:
+    """Draw a measure along the lines of an axis, and its value for real images."""
+    for line in content["lines"][axis]:
+        measures = [point["measures"][measure] for point in _points_on(content, line)]
+        points = [(i, stats) for i, stats in enumerate(measures) if stats is not None]
+        subplot.errorbar(
+            [i for i, _ in points], [stats["mean"] for _, stats in points],
+            yerr=[stats["error"] or 0.0 for _, stats in points], marker="o", markersize=4,
+            capsize=3, label=describe({k: v for k, v in line[0].items() if k != axis}),
+        )  # fmt: skip
+    mark = content["marks"]["real images"].get(measure)
+    if mark is not None:
+        subplot.axhline(mark, color="black", linestyle=":", linewidth=1)
 
 
 def _points_on(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Mapping[str, Any]]:
