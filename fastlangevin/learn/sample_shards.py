@@ -84,10 +84,14 @@ def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[st
         for name, value in sampler.settings().items()
     }
     plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
-    device = device_of(sampler.energy) or torch.device("cpu")
-    computed_by = device_name(device) if device.type == "cuda" else device.type
-    plan |= {"weights": digest, "sampler": settings, "device": computed_by, **VERSIONS}
+    plan |= {"weights": digest, "sampler": settings, "device": _device(sampler), **VERSIONS}
     return as_json(plan)
+
+
+def _device(sampler: LangevinSampler) -> str:
+    """Return the name of the GPU that computes the samples, or "cpu"."""
+    device = device_of(sampler.energy) or torch.device("cpu")
+    return device_name(device) if device.type == "cuda" else device.type
 
 
 def _open_folder(out: Path, plan: dict[str, Any]) -> None:
