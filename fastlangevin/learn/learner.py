@@ -275,13 +275,8 @@ class ShortRunLearner:
     def _noisy_batch(self) -> Tensor:
         """Return the batch of this iteration, with its noise: a function of (seed, iteration)."""
         first_chain, n = self._batch.own
-        words = _noise.words(
-            (n, 2),
-            seed=self.seed,
-            step=self.iteration,
-            stream=_noise.ORDER,
-            first_chain=first_chain,
-        )
+        address: Any = {"seed": self.seed, "step": self.iteration, "first_chain": first_chain}
+        words = _noise.words((n, 2), stream=_noise.ORDER, **address)
         indices = words[:, 0] * len(self.data) >> 32
         flip = words[:, 1] >= 2**31 if self.flip else None
         if isinstance(self.data, DatasetImages):
@@ -294,14 +289,10 @@ class ShortRunLearner:
             warn_of_range(_OP, images)
             self._range_is_known = True
         if self.data_noise > 0:
-            images = images + self.data_noise * _noise.normal(
-                images.shape,
-                seed=self.seed,
-                step=self.iteration,
-                stream=_noise.DATA,
-                first_chain=first_chain,
-                device=self._device,
+            normals = _noise.normal(
+                images.shape, stream=_noise.DATA, device=self._device, **address
             )
+            images = images + self.data_noise * normals
         return images
 
     def _chain_starts(self) -> tuple[Tensor | None, Tensor, int]:

@@ -273,12 +273,9 @@ def _from_pictures(
     limit: int | None,
 ) -> ImageData:
     def read(channels: int | None) -> ImageData:
+        to_pixels = partial(pictures.decode, size=size, channels=channels)
         pixels, labels = collect(
-            source.items(),
-            source.count,
-            partial(pictures.decode, size=size, channels=channels),
-            on_corrupt=on_corrupt,
-            limit=limit,
+            source.items(), source.count, to_pixels, on_corrupt=on_corrupt, limit=limit
         )
         return _image_data(source.name, pixels, labels, signed=False)
 

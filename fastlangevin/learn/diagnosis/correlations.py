@@ -79,18 +79,14 @@ def correlations(
     n = len(x)
     lags = min(lags, n // 4)
     return Correlations(
-        n,
-        spacing,
-        [_correlation(x, x, lag) for lag in range(lags + 1)],
-        [_correlation(y, y, lag) for lag in range(lags + 1)],
-        [_correlation(x, y, lag) for lag in range(-lags, lags + 1)],
-        3 / math.sqrt(n),
-        float(x.mean()),
-        float(x.std()),
-        float((x < 0).double().mean()),
-        _correlation(x[:-1], y.diff(), 0),
-        _oscillation(x[-(len(d) // 2) :], spacing),
-    )
+        values=n, spacing=spacing,
+        d=[_correlation(x, x, lag) for lag in range(lags + 1)],
+        r=[_correlation(y, y, lag) for lag in range(lags + 1)],
+        cross=[_correlation(x, y, lag) for lag in range(-lags, lags + 1)],
+        bound=3 / math.sqrt(n), d_mean=float(x.mean()), d_std=float(x.std()),
+        expansion=float((x < 0).double().mean()), response=_correlation(x[:-1], y.diff(), 0),
+        oscillation=_oscillation(x[-(len(d) // 2) :], spacing),
+    )  # fmt: skip
 
 
 def temperature_of(sampler: LangevinSampler) -> float:

@@ -122,15 +122,11 @@ def diagnose(
     moved = reach(sampler, data, seed)
     report("chains", 2, total)
     return Diagnosis(
-        every,
-        measured,
-        layers,
-        top_layer(layers, energy),
-        parameter_residuals(energy, data, samples),
-        moved,
-        long_run(sampler, data, seed, long, report_after(2)),
-        mixing(sampler, data.shape[1:], seed, starts, data.device, report_after(2 + long)),
-    )
+        every=every, measured=measured, layers=layers, top=top_layer(layers, energy),
+        parameters=parameter_residuals(energy, data, samples), reach=moved,
+        long_run=long_run(sampler, data, seed, long, report_after(2)),
+        mixing=mixing(sampler, data.shape[1:], seed, starts, data.device, report_after(2 + long)),
+    )  # fmt: skip
 
 
 def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
@@ -180,15 +176,11 @@ def long_run(
             break
     energy, saturation, grad_norm = (list(column) for column in zip(*rows, strict=True))
     record = LongRun(
-        [(i + 1) * sampler.steps for i in range(len(rows))],
-        energy,
-        saturation,
-        grad_norm,
-        float(energies.mean()),
-        float(energies.std()),
-        float(((data <= lo) | (data >= hi)).float().mean()),
-        "steady",
-    )
+        steps=[(i + 1) * sampler.steps for i in range(len(rows))], energy=energy,
+        saturation=saturation, grad_norm=grad_norm, data_energy=float(energies.mean()),
+        data_std=float(energies.std()), verdict="steady",
+        data_saturation=float(((data <= lo) | (data >= hi)).float().mean()),
+    )  # fmt: skip
     if not (math.isfinite(energy[-1]) and bool(x.isfinite().all())):
         return record._replace(verdict="diverges")
     if saturation[-1] > saturation[0] + 0.1:

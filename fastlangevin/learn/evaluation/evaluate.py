@@ -131,18 +131,11 @@ def evaluate(
         )
         report("set", len(figures) + 1, len(prepared) + 1)
     return Evaluation(
-        features.name,
-        features.inception,
-        of_real.shape[1],
-        train.name,
-        len(of_real),
-        real_rank,
-        len(train),
-        neighbours,
-        256 if quantised else None,
-        k,
-        figures,
-    )
+        features=features.name, inception=features.inception, dimension=of_real.shape[1],
+        reference=train.name, reference_images=len(of_real), reference_rank=real_rank,
+        training_images=len(train), neighbours=neighbours, levels=256 if quantised else None,
+        k=k, figures=figures,
+    )  # fmt: skip
 
 
 def _check_sets(sets: Mapping[str, Tensor], train: ImageData, k: int) -> None:
