@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.tables import fill
 from fastlangevin.learn import resolve
-from fastlangevin.learn.sweep.report import marks_of, plot, to_markdown
+from fastlangevin.learn.sweep.write_sweep import marks_of, plot, to_markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

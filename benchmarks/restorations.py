@@ -31,8 +31,8 @@ from fastlangevin.learn.tasks.measurements import (
     measure,
     picture,
 )
-from fastlangevin.learn.tasks.moments import Conditional, Moments, moments
 from fastlangevin.learn.tasks.restore import SAMPLES, restore
+from fastlangevin.learn.tasks.restore_moments import Conditional, Moments, moments
 from fastlangevin.sampler import LangevinSampler
 
 NOISES = (0.0, 0.1)

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from fastlangevin.learn.sweep.report import table as table
+from fastlangevin.learn.sweep.write_sweep import markdown_table
+
+table = markdown_table
 
 Row = dict[str, Any]
 

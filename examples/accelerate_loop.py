@@ -2,7 +2,7 @@
 
     pip install accelerate && torchrun --nproc-per-node 2 examples/accelerate_loop.py
 
-The two lines are those of ``shard`` and of the sampler, which gets the energy without Accelerate's
+Two lines are fastlangevin's: ``shard`` and the sampler, which gets the energy without Accelerate's
 wrapper.
 """
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py
 
-The two lines are those of ``shard`` and of the sampler: every process runs its part of one batch of
+Two lines are fastlangevin's: ``shard`` and the sampler. Every process runs its part of one batch of
 chains, so the chains do not depend on the number of processes. The sampler gets the energy without
 DDP, because sampling needs neither synchronisation nor DDP's hooks.
 """

@@ -2,7 +2,7 @@
 
     pip install lightning && torchrun --nproc-per-node 2 examples/lightning_module.py
 
-The two lines are those of the seed and of the sampler in ``training_step``.
+Two lines of ``training_step`` are fastlangevin's: the seed and the sampler.
 """
 
 import os
@@ -19,7 +19,7 @@ class ShortRun(lightning.LightningModule):
     def __init__(self, width: int = 16, steps: int = 30) -> None:
         super().__init__()
         self.energy = fl.ConvEnergy(channels=1, size=8, width=width)
-        # The sampler is no module: parameters, devices and checkpoints are those of self.energy.
+        # The sampler is not a module; self.energy has the parameters, device and checkpoints.
         self.sampler = fl.LangevinSampler(self.energy, steps=steps)
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:

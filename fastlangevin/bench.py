@@ -85,8 +85,8 @@ def bench(
     return rows + refused
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Format rows as a table of text."""
+def to_text(rows: Sequence[Row]) -> str:
+    """Return the rows as a table of text."""
     lines = [f"{'engine':<12}{'precision':<12}{'ms a step':>10}{'speedup':>9}{'of the limit':>14}"]
     for row in rows:
         name = f"{row.name:<12}{row.precision or 'as set':<12}"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlangevin.optional import require
 from fastlangevin.reprs import short
 
 _BAND = (0.05, 0.95)  # quantiles over chains
@@ -46,7 +47,7 @@ class Diagnostics(NamedTuple):
     def _measured(self) -> dict[str, Tensor]:
         """Return what was measured, by name, in float64 on the CPU.
 
-        Without a rejected step, as without ``metropolis``, the acceptance says nothing.
+        The acceptance is left out if no step was rejected, as without ``metropolis``.
         """
         measured = {name: getattr(self, name).detach().double().cpu() for name in _PANELS}
         if bool((measured["accepted"] == 1).all()):
@@ -56,7 +57,7 @@ class Diagnostics(NamedTuple):
     def _failure(self) -> tuple[int, str] | None:
         """Return the first step, from 1, at which a chain was not finite, and a line about it.
 
-        Energies that are all NaN are those of a score network, which has none.
+        Energies that are all NaN are not counted, because a score network has no energy.
         """
         measured = self._measured()
         names = ["grad_norm", "displacement"]
@@ -74,28 +75,23 @@ class Diagnostics(NamedTuple):
     def plot(self) -> Any:
         """Return a figure of all measurements by step: the median and the 5 to 95 % of chains.
 
-        Notebooks show it if it is the last value of a cell, as they show the diagnostics
-        themselves. ``figure.savefig(path)`` saves it. Energies that are all NaN, as those of score
-        networks, and the acceptance of chains that rejected no step are left out. The axis of
-        values that span many orders of magnitude is logarithmic. A dotted line marks the first step
-        at which a chain was not finite.
+        A notebook shows it, or the diagnostics themselves, as the last value of a cell.
+        ``figure.savefig(path)`` saves it. Energies that are all NaN, as for score networks, and the
+        acceptance of chains that rejected no step are left out. The axis of values that span many
+        orders of magnitude is logarithmic. A dotted line marks the first step at which a chain was
+        not finite.
 
         Raises ImportError without matplotlib, and ValueError if there are no chains.
         """
-        try:
-            # pyplot is not used, because it would start or change the user's backend.
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                'Diagnostics: a plot needs matplotlib: pip install "fastlangevin[plot]"'
-            ) from error
+        # pyplot is not used, because it would start or change the user's backend.
+        matplotlib_figure = require("matplotlib.figure", "plot", "Diagnostics: a plot")
         steps, chains = self.energy.shape
         if not chains:
             raise ValueError("Diagnostics: a plot needs chains, got 0")
         shown = self._measured()
         if shown["energy"].isnan().all():
             del shown["energy"]
-        figure = Figure(figsize=(3.2 * len(shown), 2.8), layout="constrained")
+        figure = matplotlib_figure.Figure(figsize=(3.2 * len(shown), 2.8), layout="constrained")
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         failure = self._failure()
         for axes, (name, values) in zip(panels, shown.items(), strict=True):
@@ -117,7 +113,7 @@ class Diagnostics(NamedTuple):
         return figure
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows, beside the text."""
+        """Return the picture that a notebook shows together with the text."""
         try:
             figure = self.plot()
         except (ImportError, ValueError):

@@ -8,6 +8,7 @@ import torch
 
 from fastlangevin._version import __version__
 from fastlangevin.kernels import extension
+from fastlangevin.kernels.devices import device_name
 from fastlangevin.step import backend_status
 
 _OPTIONAL = {
@@ -35,8 +36,7 @@ def report() -> str:
     if len(devices) == 1:
         lines.append(f"cuda         {_why_no_cuda()}")
     for device in devices:
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        lines.append(f"{device}: {where}")
+        lines.append(f"{device}: {device_name(device)}")
         for name, reason in backend_status(device).items():
             lines.append(f"  {name:<11}{'available' if reason is None else f'no: {reason}'}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""The settings of a training run, in a module that imports no torch: they are options of commands.
+"""The settings of a training run, each of which is an option of ``train`` and ``sweep``.
 
-``fastlangevin train --help`` reads them, and does not wait for torch.
+The module imports no torch, so that ``fastlangevin train --help`` does not wait for it.
 """
 
 import dataclasses

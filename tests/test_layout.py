@@ -9,7 +9,7 @@ import fastlangevin
 PACKAGE = Path(fastlangevin.__file__).parent
 # From the bottom up. A module imports from its own floor and from those below it.
 FLOORS = [
-    ("_version", "arguments", "kernels", "locks", "names", "progress", "reprs"),
+    ("_version", "arguments", "kernels", "locks", "names", "optional", "progress", "reprs"),
     ("distributed", "noise", "energies"),
     ("anneal", "replay", "step"),
     ("gradients",),

@@ -23,9 +23,9 @@ NAMES = [name for names in COMMANDS.values() for name in names]
 
 
 def make_app(chosen: str | None = None) -> App:
-    """Build the application; only what is shown is imported, so that help is fast.
+    """Build the application. It imports only the commands that it shows, so that help is fast.
 
-    chosen: the first argument. The list of commands with their summaries is for help alone.
+    chosen: the first argument. Summaries of all commands are read only for the list of commands.
     """
     app = App(
         name="fastlangevin",
@@ -40,11 +40,12 @@ def make_app(chosen: str | None = None) -> App:
     for title, names in COMMANDS.items():
         group = Group.create_ordered(title)
         for name in names:
-            where = f"fastlangevin.cli.{name}"
-            text, place = None if name == chosen else "", NAMES.index(name)
+            module = f"fastlangevin.cli.{name}"
+            summary = None if name == chosen else ""
             if chosen in (None, *app.help_flags):
-                text = str(getattr(import_module(where), name).__doc__).split("\n")[0]
-            app.command(f"{where}:{name}", name=name, group=group, sort_key=place, help=text)
+                summary = str(getattr(import_module(module), name).__doc__).split("\n")[0]
+            place = NAMES.index(name)
+            app.command(f"{module}:{name}", name=name, group=group, sort_key=place, help=summary)
     flags = Group.create_ordered("Help")
     app.register_install_completion_command(
         help="Install completion by the Tab key for this shell: bash, zsh, fish or PowerShell."
@@ -61,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is 0, or the command's own; 1 after an expected failure; 2 after misuse; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # OpenMP reads this when torch is imported. By default its threads spin while they wait, which
-    # on cores that others use, too, takes their time: 40 iterations on the digits took 27 s of the
-    # processor instead of 8 s, on two busy cores.
+    # OpenMP reads this when torch is imported. By default its threads spin while they wait, and so
+    # take time from other processes: 40 iterations on the digits took 27 s of processor time
+    # instead of 8 s, on two busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with warnings.catch_warnings():
         warnings.showwarning = lambda text, *_, **__: note(

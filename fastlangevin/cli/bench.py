@@ -41,4 +41,4 @@ def bench(
     explanation = LangevinSampler(energy, steps=steps).explain(x)
     note(f"timing {target}, {batch} chains on {torch_device}, for about {seconds:g} s")
     rows = benchmark.bench(energy, x, (None, *(precision or ())), steps, seconds)
-    return Result(f"{explanation}\n\n{benchmark.table(rows)}")
+    return Result(f"{explanation}\n\n{benchmark.to_text(rows)}")

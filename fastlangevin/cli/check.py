@@ -1,6 +1,6 @@
 from fastlangevin.cli.options import Count, Device, Int, OnCorrupt, Run
 from fastlangevin.cli.outputs import Result, table
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import started
 
 
 def check(
@@ -26,9 +26,8 @@ def check(
 
     sampler = load(run, device=choose_device(device))
     _, images = load_training(run, data, on_corrupt=on_corrupt)
-    start_line(f"{n} samples and a classifier of {images.name}", sampler, n)
-    judge = ClassifierCheck(images)
-    with progress() as show:
+    with started(f"{n} samples and a classifier of {images.name}", sampler, n) as show:
+        judge = ClassifierCheck(images)
         samples = judge(sampler(n=n, seed=seed, **report_steps(show, sampler.steps)))
     noise = judge.of_noise(n)
     judged = {"real images": judge.of_data(), "samples": samples, "uniform noise": noise}

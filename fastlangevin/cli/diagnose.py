@@ -2,14 +2,13 @@ from pathlib import Path
 
 from fastlangevin.cli.options import Count, Device, Int, Int2, Int16, OnCorrupt, Run
 from fastlangevin.cli.outputs import Result, announce_replacing, check_folder
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import started
 
 
 def diagnose(
     run: Run, /, *, n: Int16 = 256, long: Count = 10, starts: Int2 = 16, lags: Count = 15,
     seed: Int = 1, out: Path | None = None, data: str | None = None, on_corrupt: OnCorrupt = None,
-    device: Device = "auto",
-    averaged: bool = False,
+    device: Device = "auto", averaged: bool = False,
 ) -> Result:  # fmt: skip
     """Show how learning went, whether moments match, and what the chains do.
 
@@ -28,7 +27,7 @@ def diagnose(
         averaged: Diagnose the moving average of the weights instead of the weights.
     """
     from fastlangevin.learn.build import choose_device
-    from fastlangevin.learn.diagnosis.of_run import diagnose_run
+    from fastlangevin.learn.diagnosis.diagnose_run import diagnose_run
     from fastlangevin.learn.model import load
     from fastlangevin.learn.run_data import load_training
 
@@ -36,12 +35,13 @@ def diagnose(
         check_folder(out or run)
     config, images = load_training(run, data, packaged=True, on_corrupt=on_corrupt)
     sampler = load(run, device=choose_device(device), averaged=averaged)
-    start_line(f"{n} chains against {images.name}", sampler, n, out)
-    with progress() as show:
+    with started(f"{n} chains against {images.name}", sampler, n, out) as show:
         diagnosed = diagnose_run(
             run, config, images, n=n, seed=seed, device=device, averaged=averaged, long=long,
             starts=starts, lags=lags, report=show,
         )  # fmt: skip
-    if (folder := out or diagnosed.folder) is not None:
-        announce_replacing(folder / "diagnose.json")
-    return Result(diagnosed.text(), diagnosed.save(out))
+    folder = out or diagnosed.folder
+    if folder is None:
+        return Result(diagnosed.text())
+    announce_replacing(folder / "diagnose.json")
+    return Result(diagnosed.text(), diagnosed.save(folder))

@@ -2,24 +2,23 @@ from pathlib import Path
 
 from fastlangevin.cli.options import Count, Device, Flag, Int, Int8, OnCorrupt, Run, Timeout
 from fastlangevin.cli.outputs import Result, announce_replacing, check_folder, choose_out, note
-from fastlangevin.cli.progress import progress
+from fastlangevin.cli.progress_bar import progress
 
 
 def evaluate(
     run: Run, /, *, n: Int8 | None = None, samples: str | None = None, features: str = "auto",
     reference: Int8 = 2048, noise: list[float] | None = None, quantise: bool = True, k: Count = 3,
     seed: Int = 1, out: Path | None = None, data: str | None = None, images: str | None = None,
-    on_corrupt: OnCorrupt = None,
-    device: Device = "auto", averaged: bool = True, timeout: Timeout = 600.0,
-    overwrite: Flag = False,
+    on_corrupt: OnCorrupt = None, device: Device = "auto", averaged: bool = True,
+    timeout: Timeout = 600.0, overwrite: Flag = False,
 ) -> Result:  # fmt: skip
     """Compare samples with held-out data, noisy data and uniform noise.
 
     The table shows the Frechet and kernel distances, precision and recall, the inception score, and
     the distance to the nearest training image. Every figure depends on the features, so the table
     names them. The Frechet distance is FID only with the features of Inception. Images are clamped
-    to [-1, 1], and the table shows which share of each set was outside. Several processes that
-    torchrun has started share the work.
+    to [-1, 1], and the table shows what fraction of each set's elements was outside. Several
+    processes that torchrun has started share the work.
 
     Args:
         n: Number of images per set, 8 or more (default: all that are held out, at most 2048).
@@ -41,7 +40,7 @@ def evaluate(
     """
     from fastlangevin.distributed import join
     from fastlangevin.learn.build import choose_device
-    from fastlangevin.learn.evaluation.of_run import evaluate_run
+    from fastlangevin.learn.evaluation.evaluate_run import evaluate_run
     from fastlangevin.learn.run_data import load_training
 
     if out is not None:
@@ -64,5 +63,9 @@ def evaluate(
         if group.rank > 0:
             return Result()
         if out is None and evaluated.folder is not None:
-            announce_replacing(evaluated.folder / "evaluate.json")
-        return Result(evaluated.text(), evaluated.save(out))
+            out = evaluated.folder / "evaluate.json"
+            announce_replacing(out)
+        if out is None:
+            return Result(evaluated.text())
+        evaluated.save(out)
+        return Result(evaluated.text(), [out])

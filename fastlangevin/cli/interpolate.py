@@ -1,16 +1,16 @@
 from pathlib import Path
 from typing import Annotated
 
-from fastlangevin.cli.options import Chains, Count, OnCorrupt, Run, ShortFit, belong, more
+from fastlangevin.cli.options import Chains, Count, OnCorrupt, Run, ShortFitOptions, belong, more
 from fastlangevin.cli.outputs import Result, note, table
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import started
 
 
 def interpolate(
     run: Run, /, *, n: Count | None = None, out: Path | None = None, frames: Count | None = None,
     images: str | None = None, on_corrupt: OnCorrupt = None, noise: str = "off",
     chains: Chains = Chains(),
-    fit: Annotated[ShortFit | None, more("Fit (--images)")] = None,
+    fit: Annotated[ShortFitOptions | None, more("Fit (--images)")] = None,
 ) -> Result:  # fmt: skip
     """Run chains from points between two starting points.
 
@@ -21,27 +21,24 @@ def interpolate(
 
     Args:
         n: Number of pairs, 1 or more (default: 8, or all that there are).
-        out: A .png, a .gif, or a .npy of shape [frames, n, C, H, W] (default:
-            interpolated.png, or interpolated-2.png, ... if that exists).
+        out: A .png, a .gif, or a .npy of shape [frames, n, C, H, W] (default: interpolated.png, or
+            interpolated-2.png, ... if that exists).
         frames: Frames of each pair, 2 or more, including the ends (default: 9; 25 in a .gif).
         images: Source of images to interpolate between (default: random starting points).
         noise: Noise in the chain: off, or frozen (always the same).
     """
-    from fastlangevin.learn.tasks.of_run import feature_rows, interpolate_run
+    from fastlangevin.learn.tasks.run_tasks import feature_rows, interpolate_run
 
-    out = chains.choose_out(out, "interpolated.png", ".png", ".gif", ".npy")
     if images is None:
         belong(fit or (), "--images")
     elif noise != "off":
         raise ValueError("--noise belongs to random starts: --images has them fitted without noise")
+    sampler, out = chains.open(run, out, "interpolated.png", ".png", ".gif", ".npy")
     frames = frames or (25 if out.suffix == ".gif" else 9)
-    sampler = chains.load(run)
-    start_line(f"{frames} frames of {n or 8} pairs", sampler, n or 8, out)
-    with progress() as show:
+    with started(f"{frames} frames of {n or 8} pairs", sampler, n or 8, out) as show:
         result = interpolate_run(
             run, sampler, n=n, frames=frames, images=images, on_corrupt=on_corrupt,
-            noise=noise, seed=chains.seed,
-            report=show, **fit or {},
+            noise=noise, seed=chains.seed, report=show, **fit or {},
         )  # fmt: skip
     result.save(out, chains.tile)  # before the features, which may fail
     return Result(table(*result.rows(), *feature_rows(run, result.x, note)), [out])

@@ -1,4 +1,4 @@
-"""The types of options, and options that several commands share."""
+"""The types of options, and the options that several commands share."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from fastlangevin.cli.outputs import Result, choose_out, table
 
-FRAMES = 50  # most frames of a GIF after the first
+FRAMES = 50  # the largest number of frames of a GIF after the first
 
 
 def convert(kind: Any, tokens: "tuple[Token, ...]") -> Any:
@@ -85,17 +85,18 @@ class Chains:
             return sampler
         return type(sampler)(sampler.energy, **cooldown(sampler.settings(), self.cooldown))
 
-    def choose_out(self, out: Path | None, default: str, *suffixes: str) -> Path:
-        """Return the file to write; see :func:`outputs.choose_out`."""
-        return choose_out(out, default, self.overwrite, *suffixes)
+    def open(self, run: Path, out: Path | None, default: str, *suffixes: str) -> tuple[Any, Path]:
+        """Return the sampler of :meth:`load`, and the file to write as :func:`choose_out` does."""
+        out = choose_out(out, default, self.overwrite, *suffixes)
+        return self.load(run), out
 
-    def save(self, result: Any, out: Path, *rows: tuple[str, str]) -> Result:
-        """Save the result of a task, and return its rows and ``rows`` as the command's."""
+    def save(self, result: Any, out: Path) -> Result:
+        """Save the result of a task, and return its rows as the command's."""
         result.save(out, self.tile)
-        return Result(table(*result.rows(), *rows), [out])
+        return Result(table(*result.rows()), [out])
 
 
-class ShortFit(TypedDict, total=False):
+class ShortFitOptions(TypedDict, total=False):
     """Options of a fit of starting points, as far as the user gave them."""
 
     restarts: Annotated[
@@ -104,7 +105,7 @@ class ShortFit(TypedDict, total=False):
     iterations: Annotated[Count, Parameter(help="Descent steps of a fit (default: 200).")]
 
 
-class Fit(ShortFit, total=False):
+class FitOptions(ShortFitOptions, total=False):
     """All options of a fit of starting points, as far as the user gave them.
 
     Args:
@@ -130,7 +131,10 @@ def more(group: str) -> Parameter:
 
 
 def settings_options(lists: bool = False) -> Any:
-    """Return a TypedDict of the fields of TrainConfig or, with ``lists``, of texts of lists."""
+    """Return a TypedDict of the fields of TrainConfig, which makes each an option.
+
+    lists: whether the options are texts that hold lists of values, as for a sweep.
+    """
     from fastlangevin.train_config import FIELDS, NETWORK, TYPES
 
     options = {}
@@ -144,7 +148,7 @@ def settings_options(lists: bool = False) -> Any:
             kind = str
         elif type(None) in get_args(kind) and name != "clamp":
             parameter = Parameter(
-                help=f"{text}; or none.",  # which unsets the value of the config
+                help=f"{text}; or none.",  # "none" unsets the value of the config
                 converter=lambda *args: None if args[1][0].value == "none" else convert(*args),
             )
         elif kind is int:
@@ -154,11 +158,11 @@ def settings_options(lists: bool = False) -> Any:
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Return those of the options that the user gave."""
+    """Return the options that the user gave, which are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def belong(names: Iterable[str], owner: str) -> None:
-    """Raise ValueError if there are names: of options that need ``owner``, which is missing."""
+    """Raise ValueError if any options are named, because they need ``owner``, which is missing."""
     if options := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)):
         raise ValueError(f"{options} {'belong' if ',' in options else 'belongs'} to {owner}")

@@ -29,7 +29,7 @@ class Result:
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Ignore errors if the terminal or the reader of a pipe is gone: there may be files to save."""
+    """Ignore errors if the terminal or the reader of a pipe is gone: the command may save files."""
     with contextlib.suppress(OSError):
         yield
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
@@ -54,7 +54,7 @@ def count_images(n: int) -> str:
 
 
 def note(text: str) -> None:
-    """Print a line to standard error. It is not part of the result."""
+    """Print a line that is not part of the result to standard error."""
     with printing():
         print(text, file=sys.stderr)
 
@@ -70,10 +70,11 @@ def error_line(error: Exception) -> None:
 
 
 def choose_out(out: Path | None, default: str, overwrite: bool, *suffixes: str) -> Path:
-    """Return the file that a command will write, before its work, so that the work is not lost.
+    """Return the file that a command will write: ``out``, or ``default`` if that is None.
 
-    It is ``out``, or ``default`` if that is None. Without ``overwrite``, a file of that name stays:
-    the default becomes the first of NAME-2, NAME-3, ... that does not exist.
+    Commands call this before their work, so that an error here does not lose the result. Without
+    ``overwrite``, existing files are kept: if the default exists, the file is the first of NAME-2,
+    NAME-3, ... that does not.
 
     Raises FileExistsError if ``out`` exists, ValueError for a folder or another suffix than
     ``suffixes``, and OSError if no file can be written there.
@@ -94,15 +95,15 @@ def choose_out(out: Path | None, default: str, overwrite: bool, *suffixes: str) 
 
 
 def announce_replacing(path: Path) -> None:
-    """Print a line if a file is there that a command is about to replace."""
+    """Print a line if the file that a command is about to write exists."""
     if path.exists():
         note(f"replacing {path}")
 
 
 def check_folder(folder: Path) -> None:
     """Raise OSError unless files can be written in a folder, which need not exist yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be a folder: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be written to: no permission in {there}")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to: no permission in {nearest}")

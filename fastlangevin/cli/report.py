@@ -18,7 +18,7 @@ from fastlangevin.cli.outputs import (
 from fastlangevin.cli.reconstruct import reconstruct
 from fastlangevin.cli.restore import restore
 
-# A sixteenth of the default number of evaluations: seconds for a model in the package.
+# A sixteenth of the default number of evaluations, which takes seconds for a packaged model.
 _SHORT: dict[str, Any] = {"n": 8, "fit": {"restarts": 1, "iterations": 100}}
 
 
@@ -31,7 +31,7 @@ def report(
     The page needs no other file and no network. Each picture in RUN is shown with the text file of
     the same name. --compute runs reconstruct, interpolate, restore, evaluate and diagnose, which
     takes minutes, and reports which of them failed and why. The page of a model without a run has
-    no curves, but samples, interpolations and short fits of reconstructions, always computed.
+    no curves. Its samples, interpolations and short fits of reconstructions are always computed.
 
     Args:
         out: The page (default: report.html in RUN, which is replaced; for a model without a run,
@@ -47,21 +47,21 @@ def report(
 
     inside = out is None and is_run(run)
     path = run / "report.html" if inside else choose_out(out, "report.html", overwrite)
-    made = None
+    results = None
     with contextlib.ExitStack() as stack:
         if not is_run(run):
-            made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            results = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             sampler = load(run, device=choose_device(device))
-            save_grid(sampler(n=64, seed=0), made / "samples.png")
-        if made or compute:
-            _compute(run, made or run, device, compute)
+            save_grid(sampler(n=64, seed=0), results / "samples.png")
+        if results or compute:
+            _compute(run, results or run, device, compute)
         announce_replacing(path)
-        write_report(run, path, made)
+        write_report(run, path, results)
     return Result(files=[path])
 
 
 def _compute(run: Path, folder: Path, device: str, everything: bool) -> None:
-    from fastlangevin.learn.atomic import replacing
+    from fastlangevin.learn.atomic import save_text
     from fastlangevin.learn.html_report import ITERATION, age, find_weights
 
     weights = find_weights(run)
@@ -87,5 +87,4 @@ def _compute(run: Path, folder: Path, device: str, everything: bool) -> None:
             continue
         if path.suffix == ".png":
             text = f"{ITERATION}{weights.iteration}\n{result.text}\n"
-            with replacing(path.with_suffix(".txt")) as temporary:
-                temporary.write_text(text, "utf-8")
+            save_text(path.with_suffix(".txt"), text)

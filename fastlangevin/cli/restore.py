@@ -4,7 +4,7 @@ from typing import Annotated
 from fastlangevin.cli.options import (
     Chains,
     Count,
-    Fit,
+    FitOptions,
     Int,
     Int2,
     OnCorrupt,
@@ -14,7 +14,7 @@ from fastlangevin.cli.options import (
     more,
 )
 from fastlangevin.cli.outputs import Result, count_images
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import started
 
 
 def restore(
@@ -23,7 +23,7 @@ def restore(
     out: Path | None = None, images: str | None = None, on_corrupt: OnCorrupt = None,
     mask: str | None = None, factor: Int | None = None, sigma: float | None = None,
     zeta: float | None = None, chains: Chains = Chains(),
-    fit: Annotated[Fit | None, more("Fit (--method latent)")] = None,
+    fit: Annotated[FitOptions | None, more("Fit (--method latent)")] = None,
 ) -> Result:  # fmt: skip
     """Restore held-out images from linear measurements, several answers for each.
 
@@ -32,8 +32,8 @@ def restore(
 
     Args:
         operator: The measurement A: mask, downsample, blur or grey.
-        method: Method: moments (those of the model's samples, given y), posterior (chains guided by
-            y), clamped (for masks) or latent (fitted starting points).
+        method: Method: moments (the moments of the model's samples, conditioned on y), posterior
+            (chains guided by y), clamped (for masks) or latent (fitted starting points).
         n: Number of images, 1 or more (default: 8, or all if there are fewer).
         answers: Answers per image, 1 or more.
         measurement_noise: Standard deviation of the noise that is added to the measurements.
@@ -49,28 +49,24 @@ def restore(
         zeta: Scale of the posterior's term |y - A x|^2 / zeta^2 (default: |A| sqrt(2 a)).
     """
     from fastlangevin.learn.tasks.measurements import make_operator
-    from fastlangevin.learn.tasks.of_run import restore_run
     from fastlangevin.learn.tasks.restore import SAMPLES
+    from fastlangevin.learn.tasks.run_tasks import restore_run
 
-    out = chains.choose_out(out, "restored.png", ".png", ".npz")
     options = given(mask=mask, factor=factor, sigma=sigma)
-    own = {"mask": "mask", "downsample": "factor", "blur": "sigma"}.get(operator)
-    belong(options.keys() - {own}, f"another operator than {operator}")
+    setting = {"mask": "mask", "downsample": "factor", "blur": "sigma"}.get(operator)
+    belong(options.keys() - {setting}, f"another operator than {operator}")
     if method != "latent":
         belong(fit or (), f"--method latent, got {method!r}")
     if method != "moments":
         belong(given(samples=samples), f"--method moments, got {method!r}")
-    sampler = chains.load(run)
+    sampler, out = chains.open(run, out, "restored.png", ".png", ".npz")
     measure = make_operator(operator, sampler.energy.shape, **options)
     work = f"{answers} answers, {method}, for {operator} of {count_images(n or 8)}"
-    count = answers * (n or 8)
-    count = max(count, samples or SAMPLES) if method == "moments" else count
-    start_line(work, sampler, count, out)
-    with progress() as show:
+    count = max(answers * (n or 8), (samples or SAMPLES) if method == "moments" else 0)
+    with started(work, sampler, count, out) as show:
         result = restore_run(
-            run, sampler, measure, n=n, images=images, on_corrupt=on_corrupt, seed=chains.seed,
-            method=method,
-            answers=answers, measurement_noise=measurement_noise, report=show,
+            run, sampler, measure, n=n, images=images, on_corrupt=on_corrupt, method=method,
+            answers=answers, measurement_noise=measurement_noise, seed=chains.seed, report=show,
             **given(zeta=zeta, samples=samples), **fit or {},
         )  # fmt: skip
     return chains.save(result, out)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, Run, Timeout, belong
 from fastlangevin.cli.outputs import Result, count_images
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line, started
 
 
 def sample(
@@ -36,16 +36,15 @@ def sample(
         raise ValueError(
             f"several processes write a folder: give --out, a name without an ending{got}"
         )
-    out = chains.choose_out(out, "samples.png", ".png", ".gif", ".npy")
-    sampler = chains.load(run)
-    start_line(count_images(n), sampler, n, out)
+    sampler, out = chains.open(run, out, "samples.png", ".png", ".gif", ".npy")
+    with started(count_images(n), sampler, n, out) as show:
+        if out.suffix == ".gif":
+            states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // FRAMES))
+        else:
+            x = sampler(n=n, seed=chains.seed, **report_steps(show, sampler.steps))
     if out.suffix == ".gif":
-        states = sampler.trajectory(n=n, seed=chains.seed, every=-(-sampler.steps // FRAMES))
         save_gif(states, out, columns, chains.tile)
-        return Result(files=[out])
-    with progress() as show:
-        x = sampler(n=n, seed=chains.seed, **report_steps(show, sampler.steps))
-    if out.suffix == ".png":
+    elif out.suffix == ".png":
         save_grid(x, out, columns, chains.tile)
     else:
         save_arrays(out, x)
@@ -55,7 +54,7 @@ def sample(
 def _sample_shards(
     run: Path, n: int, out: Path, per_file: int, timeout: float, chains: Chains
 ) -> Result:
-    """Draw the images into a folder, in several processes if there are."""
+    """Draw the images into a folder. The processes that torchrun has started share the work."""
     from fastlangevin.distributed import join
     from fastlangevin.learn.sample_shards import sample_shards
 

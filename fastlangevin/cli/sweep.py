@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from fastlangevin.cli.options import Count, more, settings_options
 from fastlangevin.cli.outputs import Result, check_folder, note
-from fastlangevin.cli.progress import progress
+from fastlangevin.cli.progress_bar import progress
 
 _LISTS = more("Settings: one value each, or several to sweep over, such as 5,10,25")
 
@@ -21,7 +21,7 @@ def sweep(
 
     An example is `sweep --steps 5,10,25,50 --width 8,16 --iterations 500 --seeds 3`. Every run has
     a folder in OUT, as with `train`. If a sweep is stopped, the same command continues it. Several
-    processes share the runs if they have the same OUT, also on several machines.
+    processes, also on several machines, share the runs if they have the same OUT.
 
     Args:
         out: Folder of the sweep.
@@ -34,8 +34,8 @@ def sweep(
     from fastlangevin.distributed import own_device
     from fastlangevin.learn.build import choose_device
     from fastlangevin.learn.sweep.plan import describe, parse_values, read_sweep
-    from fastlangevin.learn.sweep.report import outcome, write_report
     from fastlangevin.learn.sweep.run import Run, run_sweep
+    from fastlangevin.learn.sweep.write_sweep import outcome, write_report
     from fastlangevin.learn.train import StopRequest
 
     check_folder(out)
@@ -47,12 +47,11 @@ def sweep(
     def report(run: Run, result: Mapping[str, Any]) -> None:
         nonlocal count
         count += 1
-        where = f"{count}/{total}  {describe(run.settings)}, seed {run.config.seed}"
-        note(f"{where}  {outcome(result)}")
+        point = f"{describe(run.settings)}, seed {run.config.seed}"
+        note(f"{count}/{total}  {point}  {outcome(result)}")
 
     device = own_device(plan.centre.device)
-    where = choose_device(device)
-    note(f"{total} runs on {plan.centre.data}, {where}, to {out}")
+    note(f"{total} runs on {plan.centre.data}, {choose_device(device)}, to {out}")
     with progress() as show:
         results = run_sweep(
             plan, out, device=device, report=report, stop=stop,

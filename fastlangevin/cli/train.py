@@ -3,7 +3,7 @@ from typing import Annotated, Any
 
 from fastlangevin.cli.options import Flag, Timeout, more, settings_options
 from fastlangevin.cli.outputs import Result, note, table
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import progress, start_line
 
 
 def train(
@@ -47,13 +47,8 @@ def train(
 
             def start(learner: Any) -> None:
                 if group.rank == 0:
-                    data = getattr(learner.data, "name", resolved.data)
-                    n = resolved.batch_size
-                    energy = "" if resolved.energy is None else f" on energy {resolved.energy}"
-                    total = resolved.iterations
-                    iterations = "1 iteration" if total == 1 else f"{total} iterations"
-                    work = f"{data}; {iterations} of {n} chains{energy}"
-                    start_line(work, learner.sampler, n, folder)
+                    work = _describe(resolved, learner)
+                    start_line(work, learner.sampler, resolved.batch_size, folder)
 
             def report(iteration: int, record: Any) -> None:
                 norm = record["grad_norm"]
@@ -76,3 +71,12 @@ def train(
     if stopped:
         note(f"stopped at {int(last.stem)} of {resolved.iterations}; continue with --resume")
     return Result(text, status=status)
+
+
+def _describe(config: Any, learner: Any) -> str:
+    """Return the data, the length and the batch size of a run, and its energy if it is custom."""
+    data = getattr(learner.data, "name", config.data)
+    total = config.iterations
+    iterations = "1 iteration" if total == 1 else f"{total} iterations"
+    energy = "" if config.energy is None else f" on energy {config.energy}"
+    return f"{data}; {iterations} of {config.batch_size} chains{energy}"

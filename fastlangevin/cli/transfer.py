@@ -2,14 +2,14 @@ from pathlib import Path
 
 from fastlangevin.cli.options import FRAMES, Chains, Count, OnCorrupt, Run, belong, given
 from fastlangevin.cli.outputs import Result, count_images
-from fastlangevin.cli.progress import progress, start_line
+from fastlangevin.cli.progress_bar import started
 
 
 def transfer(
     run: Run, /, *, images: str, on_corrupt: OnCorrupt = None, n: Count | None = None,
-    out: Path | None = None,
-    content: Count | None = None, zeta: float | None = None, style: str | None = None,
-    weight: float | None = None, statistics: str | None = None, chains: Chains = Chains(),
+    out: Path | None = None, content: Count | None = None, zeta: float | None = None,
+    style: str | None = None, weight: float | None = None, statistics: str | None = None,
+    chains: Chains = Chains(),
 ) -> Result:  # fmt: skip
     """Start the chains of one domain's model at images of another.
 
@@ -28,21 +28,19 @@ def transfer(
         weight: Weight of the style term in the energy (default: 1.0).
         statistics: Statistics of the style: gram or mean-std (default: gram).
     """
-    from fastlangevin.learn.tasks.of_run import transfer_images
+    from fastlangevin.learn.tasks.run_tasks import transfer_images
 
-    out = chains.choose_out(out, "transferred.png", ".png", ".gif", ".npy")
     options = given(zeta=zeta, weight=weight, statistics=statistics)
     if content is None:
         belong(options.keys() & {"zeta"}, "--content")
     if style is None:
         belong(options.keys() & {"weight", "statistics"}, "--style")
+    sampler, out = chains.open(run, out, "transferred.png", ".png", ".gif", ".npy")
     frames = FRAMES if out.suffix == ".gif" else 1
-    sampler = chains.load(run)
-    start_line(f"chains from {count_images(n or 8)} of {images}", sampler, n or 8, out)
-    with progress() as show:
+    count = n or 8
+    with started(f"chains from {count_images(count)} of {images}", sampler, count, out) as show:
         result = transfer_images(
             sampler, images, on_corrupt=on_corrupt, n=n, content=content, style=style,
-            frames=frames, seed=chains.seed,
-            report=show, **options,
+            frames=frames, seed=chains.seed, report=show, **options,
         )  # fmt: skip
     return chains.save(result, out)

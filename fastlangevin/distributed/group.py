@@ -20,13 +20,13 @@ TIMEOUT = 600.0
 class Group:
     """The processes of a job: this one's rank, and how it communicates with the others.
 
-    Tensors travel through torch.distributed's default process group. Small values travel as JSON
-    through its store. All processes must call the same methods in the same order. Each call says
-    in ``what`` what it is for. It raises DistributedError with this text if another process fails,
-    or does not answer within ``timeout`` seconds. Values, but not tensors, are waited for longer
-    while another process is :meth:`working`.
+    Tensors travel through torch.distributed's default process group, and small values as JSON
+    through its store. All processes must call the same methods in the same order. If another
+    process fails, or does not answer within ``timeout`` seconds, a call raises DistributedError,
+    which begins with ``what``, the purpose of the call. A process waits longer for values, but not
+    for tensors, while another one is :meth:`working`.
 
-    ``Group()`` is a process alone, whose calls return at once.
+    ``Group()`` is a single process, whose calls return at once.
 
     device: of the tensors that travel.
     holder: whether rank 0 holds the store, which then ends with it.
@@ -50,7 +50,7 @@ class Group:
         self.device = device or torch.device("cpu")
         self.job, self.start = job, start
         self.bytes = 0  # sent by this process to the others
-        self.seconds = 0.0  # spent in collectives of tensors, including the wait for the others
+        self.seconds = 0.0  # spent in collectives of tensors, waiting for others included
         self._store = TimedStore(store, timeout, holder)
         self._waits = TimedWaits(rank, world_size, self._store, timeout, holder)
         self._calls = 0
@@ -93,7 +93,7 @@ class Group:
                 tensor.copy_(part.view_as(tensor))
 
     def barrier(self, what: str) -> None:
-        """Return once all processes have come here."""
+        """Return once all processes have called this method."""
         self.share(None, what)
 
     def share(self, value: Any, what: str) -> list[Any]:
@@ -110,7 +110,7 @@ class Group:
     def first(self, call: Callable[[], Any], what: str) -> Any:
         """Call a function on rank 0, and return its JSON-ready result on all ranks.
 
-        The others wait as long as rank 0 is at it and running.
+        The others wait as long as rank 0 is running the function.
         """
         if self.world_size == 1:
             return call()
@@ -146,11 +146,10 @@ class Group:
     def compare(self, facts: Mapping[str, Any], what: str) -> None:
         """Raise DistributedError, naming facts and ranks, unless all ranks have equal ``facts``."""
         everyone = self.share(facts, what)
-        names = dict.fromkeys(name for others in everyone for name in others)
-        for name in names:
+        for name in dict.fromkeys(name for facts_of_rank in everyone for name in facts_of_rank):
             ranks: dict[str, list[int]] = {}
-            for rank, others in enumerate(everyone):
-                ranks.setdefault(json.dumps(others.get(name)), []).append(rank)
+            for rank, facts_of_rank in enumerate(everyone):
+                ranks.setdefault(json.dumps(facts_of_rank.get(name)), []).append(rank)
             if len(ranks) > 1:
                 values = ", ".join(f"{value} on {named(who)}" for value, who in ranks.items())
                 raise DistributedError(f"{what}: the processes differ in {name}: {values}")
@@ -163,19 +162,19 @@ class Group:
                     raise DistributedError(reason)
 
     def working(self) -> contextlib.AbstractContextManager[None]:
-        """Let the others wait for this process as long as the context lasts and it is running.
+        """Let the others wait for this process for the duration of the context.
 
-        For work of any length that not all processes have a part in. A thread tells the others
-        that this process has not been stopped or lost.
+        This is for work of any length in which not all processes take part. A thread tells the
+        others that this process is still running.
         """
         return contextlib.nullcontext() if self.world_size == 1 else self._waits.working()
 
     @contextlib.contextmanager
     def membership(self) -> Iterator[None]:
-        """The time in which this process belongs to the group; no process leaves it too early.
+        """Belong to the group for the duration of the context, and leave it when all are done.
 
         If the body raises an error, the other processes learn the reason. If rank 0 holds the
-        store, it stays until the others have left, or for ``timeout`` seconds.
+        store, it waits until the others have left, or for ``timeout`` seconds.
         """
         try:
             yield
@@ -195,7 +194,7 @@ class Group:
             waited = time.perf_counter() - started
             raise DistributedError(self._waits.reason("start", error, waited)) from error
 
-    # The three collectives, which tests run in threads. Some builds of torch have none of them.
+    # Tests, which run in threads, override these three. Some builds of torch lack the collectives.
 
     def _all_to_all(
         self, received: Tensor, sent: Tensor, expected: list[int], counts: list[int]

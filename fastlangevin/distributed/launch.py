@@ -36,10 +36,10 @@ def read_launch() -> Launch:
 
 
 def own_device(device: str) -> str:
-    """Return the device of this process: a GPU of its own for "auto" or "cuda" if it was launched.
+    """Return the device of this process; "auto" and "cuda" become its GPU if it was launched.
 
-    It is the GPU numbered LOCAL_RANK. A process may see fewer GPUs than the machine has processes:
-    launchers such as SLURM can show each only its own. Counting then begins again at 0.
+    This is the GPU numbered LOCAL_RANK. A launcher such as SLURM can show each process only one
+    GPU. If a process sees fewer GPUs than LOCAL_RANK needs, counting begins again at 0.
     """
     launched = "LOCAL_RANK" in os.environ or "RANK" in os.environ
     if not launched or device not in ("auto", "cuda") or not torch.cuda.is_available():

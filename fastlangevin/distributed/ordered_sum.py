@@ -14,11 +14,11 @@ Node = tuple[int, int]  # leaves lo, ..., hi - 1 of the tree
 class OrderedSum:
     """Adds one vector per leaf, along a binary tree over the leaves.
 
-    Floating-point addition depends on the order. Here the order is that of the tree, which is a
-    function of the number of leaves alone. Every process holds consecutive leaves. It adds those
-    whose subtree it holds completely, and sends a slice of each sum to every process. Each process
+    Floating-point sums depend on the order of addition. Here the tree gives the order, and it
+    depends on the number of leaves alone. Every process holds consecutive leaves. It adds up the
+    subtrees that it holds completely, and sends a slice of each sum to every process. Each process
     completes the sum of its slice, and collects the slices of the others. With as many leaves as
-    processes this moves as many bytes as an all-reduce does.
+    processes, this moves as many bytes as an all-reduce.
 
     leaves: the number of vectors, at least one per process.
     group: the processes; leaf i belongs to the process whose ``shard(leaves)`` holds it.
@@ -64,17 +64,16 @@ class OrderedSum:
         slices = dict(zip(nodes, received.view(len(nodes), width), strict=True))
 
         def complete(node: Node) -> Tensor:
-            done = slices.get(node)
-            return (
-                complete(_left_child(node)) + complete(_right_child(node)) if done is None else done
-            )
+            if node in slices:
+                return slices[node]
+            return complete(_left_child(node)) + complete(_right_child(node))
 
         gathered = group.all_gather(torch.cat([complete((0, self.leaves)), extra()]), what)
         return gathered[:, :width].flatten()[:length], list(gathered[:, width:])
 
 
 def _left_child(node: Node) -> Node:
-    """The left child: the largest power of two of leaves that leaves one for the right child."""
+    """Return the left child. Its number of leaves is the largest power of two below the node's."""
     lo, hi = node
     return lo, lo + (1 << (hi - lo - 1).bit_length() - 1)
 
@@ -84,7 +83,7 @@ def _right_child(node: Node) -> Node:
 
 
 def _complete_subtrees(node: Node, held_leaves: Node) -> list[Node]:
-    """The largest subtrees of ``node`` all of whose leaves are among those held."""
+    """Return the largest subtrees of ``node`` that have only leaves that are held."""
     (lo, hi), (first, last) = node, held_leaves
     if first <= lo and hi <= last:
         return [node]

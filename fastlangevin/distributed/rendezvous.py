@@ -21,10 +21,10 @@ from fastlangevin.distributed.time_limits import GRACE, DistributedError, named
 def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
     """Join the processes of a launcher for the duration of the context, and yield their Group.
 
-    A process that no launcher has started, or that is the only one, is a group of its own. Others
-    initialise torch.distributed with NCCL if ``device`` is a GPU, and with Gloo otherwise. "auto"
-    and "cuda" mean the GPU numbered LOCAL_RANK, which becomes the current one. If fewer GPUs are
-    visible, for example one per task of SLURM, counting begins again at 0.
+    A process that no launcher has started, or that is the only one, is a group of its own. Several
+    processes initialise torch.distributed, with NCCL if ``device`` is a GPU, and with Gloo
+    otherwise. "auto" and "cuda" mean the GPU numbered LOCAL_RANK, which becomes the current one. If
+    fewer GPUs are visible, for example one per task of SLURM, counting begins again at 0.
 
     timeout: the longest wait for another process, in seconds.
 
@@ -42,7 +42,8 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
         return
     if dist.is_initialized():
         raise DistributedError("start: torch.distributed is initialised already, and join does so")
-    place = torch.device(own_device(device) if device != "auto" else _auto())
+    device = own_device(device)
+    place = torch.device("cpu" if device == "auto" else device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     store = dist.PrefixStore("fastlangevin", _rendezvous(launch, timeout))
@@ -72,10 +73,10 @@ def join(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[Group]:
 
 
 def _abort() -> None:
-    """End torch.distributed without the wait for collectives that cannot end any more."""
+    """End torch.distributed without waiting for collectives that can no longer end."""
     if dist.is_initialized():
-        # Whatever this raises must not replace the reason. It is a private function of torch, and
-        # builds without NCCL may lack names that it uses.
+        # An error here must not replace the reason for the end. This is a private function of
+        # torch, and builds without NCCL may lack names that it uses.
         with contextlib.suppress(Exception):
             within(GRACE, lambda: dist.distributed_c10d._abort_process_group())
 
@@ -84,7 +85,7 @@ def _rendezvous(launch: Launch, timeout: float) -> Any:
     """Return the store at MASTER_ADDR and MASTER_PORT."""
     limit = timedelta(seconds=timeout)
     try:
-        # Its own limit does not hold if the other process takes the connection but is stopped.
+        # torch's own limit has no effect if the other process is stopped after it has connected.
         store, _, _ = within(
             timeout + GRACE, lambda: next(dist.rendezvous("env://", timeout=limit))
         )
@@ -97,10 +98,10 @@ def _rendezvous(launch: Launch, timeout: float) -> Any:
 
 
 def meet(store: TimedStore, launch: Launch, timeout: float) -> str:
-    """Return a new name that all processes share: rank 0's, which the others can only get from it.
+    """Return a new name that all processes share, which rank 0 makes and sends to the others.
 
-    torchrun keeps its store when it restarts the processes, with the keys of the dead ones. The
-    names of the processes are therefore new each time, and rank 0 answers each name by its own.
+    torchrun keeps its store when it restarts the processes, with the keys of the dead ones. Each
+    process therefore makes a new name, and rank 0 answers each of these names with its own.
     """
     own, rank = secrets.token_hex(8), launch.rank
     others = [str(r) for r in range(1, launch.world_size)]
@@ -179,7 +180,3 @@ def _connect(group: Group, store: Any) -> None:
             torch.cuda.synchronize()
 
     group.connect(connect)
-
-
-def _auto() -> str:
-    return own_device("auto") if torch.cuda.is_available() else "cpu"

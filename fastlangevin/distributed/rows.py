@@ -1,4 +1,4 @@
-"""Rows of a tensor that the processes of a group compute in shares."""
+"""Tensors whose rows are computed in shares, one by each process of a group."""
 
 from collections.abc import Callable
 
@@ -17,10 +17,10 @@ def split_rows(
     """Return compute(slice(0, n)). Every process computes a share of it.
 
     Args:
-        compute: Returns tensors whose rows are those of the slice, or None in place of a tensor. It
+        compute: Returns tensors with the rows of the slice, or None in place of a tensor. It
             is called with slices that begin at a multiple of ``block``. If it works block by block,
             the result does not depend on the number of processes, bit for bit.
-        what: What the rows are, for error messages.
+        what: What the rows are, as error messages say it.
     """
     if group.world_size == 1 or n == 0:
         return compute(slice(0, n))

@@ -15,7 +15,7 @@ class Shard(NamedTuple):
     n: int
 
     def rows(self) -> slice:
-        """The rows of the batch that belong to the shard."""
+        """Return the rows of the batch that belong to the shard."""
         return slice(self.first_chain, self.first_chain + self.n)
 
 

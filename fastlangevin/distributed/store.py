@@ -15,11 +15,11 @@ class TimedStore:
     """A store of torch.distributed. Every call returns in time or raises StoreError.
 
     torch's calls wait for an answer without a limit, for example if the process that holds the
-    keys is stopped. Once a call has not been answered in time, all others fail at once.
+    keys has been stopped. Once a call has not been answered in time, all later calls fail at once.
 
     store: a Store of torch.distributed.
     timeout: the longest wait for an answer, in seconds.
-    holder: whether rank 0 holds the keys, which errors then say.
+    holder: whether rank 0 holds the keys, for error messages.
     """
 
     def __init__(self, store: Any, timeout: float, holder: bool) -> None:
@@ -70,7 +70,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     """Return ``call()``; raise DeadlineError if it takes longer than ``seconds``.
 
     It runs in another thread, because a call that blocks in C++ cannot be interrupted. A call that
-    takes too long stays behind in its thread.
+    takes too long continues in its thread.
     """
     results: list[T] = []
     errors: list[BaseException] = []

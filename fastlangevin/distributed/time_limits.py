@@ -1,4 +1,4 @@
-"""TimedWaits: how a process waits for the others, and what it knows of them."""
+"""TimedWaits: how a process waits for the others, and learns of their failures."""
 
 import contextlib
 import json
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief
 
-GRACE = 5.0  # seconds in which the other processes may say why a collective failed
-_LOOK = 0.2  # seconds between looks, while waiting, at what the other processes say
+GRACE = 5.0  # seconds that the other processes have to say why a collective failed
+_LOOK = 0.2  # seconds between checks, while waiting, for failures of other processes
 _FAILURE, _SIGNS = "failure", "signs"
 
 
@@ -31,7 +31,7 @@ class TimedWaits:
         self._missing: set[int] = set()
 
     def wait_for(self, keys: Sequence[str], what: str) -> None:
-        """Return once the store has all keys; a rank is named by what follows the last slash."""
+        """Return once the store has all keys, each of which ends in a slash and a rank."""
         try:
             self.poll(lambda: self._store.check(keys), what, patient=True)
         except DeadlineError:
@@ -39,10 +39,10 @@ class TimedWaits:
             raise DistributedError(self._no_answer(missing, what)) from None
 
     def poll(self, done: Callable[[], bool], what: str, patient: bool = False) -> None:
-        """Return once ``done()``; raise DeadlineError after the time limit.
+        """Return once ``done()`` is true; raise DeadlineError after the time limit.
 
         Raises DistributedError as soon as another process has reported a failure. If ``patient``,
-        the limit begins again with every sign of a process that is working.
+        the time limit starts again with every sign of a process that is working.
         """
         started = since = looked = time.monotonic()
         signs = None
@@ -52,7 +52,7 @@ class TimedWaits:
             if late or now - looked > min(_LOOK, self.timeout / 4):
                 looked = now
                 with self.asking(what):
-                    # A process that is done may report a failure before this one looks again.
+                    # The work may have ended, and a failure been reported, since the last check.
                     if (reason := self.failure(what)) and not done():
                         raise DistributedError(reason)
                     before, signs = signs, self._store.add(_SIGNS, 0) if patient else 0
@@ -75,16 +75,16 @@ class TimedWaits:
 
     @contextlib.contextmanager
     def asking(self, what: str) -> Iterator[None]:
-        """Say in an error of the store what it was needed for."""
+        """Add to an error of the store what the store was needed for."""
         try:
             yield
         except StoreError as error:
             raise DistributedError(f"{what}: {error}") from error
 
     def reason(self, what: str, error: Exception, waited: float) -> str:
-        """Say why a collective failed: another process says so, is missing, or came too late.
+        """Return why a collective failed: as another process reports, or who is missing or late.
 
-        waited: the seconds since this process came. The others compare theirs with the limit.
+        waited: the seconds since this process called it. All processes compare their seconds.
         """
         keys = [f"here/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + GRACE
@@ -111,9 +111,10 @@ class TimedWaits:
         return f"{what}: {lost}: {brief(error)}"
 
     def report(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends; they raise this instead of a time-out.
+        """Tell the other processes why this one ends, so that they raise this and not a time-out.
 
-        Also that it no longer waits for them: a slow one would otherwise blame others in turn.
+        This process also reports that it gave up waiting for a slow one, which would otherwise
+        blame the processes that have ended.
         """
         if self.world_size == 1:
             return
@@ -127,11 +128,11 @@ class TimedWaits:
             self._store.propose(_FAILURE, json.dumps(reason))  # the first reason counts
 
     def leave(self, failed: bool = False) -> None:
-        """Say that this process needs the store no more, and wait until all others say so.
+        """Tell the others that this process no longer needs the store, and wait until they do so.
 
-        The holder of the store waits for ``timeout`` seconds. After a failure the others wait for
-        a moment, because a launcher may end all processes with the first one. So does the holder
-        for those that are missing, which may only be slow.
+        The holder of the store waits for ``timeout`` seconds, but only GRACE seconds for processes
+        that are missing, which may just be slow. After a failure the others wait for GRACE seconds,
+        too, because a launcher may end all processes with the first one.
         """
         departures = [f"gone/{r}" for r in range(self.world_size)]
         known_departures = [key for r, key in enumerate(departures) if r not in self._missing]
@@ -147,11 +148,11 @@ class TimedWaits:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Give signs, from a thread, as long as the context lasts and this process is running."""
+        """Signal to the others, from a thread, that this process runs, while the context lasts."""
         done = threading.Event()
 
         def tell() -> None:
-            # If the store is lost, the process learns of it at its next call.
+            # If the store is lost, the process notices at its next call.
             with contextlib.suppress(StoreError):
                 while not done.wait(self.timeout / 8):
                     self._store.add(_SIGNS, 1)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fastlangevin.learn.config import TrainConfig, resolve
 from fastlangevin.learn.data.load import ImageData, load_images
-from fastlangevin.learn.guard import DivergedError, DivergenceGuard
+from fastlangevin.learn.divergence import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import image_grid, save_gif, save_grid
 from fastlangevin.learn.learner import Metrics, ShortRunLearner
 from fastlangevin.learn.tasks.interpolate import interpolate

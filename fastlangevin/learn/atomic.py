@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import glob
+import json
 import os
 import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # .NAME.HOST.PID.tmp, with the host because several hosts may share a folder.
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)\.(?P<pid>\d+)\.tmp")
@@ -34,6 +36,17 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, as :func:`replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def save_json(path: Path, value: Any, **options: Any) -> None:
+    """Write a JSON file, as :func:`replacing` does; ``options`` are those of json.dumps."""
+    save_text(path, json.dumps(value, **options) + "\n")
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.distributed import Group
 from fastlangevin.energies import ConvEnergy
+from fastlangevin.gradients.network import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig, config_names, resolve
@@ -69,7 +70,7 @@ def build_learner(
             seed=_noise.fold_in(config.seed, _BUFFER),
             kind=config.buffer_kind,
             reinit=config.reinit,
-            # The processes of a group take their shares of it to their devices.
+            # The processes of a group copy their shares of it to their devices.
             device=device if group is None or group.world_size == 1 else "cpu",
         )
     return ShortRunLearner(
@@ -113,7 +114,7 @@ def build_energy(config: TrainConfig, data: Images) -> torch.nn.Module:
 
 
 def find_energy(target: str) -> torch.nn.Module:
-    """Return the energy of a config, or the one that module:attribute is or returns."""
+    """Return the energy of a config, or of module:attribute as :func:`import_energy` does."""
     if ":" not in target:
         if target not in config_names():
             names = config_names()
@@ -167,8 +168,7 @@ def fingerprint(data: Images) -> dict[str, Any]:
 def draw_samples(learner: ShortRunLearner, config: TrainConfig) -> Tensor:
     """Run ``config.samples`` new chains from p0, with the same starts and noise at every call."""
     sampler = build_sampler(config, learner.model)
-    device = next(learner.model.parameters()).device
     seed = _noise.fold_in(config.seed, _GRID)
     shape = (config.samples, *learner.data.shape)
-    x0 = _noise.initial(shape, seed=seed, device=device)
+    x0 = _noise.initial(shape, seed=seed, device=device_of(learner.model))
     return sampler(x0, seed=seed)

@@ -24,22 +24,12 @@ _MOST_FAULTS = 5  # of weights, in an error message
 _HEADER, _CHECKSUM = "fastlangevin", "checksum"  # keys of the file's metadata
 # Names of the dtypes in safetensors.
 _DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.bool: "BOOL",
-}
+}  # fmt: skip
 _SUFFIX = ".safetensors"
 _MODELS = Path(__file__).parents[1] / "models"
 
@@ -75,7 +65,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
     """Write contiguous CPU tensors as a safetensors file; equal content gives equal bytes.
 
     The function of the safetensors library is not used, because it copies all tensors first, writes
-    the metadata in random order, and leaves a temporary file behind if it is killed.
+    the metadata in random order, and leaves a temporary file if it is killed.
     """
     # The format has no padding. Sorting by element size, largest first, aligns all tensors.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -88,11 +78,8 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
                 f"checkpoint {path}: {name} has dtype {tensor.dtype}, which safetensors cannot hold"
             )
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -207,7 +194,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def shipped() -> dict[str, Path]:
-    """Return the models in the package by name. A YAML file next to each says how it was made."""
+    """Return the models in the package by name. The YAML file beside each says how it was made."""
     return {path.stem: path for path in sorted(_MODELS.glob(f"*{_SUFFIX}"))}
 
 
@@ -252,9 +239,9 @@ def check_weights(
     faults = []
     for name in [*expected, *(name for name in weights if name not in expected)]:
         needed = list(expected[name].shape) if name in expected else "nothing"
-        given = list(weights[name].shape) if name in weights else "nothing"
-        if needed != given:
-            faults.append(f"{type(module).__name__}.{name} needs {needed}, the file has {given}")
+        saved = list(weights[name].shape) if name in weights else "nothing"
+        if needed != saved:
+            faults.append(f"{type(module).__name__}.{name} needs {needed}, the file has {saved}")
     if faults:
         others = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
         first_faults = "; ".join(faults[:_MOST_FAULTS])

@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from fastlangevin._version import __version__
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.data.load import SOURCES
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.reading import brief, called, read_text, reading
+from fastlangevin.learn.reading import as_json, brief, called, read_text, reading
 from fastlangevin.names import did_you_mean
 from fastlangevin.train_config import FIELDS, NETWORK, TYPES, TrainConfig
 
@@ -52,10 +52,6 @@ def config_text(name: str) -> str:
     return (_CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _config(name: str) -> dict[str, Any]:
-    return dict(_parse_config(config_text(name)))
-
-
 @functools.cache
 def _parse_config(text: str) -> dict[str, Any]:
     """Parse a config, once: a sweep resolves its config hundreds of times, at 20 ms each."""
@@ -77,7 +73,7 @@ def resolve(
     """
     name, changes = read_config(config)
     try:
-        settings = _config(name) | _cast_all(changes, str(config))
+        settings = _parse_config(config_text(name)) | _cast_all(changes, str(config))
     except ValueError as error:
         raise error if not changes else _error_in_file(str(config), error) from error
     settings = _cast_all(settings | _cast_all(overrides or {}, "options"), "configs")
@@ -93,9 +89,9 @@ def resolve(
         raise error if overrides or not changes else _error_in_file(str(config), error) from error
 
 
-def _check_network(given: Mapping[str, Any], energy: str) -> None:
-    """Raise ValueError if settings of ConvEnergy are given, and the energy is another one."""
-    if useless := [name for name in NETWORK if given.get(name) is not None]:
+def _check_network(settings: Mapping[str, Any], energy: str) -> None:
+    """Raise ValueError for settings of ConvEnergy, because the energy is another one."""
+    if useless := [name for name in NETWORK if settings.get(name) is not None]:
         raise ValueError(
             f"{', '.join(useless)} {'is' if len(useless) == 1 else 'are'} of ConvEnergy alone, and "
             f"energy is {energy}: leave out one or the other"
@@ -110,9 +106,9 @@ def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
         config_text(str(config))  # raises an error that lists the names
     changes = read_settings(config)
     name = changes.pop("config", None)
-    if name is not None and name not in config_names():
+    if name is not None:
         try:
-            config_text(name)
+            config_text(name)  # raises an error for an unknown name
         except ValueError as error:
             raise _error_in_file(str(config), error) from error
     return name or "digits", changes
@@ -165,9 +161,7 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, file: Path) -> None:
     """Write all settings as YAML, atomically."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    with replacing(file) as temporary:
-        temporary.write_text(MARK + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    save_text(file, MARK + yaml.safe_dump(as_json(dataclasses.asdict(config)), sort_keys=False))
 
 
 def _error_in_file(file: str | Path, error: Exception) -> FileError:
@@ -176,7 +170,7 @@ def _error_in_file(file: str | Path, error: Exception) -> FileError:
 
 
 def no_setting(source: str, names: Sequence[Any], known: Collection[str] = FIELDS) -> str:
-    """Return the error text for ``names``, which are none of the ``known`` settings."""
+    """Return the error text for ``names``, which are not among the ``known`` settings."""
     text = f"{source}: no setting is called {', '.join(map(called, names[:_MOST_NAMED]))}"
     hint = did_you_mean(names[0], known) if len(names) == 1 else ""
     return text + (hint or f"; the settings are {', '.join(known)}")
@@ -190,8 +184,9 @@ def _cast_all(changes: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _cast(name: str, value: Any) -> Any:
-    """Convert a setting to the type of its field. Text such as YAML's 1e-4 becomes a number."""
-    kinds = typing.get_args(TYPES[name]) if _is_union(TYPES[name]) else (TYPES[name],)
+    """Convert a setting to the type of its field, and text such as YAML's 1e-4 to a number."""
+    is_union = typing.get_origin(TYPES[name]) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(TYPES[name]) if is_union else (TYPES[name],)
     kind, optional = kinds[0], type(None) in kinds
     try:
         if value is None and optional:
@@ -222,7 +217,3 @@ def _number(value: Any, kind: type) -> Any:
     if kind is int and abs(number) >= 2**64:  # larger than any seed or count
         raise ValueError
     return kind(number)
-
-
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)

@@ -16,10 +16,10 @@ from fastlangevin.sampler import LangevinSampler
 def open_energy(target: str, shape: Sequence[int], seed: int = 0) -> nn.Module:
     """Return the energy that :func:`import_energy` finds, tried on two states of ``shape``.
 
-    It has the attribute ``shape`` afterwards. The weights that a class or a function makes depend
-    on ``seed``; an instance keeps its own. torch's own random numbers do not advance. Raises
-    ValueError or TypeError, naming ``target``, as :func:`import_energy` does, or if it does not
-    take [n, *shape], does not return one energy per state, or has no weights to learn.
+    The energy has the attribute ``shape`` afterwards. The weights that a class or a function makes
+    depend on ``seed``; an instance keeps its own. torch's own random numbers do not advance. Raises
+    ValueError or TypeError, naming ``target``, as :func:`import_energy` does, or if the energy does
+    not take [n, *shape], does not return one energy per state, or has no weights to learn.
     """
     sizes = ", ".join(map(str, shape))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -32,7 +32,7 @@ def open_energy(target: str, shape: Sequence[int], seed: int = 0) -> nn.Module:
             energy.shape = tuple(shape)  # type: ignore[assignment]
         elif not isinstance(own, Sequence) or tuple(own) != tuple(shape):
             raise ValueError(
-                f"energy {target!r} must take images of shape [{sizes}], those of the data, but "
+                f"energy {target!r} must take the data's images of shape [{sizes}], but "
                 f"its attribute shape is {list(own) if isinstance(own, Sequence) else short(own)}"
             )
         try:
@@ -50,10 +50,10 @@ def open_energy(target: str, shape: Sequence[int], seed: int = 0) -> nn.Module:
 def _try(energy: nn.Module, shape: tuple[int, ...]) -> None:
     """Run one step of two chains; give lazy modules their shapes first."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of train mode, in which learning will warn itself
+        warnings.simplefilter("ignore")  # learning itself warns of train mode
         if any(nn.parameter.is_lazy(parameter) for parameter in energy.parameters()):
             modes = [(module, module.training) for module in energy.modules()]
-            with torch.no_grad():  # in eval mode, in which no statistics change
+            with torch.no_grad():  # eval mode changes no statistics
                 energy.eval()(torch.zeros((2, *shape), dtype=torch.float32, device="cpu"))
             for module, mode in modes:
                 module.training = mode

@@ -10,11 +10,11 @@ from string import Template
 from typing import Any, NamedTuple
 
 from fastlangevin._version import __version__
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from fastlangevin.learn.config import resolve, resolve_saved
 from fastlangevin.learn.data.pictures import read_picture
-from fastlangevin.learn.diagnosis.report import FORMAT as DIAGNOSIS
+from fastlangevin.learn.diagnosis.write_diagnosis import FORMAT as DIAGNOSIS
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.evaluate import FORMAT as EVALUATION
 from fastlangevin.learn.log import read_records, read_series
@@ -87,9 +87,7 @@ def write_report(run: str | Path, out: str | Path, results: Path | None = None) 
     Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged,
     from another version, or a link to a place outside.
     """
-    page = to_html(Path(run), results)
-    with replacing(Path(out)) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    save_text(Path(out), to_html(Path(run), results))
 
 
 def to_html(run: Path, results: Path | None = None) -> str:
@@ -107,7 +105,7 @@ def to_html(run: Path, results: Path | None = None) -> str:
         )
         settings = dataclasses.asdict(resolve_saved(weights.info, run, {})) if saved else sampler
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
-    how = divergence(run) if _files_of_run(run, DIVERGED) else None
+    diverged = divergence(run) if _files_of_run(run, DIVERGED) else None
     iterations = settings.get("iterations")
     trained = f"{settings['data']}, {last} of {iterations}" if "data" in settings else last
     folder = results or run
@@ -115,7 +113,7 @@ def to_html(run: Path, results: Path | None = None) -> str:
         weights = weights._replace(checkpoint=None)  # these results are new
     sections = [
         f"<p>{escape(trained)}; fastlangevin {escape(__version__)}</p>",
-        f"<p>The run {escape(how)}</p>" if how else "",
+        f"<p>The run {escape(diverged)}</p>" if diverged else "",
         _section("Samples", _samples(folder, weights, iterations)),
         _section("Learning", learning),
         _section("Results", _pictures(folder, weights)),
@@ -137,10 +135,10 @@ def _settings_in_header(info: Mapping[str, Any], name: str, model: Path) -> dict
 
 
 def age(path: Path, weights: Weights) -> str:
-    """Say that a result is of other weights; return "" if it is of these.
+    """Return a text that says that a result is of other weights, or "" if it is of these.
 
     A result records its iteration: JSON under that name, a picture in the first line of its text.
-    If there is none, the times of the files are compared, although copying may change them.
+    Without one, the times of the files are compared, although copying may change them.
     """
     if weights.checkpoint is None:
         return ""
@@ -200,12 +198,12 @@ def curve(points: Sequence[tuple[float, float]]) -> str:
     points = _extremes(points)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
-    spread = (high - low) or abs(high) or 1.0
+    extent = (high - low) or abs(high) or 1.0
     right, top = _WIDTH - 8, 8
 
     def at(x: float, y: float) -> str:
         across = (x - xs[0]) / ((xs[-1] - xs[0]) or 1)
-        up = (y - low) / spread
+        up = (y - low) / extent
         return (
             f"{_LEFT + across * (right - _LEFT):.1f},"
             f"{_HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - top):.1f}"

@@ -1,10 +1,10 @@
-"""Models on the Hugging Face hub: their names, and how their files get there and here."""
+"""Models on the Hugging Face hub: their names, downloads and uploads."""
 
 import re
 from pathlib import Path
-from typing import Any
 
 from fastlangevin._version import __version__
+from fastlangevin.optional import require
 
 MODEL = "model.safetensors"  # the file of a model in its repository
 _NAME = re.compile(r"hf:/{0,2}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -18,16 +18,16 @@ def is_hub_name(path: str | Path) -> bool:
 def download(name: str | Path) -> Path:
     """Return the file of the model "hf:owner/name" or "hf:owner/name@revision".
 
-    It comes from the library's cache if it is there and the hub has no newer one, or cannot be
-    asked. Raises ValueError for another form of name, ImportError without huggingface_hub, and
-    OSError if there is no such file.
+    It comes from the library's cache if the hub has no newer one or cannot be reached. Raises
+    ValueError for another form of name, ImportError without huggingface_hub, and OSError if there
+    is no such file.
     """
     match = _NAME.fullmatch(str(name))
     if match is None:
         raise ValueError(
             f"a model on the hub must be hf:owner/name or hf:owner/name@revision, got {str(name)!r}"
         )
-    hub = _import_hub()
+    hub = require("huggingface_hub", "hub", "a model on the hub")
     try:
         return Path(
             hub.hf_hub_download(
@@ -40,11 +40,11 @@ def download(name: str | Path) -> Path:
 
 
 def upload(repo: str, folder: Path, private: bool | None, message: str) -> str:
-    """Make the repository "owner/name" if it does not exist, add the files, return its address.
+    """Create the repository "owner/name" if it does not exist, add the files, return its address.
 
     Raises ImportError without huggingface_hub, and OSError if the hub refuses.
     """
-    hub = _import_hub()
+    hub = require("huggingface_hub", "hub", "a model on the hub")
     try:
         api = hub.HfApi(library_name="fastlangevin", library_version=__version__)
         created = api.create_repo(repo, private=private, exist_ok=True)
@@ -52,16 +52,6 @@ def upload(repo: str, folder: Path, private: bool | None, message: str) -> str:
     except Exception as error:
         raise _hub_error(f"push_to_hub: {repo} could not be written", error) from error
     return str(created)
-
-
-def _import_hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            'models on the hub need huggingface_hub: pip install "fastlangevin[hub]"'
-        ) from error
-    return huggingface_hub
 
 
 def _hub_error(what: str, error: Exception) -> OSError:

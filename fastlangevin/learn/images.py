@@ -27,7 +27,7 @@ def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.nd
         raise TypeError(f"to_grid: images must be a tensor, got {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[0] == 0:
         raise ValueError(f"to_grid: images must be [n, 1 or 3, H, W], got {list(images.shape)}")
-    levels = ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    levels = to_bytes(images.detach().cpu().float()).numpy()
     n, _, height, width = levels.shape
     columns = math.ceil(math.sqrt(n)) if columns is None else columns
     check_count("to_grid", "columns", columns)
@@ -39,6 +39,11 @@ def to_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> np.nd
         top, left = 2 + i // columns * high, 2 + i % columns * wide
         grid[top : top + height * scale, left : left + width * scale] = picture
     return grid
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Return the nearest of 256 levels, as uint8, of images that are clamped to [-1, 1]."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def image_grid(images: Tensor, columns: int | None = None, tile: int = 32) -> Image.Image:

@@ -12,15 +12,31 @@ import torch
 
 from fastlangevin._version import __version__
 from fastlangevin.distributed import DistributedError, Group
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.run_folder import JOB
 
 # Seconds. Network file systems show new files late: NFS keeps a folder's entries for up to 60 s.
 _SEEN_WITHIN = 60.0
-_OWN = ("data", "device")  # settings that may differ between machines
+_MAY_DIFFER = ("data", "device")  # settings that may differ between machines
 _CODE = (".py", ".so", ".pyd")
 VERSIONS = {"fastlangevin": __version__, "torch": torch.__version__}
+
+
+def has_plan(op: str, out: Path, plan: str, what: str) -> bool:
+    """Return whether a folder holds the file ``plan``, which says what all other files are.
+
+    Raises FileExistsError if the folder is a file, or holds other files without a plan.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{op}: {out} is a file, not a folder for {what}")
+    # Another process may be writing its plan, to a hidden temporary file, and then other files.
+    # The plan is looked for after they have been listed, so it is there if they belong to it.
+    names = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
+    found = (out / plan).exists()
+    if names and not found:
+        raise FileExistsError(f"{op}: {out} holds {names[0]} but no {plan}; name another folder")
+    return found
 
 
 def is_own(group: Group, out: Path) -> bool:
@@ -35,7 +51,7 @@ def is_own(group: Group, out: Path) -> bool:
 
 def check_same_work(group: Group, config: TrainConfig) -> None:
     """Raise DistributedError, naming what differs, unless all processes have equal settings."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OWN}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_DIFFER}
     compare_with_code(group, settings)
 
 
@@ -52,8 +68,7 @@ def check_same_folder(group: Group, out: Path, command: str) -> None:
 
     def write() -> str:
         text = f"{group.job or ''}\n{group.start}\n{secrets.token_hex(8)}\n"
-        with replacing(out / JOB) as temporary:
-            temporary.write_text(text, "utf-8")
+        save_text(out / JOB, text)
         return text
 
     text = group.first(write, f"run folder {out}")

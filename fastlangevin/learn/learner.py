@@ -15,7 +15,7 @@ from fastlangevin.distributed import Group, Shard
 from fastlangevin.gradients.draws import Draws
 from fastlangevin.gradients.network import call_network
 from fastlangevin.learn.checkpoint import iteration_of, read_checkpoint, save_checkpoint
-from fastlangevin.learn.data.datasets import Data, DatasetImages, as_images, warn_of_range
+from fastlangevin.learn.data.datasets import Data, DatasetImages, Images, as_images, warn_of_range
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.learner_state import LearnerState
 from fastlangevin.learn.model import check_state, describe
@@ -26,7 +26,8 @@ from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 
 _OP = "ShortRunLearner"
-# Folded into the seed, together with the first chain of a part, and with the iteration.
+# Offsets of the numbers folded into the seed, which keep derived seeds apart: _PART + first chain
+# (dropout of a part), _ITEMS + iteration (transforms of items).
 _PART, _ITEMS = 2**40, 2**41
 
 
@@ -63,9 +64,9 @@ class ShortRunLearner:
               item is a floating tensor, always of the same shape, or a tuple that begins with one,
               such as (image, label). Items are read one by one, in this process. What their
               transforms draw from torch's random numbers is a function of (seed, iteration, place
-              in the batch); of other generators, such as Python's, the learner knows nothing;
-            - a DataLoader, of which only the dataset is used, with a warning. One with a sampler or
-              a collate_fn of its own is refused.
+              in the batch). Other generators, such as Python's, are not seeded;
+            - a DataLoader. Only its dataset is used, with a warning. One with a sampler or a
+              collate_fn of its own is an error.
 
         batch_size: Number of images, and of chains, per iteration.
         lr, betas: Adam's learning rate and decay rates.
@@ -80,8 +81,8 @@ class ShortRunLearner:
             processes learn the same weights, bit for bit. Each part is a forward and a backward
             pass of its own.
         group: The processes that share the batch. All of them create their learner with the same
-            arguments and call the same methods. Each runs its own chains, and all apply the same
-            sum of gradients. Methods raise DistributedError if another process fails.
+            arguments and call the same methods. Each runs its part of the chains, and all apply
+            the same sum of gradients. Methods raise DistributedError if another process fails.
 
     ``lr`` and ``data_noise`` may be set between steps. Data order, data noise and chains are
     functions of (seed, iteration), so :meth:`tensors` and the iteration are the whole state.
@@ -107,28 +108,13 @@ class ShortRunLearner:
         parts: int = 1,
         group: Group | None = None,
     ) -> None:
-        if not isinstance(sampler.energy, torch.nn.Module):
-            raise TypeError(
-                f"{_OP}: sampler.energy must be an nn.Module, got {type(sampler.energy).__name__}"
-            )
-        if not any(p.requires_grad for p in sampler.energy.parameters()):
-            raise ValueError(f"{_OP}: sampler.energy has no parameter that requires grad")
-        check_state(_OP, sampler.energy)  # otherwise the first checkpoint would fail
+        self.data = as_images(_OP, data)
+        self.energy = _check_energy(sampler.energy, self.data)
         if not data_noise >= 0:
             raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"{_OP}: ema must be in (0, 1) or None, got {ema}")
-        self.data = as_images(_OP, data)
-        if len(self.data) == 0:
-            raise ValueError(f"{_OP}: data is empty")
-        expected = getattr(sampler.energy, "shape", None)
-        if expected is not None and tuple(expected) != tuple(self.data.shape):
-            raise ValueError(
-                f"{_OP}: data must have the energy's shape {list(expected)}, "
-                f"got {list(self.data.shape)}"
-            )
         self.sampler = sampler
-        self.energy = sampler.energy
         self.batch_size = check_count(_OP, "batch_size", batch_size)
         self.data_noise = data_noise
         self.flip = flip
@@ -142,11 +128,10 @@ class ShortRunLearner:
             if isinstance(sampler.grad_clip, tuple) and sampler.grad_clip[0] == "batch_norm":
                 raise ValueError(
                     f"{_OP}: grad_clip=('batch_norm', ...) is not supported with several "
-                    "processes, and no process has the whole batch"
+                    "processes, because no process has the whole batch"
                 )
             if buffer is not None:
-                device = next(self.energy.parameters()).device
-                self.buffer = SharedBuffer(buffer, self.group, self._batch.chains, device)
+                self.buffer = SharedBuffer(buffer, self.group, self._batch.chains, self._device)
         self.seed = _noise.check_seed(seed)
         self.iteration = 0
         # The values of load_images are in range, even if all of them are positive.
@@ -180,6 +165,10 @@ class ShortRunLearner:
     def model(self) -> torch.nn.Module:
         """The module to sample from, with the averaged weights if an average is kept."""
         return self.energy if self.averaged is None else self.averaged.module
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.energy.parameters()).device
 
     def step(self, measure: bool = False, signal: Callable[[], int] = int) -> Metrics:
         """Run one iteration and return its metrics, which are those of the whole batch.
@@ -286,33 +275,24 @@ class ShortRunLearner:
     def _noisy_batch(self) -> Tensor:
         """Return the batch of this iteration, with its noise: a function of (seed, iteration)."""
         first_chain, n = self._batch.own
-        words = _noise.words(
-            (n, 2),
-            seed=self.seed,
-            step=self.iteration,
-            stream=_noise.ORDER,
-            first_chain=first_chain,
-        )
+        address: Any = {"seed": self.seed, "step": self.iteration, "first_chain": first_chain}
+        words = _noise.words((n, 2), stream=_noise.ORDER, **address)
         indices = words[:, 0] * len(self.data) >> 32
         flip = words[:, 1] >= 2**31 if self.flip else None
-        device = next(self.energy.parameters()).device
         if isinstance(self.data, DatasetImages):
             seed = _noise.fold_in(self.seed, _ITEMS + self.iteration)
-            images = self.data.batch(indices, flip, seed, first_chain).to(device)
+            images = self.data.batch(indices, flip, seed, first_chain)
         else:
-            images = self.data.batch(indices, flip).to(device)
+            images = self.data.batch(indices, flip)
+        images = images.to(self._device)
         if not self._range_is_known:
             warn_of_range(_OP, images)
             self._range_is_known = True
         if self.data_noise > 0:
-            images = images + self.data_noise * _noise.normal(
-                images.shape,
-                seed=self.seed,
-                step=self.iteration,
-                stream=_noise.DATA,
-                first_chain=first_chain,
-                device=device,
+            normals = _noise.normal(
+                images.shape, stream=_noise.DATA, device=self._device, **address
             )
+            images = images + self.data_noise * normals
         return images
 
     def _chain_starts(self) -> tuple[Tensor | None, Tensor, int]:
@@ -320,18 +300,18 @@ class ShortRunLearner:
         seed = _noise.fold_in(self.seed, self.iteration)
         if self.buffer is not None:
             return *self.buffer.draw(self.batch_size, self.iteration), seed
-        device = next(self.energy.parameters()).device
         first_chain, n = self._batch.own
         shape = (n, *self.data.shape)
-        return None, _noise.initial(shape, seed=seed, first_chain=first_chain, device=device), seed
+        x0 = _noise.initial(shape, seed=seed, first_chain=first_chain, device=self._device)
+        return None, x0, seed
 
     def _run_chains(
         self, x0: Tensor, seed: int, measure: bool
     ) -> tuple[Tensor, list[Tensor], FloatingPointError | None]:
         """Run the chains from x0; return their last states and, with ``measure``, two figures each.
 
-        In a group, samples that are not finite are NaN, with the error: the other processes must
-        learn of it before this one raises it.
+        In a group, if the chains fail, returns NaN samples and the error, because the other
+        processes must learn of it before this one raises it.
         """
         first_chain = self._batch.own.first_chain
         if measure:
@@ -346,9 +326,26 @@ class ShortRunLearner:
 
     def _energies(self, data: Tensor, samples: Tensor, part: Shard) -> tuple[Tensor, Tensor]:
         """Return the energies of a part's data and samples, with their graph."""
-        # Makes dropout a function of (seed, iteration, part), too.
+        # Draws makes dropout, too, a function of (seed, iteration, part).
         first_chain = part.first_chain
         seed = self.seed if first_chain == 0 else _noise.fold_in(self.seed, _PART + first_chain)
         with Draws(seed, data.device).step(self.iteration):
             energy_data = call_network(self.energy, data, {}).flatten()
             return energy_data, call_network(self.energy, samples, {}).flatten()
+
+
+def _check_energy(energy: Any, data: Images) -> torch.nn.Module:
+    """Return the energy; TypeError or ValueError if it cannot be saved or cannot learn the data."""
+    if not isinstance(energy, torch.nn.Module):
+        raise TypeError(f"{_OP}: sampler.energy must be an nn.Module, got {type(energy).__name__}")
+    if not any(p.requires_grad for p in energy.parameters()):
+        raise ValueError(f"{_OP}: sampler.energy has no parameter that requires grad")
+    check_state(_OP, energy)  # otherwise the first checkpoint would fail
+    if len(data) == 0:
+        raise ValueError(f"{_OP}: data is empty")
+    expected = getattr(energy, "shape", None)
+    if expected is not None and tuple(expected) != tuple(data.shape):
+        raise ValueError(
+            f"{_OP}: data must have the energy's shape {list(expected)}, got {list(data.shape)}"
+        )
+    return energy

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from fastlangevin.learn.atomic import replacing, sync
+from fastlangevin.learn.atomic import save_text, sync
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_grid, to_grid
 from fastlangevin.learn.reading import check_file
@@ -23,10 +23,8 @@ class RunLog:
     """Writes the records and sample grids of a run to its folder.
 
     metrics.jsonl receives one record per logged iteration. series.jsonl receives a short line for
-    every iteration, to show oscillations between consecutive iterations.
-
-    When a run is resumed, records after ``iteration`` are removed: the weights that they describe
-    were lost.
+    every iteration, which shows oscillations between consecutive iterations. When a run is resumed,
+    records after ``iteration`` are removed, because the weights that they describe were lost.
     """
 
     def __init__(self, run: Path, iteration: int) -> None:
@@ -89,8 +87,7 @@ def read_series(run: Path) -> list[dict[str, Any]]:
 def _reopen(path: Path, iteration: int) -> TextIO:
     """Remove the records after ``iteration`` from a file and open it to append more."""
     lines = [line for line, record in _records(path) if record["iteration"] <= iteration]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    save_text(path, "".join(lines))
     return path.open("a", encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.network import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import check_device_exists
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     check_weights,
@@ -69,9 +69,9 @@ def save(sampler: LangevinSampler, path: str | Path) -> None:
 
 
 def describe(sampler: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what a checkpoint holds of a sampler besides weights: tensors, and JSON as header.
+    """Return the tensors and the JSON header that describe a sampler without its weights.
 
-    An energy that is no ConvEnergy is described by the name of its class alone.
+    An energy other than a ConvEnergy is described by the name of its class alone.
     """
     tensors, settings, energy = {}, sampler.settings(), sampler.energy
     for name, value in settings.items():
@@ -123,8 +123,9 @@ def load(
             is data alone: no code in it is run.
         energy: The nn.Module to load the weights into, for an energy of your own. It keeps its
             dtype, and is changed. By default, a ConvEnergy is built from the file, with the dtype
-            of the file. In the folder of a run that was trained with ``energy="module:attribute"``,
-            it is that one by default, and its module is imported: load only runs that you trust.
+            of the file. For the folder of a run that was trained with
+            ``energy="module:attribute"``, the default is that energy, and its module is imported:
+            load only runs that you trust.
         device: Device of the energy (default: the one where ``energy`` is, else the CPU).
         averaged: Use the moving average of the weights if the run kept one, else the weights.
         changes: Settings of the sampler to replace, such as ``steps=200``.
@@ -132,16 +133,16 @@ def load(
     The energy is in eval mode. Warns if the file names another class than that of ``energy``.
     Raises FileNotFoundError; ValueError for a checkpoint of an energy of your own without
     ``energy``, and for other ``steps`` than the model's schedules have; and CheckpointError (a
-    ValueError) for a file that is truncated, not a checkpoint, or of another architecture. It
-    lists what is missing in the file, what has no place in the energy, and what has another shape.
-    For a model on the hub it raises ImportError without huggingface_hub, and OSError if the file
-    cannot be had.
+    ValueError) for a file that is truncated, not a checkpoint, or of another architecture. The
+    error lists the weights that the file lacks, those that the energy does not have, and those of
+    another shape. For a model on the hub, raises ImportError without huggingface_hub, and OSError
+    if the file cannot be downloaded.
     """
     check_device_exists("load", device)
-    tensors, info = read_checkpoint(path)
-    prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
     if not isinstance(energy, nn.Module | None):
         raise TypeError(f"load: energy must be an nn.Module, got {short(energy)}")
+    tensors, info = read_checkpoint(path)
+    prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
     if energy is None:
         energy = _energy_of_run(info, path)
     built = energy is None
@@ -150,32 +151,56 @@ def load(
     if device is None:
         device = "cpu" if built else device_of(energy) or "cpu"
     device = torch.device(device)
-    if not isinstance(info.get("sampler"), dict):
-        raise CheckpointError(f"{path} has a damaged header: no sampler in it")
-    saved = _current_names(info["sampler"])
-    if unknown := [name for name in saved if name not in _SETTINGS]:
-        raise CheckpointError(
-            f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
-            f"perhaps from another version: {', '.join(unknown)}"
-        )
-    settings: dict[str, Any] = {
-        name: tensors[f"sampler.{name}"].to(device) if f"sampler.{name}" in tensors else value
-        for name, value in saved.items()
-    }
+    settings = _saved_settings(info, tensors, device, path)
     load_weights(energy, tensors, prefix, path, assign=built)
-    saved_class, given_class = info.get("energy_class"), class_name(energy)
-    # A module that was saved by the script that defines it has another name when it is imported.
-    if isinstance(saved_class, str) and saved_class.split(":")[-1] != given_class.split(":")[-1]:
-        warnings.warn(
-            f"load: {path} has the weights of an energy of the class {saved_class}, and they are "
-            f"now in one of {given_class}, whose forward pass may differ",
-            stacklevel=2,
-        )
+    _warn_of_class(info.get("energy_class"), class_name(energy), path)
     energy.to(device).eval()
     try:
         sampler = LangevinSampler(energy, **settings)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} has invalid settings of the sampler: {error}") from error
+    _check_steps(sampler, changes)
+    if changes:
+        sampler = LangevinSampler(energy, **settings | changes)
+    _replace_unavailable(sampler, device, changes)
+    return sampler
+
+
+def _saved_settings(
+    info: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device, path: Any
+) -> dict[str, Any]:
+    """Return the sampler's settings in a checkpoint; CheckpointError for those not known here."""
+    saved = _current_names(_sampler_header(info, path))
+    if unknown := [name for name in saved if name not in _SETTINGS]:
+        raise CheckpointError(
+            f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
+            f"perhaps from another version: {', '.join(unknown)}"
+        )
+    return {
+        name: tensors[f"sampler.{name}"].to(device) if f"sampler.{name}" in tensors else value
+        for name, value in saved.items()
+    }
+
+
+def _sampler_header(info: Mapping[str, Any], path: Any) -> dict[str, Any]:
+    if not isinstance(info.get("sampler"), dict):
+        raise CheckpointError(f"{path} has a damaged header: no sampler in it")
+    return info["sampler"]
+
+
+def _warn_of_class(saved: Any, current: str, path: Any) -> None:
+    """Warn if the weights were saved from an energy of another class than the current one."""
+    # A module that was saved by the script that defines it has another name when it is imported.
+    if isinstance(saved, str) and saved.split(":")[-1] != current.split(":")[-1]:
+        warnings.warn(
+            f"load: {path} has the weights of an energy of the class {saved}, and they are "
+            f"now in one of {current}, whose forward pass may differ",
+            stacklevel=3,
+        )
+
+
+def _check_steps(sampler: LangevinSampler, changes: Mapping[str, Any]) -> None:
+    """Raise ValueError if the number of steps changes, but not the schedules with it."""
     schedules = [
         name
         for name, value in sampler.settings().items()
@@ -187,10 +212,6 @@ def load(
             f"load: steps cannot be {changes['steps']}: the model has schedules of {sampler.steps} "
             f"steps in {', '.join(schedules)}; give these too"
         )
-    if changes:
-        sampler = LangevinSampler(energy, **settings | changes)
-    _replace_unavailable(sampler, device, changes)
-    return sampler
 
 
 def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,8 +226,8 @@ def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _energy_of_run(info: Mapping[str, Any], path: str | Path) -> nn.Module | None:
     """Import the energy that a run was trained with, if a setting of the run names one.
 
-    This runs code that is installed or in the working directory. So a file alone, which may have
-    come from anywhere, does not have it done; only a checkpoint in the folder of its run does.
+    This runs code that is installed or in the working directory. It is therefore done only for a
+    checkpoint in the folder of its run, not for a file alone, which may come from anywhere.
     """
     config, data = info.get("config"), info.get("data")
     target = config.get("energy") if isinstance(config, dict) else None
@@ -223,7 +244,7 @@ def _build_energy(
 ) -> ConvEnergy:
     """Build the energy that a header describes, on the meta device.
 
-    Raises CheckpointError if that is impossible or its shapes are not those of the weights.
+    Raises CheckpointError if that is impossible, or if its shapes differ from the weights'.
     """
     settings, kind = info.get("energy"), info.get("energy_class")
     if settings is None:
@@ -234,7 +255,7 @@ def _build_energy(
         )
     try:
         # The meta device allocates no memory. A header of a few bytes can describe terabytes, so
-        # its shapes are first compared with those of the weights in the file.
+        # its shapes are first compared with the weights in the file.
         with torch.device("meta"):
             energy = ConvEnergy(**settings)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -270,10 +291,9 @@ def export(run: str | Path, out: str | Path, cooldown: int = 0) -> None:
     """
     tensors, info = read_checkpoint(run)
     if cooldown:
-        if not isinstance(info.get("sampler"), dict):
-            raise CheckpointError(f"{run} has a damaged header: no sampler in it")
+        saved = _sampler_header(info, run)
         try:
-            info["sampler"] = _anneal.cooldown(info["sampler"], cooldown)
+            info["sampler"] = _anneal.cooldown(saved, cooldown)
         except (KeyError, TypeError) as error:
             raise ValueError(f"export: {run} cannot be given a cooldown: {error}") from error
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
@@ -313,23 +333,22 @@ def push_to_hub(
         else:
             export(model, folder / MODEL)
         info = read_checkpoint(folder / MODEL)[1]
-        with replacing(folder / "README.md") as path:
-            path.write_text(_card(repo, info), "utf-8")
+        save_text(folder / "README.md", _card(repo, info))
         return upload(repo, folder, private, message)
 
 
 def _card(repo: str, info: Mapping[str, Any]) -> str:
     """Return the text of a model card: what the model is, how to load it, and its settings."""
     kind, settings = info.get("energy_class", "ConvEnergy"), info["energy"]
-    own = settings is None
+    is_custom = settings is None
     rows = {**(settings or {}), **(info.get("config") or {}), **info["sampler"]}
     return _CARD.format(
         name=repo.split("/")[-1],
         repo=repo,
         version=__version__,
         kind=kind,
-        energy=", energy=MyEnergy()" if own else "",
-        hint=f"  # an instance of {kind}" if own else "",
+        energy=", energy=MyEnergy()" if is_custom else "",
+        hint=f"  # an instance of {kind}" if is_custom else "",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
 

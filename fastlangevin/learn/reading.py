@@ -6,7 +6,6 @@ anything is allocated, and error messages show only the beginning of a value.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import reprlib
@@ -142,12 +141,6 @@ def read_json(path: Path) -> Any:
         return json.loads(content)
 
 
-def require(module: str, reader: str) -> Any:
-    """Import an optional dependency; ImportError, with how to install it, if that fails."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"load_images: {reader} needs the module {module}, which cannot be imported "
-            f'({error}); pip install "fastlangevin[train]"'
-        ) from error
+def as_json(value: Any) -> Any:
+    """Return a value as it would be read back from JSON, with lists for tuples."""
+    return json.loads(json.dumps(value))

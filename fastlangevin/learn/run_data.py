@@ -35,15 +35,12 @@ def run_config(
 
 
 def load_training(
-    run: str | Path,
-    data: str | None = None,
-    packaged: bool = False,
-    on_corrupt: str | None = None,
+    run: str | Path, data: str | None = None, packaged: bool = False, on_corrupt: str | None = None
 ) -> tuple[TrainConfig, ImageData]:
     """Return the settings of a run and its training images, or the images of ``data``.
 
-    packaged: if the images of a model in the package cannot be read, return the test images that
-        come with it, with a warning.
+    packaged: if the images of a model in the package cannot be read, return, with a warning, the
+        test images that come with it.
     """
     config = run_config(run, data, on_corrupt)
     with suggesting("data", data):
@@ -105,42 +102,51 @@ def load_held_out(
 
 
 def spaced_images(
-    data: ImageData, n: int | None, device: torch.device | None, each: int = 1, usual: int = 8
+    data: ImageData,
+    n: int | None,
+    device: torch.device | None,
+    images_per_item: int = 1,
+    default_n: int = 8,
 ) -> Tensor:
-    """Return n times ``each`` images, spread over the data and its classes, on a device.
+    """Return the images of n items, spread over the data and its classes, on a device.
 
-    Without n, these are ``usual`` times ``each`` images, or as many as there are.
+    Without n, there are ``default_n`` items, or as many as the data have images for.
     """
-    if len(data) < each:
-        raise ValueError(f"images must be {each} or more, got {len(data)}: {data.name}")
+    most = len(data) // images_per_item
+    if most == 0:
+        raise ValueError(f"images must be {images_per_item} or more, got {len(data)}: {data.name}")
     if n is None:
-        n = max(1, min(usual, len(data) // each))
-    if n * each > len(data):
-        most = f"{len(data) // each}" + (f", of {each} images each" if each > 1 else "")
-        raise ValueError(f"n must be at most {most}, the images of {data.name}, got {n}")
-    return data.batch(_spread(data, n * each)).to(device)
+        n = min(default_n, most)
+    if n > most:
+        each = f", of {images_per_item} images each" if images_per_item > 1 else ""
+        raise ValueError(f"n must be at most {most}{each}, the images of {data.name}, got {n}")
+    return data.batch(_choose_spaced(data, n * images_per_item)).to(device)
 
 
-def _spread(data: ImageData, n: int) -> list[int]:
+def _choose_spaced(data: ImageData, n: int) -> list[int]:
     """Return the indices of one image out of each of n equal parts of the data.
 
-    It is the first of its part and, if there are labels, of those whose class has been taken least.
+    It is the first image of its part; with labels, the first of the class that has been chosen
+    least often.
     """
     ends = [i * len(data) // n for i in range(n + 1)]
     if data.labels is None:
         return ends[:-1]
     labels = data.labels.tolist()
-    taken = dict.fromkeys(labels, 0)
+    times_chosen = dict.fromkeys(labels, 0)
     chosen = []
     for part in map(range, ends, ends[1:]):
-        chosen.append(min(part, key=lambda i: taken[labels[i]]))
-        taken[labels[chosen[-1]]] += 1
+        chosen.append(min(part, key=lambda i: times_chosen[labels[i]]))
+        times_chosen[labels[chosen[-1]]] += 1
     return chosen
 
 
 @contextlib.contextmanager
 def suggesting(argument: str, value: str | None) -> Iterator[None]:
-    """If the run's own images cannot be read, name the argument that replaces them."""
+    """Add to an error about the run's own images which argument replaces them.
+
+    value: the argument's value; errors about images that it names pass unchanged.
+    """
     try:
         yield
     except (ImportError, OSError, ValueError) as error:

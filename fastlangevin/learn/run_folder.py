@@ -19,11 +19,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
-# In the folder of a run that torchrun or several processes made: the job, and a token of its start.
+# Names the job that writes a folder, and its start, if torchrun or several processes do.
 JOB = ".job"
 # Errors of flock if another process holds the lock. Any other error is one of the file system.
 _LOCKED = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
-DIVERGED = "diverged.txt"  # in the folder of a run that has diverged: where, and how
+DIVERGED = "diverged.txt"  # says at which iteration a run has diverged, and how
 REMEDY = "the usual remedy is a tenth of lr, and docs/divergence.md has others"
 _NUMBER = "[0-9]" * 8
 WRITTEN = (
@@ -36,19 +36,10 @@ WRITTEN = (
     DIVERGED,
     CONFIG,
 )
-# Settings that a resumed run may change: its length, what it writes, and where things are. Its data
-# may have moved, because the content of the data is compared.
-FREE_SETTINGS = (
-    "data",
-    "iterations",
-    "device",
-    "log_every",
-    "sample_every",
-    "save_every",
-    "samples",
-    "max_energy",
-    "max_saturation",
-)
+# Settings that a resumed run may change: its length, what it writes, and where things are. The path
+# of the data may change, because the content of the data is compared.
+FREE_SETTINGS = ("data", "iterations", "device", "log_every", "sample_every", "save_every",
+                 "samples", "max_energy", "max_saturation")  # fmt: skip
 
 
 class FolderInUseError(FileExistsError):
@@ -159,7 +150,7 @@ def check_resumed(config: TrainConfig, out: Path) -> None:
 
 def remove_run(out: Path) -> None:
     """Delete the files of a run and nothing else. config.yaml is last: it marks the run."""
-    remove_leftovers(out)
+    remove_run_leftovers(out)
     for pattern in (JOB, "tensorboard/events.out.tfevents.*", *WRITTEN):
         for path in out.glob(pattern) if is_run(out) else ():
             path.unlink()
@@ -168,10 +159,10 @@ def remove_run(out: Path) -> None:
             (out / name).rmdir()
 
 
-def remove_leftovers(out: Path) -> None:
+def remove_run_leftovers(out: Path) -> None:
     """Delete temporary files that killed processes left in the folder of a run.
 
-    A run writes its files while it holds the lock, so every temporary file of theirs is a leftover.
+    A run holds the lock while it writes, so every temporary file of a run's files is a leftover.
     """
     for folder in (out, out / "checkpoints", out / "samples"):
         _atomic.remove_leftovers(folder)

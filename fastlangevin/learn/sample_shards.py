@@ -1,6 +1,5 @@
 """Many samples as files of a folder, drawn by any number of processes and resumed after a stop."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ from torch import Tensor
 from fastlangevin.arguments import check_count
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.gradients.network import device_of
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.kernels.devices import device_name
+from fastlangevin.learn.atomic import save_json
 from fastlangevin.learn.checkpoint import checksum
-from fastlangevin.learn.data.shards import FORMAT, SAMPLES, VERSION, shard_paths
+from fastlangevin.learn.data.sample_folder import FORMAT, SAMPLES, VERSION, shard_paths
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_arrays
-from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code
-from fastlangevin.learn.reading import read_json
+from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code, has_plan
+from fastlangevin.learn.reading import as_json, read_json
 from fastlangevin.sampler import LangevinSampler
-
-Progress = Callable[[int, int], None]
 
 
 def sample_shards(
@@ -31,19 +29,19 @@ def sample_shards(
     seed: int = 0,
     per_file: int = 512,
     group: Group | None = None,
-    report: Progress | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Draw n samples from noise into files of ``per_file`` samples each, and return their paths.
 
-    The samples are those of one call ``sampler(n=n, seed=seed)``, in float32. The file of chains
-    i, i + 1, ... is called i.npy, with eight digits, and has shape [per_file, ...], or less at the
-    end. samples.json says what the files hold. Files that are complete are kept, so that the same
+    The samples equal the result of one call ``sampler(n=n, seed=seed)``, in float32. The file of
+    chains i, i + 1, ... is called i.npy, with eight digits, and holds ``per_file`` samples, or
+    fewer at the end. samples.json describes the files. Complete files are kept, so that the same
     call continues after a stop, with any number of processes. Each process draws the next file
-    that is missing. The call returns when the files of all processes are there.
+    that is missing. The call returns when all files exist.
 
     per_file: samples per file, which one call of the sampler draws; it bounds the memory.
     group: the processes that share the files.
-    report: called as ``report(samples that are there, n)``, on rank 0 alone.
+    report: called as ``report(samples written, n)``, on rank 0 alone.
 
     Raises FileExistsError if the folder holds samples of another model, seed, number, version or
     kind of device, or other files; DistributedError if the processes differ, do not share the
@@ -52,7 +50,7 @@ def sample_shards(
     out, group = Path(out), group or Group()
     plan = _plan(sampler, check_count("sample", "n", n), seed, per_file)
     compare_with_code(group, plan)
-    group.first(lambda: _open(out, plan), f"folder of samples {out}")
+    group.first(lambda: _open_folder(out, plan), f"folder of samples {out}")
     check_same_folder(group, out, "sample")
     paths = shard_paths(out, n, per_file)
     try:
@@ -87,29 +85,20 @@ def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[st
     }
     plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
     plan |= {"weights": digest, "sampler": settings, "device": _device(sampler), **VERSIONS}
-    return json.loads(json.dumps(plan))
+    return as_json(plan)
 
 
 def _device(sampler: LangevinSampler) -> str:
-    """Return what computes the samples: the name of a GPU, or "cpu"."""
+    """Return the name of the GPU that computes the samples, or "cpu"."""
     device = device_of(sampler.energy) or torch.device("cpu")
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return device_name(device) if device.type == "cuda" else device.type
 
 
-def _open(out: Path, plan: dict[str, Any]) -> None:
+def _open_folder(out: Path, plan: dict[str, Any]) -> None:
     """Write the plan into a new folder; FileExistsError unless an old one has the same plan."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"sample: {out} is a file, not a folder for samples")
     file = out / SAMPLES
-    # Another job may be writing its plan and then its files, so the plan is looked for last.
-    others = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
-    if not file.exists():
-        if others:
-            raise FileExistsError(
-                f"sample: {out} holds {others[0]} but no {SAMPLES}; name another folder"
-            )
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
+    if not has_plan("sample", out, SAMPLES, "samples"):
+        save_json(file, plan, indent=1)
         return
     saved = read_json(file)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:

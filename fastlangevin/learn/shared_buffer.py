@@ -12,11 +12,11 @@ from fastlangevin.replay import ReplayBuffer, write_last
 class SharedBuffer:
     """A ReplayBuffer whose slots are divided among the processes.
 
-    It draws and stores the chains that the buffer would in a single process: which slots these
-    are is computed on every process, and the states travel between the processes that hold the
-    slots and those that run the chains.
+    It draws and stores the same chains as the buffer would in a single process. Every process
+    computes the numbers of their slots. The states travel between the processes that hold the slots
+    and the processes that run the chains.
 
-    buffer: the buffer of a single process. Its states are dropped.
+    buffer: the buffer of a single process. It loses its states.
     chains: the chains of each rank in a batch.
     device: where the states are held.
     """
@@ -82,7 +82,7 @@ class SharedBuffer:
     def _move(self, values: Tensor, sources: Tensor, targets: Tensor, what: str) -> Tensor:
         """Move value i from rank sources[i] to rank targets[i], for all i.
 
-        values: those of this rank, in ascending i, as are the values returned.
+        values: the values of this rank, in ascending i. So are the values returned.
         """
         rank, world_size = self._group.rank, self._group.world_size
         to, origin = targets[sources == rank], sources[targets == rank]
@@ -95,6 +95,6 @@ class SharedBuffer:
 
 
 def _ranks(shards: Sequence[Shard]) -> Tensor:
-    """The rank of each element of consecutive shards."""
+    """Return the rank of each element of consecutive shards."""
     counts = torch.tensor([s.n for s in shards], dtype=torch.int64, device="cpu")
     return torch.arange(len(shards), dtype=torch.int64, device="cpu").repeat_interleave(counts)

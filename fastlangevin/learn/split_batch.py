@@ -11,7 +11,7 @@ _OP = "ShortRunLearner"
 
 
 class SplitBatch:
-    """A batch of n chains in consecutive parts, which are shared out among the processes.
+    """A batch of n chains in consecutive parts, which are divided among the processes.
 
     The gradient of a part is computed by the process that runs its chains. The gradients of all
     parts are added in an order that depends on the number of parts alone, so the sum is the same,
@@ -53,8 +53,8 @@ class SplitBatch:
         loss: returns the loss of a part. It is called for the parts of this process.
         figures: a float32 tensor [own, F] with one row for each chain of this process, which
             ``loss`` may fill in.
-        signal: returns a small number for the other processes, as late as possible.
-        what: what the sum is for, for error messages.
+        signal: returns a small number for the other processes. It is called as late as possible.
+        what: the purpose of the sum, for error messages.
 
         Returns the figures [n, F] of all processes, and the largest signal of any process.
         """
@@ -91,5 +91,5 @@ class SplitBatch:
 
 
 def _merged_shard(shards: list[Shard]) -> Shard:
-    """Consecutive shards as one."""
+    """Return consecutive shards as one."""
     return Shard(shards[0].first_chain, sum(s.n for s in shards))

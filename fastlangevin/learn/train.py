@@ -12,11 +12,11 @@ from typing import Any
 
 import fastlangevin.noise as _noise
 from fastlangevin.distributed import DistributedError, Group
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.build import build_learner, choose_device, draw_samples, fingerprint
 from fastlangevin.learn.checkpoint import DamagedCheckpointError, checkpoint_path, list_checkpoints
 from fastlangevin.learn.config import TrainConfig, save_config
-from fastlangevin.learn.guard import DivergedError, DivergenceGuard
+from fastlangevin.learn.divergence import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_grid
 from fastlangevin.learn.job import check_same_folder, check_same_work, is_own
 from fastlangevin.learn.learner import ShortRunLearner
@@ -28,8 +28,8 @@ from fastlangevin.learn.run_folder import (
     check_folder,
     is_run,
     only_writer,
-    remove_leftovers,
     remove_run,
+    remove_run_leftovers,
 )
 from fastlangevin.names import keywords_checked
 
@@ -37,7 +37,8 @@ from fastlangevin.names import keywords_checked
 # four times (with their average and Adam's two moments) and the buffer.
 KEPT_CHECKPOINTS = 2
 
-Report = Callable[[int, Mapping[str, Any]], None]
+# Called after every iteration as report(iteration, record).
+IterationReport = Callable[[int, Mapping[str, Any]], None]
 
 
 class StopRequest:
@@ -54,7 +55,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    report: Report | None = None,
+    report: IterationReport | None = None,
     start: Callable[[ShortRunLearner], None] | None = None,
     stop: StopRequest | None = None,
     group: Group | None = None,
@@ -71,7 +72,7 @@ def train(
         overwrite: Delete the run in ``out`` first.
         report: Called as ``report(iteration, record)`` after every iteration.
         start: Called with the learner before the first iteration.
-        stop: Holds, afterwards, the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
+        stop: Afterwards holds the signal that stopped the run. SIGINT, SIGTERM and SIGHUP save a
             checkpoint after the current iteration and end the run.
         group: The processes that share each batch. All of them call this function; see
             :func:`fastlangevin.distributed.join`. Rank 0 writes. A signal to any of them stops
@@ -81,8 +82,8 @@ def train(
     ``resume`` nor ``overwrite`` is given, or if another process is training in it; ValueError for
     settings that do not fit; and, with ``resume``, FileError naming the file of the run that
     cannot be read. Later, raises DivergedError, naming the last good checkpoint, and OSError if the
-    disk is full. Checkpoints that were already written stay. Raises DistributedError if the
-    processes of a group have other settings, code, data or folders, or if one of them fails.
+    disk is full; checkpoints that were already written are kept. Raises DistributedError if the
+    processes of a group have different settings, code, data or folders, or if one of them fails.
     """
     out, group = Path(out), group or Group()
     check_same_work(group, config)
@@ -114,7 +115,7 @@ def _open_run(
     group = learner.group
 
     def prepare() -> int:
-        remove_leftovers(out)
+        remove_run_leftovers(out)
         if resume:
             (out / DIVERGED).unlink(missing_ok=True)
             resume_learner(learner, config, out)
@@ -135,7 +136,7 @@ def _train(
     learner: ShortRunLearner,
     config: TrainConfig,
     out: Path,
-    report: Report | None,
+    report: IterationReport | None,
     stop: StopRequest,
 ) -> Path:
     group = learner.group
@@ -149,7 +150,7 @@ def _train(
                 iterate(learner, config, out, log, guard, report, stop)
             what = f"checkpoint of iteration {learner.iteration}"
             if not group.first(checkpoint_path(out, learner.iteration).exists, what):
-                if not sound(learner, config, what):
+                if not group.first(lambda: is_sound(learner, config), what):
                     raise DivergedError(f"energies run away after iteration {learner.iteration}")
                 save_run(learner, config, out, log)
             return Path(group.first(lambda: finish(learner, config, out), what))
@@ -157,8 +158,8 @@ def _train(
         # The learner counts an iteration once its weights have changed.
         broken = learner.iteration + isinstance(error, FloatingPointError)
         if group.rank == 0:
-            with contextlib.suppress(OSError), replacing(out / DIVERGED) as temporary:
-                temporary.write_text(f"diverged at iteration {broken}: {error}\n", "utf-8")
+            with contextlib.suppress(OSError):
+                save_text(out / DIVERGED, f"diverged at iteration {broken}: {error}\n")
         advice = "" if list_checkpoints(out) else f"; {REMEDY}"
         raise DivergedError(f"{error}; {last_good(out)}{advice}") from error
     except DistributedError as error:
@@ -171,7 +172,7 @@ def _train(
 
 
 def _should_stop(learner: ShortRunLearner, stop: StopRequest) -> bool:
-    """Return whether to stop: in a group, after the iteration in which all have learned of it."""
+    """Return whether a signal came; in a group, all processes stop after the same iteration."""
     if learner.group.world_size == 1:
         return stop.signal is not None
     stop.signal = learner.signal or stop.signal
@@ -184,7 +185,7 @@ def iterate(
     out: Path,
     log: RunLog | None,
     guard: DivergenceGuard,
-    report: Report | None,
+    report: IterationReport | None,
     stop: StopRequest,
 ) -> None:
     """Run one iteration, then write the record, grid and checkpoint that are due."""
@@ -195,17 +196,11 @@ def iterate(
     measured = due % config.log_every == 0 or due == config.iterations
     metrics = learner.step(measure=measured, signal=lambda: stop.signal or 0)
     guard.check(metrics)
-    record = {
-        **metrics._asdict(),
-        "lr": learner.lr,
-        "data_noise": learner.data_noise,
-        "seconds": time.perf_counter() - started,
-    }
+    record = {**metrics._asdict(), "lr": learner.lr, "data_noise": learner.data_noise}
+    record["seconds"] = time.perf_counter() - started
     if group.world_size > 1:
-        record |= {
-            "communicated_bytes": group.bytes - sent,
-            "communication_seconds": group.seconds - waited,
-        }
+        record["communicated_bytes"] = group.bytes - sent
+        record["communication_seconds"] = group.seconds - waited
     if log is not None:
         log.follow(due, metrics.gap, metrics.reach)
         if measured:
@@ -218,7 +213,11 @@ def iterate(
 
         group.first(grid, f"samples of iteration {due}")
     what = f"checkpoint of iteration {due}"
-    if due % config.save_every == 0 and guard.calm and sound(learner, config, what):
+    if (
+        due % config.save_every == 0
+        and guard.calm
+        and group.first(lambda: is_sound(learner, config), what)
+    ):
         save_run(learner, config, out, log)
     if report is not None:
         report(due, record)
@@ -229,11 +228,6 @@ def finish(learner: ShortRunLearner, config: TrainConfig, out: Path) -> str:
     remove_old_checkpoints(out)  # an earlier process may have been killed before this
     save_grid(draw_samples(learner, config), out / "samples.png")
     return str(list_checkpoints(out)[-1])
-
-
-def sound(learner: ShortRunLearner, config: TrainConfig, what: str) -> bool:
-    """Return what :func:`is_sound` says on rank 0."""
-    return learner.group.first(lambda: is_sound(learner, config), what)
 
 
 def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
@@ -247,19 +241,16 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
     x0 = _noise.initial((16, *learner.data.shape), seed=config.seed)
     chain = learner.sampler.diagnose(x0.to(choose_device(config.device)), seed=config.seed)
     # A comparison with NaN is false.
-    return bool(
-        chain.x.isfinite().all() and chain.energy[-1].mean().abs() <= 10 * config.max_energy
-    )
+    bounded = chain.energy[-1].mean().abs() <= 10 * config.max_energy
+    return bool(chain.x.isfinite().all() and bounded)
 
 
 def last_good(out: Path) -> str:
-    """Say which checkpoint a run that has stopped can continue from."""
+    """Return a text about the checkpoint from which a run that has stopped can continue."""
     checkpoints = list_checkpoints(out)
-    return (
-        f"the last good checkpoint is {checkpoints[-1]}"
-        if checkpoints
-        else "no checkpoint was saved yet"
-    )
+    if not checkpoints:
+        return "no checkpoint was saved yet"
+    return f"the last good checkpoint is {checkpoints[-1]}"
 
 
 def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
@@ -273,7 +264,7 @@ def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
 
 
 def save_run(learner: ShortRunLearner, config: TrainConfig, out: Path, log: RunLog | None) -> None:
-    """Flush the records, save a checkpoint, and delete all older ones but the newest."""
+    """Flush the records, save a checkpoint, and delete all but the newest older ones."""
     what = f"checkpoint of iteration {learner.iteration}"
 
     def flush() -> None:
@@ -336,19 +327,19 @@ def stop_signal(stop: StopRequest) -> Iterator[None]:
         return
     # Windows has no SIGHUP.
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {number: signal.getsignal(number) for number in numbers if number is not None}
+    handlers = {number: signal.getsignal(number) for number in numbers if number is not None}
     # Signals that are ignored stay ignored: shells ignore SIGINT for background processes, and
     # nohup ignores SIGHUP.
-    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    handlers = {number: old for number, old in handlers.items() if old != signal.SIG_IGN}
 
     def request(number: int, _frame: object) -> None:
         stop.signal = number
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, handlers[signal.Signals(number)])
 
     try:
-        for number in before:
+        for number in handlers:
             signal.signal(number, request)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -10,8 +10,8 @@ import torch
 import fastlangevin as fl
 from benchmarks.restorations import cell, errors, filled, main, tables, without_model, won
 from fastlangevin.learn.tasks.measurements import Downsample, Grey, make_operator, measure
-from fastlangevin.learn.tasks.moments import moments
 from fastlangevin.learn.tasks.restore import SAMPLES, restore
+from fastlangevin.learn.tasks.restore_moments import moments
 
 BOX = make_operator("mask", (1, 8, 8))
 

@@ -15,7 +15,7 @@ import pytest
 import fastlangevin as fl
 from fastlangevin.cli import app as application
 from fastlangevin.cli.app import NAMES, make_app
-from fastlangevin.cli.options import Fit, ShortFit
+from fastlangevin.cli.options import FitOptions, ShortFitOptions
 from fastlangevin.learn.config import FIELDS, read_settings
 from fastlangevin.learn.tasks.reconstruct import reconstruct
 from tests.cli.shared import Command
@@ -81,7 +81,7 @@ def test_help_explains_every_setting(name: str, command: Command) -> None:
 def test_help_of_a_fit_states_the_defaults_of_the_task() -> None:
     defaults = inspect.signature(reconstruct).parameters
     arguments = make_app("restore")["restore"].assemble_argument_collection(parse_docstring=True)
-    for name in ShortFit.__annotations__ | Fit.__annotations__:
+    for name in ShortFitOptions.__annotations__ | FitOptions.__annotations__:
         (text,) = [a.parameter.help for a in arguments if a.name == f"--{name.replace('_', '-')}"]
         want = "0.1 for adam, 0.05 for gd" if name == "lr" else defaults[name].default
         assert f"(default: {want}" in text, name

@@ -57,7 +57,7 @@ def test_scores_that_do_not_serve_say_why() -> None:
     assert reasons["autograd"] is None
     assert reasons["explicit"] is None
     assert "not an nn.Module" in str(reasons["fused"])
-    assert "no: the energy is a function" in bench.table(rows)
+    assert "no: the energy is a function" in bench.to_text(rows)
 
 
 def make_energy() -> nn.Module:

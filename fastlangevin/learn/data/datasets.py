@@ -17,6 +17,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from fastlangevin.arguments import check_floating
 from fastlangevin.gradients.draws import Draws
 
 
@@ -40,8 +41,7 @@ class TensorImages:
     """A tensor [N, ...] as a data set."""
 
     def __init__(self, op: str, images: Tensor) -> None:
-        if not images.is_floating_point():
-            raise TypeError(f"{op}: data must be of floating dtype, got {images.dtype}")
+        check_floating(op, "data", images)
         if not bool(images.isfinite().all()):
             raise ValueError(f"{op}: data must be finite, it holds NaN or infinity")
         self.images = images
@@ -70,7 +70,7 @@ class DatasetImages:
     ) -> Tensor:
         """Return the images at ``indices``.
 
-        With a ``seed``, the random numbers of torch that the i-th of them draws are a function of
+        With a ``seed``, torch's random numbers in the i-th item's transforms are a function of
         (seed, first + i), and torch's own generators do not advance.
         """
         draws = None if seed is None else Draws(seed, torch.device("cpu"))
@@ -103,8 +103,8 @@ class DatasetImages:
 def as_images(op: str, data: Any) -> Images:
     """Return data of any kind as a data set.
 
-    Raises TypeError or ValueError, beginning with ``op``, for data that have no order of their own
-    to draw indices from, and warns if only a part of a DataLoader is used.
+    Raises TypeError or ValueError, beginning with ``op``, for data without a length and items by
+    index, and warns that only the dataset of a DataLoader is used.
     """
     if isinstance(data, DataLoader):
         data = _dataset_of(op, data)
@@ -143,7 +143,7 @@ def warn_of_range(op: str, images: Tensor) -> None:
     beyond = float((images.abs() > 1.5).float().mean())
     if beyond > 0.01 or low >= 0:
         warnings.warn(
-            f"{op}: data must be in [-1, 1], where the chains start, and those of the first batch "
+            f"{op}: data must be in [-1, 1], where the chains start, and the first batch's values "
             f"are from {low:.3g} to {high:.3g}"
             + ("; use 2 * images - 1" if low >= 0 and 0.5 < high <= 1 else ""),
             stacklevel=4,
@@ -154,12 +154,12 @@ def mirrored(images: Tensor, flip: Tensor | None) -> Tensor:
     """Return the images, those with a True ``flip`` mirrored along the last dimension."""
     if flip is None:
         return images
-    where = flip.to(images.device).view(-1, *[1] * (images.ndim - 1))
-    return torch.where(where, images.flip(-1), images)
+    flips = flip.to(images.device).view(-1, *[1] * (images.ndim - 1))
+    return torch.where(flips, images.flip(-1), images)
 
 
 def _dataset_of(op: str, loader: DataLoader[Any]) -> Dataset[Any]:
-    """Return a loader's dataset, unless the loader does more to it than batch and shuffle."""
+    """Return a loader's dataset; ValueError if the loader does more than batch and shuffle it."""
     changes = {
         "a sampler of its own": type(loader.sampler) not in (RandomSampler, SequentialSampler)
         and not isinstance(loader.dataset, IterableDataset),
@@ -168,11 +168,11 @@ def _dataset_of(op: str, loader: DataLoader[Any]) -> Dataset[Any]:
     }
     if owned := [name for name, is_own in changes.items() if is_own]:
         raise ValueError(
-            f"{op}: of a DataLoader only the dataset is used, and this one has {owned[0]}; do the "
+            f"{op}: only the dataset of a DataLoader is used, and this one has {owned[0]}; do the "
             "same in the dataset, and give that"
         )
     warnings.warn(
-        f"{op}: of the DataLoader only the dataset is used: the learner draws the indices of its "
+        f"{op}: only the dataset of the DataLoader is used: the learner draws the indices of its "
         "batches itself, as a function of (seed, iteration), with its own batch_size and without "
         "workers",
         stacklevel=5,

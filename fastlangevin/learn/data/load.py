@@ -13,31 +13,11 @@ import torch
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
-from fastlangevin.learn.data.arrays import (
-    ArraySource,
-    float_range,
-    has_idx,
-    read_digits,
-    read_fashion_mnist,
-    read_idx,
-    read_mnist5k,
-    read_npy,
-    read_npz,
-)
+from fastlangevin.learn.data import arrays, pictures
+from fastlangevin.learn.data.arrays import ArraySource
 from fastlangevin.learn.data.collect import collect
-from fastlangevin.learn.data.pictures import (
-    EXTENSIONS,
-    ColourFoundError,
-    Item,
-    PictureSource,
-    convert_array,
-    decode,
-    open_file,
-    open_folder,
-    open_hub,
-    open_parquet,
-)
-from fastlangevin.learn.data.shards import SAMPLES, read_shards
+from fastlangevin.learn.data.pictures import EXTENSIONS, PictureSource
+from fastlangevin.learn.data.sample_folder import SAMPLES, read_shards
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.reading import brief, check_inside, cut, reading
 from fastlangevin.names import check_name, did_you_mean, keywords_checked
@@ -115,8 +95,8 @@ class ImageData:
 def spread(data: ImageData, most: int) -> ImageData:
     """Return at most ``most`` images, spread over the order of the data.
 
-    One image is drawn from each of ``most`` equal parts. A fixed stride would select a single
-    class from data whose classes alternate.
+    One image is drawn from each of ``most`` equal parts. With a fixed stride, all of them could be
+    of one class if the classes alternate.
     """
     if len(data) <= most:
         return data
@@ -198,9 +178,9 @@ def _open(
     source: str | PathLike[str], split: str, limit: int | None
 ) -> ArraySource | PictureSource:
     if source == "fashion-mnist":
-        return read_fashion_mnist(split, limit)
+        return arrays.read_fashion_mnist(split, limit)
     if isinstance(source, str) and source.startswith("hub:"):
-        return open_hub(source.removeprefix("hub:"), split)
+        return pictures.open_hub(source.removeprefix("hub:"), split)
     path = Path(source).expanduser()
     # Unlike pathlib, os.path returns False for a name that no file can have.
     if source not in SOURCES and os.path.isdir(path):
@@ -213,17 +193,15 @@ def _open(
         )
     _check_split(split, source)
     if source == "digits":
-        return read_digits()
+        return arrays.read_digits()
     if source == "mnist5k":
-        return read_mnist5k()
-    if path.suffix == ".npy":
-        return read_npy(path)
-    if path.suffix == ".npz":
-        return read_npz(path)
+        return arrays.read_mnist5k()
+    if path.suffix in (".npy", ".npz"):
+        return arrays.read_npy(path) if path.suffix == ".npy" else arrays.read_npz(path)
     if path.suffix == ".parquet":
-        return open_parquet([path], path.stem)
+        return pictures.open_parquet([path], path.stem)
     if path.suffix.lower() in EXTENSIONS:
-        return open_file(path)
+        return pictures.open_file(path)
     raise ValueError(
         f"load_images: a file must be .npy, .npz, .parquet or a picture ({' '.join(EXTENSIONS)}), "
         f"got {path}"
@@ -236,8 +214,8 @@ def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | P
     if (folder / SAMPLES).is_file():
         _check_split(split, folder)
         return read_shards(folder, limit)
-    if has_idx(folder):
-        return read_idx(folder, split, limit)
+    if arrays.has_idx(folder):
+        return arrays.read_idx(folder, split, limit)
     if files := sorted(folder.glob("*.parquet")):
         of_split = [path for path in files if path.name.startswith(split)]
         if not of_split:
@@ -247,13 +225,13 @@ def _open_folder(folder: Path, split: str, limit: int | None) -> ArraySource | P
             )
         for path in of_split:
             check_inside(path, folder)
-        return open_parquet(of_split, f"{folder.name} {split}")
+        return pictures.open_parquet(of_split, f"{folder.name} {split}")
     if split in subfolders and subfolders <= _SPLITS:
         check_inside(folder / split, folder)
-        pictures = open_folder(folder / split)
-        return replace(pictures, name=f"{folder.name} {split}")
+        source = pictures.open_folder(folder / split)
+        return replace(source, name=f"{folder.name} {split}")
     _check_split(split, folder)
-    return open_folder(folder)
+    return pictures.open_folder(folder)
 
 
 def _check_split(split: str, source: str | PathLike[str]) -> None:
@@ -275,14 +253,14 @@ def _from_array(
                 f"{name}: float images must have 1 or 3 channels, got 4; composite the alpha "
                 "channel first"
             )
-        # The range is that of all images, so that `limit` does not change the meaning of a value.
-        low, _ = float_range(pixels, name, bounded)
+        # The range is taken over all images, so that `limit` does not change what a value means.
+        low, _ = arrays.float_range(pixels, name, bounded)
     pixels, labels = pixels[:limit], None if labels is None else labels[:limit]
     count, depth, height, width = pixels.shape
     channels = channels or min(depth, 3)
     if channels != depth or size not in (None, height) or size not in (None, width):
-        items = (Item(f"{name}, image {i}", row, None) for i, row in enumerate(pixels))
-        to_pixels = partial(convert_array, size=size, channels=channels)
+        items = (pictures.Item(f"{name}, image {i}", row, None) for i, row in enumerate(pixels))
+        to_pixels = partial(pictures.convert_array, size=size, channels=channels)
         pixels, _ = collect(items, count, to_pixels, on_corrupt="error", limit=None)
     return _image_data(name, pixels, labels, signed=low < 0)
 
@@ -295,17 +273,14 @@ def _from_pictures(
     limit: int | None,
 ) -> ImageData:
     def read(channels: int | None) -> ImageData:
+        to_pixels = partial(pictures.decode, size=size, channels=channels)
         pixels, labels = collect(
-            source.items(),
-            source.count,
-            partial(decode, size=size, channels=channels),
-            on_corrupt=on_corrupt,
-            limit=limit,
+            source.items(), source.count, to_pixels, on_corrupt=on_corrupt, limit=limit
         )
         return _image_data(source.name, pixels, labels, signed=False)
 
     # Pictures are read as grey until one is in colour, so that a grey set needs a single pass.
-    with suppress(ColourFoundError):
+    with suppress(pictures.ColourFoundError):
         return read(channels)
     return read(3)
 

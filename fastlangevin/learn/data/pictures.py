@@ -24,8 +24,8 @@ from fastlangevin.learn.reading import (
     check_inside,
     read_bytes,
     reading,
-    require,
 )
+from fastlangevin.optional import require
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _IMAGE_COLUMNS = ("img", "image")
@@ -128,7 +128,7 @@ def open_parquet(files: list[Path], name: str) -> PictureSource:
     must stay inside it. Raises ImportError without pyarrow, and FileError for a file without such
     a column.
     """
-    parquet = require("pyarrow.parquet", "reading parquet files")
+    parquet = require("pyarrow.parquet", "train", "load_images: reading parquet files")
     count = 0
     columns: dict[Path, str] = {}
     for path in files:
@@ -161,7 +161,7 @@ def open_parquet(files: list[Path], name: str) -> PictureSource:
 
 def open_hub(name: str, split: str) -> PictureSource:
     """Open a split of a data set of the Hugging Face hub, with the package `datasets`."""
-    datasets = require("datasets", f'the source "hub:{name}"')
+    datasets = require("datasets", "train", f'load_images: the source "hub:{name}"')
     rows = datasets.load_dataset(name, split=split)
     column = _image_column(rows.column_names, f"hub:{name}")
     rows = rows.cast_column(column, datasets.Image(decode=False))

@@ -44,7 +44,7 @@ class Correlations(NamedTuple):
     values: int  # number of values
     spacing: int  # iterations between values
     d: list[float]  # autocorrelations at lags 0, 1, ...
-    r: list[float]  # the same of r
+    r: list[float]  # the same for r
     cross: list[float]  # correlations of d at t with r at t + lag, for lags -L .. L
     bound: float  # 3 / sqrt(values), rarely exceeded without correlation
     d_mean: float
@@ -79,18 +79,14 @@ def correlations(
     n = len(x)
     lags = min(lags, n // 4)
     return Correlations(
-        n,
-        spacing,
-        [_correlation(x, x, lag) for lag in range(lags + 1)],
-        [_correlation(y, y, lag) for lag in range(lags + 1)],
-        [_correlation(x, y, lag) for lag in range(-lags, lags + 1)],
-        3 / math.sqrt(n),
-        float(x.mean()),
-        float(x.std()),
-        float((x < 0).double().mean()),
-        _correlation(x[:-1], y.diff(), 0),
-        _oscillation(x[-(len(d) // 2) :], spacing),
-    )
+        values=n, spacing=spacing,
+        d=[_correlation(x, x, lag) for lag in range(lags + 1)],
+        r=[_correlation(y, y, lag) for lag in range(lags + 1)],
+        cross=[_correlation(x, y, lag) for lag in range(-lags, lags + 1)],
+        bound=3 / math.sqrt(n), d_mean=float(x.mean()), d_std=float(x.std()),
+        expansion=float((x < 0).double().mean()), response=_correlation(x[:-1], y.diff(), 0),
+        oscillation=_oscillation(x[-(len(d) // 2) :], spacing),
+    )  # fmt: skip
 
 
 def temperature_of(sampler: LangevinSampler) -> float:

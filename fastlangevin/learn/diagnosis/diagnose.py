@@ -17,7 +17,7 @@ from fastlangevin.arguments import at_step, check_count
 from fastlangevin.chain.chain import norms
 from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations, correlations, series_of
-from fastlangevin.learn.diagnosis.moments import (
+from fastlangevin.learn.diagnosis.residuals import (
     Residual,
     check_sets,
     layer_residuals,
@@ -34,7 +34,7 @@ class Reach(NamedTuple):
     moved: float  # |x_K - x_0|
     path: float  # sum over steps of |x after - x before|
     drift: float  # sum over steps of |a dE/dx|
-    noise: float  # b sqrt(K elements), the distance due to noise alone
+    noise: float  # b sqrt(K elements), the distance that noise alone would give
     data: float  # |x_data - x_0|, the distance to the data
 
 
@@ -106,11 +106,15 @@ def diagnose(
     """
     energy = check_sets(sampler.energy, data, data)
     check_count("diagnose", "long", long)
-    with_log = [
-        correlations(*log, lags=lags) if len(log[0]) >= FEWEST else None
-        for log in (series_of(series, "reach", sampler), series_of(records, "grad_norm", sampler))
-    ]
+    logs = series_of(series, "reach", sampler), series_of(records, "grad_norm", sampler)
+    every, measured = (
+        correlations(*log, lags=lags) if len(log[0]) >= FEWEST else None for log in logs
+    )
     total = 2 + long + starts
+
+    def report_after(earlier: int) -> Report:
+        return lambda _, done, __: report("chains", earlier + done, total)
+
     x0 = _starts(data, len(data), seed)
     samples = sampler(x0, seed=seed)
     report("chains", 1, total)
@@ -118,22 +122,11 @@ def diagnose(
     moved = reach(sampler, data, seed)
     report("chains", 2, total)
     return Diagnosis(
-        with_log[0],
-        with_log[1],
-        layers,
-        top_layer(layers, energy),
-        parameter_residuals(energy, data, samples),
-        moved,
-        long_run(sampler, data, seed, long, lambda _, done, __: report("chains", 2 + done, total)),
-        mixing(
-            sampler,
-            data.shape[1:],
-            seed,
-            starts,
-            data.device,
-            lambda _, done, __: report("chains", 2 + long + done, total),
-        ),
-    )
+        every=every, measured=measured, layers=layers, top=top_layer(layers, energy),
+        parameters=parameter_residuals(energy, data, samples), reach=moved,
+        long_run=long_run(sampler, data, seed, long, report_after(2)),
+        mixing=mixing(sampler, data.shape[1:], seed, starts, data.device, report_after(2 + long)),
+    )  # fmt: skip
 
 
 def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
@@ -183,15 +176,11 @@ def long_run(
             break
     energy, saturation, grad_norm = (list(column) for column in zip(*rows, strict=True))
     record = LongRun(
-        [(i + 1) * sampler.steps for i in range(len(rows))],
-        energy,
-        saturation,
-        grad_norm,
-        float(energies.mean()),
-        float(energies.std()),
-        float(((data <= lo) | (data >= hi)).float().mean()),
-        "steady",
-    )
+        steps=[(i + 1) * sampler.steps for i in range(len(rows))], energy=energy,
+        saturation=saturation, grad_norm=grad_norm, data_energy=float(energies.mean()),
+        data_std=float(energies.std()), verdict="steady",
+        data_saturation=float(((data <= lo) | (data >= hi)).float().mean()),
+    )  # fmt: skip
     if not (math.isfinite(energy[-1]) and bool(x.isfinite().all())):
         return record._replace(verdict="diverges")
     if saturation[-1] > saturation[0] + 0.1:
@@ -245,7 +234,7 @@ def mixing(
 def noisy_batch(
     data: Images, n: int, data_noise: float, seed: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """Draw n different images (all, if there are fewer) and add the noise that learning adds.
+    """Draw n different images, or all if there are fewer, and add the noise that learning adds.
 
     Raises ValueError if there are fewer than 16.
     """

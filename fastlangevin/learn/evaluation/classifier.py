@@ -28,9 +28,9 @@ class ClassifierCheck:
     """A multinomial logistic regression, fitted to labelled images, that judges other images.
 
     Images are first clamped to [-1, 1], so that excess contrast does not make the classifier sure.
-    It is fitted to at most 5,000 images, spread over the order of the data. In a group, all
-    processes use the fit of rank 0: fits on unlike CPUs differ. Raises ValueError for data without
-    labels.
+    The regression is fitted to at most 5,000 images, spread over the order of the data. In a group,
+    all processes use the fit of rank 0, because fits on different CPUs differ. Raises ValueError
+    for data without labels.
     """
 
     def __init__(self, data: ImageData, threshold: float = 0.9, group: Group | None = None) -> None:
@@ -40,11 +40,11 @@ class ClassifierCheck:
             raise ValueError(f"check: {data.name} has no labels to fit a classifier to")
         self.threshold = threshold
         self.classes = int(data.labels.max()) + 1
-        some = spread(data, MOST_IMAGES)
-        self.images = some.batch(np.arange(len(some)))
+        data = spread(data, MOST_IMAGES)
+        self.images = data.batch(np.arange(len(data)))
         self._model = model = LogisticRegression(max_iter=5000)
         with (group := group or Group()).working():
-            model.fit(_features(self.images), some.labels)
+            model.fit(_features(self.images), data.labels)
         fit = group.first(lambda: [model.coef_.tolist(), model.intercept_.tolist()], "classifier")
         model.coef_, model.intercept_ = (np.array(x, model.coef_.dtype) for x in fit)
 
@@ -94,13 +94,13 @@ class Mark(NamedTuple):
 class QualityCheck:
     """Compares images [n, C, H, W] with the data by two figures that need no download.
 
-    ``sure`` is that of :class:`ClassifierCheck`. ``frechet`` is the distance of two Gaussians,
+    ``sure`` is defined in :class:`Confidence`. ``frechet`` is the distance of two Gaussians,
 
         |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)),
 
     fitted to the pixels, which are clamped to [-1, 1] and, in larger images, averaged down to
-    8 x 8. It is not FID, whose features are Inception's, and is comparable only with itself. At
-    most 5,000 images of the data are used, spread over their order.
+    8 x 8. It is not FID, whose features are Inception's, and can only be compared with figures of
+    this class. At most 5,000 images of the data are used, spread over their order.
     """
 
     def __init__(self, data: ImageData) -> None:
@@ -114,14 +114,14 @@ class QualityCheck:
         return Quality(sure, frechet_distance(coarse(images), self._pixels))
 
     def marks(self, n: int) -> dict[str, Mark]:
-        """Return reference values for n samples: those of real images and of uniform noise.
+        """Return reference values for n samples: the figures of real images and of uniform noise.
 
         The Frechet distance of two finite sets from the same distribution is not 0 but about
         proportional to 1 / n + 1 / m. The references therefore use the counts of the samples: n
         images, and m images of the data. Most data are too small for two such sets without a common
         image, so both sets of "real images" are drawn independently from the data, with
-        replacement, and the distance is the mean over 10 pairs. ``sure`` of "real images" is that
-        of all images that the classifier was fitted to.
+        replacement, and the distance is the mean over 10 pairs. ``sure`` of "real images" is the
+        fraction of all images that the classifier was fitted to.
         """
         sure = None if self._judge is None else self._judge.of_data().sure
         m = len(self.images)

@@ -4,7 +4,6 @@ A figure is meaningful only with its features, its counts, and the processing of
 Therefore an :class:`Evaluation` holds all of these, and the same figures for reference sets.
 """
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.arguments import check_count, check_not_text, check_positive
+from fastlangevin.arguments import check_count, check_not_text, check_positive, check_tensor
 from fastlangevin.distributed import Group, shard, split_rows
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_json
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation import metrics
 from fastlangevin.learn.evaluation.features import BATCH, Features, quantise
@@ -45,7 +44,7 @@ class Evaluation(NamedTuple):
     """The figures of each set, and everything that they depend on."""
 
     features: str  # name of the features
-    inception: bool  # if True, the Frechet distance is FID
+    inception: bool  # whether the features are Inception's, so that the Frechet distance is FID
     dimension: int  # of the features
     reference: str  # name of the training data
     reference_images: int  # number of training images that sets are compared with
@@ -73,7 +72,7 @@ def evaluate(
 ) -> Evaluation:
     """Compare sets of images [n, C, H, W] with training images.
 
-    The metrics are those of :mod:`fastlangevin.learn.evaluation.metrics`. Nearest neighbours are
+    The metrics are defined in :mod:`fastlangevin.learn.evaluation.metrics`. Nearest neighbours are
     searched for by pixels, among all training images.
 
     Args:
@@ -101,18 +100,7 @@ def evaluate(
     check_count("evaluate", "neighbours", neighbours)
     if held_out is not None:
         check_name("evaluate: held_out", held_out, sets)
-    if not sets:
-        raise ValueError("evaluate: sets must hold a set of images, got none")
-    for name, images in sets.items():
-        if not isinstance(images, Tensor):
-            raise TypeError(f"evaluate: {name} must be a tensor, got {type(images).__name__}")
-        if tuple(images.shape[1:]) != train.shape or len(images) <= k:
-            raise ValueError(
-                f"evaluate: {name} must be more than k = {k} images of {list(train.shape)}, got "
-                f"{list(images.shape)}"
-            )
-        if not bool(images.isfinite().all()):
-            raise ValueError(f"evaluate: {name} is not finite")
+    _check_sets(sets, train, k)
     prepared = {name: _prepare(images, quantised) for name, images in sets.items()}
     device = next(iter(prepared.values())).device
     real = _prepare(train.batch(shuffled(train, seed)[:reference]).to(device), quantised)
@@ -120,11 +108,11 @@ def evaluate(
     real_rank = _warned_rank("the reference", of_real)
     report("set", 1, len(prepared) + 1)
 
-    few = [images[:neighbours] for images in prepared.values()]
-    nearest = _nearest(torch.cat(few), train, quantised, group)
-    parts = nearest.split([len(images) for images in few])
+    first_images = [images[:neighbours] for images in prepared.values()]
+    nearest = _nearest(torch.cat(first_images), train, quantised, group)
+    parts = nearest.split([len(images) for images in first_images])
     distances = dict(zip(prepared, parts, strict=True))
-    near = None if held_out is None else distances[held_out].quantile(0.05)
+    close = None if held_out is None else distances[held_out].quantile(0.05)
     figures = {}
     for name, images in prepared.items():
         what = f"the features of {name}"
@@ -138,23 +126,31 @@ def evaluate(
             *metrics.precision_recall(of_images, of_real, k),
             None if probabilities is None else metrics.inception_score(probabilities),
             float(distances[name].median()),
-            None if near is None else float((distances[name] < near).double().mean()),
+            None if close is None else float((distances[name] < close).double().mean()),
             float((sets[name].abs() > 1).double().mean()),
         )
         report("set", len(figures) + 1, len(prepared) + 1)
     return Evaluation(
-        features.name,
-        features.inception,
-        of_real.shape[1],
-        train.name,
-        len(of_real),
-        real_rank,
-        len(train),
-        neighbours,
-        256 if quantised else None,
-        k,
-        figures,
-    )
+        features=features.name, inception=features.inception, dimension=of_real.shape[1],
+        reference=train.name, reference_images=len(of_real), reference_rank=real_rank,
+        training_images=len(train), neighbours=neighbours, levels=256 if quantised else None,
+        k=k, figures=figures,
+    )  # fmt: skip
+
+
+def _check_sets(sets: Mapping[str, Tensor], train: ImageData, k: int) -> None:
+    """Raise TypeError or ValueError unless there are sets, of more than k finite images each."""
+    if not sets:
+        raise ValueError("evaluate: sets must hold a set of images, got none")
+    for name, images in sets.items():
+        check_tensor("evaluate", name, images)
+        if tuple(images.shape[1:]) != train.shape or len(images) <= k:
+            raise ValueError(
+                f"evaluate: {name} must be more than k = {k} images of {list(train.shape)}, got "
+                f"{list(images.shape)}"
+            )
+        if not bool(images.isfinite().all()):
+            raise ValueError(f"evaluate: {name} is not finite")
 
 
 def shuffled(data: ImageData, seed: int) -> Tensor:
@@ -208,16 +204,8 @@ def to_text(evaluation: Evaluation) -> str:
 def save(evaluation: Evaluation, path: Path, **facts: Any) -> None:
     """Write the evaluation as JSON, with ``facts`` about what was evaluated."""
     figures = {name: row._asdict() for name, row in evaluation.figures.items()}
-    record = {
-        "format": FORMAT,
-        "version": 1,
-        **facts,
-        **evaluation._asdict(),
-        "clamp": [-1, 1],
-        "figures": figures,
-    }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
+    record = {"format": FORMAT, "version": 1, **facts, **evaluation._asdict(), "clamp": [-1, 1]}
+    save_json(path, record | {"figures": figures}, indent=1, allow_nan=False)
 
 
 def _prepare(images: Tensor, quantised: bool) -> Tensor:
@@ -243,14 +231,14 @@ def _nearest(images: Tensor, train: ImageData, quantised: bool, group: Group) ->
     """
     blocks = torch.arange(len(train), dtype=torch.int64, device="cpu").split(_BLOCK)
 
-    def own() -> Iterator[Tensor]:
+    def own_blocks() -> Iterator[Tensor]:
         for rows in blocks[shard(len(blocks), group.rank, group.world_size).rows()]:
             yield _prepare(train.batch(rows).to(images.device), quantised).flatten(1)
 
     what = "the nearest training images"
     with group.working():
-        distance = metrics.nearest(images.flatten(1), own()).distance
-    group.barrier(what)  # which waits for a process that works
+        distance = metrics.nearest(images.flatten(1), own_blocks()).distance
+    group.barrier(what)  # unlike all_gather, it waits for a process that is working
     nearest = group.all_gather(distance, what).amin(0)
     return nearest / images[0].numel() ** 0.5
 

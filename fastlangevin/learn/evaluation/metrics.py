@@ -1,6 +1,6 @@
 """Distances between two sets of features, computed in float64.
 
-x [n, d] are the features of samples, and y [m, d] those of the reference. Callers must name the
+x [n, d] are features of samples, and y [m, d] features of the reference. Callers must name the
 features next to every figure. Pairs are processed in blocks of rows, so memory grows only with the
 size of the features.
 """
@@ -151,7 +151,7 @@ def _kernel_diagonal(a: Tensor) -> Tensor:
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    # The smallest distance in a row is that of the point to itself.
+    # The smallest distance in a row is from the point to itself.
     parts = [_distances(x[rows], x).kthvalue(k + 1, dim=1).values for rows in _blocks(x, x)]
     return torch.cat(parts)
 

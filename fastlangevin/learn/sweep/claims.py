@@ -2,9 +2,9 @@
 
 A claim is a file that its owner creates and touches while it works. A claim that has not been
 touched for a while belongs to a process that was lost. To take it over, another process creates a
-file of the next number: an old claim is never removed or replaced by somebody who only believes
-that it is old. Only the creation must be atomic. It is a link of a finished file, as network file
-systems support, or an exclusive creation where there are no links.
+file with the next number: a process never removes or replaces a claim that it only believes to be
+old. Only the creation must be atomic. It links a finished file to the name, which network file
+systems support, or creates the file exclusively where there are no links.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from pathlib import Path
 from fastlangevin.learn.atomic import make_folder
 
 EXPIRES = 300.0  # seconds without a touch after which a claim is lost
-_TOUCHES = 10  # in that time
+_TOUCHES = 10  # touches in this time
 
 
 @contextlib.contextmanager
 def claimed(path: Path, lost: Callable[[], None]) -> Iterator[bool]:
     """Try to claim ``path`` for the duration of the context, and yield whether that succeeded.
 
-    lost: called, in another thread, if another process took the claim over, because this one had
-        been stopped for longer than ``EXPIRES``. It must then leave the work to the other.
+    lost: called, in another thread, if another process took over the claim, because this one had
+        been stopped for longer than ``EXPIRES``. This process must then stop working on it.
     """
     make_folder(path.parent)
     owner = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
@@ -44,9 +44,9 @@ def claimed(path: Path, lost: Callable[[], None]) -> Iterator[bool]:
     finally:
         done.set()
         keeper.join()
-        with contextlib.suppress(OSError):  # the work is done, and a claim that stays expires
+        with contextlib.suppress(OSError):  # a claim that cannot be removed expires
             if _is_owner(path, own_claim, owner):
-                for claim in _claims(path):  # the newest is its own, and goes last
+                for claim in _claims(path):  # its own is the newest, and is removed last
                     claim.unlink(missing_ok=True)
 
 
@@ -74,7 +74,7 @@ def _take_claim(path: Path, owner: str) -> Path | None:
 
 
 def _create(path: Path, owner: str) -> bool:
-    # The content must be there when the name appears.
+    # The content must be complete when the name appears.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         temporary.write_text(owner, "utf-8")
@@ -98,7 +98,7 @@ def _create_without_links(path: Path, owner: str) -> bool:
 
 
 def _is_expired(path: Path) -> bool:
-    """Compare a claim's time with that of a new file, as machines may have different clocks."""
+    """Compare a claim's time with a new file's, because machines may have different clocks."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         probe.touch()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from fastlangevin.learn.bounded_yaml import parse_yaml
 from fastlangevin.learn.config import FIELDS, TrainConfig, no_setting, read_config, resolve
 from fastlangevin.learn.errors import FileError
-from fastlangevin.learn.reading import brief
+from fastlangevin.learn.reading import as_json, brief
 from fastlangevin.train_config import NETWORK
 
 VERSION = 1
@@ -60,25 +59,28 @@ class Sweep:
             raise ValueError(f"sweep: grid must be true or false, got {brief(self.grid)}")
         if not isinstance(self.axes, Mapping) or not self.axes:
             raise ValueError("sweep: no field is swept; give some field two or more values")
-        cast: dict[str, list[Any]] = {}
-        for name, values in self.axes.items():
-            if name not in FIELDS:
-                raise ValueError(no_setting("sweep", [name]))
-            if name == "seed":
-                raise ValueError("sweep: seed cannot be an axis; set seeds, the number per point")
-            if isinstance(values, str) or not isinstance(values, Sequence):
-                raise ValueError(f"sweep: {name} must have a list of values, got {brief(values)}")
-            if not values:
-                raise ValueError(f"sweep: {name} must have one value or more, got none")
-            cast[name] = [getattr(self._config({name: value}), name) for value in values]
-            for value in cast[name]:
-                if cast[name].count(value) > 1:
-                    raise ValueError(f"sweep: {name} must have distinct values, got {value} twice")
-        lengths = [len(values) for values in cast.values()]
+        axes = {name: self._cast_axis(name, values) for name, values in self.axes.items()}
+        lengths = [len(values) for values in axes.values()]
         count = self.seeds * (math.prod(lengths) if self.grid else sum(lengths))
         if count > _MOST_RUNS:
             raise ValueError(f"sweep: must have at most {_MOST_RUNS} runs, got {brief(count)}")
-        object.__setattr__(self, "axes", cast)
+        object.__setattr__(self, "axes", axes)
+
+    def _cast_axis(self, name: str, values: Any) -> list[Any]:
+        """Return the values of an axis in the type of their field; ValueError for invalid ones."""
+        if name not in FIELDS:
+            raise ValueError(no_setting("sweep", [name]))
+        if name == "seed":
+            raise ValueError("sweep: seed cannot be an axis; set seeds, the number per point")
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise ValueError(f"sweep: {name} must have a list of values, got {brief(values)}")
+        if not values:
+            raise ValueError(f"sweep: {name} must have one value or more, got none")
+        cast = [getattr(self._config({name: value}), name) for value in values]
+        for value in cast:
+            if cast.count(value) > 1:
+                raise ValueError(f"sweep: {name} must have distinct values, got {value} twice")
+        return cast
 
     def lines(self, name: str) -> list[list[Settings]]:
         """Return the points along an axis: a line through the centre, or all lines of the grid."""
@@ -114,8 +116,7 @@ class Sweep:
 
     def plan(self) -> dict[str, Any]:
         """Return the sweep, JSON-ready."""
-        plan = {"version": VERSION, **dataclasses.asdict(self)}
-        return dict(json.loads(json.dumps(plan)))
+        return dict(as_json({"version": VERSION, **dataclasses.asdict(self)}))
 
     def _config(self, point: Settings) -> TrainConfig:
         settings = dataclasses.asdict(self.centre)
@@ -126,11 +127,8 @@ class Sweep:
         except ValueError as error:
             raise ValueError(f"sweep: at {describe(point)}: {error}") from error
         for name, final in _FINAL.items():
-            start, end, value = (
-                getattr(self.centre, name),
-                getattr(self.centre, final),
-                getattr(config, name),
-            )
+            start, end = getattr(self.centre, name), getattr(self.centre, final)
+            value = getattr(config, name)
             if value != start and final not in self.axes:
                 follows = value if start == end else value * end / start if start else end
                 config = dataclasses.replace(config, **{final: follows})
@@ -147,8 +145,8 @@ def read_sweep(
 
     config: as for :func:`resolve`. In addition to the settings of the centre, a file may hold
         ``axes`` (lists by field), ``seeds`` and ``grid``.
-    lists: a list of one value sets the centre. Longer lists are axes and replace those of the file.
-    seeds, grid: replace those of the file (default: 3 and False).
+    lists: a list of one value sets the centre. Longer lists are axes and replace the file's axes.
+    seeds, grid: replace the file's values (default: 3 and False).
 
     Raises ValueError naming the invalid setting, and FileError, whose message begins with the path,
     if the file is at fault.
@@ -158,9 +156,9 @@ def read_sweep(
     if not isinstance(axes, dict | None):
         raise FileError(f"{config}: axes must hold lists of values by setting, got {brief(axes)}")
     axes = axes or {}
-    of_file = changes.pop("seeds", 3), changes.pop("grid", False)
-    seeds = of_file[0] if seeds is None else seeds
-    grid = of_file[1] if grid is None else grid
+    file_seeds, file_grid = changes.pop("seeds", 3), changes.pop("grid", False)
+    seeds = file_seeds if seeds is None else seeds
+    grid = file_grid if grid is None else grid
     for name in changes:
         if name not in FIELDS:
             allowed = [*FIELDS, "axes", "seeds", "grid", "config"]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import signal
 import statistics
@@ -18,14 +17,14 @@ import yaml
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import save_json, save_text
 from fastlangevin.learn.build import build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.config import TrainConfig, read_settings
-from fastlangevin.learn.data.load import ImageData
+from fastlangevin.learn.divergence import DivergedError
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
-from fastlangevin.learn.guard import DivergedError
+from fastlangevin.learn.job import has_plan
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.model import load
 from fastlangevin.learn.reading import brief, read_bytes, read_json
@@ -33,11 +32,10 @@ from fastlangevin.learn.run_folder import FolderInUseError, is_run
 from fastlangevin.learn.sweep.claims import claimed
 from fastlangevin.learn.sweep.plan import VERSION, Run, Sweep, describe
 from fastlangevin.learn.train import StopRequest, stop_signal, train
-from fastlangevin.progress import Report as Progress
-from fastlangevin.progress import silent
+from fastlangevin.progress import Report, silent
 
 PLAN, RESULT, CLAIMS = "sweep.yaml", "result.json", ".claims"
-_POLL = 2.0  # seconds between looks at what other processes have done
+_POLL = 2.0  # seconds between checks of what other processes have done
 MARK = "# The plan of a fastlangevin sweep.\n"
 SAMPLES = 1024
 _SAMPLES_SEED = 2**32 + 3  # folded into a run's seed; build.py uses the numbers below
@@ -52,7 +50,7 @@ MEASURES = {
 }
 _SOURCE = ("data", "size", "channels", "limit", "on_corrupt")
 
-Report = Callable[[Run, Mapping[str, Any]], None]
+RunReport = Callable[[Run, Mapping[str, Any]], None]
 Judge = Callable[[TrainConfig], QualityCheck]
 
 
@@ -61,15 +59,15 @@ def run_sweep(
     out: str | Path,
     *,
     device: str | None = None,
-    report: Report | None = None,
+    report: RunReport | None = None,
     stop: StopRequest | None = None,
-    progress: Progress = silent,
+    progress: Report = silent,
 ) -> list[dict[str, Any]] | None:
     """Make the runs of a sweep, in folders under ``out``, and return all results.
 
     Any number of processes may call this function for one folder, also on several machines and at
-    different times. Each takes the next run that nobody works on. If a process is lost, another
-    one takes its run over some minutes later and resumes it from its checkpoint. All of them
+    different times. Each takes the next run that no other works on. If a process is lost, another
+    one takes over its run some minutes later and resumes it from its checkpoint. All of them
     return when every run has a result.
 
     Returns None if a signal ended the sweep. When called again, it keeps finished runs and resumes
@@ -78,7 +76,7 @@ def run_sweep(
     device: replaces the device of the config.
     report: called as ``report(run, result)`` for every run when its result is there, including
         those already finished and those of other processes.
-    stop: holds, afterwards, the signal that ended the sweep, as in ``train``.
+    stop: afterwards holds the signal that ended the sweep, as in ``train``.
     progress: called as progress(run, done, total) after every iteration of a run of this process.
 
     Before anything is written, raises ValueError for a run with invalid settings or a damaged
@@ -93,26 +91,28 @@ def run_sweep(
         ]
     _check_folder(plan, out)
     for run in runs:
-        _result(out / run.name)  # raises an error for a damaged result before any work
+        _read_result(out / run.name)  # raises an error for a damaged result before any work
     judge_of = _check_runs(runs)
     stop = stop or StopRequest()
     if not (out / PLAN).exists():
-        with replacing(out / PLAN) as temporary:
-            temporary.write_text(MARK + yaml.safe_dump(plan.plan(), sort_keys=False), "utf-8")
+        save_text(out / PLAN, MARK + yaml.safe_dump(plan.plan(), sort_keys=False))
     results: dict[str, dict[str, Any]] = {}
     while len(results) < len(runs):
         before = len(results)
         for run in runs:
             if run.name in results:
                 continue
-            result = _result(out / run.name) or _claim_and_make(run, out, judge_of, stop, progress)
+            result = _read_result(out / run.name) or _claim_and_make(
+                run, out, judge_of, stop, progress
+            )
             if stop.signal is not None:
                 return None
             if result is not None:
                 results[run.name] = result
                 if report is not None:
                     report(run, result)
-        if len(results) == before and not _wait_for_others(stop):  # others work on all that is left
+        # Without a new result, others work on all runs that are left.
+        if len(results) == before and not _wait_for_others(stop):
             return None
     with contextlib.suppress(OSError):  # another process has just removed it
         (out / CLAIMS).rmdir()
@@ -129,7 +129,7 @@ def _wait_for_others(stop: StopRequest) -> bool:
 
 
 def _claim_and_make(
-    run: Run, out: Path, judge_of: Judge, stop: StopRequest, progress: Progress
+    run: Run, out: Path, judge_of: Judge, stop: StopRequest, progress: Report
 ) -> dict[str, Any] | None:
     """Make a run, unless another process works on it or a signal ends it: then return None."""
     own_stop, lost = StopRequest(), threading.Event()
@@ -142,7 +142,7 @@ def _claim_and_make(
     with claimed(out / CLAIMS / run.name, leave) as free:
         if not free:
             return None
-        result = _result(out / run.name)  # another process may just have finished it
+        result = _read_result(out / run.name)  # another process may just have finished it
         try:
             result = result or _make_run(run, out / run.name, judge_of, own_stop, progress)
         except FolderInUseError:  # by a process whose claim has expired, but which still holds it
@@ -153,17 +153,7 @@ def _claim_and_make(
 
 
 def _check_folder(plan: Sweep, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"sweep: {out} is a file, not a folder for a sweep")
-    # Another process may be writing its plan, to a hidden temporary file, and then its runs. The
-    # plan is looked for after the files have been listed, so it is there if they are a sweep's.
-    names = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
-    if not (out / PLAN).exists():
-        if names:
-            raise FileExistsError(
-                f"sweep: {out} holds {names[0]} but is not a sweep (it has no {PLAN}); "
-                "name another folder"
-            )
+    if not has_plan("sweep", out, PLAN, "a sweep"):
         return
     if not read_bytes(out / PLAN).startswith(MARK.encode()):
         raise FileExistsError(
@@ -188,31 +178,26 @@ def _check_folder(plan: Sweep, out: Path) -> None:
 
 def _check_runs(runs: Sequence[Run]) -> Judge:
     """Build the learner of every point once; return a function that judges a run's samples."""
+    data_of = functools.cache(load_data)
+    judge_of = functools.cache(lambda source: QualityCheck(data_of(source)))
 
-    @functools.cache
-    def data_of(*source: Any) -> ImageData:
-        changes = dict(zip(_SOURCE, source, strict=True))
-        return load_data(dataclasses.replace(runs[0].config, **changes))
-
-    @functools.cache
-    def judge_of(*source: Any) -> QualityCheck:
-        return QualityCheck(data_of(*source))
-
-    def source(config: TrainConfig) -> list[Any]:
-        return [getattr(config, name) for name in _SOURCE]
+    def source(config: TrainConfig) -> TrainConfig:
+        """Return a config that differs from the first run's only in its data."""
+        changes = {name: getattr(config, name) for name in _SOURCE}
+        return dataclasses.replace(runs[0].config, **changes)
 
     for run in runs:
         if run.config.seed != runs[0].config.seed:
             continue
         try:
-            build_learner(run.config, data_of(*source(run.config)))
+            build_learner(run.config, data_of(source(run.config)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"sweep: at {describe(run.settings)}: {error}") from error
-    return lambda config: judge_of(*source(config))
+    return lambda config: judge_of(source(config))
 
 
 def _make_run(
-    run: Run, folder: Path, judge_of: Judge, stop: StopRequest, progress: Progress
+    run: Run, folder: Path, judge_of: Judge, stop: StopRequest, progress: Report
 ) -> dict[str, Any] | None:
     """Train or resume a run, measure its samples and save the result; None if a signal ended it."""
     config = run.config
@@ -238,19 +223,18 @@ def _make_run(
     if records:
         measures["seconds"] = statistics.median(record["seconds"] for record in records)
     if diverged is None:
-        images = _samples(config, folder)
+        images = _draw_samples(config, folder)
         if bool(images.isfinite().all()):
             measures |= judge_of(config)(images)._asdict()
             measures |= _settled_measures(records)
         else:
             diverged = {"iteration": config.iterations, "reason": "samples are not finite"}
     result = {"settings": run.settings, "seed": config.seed, "diverged": diverged, **measures}
-    with replacing(folder / RESULT) as temporary:
-        temporary.write_text(json.dumps(result) + "\n", "utf-8")
-    return _result(folder)
+    save_json(folder / RESULT, result)
+    return _read_result(folder)
 
 
-def _samples(config: TrainConfig, folder: Path) -> Tensor:
+def _draw_samples(config: TrainConfig, folder: Path) -> Tensor:
     """Run new chains from p0 through the trained model, a batch at a time."""
     sampler = load(folder, device=choose_device(config.device))
     seed = _noise.fold_in(config.seed, _SAMPLES_SEED)
@@ -264,7 +248,7 @@ def _samples(config: TrainConfig, folder: Path) -> Tensor:
 
 
 def _settled_measures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return measures over the last quarter of a run's records, when it has settled if ever."""
+    """Return measures over the last quarter of a run's records, the most settled part."""
     late = records[-max(1, len(records) // 4) :]
     gaps = [record["gap"] for record in late]
     return {
@@ -274,7 +258,7 @@ def _settled_measures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _result(folder: Path) -> dict[str, Any] | None:
+def _read_result(folder: Path) -> dict[str, Any] | None:
     """Return the result of a finished run, or None; FileError if it is damaged."""
     path = folder / RESULT
     if not os.path.lexists(path):
@@ -297,7 +281,7 @@ def _is_result(result: Any) -> bool:
     if not isinstance(result, dict) or not {"settings", "seed", "diverged"} <= result.keys():
         return False
     numbers = [result.get(name, "missing") for name in MEASURES]
-    lost = result["diverged"]
+    end = result["diverged"]
     return all(value is None or isinstance(value, int | float) for value in numbers) and (
-        lost is None or (isinstance(lost, dict) and {"iteration", "reason"} <= lost.keys())
+        end is None or (isinstance(end, dict) and {"iteration", "reason"} <= end.keys())
     )

@@ -18,17 +18,17 @@ Energy = Callable[..., Tensor]
 def with_term(sampler: LangevinSampler, term: Energy) -> LangevinSampler:
     """Return this sampler on energy + term, or on f - term if it maximizes f."""
     sign = -1.0 if sampler.maximize else 1.0
-    return _on(sampler, _Sum(sampler.energy, term, sign))
+    return _on_energy(sampler, _Sum(sampler.energy, term, sign))
 
 
 def clamped(sampler: LangevinSampler, y: Tensor, mask: Mask) -> LangevinSampler:
     """Return this sampler on the energy x -> energy(m y + (1 - m) x), with the mask m.
 
-    The known pixels of x have no gradient, and the energy sees those of y instead. The hidden
-    pixels of the chains are the same as if the known ones were reset to y before every step. The
-    known pixels of the state only accumulate noise; the caller must fill in those of y.
+    The known pixels of x have no gradient, because the energy sees the pixels of y in their place.
+    The hidden pixels of the chains are the same as if the known ones were reset to y before every
+    step. The known pixels of the state only accumulate noise; the caller must replace them by y.
     """
-    return _on(sampler, _Clamped(sampler.energy, y, mask))
+    return _on_energy(sampler, _Clamped(sampler.energy, y, mask))
 
 
 class DataTerm(nn.Module):
@@ -51,7 +51,7 @@ class DataTerm(nn.Module):
 
 
 class StyleTerm(nn.Module):
-    """An energy that is small if statistics S(x) of the features of x are near S, those of a style.
+    """An energy that is small if the statistics S(x) of x's features are near S, a style's.
 
         weight * sum over layers of |S(x) - S|^2 / (|S(x)|^2 + |S|^2)
 
@@ -109,8 +109,8 @@ class StyleTerm(nn.Module):
     def _summary(self, features: Tensor) -> Tensor:
         if self.statistics == "gram":
             return features @ features.mT / features.shape[-1]
-        spread = features.var(-1, correction=0) + 1e-8  # the root is not differentiable at 0
-        return torch.stack([features.mean(-1), spread.sqrt()], 1)
+        variance = features.var(-1, correction=0) + 1e-8  # the root is not differentiable at 0
+        return torch.stack([features.mean(-1), variance.sqrt()], 1)
 
 
 def _distance(statistics: Tensor, target: Tensor) -> Tensor:
@@ -153,6 +153,6 @@ class _Clamped(_Wrapped):
         return self.energy(self.mask.fill(x, self.y.to(x.dtype)), **model_kwargs)
 
 
-def _on(sampler: LangevinSampler, energy: nn.Module) -> LangevinSampler:
+def _on_energy(sampler: LangevinSampler, energy: nn.Module) -> LangevinSampler:
     # These energies read tensors that are not parameters, which only autograd supports.
     return LangevinSampler(energy, **sampler.settings() | {"gradient": "autograd"})

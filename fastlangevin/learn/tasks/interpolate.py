@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import check_count
-from fastlangevin.learn.tasks.reconstruct import check_tensor, with_noise
+from fastlangevin.learn.tasks.reconstruct import check_batch, with_noise
 from fastlangevin.names import keywords_checked
 from fastlangevin.progress import Report, silent
 from fastlangevin.sampler import LangevinSampler
@@ -45,14 +45,14 @@ def interpolate(
     if frames < 2:
         raise ValueError(f"{op}: frames must be at least 2, got {frames}")
     for name, z in (("z1", z1), ("z2", z2)):
-        check_tensor(op, name, z)
+        check_batch(op, name, z)
     if z1.shape != z2.shape:
         raise ValueError(f"{op}: z2 must have z1's shape {list(z1.shape)}, got {list(z2.shape)}")
-    quiet = with_noise(op, sampler, noise)
+    deterministic = with_noise(op, sampler, noise)
     angles = [math.pi / 2 * k / (frames - 1) for k in range(frames)]
     weights = [(1.0, 0.0), *((math.cos(a), math.sin(a)) for a in angles[1:-1]), (0.0, 1.0)]
     ends = []
     for a, b in weights:
-        ends.append(quiet(a * z1 + b * z2, seed=seed))
+        ends.append(deterministic(a * z1 + b * z2, seed=seed))
         report("frame", len(ends), frames)
     return torch.stack(ends)

@@ -23,7 +23,7 @@ OPERATORS = ("mask", "downsample", "blur", "grey")
 
 
 def identity(x: Tensor) -> Tensor:
-    """y = x."""
+    """Return x: the measurement y = x."""
     return x
 
 
@@ -182,7 +182,7 @@ def adjoint(
 ) -> Tensor:
     """Return A^T y, [n, *shape], for measurements y [n, ...]: <A x, y> = <x, A^T y>.
 
-    It is the vector-Jacobian product of the linear A at zero. Raises ValueError, naming the
+    This is the vector-Jacobian product of the linear A at zero. Raises ValueError, naming the
     operator as ``called``, if A x does not depend on x through autograd.
     """
     zero = y.new_zeros((len(y), *shape)).requires_grad_()
@@ -242,7 +242,7 @@ def check_operator(
     if not callable(operator):
         raise TypeError(f"{called} must be a function, got {operator!r}")
 
-    def measure(x: Tensor) -> Tensor:
+    def apply(x: Tensor) -> Tensor:
         y, n = operator(x), len(x)
         if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim < 2 or len(y) != n:
             got = f"{list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
@@ -254,14 +254,14 @@ def check_operator(
 
     x = _probe((2, *shape), 0, device, dtype)
     with network_precision("fp32", x.device):
-        y = measure(x)
+        y = apply(x)
         if not bool(y.any()):
             raise ValueError(f"{called} must not map every image to 0")
-        eps = max(torch.finfo(found).eps for found in (y.dtype, torch.float32))
+        eps = max(torch.finfo(kind).eps for kind in (y.dtype, torch.float32))
         for s in (1.0, 1e-3, 1e2):
             want = s * y[:1] - 2 * s * y[1:]
-            off = (measure(s * x[:1] - 2 * s * x[1:]) - want).float()
-            error = float(off.norm() / (s * y).float().norm())
+            difference = (apply(s * x[:1] - 2 * s * x[1:]) - want).float()
+            error = float(difference.norm() / (s * y).float().norm())
             if not error <= eps**0.5:
                 raise ValueError(
                     f"{called} must be linear, but A(s x - 2 s z) is not s A x - 2 s A z for "
@@ -269,11 +269,11 @@ def check_operator(
                 )
         other = _probe(y.shape, 1, device, dtype).to(y.dtype)
         back = adjoint(operator, other, shape, called)
-        there, here = float((y * other).sum()), float((x * back).sum())
-    if not abs(there - here) <= eps**0.5 * float(y.norm() * other.norm()):
+        product, transposed = float((y * other).sum()), float((x * back).sum())
+    if not abs(product - transposed) <= eps**0.5 * float(y.norm() * other.norm()):
         raise ValueError(
             f"{called} is linear, but its gradient is another map's (is a part of it "
-            f"detached?): <A x, y> = {there:.4g}, <x, A' y> = {here:.4g}"
+            f"detached?): <A x, y> = {product:.4g}, <x, A' y> = {transposed:.4g}"
         )
     return tuple(y.shape[1:])
 

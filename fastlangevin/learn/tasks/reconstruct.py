@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fastlangevin.sampler import LangevinSampler
 
 OPTIMIZERS = ("adam", "gd")
 NOISES = ("off", "frozen")
+ITERATIONS = 200
 _RATES = {"adam": 0.1, "gd": 0.05}
 
 
@@ -46,7 +47,7 @@ def reconstruct(
     operator: Operator = identity,
     *,
     restarts: int = 4,
-    iterations: int = 200,
+    iterations: int = ITERATIONS,
     optimizer: str = "adam",
     lr: float | None = None,
     noise: str = "off",
@@ -87,7 +88,7 @@ def reconstruct(
     check_name(f"{op}: optimizer", optimizer, OPTIMIZERS)
     check_name(f"{op}: grad_through", grad_through, ("exact", "straight"))
     lr = check_positive(op, "lr", _RATES[optimizer] if lr is None else lr)
-    quiet = with_noise(op, sampler, noise)
+    deterministic = with_noise(op, sampler, noise)
     if report is not None and not callable(report):
         raise TypeError(f"{op}: report must be a function or None, got {report!r}")
     shape = image_shape(op, sampler, images)
@@ -101,12 +102,8 @@ def reconstruct(
     best = Fit(z.detach(), z.detach(), z.new_full((len(z),), math.inf, requires_grad=False))
     with frozen(sampler):
         for i in range(iterations + 1):
-            x = quiet(
-                z,
-                seed=seed,
-                differentiable=True,
-                checkpoint=checkpoint,
-                grad_through=grad_through,
+            x = deterministic(
+                z, seed=seed, differentiable=True, checkpoint=checkpoint, grad_through=grad_through
             )
             squares = (target - operator(x)).square().flatten(1)
             best = _better(best, Fit(x.detach(), z.detach(), squares.detach().mean(1)))
@@ -138,7 +135,7 @@ def starts(n: int, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
     return x0.double() if like.dtype == torch.float64 else x0
 
 
-def check_tensor(op: str, name: str, x: Tensor) -> None:
+def check_batch(op: str, name: str, x: Any) -> None:
     """Raise TypeError unless the argument ``name`` is a floating tensor [n, ...]."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         got = f"{list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
@@ -149,7 +146,7 @@ def image_shape(
     op: str, sampler: LangevinSampler, images: Tensor, name: str = "images"
 ) -> tuple[int, ...]:
     """Return (C, H, W) of the energy if it has a shape, else of the images, argument ``name``."""
-    check_tensor(op, name, images)
+    check_batch(op, name, images)
     return tuple(getattr(sampler.energy, "shape", images.shape[1:]))
 
 
@@ -165,7 +162,7 @@ def check_measurements(
 
     Raises TypeError or ValueError unless it does and, if ``bounded``, lies in [-1, 1].
     """
-    check_tensor(op, name, y)
+    check_batch(op, name, y)
     want = check_operator(op, operator, shape, y.device, y.dtype)
     if tuple(y.shape[1:]) != want or len(y) == 0:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,7 +11,6 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_number, check_positive
 from fastlangevin.learn.tasks.guidance import DataTerm, clamped, with_term
 from fastlangevin.learn.tasks.measurements import Mask, Operator, norm
-from fastlangevin.learn.tasks.moments import LARGEST, Conditional, moments
 from fastlangevin.learn.tasks.reconstruct import (
     Fit,
     check_measurements,
@@ -19,18 +18,24 @@ from fastlangevin.learn.tasks.reconstruct import (
     reconstruct,
     starts,
 )
+from fastlangevin.learn.tasks.restore_moments import from_moments
 from fastlangevin.names import check_name, did_you_mean
 from fastlangevin.reprs import short_repr
 from fastlangevin.sampler import LangevinSampler
 
-METHODS = ("moments", "posterior", "clamped", "latent")
 SAMPLES = 512
-# The options of a fit without the seed, which every method takes.
-FIT = tuple(
-    name
-    for name, option in inspect.signature(reconstruct).parameters.items()
-    if option.kind is option.KEYWORD_ONLY and name != "seed"
-)
+# The options that belong to each method. A fit has a seed, too, which every method takes.
+_OPTIONS = {
+    "moments": ("measurement_noise", "samples"),
+    "posterior": ("zeta",),
+    "clamped": (),
+    "latent": tuple(
+        name
+        for name, option in inspect.signature(reconstruct).parameters.items()
+        if option.kind is option.KEYWORD_ONLY and name != "seed"
+    ),
+}
+METHODS = tuple(_OPTIONS)
 
 
 class Restored(NamedTuple):
@@ -38,7 +43,7 @@ class Restored(NamedTuple):
 
     x: Tensor  #: [n, answers, C, H, W]
     residual: Tensor  #: [n, answers], means over elements of (y - A x)^2
-    #: [n, C, H, W], the mean of the answers; with "moments", of infinitely many
+    #: [n, C, H, W], the mean of the answers; with "moments", the limit for infinitely many
     mean: Tensor
 
     def __repr__(self) -> str:
@@ -83,9 +88,9 @@ def restore(
             (default: 0). K is computed with 1 / 255 or more, the rounding of pictures.
         samples: Number of chains from which the moments are estimated, 2 or more, for "moments"
             (default: 512).
-        zeta: Scale of the posterior's data term (default: As in :func:`with_data`).
+        zeta: Scale of the posterior's data term (default: as in :func:`with_data`).
         seed: Seed of the starts and the noise.
-        callback: That of a call of the sampler, for all methods but "latent".
+        callback: The callback of a sampler's call, for all methods but "latent".
         fit: Options of :func:`reconstruct` for "latent". ``restarts`` (default here: 1) is the
             number of chains for each answer; the best one is returned.
 
@@ -95,60 +100,31 @@ def restore(
     work, and FloatingPointError if a chain is not finite.
     """
     op = "restore"
-    check_name(f"{op}: method", method, METHODS)
-    if method == "clamped" and not isinstance(operator, Mask):
-        raise ValueError(
-            f'{op}: method "clamped" holds known pixels, so operator must be a Mask, '
-            f"got {type(operator).__name__}"
-        )
-    if method != "posterior" and zeta is not None:
-        raise ValueError(f'{op}: zeta belongs to method "posterior", got method={method!r}')
-    for name, value in (("measurement_noise", measurement_noise), ("samples", samples)):
-        if method != "moments" and value is not None:
-            raise ValueError(f'{op}: {name} belongs to method "moments", got method={method!r}')
+    options = {"measurement_noise": measurement_noise, "samples": samples, "zeta": zeta}
+    _check_method(op, method, operator, options, fit)
     if method == "latent" and callback is not None:
         raise ValueError(f'{op}: callback belongs to chains from noise; method "latent" has report')
-    own = {"moments": ("measurement_noise", "samples"), "posterior": ("zeta",), "latent": FIT}
-    options = own.get(method, ())
-    names = {*options, *inspect.signature(restore).parameters} - {"fit"}
-    if others := [name for name in fit if name not in options]:
-        raise TypeError(
-            f'{op}: method "{method}" has no option {", ".join(others)}; it takes '
-            f"{', '.join(options) or 'none'}{did_you_mean(others[0], names)}"
-        )
     check_count(op, "answers", answers)
     shape = image_shape(op, sampler, y, "y")
     check_measurements(op, y, operator, shape, name="y")
     seed = _noise.check_seed(seed)
     noise = check_number(op, "measurement_noise", measurement_noise or 0)
-    samples = check_count(op, "samples", SAMPLES if samples is None else samples)
-    if samples < 2:
-        raise ValueError(f"{op}: samples must be at least 2, got {samples}")
-    if method == "moments" and math.prod(shape) > LARGEST:
-        raise ValueError(
-            f'{op}: method "moments" needs images of at most {LARGEST} elements, got {list(shape)}'
-        )
 
     target = y.repeat_interleave(answers, 0)
     mean = None
     if method == "moments":
-        chains = max(samples, len(target))
-        drawn = sampler(starts(chains, shape, seed, y), seed=seed, callback=callback)
-        given = moments(drawn[:samples])
-        conditional = Conditional(given, operator, noise, drawn.dtype)
-        mean = conditional(given.mean.expand(len(y), *shape), y)
-        e = _noise.normal(target.shape, seed=seed, step=0, stream=_noise.USER, device=y.device)
-        x = conditional(drawn[: len(target)], target + noise * e)
+        count = check_count(op, "samples", SAMPLES if samples is None else samples)
+        x, mean = from_moments(sampler, y, operator, shape, answers, count, noise, seed, callback)
     elif method == "latent":
         restarts = check_count(op, "restarts", fit.pop("restarts", 1))
         fits = reconstruct(sampler, y, operator, restarts=answers * restarts, seed=seed, **fit)
         x = Fit(*(part.reshape(-1, restarts, *part.shape[2:]) for part in fits)).best().x
     else:
-        if method == "posterior":
-            guided = with_data(sampler, target, operator, zeta)
-        else:
-            assert isinstance(operator, Mask)
-            guided = clamped(sampler, target, operator)
+        guided = (
+            clamped(sampler, target, operator)
+            if method == "clamped" and isinstance(operator, Mask)
+            else with_data(sampler, target, operator, zeta)
+        )
         x = guided(starts(len(target), shape, seed, y), seed=seed, callback=callback)
     if method != "posterior" and not noise and isinstance(operator, Mask):
         x = operator.fill(x, target)
@@ -157,6 +133,32 @@ def restore(
     x = x.unflatten(0, (len(y), answers))
     residual = residual.view(len(y), answers)
     return Restored(x, residual, x.mean(1) if mean is None else mean)
+
+
+def _check_method(
+    op: str, method: str, operator: Operator, options: Mapping[str, Any], fit: Mapping[str, Any]
+) -> None:
+    """Raise TypeError or ValueError unless the operator and the options fit the method.
+
+    options: the options that belong to one method; those that are None were not given.
+    """
+    check_name(f"{op}: method", method, METHODS)
+    if method == "clamped" and not isinstance(operator, Mask):
+        raise ValueError(
+            f'{op}: method "clamped" holds known pixels, so operator must be a Mask, '
+            f"got {type(operator).__name__}"
+        )
+    for owner, names in _OPTIONS.items():
+        for name in names:
+            if owner != method and options.get(name) is not None:
+                raise ValueError(f'{op}: {name} belongs to method "{owner}", got method={method!r}')
+    known = _OPTIONS[method]
+    if others := [name for name in fit if name not in known]:
+        arguments = {*known, *inspect.signature(restore).parameters} - {"fit"}
+        raise TypeError(
+            f'{op}: method "{method}" has no option {", ".join(others)}; it takes '
+            f"{', '.join(known) or 'none'}{did_you_mean(others[0], arguments)}"
+        )
 
 
 def with_data(

@@ -73,7 +73,9 @@ def test_every_kind_of_data_learns_what_a_tensor_does(kind: str) -> None:
 
 def test_only_the_dataset_of_a_loader_is_used_and_that_is_said() -> None:
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=2, shuffle=True, num_workers=3)
-    with pytest.warns(UserWarning, match="only the dataset is used.*own batch_size") as warned:
+    with pytest.warns(
+        UserWarning, match="only the dataset of the .* is used.*own batch_size"
+    ) as warned:
         learning = learner(loader)
     assert warned[0].filename == __file__
     assert learning.step() == learn(IMAGES, 1)[0][0]

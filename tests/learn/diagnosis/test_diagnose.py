@@ -17,8 +17,8 @@ from fastlangevin.learn import load_images, resolve, train
 from fastlangevin.learn.checkpoint import read_checkpoint, save_checkpoint
 from fastlangevin.learn.diagnosis import report
 from fastlangevin.learn.diagnosis.diagnose import diagnose, long_run, mixing, noisy_batch, reach
-from fastlangevin.learn.diagnosis.moments import layer_residuals, parameter_residuals, top_layer
-from fastlangevin.learn.diagnosis.report import to_json, to_text
+from fastlangevin.learn.diagnosis.residuals import layer_residuals, parameter_residuals, top_layer
+from fastlangevin.learn.diagnosis.write_diagnosis import to_json, to_text
 from tests.command import run_command
 from tests.learn.diagnosis.shared import normal
 

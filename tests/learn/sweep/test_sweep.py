@@ -22,8 +22,8 @@ from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import QualityCheck, coarse
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
-from fastlangevin.learn.sweep.report import summarise, to_markdown, write_report
 from fastlangevin.learn.sweep.run import run_sweep
+from fastlangevin.learn.sweep.write_sweep import summarise, to_markdown, write_report
 from tests.learn.sweep.shared import CENTRE, interrupted
 
 Results = list[dict[str, Any]]
@@ -358,7 +358,7 @@ def test_sweep_refuses_folders_that_it_cannot_use(
     with pytest.raises(ValueError, match=r"sweep\.yaml is damaged, it has no centre"):
         run_sweep(plan, tmp_path)
     (tmp_path / "sweep.yaml").rename(tmp_path / "thesis.tex")
-    with pytest.raises(FileExistsError, match=r"holds thesis\.tex but is not a sweep"):
+    with pytest.raises(FileExistsError, match=r"holds thesis\.tex but no sweep\.yaml"):
         run_sweep(plan, tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         run_sweep(plan, tmp_path / "thesis.tex")

@@ -6,7 +6,7 @@ from pathlib import Path
 from fastlangevin.learn import resolve
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.checkpoint import read_checkpoint
-from fastlangevin.learn.diagnosis.of_run import diagnose_run
+from fastlangevin.learn.diagnosis.diagnose_run import diagnose_run
 from tests.command import run_command
 
 

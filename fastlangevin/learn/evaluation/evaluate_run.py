@@ -45,16 +45,9 @@ class RunEvaluation(NamedTuple):
         text = to_text(self.evaluation)
         return text if self.files is None else f"samples    {self.files}\n{text}"
 
-    def save(self, path: Path | None = None) -> list[Path]:
-        """Write the figures as JSON (default: evaluate.json in the run's folder, if there is one).
-
-        Return the paths of the files.
-        """
-        path = path or (self.folder and self.folder / "evaluate.json")
-        if path is None:
-            return []
+    def save(self, path: Path) -> None:
+        """Write the figures as JSON."""
         save(self.evaluation, path, **self.facts)
-        return [path]
 
 
 def evaluate_run(
@@ -104,48 +97,59 @@ def evaluate_run(
         reference = min(reference, len(train) // 2)
         order = order[reference:]
     name, source = ("held-out data", held_out) if held_out else ("other training images", train)
-    available = {name: len(order)}
-    if read is not None:
-        available["samples"] = len(read)
-    scarce = min(available, key=available.__getitem__)
-    if n is not None and n > available[scarce]:
-        raise ValueError(
-            f"evaluate: n must be at most {available[scarce]}, the {scarce} there are, got {n}"
-        )
-    n = n or min(2048, available[scarce])
-    if group.world_size > 1:
-        with group.working():
-            tensors, info = read_checkpoint(checkpoint)
-        options = {"n": n, "features": features, "reference": reference, "noise": list(noise),
-                   "quantise": quantise, "k": k, "seed": seed, "averaged": averaged}  # fmt: skip
-        sources = {
-            "the data": fingerprint(train),
-            "the held-out images": held_out and fingerprint(held_out),
-            "the samples": read and fingerprint(read),
-            "the checkpoint": checksum(json.dumps(info), tensors),
-        }
-        compare_with_code(group, options | sources)
-    if n <= k:
-        raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
+    n = _choose_count(n, k, {name: len(order)} | ({"samples": len(read)} if read else {}))
+    options = {"n": n, "features": features, "reference": reference, "noise": list(noise),
+               "quantise": quantise, "k": k, "seed": seed, "averaged": averaged}  # fmt: skip
+    sources = {"the data": train, "the held-out images": held_out, "the samples": read}
+    _compare_work(group, options, sources, checkpoint)
     extract = make_features(features, train, torch_device, group)
     real = source.batch(order[:n]).to(torch_device)
     marks = yardsticks(real, list(noise), seed)
     facts: dict[str, Any] = {"run": str(run), "samples": samples}
     if read is None:
         sampler = load(checkpoint, device=torch_device, averaged=averaged)
-        judged = _draw(sampler, n, seed, group, report)
+        drawn = _draw(sampler, n, seed, group, report)
         iteration = read_checkpoint(checkpoint)[1].get("iteration")
         facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
     else:
-        judged = read.batch(shuffled(read, seed)[:n]).to(torch_device)
+        drawn = read.batch(shuffled(read, seed)[:n]).to(torch_device)
     evaluation = evaluate(
-        {name: real, "samples": judged} | marks, train, extract,
+        {name: real, "samples": drawn} | marks, train, extract,
         held_out=name if held_out else None, reference=reference, quantised=quantise, k=k,
         seed=seed, group=group, report=report,
     )  # fmt: skip
     facts |= {"seed": seed, "held_out": held_out.name if held_out else None}
     files = f"{n} of {read.name}" if read else None
     return RunEvaluation(evaluation, files, facts, None if read else run_folder(checkpoint))
+
+
+def _choose_count(n: int | None, k: int, available: dict[str, int]) -> int:
+    """Return the number of images per set, from the numbers that are available by name.
+
+    Raises ValueError if there are fewer than n, or not more than k.
+    """
+    scarce = min(available, key=available.__getitem__)
+    if n is not None and n > available[scarce]:
+        raise ValueError(
+            f"evaluate: n must be at most {available[scarce]}, the {scarce} there are, got {n}"
+        )
+    n = n or min(2048, available[scarce])
+    if n <= k:
+        raise ValueError(f"evaluate: k must be less than the {n} images of a set, got {k}")
+    return n
+
+
+def _compare_work(
+    group: Group, options: dict[str, Any], sources: dict[str, ImageData | None], checkpoint: Path
+) -> None:
+    """Raise DistributedError unless all processes have equal options, images and checkpoints."""
+    if group.world_size == 1:
+        return
+    with group.working():
+        tensors, info = read_checkpoint(checkpoint)
+    digests: dict[str, Any] = {name: data and fingerprint(data) for name, data in sources.items()}
+    digests["the checkpoint"] = checksum(json.dumps(info), tensors)
+    compare_with_code(group, options | digests)
 
 
 def _held_out(config: TrainConfig, train: ImageData, images: str | None) -> ImageData | None:
@@ -175,7 +179,7 @@ def _draw(sampler: LangevinSampler, n: int, seed: int, group: Group, report: Rep
         parts: list[Tensor] = []
         for i in range(rows.start, rows.stop, _BATCH):
             parts.append(sampler(n=min(_BATCH, rows.stop - i), seed=seed, first_chain=i))
-            report("sample", min(i + _BATCH, rows.stop) - rows.start, rows.stop - rows.start)
+            report("sample", i + len(parts[-1]) - rows.start, rows.stop - rows.start)
         return (torch.cat(parts),)
 
     (samples,) = split_rows(group, n, _BATCH, draw, "the samples")

@@ -11,7 +11,7 @@ import fastlangevin as fl
 from fastlangevin.energies import GaussianEnergy
 from fastlangevin.learn import restore
 from fastlangevin.learn.tasks.measurements import Downsample, Mask, Operator, identity, measure
-from fastlangevin.learn.tasks.moments import (
+from fastlangevin.learn.tasks.restore_moments import (
     LARGEST,
     ROUNDING,
     Conditional,

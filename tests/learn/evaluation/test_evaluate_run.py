@@ -12,7 +12,7 @@ from fastlangevin.distributed import Group
 from fastlangevin.learn import resolve
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.checkpoint import read_checkpoint, save_checkpoint
-from fastlangevin.learn.evaluation.of_run import evaluate_run
+from fastlangevin.learn.evaluation.evaluate_run import evaluate_run
 from tests.command import run_command
 from tests.distributed.threads import run_ranks
 

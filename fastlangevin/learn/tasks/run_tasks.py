@@ -4,7 +4,6 @@ Every result can be saved as a picture or as arrays, and has rows (name, text) t
 Errors are mean squares per element, with images in [-1, 1].
 """
 
-import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from fastlangevin.learn.run_data import (
 )
 from fastlangevin.learn.tasks.interpolate import interpolate
 from fastlangevin.learn.tasks.measurements import Downsample, Operator, identity, measure, picture
-from fastlangevin.learn.tasks.reconstruct import Fit, reconstruct
+from fastlangevin.learn.tasks.reconstruct import ITERATIONS, Fit, reconstruct
 from fastlangevin.learn.tasks.restore import Restored, restore
 from fastlangevin.learn.tasks.transfer import guide
 from fastlangevin.progress import Report, report_steps, silent
@@ -36,11 +35,11 @@ from fastlangevin.sampler import LangevinSampler
 
 _FAR = 3.0  # chains that end beyond this have left the range of images, [-1, 1]
 
-Rows = list[tuple[str, str]]
+Summary = list[tuple[str, str]]
 
 
 class Reconstruction(NamedTuple):
-    """Images, their reconstructions and, as a yardstick, the nearest of some random samples."""
+    """Images, their reconstructions and, for comparison, the nearest of some random samples."""
 
     source: str  # name of the images
     images: Tensor  # [n, C, H, W]
@@ -56,12 +55,12 @@ class Reconstruction(NamedTuple):
         else:
             save_arrays(path, images=self.images, **self.fit._asdict())
 
-    def rows(self) -> Rows:
+    def rows(self) -> Summary:
         ours, theirs = float(self.fit.error.mean()), float(self.nearest_error.mean())
         return [
             ("images", f"{len(self.images)} of {self.source}"),
             ("reconstruction", f"{ours:.5f}   mean squared error per element, in [-1, 1]"),
-            (f"best of {self.samples}", f"{theirs:.5f}   the same of the nearest random sample"),
+            (f"best of {self.samples}", f"{theirs:.5f}   the same for the nearest random sample"),
             ("ratio", f"{ours / theirs:.3f}"),
         ]
 
@@ -85,7 +84,7 @@ def reconstruct_run(
     report: called as report(what, done, total) on the way.
     fit: options of :func:`reconstruct`.
     """
-    source, truth = _held_out(run, sampler, images, n, usual=16, on_corrupt=on_corrupt)
+    source, truth = _held_out(run, sampler, images, n, default_n=16, on_corrupt=on_corrupt)
     best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
     drawn = sampler(n=samples, seed=seed)
     error, nearest = _squares(truth[:, None], drawn[None]).min(1)
@@ -93,7 +92,7 @@ def reconstruct_run(
 
 
 class Interpolation(NamedTuple):
-    """Frames between pairs of starts and, if these were fitted to images, the error of the fit."""
+    """Frames between pairs of starts and, if the starts were fitted to images, the fit's error."""
 
     x: Tensor  # [frames, n, C, H, W]
     source: str | None = None  # name of the images
@@ -108,7 +107,7 @@ class Interpolation(NamedTuple):
         else:
             save_arrays(path, self.x)
 
-    def rows(self) -> Rows:
+    def rows(self) -> Summary:
         if self.error is None:
             return []
         return [
@@ -138,13 +137,13 @@ def interpolate_run(
     noise: as for :func:`interpolate`.
     report: called as report(what, done, total) on the way.
     """
-    run_config(run)  # refuses a checkpoint without data before any work
+    run_config(run)  # raises an error for a checkpoint without data before any work
     source = error = None
     if images is None:
         shape = (2 * (8 if n is None else n), *_shape(sampler))
         z = _noise.initial(shape, seed=seed, device=device_of(sampler.energy))
     else:
-        source, truth = _held_out(run, sampler, images, n, each=2, on_corrupt=on_corrupt)
+        source, truth = _held_out(run, sampler, images, n, images_per_item=2, on_corrupt=on_corrupt)
         best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
         z, error = best.z, float(best.error.mean())
     x = interpolate(sampler, z[::2], z[1::2], frames, noise=noise, seed=seed, report=report)
@@ -153,15 +152,17 @@ def interpolate_run(
 
 def feature_rows(
     run: str | Path, frames: Tensor, note: Callable[[str], None] | None = None
-) -> Rows:
-    """Say how far the frames between two ends are from the run's data, in features.
+) -> Summary:
+    """Return rows that say how far frames between two ends are from the run's data, in features.
 
-    The figures are kernel distances to at most 512 images of the data: of the end frames, of the
-    frames between them, and, as a yardstick, of crossfades of the end frames' pixels.
+    They hold the kernel distances to at most 512 images of the data: for the end frames, for the
+    frames between them, and, for comparison, for crossfades of the end frames' pixels.
 
     frames: [frames, n, C, H, W]. note: called with a line before the features are computed, which
-        can take a minute. Returns no rows if there are fewer than two images between the ends or,
-        with a warning, if the data or the features are not there.
+        can take a minute.
+
+    Returns no rows if there are fewer than two images between the ends or, with a warning, if the
+    data or the features are not available.
     """
     from fastlangevin.learn.evaluation.features import (  # imports scikit-learn
         make_features,
@@ -179,23 +180,18 @@ def feature_rows(
     if note is not None:
         note(f"comparing the frames with {data.name} in features")
     real = features(spaced_images(data, min(len(data), 512), frames.device))[0]
-    weights = torch.linspace(0, 1, len(frames), dtype=frames.dtype, device=frames.device)[
-        1:-1, None, None, None, None
-    ]
-    sets = {
-        "end points": frames[[0, -1]],
-        "between": frames[1:-1],
-        "crossfade": (1 - weights) * frames[0] + weights * frames[-1],
-    }
-    texts = {
-        "end points": f"kernel distance to {len(real)} images, in {features.name}",
-        "between": "the same of the frames between them",
-        "crossfade": "the same of mixtures of the end points' pixels",
-    }
+    weights = torch.linspace(0, 1, len(frames), dtype=frames.dtype, device=frames.device)
+    weights = weights[1:-1, None, None, None, None]
+    crossfade = (1 - weights) * frames[0] + weights * frames[-1]
+    text = f"kernel distance to {len(real)} images, in {features.name}"
     rows = []
-    for name, x in sets.items():
+    for name, x, what in (
+        ("end points", frames[[0, -1]], text),
+        ("between", frames[1:-1], "the same for the frames between them"),
+        ("crossfade", crossfade, "the same for mixtures of the end points' pixels"),
+    ):
         distance = kernel_distance(features(quantise(x.flatten(0, 1)))[0], real)
-        rows.append((name, f"{distance:.4f}   {texts[name]}"))
+        rows.append((name, f"{distance:.4f}   {what}"))
     return rows
 
 
@@ -212,13 +208,12 @@ class Restoration(NamedTuple):
         """Write a .png with a row per image, or a .npz of images, y, x and mean."""
         x, _, mean = self.restored
         if path.suffix == ".png":
-            shown = torch.stack([self.images, self.seen, mean], 1)
-            rows = torch.cat([shown, x], 1)
+            rows = torch.cat([torch.stack([self.images, self.seen, mean], 1), x], 1)
             save_grid(rows.flatten(0, 1), path, rows.shape[1], tile)
         else:
             save_arrays(path, images=self.images, y=self.y, x=x, mean=mean)
 
-    def rows(self) -> Rows:
+    def rows(self) -> Summary:
         x, residual, mean = self.restored
         error = _squares(self.images[:, None], x)
         of_mean, of_seen = _squares(self.images, mean), _squares(self.images, self.seen)
@@ -227,8 +222,8 @@ class Restoration(NamedTuple):
             ("images", f"{len(self.images)} of {self.source}"),
             ("answers", f"{error.mean():.5f}   mean squared error per element, in [-1, 1]"),
             ("best", f"{error.amin(1).mean():.5f}   of the {x.shape[1]} for each image"),
-            ("their mean", f"{of_mean.mean():.5f}   the best guess by this measure"),
-            ("measurement", f"{of_seen.mean():.5f}   as the picture shows it"),
+            ("their mean", f"{of_mean.mean():.5f}   smallest expected error"),
+            ("measurement", f"{of_seen.mean():.5f}   error of the measurement shown as an image"),
             ("residual", f"{residual.mean():.5f}   mean of (y - A x)^2"),
             ("spread", f"{spread:.5f}   mean variance of an element over the answers"),
         ]
@@ -242,6 +237,7 @@ def restore_run(
     n: int | None = None,
     images: str | None = None,
     on_corrupt: str | None = None,
+    method: str = "moments",
     measurement_noise: float = 0.0,
     seed: int = 0,
     report: Report = silent,
@@ -252,19 +248,19 @@ def restore_run(
     n: number of images (default: 8, or all of the source if it has fewer).
 
     measurement_noise: standard deviation of the noise that is added to the measurements. Only the
-        method "moments" is told of it.
+        method "moments" takes it into account.
     report: called as report(what, done, total) on the way.
-    options: those of :func:`restore`.
+    method, options: as for :func:`restore`.
     """
     source, truth = _held_out(run, sampler, images, n, on_corrupt=on_corrupt)
-    if options.get("method") == "latent":
+    if method == "latent":
         options = _reported(options, report)
     else:
         options["callback"] = lambda step, _: report("step", step, sampler.steps)
-    if options.get("method", "moments") == "moments":
+    if method == "moments":
         options["measurement_noise"] = measurement_noise
     y = measure(operator, truth, measurement_noise, seed)
-    restored = restore(sampler, y, operator, seed=seed, **options)
+    restored = restore(sampler, y, operator, method=method, seed=seed, **options)
     seen = picture(operator, y, _shape(sampler))
     return Restoration(source, truth, y, seen, restored)
 
@@ -286,7 +282,7 @@ class Transferred(NamedTuple):
         else:
             save_arrays(path, self.states[-1])
 
-    def rows(self) -> Rows:
+    def rows(self) -> Summary:
         before, after = self.energies
         change = _squares(self.states[0], self.states[-1]).mean()
         return [
@@ -313,9 +309,9 @@ def transfer_images(
 
     n: number of images (default: 8, or all of the source if it has fewer).
 
-    content: side of the squares whose means are held; 1 holds the pixels.
+    content: side of the squares whose means are preserved; 1 preserves the pixels.
     style: source of images whose statistics guide the chains.
-    frames: most states to return after the source images.
+    frames: the largest number of states to return after the source images.
     report: called as report(what, done, total) on the way, unless there are frames.
     guidance: other options of :func:`guide`.
 
@@ -348,7 +344,7 @@ def transfer_images(
 
 def _reported(fit: dict[str, Any], report: Report) -> dict[str, Any]:
     """Return the options of a fit, with a function that reports its iterations."""
-    total = fit.get("iterations", inspect.signature(reconstruct).parameters["iterations"].default)
+    total = fit.get("iterations", ITERATIONS)
     return fit | {"report": lambda i, _: report("fit", i, total)}
 
 
@@ -357,20 +353,20 @@ def _held_out(
     sampler: LangevinSampler,
     source: str | None,
     n: int | None,
-    each: int = 1,
-    usual: int = 8,
+    images_per_item: int = 1,
+    default_n: int = 8,
     on_corrupt: str | None = None,
 ) -> tuple[str, Tensor]:
-    """Return the name of the held-out images, and n times ``each`` of them.
+    """Return the name of the held-out images, and the images of n items.
 
-    Those that come with a model in the package are used if they are enough.
+    The images that come with a model in the package are used if there are enough.
     """
     config = run_config(run, on_corrupt=on_corrupt)
     data = packaged_images(run) if source is None else None
-    if data is None or len(data) < (usual if n is None else n) * each:
+    if data is None or len(data) < (default_n if n is None else n) * images_per_item:
         with suggesting("images", source):
             data = load_held_out(config, _shape(sampler), source)
-    return data.name, spaced_images(data, n, device_of(sampler.energy), each, usual)
+    return data.name, spaced_images(data, n, device_of(sampler.energy), images_per_item, default_n)
 
 
 def _shape(sampler: LangevinSampler) -> tuple[int, int, int]:

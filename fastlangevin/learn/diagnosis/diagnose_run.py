@@ -8,7 +8,7 @@ from fastlangevin.learn.checkpoint import find_checkpoint, read_checkpoint, run_
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.diagnosis.diagnose import Diagnosis, diagnose, noisy_batch
-from fastlangevin.learn.diagnosis.report import save, to_text
+from fastlangevin.learn.diagnosis.write_diagnosis import save, to_text
 from fastlangevin.learn.log import read_records, read_series
 from fastlangevin.learn.model import load
 from fastlangevin.learn.train import annealed
@@ -27,14 +27,8 @@ class RunDiagnosis(NamedTuple):
         """Return all figures as text, each with its reference value."""
         return to_text(self.diagnosis)
 
-    def save(self, folder: Path | None = None) -> list[Path]:
-        """Write the files of a diagnosis (default: in the run's folder, if there is one).
-
-        Return their paths.
-        """
-        folder = folder or self.folder
-        if folder is None:
-            return []
+    def save(self, folder: Path) -> list[Path]:
+        """Write the files of the diagnosis, and return their paths."""
         return save(self.diagnosis, folder, self.title, **self.facts)
 
 

@@ -1,4 +1,4 @@
-"""Compare moments of samples with those of the data: residuals, each with its noise floor.
+"""Compare the moments of samples and data: residuals, each with its noise floor.
 
 After convergence, learning satisfies E_data[dE/dtheta] = E_q[dE/dtheta]. For E = -<theta, h> this
 is E_data[h] = E_q[h]. Source: arXiv 1904.09770, section 4.
@@ -138,8 +138,8 @@ def _gradients(energy: nn.Module, x: Tensor, groups: int) -> dict[str, _Mean]:
     means = {}
     for name, total in sums.items():
         mean = total / groups
-        spread = squares[name] - groups * float(mean.double().square().sum())
-        means[name] = _Mean(mean, max(spread, 0.0) / (groups - 1) / groups)
+        scatter = squares[name] - groups * float(mean.double().square().sum())
+        means[name] = _Mean(mean, max(scatter, 0.0) / (groups - 1) / groups)
     return means
 
 

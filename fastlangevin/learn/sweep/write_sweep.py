@@ -1,10 +1,8 @@
 """Write the results of a sweep as JSON, tables and a plot: means over seeds and standard errors."""
 
 import importlib.util
-import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +11,12 @@ from typing import Any
 import torch
 
 from fastlangevin._version import __version__
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.kernels.devices import device_name
+from fastlangevin.learn.atomic import replacing, save_json, save_text
 from fastlangevin.learn.build import choose_device, load_data
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.evaluation.classifier import QualityCheck
+from fastlangevin.learn.reading import as_json
 from fastlangevin.learn.sweep import run
 from fastlangevin.learn.sweep.plan import VERSION, Settings, Sweep, describe
 
@@ -29,11 +29,9 @@ def write_report(plan: Sweep, results: Sequence[Result], out: Path) -> list[Path
     results: the results of all runs of the plan, from :func:`run_sweep`.
     """
     content = summarise(plan, results)
-    texts = {"sweep.json": json.dumps(content, indent=1) + "\n", "sweep.md": to_markdown(content)}
-    for name, text in texts.items():
-        with replacing(out / name) as temporary:
-            temporary.write_text(text, "utf-8")
-    written = [out / name for name in texts]
+    written = [out / "sweep.json", out / "sweep.md"]
+    save_json(written[0], content, indent=1)
+    save_text(written[1], to_markdown(content))
     if importlib.util.find_spec("matplotlib") is not None:
         plot(content, out / "sweep.svg")
         written.append(out / "sweep.svg")
@@ -49,17 +47,17 @@ def outcome(result: Result) -> str:
 
 
 def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
-    """Return the plan, the machine, the marks, and each point with its runs, JSON-ready.
+    """Return the plan, the machine, reference values, and each point with its runs, JSON-ready.
 
     The measures of a point are {"mean", "error", "n"} over its n runs that did not diverge. The
     error is the standard error, the standard deviation / sqrt(n), and None for n = 1.
     """
     points = []
     for settings in plan.points():
-        of_point = [result for result in results if result["settings"] == _json(settings)]
-        finished = [result for result in of_point if result["diverged"] is None]
+        runs = [result for result in results if result["settings"] == as_json(settings)]
+        finished = [result for result in runs if result["diverged"] is None]
         measures = {name: _mean([result[name] for result in finished]) for name in run.MEASURES}
-        points.append({"settings": settings, "measures": measures, "runs": of_point})
+        points.append({"settings": settings, "measures": measures, "runs": runs})
     content = {
         "format": "fastlangevin sweep",
         "version": VERSION,
@@ -70,7 +68,7 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
         "marks": marks_of(plan.centre, run.SAMPLES),
         "points": points,
     }
-    return dict(_json(content))
+    return dict(as_json(content))
 
 
 def marks_of(centre: TrainConfig, samples: int) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
             [*(str(point["settings"][name]) for name in axes), *_cells(point).values()]
             for point in content["points"]
         ]
-        parts.append(table([*axes, *_titles()], rows))
+        parts.append(markdown_table([*axes, *_titles()], rows))
     else:
         for name, lines in content["lines"].items():
             cells = [list(_cells(point).values()) for point in _points_on(content, lines[0])]
@@ -109,16 +107,16 @@ def to_markdown(content: Mapping[str, Any]) -> str:
                 [title, *row]
                 for title, row in zip(_titles(), zip(*cells, strict=True), strict=True)
             ]
-            parts.append(table(header, rows))
-    lost = [
+            parts.append(markdown_table(header, rows))
+    diverged = [
         f"- {describe(point['settings'])}, seed {result['seed']}: iteration "
         f"{result['diverged']['iteration']}: {result['diverged']['reason']}"
         for point in content["points"]
         for result in point["runs"]
         if result["diverged"]
     ]
-    if lost:
-        parts.append("Diverged:\n\n" + "\n".join(lost))
+    if diverged:
+        parts.append("Diverged:\n\n" + "\n".join(diverged))
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,27 +133,17 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 
         axes = content["plan"]["axes"]
         # If every run diverged, one row of plots shows only tick labels that say so.
-        measured = [name for name in run.MEASURES if _is_measured(content, name)] or ["frechet"]
+        measured = [
+            name
+            for name in run.MEASURES
+            if any(point["measures"][name] is not None for point in content["points"])
+        ] or ["frechet"]
         figure = Figure(figsize=(3.2 * len(axes), 1.9 * len(measured)), layout="constrained")
         grid = figure.subplots(len(measured), len(axes), squeeze=False, sharey="row")
         for column, (axis, values) in enumerate(axes.items()):
             for row, measure in enumerate(measured):
                 subplot = grid[row][column]
-                for line in content["lines"][axis]:
-                    measures = [point["measures"][measure] for point in _points_on(content, line)]
-                    points = [(i, stats) for i, stats in enumerate(measures) if stats is not None]
-                    subplot.errorbar(
-                        [i for i, _ in points],
-                        [stats["mean"] for _, stats in points],
-                        yerr=[stats["error"] or 0.0 for _, stats in points],
-                        marker="o",
-                        markersize=4,
-                        capsize=3,
-                        label=describe({k: v for k, v in line[0].items() if k != axis}),
-                    )
-                mark = content["marks"]["real images"].get(measure)
-                if mark is not None:
-                    subplot.axhline(mark, color="black", linestyle=":", linewidth=1)
+                _plot_measure(subplot, content, axis, measure)
                 labels = [str(value) + _diverged_label(content, axis, value) for value in values]
                 subplot.set_xticks(range(len(values)), labels, fontsize="small")
                 subplot.set_xlim(-0.3, len(values) - 0.7)
@@ -168,6 +156,21 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
                 grid[0][column].legend(fontsize="xx-small")
         with replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def _plot_measure(subplot: Any, content: Mapping[str, Any], axis: str, measure: str) -> None:
+    """Draw a measure along the lines of an axis, and its value for real images."""
+    for line in content["lines"][axis]:
+        measures = [point["measures"][measure] for point in _points_on(content, line)]
+        points = [(i, stats) for i, stats in enumerate(measures) if stats is not None]
+        subplot.errorbar(
+            [i for i, _ in points], [stats["mean"] for _, stats in points],
+            yerr=[stats["error"] or 0.0 for _, stats in points], marker="o", markersize=4,
+            capsize=3, label=describe({k: v for k, v in line[0].items() if k != axis}),
+        )  # fmt: skip
+    mark = content["marks"]["real images"].get(measure)
+    if mark is not None:
+        subplot.axhline(mark, color="black", linestyle=":", linewidth=1)
 
 
 def _points_on(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Mapping[str, Any]]:
@@ -193,18 +196,14 @@ def _count_diverged(point: Mapping[str, Any]) -> int:
 
 
 def _diverged_label(content: Mapping[str, Any], axis: str, value: Any) -> str:
-    """Return the line of a tick label on diverged runs, which are not in the means."""
-    lost = sum(
+    """Return a tick label's line about diverged runs, which are not in the means."""
+    count = sum(
         _count_diverged(point)
         for line in content["lines"][axis]
         for point in _points_on(content, line)
         if point["settings"][axis] == value
     )
-    return f"\n{lost} diverged" if lost else ""
-
-
-def _is_measured(content: Mapping[str, Any], measure: str) -> bool:
-    return any(point["measures"][measure] is not None for point in content["points"])
+    return f"\n{count} diverged" if count else ""
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
@@ -216,10 +215,9 @@ def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """Describe the machine of the last process, on which times depend."""
-    where = choose_device(device)
+    """Describe this machine, on which times depend."""
     return {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu(),
+        "device": device_name(choose_device(device)),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -227,25 +225,11 @@ def _machine(device: str) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown; all columns but the first are aligned to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _json(value: Any) -> Any:
-    """Return a value as it would be read back from JSON, with lists for tuples."""
-    return json.loads(json.dumps(value))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlangevin.cli.progress import progress
+from fastlangevin.cli.progress_bar import progress
 from tests.cli.shared import Command
 
 
@@ -80,7 +80,7 @@ COMMANDS = {
 def test_a_long_command_says_what_runs_and_shows_how_far_it_is(
     case: str, command: Command, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastlangevin.cli.progress.PAUSE", 0.0)
+    monkeypatch.setattr("fastlangevin.cli.progress_bar.PAUSE", 0.0)
     np.save("images.npy", np.random.default_rng(0).integers(0, 256, (9, 8, 8), dtype=np.uint8))
     names = {"RUN": str(copied), "IMAGES": "images.npy"}
     result = command(*(names.get(word, word) for word in COMMANDS[case]))

@@ -1,16 +1,15 @@
 """Write a diagnosis as text, JSON and a picture."""
 
 import importlib.util
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlangevin.learn.atomic import replacing
+from fastlangevin.learn.atomic import replacing, save_json
 from fastlangevin.learn.diagnosis.correlations import FEWEST, Correlations
 from fastlangevin.learn.diagnosis.diagnose import Diagnosis
-from fastlangevin.learn.diagnosis.moments import Residual
+from fastlangevin.learn.diagnosis.residuals import Residual
 
 FORMAT = "fastlangevin diagnosis"
 
@@ -56,9 +55,7 @@ def save(diagnosis: Diagnosis, folder: Path, title: str = "", **facts: Any) -> l
     The JSON also holds ``facts`` about what was diagnosed.
     """
     paths = [folder / "diagnose.json"]
-    with replacing(paths[0]) as temporary:
-        text = json.dumps(to_json(diagnosis) | facts, indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    save_json(paths[0], to_json(diagnosis) | facts, indent=1, allow_nan=False)
     if importlib.util.find_spec("matplotlib") is not None:
         paths.append(folder / "diagnose.png")
         _plot(diagnosis, paths[1], title)
@@ -73,8 +70,7 @@ def _correlations(what: str, series: Correlations | None) -> str:
     verdict = f"{swings.verdict} oscillation"
     if swings.verdict is None:
         apart = f"values are {series.spacing} iterations apart"
-        why = "too few values" if series.spacing == 1 else apart
-        verdict = f"no verdict on oscillation, {why}"
+        verdict = f"no verdict on oscillation, {'too few values' if series.spacing == 1 else apart}"
     return (
         f"  {what}, the last {series.values}\n"
         f"    d {series.d_mean:+.4g} +- {series.d_std:.4g}, below 0 (expansion) in "

@@ -12,7 +12,7 @@ PAUSE = 2.0  # least seconds between two lines
 
 
 def start_line(work: str, sampler: Any, n: int, out: Any = None) -> None:
-    """Print what a command starts: its work, and the steps, device, engine and precision.
+    """Print what a command begins: its work, and the steps, device, engine and precision.
 
     n: number of chains that run at a time, on which the choice of the engine may depend.
     """
@@ -29,6 +29,14 @@ def start_line(work: str, sampler: Any, n: int, out: Any = None) -> None:
         f"{work}: {sampler.steps} steps on {'x'.join(map(str, shape))}, {x.device}{threads}, "
         f"engine {engine}, precision {precision}" + ("" if out is None else f", to {out}")
     )
+
+
+@contextlib.contextmanager
+def started(work: str, sampler: Any, n: int, out: Any = None) -> Iterator[Callable[..., None]]:
+    """Print the line of :func:`start_line`, and yield the function of :func:`progress`."""
+    start_line(work, sampler, n, out)
+    with progress() as show:
+        yield show
 
 
 @contextlib.contextmanager
@@ -55,7 +63,7 @@ def progress(shown: bool = True, pause: float | None = None) -> Iterator[Callabl
     def show(what: str, done: int, total: int, state: str = "") -> None:
         nonlocal last
         if not bar.disable:
-            with printing():  # which a new task is, too
+            with printing():  # add_task prints, too
                 if what not in tasks:
                     tasks[what] = bar.add_task(what, total=total, rate="", state="")
                 speed = bar.tasks[tasks[what]].speed
@@ -65,7 +73,7 @@ def progress(shown: bool = True, pause: float | None = None) -> Iterator[Callabl
                     bar.update(tasks[what], state=state)
             return
         part = done * 20 // total
-        if part < twentieth.get(what, 0):  # the same is counted from the start again
+        if part < twentieth.get(what, 0):  # another count of the same name has begun
             del twentieth[what]
         if shown and part > twentieth.get(what, 0) and time.monotonic() >= last + pause:
             twentieth[what], last = part, time.monotonic()
