@@ -11,7 +11,7 @@ from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, RunResults, record
-from fastlangevin.gradients.network import modules_of
+from fastlangevin.gradients.network import submodules_of
 from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.gradients.proof import other_states, prove, prove_kernels
 from fastlangevin.gradients.trace.instructions import Trace
@@ -80,7 +80,7 @@ class EngineCache:
         guard = None if kept is None else kept.guard
         if kept is not None and guard is not None and guard.holds(energy, x, model_kwargs):
             return kept, None
-        modes = (module.training for root in modules_of(energy) for module in root.modules())
+        modes = (module.training for module in submodules_of(energy))
         attempt = *key, id(energy), tuple(model_kwargs), tuple(modes)
         failure = self._failures.get(attempt)
         if failure is not None and not try_again and failure.left > 0:

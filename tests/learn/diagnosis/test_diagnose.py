@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastlangevin as fl
 from fastlangevin.learn import load_images, resolve, train
 from fastlangevin.learn.checkpoint import read_checkpoint, save_checkpoint
-from fastlangevin.learn.diagnosis import report
+from fastlangevin.learn.diagnosis import write_diagnosis
 from fastlangevin.learn.diagnosis.diagnose import diagnose, long_run, mixing, noisy_batch, reach
 from fastlangevin.learn.diagnosis.residuals import layer_residuals, parameter_residuals, top_layer
 from fastlangevin.learn.diagnosis.write_diagnosis import to_json, to_text
@@ -265,7 +265,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the picture, which takes longer than the diagnosis."""
-    monkeypatch.setattr(report, "_plot", lambda diagnosis, path, title: path.touch())
+    monkeypatch.setattr(write_diagnosis, "_plot", lambda diagnosis, path, title: path.touch())
 
 
 def command(*arguments: Any) -> Any:
