@@ -105,16 +105,18 @@ void plan_matrix(const ConvBuffer& in, const ConvBuffer& out, int64_t chains, Co
 
 namespace {
 
-// Of all tiles of a chunk. A product of tiles with 8 rows took 0.64 of the time of one with 16, which
-// are 16 cycles. The factor is the part of this speed that a prototype of the paper's network
-// reached, in relation to the part of theirs that the vectors of the fused engine reached (Xeon with
-// AMX, 2.0 to 2.2 times their speed at widths 16 to 64).
+// Parts of the processor's highest speed. With the first two, six products by tiles are estimated to
+// take 0.57, 0.43 and 0.40 of the time of vectors for the paper's networks of width 16, 32 and 64. A
+// prototype took 0.46, 0.51 and 0.50 of it (one core of a Xeon with AMX, batch 64). The third has not
+// been measured there.
+constexpr double kByTiles = 0.8, kByWinograd = 0.45, kByVectors = 0.75;
+
+// Of all tiles of a chunk. A product of full tiles takes 16 cycles, and one with 8 rows 0.64 of that.
 double tile_cycles(const ConvPass& pass) {
-  constexpr double kOfSpeed = 0.8;
   const MatrixTiles& matrix = pass.matrix;
   const double count = double(matrix.from.size()) * pass.taps.size() *
                        ((pass.out + kColumns - 1) / kColumns) * plane_products(matrix.planes);
-  return count * (4 + 0.75 * matrix.rows) / kOfSpeed;
+  return count * (4 + 0.75 * matrix.rows) / kByTiles;
 }
 
 // Of one chain: two multiply-adds of 16 numbers in a cycle.
@@ -122,8 +124,9 @@ double vector_cycles(const ConvPass& pass) {
   constexpr int64_t kNumbers = 16;
   const double vectors = (pass.out + kNumbers - 1) / kNumbers;
   const WinogradTiles& tiles = pass.tiles;
-  const double products = tiles.used() ? (1 - tiles.saving) * pass.rows.size() * pass.in
-                                       : double(pass.taps.size()) * pass.steps;
+  const double products = tiles.used()
+                              ? (1 - tiles.saving) * pass.rows.size() * pass.in / kByWinograd
+                              : pass.taps.size() * pass.steps / kByVectors;
   return pass.to.size() * products * vectors / 2;
 }
 
