@@ -101,11 +101,10 @@ def variants(case: Case, steps: int, compiled: bool) -> dict[str, Callable[[], A
         dynamics = ebm.LangevinDynamics(step_size=STEP_SIZE, steps=steps, noise_scale=NOISE_STD)
         runs["ebmkit"] = functools.partial(dynamics.sample, energy, x)
     cuda = case.device.type == "cuda"
+    tiles = not cuda and extension.has_matrix_unit()
     precisions: tuple[str | None, ...] = (None, "tf32", "fp16", "bf16") if cuda else (None, "bf16")
-    if not cuda and extension.has_matrix_unit():
+    if tiles:
         precisions += ("tf32",)
-        sampler = fl.LangevinSampler(energy, steps, gradient="fused")
-        runs[BY_VECTORS] = functools.partial(_by_vectors, sampler, x)
     if compiled:
         loop = torch.compile(energy, dynamic=False)
         runs["compiled loop"] = functools.partial(plain_loop, loop, x, steps, STEP_SIZE, NOISE_STD)
@@ -118,6 +117,8 @@ def variants(case: Case, steps: int, compiled: bool) -> dict[str, Callable[[], A
             sampler = fl.LangevinSampler(energy, steps, precision=precision, gradient=gradient)
             name = f"{gradient} {precision or 'fp32'}"
             runs[name] = functools.partial(sampler, x, seed=0)
+            if name == "fused fp32" and tiles:
+                runs[BY_VECTORS] = functools.partial(_by_vectors, sampler, x)
     return runs
 
 
