@@ -115,8 +115,8 @@ struct MatrixTiles {
   int64_t planes = 1;            // bfloat16 numbers that a weight is the sum of
 };
 
-// The products of two numbers that are sums of this many bfloat16 numbers each: all but those that
-// are smaller than the rounding of the sum.
+// The products of two numbers that are sums of this many bfloat16 numbers each: all but those of
+// numbers that are too small, together, for a bit of the last ones.
 constexpr int64_t plane_products(int64_t planes) { return planes * (planes + 1) / 2; }
 
 struct ConvPass {

@@ -26,9 +26,9 @@ struct Planes {
 };
 
 // The planes of values and of weights that are multiplied by each other: the last six for three
-// planes, the last three for two, and the last for one. The smallest products come first, so that the
-// large ones do not absorb them. Products of 2^-24 of the largest, or 2^-16 for two planes, are
-// left out. Two neighbours share a tile where they can, which is then not loaded again.
+// planes, the last three for two, and the last for one. The smallest products of a part of the weights
+// come first, so that its large ones do not absorb them. Products of 2^-24 of the largest, or of 2^-16
+// with two planes, are left out. Neighbours that share a plane load its tiles once.
 constexpr int kMostProducts = 6;
 constexpr int kPlanes[kMostProducts][2] = {{2, 0}, {1, 1}, {0, 2}, {0, 1}, {1, 0}, {0, 0}};
 static_assert(plane_products(3) == kMostProducts);

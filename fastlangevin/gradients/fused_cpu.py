@@ -119,6 +119,7 @@ class ConvNetGradient:
         self.graph, self.chains = graph, chains
         network = self._network()
         self.image = network.shape
+        has_tiles = extension.has_matrix_unit()  # the answer may change the instruction set
         plan_of = functools.partial(
             _plan,
             tuple(_layer(layer) for layer in network.layers),
@@ -130,7 +131,7 @@ class ConvNetGradient:
         # time of products by vectors.
         self.tiles_estimate: float | None = None
         operands = precision or "fp32"
-        if operands == "fp32" and extension.has_matrix_unit():
+        if operands == "fp32" and has_tiles:
             self.tiles_estimate = _tiles_estimate(plan_of, network)
             if self.tiles_estimate is not None and self.tiles_estimate < 1:
                 operands = "bf16x6"
