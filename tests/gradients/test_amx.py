@@ -170,9 +170,10 @@ def test_batches_chunks_and_threads_do_not_matter(
         assert torch.equal(energies, expected[0][:chains])
 
 
-def test_what_is_not_finite_stays_in_its_chain() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "bf16x6"])
+def test_what_is_not_finite_stays_in_its_chain(precision: str) -> None:
     energy, x = Body(BODIES["residual"]), numbers(SHAPE)
-    engine = fused(energy, x, "bf16")
+    engine = fused(energy, x, precision)
     clean = engine(x, True)
     y = x.clone()
     y[1, 0, 4, 4], y[3] = float("inf"), float("nan")
