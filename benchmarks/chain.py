@@ -21,17 +21,21 @@ from torch.profiler import profile
 
 import fastlangevin as fl
 from benchmarks import timing
+from benchmarks.fuzz.machine import instruction_set
 from benchmarks.originals import torchebm_model
 from benchmarks.report_chain import PAPER
 from benchmarks.result_file import ResultFile, parse, parser_of
 from fastlangevin.bench import plain_loop
 from fastlangevin.gradients.graph.record import recognise
+from fastlangevin.kernels import extension
 from fastlangevin.roofline import cost, matrix_rate
 
 # Of the norm of a step. Torch's own precision is TF32 on GPUs. The check takes a smooth network,
 # since LeakyReLU's kinks alone turn the rounding of TF32 into 2 to 3 % of a gradient.
 LIMITS = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}
 ENGINES = ("autograd", "explicit", "fused")
+# In float32 without the matrix unit, which "fused fp32" uses where this is estimated to be faster.
+BY_VECTORS = "fused fp32 by vectors"
 STEP_SIZE, NOISE_STD = 1.0, 0.01
 _CPU_CASES = ((64, 64), (32, 64), (16, 64), (8, 16))
 _CUDA_CASES = tuple((width, batch) for batch in (64, 256, 1024) for width in (64, 32, 128))
@@ -97,18 +101,32 @@ def variants(case: Case, steps: int, compiled: bool) -> dict[str, Callable[[], A
         dynamics = ebm.LangevinDynamics(step_size=STEP_SIZE, steps=steps, noise_scale=NOISE_STD)
         runs["ebmkit"] = functools.partial(dynamics.sample, energy, x)
     cuda = case.device.type == "cuda"
-    precisions = (None, "tf32", "fp16", "bf16") if cuda else (None, "bf16")
+    tiles = not cuda and extension.has_matrix_unit()
+    precisions: tuple[str | None, ...] = (None, "tf32", "fp16", "bf16") if cuda else (None, "bf16")
+    if tiles:
+        precisions += ("tf32",)
     if compiled:
         loop = torch.compile(energy, dynamic=False)
         runs["compiled loop"] = functools.partial(plain_loop, loop, x, steps, STEP_SIZE, NOISE_STD)
     for precision in precisions:
         for gradient in ENGINES:
+            if precision == "tf32" and gradient != "fused" and not cuda:
+                continue  # only the fused engine computes it on CPUs
             if precision == "bf16" and gradient != "fused" and not _has_bfloat16(case.device):
                 continue  # without bfloat16 instructions it is ten times slower than the loop
             sampler = fl.LangevinSampler(energy, steps, precision=precision, gradient=gradient)
             name = f"{gradient} {precision or 'fp32'}"
             runs[name] = functools.partial(sampler, x, seed=0)
+            if name == "fused fp32" and tiles:
+                runs[BY_VECTORS] = functools.partial(_by_vectors, sampler, x)
     return runs
+
+
+def _by_vectors(sampler: fl.LangevinSampler, x: Tensor) -> Tensor:
+    """Run a chain without the matrix unit."""
+    vectors = {"amx": "avx512_bf16", "amx_emulated": "baseline"}
+    with instruction_set(vectors[extension.library.instruction_set()]):
+        return sampler(x, seed=0)
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -181,8 +199,9 @@ def check(case: Case, names: Sequence[str]) -> dict[str, dict[str, Any]]:
             continue
         precision = _precision(name)
         options = {"gradient": gradient, "precision": precision}
+        sampler = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, **options)
         try:
-            stepped = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, **options)(x, seed=0)
+            stepped = _by_vectors(sampler, x) if name == BY_VECTORS else sampler(x, seed=0)
         except Exception:  # "measure" meets it again, and writes it down
             continue
         deviation = float((stepped - exact).norm() / (exact - x).norm())

@@ -35,7 +35,8 @@ def section(content: Row) -> str:
 
 
 def label(name: str) -> str:
-    return f'`gradient="{name.split()[0]}"`, {name.split()[1]}' if name.split()[0] in OURS else name
+    engine, _, rest = name.partition(" ")
+    return f'`gradient="{engine}"`, {rest}' if engine in OURS else name
 
 
 def speed(row: Row | None) -> str:

@@ -14,6 +14,7 @@
 #include "cpu/signs.h"
 #include "cpu/step.h"
 #include "cpu/tile_permission.h"
+#include "cpu/tile_plan.h"
 #ifdef FASTLANGEVIN_CUDA
 #include "cuda/step.h"
 #endif
@@ -317,7 +318,8 @@ PYBIND11_MODULE(_native, module) {
   module.attr("OPERANDS") = py::dict(
       py::arg("fp32") = static_cast<int>(fl::Operands::kFloat32),
       py::arg("bf16") = static_cast<int>(fl::Operands::kBFloat16),
-      py::arg("tf32") = static_cast<int>(fl::Operands::kSplitBFloat16));
+      py::arg("tf32") = static_cast<int>(fl::Operands::kBFloat16x3),
+      py::arg("bf16x6") = static_cast<int>(fl::Operands::kBFloat16x6));
   module.attr("LAYERS") = py::dict(
       py::arg("conv") = static_cast<int>(fl::LayerKind::kConv),
       py::arg("pointwise") = static_cast<int>(fl::LayerKind::kPointwise),
@@ -355,6 +357,7 @@ PYBIND11_MODULE(_native, module) {
                              })
       .def_property_readonly("by_matrix_unit",
                              [](const fl::ConvNet& net) { return net.kernels->tiles; })
+      .def_property_readonly("cycles", &fl::cpu::product_cycles)
       .def("pack", &fl::pack_weights)
       .def("score", &fl::convnet_score)
       .def("chain", &fl::convnet_chain, py::arg("operands"), py::arg("shape"), py::arg("x_strides"),

@@ -85,6 +85,7 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
     lines = [f"gradient   {choice.name}: {_ENGINE_TEXT[choice.name]}; {precision_text}"]
     if isinstance(choice.engine, ConvNetGradient):
         lines[0] += f"; instruction set {choice.engine.net.instruction_set}"
+        lines += _explain_tiles(choice.engine)
     lines += [f"{_INDENT}not {names}: {reason}" for names, reason in rejected(choice).items()]
     if started and x.shape[0] and choice.name != "network":
         graph: Graph | str | None = choice.graph
@@ -104,6 +105,18 @@ def rejected(choice: EngineChoice) -> dict[str, str]:
     return {", ".join(engines): reason for reason, engines in names.items()}
 
 
+def _explain_tiles(engine: ConvNetGradient) -> list[str]:
+    """Say whether a matrix unit for bfloat16 computes float32 products, if there is one."""
+    estimate = engine.tiles_estimate
+    if estimate is None:
+        return []
+    if engine.net.by_matrix_unit:
+        text = f"float32 products by bfloat16 tiles (bf16x6), in an estimated {estimate:.2f} of the"
+    else:
+        text = f"not bf16x6: bfloat16 tiles would take an estimated {estimate:.2f} times the"
+    return [f"{_INDENT}{text} time of vectors"]
+
+
 def _explain_cost(
     choice: EngineChoice, graph: Graph | None, x: Tensor, precision: str | None
 ) -> list[str]:
@@ -111,7 +124,7 @@ def _explain_cost(
     lines, held_bytes, copies = [], None, ""
     if graph is not None:
         costs = cost(graph)
-        lines = _explain_work(choice.name, graph, costs, x, precision)
+        lines = _explain_work(choice, graph, costs, x, precision)
         if choice.engine is None:
             # Autograd saves the input and the output of every activation.
             held_bytes = 2 * costs.activations * x.shape[0] * graph.dtype.itemsize
@@ -124,7 +137,7 @@ def _explain_cost(
 
 
 def _explain_work(
-    engine: str, graph: Graph, costs: Cost, x: Tensor, precision: str | None
+    choice: EngineChoice, graph: Graph, costs: Cost, x: Tensor, precision: str | None
 ) -> list[str]:
     """Describe the work of a step, the least time for it, and the time to expect."""
     threads = torch.get_num_threads()
@@ -139,8 +152,9 @@ def _explain_work(
         f"memory traffic; with this machine's rates ({rate / 1e9:.3g} GFLOP/s in torch's matrix "
         f"product) the least time is {limit * 1e3:.3g} ms"
     )
-    fractions = _FRACTIONS.get(engine) if x.device.type == "cpu" else None
-    if fractions is None or precision not in (None, "fp32"):
+    fractions = _FRACTIONS.get(choice.name) if x.device.type == "cpu" else None
+    tiles = isinstance(choice.engine, ConvNetGradient) and choice.engine.net.by_matrix_unit
+    if fractions is None or tiles or precision not in (None, "fp32"):
         return [work, f"{_INDENT}the actual time is not known; fastlangevin bench measures it"]
     low, high = fractions
     return [

@@ -33,7 +33,8 @@ struct Chunk : ChunkLayers<N> {
 
   // What the passes of a convolution read.
   auto source(const Type* from, const ConvBuffer& in, const ConvBuffer& out) const {
-    return prepare(Ends<N>{from, in.chain, out.chain}, batch.chunk * in.size, tiles());
+    return prepare(Ends<N>{from, in.chain, out.chain}, batch.chunk * in.size, net.planes,
+                   tiles());
   }
 
   void read(int64_t first) const {
@@ -258,7 +259,7 @@ struct Chunk : ChunkLayers<N> {
     float* products = this->products();
     const Ends<N> ends{grads(1) + n * net.buffers[1].chain, 0, 0};
     const auto each = [&](int64_t to, int, Float sum) { Vector::store(products + to, sum); };
-    run(net.spread.products, prepare(ends, 0, tiles()), 1, batch.packed, each, tiles());
+    run(net.spread.products, prepare(ends, 0, 1, tiles()), 1, batch.packed, each, tiles());
     const int64_t channel = batch.grad_strides[1];
     float* chain = batch.grad + (first + n) * batch.grad_strides[0];
     // Several pixels at a time, since each is one chain of dependent additions.

@@ -148,10 +148,12 @@ Convolution plan_convolution(const ConvLayer& layer, int height, int width, bool
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
                      const std::vector<int32_t>& heads, Operands operands, int64_t chunk) {
   const ConvKernels& kernels = conv_kernels(operands);
-  const bool split = kernels.tiles && operands == Operands::kSplitBFloat16;
-  if (!split && operands != Operands::kBFloat16) operands = Operands::kFloat32;
+  if (!kernels.tiles && operands != Operands::kBFloat16) operands = Operands::kFloat32;
+  const int64_t planes = operands == Operands::kBFloat16x6   ? 3
+                         : operands == Operands::kBFloat16x3 ? 2
+                                                              : 1;
   const int lanes = kernels.lanes, step = step_of(operands);
-  ConvNet net{&kernels, operands, chunk, std::move(layers), {{height, width, channels}},
+  ConvNet net{&kernels, operands, chunk, planes, std::move(layers), {{height, width, channels}},
               std::vector<LayerPlan>(), {}};
   net.plans.resize(net.layers.size());
   for (const ConvLayer& layer : net.layers) {
@@ -183,7 +185,7 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
   const auto place = [&](ConvPass& pass, const ConvBuffer& from, const ConvBuffer& to) {
     if (!pass.tiles.used()) plan_steps(from, step, pass);
     if (kernels.tiles) plan_matrix(from, to, chunk, pass);
-    if (split) pass.matrix.planes = 2;
+    pass.matrix.planes = planes;
     tiled_numbers = std::max(tiled_numbers, place_pass(kernels, pass, net.packed));
   };
   for (size_t k = 0; k < net.layers.size(); ++k) {
@@ -223,10 +225,10 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
       net.constants += int64_t{layer.height} * layer.width * out.stored;
     }
   }
-  if (split) {
-    // The planes of one buffer.
+  if (planes > 1) {
+    // The planes of one buffer, whose size is even.
     for (const ConvBuffer& buffer : net.buffers) {
-      tiled_numbers = std::max(tiled_numbers, chunk * buffer.size);
+      tiled_numbers = std::max(tiled_numbers, planes * chunk * buffer.size / 2);
     }
   }
   net.scratch = (net.spread.values + tiled_numbers) * sizeof(float);

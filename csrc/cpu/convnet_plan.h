@@ -115,6 +115,10 @@ struct MatrixTiles {
   int64_t planes = 1;            // bfloat16 numbers that a weight is the sum of
 };
 
+// The products of two numbers that are sums of this many bfloat16 numbers each: all but those of
+// numbers that are too small, together, for a bit of the last ones.
+constexpr int64_t plane_products(int64_t planes) { return planes * (planes + 1) / 2; }
+
 struct ConvPass {
   int64_t in, out;               // channels
   std::vector<int32_t> from{}, to{};  // where every pixel of a chain reads and where it writes
@@ -172,14 +176,16 @@ struct ConvHead {
 // What the products of a network multiply. Sums are float32.
 enum class Operands : int32_t {
   kFloat32,
-  kBFloat16,       // values and weights that are stored in bfloat16
-  kSplitBFloat16,  // float32 numbers as sums of two of bfloat16
+  kBFloat16,    // values and weights that are stored in bfloat16
+  kBFloat16x3,  // float32 numbers as sums of two of bfloat16, in three products
+  kBFloat16x6,  // float32 numbers as sums of three of bfloat16, in six products
 };
 
 struct ConvNet {
   const cpu::ConvKernels* kernels;  // the kernels that the plan is for
   Operands operands;
   int64_t chunk;                    // the chains of a chunk, which a layout for tiles depends on
+  int64_t planes;                   // bfloat16 numbers that tiles split a number into
   std::vector<ConvLayer> layers;
   std::vector<ConvBuffer> buffers;  // of the state and of every layer's output
   std::vector<LayerPlan> plans;     // of every layer

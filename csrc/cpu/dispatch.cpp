@@ -74,8 +74,8 @@ const ConvKernels& conv_kernels(Operands operands) {
   const InstructionSet* set = chosen().load();
   if (operands == Operands::kFloat32) return *set->conv_float32;
   if (set->asks_for_tiles && why_no_tiles() != nullptr) chosen().store(set = best(false));
-  const bool float32 = operands == Operands::kSplitBFloat16 && !set->conv_bfloat16->tiles;
-  return float32 ? *set->conv_float32 : *set->conv_bfloat16;
+  const bool split = operands != Operands::kBFloat16;
+  return split && !set->conv_bfloat16->tiles ? *set->conv_float32 : *set->conv_bfloat16;
 }
 
 const char* instruction_set() { return chosen().load()->name; }

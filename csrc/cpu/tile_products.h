@@ -15,40 +15,60 @@ namespace {
 using Tiles = FASTLANGEVIN_TILES;
 
 struct TiledBFloat16 : BFloat16 {};
-struct TiledFloat32 : Float32 {};  // in two planes of bfloat16
+struct TiledFloat32 : Float32 {};  // in two or three planes of bfloat16
 
-// What passes read: bfloat16 values, or float32 values, each of which is the sum of two bfloat16
-// numbers. These lie in two planes, and the second plane begins `apart` elements after the first.
+// What passes read: bfloat16 values, or float32 values, each of which is the sum of some bfloat16
+// numbers, at most 2^-8 of the one before. Each of these lies in a plane of its own, and the planes
+// begin `apart` elements after one another.
 struct Planes {
   const uint16_t* in;
   int64_t apart;
 };
 
-// The planes of values and of weights that are multiplied by each other. The product of the small
-// numbers, at most 2^-16 of that of the large ones, is left out.
-constexpr int kProducts = 3, kPlanes[kProducts][2] = {{0, 0}, {0, 1}, {1, 0}};
+// The planes of values and of weights that are multiplied by each other: the last six for three
+// planes, the last three for two, and the last for one. The smallest products of a part of the weights
+// come first, so that its large ones do not absorb them. Products of 2^-24 of the largest, or of 2^-16
+// with two planes, are left out. Neighbours that share a plane load its tiles once.
+constexpr int kMostProducts = 6;
+constexpr int kPlanes[kMostProducts][2] = {{2, 0}, {1, 1}, {0, 2}, {0, 1}, {1, 0}, {0, 0}};
+static_assert(plane_products(3) == kMostProducts);
 
-Planes prepare(const Ends<TiledBFloat16>& ends, int64_t, float*) { return {ends.in, 0}; }
+Planes prepare(const Ends<TiledBFloat16>& ends, int64_t, int64_t, float*) { return {ends.in, 0}; }
 
-Planes prepare(const Ends<TiledFloat32>& ends, int64_t count, float* scratch) {
-  uint16_t* planes = reinterpret_cast<uint16_t*>(scratch);
+Planes prepare(const Ends<TiledFloat32>& ends, int64_t count, int64_t planes, float* scratch) {
+  uint16_t* halves = reinterpret_cast<uint16_t*>(scratch);
   for (int64_t k = 0; k < count; k += kLanes) {
-    const Float value = Vector::load(ends.in + k);
-    BFloat16::store(planes + k, value);
-    BFloat16::store(planes + count + k, value - BFloat16::load(planes + k));
+    Float rest = Vector::load(ends.in + k);
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      uint16_t* to = halves + plane * count + k;
+      BFloat16::store(to, rest);
+      rest -= BFloat16::load(to);
+    }
   }
-  return {planes, count};
+  return {halves, count};
 }
 
 constexpr int kColumns = kTileBytes / sizeof(float);
 
-// kTileGroup tiles of rows use kTileParts parts of the weights at a time, which stay in the
-// first-level cache: 2 KB each, or 4 KB in two planes.
-constexpr int kTileGroup = 8, kTileParts = 8;
+// kTileGroup tiles of rows use some parts of the weights at a time, at most kTileParts and 32 KB,
+// which stay in the first-level cache. A part has 2 KB in each plane.
+constexpr int kTileGroup = 8, kTileParts = 8, kCachedPlanes = 16;
+
+// Calls f(product, new_values, new_weights) for the products of kSplit planes, in order. The last two
+// say whether the product before it did not have the same plane.
+template <int kSplit, int kProduct = kMostProducts - plane_products(kSplit), class F>
+FASTLANGEVIN_INLINE void each_product(const F& f) {
+  constexpr bool first = kProduct == kMostProducts - plane_products(kSplit);
+  constexpr const int(&before)[2] = kPlanes[first ? kProduct : kProduct - 1];
+  f(std::integral_constant<int, kProduct>{},
+    std::bool_constant<first || before[0] != kPlanes[kProduct][0]>{},
+    std::bool_constant<first || before[1] != kPlanes[kProduct][1]>{});
+  if constexpr (kProduct + 1 < kMostProducts) each_product<kSplit, kProduct + 1>(f);
+}
 
 // Sets or adds to sums [kM tiles][row][kN * kColumns] the products of some parts. Registers 0 to 3
 // hold sums, 4 and 5 values, and 6 and 7 weights.
-template <int kM, int kN>
+template <int kM, int kN, int kSplit>
 void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* from, int64_t apart,
                     int64_t first, int64_t count, const float* w, bool add, float* sums) {
   constexpr int kWidth = kN * kColumns;
@@ -66,26 +86,25 @@ void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* f
     if (add) return tiles.load<tile>(at, kRowBytes);
     tiles.zero<tile>();
   });
-  const int products = apart > 0 ? kProducts : 1;
-  const int64_t plane = pass.steps * kWidth, part_words = plane * pass.matrix.planes;
-  w += first * part_words;
-  for (int64_t part = first; part < first + count; ++part, w += part_words) {
-    for (int k = 0; k < products; ++k) {
-      const int64_t at = pass.taps[part] + kPlanes[k][0] * apart;
-      const float* weights = w + kPlanes[k][1] * plane;
-      tiles.load<4>(from[0] + at, stride);
-      tiles.load<6>(weights, kRowBytes);
+  const int64_t plane = pass.steps * kWidth;
+  w += first * kSplit * plane;
+  for (int64_t part = first; part < first + count; ++part, w += kSplit * plane) {
+    each_product<kSplit>([&](auto product, auto new_values, auto new_weights) {
+      const int64_t at = pass.taps[part] + kPlanes[product][0] * apart;
+      const float* weights = w + kPlanes[product][1] * plane;
+      if constexpr (new_values) tiles.load<4>(from[0] + at, stride);
+      if constexpr (new_weights) tiles.load<6>(weights, kRowBytes);
       tiles.multiply_add<0, 4, 6>();
       if constexpr (kN == 2) {
-        tiles.load<7>(weights + kColumns, kRowBytes);
+        if constexpr (new_weights) tiles.load<7>(weights + kColumns, kRowBytes);
         tiles.multiply_add<1, 4, 7>();
       }
       if constexpr (kM == 2) {
-        tiles.load<5>(from[1] + at, stride);
+        if constexpr (new_values) tiles.load<5>(from[1] + at, stride);
         tiles.multiply_add<2, 5, 6>();
         if constexpr (kN == 2) tiles.multiply_add<3, 5, 7>();
       }
-    }
+    });
   }
   each_sum([&](auto tile, float* at) { tiles.store<tile>(at, kRowBytes); });
 }
@@ -119,9 +138,10 @@ void finish_tiles(const ConvPass& pass, const int64_t* numbers, int count, int64
 }
 
 // Computes all rows of one block of kN tiles of output channels, from channel `first` on.
-template <int kN>
+template <int kN, int kSplit>
 void run_tile_block(Tiles& tiles, const ConvPass& pass, const Planes& planes, int64_t chains,
-               const float* weights, int first, const Finish& finish) {
+                    const float* weights, int first, const Finish& finish) {
+  constexpr int64_t kParts = std::min(kTileParts, kCachedPlanes / kSplit);
   constexpr int kWidth = kN * kColumns;
   const MatrixTiles& matrix = pass.matrix;
   const int64_t rows = matrix.rows, all = matrix.from.size(), parts = pass.taps.size();
@@ -136,16 +156,16 @@ void run_tile_block(Tiles& tiles, const ConvPass& pass, const Planes& planes, in
       numbers[count] = next, from[count++] = planes.in + matrix.from[next];
     }
     if (parts == 0) std::fill_n(sums, count * rows * kWidth, 0.0f);
-    for (int64_t part = 0; part < parts; part += kTileParts) {
-      const int64_t some = std::min<int64_t>(kTileParts, parts - part);
+    for (int64_t part = 0; part < parts; part += kParts) {
+      const int64_t some = std::min(kParts, parts - part);
       int k = 0;
       for (; k + 2 <= count; k += 2) {
-        multiply_parts<2, kN>(tiles, pass, from + k, planes.apart, part, some, weights, part > 0,
-                              sums + k * rows * kWidth);
+        multiply_parts<2, kN, kSplit>(tiles, pass, from + k, planes.apart, part, some, weights,
+                                      part > 0, sums + k * rows * kWidth);
       }
       if (k < count) {
-        multiply_parts<1, kN>(tiles, pass, from + k, planes.apart, part, some, weights, part > 0,
-                              sums + k * rows * kWidth);
+        multiply_parts<1, kN, kSplit>(tiles, pass, from + k, planes.apart, part, some, weights,
+                                      part > 0, sums + k * rows * kWidth);
       }
     }
     finish_tiles<kN>(pass, numbers, count, chains, first, sums, finish);
@@ -166,10 +186,17 @@ void run(const ConvPass& pass, const Planes& planes, int64_t chains, const float
   for (int first = 0; first < pass.out;) {
     const bool wide = pass.out - first > kColumns;
     const int width = wide ? 2 * kColumns : kColumns;
-    if (wide) {
-      run_tile_block<2>(tiles, pass, planes, chains, weights, first, finish);
-    } else {
-      run_tile_block<1>(tiles, pass, planes, chains, weights, first, finish);
+    const auto block = [&](auto kSplit) {
+      if (wide) {
+        run_tile_block<2, kSplit>(tiles, pass, planes, chains, weights, first, finish);
+      } else {
+        run_tile_block<1, kSplit>(tiles, pass, planes, chains, weights, first, finish);
+      }
+    };
+    switch (pass.matrix.planes) {
+      case 1: block(std::integral_constant<int, 1>{}); break;
+      case 2: block(std::integral_constant<int, 2>{}); break;
+      default: block(std::integral_constant<int, 3>{});
     }
     weights += pass.taps.size() * pass.steps * pass.matrix.planes * width, first += width;
   }

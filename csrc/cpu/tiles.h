@@ -51,41 +51,71 @@ class EmulatedTiles {
   template <int kC, int kA, int kB>
   void multiply_add() {
     const int columns = shapes_.bytes[kC] / 4, pairs = shapes_.rows[kB];
-    float b[kTileRows][2][kTileRows];  // [pair][even or odd][column]
+    Range range_a, range_b;
+    Row b[kTileRows][2] = {};  // [pair][even or odd][column]
     for (int k = 0; k < pairs; ++k) {
       for (int n = 0; n < columns; ++n) {
-        for (int i = 0; i < 2; ++i) b[k][i][n] = half<kB>(k, 2 * n + i);
+        for (int i = 0; i < 2; ++i) range_b.add(b[k][i][n] = half<kB>(k, 2 * n + i));
       }
     }
     for (int m = 0; m < shapes_.rows[kC]; ++m) {
-      float sums[2][kTileRows] = {};
+      for (int k = 0; k < 2 * pairs; ++k) range_a.add(half<kA>(m, k));
+    }
+    // A product of two bfloat16 numbers has 16 bits: if it is normal, it is not rounded, and a
+    // multiplication and an addition are what the fused operation is, at a tenth of its time here.
+    const bool exact = range_a.greatest * range_b.greatest <= FLT_MAX &&
+                       range_a.least * range_b.least >= FLT_MIN;
+    for (int m = 0; m < shapes_.rows[kC]; ++m) {
+      Row sums[2] = {};
       for (int k = 0; k < pairs; ++k) {
         for (int i = 0; i < 2; ++i) {
           const float a = half<kA>(m, 2 * k + i);
-          for (int n = 0; n < columns; ++n) {
-            sums[i][n] = flushed(std::fma(a, b[k][i][n], sums[i][n]));
+          if (exact) {
+            sums[i] += a * b[k][i];
+          } else {
+            for (int n = 0; n < columns; ++n) sums[i][n] = std::fma(a, b[k][i][n], sums[i][n]);
           }
+          flush(sums[i]);
         }
       }
-      for (int n = 0; n < columns; ++n) {
-        float c;
-        char* at = data_[kC][m] + n * sizeof c;
-        std::memcpy(&c, at, sizeof c);
-        c = flushed(flushed(c) + flushed(sums[0][n] + sums[1][n]));
-        std::memcpy(at, &c, sizeof c);
-      }
+      Row c = {};
+      std::memcpy(&c, data_[kC][m], shapes_.bytes[kC]);
+      flush(c);
+      sums[0] += sums[1];
+      flush(sums[0]);
+      c += sums[0];
+      flush(c);
+      std::memcpy(data_[kC][m], &c, shapes_.bytes[kC]);
     }
   }
 
  private:
-  static float flushed(float value) {
-    return std::fabs(value) < FLT_MIN ? std::copysign(0.0f, value) : value;
+  // A row of C, or the numbers of a row of B that meet the same column of A.
+  using Row __attribute__((vector_size(kTileBytes))) = float;
+  using Word __attribute__((vector_size(kTileBytes))) = uint32_t;
+
+  // The magnitudes of some numbers, without zeros.
+  struct Range {
+    double least = HUGE_VAL, greatest = 0;
+
+    void add(float value) {
+      const double size = std::isfinite(value) ? std::fabs(value) : HUGE_VAL;
+      if (size > greatest) greatest = size;
+      if (size > 0 && size < least) least = size;
+    }
+  };
+
+  static void flush(Row& values) {
+    const Word bits = reinterpret_cast<Word>(values);
+    const Word normal = reinterpret_cast<Word>((bits & 0x7fffffffu) >= 0x00800000u);
+    values = reinterpret_cast<Row>(bits & (normal | 0x80000000u));
   }
   template <int kTile>
   float half(int row, int column) const {
     uint16_t bits;
     std::memcpy(&bits, data_[kTile][row] + column * sizeof bits, sizeof bits);
-    return flushed(from_bfloat16(bits));
+    if ((bits & 0x7f80u) == 0) bits &= 0x8000u;
+    return from_bfloat16(bits);
   }
 
   TileShapes shapes_;

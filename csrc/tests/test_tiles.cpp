@@ -121,6 +121,18 @@ void small_numbers() {
   CHECK(std::isnan(row_times_column({INFINITY, 0}, {0, 0}, 1)));
 }
 
+// A small number that meets only zeros changes no result, but makes the emulation use fused
+// multiply-adds.
+void exact_and_fused_products() {
+  for (float scale : {1.0f, 0x1p60f, 0x1p-50f}) {
+    Operands from = numbers(9, 16, 16, scale);
+    for (int n = 0; n < 16; ++n) from.set_b(31, n, 0);
+    const std::vector<float> exact = multiplied<EmulatedTiles>(from).c;
+    from.set_a(4, 31, 0x1p-126f);
+    CHECK(multiplied<EmulatedTiles>(from).c == exact);
+  }
+}
+
 void hardware() {
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
   if (const char* reason = cpu::why_no_tiles()) {
@@ -146,5 +158,6 @@ int main() {
   products();
   rounding();
   small_numbers();
+  exact_and_fused_products();
   hardware();
 }

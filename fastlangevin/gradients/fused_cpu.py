@@ -9,7 +9,7 @@ every batch and for any number of threads. csrc/cpu/convnet.h describes how.
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ class ConvNetGradient:
     products are summed in float32, and the gradient of x is not rounded if a convolution alone
     reads x. With "tf32" everything is float32, but a matrix unit multiplies numbers as sums of two
     bfloat16 numbers, which have 16 bits together, and leaves out the product of the small ones.
+    With "fp32" it multiplies sums of three, which have all bits, where that is estimated to be
+    faster than products of float32 by vectors. This is "bf16x6", which can also be asked for.
 
     The weights are read by :meth:`begin`, and again by a call if a version counter or an address
     shows that one has changed.
@@ -118,19 +120,28 @@ class ConvNetGradient:
         self.graph, self.chains = graph, chains
         network = self._network()
         self.image = network.shape
-        plan = functools.partial(
+        has_tiles = extension.has_matrix_unit()  # the answer may change the instruction set
+        plan_of = functools.partial(
             _plan,
             tuple(_layer(layer) for layer in network.layers),
             network.shape,
             tuple(value for value, _, _ in network.heads),
-            extension.library.OPERANDS[precision or "fp32"],
             extension.library.instruction_set(),
         )
+        # In float32 where there is a matrix unit: the estimated time of products by it over the
+        # time of products by vectors.
+        self.tiles_estimate: float | None = None
+        operands = precision or "fp32"
+        if operands == "fp32" and has_tiles:
+            self.tiles_estimate = _tiles_estimate(plan_of, network)
+            if self.tiles_estimate is not None and self.tiles_estimate < 1:
+                operands = "bf16x6"
+        plan = functools.partial(plan_of, operands)
         self.net = plan(1)
         self.threads = max(1, min(torch.get_num_threads(), chains))
         self._trial = ThreadTrial(self.threads)
         share = -(-chains // self.threads)
-        self.chunk = max(1, min(self._most(network), share))
+        self.chunk = max(1, min(_most(self.net, network), share))
         if self.net.by_matrix_unit and self.chunk > 1:
             # Chunks of one size, so that no rows are empty in the last one.
             self.chunk = -(-share // -(-share // self.chunk))
@@ -159,18 +170,6 @@ class ConvNetGradient:
         engine.constants = engine._seen = None
         engine._model_kwargs = model_kwargs
         return engine
-
-    def _most(self, network: ImageGraph) -> int:
-        """Return the most chains for which a chunk is fast."""
-        vectors = all(math.prod(layer.read[1:]) == 1 for layer in network.layers)
-        if self.net.by_matrix_unit:
-            few = max(1, _TILE_CHUNK_BYTES // self.net.workspace)
-            return _TILE_VECTOR_CHUNK if vectors else min(_TILE_CHUNK, few)
-        if vectors:
-            large = 4 * self.net.packed > _LARGE_BYTES
-            return _LARGE_VECTOR_CHUNK if large else _VECTOR_CHUNK
-        chain = self.net.workspace
-        return min(_CHUNK, max(_CHUNK_BYTES // chain, min(_FEW, _FEW_BYTES // chain)))
 
     def begin(self) -> None:
         """Read the weights.
@@ -295,6 +294,30 @@ class ConvNetGradient:
         return 4 * self.packed.numel()
 
 
+def _most(net: Any, network: ImageGraph) -> int:
+    """Return the most chains for which a chunk is fast."""
+    vectors = all(math.prod(layer.read[1:]) == 1 for layer in network.layers)
+    if net.by_matrix_unit:
+        few = max(1, _TILE_CHUNK_BYTES // net.workspace)
+        return _TILE_VECTOR_CHUNK if vectors else min(_TILE_CHUNK, few)
+    if vectors:
+        return _LARGE_VECTOR_CHUNK if 4 * net.packed > _LARGE_BYTES else _VECTOR_CHUNK
+    chain = net.workspace
+    return min(_CHUNK, max(_CHUNK_BYTES // chain, min(_FEW, _FEW_BYTES // chain)))
+
+
+def _tiles_estimate(plan: Callable[[str, int], Any], network: ImageGraph) -> float | None:
+    """Return the estimated time of products by tiles over that of products by vectors, in float32.
+
+    None if there are no products. The estimate follows from the network alone: if it depended on
+    the batch or on a measurement, a chain would have other bits in another batch, or in a run that
+    is resumed.
+    """
+    vectors = plan("fp32", 1).cycles
+    tiles = plan("bf16x6", _most(plan("bf16x6", 1), network)).cycles
+    return float(tiles / vectors) if vectors else None
+
+
 def _place(numbers: Tensor, image: Tensor, place: tuple[int, int, int, int]) -> None:
     """Write an image [..., C, H, W] to its place in the numbers [..., D] of a plan."""
     begin, height, width, pixel = place
@@ -322,13 +345,14 @@ def _layer(layer: ImageLayer) -> tuple[Any, ...]:
     )
 
 
-@functools.lru_cache(16)
+@functools.lru_cache(32)
 def _plan(
     layers: tuple[tuple[Any, ...], ...],
     image: tuple[int, int, int],
     heads: tuple[int, ...],
-    operands: int,
     _: str,
+    operands: str,
     chunk: int,
 ) -> Any:
-    return extension.library.ConvNet(layers, *image, heads, operands, chunk)
+    number = extension.library.OPERANDS[operands]
+    return extension.library.ConvNet(layers, *image, heads, number, chunk)

@@ -69,7 +69,10 @@ def contents() -> str:
     if library is None:
         return f"not built ({_why_missing})"
     without = library.why_no_amx()  # asks the system, and the answer may change the instruction set
-    cpu = f"for CPUs (here {library.instruction_set()}{without and f', no AMX: {without}'})"
+    amx = f", no AMX: {without}" if without else ""
+    if library.matrix_unit():
+        amx += ", float32 by tiles (bf16x6) where this is estimated to be faster"
+    cpu = f"for CPUs (here {library.instruction_set()}{amx})"
     return f"{cpu} and CUDA" if library.CUDA else f"{cpu}, not CUDA ({library.WHY_NO_CUDA})"
 
 

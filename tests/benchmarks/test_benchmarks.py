@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastlangevin as fl
+from fastlangevin.kernels import extension
 from fastlangevin.step import backend_status
 from tests.benchmarks.shared import ROOT, python
 
@@ -248,6 +249,29 @@ def test_a_chain_off_float64_is_timed_and_its_row_says_that_it_differs(load, mon
     assert [row.get("differs") for row in wrong] == [None, False, True]
     assert "differs by" in load("report_chain").speed(wrong[2])
     assert "differs" not in load("report_chain").speed(wrong[1])
+
+
+def test_where_there_are_tiles_float32_is_also_timed_by_vectors(load):
+    chain = load("chain")
+    library = extension.library
+    best = library.instruction_set()
+    case, names = chain.Case(16, 2, 8, CPU), ["fused fp32", chain.BY_VECTORS, "fused tf32"]
+    try:
+        assert library.choose_instruction_set("amx_emulated")
+        runs = chain.variants(case, 1, compiled=False)
+        by_tiles, by_vectors, _ = (runs[name]() for name in names)
+        assert library.instruction_set() == "amx_emulated"
+        rows = chain.check(case, names)
+        library.choose_instruction_set("baseline")
+        expected = chain.variants(case, 1, compiled=False)["fused fp32"]()
+    finally:
+        library.choose_instruction_set(best)
+    assert torch.equal(by_vectors, expected)
+    assert not torch.equal(by_tiles, expected)
+    torch.testing.assert_close(by_tiles, expected)
+    assert list(rows) == names
+    assert not any(row["differs"] for row in rows.values())
+    assert load("report_chain").label(chain.BY_VECTORS) == '`gradient="fused"`, fp32 by vectors'
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ def test_doctor_lists_backends_and_versions(
         WHY_NO_CUDA="no nvcc was found",
         instruction_set=lambda: "avx2",
         why_no_amx=lambda: "the system refuses",
+        matrix_unit=lambda: False,
     )
     monkeypatch.setattr("fastlangevin.kernels.extension.library", library)
     found = {"pyarrow": "99.9", "torch": torch.__version__}
@@ -34,6 +35,9 @@ def test_doctor_lists_backends_and_versions(
     assert said["kernels"] == (
         "for CPUs (here avx2, no AMX: the system refuses), not CUDA (no nvcc was found)"
     )
+    library.instruction_set, library.why_no_amx = (lambda: "amx"), (lambda: "")
+    library.matrix_unit = lambda: True
+    assert "(here amx, float32 by tiles (bf16x6) where" in command("doctor").stdout
     assert said["tensorboard"] == "not installed (for TensorBoard logs)"
     assert said["native"] == "no: no compiler was found"
     assert said["triton"] == "available"

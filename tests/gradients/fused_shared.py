@@ -40,9 +40,11 @@ def check(
     """Gradients within a relative error for each precision, and no chain depends on another one.
 
     Energies have the same bounds, but at least 0.03 in bfloat16: the rounding errors of a single
-    number do not average out as those of many elements do.
+    number do not average out as those of many elements do. Where a number is split into parts,
+    twice torch's own error is added: energies may be sums that cancel.
     """
     energies, grad = energy_and_grad(copy.deepcopy(energy).double(), x.double(), {})
+    plain = energy_and_grad(energy, x, {})[0]
     whole, one = record(energy, x), record(energy, x[:1])
     for precision, bound in bounds.items():
         assert fused_cpu.refusal(whole, x, precision) is None
@@ -52,6 +54,8 @@ def check(
         assert engine_energies is not None
         assert relative(engine_grad, grad) <= bound
         energy_bound = max(bound, 0.03) if precision == "bf16" else bound
+        if precision in ("tf32", "bf16x6"):
+            energy_bound += 2 * relative(plain.flatten(), energies.flatten())
         assert relative(engine_energies, energies.flatten()) <= energy_bound
         assert torch.equal(engine(x, False)[1], engine_grad)
         single = fused_cpu.ConvNetGradient(one, 1, precision)

@@ -35,8 +35,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Two bfloat16 numbers have 16 bits together, so that a product's error is about 2^-16 of it.
-SPLIT_BOUND = 3e-5
+# Of a gradient's norm. Two bfloat16 numbers have 16 bits together, so that a product's error is
+# about 2^-16 of it. Three have all bits of float32, and the bound is that of float32 products.
+SPLIT_BOUNDS = {"tf32": 3e-5, "bf16x6": 1e-6}
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +48,19 @@ def _tiles() -> Iterator[None]:
     choose(best)
 
 
-def check(energy: nn.Module, x: Tensor, bf16: float, tf32: float = SPLIT_BOUND) -> None:
-    fused_shared.check(energy, x, {"bf16": bf16, "tf32": tf32}, by_matrix_unit=True)
+def check(
+    energy: nn.Module, x: Tensor, bf16: float, splits: dict[str, float] = SPLIT_BOUNDS
+) -> None:
+    fused_shared.check(energy, x, {"bf16": bf16} | splits, by_matrix_unit=True)
 
 
 def small() -> tuple[nn.Module, Tensor]:
     return with_head(net(nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU()), (3, 6, 6)), states(5, 3, 6, 6)
+
+
+def check_splits(energy: nn.Module, x: Tensor) -> None:
+    for precision, bound in SPLIT_BOUNDS.items():
+        check(energy, x, bound, precision)
 
 
 def bound_by_autocast(energy: nn.Module, x: Tensor) -> float:
@@ -74,7 +82,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize(
     ("geometry", "channels", "precision"),
-    pairwise(GEOMETRIES, CHANNELS, ["bf16", "tf32"]),
+    pairwise(GEOMETRIES, CHANNELS, ["bf16", "bf16x6"]),
     ids=str,
 )
 def test_convolutions_of_every_geometry_match_float64(
@@ -85,8 +93,8 @@ def test_convolutions_of_every_geometry_match_float64(
         nn.Conv2d(first, second, **geometry), nn.SiLU(),
         nn.Conv2d(second, third, 3, 1, 1), nn.SiLU(),
     )  # fmt: skip
-    energy, x = with_head(body, (first, 7, 18)), states(3, first, 7, 18)
-    bound = bound_by_autocast(energy, x) if precision == "bf16" else SPLIT_BOUND
+    energy, x = with_head(body, (first, 5, 18)), states(2, first, 5, 18)
+    bound = bound_by_autocast(energy, x) if precision == "bf16" else SPLIT_BOUNDS[precision]
     fused_shared.check(energy, x, {precision: bound}, by_matrix_unit=True)
 
 
@@ -116,10 +124,31 @@ def test_numbers_that_bfloat16_holds_are_exact() -> None:
         keep = torch.rand(parameter.shape) < (0.6 if parameter.shape[1:2] else 1)
         parameter.data = torch.randint(-1, 2, parameter.shape) * keep.float()
     x = torch.randint(-1, 2, (20, 3, 8, 8)).float()
-    check(energy, x, 0.0, 0.0)
+    check(energy, x, 0.0, {"tf32": 0.0, "bf16x6": 0.0})
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_three_parts_have_all_bits_of_float32() -> None:
+    """Of values and of weights, in products with a power of two."""
+    x = numbers((40, 1, 1, 1))
+    energy = nn.Sequential(
+        nn.Conv2d(1, 1, 1), nn.LeakyReLU(1.0), nn.Conv2d(1, 1, 1), nn.LeakyReLU(1.0),
+        nn.Flatten(), nn.Linear(1, 1, bias=False),
+    )  # fmt: skip
+    for first, second in ((0.5, 4.0), (0.3, 1.0)):
+        for layer, weight in ((energy[0], first), (energy[2], second), (energy[5], 1.0)):
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            layer.weight.data.fill_(weight)
+            if layer.bias is not None:
+                layer.bias.data.zero_()
+        states = x if first == 0.5 else x.sign()
+        energies, grad = fused(energy, states, "bf16x6")(states, True)
+        assert energies is not None
+        expected = energy[0].weight.detach().flatten() * second
+        assert torch.equal(energies, (states * expected).flatten())
+        assert torch.equal(grad, expected.expand(40).view_as(grad))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "bf16x6"])
 def test_batches_chunks_and_threads_do_not_matter(
     precision: str, threads: Callable[[int], None]
 ) -> None:
@@ -141,9 +170,10 @@ def test_batches_chunks_and_threads_do_not_matter(
         assert_equal(fused(energy, x[:chains], precision)(x[:chains], True), first)
 
 
-def test_what_is_not_finite_stays_in_its_chain() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "bf16x6"])
+def test_what_is_not_finite_stays_in_its_chain(precision: str) -> None:
     energy, x = Body(BODIES["residual"]), numbers(SHAPE)
-    engine = fused(energy, x, "bf16")
+    engine = fused(energy, x, precision)
     clean = engine(x, True)
     y = x.clone()
     y[1, 0, 4, 4], y[3] = float("inf"), float("nan")
@@ -171,8 +201,53 @@ def test_explain_names_the_instruction_set() -> None:
     energy, x = small()
     sampler = fl.LangevinSampler(energy, 4, gradient="fused", precision="bf16")
     assert "; instruction set amx_emulated\n" in sampler.explain(x)
-    float32 = fl.LangevinSampler(energy, 4, gradient="fused", precision="fp32")
-    assert "; instruction set baseline\n" in float32.explain(x)
+
+
+def narrow() -> nn.Module:
+    """Most of a tile's columns and words would be empty, and vectors of AVX2 are half full."""
+    return with_head(net(nn.Conv2d(1, 1, 5, 1, 2), nn.SiLU()), (1, 9, 9))
+
+
+def wide() -> nn.Module:
+    body = net(nn.Conv2d(3, 32, 4, 2, 1), nn.SiLU(), nn.Conv2d(32, 32, 4, 2, 1), nn.SiLU())
+    return with_head(body, (3, 8, 8))
+
+
+def test_float32_takes_tiles_where_they_are_estimated_to_be_faster() -> None:
+    for energy, shape, by_tiles in ((wide(), (3, 8, 8), True), (narrow(), (1, 9, 9), False)):
+        x = states(5, *shape)
+        forced = fused(energy, x, "bf16x6")(x, True)
+        for precision in ("fp32", None):
+            engine = fused(energy, x, precision)
+            assert engine.net.by_matrix_unit == by_tiles
+            assert engine.tiles_estimate is not None
+            assert (engine.tiles_estimate < 1) == by_tiles
+            energies, grad = engine(x, True)
+            assert energies is not None
+            assert (torch.equal(grad, forced[1])) == by_tiles
+        # Nothing but the network decides, so that no chain has other bits in another batch.
+        for chains in (1, 100):
+            y = states(chains, *shape)
+            assert fused(energy, y, "fp32").tiles_estimate == engine.tiles_estimate
+        text = fl.LangevinSampler(energy, 4, gradient="fused", precision="fp32").explain(x)
+        estimate = f"{engine.tiles_estimate:.2f}"
+        if by_tiles:
+            assert "; instruction set amx_emulated\n" in text
+            assert f"(bf16x6), in an estimated {estimate} of the time of vectors" in text
+            assert "the actual time is not known" in text
+        else:
+            assert "; instruction set baseline\n" in text
+            assert f"not bf16x6: bfloat16 tiles would take an estimated {estimate} times" in text
+
+
+def test_a_network_without_products_is_left_to_vectors() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.square().logsumexp((1, 2, 3))
+
+    engine = fused(Sum(), states(3, 2, 4, 4), "fp32")
+    assert not engine.net.by_matrix_unit
+    assert engine.tiles_estimate is None
 
 
 def test_tf32_runs_on_cpus_with_tiles() -> None:
@@ -188,12 +263,14 @@ def test_tf32_runs_on_cpus_with_tiles() -> None:
         fl.LangevinSampler(energy, 4, 0.1, precision="tf32")(x, seed=0)
 
 
-def test_float32_does_not_use_tiles() -> None:
-    energy, x = small()
-    engine = fused(energy, x, "fp32")
-    assert not engine.net.by_matrix_unit
+def test_without_tiles_vectors_compute_float32() -> None:
+    energy, x = wide(), states(5, 3, 8, 8)
+    assert fused(energy, x, "fp32").net.by_matrix_unit
     choose("baseline")
-    assert torch.equal(engine(x, False)[1], fused(energy, x, "fp32")(x, False)[1])
+    engine, other = fused(energy, x, "fp32"), fused(energy, x, "bf16x6")
+    assert not engine.net.by_matrix_unit
+    assert engine.tiles_estimate is None
+    assert torch.equal(engine(x, False)[1], other(x, False)[1])
 
 
 def test_the_processors_tiles_give_the_same_bits() -> None:
@@ -203,12 +280,13 @@ def test_the_processors_tiles_give_the_same_bits() -> None:
         nn.Conv2d(3, 64, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 33, 4, 2, 1), nn.LeakyReLU(0.2)
     )
     energy, x = with_head(body, (3, 16, 16)), states(20, 3, 16, 16)
-    engine = fused(energy, x, "bf16")
-    if not engine.net.by_matrix_unit:
+    if not extension.has_matrix_unit():
         pytest.skip(f"no AMX: {extension.library.why_no_amx()}")
-    real = engine(x, True)
+    precisions = ("bf16", "tf32", "bf16x6")
+    real = [fused(energy, x, precision)(x, True) for precision in precisions]
     assert choose("amx_emulated")
-    assert_equal(fused(energy, x, "bf16")(x, True), real)
+    for precision, results in zip(precisions, real, strict=True):
+        assert_equal(fused(energy, x, precision)(x, True), results)
 
 
 def test_the_emulation_is_never_chosen_by_itself() -> None:

@@ -46,6 +46,8 @@ def energy(conv: nn.Conv2d, height: int, width: int) -> nn.Module:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_tiles_give_the_gradient_for_every_geometry(geometry, instruction_set):
+    if extension.has_matrix_unit():
+        pytest.skip("a matrix unit may compute float32 products instead")
     conv, height, width = GEOMETRIES[geometry]
     module, x = energy(conv, height, width), numbers((5, 3, height, width))
     assert fused(module, x).net.tiled_passes > 0
