@@ -52,7 +52,8 @@ def train(
                     energy = "" if resolved.energy is None else f" on energy {resolved.energy}"
                     total = resolved.iterations
                     iterations = "1 iteration" if total == 1 else f"{total} iterations"
-                    work = f"{data}; {iterations} of {n} chains{energy}"
+                    half = "" if learner.precision is None else f", learned in {learner.precision}"
+                    work = f"{data}; {iterations} of {n} chains{energy}{half}"
                     start_line(work, learner.sampler, n, folder)
 
             def report(iteration: int, record: Any) -> None:
