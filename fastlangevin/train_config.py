@@ -54,6 +54,10 @@ class TrainConfig:
     )
     backend: str = _option("backend of the update: auto, native, triton or reference")
     # learning
+    learn_precision: str | None = _option(
+        "precision of the network in the update of its weights, which stay float32: fp32, tf32, "
+        "bf16, none for torch's own, or auto for bf16 if the chain's precision is bf16, else none"
+    )
     iterations: int = _option("number of updates of the weights")
     batch_size: int = _option("images, and chains, per iteration")
     parts: int = _option(

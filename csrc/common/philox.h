@@ -79,14 +79,16 @@ struct Scalar {
   }
 };
 
-// The two keys of each of the ten rounds, from the seed.
+constexpr int kRounds = 10;
+
+// The two keys of each round, from the seed.
 template <class N>
 struct KeySchedule {
-  typename N::Counter keys[20];
+  typename N::Counter keys[2 * kRounds];
 
   explicit FASTLANGEVIN_INLINE KeySchedule(uint64_t seed) {
     uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
       keys[2 * round] = typename N::Counter{} + low;
       keys[2 * round + 1] = typename N::Counter{} + high;
       low += 0x9E3779B9u;
@@ -95,23 +97,27 @@ struct KeySchedule {
   }
 };
 
-// Philox4x32-10 (Salmon et al. 2011, constants of Random123), in place on the counter.
+// A round of Philox4x32-10 (Salmon et al. 2011, constants of Random123), in place on the counter.
+template <class N>
+FASTLANGEVIN_INLINE void philox_round(typename N::Counter (&counter)[4],
+                                      const KeySchedule<N>& schedule, int round) {
+  typename N::Counter high0, low0, high1, low1;
+  N::multiply(counter[0], 0xD2511F53u, high0, low0);
+  N::multiply(counter[2], 0xCD9E8D57u, high1, low1);
+  counter[0] = high1 ^ counter[1] ^ schedule.keys[2 * round];
+  counter[1] = low1;
+  counter[2] = high0 ^ counter[3] ^ schedule.keys[2 * round + 1];
+  counter[3] = low0;
+}
+
 template <class N>
 FASTLANGEVIN_INLINE void philox(typename N::Counter (&counter)[4], const KeySchedule<N>& schedule) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #elif !defined(__CUDACC__)
-#pragma GCC unroll 10
+#pragma GCC unroll kRounds
 #endif
-  for (int round = 0; round < 10; ++round) {
-    typename N::Counter high0, low0, high1, low1;
-    N::multiply(counter[0], 0xD2511F53u, high0, low0);
-    N::multiply(counter[2], 0xCD9E8D57u, high1, low1);
-    counter[0] = high1 ^ counter[1] ^ schedule.keys[2 * round];
-    counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ schedule.keys[2 * round + 1];
-    counter[3] = low0;
-  }
+  for (int round = 0; round < kRounds; ++round) philox_round<N>(counter, schedule, round);
 }
 
 // u(w).

@@ -23,40 +23,54 @@ struct Blocks {
 
 // Groups are computed in two passes, and the first stores the words where the numbers will be. Each
 // pass is one long chain of dependent operations. The shorter its code is, the more groups a
-// processor overlaps (1.2 times faster than a single pass, on Zen 5 with AVX-512).
+// processor overlaps (1.2 times faster than a single pass, on Zen 5 with AVX-512). With kGroups
+// = 2, the operations of two groups alternate (1.2 times faster than one, on Zen 3 with AVX2; three
+// and four groups are not faster).
+template <int kGroups>
 FASTLANGEVIN_INLINE void draw_words(const Blocks& at, const Noise& noise, const Keys& keys,
                                     float* out) {
-  Counter words[2][4];
-  for (int half = 0; half < 2; ++half) {
-    words[half][0] = at.block[half];
-    words[half][1] = at.chain[half];
-    words[half][2] = Counter{} + noise.step;
-    words[half][3] = Counter{} + noise.stream;
-    philox<Vector>(words[half], keys);
+  Counter words[2 * kGroups][4];
+  for (int k = 0; k < 2 * kGroups; ++k) {
+    words[k][0] = at.block[k % 2] + static_cast<uint64_t>(k / 2 * kLanes);
+    words[k][1] = at.chain[k % 2];
+    words[k][2] = Counter{} + noise.step;
+    words[k][3] = Counter{} + noise.stream;
   }
-  for (int k = 0; k < 4; ++k) {
-    const Vector::Word word = interleave(words[0][k], words[1][k]);
+#pragma GCC unroll kRounds
+  for (int round = 0; round < kRounds; ++round) {
+    for (Counter(&counter)[4] : words) philox_round<Vector>(counter, keys, round);
+  }
+  for (int k = 0; k < 4 * kGroups; ++k) {
+    const int even = k / 4 * 2;
+    const Vector::Word word = interleave(words[even][k % 4], words[even + 1][k % 4]);
     Vector::store(out + k * kLanes, Vector::from_bits(word));
   }
 }
 
+template <int kGroups>
 FASTLANGEVIN_INLINE void words_to_numbers(Fill fill, float* out) {
-  Vector::Word w[4];
-  for (int k = 0; k < 4; ++k) w[k] = Vector::bits(Vector::load(out + k * kLanes));
-  Float z[4];
-  if (fill == Fill::kNormal) {
-    box_muller<Vector>(w[0], w[1], z[0], z[1]);
-    box_muller<Vector>(w[2], w[3], z[2], z[3]);
-  } else {
-    for (int k = 0; k < 4; ++k) z[k] = uniform<Vector>(w[k]);
+  using N = Several<2 * kGroups>;
+  typename N::Word w[2];
+  for (int k = 0; k < 4 * kGroups; ++k) {
+    w[k % 2].v[k / 2] = Vector::bits(Vector::load(out + k * kLanes));
   }
-  store_blocks(out, z);
+  typename N::Float z[2];
+  if (fill == Fill::kNormal) {
+    box_muller<N>(w[0], w[1], z[0], z[1]);
+  } else {
+    for (int k = 0; k < 2; ++k) z[k] = uniform<N>(w[k]);
+  }
+  for (int group = 0; group < kGroups; ++group) {
+    const int first = 2 * group;
+    store_blocks(out + group * kGroup,
+                 {z[0].v[first], z[1].v[first], z[0].v[first + 1], z[1].v[first + 1]});
+  }
 }
 
 FASTLANGEVIN_INLINE void generate(const Blocks& at, const Noise& noise, const Keys& keys,
                                   float* out) {
-  draw_words(at, noise, keys, out);
-  words_to_numbers(noise.fill, out);
+  draw_words<1>(at, noise, keys, out);
+  words_to_numbers<1>(noise.fill, out);
 }
 
 FASTLANGEVIN_INLINE Blocks consecutive(uint32_t block, uint32_t chain) {
@@ -86,23 +100,36 @@ void draw_span(const Noise& noise, const Keys& keys, uint32_t chain, int64_t fir
     out += some, count -= some, block += kLanes;
   }
   Blocks at = consecutive(static_cast<uint32_t>(block), chain);
-  const int64_t whole = count / kGroup * kGroup;
-  for (int64_t k = 0; k < whole; k += kGroup) {
-    draw_words(at, noise, keys, out + k);
+  const int64_t whole = count / kGroup * kGroup, pairs = whole / (2 * kGroup) * (2 * kGroup);
+  for (int64_t k = 0; k < pairs; k += 2 * kGroup) {
+    draw_words<2>(at, noise, keys, out + k);
+    for (int half = 0; half < 2; ++half) at.block[half] += 2 * kLanes;
+  }
+  for (int64_t k = 0; k < pairs; k += 2 * kGroup) words_to_numbers<2>(noise.fill, out + k);
+  if (pairs < whole) {
+    generate(at, noise, keys, out + pairs);
     for (int half = 0; half < 2; ++half) at.block[half] += kLanes;
   }
-  for (int64_t k = 0; k < whole; k += kGroup) words_to_numbers(noise.fill, out + k);
   if (whole < count) {
     generate(at, noise, keys, group);
     copy(out + whole, group, count - whole);
   }
 }
 
-// Draws all elements of several small chains; the lanes take blocks of different chains. `spare`
-// has room for kTile numbers.
+// Draws all elements of several small chains, one chain after another if few lanes are then idle.
+// Otherwise the lanes take blocks of different chains, at the cost of a division for each lane (1.7
+// times as long for chains of 64 to 1,024 elements). `spare` has room for kTile numbers.
 void draw_chains(const Noise& noise, const Keys& keys, uint32_t first_chain, int64_t chains,
                  float* spare, float* out) {
   const int64_t elements = noise.elements, blocks = (elements + 3) / 4;
+  const int64_t idle = (elements + kGroup - 1) / kGroup * kGroup - elements;
+  if (idle <= elements / 4) {
+    for (int64_t row = 0; row < chains; ++row) {
+      draw_span(noise, keys, first_chain + static_cast<uint32_t>(row), 0, elements,
+                out + row * elements);
+    }
+    return;
+  }
   float* packed = elements % 4 == 0 ? out : spare;
   float group[kGroup];
   for (int64_t first = 0; first < chains * blocks; first += kLanes) {

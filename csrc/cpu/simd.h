@@ -87,6 +87,79 @@ struct Vector : Register<kLanes> {
   }
 };
 
+// kCount registers of V, with the operators of one. The other operand is a Pack or a number.
+template <class V, int kCount>
+struct Pack {
+  V v[kCount];
+
+  Pack() = default;
+  template <class U>
+  explicit FASTLANGEVIN_INLINE Pack(const Pack<U, kCount>& other) {
+    for (int k = 0; k < kCount; ++k) v[k] = (V)other.v[k];
+  }
+
+  static FASTLANGEVIN_INLINE V part(const Pack& pack, int k) { return pack.v[k]; }
+  template <class B>
+  static FASTLANGEVIN_INLINE B part(B number, int) { return number; }
+
+  template <class B>
+  friend FASTLANGEVIN_INLINE Pack operator+(Pack a, const B& b) {
+    for (int k = 0; k < kCount; ++k) a.v[k] = a.v[k] + part(b, k);
+    return a;
+  }
+  template <class B>
+  friend FASTLANGEVIN_INLINE Pack operator-(Pack a, const B& b) {
+    for (int k = 0; k < kCount; ++k) a.v[k] = a.v[k] - part(b, k);
+    return a;
+  }
+  template <class B>
+  friend FASTLANGEVIN_INLINE Pack operator*(Pack a, const B& b) {
+    for (int k = 0; k < kCount; ++k) a.v[k] = a.v[k] * part(b, k);
+    return a;
+  }
+  template <class B>
+  friend FASTLANGEVIN_INLINE Pack operator&(Pack a, const B& b) {
+    for (int k = 0; k < kCount; ++k) a.v[k] = a.v[k] & part(b, k);
+    return a;
+  }
+  template <class B>
+  friend FASTLANGEVIN_INLINE Pack operator^(Pack a, const B& b) {
+    for (int k = 0; k < kCount; ++k) a.v[k] = a.v[k] ^ part(b, k);
+    return a;
+  }
+  template <class B>
+  friend FASTLANGEVIN_INLINE Pack operator<<(Pack a, const B& b) {
+    for (int k = 0; k < kCount; ++k) a.v[k] = a.v[k] << part(b, k);
+    return a;
+  }
+  template <class B>
+  friend FASTLANGEVIN_INLINE Pack operator>>(Pack a, const B& b) {
+    for (int k = 0; k < kCount; ++k) a.v[k] = a.v[k] >> part(b, k);
+    return a;
+  }
+};
+
+// The arithmetic of kCount registers at a time: the interface of Vector, as far as the normals use
+// it. The operations of the registers alternate, so that a processor overlaps their chains.
+template <int kCount>
+struct Several {
+  using Float = Pack<Vector::Float, kCount>;
+  using Int = Pack<Vector::Int, kCount>;
+  using Word = Pack<Vector::Word, kCount>;
+
+  static FASTLANGEVIN_INLINE Float to_float(const Int& value) {
+    Float result;
+    for (int k = 0; k < kCount; ++k) result.v[k] = Vector::to_float(value.v[k]);
+    return result;
+  }
+  static FASTLANGEVIN_INLINE Word bits(const Float& value) { return (Word)value; }
+  static FASTLANGEVIN_INLINE Float from_bits(const Word& word) { return (Float)word; }
+  static FASTLANGEVIN_INLINE Float sqrt(Float value) {
+    for (int k = 0; k < kCount; ++k) value.v[k] = Vector::sqrt(value.v[k]);
+    return value;
+  }
+};
+
 // Interleaves even and odd lanes, which are words in 64-bit lanes.
 FASTLANGEVIN_INLINE Vector::Word interleave(Vector::Counter even, Vector::Counter odd) {
   return (Vector::Word)((even & 0xffffffffu) | odd << 32);

@@ -74,9 +74,10 @@ def train(
 
 
 def _describe(config: Any, learner: Any) -> str:
-    """Return the data, the length and the batch size of a run, and its energy if it is custom."""
+    """Return the work of a run: its data, its length, a custom energy and the learning precision."""
     data = getattr(learner.data, "name", config.data)
     total = config.iterations
     iterations = "1 iteration" if total == 1 else f"{total} iterations"
     energy = "" if config.energy is None else f" on energy {config.energy}"
-    return f"{data}; {iterations} of {config.batch_size} chains{energy}"
+    precision = "" if learner.precision is None else f", learned in {learner.precision}"
+    return f"{data}; {iterations} of {config.batch_size} chains{energy}{precision}"

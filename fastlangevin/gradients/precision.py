@@ -93,16 +93,17 @@ class _Precision:
 
 
 def network_autocast(
-    precision: str | None, device: torch.device
+    precision: str | None, device: torch.device, cache: bool = True
 ) -> contextlib.AbstractContextManager[None]:
     """Return the context for the forward pass alone: autocast in "fp16" or "bf16".
 
     The backward pass runs outside it, as autocast requires, in the dtypes of the forward pass. The
-    context can be used again, but not nested.
+    context can be used again, but not nested. With ``cache``, autocast casts a weight once; the
+    gradients of all its uses are then added in half precision.
     """
     if precision not in HALVES:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=HALVES[precision])
+    return torch.autocast(device.type, dtype=HALVES[precision], cache_enabled=cache)
 
 
 @contextlib.contextmanager

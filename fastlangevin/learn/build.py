@@ -16,7 +16,7 @@ from fastlangevin.learn.config import TrainConfig, config_names, resolve
 from fastlangevin.learn.custom_energy import import_energy, open_energy
 from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.data.load import ImageData, load_images
-from fastlangevin.learn.learner import ShortRunLearner
+from fastlangevin.learn.learner import LEARN_PRECISIONS, ShortRunLearner
 from fastlangevin.names import did_you_mean
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
@@ -84,9 +84,25 @@ def build_learner(
         ema=config.ema,
         buffer=buffer,
         seed=config.seed,
+        precision=_learn_precision(config),
         parts=config.parts,
         group=group,
     )
+
+
+def _learn_precision(config: TrainConfig) -> str | None:
+    """Return the learner's precision. On any machine, it is a function of the settings alone."""
+    wanted = config.learn_precision
+    if wanted == "auto":
+        return "bf16" if config.precision == "bf16" else None
+    if wanted not in LEARN_PRECISIONS:
+        hint = did_you_mean(wanted, ("auto", *filter(None, LEARN_PRECISIONS)))
+        if wanted == "fp16":
+            hint = ": the gradients of the weights would need a loss scale in float16"
+        raise ValueError(
+            f"learn_precision must be auto, none, fp32, tf32 or bf16, got {wanted!r}{hint}"
+        )
+    return wanted
 
 
 def build_energy(config: TrainConfig, data: Images) -> torch.nn.Module:

@@ -105,6 +105,8 @@ def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
     if not (Path(config).suffix or os.path.exists(config)):
         config_text(str(config))  # raises an error that lists the names
     changes = read_settings(config)
+    if is_of_run(Path(config)):
+        changes = of_its_version(changes)
     name = changes.pop("config", None)
     if name is not None:
         try:
@@ -112,6 +114,24 @@ def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
         except ValueError as error:
             raise _error_in_file(str(config), error) from error
     return name or "digits", changes
+
+
+def is_of_run(file: Path) -> bool:
+    """Return whether a file is the config.yaml of a run, which states every setting."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(MARK.encode())) == MARK.encode()
+
+
+def of_its_version(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run, with those that its version did not have yet.
+
+    The learning step of earlier versions had torch's own precision, whatever that of the chain. A
+    resumed run keeps it.
+    """
+    before = None if saved.get("precision") == "bf16" else "auto"
+    return {"learn_precision": before, **saved}
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
@@ -146,7 +166,7 @@ def resolve_saved(
             f"another version: {', '.join(unknown[:_MOST_NAMED])}"
         )
     try:
-        config = resolve(overrides=saved)
+        config = resolve(overrides=of_its_version(saved))
     except (TypeError, ValueError) as error:
         raise FileError(f"{source} has invalid settings: {error}") from error
     return resolve(overrides=dataclasses.asdict(config) | dict(changes)) if changes else config

@@ -14,6 +14,13 @@ from fastlangevin.arguments import check_count
 from fastlangevin.distributed import Group, Shard
 from fastlangevin.gradients.draws import Draws
 from fastlangevin.gradients.network import call_network
+from fastlangevin.gradients.precision import (
+    HALVES,
+    PRECISIONS,
+    check_precision,
+    network_autocast,
+    network_precision,
+)
 from fastlangevin.learn.checkpoint import iteration_of, read_checkpoint, save_checkpoint
 from fastlangevin.learn.data.datasets import Data, DatasetImages, Images, as_images, warn_of_range
 from fastlangevin.learn.data.load import ImageData
@@ -29,6 +36,8 @@ _OP = "ShortRunLearner"
 # Offsets of the numbers folded into the seed, which keep derived seeds apart: _PART + first chain
 # (dropout of a part), _ITEMS + iteration (transforms of items).
 _PART, _ITEMS = 2**40, 2**41
+
+LEARN_PRECISIONS = tuple(name for name in PRECISIONS if name != "fp16")
 
 
 class Metrics(NamedTuple):
@@ -76,6 +85,18 @@ class ShortRunLearner:
         buffer: Persistent chains to continue; None starts every chain from p0. In a group,
             its slots are divided among the processes.
         seed: Seed of the data order, the data noise and the chains.
+        precision: The network's precision in the forward and backward pass of the loss; that of the
+            chain is the sampler's.
+
+            - None leaves torch as it is set, as in a plain loop.
+            - "bf16" runs the forward pass under torch.autocast, and the backward pass in the dtypes
+              of the forward pass. Weights, their gradients and Adam's moments keep the weights'
+              dtype, float32, and the mean energies are float32 sums. Autocast leaves networks of
+              float64 as they are.
+            - "fp32" and "tf32" compute float32 products strictly, or in TF32.
+            - "fp16" is refused. The gradients of the weights would need a loss scale to stay within
+              float16's range; bfloat16 has the range of float32.
+
         parts: Parts of the batch whose gradients are computed one after another and added in a
             fixed order. With an engine whose chains do not depend on the batch, up to ``parts``
             processes learn the same weights, bit for bit. Each part is a forward and a backward
@@ -105,6 +126,7 @@ class ShortRunLearner:
         ema: float | None = None,
         buffer: ReplayBuffer | None = None,
         seed: int = 0,
+        precision: str | None = None,
         parts: int = 1,
         group: Group | None = None,
     ) -> None:
@@ -114,6 +136,7 @@ class ShortRunLearner:
             raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"{_OP}: ema must be in (0, 1) or None, got {ema}")
+        self.precision = _checked_precision(precision, next(self.energy.parameters()).device)
         self.sampler = sampler
         self.batch_size = check_count(_OP, "batch_size", batch_size)
         self.data_noise = data_noise
@@ -197,7 +220,8 @@ class ShortRunLearner:
 
         self.optimizer.zero_grad(set_to_none=True)
         what = f"the gradients of iteration {self.iteration + 1}"
-        figures, self.signal = self._batch.backward(loss, figures, signal, what)
+        with network_precision(self.precision, data.device):
+            figures, self.signal = self._batch.backward(loss, figures, signal, what)
         values = torch.stack([column.mean() for column in figures.T.contiguous()]).tolist()
         data_energy, samples_energy, *other_figures = values
         gap = data_energy - samples_energy
@@ -330,8 +354,15 @@ class ShortRunLearner:
         first_chain = part.first_chain
         seed = self.seed if first_chain == 0 else _noise.fold_in(self.seed, _PART + first_chain)
         with Draws(seed, data.device).step(self.iteration):
-            energy_data = call_network(self.energy, data, {}).flatten()
-            return energy_data, call_network(self.energy, samples, {}).flatten()
+            return self._energy_of(data), self._energy_of(samples)
+
+    def _energy_of(self, x: Tensor) -> Tensor:
+        # Data and samples give gradients of opposite signs to a weight. With autocast's cache of
+        # weights, they would be added in bfloat16.
+        with network_autocast(self.precision, x.device, cache=False):
+            energies = call_network(self.energy, x, {}).flatten()
+        is_half = self.precision in HALVES and energies.dtype in HALVES.values()
+        return energies.float() if is_half else energies
 
 
 def _check_energy(energy: Any, data: Images) -> torch.nn.Module:
@@ -349,3 +380,14 @@ def _check_energy(energy: Any, data: Images) -> torch.nn.Module:
             f"{_OP}: data must have the energy's shape {list(expected)}, got {list(data.shape)}"
         )
     return energy
+
+
+def _checked_precision(precision: str | None, device: torch.device) -> str | None:
+    """Return the precision of a learning step, or raise ValueError."""
+    if precision == "fp16":
+        raise ValueError(
+            f'{_OP}: precision "fp16" is not supported, because the gradients of the weights would '
+            'need a loss scale; use "bf16"'
+        )
+    check_precision(precision, device)
+    return precision

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fastlangevin.learn.atomic as _atomic
-from fastlangevin.learn.config import MARK, TrainConfig, resolve
+from fastlangevin.learn.config import TrainConfig, is_of_run, resolve
 from fastlangevin.learn.errors import FileError
 
 try:
@@ -48,11 +48,7 @@ class FolderInUseError(FileExistsError):
 
 def is_run(out: Path) -> bool:
     """Return whether a folder was written by a training run."""
-    config = out / CONFIG
-    if not config.is_file():
-        return False
-    with config.open("rb") as file:
-        return file.read(len(MARK.encode())) == MARK.encode()
+    return is_of_run(out / CONFIG)
 
 
 def divergence(out: Path) -> str | None:

@@ -179,6 +179,8 @@ BAD = [
     {"precision": "fp16"},
     {"precision": "fp7"},
     {"backend": "magic"},
+    {"learn_precision": "fp16"},
+    {"learn_precision": "bf"},
     {"iterations": -1},
     {"batch_size": 0},
     {"batch_size": 9},

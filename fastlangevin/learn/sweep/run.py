@@ -20,7 +20,8 @@ import fastlangevin.noise as _noise
 from fastlangevin.learn.atomic import save_json, save_text
 from fastlangevin.learn.build import build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints
-from fastlangevin.learn.config import TrainConfig, read_settings
+from fastlangevin.learn.config import TrainConfig, of_its_version, read_settings
+from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.divergence import DivergedError
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
@@ -167,7 +168,7 @@ def _check_folder(plan: Sweep, out: Path) -> None:
         )
     if not isinstance(saved.get("centre"), dict):
         raise FileError(f"{out / PLAN} is damaged, it has no centre; name another folder")
-    saved, asked = ({**p.pop("centre"), **p} for p in (saved, asked))
+    saved, asked = ({**of_its_version(p.pop("centre")), **p} for p in (saved, asked))
     for name in asked:
         if name != "device" and saved.get(name) != asked[name]:
             raise FileExistsError(
