@@ -21,7 +21,6 @@ from fastlangevin.learn.atomic import save_json, save_text
 from fastlangevin.learn.build import build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.config import TrainConfig, of_its_version, read_settings
-from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.divergence import DivergedError
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
