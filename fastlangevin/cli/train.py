@@ -74,7 +74,7 @@ def train(
 
 
 def _describe(config: Any, learner: Any) -> str:
-    """Return the work of a run: its data, its length, a custom energy and the learning precision."""
+    """Return what a run does: data, length, custom energy and precision of learning."""
     data = getattr(learner.data, "name", config.data)
     total = config.iterations
     iterations = "1 iteration" if total == 1 else f"{total} iterations"
