@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastlangevin.kernels import extension, triton
-from fastlangevin.learn.data import load
+from fastlangevin.learn.data import arrays
 from fastlangevin.learn.data.arrays import ArraySource
 from tests.backends import SERVING, choose, instruction_sets
 
@@ -166,14 +166,14 @@ def _digits_that_are_parsed_once() -> Iterator[None]:
 
     Every reader gets arrays of its own.
     """
-    read = functools.cache(load.read_digits)
+    read = functools.cache(arrays.read_digits)
 
     def read_digits() -> ArraySource:
         name, pixels, labels = read()
         return ArraySource(name, pixels.copy(), labels.copy())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "read_digits", read_digits)
+        patch.setattr(arrays, "read_digits", read_digits)
         yield
 
 
