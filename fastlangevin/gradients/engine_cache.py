@@ -80,7 +80,8 @@ class EngineCache:
         guard = None if kept is None else kept.guard
         if kept is not None and guard is not None and guard.holds(energy, x, model_kwargs):
             return kept, None
-        modes = (module.training for module in submodules_of(energy))
+        # A frozen torch.jit module has no mode.
+        modes = (getattr(module, "training", None) for module in submodules_of(energy))
         attempt = *key, id(energy), tuple(model_kwargs), tuple(modes)
         failure = self._failures.get(attempt)
         if failure is not None and not try_again and failure.left > 0:

@@ -108,7 +108,7 @@ def jem(f: Net, y: Any = None, **options: Any) -> Tensor:
             lambda f: fl.presets.jem(args(n_classes=3))(f, X0, LABELS % 3),
         ),
         (TypeError, "floating dtype", lambda f: fl.presets.jem(args())(f, X0.byte())),
-        (TypeError, "tensor or", lambda f: fl.presets.jem(args())(f, [X0])),
+        (TypeError, "replay_buffer must be a tensor", lambda f: fl.presets.jem(args())(f, [X0])),
         (TypeError, "give args", lambda f: fl.presets.jempp()(f, X0)),
         (
             ValueError,

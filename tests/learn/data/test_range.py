@@ -34,7 +34,7 @@ UNIT = (images() + 1) / 2
 def test_images_that_are_out_of_range_are_named_once(data: object) -> None:
     (text,) = warnings_of(data)
     assert "ShortRunLearner: data must be in [-1, 1]" in text
-    assert "of the first batch are from" in text
+    assert "first batch's values are from" in text
     assert ("2 * images - 1" in text) == (not isinstance(data, Tensor) or data is UNIT)
 
 
