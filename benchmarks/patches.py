@@ -65,16 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with context():
                 _, grad = step(x)
                 errors[kernels] = float((grad[:8] - exact).norm() / exact.norm())
-                if not errors[kernels] <= 2 * errors["triton"]:
-                    raise AssertionError(f"width {width}, batch {batch}: errors {errors}")
                 row = {"width": width, "batch": batch, "precision": "fp16", "kernels": kernels}
-                row |= {"error": errors[kernels]} | tiles.measure(step, x.clone())
+                row |= {"error": errors[kernels]}
+                if errors[kernels] <= 2 * errors["triton"]:
+                    row |= tiles.measure(step, x.clone())
+                else:
+                    row["differs"] = True  # its time would mean nothing
             file.add(row)
-            print(width, batch, kernels, f"{row['step']:.1f} us", row["launches"], flush=True)
+            figures = "differs" if "step" not in row else f"{row['step']:.1f} us {row['launches']}"
+            print(width, batch, kernels, figures, flush=True)
 
 
 def refusal() -> str | None:
     """Why this machine's GPU cannot run the kernels in Gluon, or None if it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     capability = torch.cuda.get_device_capability()
     if capability[0] == 9:
         return None

@@ -125,8 +125,8 @@ void apply_signs(uintptr_t grad, int dtype, int64_t count, uintptr_t bits, float
 }
 
 using Pair = std::array<int32_t, 2>;
-// kind, inputs, in, out, size of the output, activation, kernel, stride, padding, dilation, factors,
-// groups, and links (out, in, factor)
+// kind, inputs, in, out, size of the output, activation, kernel, stride, padding, dilation,
+// factors, groups, and links (out, in, factor)
 using LayerTuple =
     std::tuple<int32_t, Pair, int32_t, int32_t, Pair, int32_t, Pair, Pair, Pair, Pair,
                std::array<float, 2>, int32_t, std::vector<std::tuple<int32_t, int32_t, float>>>;
@@ -274,8 +274,8 @@ void convnet_chain(const ConvNet& net, const BatchTuple& operands, py::handle sh
   cpu::convnet_chain(net, batch, steps, reinterpret_cast<void*>(workspace), threads);
 }
 
-// A profile function of a thread. `watched` is the pair (owners, called): before a method in C of one
-// of the owners runs, called(frame of the caller) does.
+// A profile function of a thread. `watched` is the pair (owners, called): before a method in C of
+// one of the owners runs, called(frame of the caller) does.
 int on_profile_event(PyObject* watched, PyFrameObject* frame, int event, PyObject* function) {
   if (event != PyTrace_C_CALL || !PyCFunction_Check(function)) return 0;
   PyObject* owner = PyCFunction_GET_SELF(function);

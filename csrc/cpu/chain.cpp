@@ -34,7 +34,9 @@ void convnet_chain(const ConvNet& net, const ConvBatch& batch, const std::vector
     for (int64_t first = begin; first < end; first += batch.chunk) {
       part.chains = std::min(batch.chunk, end - first);
       part.x = batch.x + first * batch.x_strides[0];
-      if (batch.constants != nullptr) part.constants = batch.constants + first * batch.constants_stride;
+      if (batch.constants != nullptr) {
+        part.constants = batch.constants + first * batch.constants_stride;
+      }
       for (size_t k = 0; k < steps.size(); ++k) {
         const bool energies = batch.energies != nullptr && k + 1 == gradients;
         part.energies = energies ? batch.energies + first : nullptr;

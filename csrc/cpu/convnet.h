@@ -36,9 +36,10 @@ extern const ConvKernels kConvAmx;
 #endif
 #endif
 
-// The kernels of the active instruction set for some operands; those for float32 also where a matrix
-// unit would be needed and there is none. The first call that needs one, on a processor with AMX, asks
-// the system for permission to use it, and changes to another instruction set if it is refused.
+// The kernels of the active instruction set for some operands; those for float32 also where a
+// matrix unit would be needed and there is none. The first call that needs one, on a processor with
+// AMX, asks the system for permission to use it, and changes to another instruction set if it is
+// refused.
 const ConvKernels& conv_kernels(Operands operands);
 
 // The name of the instruction set that kernels are compiled for.
@@ -76,8 +77,8 @@ inline ConvKernels::Score* score_kernel(const ConvNet& net) {
   return net.operands == Operands::kBFloat16 ? net.kernels->score_bfloat16 : net.kernels->score;
 }
 
-// Divides the chains of a batch over threads. Calls run(thread, first, last, workspace) for the share
-// of each, with a workspace of its own.
+// Divides the chains of a batch over threads. Calls run(thread, first, last, workspace) for the
+// share of each, with a workspace of its own.
 template <class Run>
 void each_share(const ConvNet& net, const ConvBatch& batch, void* workspace, int threads,
                 const Run& run) {

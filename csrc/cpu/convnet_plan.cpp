@@ -49,8 +49,8 @@ std::vector<int> plan_arrivals(ConvNet& net) {
   return parts;
 }
 
-// The stride of pixels of whole vectors. Pixels that are a power of two apart would share a few sets
-// of the first-level cache.
+// The stride of pixels of whole vectors. Pixels that are a power of two apart would share a few
+// sets of the first-level cache.
 int64_t padded(int64_t channels, int lanes) {
   const int64_t pixel = round_up(channels, lanes);
   return pixel % 256 == 0 ? pixel + lanes : pixel;

@@ -45,8 +45,8 @@ struct PixelLink {
   float factor;
 };
 
-// A layer adds a bias [out] and applies an activation to its result, except kConstant. The second input
-// of kMultiply and kPointwise may be a constant of one pixel, which belongs to all pixels.
+// A layer adds a bias [out] and applies an activation to its result, except kConstant. The second
+// input of kMultiply and kPointwise may be a constant of one pixel, which belongs to all pixels.
 struct ConvLayer {
   LayerKind kind;
   int32_t inputs[2];      // values: 0 is the state and k + 1 the output of layer k; -1 is none
@@ -115,8 +115,8 @@ struct MatrixTiles {
   int64_t planes = 1;            // bfloat16 numbers that a weight is the sum of
 };
 
-// The products of two numbers that are sums of this many bfloat16 numbers each: all but those of
-// numbers that are too small, together, for a bit of the last ones.
+// How many products of two numbers, each the sum of this many bfloat16 numbers, are computed: all
+// but those that are too small to change the result.
 constexpr int64_t plane_products(int64_t planes) { return planes * (planes + 1) / 2; }
 
 struct ConvPass {
@@ -159,9 +159,9 @@ struct LayerPlan {
   std::vector<ConvPass> forward{}, backward{};
   MixPass mix{}, mix_back{};
   Arrival arrivals[2];
-  // Where these begin in the packed weights: the bias, the weights of kPointwise and kNorm, and two settings
-  // of the activation (leak of leaky_relu; beta of silu; beta and threshold of softplus; alpha of
-  // elu).
+  // Where these begin in the packed weights: the bias, the weights of kPointwise and kNorm, and two
+  // settings of the activation (leak of leaky_relu; beta of silu; beta and threshold of softplus;
+  // alpha of elu).
   int64_t bias = 0, factors = 0, settings = 0;
   int64_t numbers = 0;  // where those of kConstant [height, width, pixel] begin in a chain's
 };

@@ -238,8 +238,8 @@ struct ChunkLayers {
     }
   }
 
-  // A chain's value minus the mean of its group, and over its deviation. The backward pass reads the
-  // statistics that the forward pass has stored.
+  // A chain's value minus the mean of its group, and over its deviation. The backward pass reads
+  // the statistics that the forward pass has stored.
   struct Normal {
     const ConvBuffer& in;
     const Type* from;

@@ -35,8 +35,8 @@ extern const Kernels kAvx512;
 // The kernels of the active instruction set.
 const Kernels& step_kernels();
 
-// The best instruction set that this processor runs, or the one that was chosen: "amx", "avx512_bf16",
-// "avx512", "avx2" or "baseline".
+// The best instruction set that this processor runs, or the one that was chosen: "amx",
+// "avx512_bf16", "avx512", "avx2" or "baseline".
 const char* instruction_set();
 // Chooses an instruction set by name, for tests, among them "amx_emulated", which runs everywhere.
 // Returns false and changes nothing if it cannot run.

@@ -16,8 +16,8 @@ int64_t tiled_pixel(int64_t stored, int64_t chains);
 // positions and steps, and a chunk has this number of chains.
 void plan_matrix(const ConvBuffer& in, const ConvBuffer& out, int64_t chains, ConvPass& pass);
 
-// An estimate of the cycles that the products of a chain take, by tiles or by vectors, on a processor
-// with AMX and AVX-512. It depends on the plan alone.
+// An estimate of the cycles that the products of a chain take, by tiles or by vectors, on a
+// processor with AMX and AVX-512. It depends on the plan alone.
 double product_cycles(const ConvNet& net);
 
 }  // namespace cpu

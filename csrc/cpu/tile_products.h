@@ -26,9 +26,9 @@ struct Planes {
 };
 
 // The planes of values and of weights that are multiplied by each other: the last six for three
-// planes, the last three for two, and the last for one. The smallest products of a part of the weights
-// come first, so that its large ones do not absorb them. Products of 2^-24 of the largest, or of 2^-16
-// with two planes, are left out. Neighbours that share a plane load its tiles once.
+// planes, the last three for two, and the last for one. The smallest products of a part of the
+// weights come first, so that its large ones do not absorb them. Products of 2^-24 of the largest,
+// or of 2^-16 with two planes, are left out. Neighbours that share a plane load its tiles once.
 constexpr int kMostProducts = 6;
 constexpr int kPlanes[kMostProducts][2] = {{2, 0}, {1, 1}, {0, 2}, {0, 1}, {1, 0}, {0, 0}};
 static_assert(plane_products(3) == kMostProducts);
@@ -54,8 +54,8 @@ constexpr int kColumns = kTileBytes / sizeof(float);
 // which stay in the first-level cache. A part has 2 KB in each plane.
 constexpr int kTileGroup = 8, kTileParts = 8, kCachedPlanes = 16;
 
-// Calls f(product, new_values, new_weights) for the products of kSplit planes, in order. The last two
-// say whether the product before it did not have the same plane.
+// Calls f(product, new_values, new_weights) for the products of kSplit planes, in order. The last
+// two say whether the product before it did not have the same plane.
 template <int kSplit, int kProduct = kMostProducts - plane_products(kSplit), class F>
 FASTLANGEVIN_INLINE void each_product(const F& f) {
   constexpr bool first = kProduct == kMostProducts - plane_products(kSplit);

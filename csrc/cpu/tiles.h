@@ -1,8 +1,8 @@
 // The registers of a matrix unit: Intel's AMX, and the same in plain C++.
 //
 // A tile has up to 16 rows of 64 bytes. multiply_add<kC, kA, kB> adds the matrix product A B to C.
-// C is float32. A row of A holds bfloat16 numbers in pairs. B has a row for each of these pairs, and
-// in it a pair for each column of C.
+// C is float32. A row of A holds bfloat16 numbers in pairs. B has a row for each of these pairs,
+// and in it a pair for each column of C.
 #pragma once
 
 #include <cfloat>
@@ -22,9 +22,9 @@ struct TileShapes {
   int rows[kTileRegisters], bytes[kTileRegisters];
 };
 
-// Computes what Intel's manual says of TDPBF16PS: the even and the odd products of a row and a column
-// are summed by fused multiply-adds, separately and in order. The two sums are added to each other
-// and then to C. Numbers below the normal ones count as zero, also between two operations.
+// Computes what Intel's manual says of TDPBF16PS: the even and the odd products of a row and a
+// column are summed by fused multiply-adds, separately and in order. The two sums are added to each
+// other and then to C. Numbers below the normal ones count as zero, also between two operations.
 class EmulatedTiles {
  public:
   explicit EmulatedTiles(const TileShapes& shapes) : shapes_(shapes) {}

@@ -29,8 +29,9 @@ struct PassGrid {
 // rows, in the order of the grid.
 void plan_tiles(const PassGrid& grid, int lanes, ConvPass& pass);
 
-// The weights of one phase, [position of the kernel][output channel], and their transform, [product]
-// [output channel]. As many channels as a block has at most are transformed at a time, in vectors.
+// The weights of one phase, [position of the kernel][output channel], and their transform,
+// [product] [output channel]. As many channels as a block has at most are transformed at a time, in
+// vectors.
 constexpr int kTransformed = 32;
 using PhaseTaps = float[kMostTaps * kMostTaps][kTransformed];
 using PhaseProducts = float[(kMostTaps + 1) * (kMostTaps + 1)][kTransformed];

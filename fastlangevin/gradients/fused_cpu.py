@@ -110,7 +110,7 @@ class ConvNetGradient:
     reads x. With "tf32" everything is float32, but a matrix unit multiplies numbers as sums of two
     bfloat16 numbers, which have 16 bits together, and leaves out the product of the small ones.
     With "fp32" it multiplies sums of three, which have all bits, where that is estimated to be
-    faster than products of float32 by vectors. This is "bf16x6", which can also be asked for.
+    faster than products of float32 by vectors. Precision "bf16x6" does so always.
 
     The weights are read by :meth:`begin`, and again by a call if a version counter or an address
     shows that one has changed.

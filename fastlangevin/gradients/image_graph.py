@@ -16,7 +16,7 @@ from fastlangevin.gradients.graph.linear import run_linear
 from fastlangevin.gradients.layers import scale_and_shift
 
 Image = tuple[int, int, int]
-# The chains whose constants pass a layer at a time.
+# How many chains' constants are computed at a time.
 _CONSTANT_CHAINS = 16
 
 
@@ -107,9 +107,9 @@ class ImageGraph:
     ) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield the constants [n, C, H, W] of a call, as (number of the layer, chains, values).
 
-        The layers that are constants are numbered in order. A shared bias has one row. Layers that
-        constants pass are computed a few chains at a time: their values may be the largest that
-        a chain has.
+        The layers that are constants are numbered in order. A shared bias has one row. A
+        constant that a linear layer is applied to is computed a few chains at a time: the layer's
+        values may be the largest that a chain has.
         """
         layers = [layer for layer in self.layers if layer.kind == "constant"]
         tensors = graph.constants_of_chains(model_kwargs) if layers else {}

@@ -125,7 +125,7 @@ def is_of_run(file: Path) -> bool:
 
 
 def of_its_version(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run, with those that its version did not have yet.
+    """Return the settings of a run, with a value for each setting that is newer than the run.
 
     The learning step of earlier versions had torch's own precision, whatever that of the chain. A
     resumed run keeps it.

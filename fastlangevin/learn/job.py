@@ -24,7 +24,7 @@ VERSIONS = {"fastlangevin": __version__, "torch": torch.__version__}
 
 
 def has_plan(op: str, out: Path, plan: str, what: str) -> bool:
-    """Return whether a folder holds the file ``plan``, which says what all other files are.
+    """Return whether a folder holds the file ``plan``, which describes the other files.
 
     Raises FileExistsError if the folder is a file, or holds other files without a plan.
     """

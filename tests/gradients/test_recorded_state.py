@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
 from fastlangevin.gradients import engine_cache
-from fastlangevin.gradients.graph.record import record
 
 
 class Energy(nn.Module):
@@ -138,13 +137,31 @@ def scaled(weight: Tensor) -> Tensor:
     return weight / weight.norm()
 
 
-def test_an_energy_that_calls_a_compiled_function_is_recorded_once() -> None:
+def test_an_energy_that_calls_a_compiled_function_is_recorded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.script is deprecated
         compiled = torch.jit.script(scaled)
     energy = Energy(lambda module: compiled(module.net[3].weight).sum())
-    recording, _ = record(energy, torch.rand(3, 2, 5, 5))
-    assert recording.guard is not None
+    attempts = counted_recordings(monkeypatch)
+    sampler = LangevinSampler(energy, 1)
+    for seed in range(3):
+        sampler(torch.rand(3, 2, 5, 5), seed=seed)
+    assert len(attempts) == 1
+
+
+def test_a_traced_function_is_recorded_again_when_a_tensor_in_it_changes() -> None:
+    held = torch.ones(4 * 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
+        traced = torch.jit.trace(lambda weight: weight * held, torch.ones(1, 4 * 9))
+    energy, x0 = Energy(lambda module: traced(module.net[3].weight).sum()), torch.rand(3, 2, 5, 5)
+    sampler = LangevinSampler(energy, 2, 0.1)
+    for _ in range(2):
+        expected = LangevinSampler(energy, 2, 0.1, gradient="autograd")(x0, seed=0)
+        assert torch.allclose(sampler(x0, seed=0), expected, rtol=1e-4, atol=1e-5)
+        held.mul_(3)
 
 
 def of_count(module: Any) -> float:
@@ -153,10 +170,9 @@ def of_count(module: Any) -> float:
     return 1.0
 
 
-def counting_energy(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[None]]:
-    """Return an energy that counts its calls, and a list as long as the recordings of it."""
-    energy, attempts = Energy(of_count), []
-    energy.counts, energy.count = True, 0
+def counted_recordings(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Return a list that grows by one with each recording of an energy."""
+    attempts: list[None] = []
 
     def counted(*args: Any) -> Any:
         attempts.append(None)
@@ -164,7 +180,14 @@ def counting_energy(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[None]]:
 
     recorded = engine_cache.record
     monkeypatch.setattr(engine_cache, "record", counted)
-    return energy, attempts
+    return attempts
+
+
+def counting_energy(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[None]]:
+    """Return an energy that counts its calls, and a list as long as the recordings of it."""
+    energy: Any = Energy(of_count)
+    energy.counts, energy.count = True, 0
+    return energy, counted_recordings(monkeypatch)
 
 
 def test_an_energy_that_cannot_be_recorded_is_seldom_run_in_vain(

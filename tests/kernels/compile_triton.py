@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, as launches would, and print what came out as JSON.
 
-    python tests/compile_triton.py 80 90 100
+    python tests/kernels/compile_triton.py 80 90 100
 
 Needs no GPU, but a Python without TRITON_INTERPRET. Every launch in LAUNCHES is made on CPU tensors
 with the kernel replaced by a recorder; its arguments give the types, alignments and constants that

@@ -121,7 +121,7 @@ def test_what_lies_between_two_samples_is_as_sure_a_digit() -> None:
 FEW = ("--n", 2, "--iterations", 1, "--restarts", 1)
 OFFLINE = {
     "reconstruct": (*FEW, "--steps", 1, "--samples", 2),
-    "restore": ("--n", 2, "--answers", 1, "--method", "clamped"),
+    "restore": ("--n", 2, "--answers", 1, "--samples", 64),
     "diagnose": ("--n", 16, "--long", 1, "--starts", 2),
 }
 

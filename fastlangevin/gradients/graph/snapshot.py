@@ -277,7 +277,8 @@ def _hides(value: Any) -> bool:
     return is_trusted(type(value).__module__) and type(value).__module__ != "builtins"
 
 
-# A ScriptFunction is compiled, and refers to no variable that could change.
+# A ScriptFunction is compiled, and refers to no variable that could change. A traced one may hold
+# tensors; the run reads them, and their versions are compared.
 _CALLABLES = (
     types.FunctionType,
     types.BuiltinFunctionType,

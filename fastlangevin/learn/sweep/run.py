@@ -167,6 +167,12 @@ def _check_folder(plan: Sweep, out: Path) -> None:
         )
     if not isinstance(saved.get("centre"), dict):
         raise FileError(f"{out / PLAN} is damaged, it has no centre; name another folder")
+    axes = saved.get("axes")
+    if "learn_precision" not in saved["centre"] and "precision" in (axes or {}):
+        raise FileExistsError(
+            f"sweep: {out} holds a sweep over precision from before train learned in bfloat16, "
+            "which would now be another run; name another folder"
+        )
     saved, asked = ({**of_its_version(p.pop("centre")), **p} for p in (saved, asked))
     for name in asked:
         if name != "device" and saved.get(name) != asked[name]:

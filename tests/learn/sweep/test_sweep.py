@@ -348,6 +348,15 @@ def test_sweep_refuses_folders_that_it_cannot_use(
     other = dataclasses.replace(plan, axes={"steps": [1, 2, 3]})
     with pytest.raises(FileExistsError, match=r"another sweep: axes is .*\[1, 2\].* there"):
         run_sweep(other, whole[0])
+    older = tmp_path / "older"
+    older.mkdir()
+    text = (whole[0] / "sweep.yaml").read_text("utf-8")
+    lines = [line for line in text.splitlines(keepends=True) if "learn_precision" not in line]
+    before, axes = "".join(lines).split("axes:")
+    text = f"{before}axes:{axes.replace('steps', 'precision', 1)}"
+    (older / "sweep.yaml").write_text(text, "utf-8")
+    with pytest.raises(FileExistsError, match="from before train learned in bfloat16"):
+        run_sweep(plan, older)
     centre = dataclasses.replace(plan.centre, lr=0.1)
     with pytest.raises(FileExistsError, match=r"another sweep: lr is 0\.005 there, 0\.1 here"):
         run_sweep(dataclasses.replace(plan, centre=centre), whole[0])
