@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastlangevin as fl
 from fastlangevin.learn import checkpoint, interpolate, load_images, reconstruct, resolve
-from fastlangevin.learn.config import FIELDS
+from fastlangevin.learn.config import FIELDS, resolve_saved
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.images import to_grid
 from fastlangevin.learn.run_data import packaged_images
@@ -51,8 +51,9 @@ def test_its_record_says_how_to_repeat_it(name: str) -> None:
     del given["out"]
     assert set(given) <= set(FIELDS)
     tensors, info = checkpoint.read_checkpoint(name)
-    asked = resolve(config, overrides={k: yaml.safe_load(v) for k, v in given.items()})
-    assert asked == resolve(overrides=info["config"])
+    values = {k: None if v == "none" else yaml.safe_load(v) for k, v in given.items()}
+    asked = resolve(config, overrides=values)
+    assert asked == resolve_saved(info, name, {})
     assert info["iteration"] == asked.iterations
     count = sum(tensor.numel() for tensor in tensors.values())
     assert f"{count:,} parameters" in record["weights"]

@@ -348,7 +348,7 @@ def test_sweep_refuses_folders_that_it_cannot_use(
     other = dataclasses.replace(plan, axes={"steps": [1, 2, 3]})
     with pytest.raises(FileExistsError, match=r"another sweep: axes is .*\[1, 2\].* there"):
         run_sweep(other, whole[0])
-    older = tmp_path / "older"
+    older = tmp_path.with_name(f"{tmp_path.name}-older")
     older.mkdir()
     text = (whole[0] / "sweep.yaml").read_text("utf-8")
     lines = [line for line in text.splitlines(keepends=True) if "learn_precision" not in line]
