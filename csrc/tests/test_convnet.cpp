@@ -32,6 +32,7 @@ struct Case {
   int channels, height, width;
   std::vector<ConvLayer> layers;
   std::vector<int32_t> heads;
+  bool shares_constants = false;  // all chains have those of the first
 };
 
 // A case in double: values and their gradients, layer by layer.
@@ -247,6 +248,7 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
       constants[n * net.constants + at] = numbers.next();
     });
   }
+  const int64_t constants_stride = test.shares_constants ? 0 : net.constants;
   const std::vector<float> x = numbers.take(chains * size);
   Result result{std::vector<float>(chains * size), std::vector<float>(chains)};
   std::vector<float> &grad = result.grad, &energies = result.energies;
@@ -254,7 +256,7 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
   const int64_t plane = int64_t{test.height} * test.width;
   const ConvBatch batch{chains, chunk, x.data(), {size, plane, test.width, 1},
                         grad.data(), {size, plane, test.width, 1}, padded.data(), 0.25f,
-                        energies.data(), packed.data(), constants.data(), net.constants};
+                        energies.data(), packed.data(), constants.data(), constants_stride};
   for (int repeat = 0; repeat < 2; ++repeat) {
     cpu::convnet_score(net, batch, workspace.data(), threads);
   }
@@ -263,7 +265,8 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
                            : operands == Operands::kBFloat16x3 ? 3e-5
                                                                : 2e-6;
   for (int64_t n = 0; n < chains; ++n) {
-    Exact exact{test, weights, biases, leak, unpadded(net, constants.data() + n * net.constants)};
+    Exact exact{test, weights, biases, leak,
+                unpadded(net, constants.data() + n * constants_stride)};
     exact.values.emplace_back(x.begin() + n * size, x.begin() + (n + 1) * size);
     exact.forward();
     for (const Values& values : exact.values) exact.grads.emplace_back(values.size(), 0.0);
@@ -380,7 +383,14 @@ Case constants() {
   const int a = b.conv(0, 9, 3, 1, 1), one = b.constant(9, 1, 1), all = b.constant(9, 5, 4);
   const int scaled = b.pairs(LayerKind::kMultiply, a, one, Activation::kLeakyReLU);
   const int shifted = b.pairs(LayerKind::kPointwise, scaled, all, Activation::kLeakyReLU);
-  return b.energy({b.pairs(LayerKind::kMultiply, b.pairs(LayerKind::kPointwise, shifted, one), all), one});
+  const int sum = b.pairs(LayerKind::kPointwise, shifted, one);
+  return b.energy({b.pairs(LayerKind::kMultiply, sum, all), one});
+}
+
+Case shared_constants() {
+  Case test = constants();
+  test.shares_constants = true;
+  return test;
 }
 
 Case decoder() {
@@ -410,7 +420,8 @@ int main() {
       stack({2, 1, 1}, {{40, 1, 1, 0}, {1, 1, 1, 0}}),
       stack({3, 4, 4}, {{9, 3, 1, 1}, {17, 4, 1, 0}, {3, 1, 1, 0}}),
       stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
-      residual(), constants(), decoder(), norms(), pools(LayerKind::kMix), pools(LayerKind::kMaxPool),
+      residual(), constants(), shared_constants(), decoder(), norms(), pools(LayerKind::kMix),
+      pools(LayerKind::kMaxPool),
   };
   for (const char* name : {"amx_emulated", "amx"}) {
     if (!cpu::choose_instruction_set(name)) continue;
