@@ -136,10 +136,19 @@ ConvNet plan_convnet(const std::vector<LayerTuple>& tuples, int channels, int he
   std::vector<ConvLayer> layers;
   for (const auto& [kind, inputs, in, out, size, activation, kernel, stride, padding, dilation,
                     factors, groups, links] : tuples) {
-    layers.push_back({static_cast<LayerKind>(kind), {inputs[0], inputs[1]}, in, out, size[0],
-                      size[1], static_cast<Activation>(activation), {kernel[0], kernel[1]},
-                      {stride[0], stride[1]}, {padding[0], padding[1]},
-                      {dilation[0], dilation[1]}, {factors[0], factors[1]}, groups});
+    layers.push_back({static_cast<LayerKind>(kind),
+                      {inputs[0], inputs[1]},
+                      in,
+                      out,
+                      size[0],
+                      size[1],
+                      static_cast<Activation>(activation),
+                      {kernel[0], kernel[1]},
+                      {stride[0], stride[1]},
+                      {padding[0], padding[1]},
+                      {dilation[0], dilation[1]},
+                      {factors[0], factors[1]},
+                      groups});
     for (const auto& [to, from, factor] : links) layers.back().links.push_back({to, from, factor});
   }
   return cpu::plan_convnet(std::move(layers), channels, height, width, heads,
@@ -153,8 +162,8 @@ void pack_weights(const ConvNet& net, const std::vector<WeightsTuple>& tuples, u
                   int threads) {
   std::vector<cpu::LayerWeights> all;
   for (const auto& [weights, bias, settings] : tuples) {
-    all.push_back({reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(bias),
-                   settings});
+    all.push_back(
+        {reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(bias), settings});
   }
   py::gil_scoped_release unlocked;
   cpu::pack_weights(net, all, reinterpret_cast<float*>(packed), threads);
@@ -163,8 +172,15 @@ void pack_weights(const ConvNet& net, const std::vector<WeightsTuple>& tuples, u
 Convolution plan_convolution(int in, int out, const Pair& size, const Pair& image,
                              const Pair& kernel, const Pair& stride, const Pair& padding,
                              bool gradient) {
-  const ConvLayer layer{LayerKind::kConv, {0, -1}, in, out, size[0], size[1],
-                        Activation::kIdentity, {kernel[0], kernel[1]}, {stride[0], stride[1]},
+  const ConvLayer layer{LayerKind::kConv,
+                        {0, -1},
+                        in,
+                        out,
+                        size[0],
+                        size[1],
+                        Activation::kIdentity,
+                        {kernel[0], kernel[1]},
+                        {stride[0], stride[1]},
                         {padding[0], padding[1]}};
   return cpu::plan_convolution(layer, image[0], image[1], gradient);
 }
@@ -225,10 +241,18 @@ using BatchTuple =
 ConvBatch read_batch(const ConvNet& net, const BatchTuple& tuple) {
   const auto& [chains, chunk, x, x_strides, grad, grad_strides, head, offset, energies, packed,
                constants, constants_stride] = tuple;
-  ConvBatch batch{chains, chunk, reinterpret_cast<const float*>(x), {},
-                  reinterpret_cast<float*>(grad), {}, reinterpret_cast<const float*>(head), offset,
-                  reinterpret_cast<float*>(energies), reinterpret_cast<const float*>(packed),
-                  reinterpret_cast<const float*>(constants), constants_stride};
+  ConvBatch batch{chains,
+                  chunk,
+                  reinterpret_cast<const float*>(x),
+                  {},
+                  reinterpret_cast<float*>(grad),
+                  {},
+                  reinterpret_cast<const float*>(head),
+                  offset,
+                  reinterpret_cast<float*>(energies),
+                  reinterpret_cast<const float*>(packed),
+                  reinterpret_cast<const float*>(constants),
+                  constants_stride};
   if (net.kernels->tiles && chunk != net.chunk) {
     throw std::invalid_argument("ConvNet: chunk must be the plan's " + std::to_string(net.chunk) +
                                 ", got " + std::to_string(chunk));
@@ -267,7 +291,8 @@ void convnet_chain(const ConvNet& net, const BatchTuple& operands, py::handle sh
       step.grad.data = batch.grad;
       read_sizes(grad_strides, step.grad.strides, step.dims);
     }
-    read_terms(step, terms[1], terms[2], maximize, terms[3].cast<bool>(), terms[4].cast<uint32_t>());
+    read_terms(step, terms[1], terms[2], maximize, terms[3].cast<bool>(),
+               terms[4].cast<uint32_t>());
     steps.push_back(step);
   }
   py::gil_scoped_release unlocked;
@@ -282,8 +307,8 @@ int on_profile_event(PyObject* watched, PyFrameObject* frame, int event, PyObjec
   PyObject* owners = PyTuple_GET_ITEM(watched, 0);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(owners); ++i) {
     if (PyTuple_GET_ITEM(owners, i) != owner) continue;
-    PyObject* result = PyObject_CallFunctionObjArgs(
-        PyTuple_GET_ITEM(watched, 1), reinterpret_cast<PyObject*>(frame), nullptr);
+    PyObject* result = PyObject_CallFunctionObjArgs(PyTuple_GET_ITEM(watched, 1),
+                                                    reinterpret_cast<PyObject*>(frame), nullptr);
     if (result == nullptr) return -1;
     Py_DECREF(result);
     return 0;
@@ -301,35 +326,34 @@ void watch_methods(py::tuple owners, py::object called) {
 PYBIND11_MODULE(_native, module) {
   namespace fl = fastlangevin;
   module.doc() = "fastlangevin's kernels; fastlangevin.kernels.native says what the arguments are";
-  module.attr("DTYPES") = py::dict(
-      py::arg("float32") = static_cast<int>(fl::Dtype::kFloat32),
-      py::arg("bfloat16") = static_cast<int>(fl::Dtype::kBFloat16),
-      py::arg("float16") = static_cast<int>(fl::Dtype::kFloat16));
-  module.attr("ACTIVATIONS") = py::dict(
-      py::arg("identity") = static_cast<int>(fl::Activation::kIdentity),
-      py::arg("leaky_relu") = static_cast<int>(fl::Activation::kLeakyReLU),
-      py::arg("silu") = static_cast<int>(fl::Activation::kSiLU),
-      py::arg("sigmoid") = static_cast<int>(fl::Activation::kSigmoid),
-      py::arg("softplus") = static_cast<int>(fl::Activation::kSoftplus),
-      py::arg("elu") = static_cast<int>(fl::Activation::kELU),
-      py::arg("tanh") = static_cast<int>(fl::Activation::kTanh),
-      py::arg("gelu") = static_cast<int>(fl::Activation::kGELU),
-      py::arg("gelu_tanh") = static_cast<int>(fl::Activation::kGELUTanh));
-  module.attr("OPERANDS") = py::dict(
-      py::arg("fp32") = static_cast<int>(fl::Operands::kFloat32),
-      py::arg("bf16") = static_cast<int>(fl::Operands::kBFloat16),
-      py::arg("tf32") = static_cast<int>(fl::Operands::kBFloat16x3),
-      py::arg("bf16x6") = static_cast<int>(fl::Operands::kBFloat16x6));
-  module.attr("LAYERS") = py::dict(
-      py::arg("conv") = static_cast<int>(fl::LayerKind::kConv),
-      py::arg("pointwise") = static_cast<int>(fl::LayerKind::kPointwise),
-      py::arg("multiply") = static_cast<int>(fl::LayerKind::kMultiply),
-      py::arg("mix") = static_cast<int>(fl::LayerKind::kMix),
-      py::arg("max_pool") = static_cast<int>(fl::LayerKind::kMaxPool),
-      py::arg("logsumexp") = static_cast<int>(fl::LayerKind::kLogSumExp),
-      py::arg("norm") = static_cast<int>(fl::LayerKind::kNorm),
-      py::arg("transposed") = static_cast<int>(fl::LayerKind::kTransposed),
-      py::arg("constant") = static_cast<int>(fl::LayerKind::kConstant));
+  module.attr("DTYPES") = py::dict(py::arg("float32") = static_cast<int>(fl::Dtype::kFloat32),
+                                   py::arg("bfloat16") = static_cast<int>(fl::Dtype::kBFloat16),
+                                   py::arg("float16") = static_cast<int>(fl::Dtype::kFloat16));
+  module.attr("ACTIVATIONS") =
+      py::dict(py::arg("identity") = static_cast<int>(fl::Activation::kIdentity),
+               py::arg("leaky_relu") = static_cast<int>(fl::Activation::kLeakyReLU),
+               py::arg("silu") = static_cast<int>(fl::Activation::kSiLU),
+               py::arg("sigmoid") = static_cast<int>(fl::Activation::kSigmoid),
+               py::arg("softplus") = static_cast<int>(fl::Activation::kSoftplus),
+               py::arg("elu") = static_cast<int>(fl::Activation::kELU),
+               py::arg("tanh") = static_cast<int>(fl::Activation::kTanh),
+               py::arg("gelu") = static_cast<int>(fl::Activation::kGELU),
+               py::arg("gelu_tanh") = static_cast<int>(fl::Activation::kGELUTanh));
+  module.attr("OPERANDS") =
+      py::dict(py::arg("fp32") = static_cast<int>(fl::Operands::kFloat32),
+               py::arg("bf16") = static_cast<int>(fl::Operands::kBFloat16),
+               py::arg("tf32") = static_cast<int>(fl::Operands::kBFloat16x3),
+               py::arg("bf16x6") = static_cast<int>(fl::Operands::kBFloat16x6));
+  module.attr("LAYERS") =
+      py::dict(py::arg("conv") = static_cast<int>(fl::LayerKind::kConv),
+               py::arg("pointwise") = static_cast<int>(fl::LayerKind::kPointwise),
+               py::arg("multiply") = static_cast<int>(fl::LayerKind::kMultiply),
+               py::arg("mix") = static_cast<int>(fl::LayerKind::kMix),
+               py::arg("max_pool") = static_cast<int>(fl::LayerKind::kMaxPool),
+               py::arg("logsumexp") = static_cast<int>(fl::LayerKind::kLogSumExp),
+               py::arg("norm") = static_cast<int>(fl::LayerKind::kNorm),
+               py::arg("transposed") = static_cast<int>(fl::LayerKind::kTransposed),
+               py::arg("constant") = static_cast<int>(fl::LayerKind::kConstant));
   module.def("langevin_step", &fl::langevin_step, py::arg("shape"), py::arg("x"), py::arg("grad"),
              py::arg("noise"), py::arg("step_size"), py::arg("noise_std"), py::arg("maximize"),
              py::arg("grad_clip"), py::arg("lo"), py::arg("hi"), py::arg("noise_last"),
@@ -351,10 +375,9 @@ PYBIND11_MODULE(_native, module) {
       .def_readonly("constant_values", &fl::ConvNet::constants)
       .def_property_readonly("constants", &fl::constant_places)
       .def_property_readonly("tiled_passes", &fl::tiled_passes)
-      .def_property_readonly("instruction_set",
-                             [](const fl::ConvNet& net) {
-                               return fl::cpu::instruction_set(*net.kernels);
-                             })
+      .def_property_readonly(
+          "instruction_set",
+          [](const fl::ConvNet& net) { return fl::cpu::instruction_set(*net.kernels); })
       .def_property_readonly("by_matrix_unit",
                              [](const fl::ConvNet& net) { return net.kernels->tiles; })
       .def_property_readonly("cycles", &fl::cpu::product_cycles)
@@ -377,7 +400,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
   module.def("matrix_unit", [] { return fl::cpu::conv_kernels(fl::Operands::kBFloat16).tiles; });
   module.def("why_no_amx", [] {
-    fl::cpu::conv_kernels(fl::Operands::kBFloat16);  // changes the instruction set if the system refuses tiles
+    fl::cpu::conv_kernels(
+        fl::Operands::kBFloat16);  // changes the instruction set if the system refuses tiles
     const char* reason = fl::cpu::why_no_tiles();
     return std::string(reason ? reason : "");
   });

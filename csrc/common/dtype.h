@@ -81,9 +81,12 @@ struct DtypeConstant {
 template <class F>
 inline void with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::kFloat32: return f(DtypeConstant<Dtype::kFloat32>{});
-    case Dtype::kBFloat16: return f(DtypeConstant<Dtype::kBFloat16>{});
-    case Dtype::kFloat16: return f(DtypeConstant<Dtype::kFloat16>{});
+    case Dtype::kFloat32:
+      return f(DtypeConstant<Dtype::kFloat32>{});
+    case Dtype::kBFloat16:
+      return f(DtypeConstant<Dtype::kBFloat16>{});
+    case Dtype::kFloat16:
+      return f(DtypeConstant<Dtype::kFloat16>{});
   }
 }
 

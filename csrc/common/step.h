@@ -27,21 +27,21 @@ struct Operand {
 };
 
 struct Step {
-  int dims = 1;                        // shape[0] counts chains
-  int64_t shape[kMaxDims] = {};        // the shape of every operand
-  int64_t positions[kMaxDims] = {};    // strides of an element's index within its chain
-  Operand x, grad, noise;              // x is read and written
+  int dims = 1;                      // shape[0] counts chains
+  int64_t shape[kMaxDims] = {};      // the shape of every operand
+  int64_t positions[kMaxDims] = {};  // strides of an element's index within its chain
+  Operand x, grad, noise;            // x is read and written
 
-  float scale = 0;                     // s a
-  float noise_std = 0;                 // b
-  const float* scales = nullptr;       // per chain: a, to be multiplied by `scale` = s
-  const float* noise_stds = nullptr;   // per chain: b
+  float scale = 0;                    // s a
+  float noise_std = 0;                // b
+  const float* scales = nullptr;      // per chain: a, to be multiplied by `scale` = s
+  const float* noise_stds = nullptr;  // per chain: b
   int64_t scales_stride = 1, noise_stds_stride = 1;
-  float clip = __builtin_inff();       // infinite bounds have no effect and no cost
+  float clip = __builtin_inff();  // infinite bounds have no effect and no cost
   float lo = -__builtin_inff(), hi = __builtin_inff();
   bool noise_last = false;
 
-  bool draw = false;                   // whether to draw z, at the following address
+  bool draw = false;  // whether to draw z, at the following address
   uint64_t seed = 0;
   uint32_t step = 0, first_chain = 0;
   const int64_t* rng_state = nullptr;  // CUDA: {seed, first step} in device memory; the kernel

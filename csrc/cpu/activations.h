@@ -158,16 +158,24 @@ struct GELUTanh {
 template <class F>
 void with_activation(Activation activation, const float* settings, const F& f) {
   switch (activation) {
-    case Activation::kIdentity: return f(Identity{});
+    case Activation::kIdentity:
+      return f(Identity{});
     case Activation::kLeakyReLU:
       return settings[0] == 0.0f ? f(ReLU{}) : f(LeakyReLU{settings[0]});
-    case Activation::kSiLU: return f(SiLU{settings[0]});
-    case Activation::kSigmoid: return f(Sigmoid{});
-    case Activation::kSoftplus: return f(Softplus{settings[0], settings[1]});
-    case Activation::kELU: return f(ELU{settings[0]});
-    case Activation::kTanh: return f(Tanh{});
-    case Activation::kGELU: return f(GELU{});
-    case Activation::kGELUTanh: return f(GELUTanh{});
+    case Activation::kSiLU:
+      return f(SiLU{settings[0]});
+    case Activation::kSigmoid:
+      return f(Sigmoid{});
+    case Activation::kSoftplus:
+      return f(Softplus{settings[0], settings[1]});
+    case Activation::kELU:
+      return f(ELU{settings[0]});
+    case Activation::kTanh:
+      return f(Tanh{});
+    case Activation::kGELU:
+      return f(GELU{});
+    case Activation::kGELUTanh:
+      return f(GELUTanh{});
   }
 }
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/winograd_plan.h"
 #include "common/step.h"
+#include "cpu/winograd_plan.h"
 
 namespace fastlangevin {
 namespace cpu {
@@ -172,8 +172,10 @@ void pack_weights(const ConvNet& net, const std::vector<LayerWeights>& weights, 
     const auto fill = [&](int64_t begin, const float* from, float constant) {
       float* to = packed + begin;
       std::fill_n(to, (layer.out + lanes - 1) / lanes * lanes, 0.0f);
-      if (from) std::copy_n(from, layer.out, to);
-      else std::fill_n(to, layer.out, constant);
+      if (from)
+        std::copy_n(from, layer.out, to);
+      else
+        std::fill_n(to, layer.out, constant);
     };
     if (layer.kind == LayerKind::kConv) {
       pack_conv(net, k, weights[k].weights, threads, packed);
@@ -195,8 +197,9 @@ void pack_convolution(const Convolution& conv, const float* weights, float* pack
     if (conv.gradient) {
       pack_any(*conv.kernels, false, pass, threads, at, packed);
     } else {
-      pack_any(*conv.kernels, false, pass, threads,
-               [&](int64_t i, int64_t o) { return at(o, i); }, packed);
+      pack_any(
+          *conv.kernels, false, pass, threads, [&](int64_t i, int64_t o) { return at(o, i); },
+          packed);
     }
   }
 }

@@ -33,8 +33,7 @@ struct Chunk : ChunkLayers<N> {
 
   // What the passes of a convolution read.
   auto source(const Type* from, const ConvBuffer& in, const ConvBuffer& out) const {
-    return prepare(Ends<N>{from, in.chain, out.chain}, batch.chunk * in.size, net.planes,
-                   tiles());
+    return prepare(Ends<N>{from, in.chain, out.chain}, batch.chunk * in.size, net.planes, tiles());
   }
 
   void read(int64_t first) const {
@@ -55,8 +54,8 @@ struct Chunk : ChunkLayers<N> {
       if (net.layers[k].kind != LayerKind::kConstant) continue;
       const ConvBuffer& buffer = net.buffers[k + 1];
       each_pixel(buffer, [&](int64_t n, int64_t y, int64_t x) {
-        const float* from = batch.constants + (first + n) * batch.constants_stride + net.plans[k].numbers +
-                            (y * buffer.width + x) * buffer.stored;
+        const float* from = batch.constants + (first + n) * batch.constants_stride +
+                            net.plans[k].numbers + (y * buffer.width + x) * buffer.stored;
         Type* to = values(k + 1) + n * buffer.chain + buffer.at(y, x);
         for (int c = 0; c < buffer.channels; c += kLanes) N::store(to + c, Vector::load(from + c));
       });
@@ -89,7 +88,8 @@ struct Chunk : ChunkLayers<N> {
     const ConvBuffer &in = net.buffers[layer.inputs[0]], &out = net.buffers[k + 1];
     const Type* from = values(layer.inputs[0]);
     switch (layer.kind) {
-      case LayerKind::kConstant: return;
+      case LayerKind::kConstant:
+        return;
       case LayerKind::kConv:
       case LayerKind::kTransposed: {
         const auto read = source(from, in, out);
@@ -98,22 +98,27 @@ struct Chunk : ChunkLayers<N> {
         }
         return;
       }
-      case LayerKind::kMix: return this->mix(plan.mix, from, in, out, finish);
-      case LayerKind::kMaxPool: return this->greatest(k, finish);
-      case LayerKind::kLogSumExp: return this->log_sum_exp(k, finish);
-      case LayerKind::kNorm: return this->normalise(k, finish);
+      case LayerKind::kMix:
+        return this->mix(plan.mix, from, in, out, finish);
+      case LayerKind::kMaxPool:
+        return this->greatest(k, finish);
+      case LayerKind::kLogSumExp:
+        return this->log_sum_exp(k, finish);
+      case LayerKind::kNorm:
+        return this->normalise(k, finish);
       case LayerKind::kMultiply:
-        return this->pairs(from, in, values(layer.inputs[1]), net.buffers[layer.inputs[1]], out, finish,
-                     [](int, Float a, Float b) { return a * b; });
+        return this->pairs(from, in, values(layer.inputs[1]), net.buffers[layer.inputs[1]], out,
+                           finish, [](int, Float a, Float b) { return a * b; });
       case LayerKind::kPointwise: {
         const float* factors = batch.packed + plan.factors;
         const auto factor = [=](int c) { return Vector::load(factors + c); };
         if (layer.inputs[1] < 0) {
           return this->pairs(from, in, from, in, out, finish,
-                       [=](int c, Float a, Float) { return a * factor(c); });
+                             [=](int c, Float a, Float) { return a * factor(c); });
         }
-        return this->pairs(from, in, values(layer.inputs[1]), net.buffers[layer.inputs[1]], out, finish,
-                     [=](int c, Float a, Float b) { return a * factor(c) + b * layer.factors[1]; });
+        return this->pairs(
+            from, in, values(layer.inputs[1]), net.buffers[layer.inputs[1]], out, finish,
+            [=](int c, Float a, Float b) { return a * factor(c) + b * layer.factors[1]; });
       }
     }
   }
@@ -189,7 +194,8 @@ struct Chunk : ChunkLayers<N> {
     const ConvBuffer &in = net.buffers[layer.inputs[i]], &out = net.buffers[k + 1];
     const Type* grad = grads(k + 1);
     switch (layer.kind) {
-      case LayerKind::kConstant: return;
+      case LayerKind::kConstant:
+        return;
       case LayerKind::kConv:
       case LayerKind::kTransposed: {
         const auto from = source(grad, out, in);
@@ -198,24 +204,27 @@ struct Chunk : ChunkLayers<N> {
         }
         return;
       }
-      case LayerKind::kMix: return this->mix(plan.mix_back, grad, out, in, finish);
-      case LayerKind::kMaxPool: return this->choose(k, finish);
-      case LayerKind::kLogSumExp: return this->softmax(k, finish);
-      case LayerKind::kNorm: return this->normalise_back(k, finish);
+      case LayerKind::kMix:
+        return this->mix(plan.mix_back, grad, out, in, finish);
+      case LayerKind::kMaxPool:
+        return this->choose(k, finish);
+      case LayerKind::kLogSumExp:
+        return this->softmax(k, finish);
+      case LayerKind::kNorm:
+        return this->normalise_back(k, finish);
       case LayerKind::kMultiply: {
         const int other = layer.inputs[1 - i];
         return this->pairs(grad, out, values(other), net.buffers[other], in, finish,
-                     [](int, Float g, Float b) { return g * b; });
+                           [](int, Float g, Float b) { return g * b; });
       }
       case LayerKind::kPointwise: {
         const float* factors = batch.packed + plan.factors;
         if (i == 0) {
-          return this->pairs(grad, out, grad, out, in, finish, [=](int c, Float g, Float) {
-            return g * Vector::load(factors + c);
-          });
+          return this->pairs(grad, out, grad, out, in, finish,
+                             [=](int c, Float g, Float) { return g * Vector::load(factors + c); });
         }
         return this->pairs(grad, out, grad, out, in, finish,
-                     [&](int, Float g, Float) { return g * layer.factors[1]; });
+                           [&](int, Float g, Float) { return g * layer.factors[1]; });
       }
     }
   }
@@ -350,13 +359,19 @@ void convolve(const Convolution& conv, const ConvolutionBatch& batch, int64_t fi
 namespace cpu {
 #ifdef FASTLANGEVIN_TILES
 const ConvKernels FASTLANGEVIN_CONV_KERNELS = {
-    FASTLANGEVIN_ISA::kColumns, 2, true, FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::TiledFloat32>,
-    FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::TiledBFloat16>, nullptr};
+    FASTLANGEVIN_ISA::kColumns,
+    2,
+    true,
+    FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::TiledFloat32>,
+    FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::TiledBFloat16>,
+    nullptr};
 #else
-const ConvKernels FASTLANGEVIN_CONV_KERNELS = {
-    FASTLANGEVIN_ISA::kLanes, FASTLANGEVIN_ISA::kVectors, false,
-    FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::Float32>,
-    FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::BFloat16>, FASTLANGEVIN_ISA::convolve};
+const ConvKernels FASTLANGEVIN_CONV_KERNELS = {FASTLANGEVIN_ISA::kLanes,
+                                               FASTLANGEVIN_ISA::kVectors,
+                                               false,
+                                               FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::Float32>,
+                                               FASTLANGEVIN_ISA::score<FASTLANGEVIN_ISA::BFloat16>,
+                                               FASTLANGEVIN_ISA::convolve};
 #endif
 }  // namespace cpu
 }  // namespace fastlangevin

@@ -151,10 +151,16 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
   if (!kernels.tiles && operands != Operands::kBFloat16) operands = Operands::kFloat32;
   const int64_t planes = operands == Operands::kBFloat16x6   ? 3
                          : operands == Operands::kBFloat16x3 ? 2
-                                                              : 1;
+                                                             : 1;
   const int lanes = kernels.lanes, step = step_of(operands);
-  ConvNet net{&kernels, operands, chunk, planes, std::move(layers), {{height, width, channels}},
-              std::vector<LayerPlan>(), {}};
+  ConvNet net{&kernels,
+              operands,
+              chunk,
+              planes,
+              std::move(layers),
+              {{height, width, channels}},
+              std::vector<LayerPlan>(),
+              {}};
   net.plans.resize(net.layers.size());
   for (const ConvLayer& layer : net.layers) {
     net.buffers.push_back({layer.height, layer.width, layer.out});

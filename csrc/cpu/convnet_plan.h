@@ -23,19 +23,27 @@ struct ConvKernels;
 }
 
 enum class Activation : int32_t {
-  kIdentity, kLeakyReLU, kSiLU, kSigmoid, kSoftplus, kELU, kTanh, kGELU, kGELUTanh
+  kIdentity,
+  kLeakyReLU,
+  kSiLU,
+  kSigmoid,
+  kSoftplus,
+  kELU,
+  kTanh,
+  kGELU,
+  kGELUTanh
 };
 
 enum class LayerKind : int32_t {
-  kConv,       // products with weights [out, in, kernel]
-  kPointwise,  // weights[channel] a + factor b, for inputs a and b (or a alone)
-  kMultiply,   // a b
-  kMix,        // every pixel is a sum of factors times input pixels, for each channel alone
-  kMaxPool,    // every pixel is the greatest of some input pixels, for each channel alone
-  kLogSumExp,  // of all channels and pixels
-  kNorm,       // weights[channel] (a - mean) / sqrt(variance + factor), over groups of channels
+  kConv,        // products with weights [out, in, kernel]
+  kPointwise,   // weights[channel] a + factor b, for inputs a and b (or a alone)
+  kMultiply,    // a b
+  kMix,         // every pixel is a sum of factors times input pixels, for each channel alone
+  kMaxPool,     // every pixel is the greatest of some input pixels, for each channel alone
+  kLogSumExp,   // of all channels and pixels
+  kNorm,        // weights[channel] (a - mean) / sqrt(variance + factor), over groups of channels
   kTransposed,  // the input gradient of a convolution with weights [in, out, kernel]
-  kConstant,   // numbers of each chain that the caller passes; it reads no value
+  kConstant,    // numbers of each chain that the caller passes; it reads no value
 };
 
 // One input pixel of an output pixel, for kMix and kMaxPool. Pixels are numbered y * width + x. The
@@ -54,9 +62,9 @@ struct ConvLayer {
   int32_t height, width;  // of the output
   Activation activation;
   int32_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
-  float factors[2] = {1, 1};        // of a, if it has no weights, and of b; eps of kNorm is the first
-  int32_t groups = 1;               // of kNorm
-  std::vector<PixelLink> links{};   // in the order of output pixels
+  float factors[2] = {1, 1};  // of a, if it has no weights, and of b; eps of kNorm is the first
+  int32_t groups = 1;         // of kNorm
+  std::vector<PixelLink> links{};  // in the order of output pixels
 };
 
 // Where a thread stores a value, for each chain of its chunk. Addresses count elements from the
@@ -68,9 +76,9 @@ struct ConvBuffer {
   int64_t pixel = 0, row = 0, chain = 0;             // strides
   int64_t size = 0;                                  // of the memory for each chain
   int64_t values = 0;
-  int64_t grads = 0;    // the gradient before the activation; may take the place of the values
-  int64_t slopes = -1;  // the derivatives of a smooth activation
-  int64_t choices = -1;  // the positions that a maximum was found at
+  int64_t grads = 0;        // the gradient before the activation; may take the place of the values
+  int64_t slopes = -1;      // the derivatives of a smooth activation
+  int64_t choices = -1;     // the positions that a maximum was found at
   int64_t statistics = -1;  // of kNorm, in float32: the mean and scale of every channel
 
   int64_t at(int64_t y, int64_t x) const { return (y + top) * row + (x + left) * pixel; }
@@ -86,19 +94,17 @@ struct ConvBuffer {
 struct WinogradTiles {
   static constexpr int kMost = 96;  // tiles that are multiplied together, with 4 outputs each
   int32_t outputs[2] = {1, 1}, taps[2] = {1, 1};  // n and r of each axis
-  int32_t step[2] = {0, 0};        // strides between the inputs of a phase
-  std::vector<int32_t> from{};     // where the inputs of every tile begin
-  std::vector<int32_t> to{};       // the outputs of every tile; -1 is outside of the image
-  std::vector<int32_t> phases{};   // where the inputs of each phase begin, from those of the tile
-  std::vector<int32_t> rows{};     // the kernel's positions [phase][taps[0]][taps[1]]
-  int64_t row = 0;                 // numbers of a tile's transformed input, for each product
-  int64_t block = 0;               // tiles that are multiplied together
-  double saving = 0;               // the part of the time of direct products that it takes less
+  int32_t step[2] = {0, 0};                       // strides between the inputs of a phase
+  std::vector<int32_t> from{};                    // where the inputs of every tile begin
+  std::vector<int32_t> to{};      // the outputs of every tile; -1 is outside of the image
+  std::vector<int32_t> phases{};  // where the inputs of each phase begin, from those of the tile
+  std::vector<int32_t> rows{};    // the kernel's positions [phase][taps[0]][taps[1]]
+  int64_t row = 0;                // numbers of a tile's transformed input, for each product
+  int64_t block = 0;              // tiles that are multiplied together
+  double saving = 0;              // the part of the time of direct products that it takes less
 
   bool used() const { return !from.empty(); }
-  int products() const {
-    return (outputs[0] + taps[0] - 1) * (outputs[1] + taps[1] - 1);
-  }
+  int products() const { return (outputs[0] + taps[0] - 1) * (outputs[1] + taps[1] - 1); }
 };
 
 // A pass by tiles of a matrix unit (cpu/tiles.h). The rows of a tile are output pixels of some
@@ -120,16 +126,16 @@ struct MatrixTiles {
 constexpr int64_t plane_products(int64_t planes) { return planes * (planes + 1) / 2; }
 
 struct ConvPass {
-  int64_t in, out;               // channels
+  int64_t in, out;                    // channels
   std::vector<int32_t> from{}, to{};  // where every pixel of a chain reads and where it writes
   std::vector<int32_t> y{}, x{};      // of an input gradient: the pixel that it writes
   std::vector<int32_t> taps{};
-  std::vector<int32_t> rows{};    // the kernel's positions ky * kw + kx, in order
-  int64_t steps = 0;              // words to multiply from each tap on: those of its channels, and
-                                  // of further positions that are adjacent in memory
-  int64_t weights = 0;            // where the packed weights begin, in words
-  WinogradTiles tiles{};          // if they are used, taps, rows and steps are not
-  MatrixTiles matrix{};           // of kernels for a matrix unit
+  std::vector<int32_t> rows{};  // the kernel's positions ky * kw + kx, in order
+  int64_t steps = 0;            // words to multiply from each tap on: those of its channels, and
+                                // of further positions that are adjacent in memory
+  int64_t weights = 0;          // where the packed weights begin, in words
+  WinogradTiles tiles{};        // if they are used, taps, rows and steps are not
+  MatrixTiles matrix{};         // of kernels for a matrix unit
 };
 
 // An input gradient with so few channels that vectors of them would consist mostly of padding. The
@@ -184,19 +190,19 @@ enum class Operands : int32_t {
 struct ConvNet {
   const cpu::ConvKernels* kernels;  // the kernels that the plan is for
   Operands operands;
-  int64_t chunk;                    // the chains of a chunk, which a layout for tiles depends on
-  int64_t planes;                   // bfloat16 numbers that tiles split a number into
+  int64_t chunk;   // the chains of a chunk, which a layout for tiles depends on
+  int64_t planes;  // bfloat16 numbers that tiles split a number into
   std::vector<ConvLayer> layers;
   std::vector<ConvBuffer> buffers;  // of the state and of every layer's output
   std::vector<LayerPlan> plans;     // of every layer
   std::vector<ConvHead> heads;
-  bool direct = false;              // only the first layer reads the state, and it is a convolution
-  ConvSpread spread{};              // of the first layer, whose passes then only collect
-  int64_t packed = 0;               // size of all packed weights in 32-bit words
-  int64_t head_values = 0;          // size of the weights of all heads
-  int64_t constants = 0;            // how many numbers a chain has in all layers of kConstant
-  int64_t workspace = 0;            // bytes of a thread's workspace for each of its chains
-  int64_t scratch = 0;              // further bytes of a thread's workspace, after its chains
+  bool direct = false;      // only the first layer reads the state, and it is a convolution
+  ConvSpread spread{};      // of the first layer, whose passes then only collect
+  int64_t packed = 0;       // size of all packed weights in 32-bit words
+  int64_t head_values = 0;  // size of the weights of all heads
+  int64_t constants = 0;    // how many numbers a chain has in all layers of kConstant
+  int64_t workspace = 0;    // bytes of a thread's workspace for each of its chains
+  int64_t scratch = 0;      // further bytes of a thread's workspace, after its chains
 };
 
 // One convolution of images in memory [n, height, width, channels] or, if it is a `gradient`, the
@@ -207,9 +213,9 @@ struct Convolution {
   bool gradient;
   ConvBuffer read{}, written{};  // what is read is copied into a frame
   std::vector<ConvPass> passes{};
-  int64_t packed = 0;            // size of the packed weights in words
-  int64_t scratch = 0;           // numbers of a thread, after the frames of its chains
-  double saving = 0;             // the part of the time of direct products that tiles take less
+  int64_t packed = 0;   // size of the packed weights in words
+  int64_t scratch = 0;  // numbers of a thread, after the frames of its chains
+  double saving = 0;    // the part of the time of direct products that tiles take less
 };
 
 // The operands of one convolution: result = f(sums + bias), where f(z) is z, or leak z below 0.

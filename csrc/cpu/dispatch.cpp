@@ -33,8 +33,8 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 // From best to worst.
 const InstructionSet kInstructionSets[] = {
 #ifdef FASTLANGEVIN_AMX
-    {"amx", &kAvx512, &kConvAvx512Bf16, &kConvAmx,
-     [] { return has_avx512_bf16() && has_tiles(); }, true},
+    {"amx", &kAvx512, &kConvAvx512Bf16, &kConvAmx, [] { return has_avx512_bf16() && has_tiles(); },
+     true},
 #endif
 #ifdef FASTLANGEVIN_AVX512_BF16
     {"avx512_bf16", &kAvx512, &kConvAvx512Bf16, &kConvAvx512Bf16, has_avx512_bf16},

@@ -255,7 +255,8 @@ struct ChunkLayers {
   Normal normal(size_t k, int64_t n) const {
     const int v = net.layers[k].inputs[0];
     const int64_t padded = (net.layers[k].out + kLanes - 1) / kLanes * kLanes;
-    float* statistics = reinterpret_cast<float*>(at(net.buffers[k + 1].statistics)) + n * 2 * padded;
+    float* statistics =
+        reinterpret_cast<float*>(at(net.buffers[k + 1].statistics)) + n * 2 * padded;
     return {net.buffers[v], values(v) + n * net.buffers[v].chain, statistics, statistics + padded};
   }
 
@@ -265,13 +266,17 @@ struct ChunkLayers {
     const float* weights = batch.packed + net.plans[k].factors;
     for (int64_t n = 0; n < chains; ++n) {
       const Normal at = normal(k, n);
-      group_means<1>(k, {at.means}, [&](int y, int x, int c, Float (&terms)[1]) {
-        terms[0] = at.value(y, x, c);
-      }, [](float mean) { return mean; });
-      group_means<1>(k, {at.scales}, [&](int y, int x, int c, Float (&terms)[1]) {
-        const Float difference = at.centred(y, x, c);
-        terms[0] = difference * difference;
-      }, [=](float variance) { return 1.0f / std::sqrt(variance + eps); });
+      group_means<1>(
+          k, {at.means},
+          [&](int y, int x, int c, Float(&terms)[1]) { terms[0] = at.value(y, x, c); },
+          [](float mean) { return mean; });
+      group_means<1>(
+          k, {at.scales},
+          [&](int y, int x, int c, Float(&terms)[1]) {
+            const Float difference = at.centred(y, x, c);
+            terms[0] = difference * difference;
+          },
+          [=](float variance) { return 1.0f / std::sqrt(variance + eps); });
       for (int y = 0; y < out.height; ++y) {
         for (int x = 0; x < out.width; ++x) {
           finish_pixel(n * out.chain + out.at(y, x), out.channels, finish, [&](int c) {
@@ -294,10 +299,13 @@ struct ChunkLayers {
       const auto grad = [&](int y, int x, int c) {
         return N::load(from + out.at(y, x) + c) * Vector::load(weights + c);
       };
-      group_means<2>(k, {grads_mean, slopes}, [&](int y, int x, int c, Float (&terms)[2]) {
-        terms[0] = grad(y, x, c);
-        terms[1] = terms[0] * at(y, x, c);
-      }, [](float mean) { return mean; });
+      group_means<2>(
+          k, {grads_mean, slopes},
+          [&](int y, int x, int c, Float(&terms)[2]) {
+            terms[0] = grad(y, x, c);
+            terms[1] = terms[0] * at(y, x, c);
+          },
+          [](float mean) { return mean; });
       for (int y = 0; y < in.height; ++y) {
         for (int x = 0; x < in.width; ++x) {
           finish_pixel(n * in.chain + in.at(y, x), in.channels, finish, [&](int c) {

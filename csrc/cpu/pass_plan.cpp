@@ -58,8 +58,8 @@ void widen_frames(const ConvLayer& layer, ConvBuffer& in, ConvBuffer& out) {
     const int tiled_results = covered(results, phase_taps(layer, axis));
     const int last = first_read(layer, axis, tiled_results - 1) +
                      layer.dilation[axis] * (layer.kernel[axis] - 1);
-    widen(axis ? in.left : in.top, axis ? in.right : in.bottom, inputs,
-          first_read(layer, axis, 0), last);
+    widen(axis ? in.left : in.top, axis ? in.right : in.bottom, inputs, first_read(layer, axis, 0),
+          last);
     if (one_output(layer)) continue;
     for (int residue = 0; residue < std::min(layer.stride[axis], inputs); ++residue) {
       const std::vector<Reach> all = reaches(layer, axis, residue);
@@ -88,9 +88,11 @@ ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBu
     }
   }
   if (lanes > 0) {
-    plan_tiles({{out.height, out.width}, {phase_taps(layer, 0), phase_taps(layer, 1)},
+    plan_tiles({{out.height, out.width},
+                {phase_taps(layer, 0), phase_taps(layer, 1)},
                 {layer.stride[0], layer.stride[1]},
-                {static_cast<int32_t>(in.row), static_cast<int32_t>(in.pixel)}}, lanes, pass);
+                {static_cast<int32_t>(in.row), static_cast<int32_t>(in.pixel)}},
+               lanes, pass);
   }
   return pass;
 }
@@ -109,8 +111,8 @@ std::vector<ConvPass> plan_scatter(const ConvLayer& layer, const ConvBuffer& in,
       pass.to = {static_cast<int32_t>(in.at(y, x))};
       pass.y = {y}, pass.x = {x};
       const int ky = down / layer.dilation[0], kx = along / layer.dilation[1];
-      if (down % layer.dilation[0] == 0 && along % layer.dilation[1] == 0 &&
-          ky < layer.kernel[0] && kx < layer.kernel[1]) {
+      if (down % layer.dilation[0] == 0 && along % layer.dilation[1] == 0 && ky < layer.kernel[0] &&
+          kx < layer.kernel[1]) {
         pass.taps = {0};
         pass.rows = {ky * layer.kernel[1] + kx};
       }
@@ -147,7 +149,8 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
         plan_tiles({{(in.height - 1 - ry) / layer.stride[0] + 1,
                      (in.width - 1 - rx) / layer.stride[1] + 1},
                     {static_cast<int32_t>(downs.size()), static_cast<int32_t>(alongs.size())},
-                    {1, 1}, {static_cast<int32_t>(out.row), static_cast<int32_t>(out.pixel)}},
+                    {1, 1},
+                    {static_cast<int32_t>(out.row), static_cast<int32_t>(out.pixel)}},
                    lanes, pass);
       }
       passes.push_back(std::move(pass));
@@ -180,8 +183,8 @@ void plan_spread(const ConvLayer& layer, const ConvBuffer& out, int lanes,
   const int64_t pixel = round_up(positions * layer.in + 3, lanes);  // read four at a time
   int64_t multiplied = 0;
   for (const ConvPass& pass : passes) {
-    multiplied += static_cast<int64_t>(pass.to.size() * pass.rows.size()) *
-                  round_up(layer.in, lanes);
+    multiplied +=
+        static_cast<int64_t>(pass.to.size() * pass.rows.size()) * round_up(layer.in, lanes);
   }
   if (out.height * out.width * pixel >= multiplied) return;
   spread.pixel = pixel;

@@ -96,8 +96,7 @@ FASTLANGEVIN_AVX2 void apply_avx2(typename Storage<kDtype>::Type* grad, int64_t 
 }
 
 bool has_avx2() {
-  static const bool has =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") != 0;
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") != 0;
   return has;
 }
 
@@ -159,9 +158,8 @@ void pack_signs(const void* values, Dtype dtype, int64_t count, bool unordered, 
 
 void apply_signs(void* grad, Dtype dtype, int64_t count, const uint8_t* bits, float slope,
                  int threads) {
-  with_dtype(dtype, [&](auto known) {
-    apply<decltype(known)::value>(grad, count, bits, slope, threads);
-  });
+  with_dtype(dtype,
+             [&](auto known) { apply<decltype(known)::value>(grad, count, bits, slope, threads); });
 }
 
 }  // namespace cpu

@@ -100,7 +100,9 @@ struct Pack {
 
   static FASTLANGEVIN_INLINE V part(const Pack& pack, int k) { return pack.v[k]; }
   template <class B>
-  static FASTLANGEVIN_INLINE B part(B number, int) { return number; }
+  static FASTLANGEVIN_INLINE B part(B number, int) {
+    return number;
+  }
 
   template <class B>
   friend FASTLANGEVIN_INLINE Pack operator+(Pack a, const B& b) {

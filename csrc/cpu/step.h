@@ -11,7 +11,7 @@ namespace cpu {
 // How a step is divided into tiles of tile[0] x tile[1] along two of its dimensions. The tiles are
 // so small that the buffers of one (4 x 8 KiB) stay in the first-level cache.
 struct Tiling {
-  int dims[2];        // the outer one is 0 for chains or -1 for none
+  int dims[2];  // the outer one is 0 for chains or -1 for none
   int64_t tile[2];
   int64_t counts[2];  // the number of tiles along them
   int64_t total;      // the number of tiles over all dimensions

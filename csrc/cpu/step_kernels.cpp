@@ -111,8 +111,8 @@ void update(float* x, const float* g, const float* z, float a, float b, const Bo
   for (; k + kLanes <= count; k += kLanes) {
     const Float vg = kGrad ? Vector::load(g + k) : none;
     const Float vz = kNoise ? Vector::load(z + k) : none;
-    Vector::store(x + k, langevin<Vector, kGrad, kNoise, kNoiseLast>(Vector::load(x + k), vg, vz, va,
-                                                                     vb, bounds));
+    Vector::store(x + k, langevin<Vector, kGrad, kNoise, kNoiseLast>(Vector::load(x + k), vg, vz,
+                                                                     va, vb, bounds));
   }
   for (; k < count; ++k) {
     x[k] = langevin<Scalar, kGrad, kNoise, kNoiseLast>(x[k], kGrad ? g[k] : 0.0f,
@@ -123,7 +123,7 @@ void update(float* x, const float* g, const float* z, float a, float b, const Bo
 void step_tiles(const Step& step, const Tiling& tiling, int64_t first, int64_t last) {
   Buffers buffers;
   const Bounds bounds(step);
-  const Noise noise{step.seed, step.step,     kLangevin,     step.first_chain,
+  const Noise noise{step.seed,     step.step,     kLangevin,      step.first_chain,
                     Fill::kNormal, step.shape[0], step.elements()};
   const Keys keys(noise.seed);
   with_form(step, [&](auto grad, auto noisy, auto noise_last) {
@@ -143,7 +143,8 @@ void step_tiles(const Step& step, const Tiling& tiling, int64_t first, int64_t l
             step.scales ? step.scale * step.scales[chain * step.scales_stride] : step.scale;
         const float b =
             step.noise_stds ? step.noise_stds[chain * step.noise_stds_stride] : step.noise_std;
-        update<kGrad, kNoise, decltype(noise_last)::value>(x + at, g + at, z + at, a, b, bounds, count);
+        update<kGrad, kNoise, decltype(noise_last)::value>(x + at, g + at, z + at, a, b, bounds,
+                                                           count);
       }
       if (x == buffers.x) put(step.x, step, tiling, place, x);
     }
@@ -176,7 +177,6 @@ void noise_rows(const Noise& noise, float* out, int64_t first, int64_t last) {
 }  // namespace FASTLANGEVIN_ISA
 
 namespace cpu {
-const Kernels FASTLANGEVIN_KERNELS = {FASTLANGEVIN_ISA::step_tiles,
-                                             FASTLANGEVIN_ISA::noise_rows};
+const Kernels FASTLANGEVIN_KERNELS = {FASTLANGEVIN_ISA::step_tiles, FASTLANGEVIN_ISA::noise_rows};
 }  // namespace cpu
 }  // namespace fastlangevin

@@ -9,7 +9,7 @@ namespace fastlangevin {
 namespace cpu {
 namespace {
 
-constexpr int64_t kLine = 64 / sizeof(uint16_t);  // numbers in a cache line
+constexpr int64_t kLine = 64 / sizeof(uint16_t);                 // numbers in a cache line
 constexpr int64_t kPairs = kTileBytes / (2 * sizeof(uint16_t));  // in a row of a tile
 constexpr int64_t kColumns = kTileBytes / sizeof(float);         // of sums
 

@@ -59,10 +59,10 @@ constexpr int kTileGroup = 8, kTileParts = 8, kCachedPlanes = 16;
 template <int kSplit, int kProduct = kMostProducts - plane_products(kSplit), class F>
 FASTLANGEVIN_INLINE void each_product(const F& f) {
   constexpr bool first = kProduct == kMostProducts - plane_products(kSplit);
-  constexpr const int(&before)[2] = kPlanes[first ? kProduct : kProduct - 1];
+  constexpr const int (&before)[2] = kPlanes[first ? kProduct : kProduct - 1];
   f(std::integral_constant<int, kProduct>{},
-    std::bool_constant<first || before[0] != kPlanes[kProduct][0]>{},
-    std::bool_constant<first || before[1] != kPlanes[kProduct][1]>{});
+    std::bool_constant < first || before[0] != kPlanes[kProduct][0] > {},
+    std::bool_constant < first || before[1] != kPlanes[kProduct][1] > {});
   if constexpr (kProduct + 1 < kMostProducts) each_product<kSplit, kProduct + 1>(f);
 }
 
@@ -194,9 +194,14 @@ void run(const ConvPass& pass, const Planes& planes, int64_t chains, const float
       }
     };
     switch (pass.matrix.planes) {
-      case 1: block(std::integral_constant<int, 1>{}); break;
-      case 2: block(std::integral_constant<int, 2>{}); break;
-      default: block(std::integral_constant<int, 3>{});
+      case 1:
+        block(std::integral_constant<int, 1>{});
+        break;
+      case 2:
+        block(std::integral_constant<int, 2>{});
+        break;
+      default:
+        block(std::integral_constant<int, 3>{});
     }
     weights += pass.taps.size() * pass.steps * pass.matrix.planes * width, first += width;
   }

@@ -63,8 +63,8 @@ class EmulatedTiles {
     }
     // A product of two bfloat16 numbers has 16 bits: if it is normal, it is not rounded, and a
     // multiplication and an addition are what the fused operation is, at a tenth of its time here.
-    const bool exact = range_a.greatest * range_b.greatest <= FLT_MAX &&
-                       range_a.least * range_b.least >= FLT_MIN;
+    const bool exact =
+        range_a.greatest * range_b.greatest <= FLT_MAX && range_a.least * range_b.least >= FLT_MIN;
     for (int m = 0; m < shapes_.rows[kC]; ++m) {
       Row sums[2] = {};
       for (int k = 0; k < pairs; ++k) {
@@ -152,12 +152,16 @@ class AmxTiles {
   template <int kTile>
   void load(const void* from, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"
-                     : : "r"(from), "r"(stride), "i"(kTile) : "memory");
+                     :
+                     : "r"(from), "r"(stride), "i"(kTile)
+                     : "memory");
   }
   template <int kTile>
   void store(void* to, int64_t stride) const {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"
-                     : : "r"(to), "r"(stride), "i"(kTile) : "memory");
+                     :
+                     : "r"(to), "r"(stride), "i"(kTile)
+                     : "memory");
   }
   template <int kC, int kA, int kB>
   void multiply_add() {

@@ -135,8 +135,7 @@ void multiply_tiles(const ConvPass& pass, int count, const float* factors, const
     }
     for (int64_t step = 0; step < pass.steps; step += kSteps) {
       const auto tile = [&](auto kSize, int k) {
-        multiply<Float32, kV, kSize>(from + k, &tap, 1, step,
-                                     std::min(kSteps, pass.steps - step),
+        multiply<Float32, kV, kSize>(from + k, &tap, 1, step, std::min(kSteps, pass.steps - step),
                                      weights + p * weights_of_product + step * kWidth, step > 0,
                                      sums + (p * tiles.block + k) * kWidth);
       };
@@ -149,8 +148,8 @@ void multiply_tiles(const ConvPass& pass, int count, const float* factors, const
 }
 
 template <class Y, class X>
-void run_tiles(const ConvPass& pass, const Ends<Float32>& ends, int64_t chains,
-               const float* packed, const Finish& finish, float* scratch) {
+void run_tiles(const ConvPass& pass, const Ends<Float32>& ends, int64_t chains, const float* packed,
+               const Finish& finish, float* scratch) {
   const WinogradTiles& tiles = pass.tiles;
   constexpr int kOutputs = Y::kOutputs * X::kOutputs;
   float* factors = scratch;

@@ -58,8 +58,8 @@ void plan_tiles(const PassGrid& grid, int lanes, ConvPass& pass) {
   const auto vectors = [&](int64_t channels) { return double((channels + lanes - 1) / lanes); };
   const double direct = double(pixels * positions * pass.in) * vectors(pass.out);
   const double multiplied = double(count * tiles.products() * phases * pass.in) * vectors(pass.out);
-  const double transformed = count * tiles.products() * kTransform *
-                             (phases * vectors(pass.in) + vectors(pass.out));
+  const double transformed =
+      count * tiles.products() * kTransform * (phases * vectors(pass.in) + vectors(pass.out));
   if (multiplied + transformed > direct) return;
   tiles.saving = 1 - (multiplied + transformed) / direct;
   for (int y = 0; y < grid.size[0]; y += tiles.outputs[0]) {

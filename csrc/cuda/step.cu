@@ -1,10 +1,9 @@
 // The entry points of the CUDA backend: the choice of a step's kernel, and its launch.
-#include "cuda/step.h"
-
 #include <stdexcept>
 #include <string>
 
 #include "common/layout.h"
+#include "cuda/step.h"
 #include "cuda/step_kernels.cuh"
 
 namespace fastlangevin {
@@ -52,13 +51,11 @@ void run(const char* name, void (*kernel)(Parameters...), const Launch& launch, 
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  const cudaError_t error = blocks > INT32_MAX
-                                ? cudaErrorInvalidConfiguration
-                                : cudaLaunchKernelEx(&config, kernel, arguments...);
-  check(error, std::string("fastlangevin: CUDA kernel ") + name + " on " +
-                   std::to_string(chains) + " chains of " + std::to_string(launch.elements) +
-                   " elements (" + std::to_string(blocks) + " blocks of " +
-                   std::to_string(kThreads) + " threads)");
+  const cudaError_t error = blocks > INT32_MAX ? cudaErrorInvalidConfiguration
+                                               : cudaLaunchKernelEx(&config, kernel, arguments...);
+  check(error, std::string("fastlangevin: CUDA kernel ") + name + " on " + std::to_string(chains) +
+                   " chains of " + std::to_string(launch.elements) + " elements (" +
+                   std::to_string(blocks) + " blocks of " + std::to_string(kThreads) + " threads)");
 }
 
 template <class F>
@@ -70,9 +67,8 @@ void each_operand(const Step& step, F&& f) {
 
 bool is_linear(const Step& step) {
   bool linear = step.dims <= 2;
-  each_operand(step, [&](const Operand& o) {
-    linear = linear && (step.dims == 1 || o.strides[1] == 1);
-  });
+  each_operand(step,
+               [&](const Operand& o) { linear = linear && (step.dims == 1 || o.strides[1] == 1); });
   return linear;
 }
 

@@ -40,11 +40,11 @@ struct Divisor {
 };
 
 struct Launch {
-  Divisor items;              // of a chain; a thread takes one at a time
-  int64_t threads;            // with work
-  int64_t elements;           // of a chain
-  Divisor shape[kMaxDims];    // of a chain's dimensions
-  bool aligned;               // every item of every chain starts at a multiple of 16 bytes
+  Divisor items;            // of a chain; a thread takes one at a time
+  int64_t threads;          // with work
+  int64_t elements;         // of a chain
+  Divisor shape[kMaxDims];  // of a chain's dimensions
+  bool aligned;             // every item of every chain starts at a multiple of 16 bytes
 };
 
 // The element of a thread and its coefficients.

@@ -13,8 +13,10 @@ class Tensor {
  public:
   Tensor(int64_t chains, int64_t channels, int64_t pixels, Dtype dtype, bool channels_last,
          int offset, uint32_t salt)
-      : dtype_(dtype), size_(chains * channels * pixels),
-        bytes_((offset + size_) * (dtype == Dtype::kFloat32 ? 4 : 2)), offset_(offset) {
+      : dtype_(dtype),
+        size_(chains * channels * pixels),
+        bytes_((offset + size_) * (dtype == Dtype::kFloat32 ? 4 : 2)),
+        offset_(offset) {
     strides_[0] = channels * pixels;
     strides_[1] = channels_last ? 1 : pixels;
     strides_[2] = channels_last ? channels : 1;
@@ -58,9 +60,9 @@ class Tensor {
 
 struct Case {
   int64_t chains, channels, pixels;
-  Dtype dtypes[2];         // of x and of the gradient
+  Dtype dtypes[2];  // of x and of the gradient
   bool channels_last[2];
-  int offset;              // of all operands, in elements; they are misaligned unless it is 0
+  int offset;  // of all operands, in elements; they are misaligned unless it is 0
   bool grad, given_noise, draw, per_chain, noise_last;
 };
 
@@ -95,20 +97,26 @@ std::vector<unsigned char> outcome(const Case& c, Run&& run) {
 // There are millions of combinations, so options are drawn from a counter; every size gets many.
 template <class F>
 void each_case(F&& f) {
-  const int64_t sizes[][3] = {{0, 1, 5},  {1, 1, 1},   {3, 1, 3},    {2, 1, 4},    {5, 1, 5},
-                              {2, 3, 25}, {2, 1, 1023}, {3, 3, 1024}, {2, 1, 4095}, {2, 1, 4097},
-                              {2, 130, 9}, {70, 2, 3},  {1, 5, 1201}, {4, 3, 256},  {1, 1, 40007}};
+  const int64_t sizes[][3] = {{0, 1, 5},   {1, 1, 1},    {3, 1, 3},    {2, 1, 4},    {5, 1, 5},
+                              {2, 3, 25},  {2, 1, 1023}, {3, 3, 1024}, {2, 1, 4095}, {2, 1, 4097},
+                              {2, 130, 9}, {70, 2, 3},   {1, 5, 1201}, {4, 3, 256},  {1, 1, 40007}};
   uint32_t number = 0;
   for (const auto& size : sizes) {
     for (int repeat = 0; repeat < 60; ++repeat) {
       uint32_t w[4] = {number++, 0, 0, 0};
       philox<Scalar>(w, KeySchedule<Scalar>(7));
       const auto bit = [&](int k) { return (w[1] >> k & 1u) != 0; };
-      f(Case{size[0], size[1], size[2],
+      f(Case{size[0],
+             size[1],
+             size[2],
              {Dtype(w[0] % 3), Dtype(w[0] / 3 % 3)},
              {bit(0), bit(1)},
              bit(3) ? static_cast<int>(w[2] % 4) : 0,
-             bit(4) || bit(5), bit(6) && bit(7), bit(8) || bit(9), bit(10), bit(11)});
+             bit(4) || bit(5),
+             bit(6) && bit(7),
+             bit(8) || bit(9),
+             bit(10),
+             bit(11)});
     }
   }
 }

@@ -76,9 +76,16 @@ Result run(const Network& network, int64_t chunk, int threads) {
   std::vector<char> workspace(threads * (chunk * network.net.workspace + network.net.scratch), 0);
   const std::vector<float> coefficients = numbers(kChains, 4);
   const std::vector<Step> steps = steps_of(result.x.data(), grad.data(), coefficients);
-  const ConvBatch batch{kChains, chunk, result.x.data(), {kRow[0], kRow[1], kRow[2], kRow[3]},
-                        grad.data(), {kRow[0], kRow[1], kRow[2], kRow[3]}, network.head.data(), 0.25f,
-                        result.energies.data(), network.packed.data()};
+  const ConvBatch batch{kChains,
+                        chunk,
+                        result.x.data(),
+                        {kRow[0], kRow[1], kRow[2], kRow[3]},
+                        grad.data(),
+                        {kRow[0], kRow[1], kRow[2], kRow[3]},
+                        network.head.data(),
+                        0.25f,
+                        result.energies.data(),
+                        network.packed.data()};
   if (!whole) {
     cpu::convnet_chain(network.net, batch, steps, workspace.data(), threads);
     return result;

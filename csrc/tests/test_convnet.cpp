@@ -221,8 +221,8 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
   std::vector<cpu::LayerWeights> parameters;
   for (const ConvLayer& layer : test.layers) {
     const bool conv = layer.kind == LayerKind::kConv || layer.kind == LayerKind::kTransposed;
-    weights.push_back(numbers.take(conv ? size_t(layer.out) * layer.in * layer.kernel[0] * layer.kernel[1]
-                                        : layer.out));
+    weights.push_back(numbers.take(
+        conv ? size_t(layer.out) * layer.in * layer.kernel[0] * layer.kernel[1] : layer.out));
     biases.push_back(weights.size() == 1 ? std::vector<float>(layer.out) : numbers.take(layer.out));
   }
   for (size_t k = 0; k < weights.size(); ++k) {
@@ -251,12 +251,15 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
   const int64_t constants_stride = test.shares_constants ? 0 : net.constants;
   const std::vector<float> x = numbers.take(chains * size);
   Result result{std::vector<float>(chains * size), std::vector<float>(chains)};
-  std::vector<float> &grad = result.grad, &energies = result.energies;
+  std::vector<float>&grad = result.grad, &energies = result.energies;
   std::vector<char> workspace(threads * (chunk * net.workspace + net.scratch), 0);
   const int64_t plane = int64_t{test.height} * test.width;
-  const ConvBatch batch{chains, chunk, x.data(), {size, plane, test.width, 1},
-                        grad.data(), {size, plane, test.width, 1}, padded.data(), 0.25f,
-                        energies.data(), packed.data(), constants.data(), constants_stride};
+  const ConvBatch batch{chains,           chunk,
+                        x.data(),         {size, plane, test.width, 1},
+                        grad.data(),      {size, plane, test.width, 1},
+                        padded.data(),    0.25f,
+                        energies.data(),  packed.data(),
+                        constants.data(), constants_stride};
   for (int repeat = 0; repeat < 2; ++repeat) {
     cpu::convnet_score(net, batch, workspace.data(), threads);
   }
@@ -316,18 +319,36 @@ struct Builder {
     const auto size = [&](int inputs) {
       return (inputs + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
     };
-    return add({LayerKind::kConv, {v, -1}, channels(v), out, size(height(v)), size(width(v)),
-                Activation::kLeakyReLU, {kernel, kernel}, {stride, stride}, {padding, padding},
+    return add({LayerKind::kConv,
+                {v, -1},
+                channels(v),
+                out,
+                size(height(v)),
+                size(width(v)),
+                Activation::kLeakyReLU,
+                {kernel, kernel},
+                {stride, stride},
+                {padding, padding},
                 {dilation, dilation}});
   }
   int pairs(LayerKind kind, int a, int b, Activation activation = Activation::kIdentity) {
-    return add({kind, {a, b}, channels(a), channels(a), height(a), width(a), activation, {1, 1},
-                {1, 1}, {0, 0}, {1, 1}, {1.0f, -0.5f}});
+    return add({kind,
+                {a, b},
+                channels(a),
+                channels(a),
+                height(a),
+                width(a),
+                activation,
+                {1, 1},
+                {1, 1},
+                {0, 0},
+                {1, 1},
+                {1.0f, -0.5f}});
   }
   // The windows of 2 x 2 pixels overlap, and some of them reach beyond the edge.
   int pool(LayerKind kind, int v) {
-    ConvLayer layer{kind, {v, -1}, channels(v), channels(v), height(v), width(v),
-                    Activation::kIdentity};
+    ConvLayer layer{kind,      {v, -1},  channels(v),          channels(v),
+                    height(v), width(v), Activation::kIdentity};
     for (int pixel = 0; pixel < height(v) * width(v); ++pixel)
       for (int k = 0; k < 4; ++k) {
         const int y = pixel / width(v) + k / 2, x = pixel % width(v) + k % 2;
@@ -338,12 +359,20 @@ struct Builder {
   }
   int transposed(int v, int out, int kernel, int stride, int padding) {
     const auto size = [&](int inputs) { return (inputs - 1) * stride - 2 * padding + kernel; };
-    return add({LayerKind::kTransposed, {v, -1}, channels(v), out, size(height(v)), size(width(v)),
-                Activation::kLeakyReLU, {kernel, kernel}, {stride, stride}, {padding, padding}});
+    return add({LayerKind::kTransposed,
+                {v, -1},
+                channels(v),
+                out,
+                size(height(v)),
+                size(width(v)),
+                Activation::kLeakyReLU,
+                {kernel, kernel},
+                {stride, stride},
+                {padding, padding}});
   }
   int constant(int channels, int height, int width) {
-    return add({LayerKind::kConstant, {-1, -1}, channels, channels, height, width,
-                Activation::kIdentity});
+    return add(
+        {LayerKind::kConstant, {-1, -1}, channels, channels, height, width, Activation::kIdentity});
   }
   int log_sum_exp(int v) {
     return add({LayerKind::kLogSumExp, {v, -1}, channels(v), 1, 1, 1, Activation::kIdentity});
@@ -402,7 +431,8 @@ Case decoder() {
 
 Case norms() {
   Builder b(4, 3, 5);
-  ConvLayer norm{LayerKind::kNorm, {b.conv(0, 18, 3, 1, 1), -1}, 18, 18, 3, 5, Activation::kLeakyReLU};
+  ConvLayer norm{LayerKind::kNorm,      {b.conv(0, 18, 3, 1, 1), -1}, 18, 18, 3, 5,
+                 Activation::kLeakyReLU};
   norm.factors[0] = 0.1f, norm.groups = 3;
   const int a = b.add(norm);
   norm.inputs[0] = b.conv(a, 18, 1), norm.groups = 1;
@@ -420,7 +450,12 @@ int main() {
       stack({2, 1, 1}, {{40, 1, 1, 0}, {1, 1, 1, 0}}),
       stack({3, 4, 4}, {{9, 3, 1, 1}, {17, 4, 1, 0}, {3, 1, 1, 0}}),
       stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
-      residual(), constants(), shared_constants(), decoder(), norms(), pools(LayerKind::kMix),
+      residual(),
+      constants(),
+      shared_constants(),
+      decoder(),
+      norms(),
+      pools(LayerKind::kMix),
       pools(LayerKind::kMaxPool),
   };
   for (const char* name : {"amx_emulated", "amx"}) {

@@ -17,8 +17,8 @@ void conversions() {
     CHECK(std::isnan(b) ? std::isnan(from_bfloat16(to_bfloat16(b))) : to_bfloat16(b) == half);
     const int exponent = static_cast<int>(bits >> 10 & 31u);
     const int mantissa = static_cast<int>(bits & 1023u);
-    const double exact = exponent == 0 ? std::ldexp(mantissa, -24)
-                                       : std::ldexp(1024 + mantissa, exponent - 25);
+    const double exact =
+        exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
     if (exponent < 31) CHECK(std::fabs(f) == exact);
   }
   CHECK(to_float16(65519.0f) == 0x7bff);  // the last number that rounds to 65504

@@ -1,11 +1,10 @@
 // Tiles in plain C++ against sums by hand and, where the processor has tiles, against its own.
-#include "cpu/tiles.h"
-
 #include <cmath>
 #include <vector>
 
 #include "check.h"
 #include "cpu/tile_permission.h"
+#include "cpu/tiles.h"
 
 using namespace fastlangevin;
 
