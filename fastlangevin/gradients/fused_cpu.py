@@ -119,13 +119,13 @@ class ConvNetGradient:
     def __init__(self, graph: Graph, chains: int, precision: str | None = None) -> None:
         self.graph, self.chains = graph, chains
         network = self._network()
-        self.image = network.shape
+        self.state = network.state
         has_tiles = extension.has_matrix_unit()  # the answer may change the instruction set
         plan_of = functools.partial(
             _plan,
             tuple(_layer(layer) for layer in network.layers),
-            network.shape,
-            tuple(value for value, _, _ in network.heads),
+            network.state.image,
+            tuple(place.number for place, _ in network.heads),
             extension.library.instruction_set(),
         )
         # In float32 where there is a matrix unit: the estimated time of products by it over the
@@ -214,9 +214,9 @@ class ConvNetGradient:
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
         """Return (energies [n] or None, d energy / d x).
 
-        The gradient has x's layout, or is contiguous if the network views x in another shape.
+        The gradient has x's layout, or is contiguous if it could not be written as images there.
         """
-        images = self._images(x)  # perhaps a copy, which must stay alive
+        images = self.state.images(x)  # perhaps a copy, which must stay alive
         grad, grad_images = self._gradient_like(x)
         energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
@@ -227,7 +227,7 @@ class ConvNetGradient:
 
     def takes_steps(self, x: Tensor) -> bool:
         """Return whether :meth:`advance_` can run on x, which it reads and writes in place."""
-        return in_memory(x) and self._images(x).data_ptr() == x.data_ptr()
+        return in_memory(x) and self.state.images(x).data_ptr() == x.data_ptr()
 
     def block_steps(self) -> int:
         """Return how many steps :meth:`advance_` takes in a time that an interrupt may wait."""
@@ -246,7 +246,7 @@ class ConvNetGradient:
         grad, grad_images = self._gradient_like(chunks)
         energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
-            operands = self._operands(self._images(x), grad_images, energies)
+            operands = self._operands(self.state.images(x), grad_images, energies)
             self._trial.run(
                 lambda threads: native.chain_(
                     self.net, operands, x, grad, updates, workspace=self.workspace.data_ptr(),
@@ -256,16 +256,14 @@ class ConvNetGradient:
             )  # fmt: skip
         return energies
 
-    def _images(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], *self.image)
-
     def _gradient_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return memory for a gradient, in x's layout if possible, and its view as images."""
-        if x.shape[1:] == self.image:
-            grad = torch.empty_like(x)
-            return grad, grad
-        grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return grad, self._images(grad)
+        grad = torch.empty_like(x)
+        images = self.state.images(grad)
+        if images.data_ptr() != grad.data_ptr():
+            grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            images = self.state.images(grad)
+        return grad, images
 
     def _operands(self, x: Tensor, grad: Tensor, energies: Tensor | None) -> tuple[Any, ...]:
         """Return what the extension reads and writes, after a look at the weights."""
