@@ -196,23 +196,26 @@ class _Lowering:
         return self._append(ImageLayer("pointwise", (number, bias.number), shape, shape))
 
     def _permute(self, node: Node) -> Place:
-        place = self._place(node.inputs[0])
-        axes = self._dims(node.inputs[0])
-        if axes is None:
-            raise _viewed(node)
-        order = (axes[dim] for dim in node.settings)
-        return place._replace(axes=tuple(axis for axis in order if axis is not None))
+        """Return the place of a permuted value: the same image, its axes in another order."""
+        axes = self._dims(node)
+        order = (axis for dim in node.settings for axis in axes[dim])
+        return self._place(node.inputs[0])._replace(axes=tuple(order))
 
-    def _dims(self, value: int) -> list[int | None] | None:
-        """Return the axis of each dimension of a value, with None for those of size 1.
+    def _dims(self, node: Node) -> list[tuple[int, ...]]:
+        """Return the axes of the image that each dimension of a node's first input consists of.
 
-        None if the value is viewed in a shape whose dimensions are no axes of its image.
+        An axis of size 1 belongs to no dimension.
         """
-        place, shape = self._place(value), self._shape(value)
-        if place.shape != tuple(size for size in shape if size != 1):
-            return None
-        axes = iter(place.axes)
-        return [None if size == 1 else next(axes) for size in shape]
+        place = self._place(node.inputs[0])
+        axes, dims = list(place.axes), []
+        for size in self._shape(node.inputs[0]):
+            dim: list[int] = []
+            while axes and math.prod(place.image[axis] for axis in dim) < size:
+                dim.append(axes.pop(0))
+            if math.prod(place.image[axis] for axis in dim) != size:
+                raise _viewed(node)
+            dims.append(tuple(dim))
+        return dims
 
     def _activation(self, node: Node) -> Place:
         """Add an activation to the layer before it, or as a layer if others read its input."""
@@ -266,12 +269,10 @@ class _Lowering:
 
     def _linear_of_pixels(self, node: Node) -> Place:
         """Add a linear layer over the last dimension as a 1x1 convolution, if that is channels."""
-        place, dims = self._place(node.inputs[0]), self._dims(node.inputs[0])
+        place = self._place(node.inputs[0])
         weight, bias = node.constants
         assert weight is not None
-        if dims is None:
-            raise _viewed(node)
-        if dims[-1] not in (0, None) or weight.size[1] != place.image[0]:
+        if self._dims(node)[-1] not in ((0,), ()) or weight.size[1] != place.image[0]:
             raise _NoImageForm("linear is supported only over channels or all of a chain's values")
         shape = node.shape[-1], *place.image[1:]
         lead = tuple(axis for axis in place.axes if axis != 0)
@@ -356,11 +357,9 @@ class _Lowering:
     def _reduce(self, node: Node) -> Place:
         """Add a sum or mean over all pixels of a channel."""
         channels, height, width = self._place(node.inputs[0]).image
-        dims = self._dims(node.inputs[0])
-        if dims is None:
-            raise _viewed(node)
-        reduced = {dims[dim - 1] for dim in node.settings[0]} - {None}
-        if reduced != {axis for axis in dims if axis}:
+        dims = self._dims(node)
+        reduced = {axis for dim in node.settings[0] for axis in dims[dim - 1]}
+        if reduced != set(self._place(node.inputs[0]).axes) - {0}:
             raise _NoImageForm(f"{node.kind} is supported only over all pixels of a channel")
         pixels = height * width
         factor = 1 / pixels if node.kind == "mean" else 1.0

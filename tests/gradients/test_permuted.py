@@ -28,7 +28,10 @@ pytestmark = pytest.mark.skipif(
     extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
 )
 FP32_AND_BF16 = {"fp32": 1e-6, "bf16": 0.03}
-IMAGE, SEQUENCE = (4, 6, 5, 3), (4, 7, 3)  # of [n, height, width, channels] and [n, length, channels]
+IMAGE, SEQUENCE = (
+    (4, 6, 5, 3),
+    (4, 7, 3),
+)  # of [n, height, width, channels] and [n, length, channels]
 
 
 class Net(nn.Module):
@@ -124,7 +127,6 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], tuple[int, ...]]] = {
         lambda m, x: F.silu(lifted(m, x) @ m.matrix + m.head.weight[0]),
         SEQUENCE,
     ),
-    "einsum": (lambda m, x: F.silu(torch.einsum("btd,de->bte", lifted(m, x), m.matrix)), SEQUENCE),
     "rows of all tokens": (
         lambda m, x: F.silu(m.lift(x.reshape(-1, 3)).view(len(x), 7, 8)),
         SEQUENCE,
@@ -142,3 +144,132 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], tuple[int, ...]]] = {
 def test_permuted_values_match_float64(name: str) -> None:
     body, shape = BODIES[name]
     check(Net(body), numbers(shape), FP32_AND_BF16)
+
+
+@pytest.mark.parametrize("name", ["images with channels last", "flattened tokens"])
+def test_every_instruction_set_reads_permuted_values(name: str, instruction_set: str) -> None:
+    body, shape = BODIES[name]
+    check(Net(body), numbers(shape), FP32_AND_BF16)
+
+
+def test_an_einsum_with_a_matrix_matches_float64() -> None:
+    energy = Net(
+        lambda m, x: F.silu(torch.einsum("btd,de->bte", lifted(m, x), m.matrix) + m.position)
+    )
+    x = numbers(SEQUENCE)
+    _, want = energy_and_grad(copy.deepcopy(energy).double(), x.double(), {})
+    assert relative(fused(energy, x)(x, False)[1], want) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: x.repeat(1, 1, 1, 2)[..., ::2]],
+)
+def test_states_of_every_layout_give_the_same_bits(layout: Callable[[Tensor], Tensor]) -> None:
+    body, shape = BODIES["images with channels last"]
+    energy, x = Net(body), numbers(shape)
+    want, y = fused(energy, x)(x, True), layout(x)
+    y.copy_(x)
+    energies, grad = fused(energy, y)(y, True)
+    assert grad.shape == x.shape
+    assert_equal((energies, grad), want)
+
+
+@pytest.mark.parametrize("name", ["images with channels last", "vectors viewed as images"])
+def test_chains_of_permuted_states_are_the_same_in_parts_and_near_autograd(name: str) -> None:
+    body, shape = BODIES[name]
+    energy, x = Net(body), numbers((11, *shape[1:]))
+    sampler = fl.LangevinSampler(energy, 7, 0.1, 0.01, clamp=(-1, 1), gradient="fused")
+    whole = sampler(x, seed=0)
+    parts = [sampler(x[:3], seed=0), sampler(x[3:], seed=0, first_chain=3)]
+    assert torch.equal(whole, torch.cat(parts))
+    # Steps one at a time take the gradient in one call and move the states in another.
+    y = x
+    for step in range(7):
+        y = fl.LangevinSampler(energy, 1, 0.1, 0.01, clamp=(-1, 1), gradient="fused")(
+            y, seed=0, first_step=step
+        )
+    assert torch.equal(whole, y)
+    plain = fl.LangevinSampler(energy, 7, 0.1, 0.01, clamp=(-1, 1), gradient="autograd")
+    torch.testing.assert_close(whole, plain(x, seed=0), rtol=1e-4, atol=1e-5)
+
+
+def test_constants_of_chains_are_added_in_the_order_of_the_values() -> None:
+    class Observed(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.silu(self.mix(F.silu(self.lift(x) + self.lift(y)))).sum((1, 2))
+
+    energy, x, y = Observed(lambda m, x: x), numbers(SEQUENCE), numbers(SEQUENCE, 1)
+    ends = [
+        fl.LangevinSampler(energy, 3, 0.1, 0.01, gradient=gradient)(x, seed=0, y=y)
+        for gradient in ("fused", "autograd")
+    ]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+REFUSED: dict[str, tuple[Callable[[Net, Tensor], Tensor], tuple[int, ...], str]] = {
+    "a linear layer over tokens": (
+        lambda m, x: F.silu(m.tokens(swapped(lifted(m, x)))),
+        SEQUENCE,
+        "linear is supported only over channels",
+    ),
+    "a convolution in the wrong order": (
+        lambda m, x: F.silu(m.wide(swapped(F.silu(m.image(x))))),
+        (4, 3, 8, 8),
+        "conv reads values whose dimensions have been permuted",
+    ),
+    "a sum of two orders": (
+        lambda m, x: F.silu((h := m.image(x)) + h.mT),
+        (4, 3, 6, 6),
+        "add reads values whose dimensions have been permuted",
+    ),
+    "an axis that is split": (
+        lambda m, x: F.silu(m.image(x)).view(-1, 8, 3, 2, 5).transpose(2, 3).tanh(),
+        (4, 3, 6, 5),
+        "permute reads values that have been viewed in another shape",
+    ),
+    "a mean of every token": (
+        lambda m, x: F.silu(lifted(m, x).mean(2)),
+        SEQUENCE,
+        "mean is supported only over all pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_layout_is_refused(name: str) -> None:
+    body, shape, reason = REFUSED[name]
+    x = numbers(shape)
+    found = fused_cpu.refusal(record(Net(body), x), x, None)
+    assert found is not None
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda m, x: m.lift(F.silu(x.transpose(0, 1))), "transpose mixes chains"),
+        (lambda m, x: F.silu(x.reshape(-1, 3)), "silu mixes chains"),
+        (lambda m, x: F.silu(x).reshape(-1, 64) @ m.matrix.view(64, 1).expand(64, 8), "mm mixes"),
+        (lambda m, x: torch.bmm(F.silu(x), swapped(x)), "bmm reads a tensor that is neither"),
+        (lambda m, x: torch.bmm(F.silu(x), m.stack), "the same matrix for all rows"),
+    ],
+)
+def test_products_that_mix_chains_are_not_recorded(
+    body: Callable[[Net, Tensor], Tensor], reason: str
+) -> None:
+    energy = Net(lambda m, x: body(m, x).reshape(len(x), -1))
+    energy.stack = nn.Parameter(numbers((8, 3, 3)))
+    found = recognise(energy, numbers((8, 8, 3)))
+    assert isinstance(found, str)
+    assert reason in found
+
+
+def test_gpus_stacks_have_no_permuted_values() -> None:
+    body, shape = BODIES["images with channels last"]
+    assert conv_stack(record(Net(body), numbers(shape))) == (
+        "permute is not a convolution, a linear layer or an activation"
+    )
+    body, shape = BODIES["a perceptron of every pixel"]
+    stack = conv_stack(record(Net(body), numbers(shape)))
+    assert stack == "linear is supported only over channels or all of a chain's values"
