@@ -240,12 +240,12 @@ class _Lowering:
         """Add a convolution, transposed or not, or a linear layer."""
         if self._kind(node.inputs[0]) == "cat" and node.kind != "transposed":
             return self._conv_of_parts(node)
+        if node.kind == "linear" and len(node.shape) > 1:
+            return self._linear_of_pixels(node)
         weight, bias = node.constants
         assert weight is not None
         kind = "transposed" if node.kind == "transposed" else "conv"
         fields: dict[str, Any] = {"weight": weight, "bias": bias, "shape": _image(node.shape)}
-        if node.kind == "linear" and len(node.shape) > 1:
-            return self._linear_of_pixels(node)
         if node.kind == "linear":
             place = self._place(node.inputs[0])
             if self._shape(node.inputs[0]) != (math.prod(place.image),):
@@ -332,8 +332,8 @@ class _Lowering:
         constant = node.constants[0] if node.constants else None
         size = () if constant is None else constant.size[-len(node.shape) :]
         if math.prod(size) != 1:
-            self._image_of(node)
-            if len(size) != len(node.shape) or math.prod(size[1:]) != 1:
+            dims = self._dims(node)[-len(size) :]
+            if any(n != 1 and dim != (0,) for n, dim in zip(size, dims, strict=True)):
                 raise _NoImageForm("scale has a constant that differs between pixels")
         return self._add_layer("pointwise", node, factors=(node.settings[0], 1.0), weight=constant)
 
@@ -356,12 +356,11 @@ class _Lowering:
 
     def _reduce(self, node: Node) -> Place:
         """Add a sum or mean over all pixels of a channel."""
-        channels, height, width = self._place(node.inputs[0]).image
-        dims = self._dims(node)
+        place, dims = self._place(node.inputs[0]), self._dims(node)
         reduced = {axis for dim in node.settings[0] for axis in dims[dim - 1]}
-        if reduced != set(self._place(node.inputs[0]).axes) - {0}:
+        if reduced != {axis for axis in place.axes if axis != 0}:
             raise _NoImageForm(f"{node.kind} is supported only over all pixels of a channel")
-        pixels = height * width
+        channels, pixels = place.image[0], math.prod(place.image[1:])
         factor = 1 / pixels if node.kind == "mean" else 1.0
         links = tuple(Link(0, pixel, factor) for pixel in range(pixels))
         return self._add_layer("mix", node, shape=(channels, 1, 1), links=links)

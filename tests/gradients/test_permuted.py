@@ -110,6 +110,10 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], tuple[int, ...]]] = {
         lambda m, x: m.head(F.silu((h := lifted(m, x)) + m.mix(F.silu(m.mix(h))) * m.gain)),
         SEQUENCE,
     ),
+    "gains of channels": (
+        lambda m, x: m.head(F.silu(m.mix(lifted(m, x)) * m.position[0])),
+        SEQUENCE,
+    ),
     "positions": (lambda m, x: m.head(F.silu(m.mix(F.silu(m.lift(x) + m.position)))), SEQUENCE),
     "gates": (
         lambda m, x: m.head(F.silu(m.mix(torch.sigmoid(h := m.lift(x)) * torch.tanh(h)))),
@@ -227,6 +231,11 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Tensor], tuple[int, ...], str]]
         lambda m, x: F.silu(m.image(x)).view(-1, 8, 3, 2, 5).transpose(2, 3).tanh(),
         (4, 3, 6, 5),
         "permute reads values that have been viewed in another shape",
+    ),
+    "gains of pixels": (
+        lambda m, x: F.silu(lifted(m, x) * m.position[:, :1]),
+        SEQUENCE,
+        "differs between pixels",
     ),
     "a mean of every token": (
         lambda m, x: F.silu(lifted(m, x).mean(2)),

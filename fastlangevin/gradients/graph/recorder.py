@@ -175,14 +175,14 @@ class OperatorRecorder:
             number = self._linear(name, a, value)
         elif name in VIEWS and tensor.ndim > 1 and out.ndim > 1:
             keeps_all = out.numel() == tensor.numel() and out.dtype == tensor.dtype
-            starts = out.shape[0] == self.chains
-            if not keeps_all or starts > is_row:
+            of_chains = out.shape[0] == self.chains
+            if not keeps_all or (of_chains and not is_row):
                 return False
             number, shape = value, tuple(out.shape[1:])
-            if starts and shape != self._shape(value):
+            if of_chains and shape != self._shape(value):
                 self.nodes.append(Node("view", (value,), shape))
                 number = len(self.nodes)
-            is_row = not starts
+            is_row = not of_chains
         else:
             return False
         (self._rows if is_row else self.values)[self.slots.slot_of(out)] = number
