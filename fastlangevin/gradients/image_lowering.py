@@ -177,7 +177,8 @@ class _Lowering:
         is_image = len(node.shape) > 1 and math.prod(node.shape[1:]) > 1 and image[1:] == (1, 1)
         if not is_image or layer is None or layer.kind != "conv" or layer.norm is not None:
             return place
-        if layer.read[1:] != (1, 1) or layer.groups != 1:
+        is_linear = layer.kernel == (1, 1) and layer.padding == (0, 0)
+        if layer.read[1:] != (1, 1) or layer.groups != 1 or not is_linear:
             return place
         assert layer.weight is not None
         shape = channels, height, width = _image(node.shape)
