@@ -26,10 +26,16 @@ def refusal(graph: Graph) -> str | None:
     reasons = {
         "cat": "it has no layer for cat",
         "constant": "it has no layer for constants of each chain",
+        "permute": "it has no layer for permuted dimensions",
         "transposed": "it has no layer for transposed convolutions",
         "upsample": "it has no layer for interpolations",
     }
-    return next((reasons[node.kind] for node in graph.nodes if node.kind in reasons), None)
+    for node in graph.nodes:
+        if node.kind == "linear" and len(node.shape) > 1:
+            return "it has linear layers of vectors only"
+        if node.kind in reasons:
+            return reasons[node.kind]
+    return None
 
 
 class ExplicitGradient:

@@ -26,6 +26,11 @@ from fastlangevin.locks import new_lock
 # The chains that a thread takes at a time. Several chains share each read of the weights, which
 # dominate the reads in deep layers; their values must still fit in the cache.
 _CHUNK, _CHUNK_BYTES = 8, 2**21
+# Weights of at most this size stay in the cache from one chunk to the next, so that fewer chains
+# need to share a read. In float32, with 512 KB of second-level cache (AMD EPYC), 1 chain of 0.6 MB
+# takes 0.96 of the time of 4, and 4 chains of 60 KB take 0.97 of that of 8; 2 take 1.07. In
+# bfloat16 some networks take longer.
+_SMALL_BYTES, _SMALL_CHUNK, _SMALL_CHUNK_BYTES = 2**20, 4, 2**19
 # Values that no second-level cache holds are in the third one, for a few chains at least: 4 chains
 # of 2.8 MB each take 0.94 of the time of single ones (AMD EPYC, a residual net of width 64).
 _FEW, _FEW_BYTES = 4, 2**24
@@ -119,13 +124,13 @@ class ConvNetGradient:
     def __init__(self, graph: Graph, chains: int, precision: str | None = None) -> None:
         self.graph, self.chains = graph, chains
         network = self._network()
-        self.image = network.shape
+        self.state = network.state
         has_tiles = extension.has_matrix_unit()  # the answer may change the instruction set
         plan_of = functools.partial(
             _plan,
             tuple(_layer(layer) for layer in network.layers),
-            network.shape,
-            tuple(value for value, _, _ in network.heads),
+            network.state.image,
+            tuple(place.number for place, _ in network.heads),
             extension.library.instruction_set(),
         )
         # In float32 where there is a matrix unit: the estimated time of products by it over the
@@ -141,7 +146,7 @@ class ConvNetGradient:
         self.threads = max(1, min(torch.get_num_threads(), chains))
         self._trial = ThreadTrial(self.threads)
         share = -(-chains // self.threads)
-        self.chunk = max(1, min(_most(self.net, network), share))
+        self.chunk = max(1, min(_most(self.net, network, operands), share))
         if self.net.by_matrix_unit and self.chunk > 1:
             # Chunks of one size, so that no rows are empty in the last one.
             self.chunk = -(-share // -(-share // self.chunk))
@@ -214,9 +219,9 @@ class ConvNetGradient:
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
         """Return (energies [n] or None, d energy / d x).
 
-        The gradient has x's layout, or is contiguous if the network views x in another shape.
+        The gradient has x's layout, or is contiguous if it could not be written as images there.
         """
-        images = self._images(x)  # perhaps a copy, which must stay alive
+        images = self.state.images(x)  # perhaps a copy, which must stay alive
         grad, grad_images = self._gradient_like(x)
         energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
@@ -227,7 +232,7 @@ class ConvNetGradient:
 
     def takes_steps(self, x: Tensor) -> bool:
         """Return whether :meth:`advance_` can run on x, which it reads and writes in place."""
-        return in_memory(x) and self._images(x).data_ptr() == x.data_ptr()
+        return in_memory(x) and self.state.images(x).data_ptr() == x.data_ptr()
 
     def block_steps(self) -> int:
         """Return how many steps :meth:`advance_` takes in a time that an interrupt may wait."""
@@ -246,7 +251,7 @@ class ConvNetGradient:
         grad, grad_images = self._gradient_like(chunks)
         energies = x.new_empty(x.shape[0]) if want_energies else None
         with self._lock:
-            operands = self._operands(self._images(x), grad_images, energies)
+            operands = self._operands(self.state.images(x), grad_images, energies)
             self._trial.run(
                 lambda threads: native.chain_(
                     self.net, operands, x, grad, updates, workspace=self.workspace.data_ptr(),
@@ -256,16 +261,14 @@ class ConvNetGradient:
             )  # fmt: skip
         return energies
 
-    def _images(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], *self.image)
-
     def _gradient_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return memory for a gradient, in x's layout if possible, and its view as images."""
-        if x.shape[1:] == self.image:
-            grad = torch.empty_like(x)
-            return grad, grad
-        grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return grad, self._images(grad)
+        grad = torch.empty_like(x)
+        images = self.state.images(grad)
+        if images.data_ptr() != grad.data_ptr():
+            grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            images = self.state.images(grad)
+        return grad, images
 
     def _operands(self, x: Tensor, grad: Tensor, energies: Tensor | None) -> tuple[Any, ...]:
         """Return what the extension reads and writes, after a look at the weights."""
@@ -294,7 +297,7 @@ class ConvNetGradient:
         return 4 * self.packed.numel()
 
 
-def _most(net: Any, network: ImageGraph) -> int:
+def _most(net: Any, network: ImageGraph, operands: str) -> int:
     """Return the most chains for which a chunk is fast."""
     vectors = all(math.prod(layer.read[1:]) == 1 for layer in network.layers)
     if net.by_matrix_unit:
@@ -303,6 +306,8 @@ def _most(net: Any, network: ImageGraph) -> int:
     if vectors:
         return _LARGE_VECTOR_CHUNK if 4 * net.packed > _LARGE_BYTES else _VECTOR_CHUNK
     chain = net.workspace
+    if operands == "fp32" and 4 * net.packed <= _SMALL_BYTES:
+        return min(_SMALL_CHUNK, max(1, _SMALL_CHUNK_BYTES // chain))
     return min(_CHUNK, max(_CHUNK_BYTES // chain, min(_FEW, _FEW_BYTES // chain)))
 
 
@@ -314,7 +319,7 @@ def _tiles_estimate(plan: Callable[[str, int], Any], network: ImageGraph) -> flo
     is resumed.
     """
     vectors = plan("fp32", 1).cycles
-    tiles = plan("bf16x6", _most(plan("bf16x6", 1), network)).cycles
+    tiles = plan("bf16x6", _most(plan("bf16x6", 1), network, "bf16x6")).cycles
     return float(tiles / vectors) if vectors else None
 
 

@@ -2,6 +2,7 @@
 
 Every value of a chain is an image [C, H, W]. A vector [D] is an image of one pixel, a sequence
 [C, L] one of height 1, and a linear layer a convolution whose kernel has the size of its input.
+A permuted value is the same image, whose axes are listed in another order.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,39 @@ from fastlangevin.gradients.layers import scale_and_shift
 Image = tuple[int, int, int]
 # How many chains' constants are computed at a time.
 _CONSTANT_CHAINS = 16
+
+
+def axes_of(image: Image) -> tuple[int, ...]:
+    """Return the axes of an image that are longer than 1, in their order."""
+    return tuple(axis for axis in range(3) if image[axis] != 1)
+
+
+class Place(NamedTuple):
+    """Where a value of the graph is: in an image, which is value ``number`` of the layers.
+
+    ``axes`` lists the image's axes that are longer than 1, in the order of the value's dimensions.
+    """
+
+    number: int
+    image: Image
+    axes: tuple[int, ...]
+
+    @property
+    def is_permuted(self) -> bool:
+        """Whether the order of the value's elements is not that of the image."""
+        return self.axes != axes_of(self.image)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The value's shape for one chain, without dimensions of size 1."""
+        return tuple(self.image[axis] for axis in self.axes)
+
+    def images(self, values: Tensor) -> Tensor:
+        """Return values [n, ...] as images [n, C, H, W], in the same memory if that is possible."""
+        if self.is_permuted:
+            order = (1 + self.axes.index(axis) for axis in axes_of(self.image))
+            values = values.reshape(-1, *self.shape).permute(0, *order)
+        return values.reshape(-1, *self.image)
 
 
 class Link(NamedTuple):
@@ -55,9 +89,10 @@ class ImageLayer:
     factors: tuple[float, float] = (1.0, 1.0)
     links: tuple[Link, ...] = ()
     norm: Node | None = None  # a batch norm in eval mode, applied after the bias
-    # For kind "constant" without a bias: the value of the graph that it holds, and the convolution
-    # or linear layer that is applied to it first.
+    # For kind "constant" without a bias: the value of the graph that it holds, the order of that
+    # value's dimensions (see Place), and the convolution or linear layer that is applied first.
     number: int = 0
+    axes: tuple[int, ...] = ()
     through: Node | None = None
     activation: Node | None = None
 
@@ -92,9 +127,9 @@ class ImageLayer:
 class ImageGraph:
     """A chain's energy: layers, and an affine function of some of their values, the heads."""
 
-    shape: Image
+    state: Place
     layers: tuple[ImageLayer, ...]
-    heads: tuple[tuple[int, Image, int], ...]  # value, its image, and its number in the graph
+    heads: tuple[tuple[Place, int], ...]  # the place of a value, and its number in the graph
     tail: tuple[int, ...]  # the linear nodes after the heads
 
     @property
@@ -119,7 +154,7 @@ class ImageGraph:
                 continue
             tensor = tensors[layer.number]
             if layer.through is None:
-                yield k, slice(None), tensor.reshape(-1, *layer.shape)
+                yield k, slice(None), Place(0, layer.shape, layer.axes).images(tensor)
                 continue
             for first in range(0, len(tensor), _CONSTANT_CHAINS):
                 chains = slice(first, first + _CONSTANT_CHAINS)
@@ -132,7 +167,7 @@ class ImageGraph:
         values: dict[int, Tensor] = {}
         leaves: list[Tensor] = []
         with torch.enable_grad(), torch.autocast(graph.device.type, enabled=False):
-            for _, _, k in self.heads:
+            for _, k in self.heads:
                 shape = graph.nodes[k - 1].shape if k else graph.shape
                 leaf = torch.zeros((1, *shape), dtype=graph.dtype, device=graph.device)
                 leaves.append(leaf.requires_grad_())
@@ -142,9 +177,7 @@ class ImageGraph:
                 values[k] = run_linear(node, *(values[i] for i in node.inputs))
             energy = values[len(graph.nodes)]
             grads = torch.autograd.grad(energy.sum(), leaves)
-        images = [
-            grad.reshape(image) for grad, (_, image, _) in zip(grads, self.heads, strict=True)
-        ]
+        images = [place.images(grad)[0] for grad, (place, _) in zip(grads, self.heads, strict=True)]
         return images, energy.detach().reshape(())
 
 

@@ -6,21 +6,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-
 from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
-from fastlangevin.gradients.graph.ir import Graph, Node
-from fastlangevin.gradients.graph.linear import run_linear
-from fastlangevin.gradients.image_graph import Image, ImageGraph, ImageLayer, Link
+from fastlangevin.gradients.graph.ir import Constant, Graph, Node
+from fastlangevin.gradients.image_graph import (
+    Image,
+    ImageGraph,
+    ImageLayer,
+    Link,
+    Place,
+    axes_of,
+)
+from fastlangevin.gradients.image_links import interpolation, max_windows, pool_windows
 from fastlangevin.gradients.passes import Dataflow
-
-Place = tuple[int, Image]  # the number of a value, and its image
 
 
 def image_graph(graph: Graph, views_state: bool = True) -> ImageGraph | str:
     """Return a graph as layers over images, or the reason why it has no such form.
 
-    With ``views_state``, a state that is read through one view only has the shape of the view.
+    With ``views_state``, a state that is read through one view only has the shape of the view, and
+    its dimensions may be those of an image in another order.
     """
     key = f"image_graph, views_state={views_state}"
     lowered: ImageGraph | str | None = graph.derived.get(key)
@@ -33,10 +37,39 @@ def _lowered(graph: Graph, views_state: bool) -> ImageGraph | str:
     flow = Dataflow(graph)
     if all(flow.constant[1:]):
         return "it has no activation"
-    try:
-        return _Lowering(graph, flow, views_state).result()
-    except _NoImageForm as error:
-        return str(error)
+    shape = _viewed_shape(graph, flow) if views_state else graph.shape
+    # The order of the state's dimensions is that of the image for most graphs.
+    orders = [tuple(range(len(shape)))]
+    if views_state:
+        orders += _other_orders(graph, flow, shape)
+    reason = ""
+    for order in orders:
+        try:
+            return _Lowering(graph, flow, shape, order).result()
+        except _NoImageForm as error:
+            reason = str(error)
+    return reason
+
+
+def _viewed_shape(graph: Graph, flow: Dataflow) -> tuple[int, ...]:
+    """Return the shape of the state: that of its view, if it is read through one only."""
+    first = [node for node in graph.nodes if 0 in node.inputs]
+    views = {node.shape for node in first if node.kind == "view"}
+    only = len(views) == 1 and all(node.kind == "view" for node in first)
+    return views.pop() if only else graph.shape
+
+
+def _other_orders(graph: Graph, flow: Dataflow, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the orders of the state's dimensions in which layers may read it as an image."""
+    orders = []
+    for node in graph.nodes:
+        if not node.inputs or flow.memory[node.inputs[0]] != 0 or graph.input_shape(node) != shape:
+            continue
+        if node.kind == "permute":
+            orders.append(node.settings)
+        elif node.kind == "linear" and len(shape) > 1:
+            orders.append((len(shape) - 1, *range(len(shape) - 1)))
+    return list(dict.fromkeys(orders))
 
 
 class _NoImageForm(Exception):
@@ -44,15 +77,18 @@ class _NoImageForm(Exception):
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, flow: Dataflow, views_state: bool) -> None:
+    """Lowers a graph; the state [*shape] is an image if its dimensions are put in an order."""
+
+    def __init__(
+        self, graph: Graph, flow: Dataflow, shape: tuple[int, ...], order: tuple[int, ...]
+    ) -> None:
         self.graph, self.flow = graph, flow
         self.layers: list[ImageLayer] = []
-        shape = self._viewed_shape() if views_state else graph.shape
-        self.places: dict[int, Place] = {0: (0, _image(shape))}
+        self.places: dict[int, Place] = {0: _state(shape, order)}
         # How often a value is read, under any view of it.
         self.uses = [0] * (len(graph.nodes) + 1)
         for k, node in enumerate(graph.nodes, 1):
-            if node.kind != "view":
+            if node.kind not in ("permute", "view"):
                 for value in node.inputs:
                     self.uses[flow.memory[value]] += 1
             if k == len(graph.nodes):
@@ -72,15 +108,8 @@ class _Lowering:
                 raise _NoImageForm(f"no kernel has the operation {node.kind}")
         tail = tuple(k for k in range(1, len(nodes) + 1) if constant[k])
         read = {i for k in tail for i in nodes[k - 1].inputs} or {len(nodes)}
-        heads = tuple((*self._place(i), i) for i in sorted(read) if i == 0 or not constant[i])
-        return ImageGraph(self.places[0][1], tuple(self.layers), heads, tail)
-
-    def _viewed_shape(self) -> tuple[int, ...]:
-        """Return the shape of the state: that of its view, if it is read through one only."""
-        first = {k for k, node in enumerate(self.graph.nodes, 1) if 0 in node.inputs}
-        views = {self.graph.nodes[k - 1].shape for k in first if self.flow.memory[k] == 0}
-        only = len(views) == 1 and all(self.flow.memory[k] == 0 for k in first)
-        return views.pop() if only else self.graph.shape
+        heads = tuple((self._place(i), i) for i in sorted(read) if i == 0 or not constant[i])
+        return ImageGraph(self.places[0], tuple(self.layers), heads, tail)
 
     def _kind(self, value: int) -> str:
         return self.graph.nodes[value - 1].kind if value else ""
@@ -89,7 +118,7 @@ class _Lowering:
         return self.graph.nodes[value - 1].shape if value else self.graph.shape
 
     def _place(self, value: int) -> Place:
-        """Return the number and the image of a value."""
+        """Return the place of a value."""
         if self._kind(value) == "cat":
             raise _NoImageForm("cat is supported only in front of convolutions and linear layers")
         if self._kind(value) == "constant" and value not in self.places:
@@ -97,32 +126,44 @@ class _Lowering:
         return self.places[value]
 
     def _image_of(self, node: Node) -> Image:
-        """Return the image that a node reads, which must not be viewed in another shape."""
-        image = self._place(node.inputs[0])[1]
-        if _image(self._shape(node.inputs[0])) != image:
+        """Return the image that a node reads, neither viewed in another shape nor permuted."""
+        place = self._place(node.inputs[0])
+        if place.is_permuted:
+            raise _permuted(node)
+        if _image(self._shape(node.inputs[0])) != place.image:
             raise _viewed(node)
-        return image
+        return place.image
 
     def _alone(self, value: int) -> ImageLayer | None:
         """Return the layer of a value if it has no activation and only one node reads the value."""
-        place, _ = self._place(value)
-        layer = self.layers[place - 1] if place else None
+        number = self._place(value).number
+        layer = self.layers[number - 1] if number else None
         read_once = self.uses[self.flow.memory[value]] == 1
         return layer if layer and not layer.activation and read_once else None
 
     def _append(self, layer: ImageLayer) -> Place:
         self.layers.append(layer)
-        return len(self.layers), layer.shape
+        return Place(len(self.layers), layer.shape, axes_of(layer.shape))
 
     def _add_layer(self, kind: str, node: Node, **fields: Any) -> Place:
-        """Add a layer that reads a node's inputs; by default it has the first input's shape."""
-        inputs = tuple(self._place(i)[0] for i in node.inputs)
-        image = self._place(node.inputs[0])[1]
-        return self._append(ImageLayer(kind, inputs, image, **({"shape": image} | fields)))
+        """Add a layer that reads a node's inputs; by default its output is like the first input."""
+        first = self._place(node.inputs[0])
+        inputs = tuple(self._place(i).number for i in node.inputs)
+        place = self._append(
+            ImageLayer(kind, inputs, first.image, **({"shape": first.image} | fields))
+        )
+        return place if "shape" in fields else place._replace(axes=first.axes)
 
-    def _constant(self, value: int, image: Image, through: Node | None = None) -> Place:
-        layer = ImageLayer("constant", (), image, image, number=value, through=through)
-        return self._append(layer)
+    def _constant(
+        self,
+        value: int,
+        image: Image,
+        axes: tuple[int, ...] | None = None,
+        through: Node | None = None,
+    ) -> Place:
+        axes = axes_of(image) if axes is None else axes
+        layer = ImageLayer("constant", (), image, image, number=value, axes=axes, through=through)
+        return self._append(layer)._replace(axes=axes)
 
     def _view(self, node: Node) -> Place:
         """Return the place of a view.
@@ -131,13 +172,14 @@ class _Lowering:
         one pixel, since channels are stored next to each other.
         """
         (value,) = node.inputs
-        place, image = self._place(value)
-        layer = self._alone(value)
+        place, layer = self._place(value), self._alone(value)
+        number, image, _ = place
         is_image = len(node.shape) > 1 and math.prod(node.shape[1:]) > 1 and image[1:] == (1, 1)
         if not is_image or layer is None or layer.kind != "conv" or layer.norm is not None:
-            return place, image
-        if layer.read[1:] != (1, 1) or layer.groups != 1:
-            return place, image
+            return place
+        is_linear = layer.kernel == (1, 1) and layer.padding == (0, 0)
+        if layer.read[1:] != (1, 1) or layer.groups != 1 or not is_linear:
+            return place
         assert layer.weight is not None
         shape = channels, height, width = _image(node.shape)
         row, column = layer.weight.stride[:2]
@@ -146,13 +188,35 @@ class _Lowering:
             size=(layer.read[0], channels, height, width),
             stride=(column, height * width * row, width * row, row),
         )
-        self.layers[place - 1] = replace(
+        self.layers[number - 1] = replace(
             layer, kind="transposed", weight=weight, bias=None, shape=shape, kernel=shape[1:]
         )
         if layer.bias is None:
-            return place, shape
-        bias, _ = self._append(ImageLayer("constant", (), shape, shape, bias=layer.bias))
-        return self._append(ImageLayer("pointwise", (place, bias), shape, shape))
+            return Place(number, shape, axes_of(shape))
+        bias = self._append(ImageLayer("constant", (), shape, shape, bias=layer.bias))
+        return self._append(ImageLayer("pointwise", (number, bias.number), shape, shape))
+
+    def _permute(self, node: Node) -> Place:
+        """Return the place of a permuted value: the same image, its axes in another order."""
+        axes = self._dims(node)
+        order = (axis for dim in node.settings for axis in axes[dim])
+        return self._place(node.inputs[0])._replace(axes=tuple(order))
+
+    def _dims(self, node: Node) -> list[tuple[int, ...]]:
+        """Return the axes of the image that each dimension of a node's first input consists of.
+
+        An axis of size 1 belongs to no dimension.
+        """
+        place = self._place(node.inputs[0])
+        axes, dims = list(place.axes), []
+        for size in self._shape(node.inputs[0]):
+            dim: list[int] = []
+            while axes and math.prod(place.image[axis] for axis in dim) < size:
+                dim.append(axes.pop(0))
+            if math.prod(place.image[axis] for axis in dim) != size:
+                raise _viewed(node)
+            dims.append(tuple(dim))
+        return dims
 
     def _activation(self, node: Node) -> Place:
         """Add an activation to the layer before it, or as a layer if others read its input."""
@@ -169,23 +233,27 @@ class _Lowering:
         """Add a node to the layer before it, or as a layer of its own if ``before`` is None."""
         if before is None:
             return self._add_layer("pointwise", node, **fields)
-        place, image = self._place(node.inputs[0])
-        self.layers[place - 1] = replace(before, **fields)  # type: ignore[arg-type]
-        return place, image
+        place = self._place(node.inputs[0])
+        self.layers[place.number - 1] = replace(before, **fields)  # type: ignore[arg-type]
+        return place
 
     def _conv(self, node: Node) -> Place:
         """Add a convolution, transposed or not, or a linear layer."""
         if self._kind(node.inputs[0]) == "cat" and node.kind != "transposed":
             return self._conv_of_parts(node)
+        if node.kind == "linear" and len(node.shape) > 1:
+            return self._linear_of_pixels(node)
         weight, bias = node.constants
         assert weight is not None
         kind = "transposed" if node.kind == "transposed" else "conv"
         fields: dict[str, Any] = {"weight": weight, "bias": bias, "shape": _image(node.shape)}
         if node.kind == "linear":
-            image = self._place(node.inputs[0])[1]
-            if self._shape(node.inputs[0]) != (math.prod(image),):
+            place = self._place(node.inputs[0])
+            if self._shape(node.inputs[0]) != (math.prod(place.image),):
                 raise _viewed(node)
-            return self._add_layer(kind, node, kernel=image[1:], **fields)
+            if place.is_permuted:
+                fields["weight"] = _columns_as_image(weight, place)
+            return self._add_layer(kind, node, kernel=place.image[1:], **fields)
         self._image_of(node)
         *geometry, fields["groups"] = node.settings
         if node.kind == "transposed":
@@ -200,6 +268,18 @@ class _Lowering:
             fields[name] = (*neutral[:missing], *sizes)
         return self._add_layer(kind, node, **fields)
 
+    def _linear_of_pixels(self, node: Node) -> Place:
+        """Add a linear layer over the last dimension as a 1x1 convolution, if that is channels."""
+        place = self._place(node.inputs[0])
+        weight, bias = node.constants
+        assert weight is not None
+        if self._dims(node)[-1] not in ((0,), ()) or weight.size[1] != place.image[0]:
+            raise _NoImageForm("linear is supported only over channels or all of a chain's values")
+        shape = node.shape[-1], *place.image[1:]
+        lead = tuple(axis for axis in place.axes if axis != 0)
+        out = self._add_layer("conv", node, weight=weight, bias=bias, shape=shape)
+        return out._replace(axes=lead + (0,) * (shape[0] != 1))
+
     def _conv_of_parts(self, node: Node) -> Place:
         """Add a convolution or linear layer that reads a cat, as a sum over the parts.
 
@@ -209,6 +289,8 @@ class _Lowering:
         assert weight is not None
         if node.kind == "conv" and node.settings[-1] != 1:
             raise _NoImageForm("cat in front of a convolution with groups is not supported")
+        if node.kind == "linear" and len(node.shape) > 1:
+            raise _NoImageForm("cat in front of a linear layer is supported only of vectors")
         cat = self.graph.nodes[node.inputs[0] - 1]
         firsts = itertools.accumulate(cat.settings, initial=0)
         parts = list(zip(cat.inputs, firsts, cat.settings, strict=False))
@@ -221,11 +303,11 @@ class _Lowering:
             constants = columns, bias if total is None else None
             part = replace(node, inputs=(value,), constants=constants)
             if self._kind(value) == "constant":
-                term = self._constant(value, _image(node.shape), part)
+                term = self._constant(value, _image(node.shape), through=part)
             else:
                 term = self._conv(part)
             if total is not None:
-                inputs, image = (total[0], term[0]), total[1]
+                inputs, image = (total.number, term.number), total.image
                 term = self._append(ImageLayer("pointwise", inputs, image, image))
             total = term
         assert total is not None
@@ -233,19 +315,26 @@ class _Lowering:
 
     def _combine(self, node: Node) -> Place:
         """Add a sum or product of two values."""
-        image, other = (self._place(value)[1] for value in node.inputs)
-        is_broadcast = self._kind(node.inputs[1]) == "constant" and other[1:] == (1, 1)
-        if other != ((image[0], 1, 1) if is_broadcast else image):
+        one, two = node.inputs
+        place, is_constant = self._place(one), self._kind(two) == "constant"
+        if is_constant and place.is_permuted and self._shape(two) == self._shape(one):
+            self.places[two] = self._constant(two, place.image, place.axes)
+        other = self._place(two)
+        if is_constant and other.image[1:] == (1, 1) and not place.is_permuted:
+            place = Place(0, (place.image[0], 1, 1), other.axes)
+        if other.image != place.image:
             raise _viewed(node)
+        if other.axes != place.axes:
+            raise _permuted(node)
         kind = "pointwise" if node.kind == "add" else "multiply"
         return self._add_layer(kind, node, factors=(1.0, *node.settings, 1.0)[:2])
 
     def _scale(self, node: Node) -> Place:
         constant = node.constants[0] if node.constants else None
-        if constant is not None:
-            self._image_of(node)
-            size = constant.size[-len(node.shape) :]
-            if math.prod(size) != 1 and (len(size) != len(node.shape) or math.prod(size[1:]) != 1):
+        size = () if constant is None else constant.size[-len(node.shape) :]
+        if math.prod(size) != 1:
+            dims = self._dims(node)[-len(size) :]
+            if any(n != 1 and dim != (0,) for n, dim in zip(size, dims, strict=True)):
                 raise _NoImageForm("scale has a constant that differs between pixels")
         return self._add_layer("pointwise", node, factors=(node.settings[0], 1.0), weight=constant)
 
@@ -257,27 +346,25 @@ class _Lowering:
         )
 
     def _max_pool(self, node: Node) -> Place:
-        links = _max_windows(self._image_of(node), node)
+        links = max_windows(self._image_of(node), node)
         return self._add_layer("max_pool", node, shape=_image(node.shape), links=links)
 
     def _mix(self, node: Node) -> Place:
         """Add a layer that computes each pixel of a channel as a sum over pixels of the channel."""
         image = self._image_of(node)
-        if node.kind == "avg_pool":
-            links = _pool_windows(image, node)
-        elif node.kind == "upsample":
-            links = _interpolation(image, node)
-        else:
-            links = self._all_pixels(image, node)
+        links = pool_windows(image, node) if node.kind == "avg_pool" else interpolation(image, node)
         return self._add_layer("mix", node, shape=_image(node.shape), links=links)
 
-    def _all_pixels(self, image: Image, node: Node) -> tuple[Link, ...]:
-        """Return the links of a sum or mean over all pixels."""
-        if node.settings[0] != tuple(range(2, len(self._shape(node.inputs[0])) + 1)):
+    def _reduce(self, node: Node) -> Place:
+        """Add a sum or mean over all pixels of a channel."""
+        place, dims = self._place(node.inputs[0]), self._dims(node)
+        reduced = {axis for dim in node.settings[0] for axis in dims[dim - 1]}
+        if reduced != {axis for axis in place.axes if axis != 0}:
             raise _NoImageForm(f"{node.kind} is supported only over all pixels of a channel")
-        pixels = image[1] * image[2]
+        channels, pixels = place.image[0], math.prod(place.image[1:])
         factor = 1 / pixels if node.kind == "mean" else 1.0
-        return tuple(Link(0, pixel, factor) for pixel in range(pixels))
+        links = tuple(Link(0, pixel, factor) for pixel in range(pixels))
+        return self._add_layer("mix", node, shape=(channels, 1, 1), links=links)
 
     def _logsumexp(self, node: Node) -> Place:
         if len(node.settings[0]) != len(self._shape(node.inputs[0])):
@@ -287,11 +374,13 @@ class _Lowering:
     _LOWER: ClassVar[dict[str, Callable[["_Lowering", Node], Place]]] = {
         **dict.fromkeys(("conv", "linear", "transposed"), _conv),
         **dict.fromkeys(("add", "mul"), _combine),
-        **dict.fromkeys(("avg_pool", "mean", "sum", "upsample"), _mix),
+        **dict.fromkeys(("avg_pool", "upsample"), _mix),
+        **dict.fromkeys(("mean", "sum"), _reduce),
         "batch_norm": _batch_norm,
         "group_norm": _group_norm,
         "logsumexp": _logsumexp,
         "max_pool": _max_pool,
+        "permute": _permute,
         "scale": _scale,
         "view": _view,
     }
@@ -299,6 +388,28 @@ class _Lowering:
 
 def _viewed(node: Node) -> _NoImageForm:
     return _NoImageForm(f"{node.kind} reads values that have been viewed in another shape")
+
+
+def _permuted(node: Node) -> _NoImageForm:
+    return _NoImageForm(f"{node.kind} reads values whose dimensions have been permuted")
+
+
+def _state(shape: tuple[int, ...], order: tuple[int, ...]) -> Place:
+    """Return the place of a state whose dimensions are those of an image if put in this order."""
+    image = _image(tuple(shape[dim] for dim in order))
+    axes = {1: (0,), 2: (0, 2)}.get(len(shape), (0, 1, 2))
+    of_dims = sorted(zip(order, axes, strict=False))
+    return Place(0, image, tuple(axis for dim, axis in of_dims if shape[dim] != 1))
+
+
+def _columns_as_image(weight: Constant, place: Place) -> Constant:
+    """Return a linear layer's weight as [out, C, H, W]: it reads an image's axes in their order."""
+    steps, step = [0, 0, 0], weight.stride[1]
+    for axis in reversed(place.axes):
+        steps[axis] = step
+        step *= place.image[axis]
+    size, stride = (weight.size[0], *place.image), (weight.stride[0], *steps)
+    return replace(weight, size=size, stride=stride)
 
 
 def _image(shape: tuple[int, ...]) -> Image:
@@ -310,57 +421,3 @@ def _image(shape: tuple[int, ...]) -> Image:
     if len(shape) == 2:
         return shape[0], 1, shape[1]
     return (shape[0] if shape else 1), 1, 1
-
-
-def _pool_windows(image: Image, node: Node) -> tuple[Link, ...]:
-    """Return the links of avg_pool2d, by its definition."""
-    kernel, stride, padding, _, counted, divisor = node.settings
-    axes = []
-    for axis in range(2):
-        size, pad = image[1 + axis], padding[axis]
-        windows = []
-        for o in range(node.shape[1 + axis]):
-            first = o * stride[axis] - pad
-            last = min(first + kernel[axis], size + pad)
-            windows.append((range(max(first, 0), min(last, size)), last - first))
-        axes.append(windows)
-    links = []
-    for pixel, ((rows, tall), (columns, wide)) in enumerate(itertools.product(*axes)):
-        count = divisor or (tall * wide if counted else len(rows) * len(columns))
-        links += [Link(pixel, y * image[2] + x, 1 / count) for y in rows for x in columns]
-    return tuple(links)
-
-
-def _interpolation(image: Image, node: Node) -> tuple[Link, ...]:
-    """Return the links of an interpolation, which weighs rows and columns independently."""
-    shares = []
-    for axis in range(2):
-        # A row (or column) of ones at a time: its share in every row of the result.
-        size = image[1 + axis]
-        ones = torch.eye(size, dtype=torch.float32, device="cpu").view(
-            (size, 1, -1, 1) if axis == 0 else (size, 1, 1, -1)
-        )
-        ones = ones.expand(size, 1, *image[1:])
-        out = run_linear(node, ones)[:, 0]
-        share = (out[:, :, 0] if axis == 0 else out[:, 0]).T
-        shares.append([[(k, float(row[k])) for k in row.nonzero()[:, 0].tolist()] for row in share])
-    return tuple(
-        Link(pixel, y * image[2] + x, tall * wide)
-        for pixel, (rows, columns) in enumerate(itertools.product(*shares))
-        for (y, tall), (x, wide) in itertools.product(rows, columns)
-    )
-
-
-def _max_windows(image: Image, node: Node) -> tuple[Link, ...]:
-    """Return the links of max_pool2d; the factors are positions in the window."""
-    kernel, stride, padding, dilation, _ = node.settings
-    axes = []
-    for axis in range(2):
-        firsts = [o * stride[axis] - padding[axis] for o in range(node.shape[1 + axis])]
-        reach = range(0, dilation[axis] * kernel[axis], dilation[axis])
-        axes.append([[f + r for r in reach if 0 <= f + r < image[1 + axis]] for f in firsts])
-    return tuple(
-        Link(pixel, y * image[2] + x, float(position))
-        for pixel, (rows, columns) in enumerate(itertools.product(*axes))
-        for position, (y, x) in enumerate(itertools.product(rows, columns))
-    )

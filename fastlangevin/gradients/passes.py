@@ -77,7 +77,7 @@ class Dataflow:
         # The value whose memory a value may share: a view may share that of its input.
         self.memory = list(range(count))
         for k, node in enumerate(graph.nodes, 1):
-            if node.kind == "view":
+            if node.kind in ("permute", "view"):
                 self.memory[k] = self.memory[node.inputs[0]]
 
     def is_last_reader(self, k: int, readers: list[list[int]]) -> bool:

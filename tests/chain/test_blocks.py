@@ -86,7 +86,8 @@ def test_no_split_changes_bits(
 
     expected = run(x, 0)
     monkeypatch.setattr(fused_cpu, "_VECTOR_CHUNK", chunk)
-    monkeypatch.setattr(fused_cpu, "_CHUNK", chunk)
+    for name in ("_CHUNK", "_SMALL_CHUNK"):
+        monkeypatch.setattr(fused_cpu, name, chunk)
     for count in (1, 2, 3):
         threads(count)
         for cut in (0, 1, 4):

@@ -163,6 +163,13 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (3, 12),
     ),
+    "a wide kernel over one pixel, viewed as a sequence": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Unflatten(1, (2, 4)), nn.SiLU(),
+            nn.Flatten(), nn.Linear(8, 1),
+        ),
+        (3, 1, 1),
+    ),
     "flattened to a hidden layer": (
         lambda: nn.Sequential(
             nn.Conv2d(1, 5, 3), nn.SiLU(), nn.Flatten(), nn.Linear(60, 20), nn.SiLU(),

@@ -61,26 +61,29 @@ def _upsample(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> 
     return Node("upsample", (operands.value(a["self"], name),), _shape(out), (name, *rest))
 
 
-def _addmm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
-    if a["beta"] != 1 or a["alpha"] != 1:
-        raise operands.refuse("addmm with factors is not supported")
-    bias = operands.constant(a["self"], name)
-    if bias is None or bias.size != (out.shape[1],):
-        raise operands.refuse("addmm with a bias that differs between chains is not supported")
-    weight = _transposed(operands, a["mat2"], name)
-    return Node("linear", (operands.value(a["mat1"], name),), _shape(out), (), (weight, bias))
+def _matmul(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
+    value = operands.value(a["mat1"] if name == "addmm" else a["self"], name)
+    return Node("linear", (value,), _shape(out), (), weight_and_bias(operands, name, a))
 
 
-def _mm(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
-    weight = _transposed(operands, a["mat2"], name)
-    return Node("linear", (operands.value(a["self"], name),), _shape(out), (), (weight, None))
-
-
-def _transposed(operands: Operands, matrix: Any, name: str) -> Constant:
-    constant = operands.constant(matrix, name)
-    assert constant is not None
-    size, stride = constant.size[::-1], constant.stride[::-1]
-    return replace(constant, size=size, stride=stride)
+def weight_and_bias(
+    operands: Operands, name: str, a: dict[str, Any]
+) -> tuple[Constant, Constant | None]:
+    """Return the constants of a product with a matrix, by mm, addmm or bmm."""
+    matrix, bias = a["mat2"], None
+    weight = operands.constant(matrix, name)
+    assert weight is not None
+    if name == "bmm":
+        if matrix.shape[0] != 1 and matrix.stride(0) != 0:
+            raise operands.refuse("bmm is supported only with the same matrix for all rows")
+        weight = replace(weight, size=weight.size[1:], stride=weight.stride[1:])
+    if name == "addmm":
+        if a["beta"] != 1 or a["alpha"] != 1:
+            raise operands.refuse("addmm with factors is not supported")
+        bias = operands.constant(a["self"], name)
+        if bias is None or bias.size != (weight.size[1],):
+            raise operands.refuse("addmm with a bias that differs between chains is not supported")
+    return replace(weight, size=weight.size[::-1], stride=weight.stride[::-1]), bias
 
 
 def _view(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node | None:
@@ -90,6 +93,23 @@ def _view(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node
     if _shape(out) == _shape(tensor):
         return None
     return Node("view", (operands.value(tensor, name),), _shape(out))
+
+
+def _permute(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node | None:
+    dims = list(range(out.ndim))
+    if name == "permute":
+        dims = [d % out.ndim for d in a["dims"]]
+    elif name == "transpose" and dims:
+        one, two = a["dim0"], a["dim1"]
+        dims[one], dims[two] = dims[two], dims[one]
+    else:
+        dims.reverse()  # t, of a matrix or vector
+    if dims == sorted(dims):
+        return None
+    if dims[0] != 0:
+        raise operands.refuse(f"{name} mixes chains")
+    x = operands.value(a["self"], name)
+    return Node("permute", (x,), _shape(out), tuple(d - 1 for d in dims[1:]))
 
 
 def _reduce(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
@@ -268,12 +288,26 @@ def _add(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> Node:
     if isinstance(two, Tensor) and two.ndim and not operands.is_value(two):
         if one.shape != out.shape:
             raise operands.refuse(f"{name} of a constant of more dimensions is not supported")
+        biased = _biased(operands, name, one, two) if alpha == 1 else None
+        if biased is not None:
+            return biased
         values = operands.value(one, name), _of_chains(operands, name, two, out)
         return Node("add", values, _shape(out), (-alpha if name.startswith("sub") else alpha,))
     values = operands.value(one, name), operands.value(two, name)
     if one.shape != two.shape or one.dtype != two.dtype:
         raise operands.refuse(f"{name} of two shapes or dtypes is not supported")
     return Node("add", values, _shape(out), (-alpha if name.startswith("sub") else alpha,))
+
+
+def _biased(operands: Operands, name: str, tensor: Tensor, bias: Tensor) -> Node | None:
+    """Return tensor + bias as one linear layer if tensor is the result of one without a bias."""
+    value = operands.value(tensor, name)
+    node = operands.nodes[value - 1] if value else None
+    if node is None or node.kind != "linear" or node.constants[1] is not None:
+        return None
+    if tuple(bias.shape) != node.shape[-1:] or operands.is_of_arguments(bias):
+        return None
+    return replace(node, constants=(node.constants[0], operands.constant(bias, name)))
 
 
 def _activation(
@@ -320,12 +354,14 @@ ACTIVATIONS: dict[str, Callable[[dict[str, Any]], tuple[float, ...] | None]] = {
 }
 # If only other operators follow a value, its gradient is the same in every chain.
 NONLINEAR = {*ACTIVATIONS, "logsumexp", "mul", "max_pool", "group_norm", "constant"}
-_VIEWS = (
+# Operators that keep the order of the elements, if they keep all.
+VIEWS = (
     "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "select", "slice",
     "alias", "expand", "clone", "contiguous", "_to_copy", "_reshape_alias",
 )  # fmt: skip
 OPERATORS: dict[str, Callable[..., Node | None]] = (
-    {"convolution": _conv, "addmm": _addmm, "mm": _mm, "avg_pool2d": _avg_pool}
+    {"convolution": _conv, "addmm": _matmul, "mm": _matmul, "avg_pool2d": _avg_pool}
+    | {"permute": _permute, "transpose": _permute, "t": _permute}
     | {"_adaptive_avg_pool2d": _adaptive_pool, "mean": _reduce, "sum": _reduce}
     | {"logsumexp": _reduce, "max_pool2d_with_indices": _max_pool}
     | {"native_group_norm": _group_norm, "native_layer_norm": _group_norm}
@@ -338,7 +374,7 @@ OPERATORS: dict[str, Callable[..., Node | None]] = (
         ),
         _batch_norm,
     )
-    | dict.fromkeys(_VIEWS, _view)
+    | dict.fromkeys(VIEWS, _view)
     | dict.fromkeys(("mul", "mul_", "div", "div_", "neg", "neg_"), _scale)
     | dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d"), _upsample)
     | {"pow": _square, "gather": _gather, "cat": _cat}

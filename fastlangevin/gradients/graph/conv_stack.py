@@ -73,7 +73,7 @@ def conv_stack(graph: Graph) -> ConvStack | str:
     if isinstance(network, str):
         return network
     layers = network.layers
-    if [value for value, _, _ in network.heads] != [len(layers)]:
+    if [place.number for place, _ in network.heads] != [len(layers)]:
         return "a value before the last activation is read again after it"
     for k, layer in enumerate(layers):
         if layer.inputs != (k,):
@@ -86,7 +86,7 @@ def conv_stack(graph: Graph) -> ConvStack | str:
         if activation and activation.kind == "silu" and activation.settings:
             return "silu has a factor"
     convs = tuple(map(_stacked, layers))
-    return ConvStack(network.shape, convs, layers[-1].shape, network, graph)
+    return ConvStack(network.state.image, convs, layers[-1].shape, network, graph)
 
 
 def _stacked(layer: ImageLayer) -> StackedConv:

@@ -62,8 +62,9 @@ class ComputedInCalls(Protocol):
 class Node:
     """An operation on a batch that treats all chains in the same way and independently.
 
-    ``kind`` (``settings``) is conv (stride, padding, dilation, groups), linear, add (factor of the
-    second input), view, mean, sum or logsumexp (dims, keepdim), avg_pool (kernel, stride, padding,
+    ``kind`` (``settings``) is conv (stride, padding, dilation, groups), linear (over the last
+    dimension), add (factor of the second input), view, permute (dims of the input, counted from 0
+    without the chains), mean, sum or logsumexp (dims, keepdim), avg_pool (kernel, stride, padding,
     ceil_mode, count_include_pad, divisor), scale (factor), mul of two values, max_pool
     (kernel, stride, padding, dilation, ceil_mode), batch_norm (eps) in eval mode, group_norm
     (groups, eps), or the name of an activation. The ``constants`` of conv and linear are the weight

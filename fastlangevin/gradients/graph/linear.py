@@ -34,6 +34,8 @@ def run_linear(node: Node, x: Tensor, *others: Tensor) -> Tensor:
         return torch.cat((x, *others), 1)
     if node.kind == "view":
         return x.reshape(x.shape[0], *node.shape)
+    if node.kind == "permute":
+        return x.permute(0, *(dim + 1 for dim in settings))
     if node.kind in ("mean", "sum"):
         return getattr(torch, node.kind)(x, settings[0], settings[1])
     if node.kind == "avg_pool":

@@ -1,12 +1,13 @@
 """Describes the operators of an energy as the nodes of a graph, while they run."""
 
+import math
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients.graph.aten_ops import OPERATORS
+from fastlangevin.gradients.graph.aten_ops import OPERATORS, VIEWS, weight_and_bias
 from fastlangevin.gradients.graph.ir import Constant, Graph, Node
 
 
@@ -56,6 +57,9 @@ class OperatorRecorder:
         # whose weights are repeated for each chain. By slot, values in this form and the weights.
         self._joined: dict[int, int] = {}
         self._repeated: dict[int, Constant] = {}
+        # How torch writes a linear layer over the last dimension: as a product with the rows of
+        # all chains. By slot, values whose chains share the first dimension with others.
+        self._rows: dict[int, int] = {}
 
     def refuse(self, reason: str) -> Exception:
         """Return the error to raise for what a graph cannot hold."""
@@ -81,7 +85,7 @@ class OperatorRecorder:
     ) -> None:
         tensors = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
         read = [self.slots.slot_of(tensor) for tensor in tensors]
-        moving = self.values.keys() | self.spoilt.keys() | self._joined.keys()
+        moving = {*self.values, *self.spoilt, *self._joined, *self._rows}
         if moving.isdisjoint(read):
             self._see_constants(func, name, args, out, tensors)
             return
@@ -95,7 +99,8 @@ class OperatorRecorder:
                 raise self.refuse(self.spoilt[slot])
         if not torch.is_grad_enabled():
             raise self.refuse(f"{name} runs under torch.no_grad, or in a torch.autograd.Function")
-        if self._see_instance_norm(name, _named(func, args, kwargs), out):
+        named = _named(func, args, kwargs)
+        if self._see_instance_norm(name, named, out) or self._see_rows(name, named, out):
             return
         describe = OPERATORS.get(name)
         if describe is None:
@@ -111,7 +116,7 @@ class OperatorRecorder:
         # The energy of a single chain may have no dimension at all.
         if not isinstance(out, Tensor) or (out.shape[0] if out.ndim else 1) != self.chains:
             raise self.refuse(f"{name} mixes chains")
-        node = describe(self, name, _named(func, args, kwargs), out)
+        node = describe(self, name, named, out)
         written = self.slots.slot_of(out)
         if out is args[0]:
             self._spoil_aliases(written, name)
@@ -156,6 +161,50 @@ class OperatorRecorder:
             self.values[normal] = len(self.nodes)
         return True
 
+    def _see_rows(self, name: str, a: dict[str, Any], out: Any) -> bool:
+        """See an operator of a linear layer over the last dimension; return whether it is one."""
+        tensor = a["mat1"] if name == "addmm" else a.get("self")
+        if not isinstance(tensor, Tensor):
+            return False
+        slot = self.slots.slot_of(tensor)
+        value = self._rows.get(slot, self.values.get(slot))
+        if value is None:
+            return False
+        is_row = slot in self._rows
+        if name == "bmm" or (is_row and name in ("addmm", "mm")):
+            number = self._linear(name, a, value)
+        elif name in VIEWS and tensor.ndim > 1 and out.ndim > 1:
+            keeps_all = out.numel() == tensor.numel() and out.dtype == tensor.dtype
+            of_chains = out.shape[0] == self.chains
+            if not keeps_all or (of_chains and not is_row):
+                return False
+            number, shape = value, tuple(out.shape[1:])
+            if of_chains and shape != self._shape(value):
+                self.nodes.append(Node("view", (value,), shape))
+                number = len(self.nodes)
+            is_row = not of_chains
+        else:
+            return False
+        (self._rows if is_row else self.values)[self.slots.slot_of(out)] = number
+        return True
+
+    def _linear(self, name: str, a: dict[str, Any], value: int) -> int:
+        """Add a linear layer over the last dimension of a value, and return its number."""
+        constants = weight_and_bias(self, name, a)
+        written, read = constants[0].size
+        shape = self._shape(value)
+        if shape[-1:] != (read,):
+            if not read or math.prod(shape) % read:
+                raise self.refuse(f"{name} mixes chains")
+            shape = math.prod(shape) // read, read
+            self.nodes.append(Node("view", (value,), shape))
+            value = len(self.nodes)
+        self.nodes.append(Node("linear", (value,), (*shape[:-1], written), (), constants))
+        return len(self.nodes)
+
+    def _shape(self, value: int) -> tuple[int, ...]:
+        return self.nodes[value - 1].shape if value else tuple(self.leaf.shape[1:])
+
     def _see_constants(
         self, func: Any, name: str, args: tuple[Any, ...], out: Any, read: list[Tensor]
     ) -> None:
@@ -197,6 +246,8 @@ class OperatorRecorder:
     def value(self, tensor: Any, name: str) -> int:
         """Return the number of a value that is computed from the states; refuse other tensors."""
         slot = self.slots.slot_of(tensor) if isinstance(tensor, Tensor) else -1
+        if slot in self._rows:
+            raise self.refuse(f"{name} mixes chains")
         if slot not in self.values:
             raise self.refuse(f"{name} is supported only between results of the state")
         return self.values[slot]
