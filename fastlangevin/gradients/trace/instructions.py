@@ -82,3 +82,15 @@ def mapped(arguments: Any, convert: Callable[[Any], Any]) -> Any:
     if isinstance(arguments, dict):
         return {key: mapped(item, convert) for key, item in arguments.items()}
     return convert(arguments)
+
+
+def renamed(instruction: Instruction, names: dict[int, int]) -> Instruction:
+    """Return an instruction that reads other slots, those that ``names`` maps its slots to."""
+
+    def rename(argument: Any) -> Any:
+        if isinstance(argument, Slot):
+            return Slot(names.get(argument.number, argument.number))
+        return argument
+
+    args, kwargs = mapped(instruction.args, rename), mapped(instruction.kwargs, rename)
+    return replace(instruction, args=args, kwargs=kwargs)
