@@ -45,6 +45,7 @@ class Tracer(DispatchMode):
         # Python numbers that the run read from tensors that do not depend on the states, by slot.
         self.numbers: dict[int, Any] = {}
         self.meets_state = False  # whether the run reads the memory of the states by another tensor
+        self.keeps_values = False  # whether it keeps tensors that are computed from the states
         self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id
         self._storages: dict[int, int] = {}  # by address, of the tensors that existed before
         self._count = 0
@@ -148,9 +149,14 @@ class Tracer(DispatchMode):
         return number
 
     def replaces(self, before: Tensor, now: Tensor) -> bool:
-        """Return whether the run made a tensor, without the states, and did not read another."""
+        """Return whether the run made a tensor to keep in place of another that it did not read.
+
+        From then on, ``keeps_values`` tells whether any of those made depends on the states.
+        """
         made = self._entry(now)
-        return made is not None and not self._is_moving(made) and self._entry(before) is None
+        replaced = made is not None and self._entry(before) is None
+        self.keeps_values = self.keeps_values or (replaced and self._is_moving(made))
+        return replaced
 
     def _entry(self, tensor: Tensor) -> int | None:
         """Return the slot of a tensor of the run, or None for another tensor."""
