@@ -1,5 +1,6 @@
 """A run of an energy and of its backward pass as a list of operators."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -26,9 +27,9 @@ class Instruction:
     single: bool  # whether the operator returns a tensor, and not a tuple or list
     writes: tuple[int, ...] = ()  # slots that it changes in place
 
-    @property
-    def reads(self) -> list[int]:
-        return [slot.number for slot in slots_in((self.args, self.kwargs))]
+    @functools.cached_property
+    def reads(self) -> tuple[int, ...]:
+        return tuple(slot.number for slot in slots_in((self.args, self.kwargs)))
 
     @property
     def written(self) -> list[int]:

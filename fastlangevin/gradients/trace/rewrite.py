@@ -234,12 +234,13 @@ def _fuse_leaky_relu(draft: Draft) -> None:
     """Let a convolution apply the leaky relu that alone reads its output."""
     mkldnn = torch.ops.mkldnn
     fused: set[int] = set()  # indices of the leaky relus that convolutions apply
+    indices = draft.readers()
     for k, instruction in enumerate(draft.each):
         tiled = isinstance(instruction.op, Convolution)
         if not tiled and instruction.op is not mkldnn._convolution_pointwise.default:
             continue
         (number,) = instruction.written
-        readers = [(j, draft.each[j]) for j in draft.readers(number)]
+        readers = [(j, draft.each[j]) for j in indices.get(number, ())]
         forward = [(j, i) for j, i in readers if i.op is aten.leaky_relu.default]
         backward = [(j, i) for j, i in readers if i.op is aten.leaky_relu_backward.default]
         if len(forward) != 1 or len(readers) != 1 + len(backward) or number in draft.results:
