@@ -88,6 +88,14 @@ def of_gradient(module: Keeps) -> Any:
     return 1.0 if hidden is None or hidden.grad is None else hidden.grad.mean().tanh() + 2
 
 
+def of_shape(module: Keeps) -> Any:
+    return 1.0 if module.hidden is None else len(module.hidden)
+
+
+def of_whether_it_has_a_gradient(module: Keeps) -> Any:
+    return 1.0 if module.hidden is None or module.hidden.grad is None else 2.0
+
+
 def of_one_before(module: Keeps) -> Any:
     module.older = module.hidden
     return 1.0
@@ -98,7 +106,9 @@ def of_count(module: Keeps) -> Any:
     return 1.0 + module.count
 
 
-STATEFUL = [of_value, of_data, of_gradient, of_one_before, of_count]
+STATEFUL = [
+    of_value, of_data, of_gradient, of_shape, of_whether_it_has_a_gradient, of_one_before, of_count,
+]  # fmt: skip
 
 
 def test_an_energy_that_keeps_its_activations_is_not_left_to_autograd() -> None:
@@ -129,6 +139,8 @@ def test_an_energy_that_reads_what_it_kept_stays_with_autograd(
     energy, plain = Keeps(factor), Keeps(factor)
     run, loop = sampler(energy), sampler(plain, gradient="autograd")
     for seed in range(4):
+        for module in (energy, plain):
+            module(x0[:2])  # as training does, with a batch of another size
         torch.testing.assert_close(run(x0, seed=seed), loop(x0, seed=seed))
     assert run.choose_engine(x0, {}).name == "autograd"
 

@@ -170,6 +170,10 @@ def _record(
     tracer, watch = Tracer(leaf, refuse), Watch(snapshot, refuse)
     recorder = _recorder(energy, leaf, precision, tracer, model_kwargs)
     values = Values(refuse, tracer.reads_state, lambda: recorder.stop("a tensor has hooks"))
+
+    def replaces(before: Tensor, now: Tensor) -> bool:
+        return tracer.replaces(before, now, id(before) in values.passed)
+
     tracer.prepare()  # it would be slow under the watch
     tracer.watch, tracer.observe = watch, recorder.see
     graph: Graph | str = ""
@@ -200,14 +204,14 @@ def _record(
             graph = _with_computed(graph, trace)
         results = RunResults(leaf.detach(), _alone(out), None if grad is None else _alone(grad))
         # Weights and activations that every run keeps as attributes, without reading the last ones.
-        snapshot.put_back_tensors(tracer.replaces)
+        snapshot.put_back_tensors(replaces)
         changed = watch.changed() or _refusal(("", module) for module in snapshot.modules)
         if changed is not None:
             refuse(changed)
     except Exception as error:
         refuse(f"it raises {type(error).__name__}: {error}")
     finally:
-        snapshot.put_back_tensors(tracer.replaces)
+        snapshot.put_back_tensors(replaces)
         watch.restore()
         tracer.watch = tracer.observe = None  # no cycle keeps the run's tensors alive
     if tracer.meets_state and not copy:

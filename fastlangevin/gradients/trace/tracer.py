@@ -148,15 +148,19 @@ class Tracer(DispatchMode):
         self.meets_state = self.meets_state or self.values[number].storage == 0
         return number
 
-    def replaces(self, before: Tensor, now: Tensor) -> bool:
+    def replaces(self, before: Tensor, now: Tensor, was_passed: bool) -> bool:
         """Return whether the run made a tensor to keep in place of another that it did not read.
 
-        From then on, ``keeps_values`` tells whether any of those made depends on the states.
+        ``was_passed`` is whether the other one was given to a function, be it one of its shape. In
+        a chain, the next step finds a tensor of another shape, or with another ``grad``, if the
+        tensor depends on the states. ``keeps_values`` tells afterwards whether one does.
         """
         made = self._entry(now)
-        replaced = made is not None and self._entry(before) is None
-        self.keeps_values = self.keeps_values or (replaced and self._is_moving(made))
-        return replaced
+        moving = self._is_moving(made)
+        if made is None or self._entry(before) is not None or (moving and was_passed):
+            return False
+        self.keeps_values |= moving
+        return True
 
     def _entry(self, tensor: Tensor) -> int | None:
         """Return the slot of a tensor of the run, or None for another tensor."""
