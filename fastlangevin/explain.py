@@ -14,6 +14,7 @@ from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.own_last_step import OwnLastStep
 from fastlangevin.gradients.precision import HALVES, check_precision
 from fastlangevin.gradients.select import EngineChoice
 from fastlangevin.roofline import Cost, copy_bandwidth, cost, matrix_rate
@@ -83,9 +84,15 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
         return [f"gradient   {name}: {text}; {precision_text}"]
     choice = chain.choose(x)
     lines = [f"gradient   {choice.name}: {_ENGINE_TEXT[choice.name]}; {precision_text}"]
-    if isinstance(choice.engine, ConvNetGradient):
-        lines[0] += f"; instruction set {choice.engine.net.instruction_set}"
-        lines += _explain_tiles(choice.engine)
+    engine = choice.engine
+    if isinstance(engine, OwnLastStep):
+        engine = engine.engine
+        lines.append(
+            f"{_INDENT}the last step runs the energy itself, whose modules keep its values"
+        )
+    if isinstance(engine, ConvNetGradient):
+        lines[0] += f"; instruction set {engine.net.instruction_set}"
+        lines += _explain_tiles(engine)
     lines += [f"{_INDENT}not {names}: {reason}" for names, reason in rejected(choice).items()]
     if started and x.shape[0] and choice.name != "network":
         graph: Graph | str | None = choice.graph

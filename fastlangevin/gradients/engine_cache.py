@@ -22,8 +22,9 @@ from fastlangevin.locks import new_lock
 NOT_IN_MEMORY = "not in memory (fake, meta, or of a torch.func transform)"
 # Entries of each kind that are remembered. Every engine holds a copy of the weights.
 _ENTRIES = 4
-# The most calls for which an energy that could not be recorded is not tried again.
-_MOST_SKIPPED = 32
+# After every failure, this many times more calls pass before an energy is recorded again. A run
+# that keeps its first result can be recorded in a later call, while most failures are permanent.
+_PATIENCE = 4
 
 
 class EnergyCall(NamedTuple):
@@ -71,8 +72,8 @@ class EngineCache:
 
         The energy is run unless a remembered recording still holds. ``half`` is the precision of
         autocast during the run, or None. A run that cannot be recorded costs as much as a few
-        steps. Without ``try_again`` it is therefore not repeated at every call: after each failure,
-        twice as many calls pass before the next attempt, and no more than 32.
+        steps. Without ``try_again`` it is therefore not repeated at every call: 1, 4, 16, ... calls
+        pass before the next attempt, unless a module is switched between train and eval mode.
         """
         energy, x, _, model_kwargs = call
         key = tuple(x.shape), half
@@ -90,7 +91,7 @@ class EngineCache:
         with _strict(call, half):
             recording, results = record(energy, x, model_kwargs, half)
         if recording.ran and results is None:
-            skipped = 1 if failure is None else min(2 * failure.skipped, _MOST_SKIPPED)
+            skipped = 1 if failure is None else _PATIENCE * failure.skipped
             self._remember(self._failures, attempt, _Failure(recording, skipped, skipped))
         graph = recording.graph
         if isinstance(graph, Graph) and not all_in_memory(*graph.bases):

@@ -13,7 +13,8 @@ from fastlangevin.gradients.engine_cache import NOT_IN_MEMORY, EnergyCall, Engin
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.graph.record import RunResults
+from fastlangevin.gradients.graph.record import Recording, RunResults
+from fastlangevin.gradients.own_last_step import OwnLastStep
 from fastlangevin.gradients.precision import HALVES, convolutions_use_tf32, half_name
 from fastlangevin.gradients.timing import Candidate, step_seconds
 from fastlangevin.gradients.trace.instructions import Trace
@@ -21,6 +22,7 @@ from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.names import check_name
 
+_KEEPS_VALUES = "a run of it keeps tensors that are computed from the states"
 GRADIENTS = ("auto", "autograd", "explicit", "fused", "network")
 
 
@@ -78,6 +80,8 @@ def proved_graph(
         return reason
     recording, results = cache.recording(call)
     graph = recording.graph
+    if recording.keeps_values:
+        return _KEEPS_VALUES
     if isinstance(graph, str):
         return graph
     reason = explicit.refusal(graph)
@@ -98,10 +102,14 @@ def _choose_from_recording(
     half = call.precision if call.precision in HALVES else None
     try_again = gradient != "auto"
     recording, results = cache.recording(call, try_again=try_again)
-    choice = _choose_proved_layers(gradient, recording.graph, results, call, cache)
-    if isinstance(choice, EngineChoice) or gradient == "fused":
-        return choice
     device_type = call.x.device.type
+    if recording.keeps_values and device_type != "cpu":
+        return _KEEPS_VALUES  # a CUDA graph cannot contain the last step
+    choice = _choose_proved_layers(gradient, recording.graph, results, call, cache)
+    if isinstance(choice, EngineChoice):
+        return _with_own_last_step(choice, recording, call)
+    if gradient == "fused":
+        return choice
     if device_type not in ("cpu", "cuda"):
         return choice  # replaying has not been tried on other devices
     # On a CPU without hardware for the half precision, float32 is faster and more precise.
@@ -119,7 +127,19 @@ def _choose_from_recording(
     except Exception as error:
         reason = f"a replay raises {type(error).__name__}: {error}"
     why_not = () if gradient == "explicit" else (Rejected("fused", choice),)
-    return reason or EngineChoice("explicit", engine, why_not)
+    return reason or _with_own_last_step(EngineChoice("explicit", engine, why_not), recording, call)
+
+
+def _with_own_last_step(
+    choice: EngineChoice, recording: Recording, call: EnergyCall
+) -> EngineChoice:
+    """Return a choice whose last step runs the energy, if a run keeps values of the states."""
+    if not recording.keeps_values or choice.engine is None:
+        return choice
+    engine = OwnLastStep(
+        choice.engine, call.energy, call.x.device, call.precision, call.model_kwargs
+    )
+    return choice._replace(engine=engine)
 
 
 def _choose_proved_layers(

@@ -142,7 +142,7 @@ def test_x_enters_as_in_a_plain_loop_or_the_error_says_what_to_do(
     assert torch.equal(energies, net(start))
     assert torch.equal(grad, want)
     sampler = LangevinSampler(net, steps=1, step_size=1.0, noise_std=0.0)
-    assert torch.equal(sampler(x, seed=0), x - want)
+    torch.testing.assert_close(sampler(x, seed=0), x - want)  # by any engine
 
 
 def test_a_network_that_refuses_the_states_dtype_is_asked_once_a_call(x: Tensor) -> None:

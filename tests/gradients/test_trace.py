@@ -14,10 +14,10 @@ from fastlangevin import LangevinSampler
 from fastlangevin.gradients import engine_cache, onednn
 from fastlangevin.gradients.graph.record import record
 from fastlangevin.gradients.trace.instructions import Trace
-from fastlangevin.gradients.trace.program import Program
+from fastlangevin.gradients.trace.program import Program, preparation
 from fastlangevin.gradients.trace.rewrite import rewrite
 from fastlangevin.gradients.trace.split import Draft
-from fastlangevin.gradients.trace.traced import TracedGradient
+from fastlangevin.gradients.trace.traced import Programs, TracedGradient
 
 N, SHAPE = 4, (4, 6, 6)
 
@@ -277,6 +277,26 @@ def test_an_observation_is_encoded_once_per_chain() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
+def test_steps_with_and_without_energies_read_the_same_packed_weights() -> None:
+    energy, x0, _ = made("residual", torch.float32)
+    trace = record(energy, x0, {})[0].trace
+    assert isinstance(trace, Trace)
+    programs = Programs(trace)
+    inputs = programs.inputs({})
+    without, with_energies = (programs.prepare(inputs)[wanted] for wanted in (False, True))
+    given = {id(value) for value in inputs.values()}
+    packed = [value for value in without if id(value) not in given]
+    again = programs.prepare(inputs)
+    assert {id(v) for v in again[False] if id(v) not in given} <= {id(v) for v in again[True]}
+    assert packed
+    # Each program alone would compute the same constants.
+    for program, constants in zip((False, True), (without, with_energies), strict=True):
+        prepare = preparation(trace, [programs.of(program)], programs.of(program).inputs)
+        (alone,) = prepare(*[inputs[n] for n in programs.of(program).inputs])
+        for value, other in zip(constants, alone, strict=True):
+            assert torch.equal(value.to_dense(), other.to_dense())
+
+
 def test_energies_are_not_computed_unless_they_are_wanted() -> None:
     trace = trace_of("residual")[0]
     fewer, more = (Program(trace, energies).instructions for energies in (False, True))
@@ -328,46 +348,6 @@ def test_what_a_replay_could_not_repeat_is_refused(
     energy = Energy(forward, a=conv())
     with pytest.raises(RuntimeError, match=reason):
         LangevinSampler(energy, 1, gradient="explicit")(torch.randn(N, *SHAPE), seed=0)
-
-
-class KeepsItsWeight(nn.Module):
-    """A convolution that keeps the weight that each forward computes as an attribute."""
-
-    def __init__(self, of_state: bool = False, reads: bool = False) -> None:
-        super().__init__()
-        self.conv, self.of_state, self.reads = conv(), of_state, reads
-        self.kept = torch.ones_like(self.conv.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.conv.weight / self.conv.weight.detach().norm()
-        before, self.kept = self.kept, x[:1] if self.of_state else weight
-        out = F.conv2d(x, weight, padding=1).tanh().flatten(1).sum(1)
-        return out * before.mean() if self.reads else out
-
-
-@pytest.mark.parametrize("options", [{}, {"of_state": True}, {"reads": True}])
-def test_a_weight_kept_as_an_attribute_is_recorded_unless_it_matters(
-    options: dict[str, bool],
-) -> None:
-    """A run may write the attribute, but it may not read it first or keep a state in it."""
-    torch.manual_seed(0)
-    energy = KeepsItsWeight(**options)
-    kept, x0 = energy.kept, torch.randn(N, *SHAPE)
-    choice = LangevinSampler(energy, 2).choose_engine(x0, {})
-    assert (choice.name == "autograd") == bool(options)
-    assert energy.kept is kept
-    if not options:
-        run = LangevinSampler(energy, 2)
-        with mock.patch.object(engine_cache, "record", side_effect=engine_cache.record) as runs:
-            for _ in range(3):
-                run(x0, seed=0)
-                energy(x0)  # as training does, between two calls
-            assert runs.call_count == 1
-    ends = []
-    for gradient in ("auto", "autograd"):
-        energy.kept = kept
-        ends.append(LangevinSampler(energy, 3, 0.05, gradient=gradient)(x0, seed=0))
-    torch.testing.assert_close(*ends)
 
 
 class Flagged(nn.Module):

@@ -39,13 +39,15 @@ class Recording(NamedTuple):
     """The two forms of a recorded run; each may be the reason why it does not exist.
 
     ``guard`` tells whether the recording holds for another call; if it is None, it holds for none.
-    ``ran`` is whether the energy was run.
+    ``ran`` is whether the energy was run, and ``keeps_values`` whether each run replaces attributes
+    of modules by tensors that it computes from the states.
     """
 
     graph: Graph | str
     trace: Trace | str
     guard: Guard | None
     ran: bool = True
+    keeps_values: bool = False
 
 
 class RunResults(NamedTuple):
@@ -168,6 +170,10 @@ def _record(
     tracer, watch = Tracer(leaf, refuse), Watch(snapshot, refuse)
     recorder = _recorder(energy, leaf, precision, tracer, model_kwargs)
     values = Values(refuse, tracer.reads_state, lambda: recorder.stop("a tensor has hooks"))
+
+    def replaces(before: Tensor, now: Tensor) -> bool:
+        return tracer.replaces(before, now, id(before) in values.passed)
+
     tracer.prepare()  # it would be slow under the watch
     tracer.watch, tracer.observe = watch, recorder.see
     graph: Graph | str = ""
@@ -197,31 +203,35 @@ def _record(
             trace = replace(trace.with_arguments(model_kwargs), is_autocast=precision in HALVES)
             graph = _with_computed(graph, trace)
         results = RunResults(leaf.detach(), _alone(out), None if grad is None else _alone(grad))
-        # Weights that every run computes and keeps as an attribute, without reading the last ones.
-        snapshot.put_back_tensors(tracer.replaces)
+        # Weights and activations that every run keeps as attributes, without reading the last ones.
+        snapshot.put_back_tensors(replaces)
         changed = watch.changed() or _refusal(("", module) for module in snapshot.modules)
         if changed is not None:
             refuse(changed)
     except Exception as error:
         refuse(f"it raises {type(error).__name__}: {error}")
     finally:
-        snapshot.put_back_tensors(tracer.replaces)
+        snapshot.put_back_tensors(replaces)
         watch.restore()
         tracer.watch = tracer.observe = None  # no cycle keeps the run's tensors alive
     if tracer.meets_state and not copy:
         # The energy also reads x as a constant, and the two must be told apart.
         return _record(energy, x, model_kwargs, precision, copy=True)
+    hidden = values.copied or watch.reads_unsaved
+    may_keep = not hidden and may_be_kept(snapshot, model_kwargs, tracer.leaves)
+    if tracer.keeps_values and not may_keep:
+        # It may read them by a tensor that is not known, such as their ``grad``.
+        refuse("it keeps tensors computed from the states, and what it reads cannot be told")
     if refuse.reason is not None:
         graph = trace = refuse.reason
         results = None
-    hidden = values.copied or watch.reads_unsaved
     numbers = None
     if tracer.numbers and isinstance(trace, Trace):
         numbers = ReadNumbers(trace, tracer.numbers)
     guard = None
-    if not hidden and may_be_kept(snapshot, model_kwargs, tracer.leaves):
+    if may_keep:
         guard = Guard(energy, x, model_kwargs, snapshot, tracer.leaves, numbers)
-    return Recording(graph, trace, guard), results
+    return Recording(graph, trace, guard, keeps_values=tracer.keeps_values), results
 
 
 def _alone(tensor: Tensor) -> Tensor:

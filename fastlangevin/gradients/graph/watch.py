@@ -83,9 +83,11 @@ class Values(TorchFunctionMode):
         self.note_hook = note_hook
         self.refuse, self.reads_state = refuse, reads_state
         self.copied = False  # whether values were copied without an operator that shows it
+        self.passed: set[int] = set()  # ids of all tensors that a function was given
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.passed.update(map(id, tensors_in((args, kwargs))))
         name = func.__name__
         if name in ("__get__", "__set__", "__delete__"):  # of a property, such as shape
             name, access = func.__self__.__name__, name

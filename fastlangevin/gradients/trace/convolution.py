@@ -1,5 +1,6 @@
 """Convolutions by minimal filtering in the compiled extension, as operators of a program."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ class Convolution:
     def __init__(self, native: Any, shape: tuple[int, ...]) -> None:
         self._native, self._shape = native, shape
         self.packed_numbers: int = native.packed
+        self.saving: float = native.saving
 
     def pack(self, weight: Tensor) -> Tensor:
         """Return weights [out, in, kh, kw] in the order of the products."""
@@ -73,10 +75,19 @@ def faster(
     outer, inner = (written, read) if gradient else (read, written)
     if math.prod(kernel[2:]) == 1 or max(map(math.prod, (read[1:], written[1:]))) > 2**26:
         return None
-    native = extension.library.Convolution(
-        outer[1], inner[1], tuple(inner[2:]), tuple(outer[2:]), tuple(kernel[2:]), tuple(stride),
-        tuple(padding), gradient,
+    convolution = _planned(
+        extension.library.instruction_set(), tuple(written[1:]), outer[1], inner[1],
+        tuple(inner[2:]), tuple(outer[2:]), tuple(kernel[2:]), tuple(stride), tuple(padding),
+        gradient,
     )  # fmt: skip
-    if native.saving < _SAVING:
-        return None
-    return Convolution(native, tuple(written[1:]))
+    return None if convolution.saving < _SAVING else convolution
+
+
+@functools.lru_cache(maxsize=256)
+def _planned(instruction_set: str, shape: tuple[int, ...], *settings: Any) -> Convolution:
+    """Return one object for equal convolutions, so that two programs share packed weights.
+
+    The plan depends on the ``instruction_set`` of this moment.
+    """
+    library: Any = extension.library
+    return Convolution(library.Convolution(*settings), shape)

@@ -1,5 +1,6 @@
 """A run of an energy and of its backward pass as a list of operators."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -26,9 +27,9 @@ class Instruction:
     single: bool  # whether the operator returns a tensor, and not a tuple or list
     writes: tuple[int, ...] = ()  # slots that it changes in place
 
-    @property
-    def reads(self) -> list[int]:
-        return [slot.number for slot in slots_in((self.args, self.kwargs))]
+    @functools.cached_property
+    def reads(self) -> tuple[int, ...]:
+        return tuple(slot.number for slot in slots_in((self.args, self.kwargs)))
 
     @property
     def written(self) -> list[int]:
@@ -82,3 +83,15 @@ def mapped(arguments: Any, convert: Callable[[Any], Any]) -> Any:
     if isinstance(arguments, dict):
         return {key: mapped(item, convert) for key, item in arguments.items()}
     return convert(arguments)
+
+
+def renamed(instruction: Instruction, names: dict[int, int]) -> Instruction:
+    """Return an instruction that reads other slots, those that ``names`` maps its slots to."""
+
+    def rename(argument: Any) -> Any:
+        if isinstance(argument, Slot):
+            return Slot(names.get(argument.number, argument.number))
+        return argument
+
+    args, kwargs = mapped(instruction.args, rename), mapped(instruction.kwargs, rename)
+    return replace(instruction, args=args, kwargs=kwargs)

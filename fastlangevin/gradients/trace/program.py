@@ -1,10 +1,11 @@
-"""A trace as two compiled functions: one for the constants of a chain, one for each step."""
+"""A trace as compiled functions: one for the constants of a chain, and others for its steps."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from fastlangevin.gradients.trace.instructions import Instruction, Slot, Trace, mapped
+from fastlangevin.gradients.trace.instructions import Instruction, Slot, Trace, mapped, renamed
 from fastlangevin.gradients.trace.rewrite import rewrite
 from fastlangevin.gradients.trace.split import Draft
 
@@ -12,22 +13,55 @@ from fastlangevin.gradients.trace.split import Draft
 class Program:
     """Energies and their gradient as a function of the states, for one trace.
 
-    ``prepare`` maps the tensors of the slots ``inputs``, which do not depend on the states, to the
-    constants of the steps, and ``step`` maps (states, *constants) to (energies or None, gradient).
+    ``added`` computes the tensors of the slots ``constants``, which the steps read, from those of
+    the slots ``inputs``, which do not depend on the states; see :func:`preparation`. ``step`` maps
+    (states, *constants) to (gradient,) or (energies, gradient).
     """
 
     def __init__(self, trace: Trace, energies: bool) -> None:
         results = (trace.energies, trace.grad) if energies else (trace.grad,)
         draft = Draft(trace, results)
         rewrite(draft)
-        constants = draft.constants()
+        self.added, self.inputs = draft.added, draft.inputs()
+        self.constants = constants = draft.constants()
         made = {n for i in (*draft.once, *draft.added) for n in i.written}
-        self.inputs = draft.inputs()
         self.instructions = len(draft.each)
         self.constant_bytes = sum(_bytes(draft, n) for n in constants if n in made)
         self.step_bytes = _most_bytes(draft)
-        self.prepare = compiled(self.inputs, draft.added, constants, ())
         self.step = compiled([0, *constants], draft.each, draft.results, constants)
+
+
+def preparation(
+    trace: Trace, programs: Sequence[Program], inputs: Sequence[int]
+) -> Callable[..., list[list[Any]]]:
+    """Return a function from the tensors of the slots ``inputs`` to the constants of each program.
+
+    What several programs prepare in the same way, such as packed weights, is prepared once.
+    """
+    instructions: list[Instruction] = []
+    outputs: dict[Any, tuple[int | None, ...]] = {}
+    constants: list[list[int]] = []
+    count = len(trace.values)  # greater than every slot of the trace
+    for program in programs:
+        names: dict[int, int] = {}  # from the program's slots to those of the function
+        for instruction in program.added:
+            shared = renamed(instruction, names)
+            key = shared.op, repr((shared.args, shared.kwargs))
+            if key not in outputs:
+                outputs[key] = tuple(range(count, count + len(shared.outputs)))
+                count += len(shared.outputs)
+                instructions.append(replace(shared, outputs=outputs[key]))
+            pairs = zip(instruction.outputs, outputs[key], strict=True)
+            names.update((n, to) for n, to in pairs if n is not None and to is not None)
+        constants.append([names.get(n, n) for n in program.constants])
+    results = list(dict.fromkeys(n for slots in constants for n in slots))
+    run = compiled(inputs, instructions, results, ())
+
+    def prepare(*values: Any) -> list[list[Any]]:
+        tensors = dict(zip(results, run(*values), strict=True))
+        return [[tensors[n] for n in slots] for slots in constants]
+
+    return prepare
 
 
 def _bytes(draft: Draft, number: int) -> int:

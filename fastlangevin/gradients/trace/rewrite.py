@@ -13,7 +13,7 @@ import torch
 
 from fastlangevin.gradients import onednn
 from fastlangevin.gradients.trace.convolution import Convolution, faster
-from fastlangevin.gradients.trace.instructions import Instruction, Slot, Value, mapped
+from fastlangevin.gradients.trace.instructions import Instruction, Slot, Value, renamed
 from fastlangevin.gradients.trace.split import Draft
 
 aten = torch.ops.aten
@@ -98,19 +98,17 @@ def _keep_channels_last(draft: Draft, with_weights: bool) -> None:
         (before if number == 0 else draft.added).append(_laid_out(number, moved[number]))
     each = []
     for instruction in draft.each:
-        renamed = _renamed(instruction, moved)
+        read = renamed(instruction, moved)
         if instruction.op not in _VIEWS:
-            each.append(renamed)
+            each.append(read)
             continue
-        (source, shape), (number,) = renamed.args[:2], renamed.written
+        (source, shape), (number,) = read.args[:2], read.written
         if len(draft.values[number].shape) != 4:
-            each.append(replace(renamed, op=aten.reshape.default, args=(source, shape)))
+            each.append(replace(read, op=aten.reshape.default, args=(source, shape)))
             continue
         viewed = draft.new_slot(draft.values[number])
         draft.values[viewed] = draft.values[number]
-        each.append(
-            replace(renamed, op=aten.reshape.default, args=(source, shape), outputs=(viewed,))
-        )
+        each.append(replace(read, op=aten.reshape.default, args=(source, shape), outputs=(viewed,)))
         each.append(_laid_out(viewed, number))
     draft.each = before + each
     draft.results = tuple(moved.get(n, n) for n in draft.results)
@@ -123,21 +121,6 @@ def _laid_out(number: int, to: int) -> Instruction:
         {"memory_format": torch.channels_last},
         (to,),
         True,
-    )
-
-
-def _renamed(instruction: Instruction, names: dict[int, int]) -> Instruction:
-    def rename(argument: Any) -> Any:
-        return (
-            Slot(names.get(argument.number, argument.number))
-            if isinstance(argument, Slot)
-            else argument
-        )
-
-    return replace(
-        instruction,
-        args=mapped(instruction.args, rename),
-        kwargs=mapped(instruction.kwargs, rename),
     )
 
 
@@ -251,12 +234,13 @@ def _fuse_leaky_relu(draft: Draft) -> None:
     """Let a convolution apply the leaky relu that alone reads its output."""
     mkldnn = torch.ops.mkldnn
     fused: set[int] = set()  # indices of the leaky relus that convolutions apply
+    indices = draft.readers()
     for k, instruction in enumerate(draft.each):
         tiled = isinstance(instruction.op, Convolution)
         if not tiled and instruction.op is not mkldnn._convolution_pointwise.default:
             continue
         (number,) = instruction.written
-        readers = [(j, draft.each[j]) for j in draft.readers(number)]
+        readers = [(j, draft.each[j]) for j in indices.get(number, ())]
         forward = [(j, i) for j, i in readers if i.op is aten.leaky_relu.default]
         backward = [(j, i) for j, i in readers if i.op is aten.leaky_relu_backward.default]
         if len(forward) != 1 or len(readers) != 1 + len(backward) or number in draft.results:

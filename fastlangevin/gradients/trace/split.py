@@ -73,9 +73,13 @@ class Draft:
         last = {n: k for k, i in enumerate(self.each) for n in (*i.written, *i.reads)}
         return last | {n: len(self.each) for n in self.results}
 
-    def readers(self, number: int) -> list[int]:
-        """Return the indices of the step instructions that read a slot."""
-        return [k for k, i in enumerate(self.each) if number in i.reads]
+    def readers(self) -> dict[int, list[int]]:
+        """Return, for each slot that is read, the indices of the step instructions that read it."""
+        readers: dict[int, list[int]] = {}
+        for k, instruction in enumerate(self.each):
+            for n in dict.fromkeys(instruction.reads):
+                readers.setdefault(n, []).append(k)
+        return readers
 
     def _without_shape_reads(self, instruction: Instruction) -> Instruction:
         fill = _FILLED.get(instruction.op)

@@ -5,6 +5,7 @@ labels, an encoded observation, and the gradient of everything linear at the net
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastlangevin.gradients.precision import network_precision
 from fastlangevin.gradients.trace.constants import Constants
 from fastlangevin.gradients.trace.instructions import Trace
-from fastlangevin.gradients.trace.program import Program
+from fastlangevin.gradients.trace.program import Program, preparation
 
 
 class TracedGradient:
@@ -37,7 +38,7 @@ class TracedGradient:
         self._model_kwargs = model_kwargs
         self._watched = list(trace.leaves.values())
         self._inputs: dict[int, Tensor] = {}  # what the energy computes without the states
-        self._constants: dict[bool, tuple[Tensor, ...]] = {}
+        self._constants: dict[bool, list[Tensor]] = {}  # by whether the step wants energies
         self._fixed: FixedInputs | None = None
         self._seen: list[tuple[int, int]] = []
         self._dtype = trace.values[0].dtype
@@ -82,13 +83,10 @@ class TracedGradient:
             self.begin()
         program = self._programs.of(want_energies)
         with torch.no_grad(), network_precision(self.precision, x.device):
-            constants = self._constants.get(want_energies)
-            if constants is None:
-                self._constants = {}  # two programs need not have packed weights at a time
-                inputs = self._inputs or self._programs.inputs(self._model_kwargs)
-                self._inputs = inputs
-                constants = program.prepare(*[inputs[n] for n in program.inputs])
-                self._constants[want_energies] = constants
+            if not self._constants:
+                self._inputs = self._inputs or self._programs.inputs(self._model_kwargs)
+                self._constants = self._programs.prepare(self._inputs)
+            constants = self._constants[want_energies]
             with torch._C._AutoDispatchBelowAutograd():
                 *energies, grad = program.step(x.to(self._dtype), *constants)
         return (energies[0].reshape(-1) if energies else None), grad.to(x.dtype)
@@ -144,6 +142,14 @@ class Programs:
         """
         return dict(zip(self._slots, self._constants.compute(model_kwargs), strict=True))
 
+    def prepare(self, inputs: dict[int, Tensor]) -> dict[bool, list[Tensor]]:
+        """Return the constants of both programs, by whether it computes energies.
+
+        Their packed weights are the same tensors.
+        """
+        values = [inputs[n] for n in self._slots]
+        return dict(zip((False, True), self._prepare(*values), strict=True))
+
     @functools.cached_property
     def _without(self) -> Program:
         return Program(self.trace, False)
@@ -155,6 +161,10 @@ class Programs:
     @functools.cached_property
     def _slots(self) -> list[int]:
         return list(dict.fromkeys((*self._without.inputs, *self._with_energies.inputs)))
+
+    @functools.cached_property
+    def _prepare(self) -> Callable[..., list[list[Tensor]]]:
+        return preparation(self.trace, (self._without, self._with_energies), self._slots)
 
     @functools.cached_property
     def _constants(self) -> Constants:

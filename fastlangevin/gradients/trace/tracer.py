@@ -45,6 +45,7 @@ class Tracer(DispatchMode):
         # Python numbers that the run read from tensors that do not depend on the states, by slot.
         self.numbers: dict[int, Any] = {}
         self.meets_state = False  # whether the run reads the memory of the states by another tensor
+        self.keeps_values = False  # whether it keeps tensors that are computed from the states
         self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id
         self._storages: dict[int, int] = {}  # by address, of the tensors that existed before
         self._count = 0
@@ -147,10 +148,19 @@ class Tracer(DispatchMode):
         self.meets_state = self.meets_state or self.values[number].storage == 0
         return number
 
-    def replaces(self, before: Tensor, now: Tensor) -> bool:
-        """Return whether the run made a tensor, without the states, and did not read another."""
+    def replaces(self, before: Tensor, now: Tensor, was_passed: bool) -> bool:
+        """Return whether the run made a tensor to keep in place of another that it did not read.
+
+        ``was_passed`` is whether the other one was given to a function, be it one of its shape. In
+        a chain, the next step finds a tensor of another shape, or with another ``grad``, if the
+        tensor depends on the states. ``keeps_values`` tells afterwards whether one does.
+        """
         made = self._entry(now)
-        return made is not None and not self._is_moving(made) and self._entry(before) is None
+        moving = self._is_moving(made)
+        if made is None or self._entry(before) is not None or (moving and was_passed):
+            return False
+        self.keeps_values |= moving
+        return True
 
     def _entry(self, tensor: Tensor) -> int | None:
         """Return the slot of a tensor of the run, or None for another tensor."""
