@@ -12,6 +12,7 @@ from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, RunResults, record
 from fastlangevin.gradients.network import submodules_of
+from fastlangevin.gradients.packing import PackedEnergy
 from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.gradients.proof import other_states, prove, prove_kernels
 from fastlangevin.gradients.trace.instructions import Trace
@@ -41,6 +42,7 @@ class _Failure:
     """A run that could not be recorded, and the calls that pass before it is tried again."""
 
     recording: Recording
+    source: Any  # the energy, so that no other one gets its id
     skipped: int = 1
     left: int = 1
 
@@ -83,7 +85,10 @@ class EngineCache:
             return kept, None
         # A frozen torch.jit module has no mode.
         modes = (getattr(module, "training", None) for module in submodules_of(energy))
-        attempt = *key, id(energy), tuple(model_kwargs), tuple(modes)
+        source, packing = energy, None
+        if isinstance(energy, PackedEnergy):  # which is a new one at every call
+            source, packing = energy.func, energy.packing
+        attempt = *key, id(source), packing, tuple(model_kwargs), tuple(modes)
         failure = self._failures.get(attempt)
         if failure is not None and not try_again and failure.left > 0:
             failure.left -= 1
@@ -92,7 +97,7 @@ class EngineCache:
             recording, results = record(energy, x, model_kwargs, half)
         if recording.ran and results is None:
             skipped = 1 if failure is None else _PATIENCE * failure.skipped
-            self._remember(self._failures, attempt, _Failure(recording, skipped, skipped))
+            self._remember(self._failures, attempt, _Failure(recording, source, skipped, skipped))
         graph = recording.graph
         if isinstance(graph, Graph) and not all_in_memory(*graph.bases):
             recording = recording._replace(graph=f"a parameter or buffer is {NOT_IN_MEMORY}")
