@@ -1,4 +1,4 @@
-"""The settings of a training run, each of which is an option of ``train`` and ``sweep``.
+"""The settings of a training run. Each is also an option of ``train`` and ``sweep``.
 
 The module imports no torch, so that ``fastlangevin train --help`` does not wait for it.
 """

@@ -105,10 +105,9 @@ void plan_matrix(const ConvBuffer& in, const ConvBuffer& out, int64_t chains, Co
 
 namespace {
 
-// Parts of the processor's highest speed, as estimates. With the first two, six products by tiles
-// take 0.57, 0.43 and 0.40 of the time of vectors for the paper's networks of width 16, 32 and 64.
-// Other code than this took 0.46, 0.51 and 0.50 of it (one core of a Xeon with AMX, batch 64). The
-// third, for products by vectors that are no Winograd products, has not been measured there.
+// Parts of the processor's highest speed, estimated and not measured by this code. With them, six
+// products by tiles take 0.57, 0.43 and 0.40 of the time of vectors for the paper's networks of
+// width 16, 32 and 64. The last is for products by vectors that are no Winograd products.
 constexpr double kByTiles = 0.8, kByWinograd = 0.45, kByVectors = 0.75;
 
 // Of all tiles of a chunk. A product of full tiles takes 16 cycles, and one with 8 rows 0.64 of

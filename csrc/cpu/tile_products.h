@@ -17,9 +17,9 @@ using Tiles = FASTLANGEVIN_TILES;
 struct TiledBFloat16 : BFloat16 {};
 struct TiledFloat32 : Float32 {};  // in two or three planes of bfloat16
 
-// What passes read: bfloat16 values, or float32 values, each of which is the sum of some bfloat16
-// numbers, at most 2^-8 of the one before. Each of these lies in a plane of its own, and the planes
-// begin `apart` elements after one another.
+// The values that passes read. A float32 value is split into bfloat16 numbers whose sum it is. Each
+// number is at most 2^-8 of the one before it, and lies in a plane of its own. The planes begin
+// `apart` elements after one another.
 struct Planes {
   const uint16_t* in;
   int64_t apart;

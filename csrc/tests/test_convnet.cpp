@@ -315,21 +315,26 @@ struct Builder {
     test.layers.push_back(layer);
     return static_cast<int>(test.layers.size());
   }
-  int conv(int v, int out, int kernel, int stride = 1, int padding = 0, int dilation = 1) {
-    const auto size = [&](int inputs) {
-      return (inputs + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-    };
-    return add({LayerKind::kConv,
+  int windows(LayerKind kind, int v, int out, int height, int width, int kernel, int stride,
+              int padding, int dilation) {
+    return add({kind,
                 {v, -1},
                 channels(v),
                 out,
-                size(height(v)),
-                size(width(v)),
+                height,
+                width,
                 Activation::kLeakyReLU,
                 {kernel, kernel},
                 {stride, stride},
                 {padding, padding},
                 {dilation, dilation}});
+  }
+  int conv(int v, int out, int kernel, int stride = 1, int padding = 0, int dilation = 1) {
+    const auto size = [&](int inputs) {
+      return (inputs + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+    };
+    return windows(LayerKind::kConv, v, out, size(height(v)), size(width(v)), kernel, stride,
+                   padding, dilation);
   }
   int pairs(LayerKind kind, int a, int b, Activation activation = Activation::kIdentity) {
     return add({kind,
@@ -359,16 +364,8 @@ struct Builder {
   }
   int transposed(int v, int out, int kernel, int stride, int padding) {
     const auto size = [&](int inputs) { return (inputs - 1) * stride - 2 * padding + kernel; };
-    return add({LayerKind::kTransposed,
-                {v, -1},
-                channels(v),
-                out,
-                size(height(v)),
-                size(width(v)),
-                Activation::kLeakyReLU,
-                {kernel, kernel},
-                {stride, stride},
-                {padding, padding}});
+    return windows(LayerKind::kTransposed, v, out, size(height(v)), size(width(v)), kernel, stride,
+                   padding, 1);
   }
   int constant(int channels, int height, int width) {
     return add(

@@ -31,7 +31,7 @@ class TimedWaits:
         self._missing: set[int] = set()
 
     def wait_for(self, keys: Sequence[str], what: str) -> None:
-        """Return once the store has all keys, each of which ends in a slash and a rank."""
+        """Return once the store has all keys. A key ends in a slash and a rank."""
         try:
             self.poll(lambda: self._store.check(keys), what, patient=True)
         except DeadlineError:

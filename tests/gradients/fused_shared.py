@@ -11,6 +11,7 @@ from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
 
 CPU = torch.device("cpu")
+FP32_AND_BF16 = {"fp32": 1e-6, "bf16": 0.03}  # bounds of a gradient's relative error
 SHAPE = (5, 4, 9, 7)  # odd and unequal, so that strides leave rows over
 
 

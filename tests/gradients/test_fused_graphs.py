@@ -17,6 +17,7 @@ from fastlangevin.kernels import extension
 from tests.gradients.bodies import COMMON, Body, block, mean
 from tests.gradients.fused_shared import (
     CPU,
+    FP32_AND_BF16,
     SHAPE,
     assert_equal,
     check,
@@ -29,7 +30,6 @@ from tests.gradients.fused_shared import (
 pytestmark = pytest.mark.skipif(
     extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
 )
-FP32_AND_BF16 = {"fp32": 1e-6, "bf16": 0.03}
 
 
 BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = COMMON | {

@@ -16,6 +16,7 @@ from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import extension
 from tests.gradients.fused_shared import (
     CPU,
+    FP32_AND_BF16,
     assert_equal,
     check,
     fused,
@@ -27,11 +28,8 @@ from tests.gradients.fused_shared import (
 pytestmark = pytest.mark.skipif(
     extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
 )
-FP32_AND_BF16 = {"fp32": 1e-6, "bf16": 0.03}
-IMAGE, SEQUENCE = (
-    (4, 6, 5, 3),
-    (4, 7, 3),
-)  # of [n, height, width, channels] and [n, length, channels]
+IMAGE = (4, 6, 5, 3)  # [n, height, width, channels]
+SEQUENCE = (4, 7, 3)  # [n, length, channels]
 
 
 class Net(nn.Module):

@@ -129,7 +129,7 @@ OFFLINE = {
 
 @pytest.fixture
 def short_chains(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's models, of which that of CIFAR-10 takes a single step."""
+    """Copies of the package's models. The CIFAR-10 model takes a single step."""
     folder = tmp_path_factory.mktemp("models")
     for path in MODELS["cifar10"].parent.iterdir():
         shutil.copy(path, folder)
