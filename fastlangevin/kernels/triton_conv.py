@@ -13,6 +13,7 @@ would make them 144.
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 
 @triton.jit
@@ -36,6 +37,25 @@ def _interpreted_length(number):
 
 
 length = _length if isinstance(_length, triton.JITFunction) else _interpreted_length
+
+
+@triton.jit
+def _begin(EARLY: tl.constexpr):
+    """With EARLY, let the next launch begin, and wait for the results of the one before.
+
+    This is a kernel's first statement: after the computation of addresses, the first layer's kernel
+    needs 162 registers for sm_90 instead of 103.
+    """
+    if EARLY:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+
+
+def _interpreted_begin(EARLY):
+    """Interpreted launches run one after the other."""
+
+
+begin = _begin if isinstance(_begin, triton.JITFunction) else _interpreted_begin
 
 
 @triton.jit
@@ -111,7 +131,7 @@ def forward_kernel(
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     PAD_Y: tl.constexpr, PAD_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
     K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """h = activation(conv(source) + bias) [rows, COLUMNS], and the values its derivative needs.
 
@@ -123,6 +143,7 @@ def forward_kernel(
     large for float16.
     """
     tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
+    begin(EARLY)
     row = tl.program_id(0) // tiles * BM + tl.arange(0, BM)[:, None]
     column = tl.program_id(0) % tiles * BN + tl.arange(0, BN)[None, :]
     live, filled = row < rows, column < COLUMNS

@@ -9,7 +9,7 @@ products with inserted zeros.
 import triton
 import triton.language as tl
 
-from fastlangevin.kernels.triton_conv import operand, products
+from fastlangevin.kernels.triton_conv import begin, operand, products
 from fastlangevin.kernels.triton_step import clamp, draw, update, word
 
 
@@ -64,7 +64,7 @@ def backward_kernel(
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     PAD_Y: tl.constexpr, PAD_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
     K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [chain, pixel, COLUMNS] = input gradient times the derivative of the activation below.
 
@@ -73,6 +73,7 @@ def backward_kernel(
     grid's second axis.
     """
     tiles: tl.constexpr = (COLUMNS + BN - 1) // BN
+    begin(EARLY)
     row = tl.program_id(0) // tiles * BM + tl.arange(0, BM)[:, None]
     column = tl.program_id(0) % tiles * BN + tl.arange(0, BN)[None, :]
     g, chain, pixel, live = _input_gradient(
@@ -104,7 +105,7 @@ def image_kernel(
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     PAD_Y: tl.constexpr, PAD_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
     K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of the energy with respect to x, times unscale [1], or steps along it.
 
@@ -114,6 +115,7 @@ def image_kernel(
     convolution of stride 1 and a number of pixels per channel that 4 divides. overflow [1] is set
     if the gradient is not finite.
     """
+    begin(EARLY)
     row = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     g, chain, pixel, live = _input_gradient(
         source, weight, row, tl.arange(0, BN)[None, :], rows, source_chain,

@@ -34,6 +34,7 @@ TYPES = {
 }
 ADDRESS = {"seed": 2**64 - 1, "step": 5, "first_chain": 0}
 OPTIONS = {"step_size": 0.5, "noise_std": 0.1, "clamp": (-1.0, 1.0), **ADDRESS}
+_IN_ORDER = r"\b(?:LDG|LDGSTS|UTMALDG|STG|PREEXIT|ACQBULK)\b"
 CUOBJDUMP = Path(compiler.__path__[0]) / "backends/nvidia/bin/cuobjdump"
 
 
@@ -105,7 +106,8 @@ def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
     """What the machine code has and uses; ``local`` are the bytes that registers spill to memory.
 
     ``copies`` are the instructions that copy to shared memory, ``awaited`` the bytes that barriers
-    wait for, and ``dependent`` the instructions for launches that begin early.
+    wait for. ``order`` has the instructions that read and write global memory, and those that let
+    the next launch begin (PREEXIT) and wait for the one before (ACQBULK), by their first places.
     """
     options = {k: v for k, v in recorder.options.items() if k not in recorder.kernel.arg_names}
     target = GPUTarget("cuda", arch, 32)
@@ -124,7 +126,7 @@ def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
         "stores": sorted(set(re.findall(r"st\.global\.(\S+)", ptx))),
         "shared": kernel.metadata.shared,
         "copies": sorted(set(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", usage))),
-        "dependent": sorted(set(re.findall(r"griddepcontrol\.\w+", ptx))),
+        "order": list(dict.fromkeys(re.findall(_IN_ORDER, usage))),
         "awaited": sorted({int(n) for n in re.findall(r"expect_tx\S* _, \S+, (\d+)", ptx)}),
         "matrix": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b[.\w]*", usage))),
         "fused": len(re.findall(r"fma\.rn\.f32", ptx)),

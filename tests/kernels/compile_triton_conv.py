@@ -1,9 +1,9 @@
 """Compile the convolution kernels ahead of time, as a fused score would launch them: JSON.
 
-    python -m tests.kernels.compile_triton_conv [--all] 80 90 100
+    python -m tests.kernels.compile_triton_conv [--all] [--early] 80 90 100
 
 As compile_triton.py does it, for the paper's network at batch 64 and width 64. With --all,
-every launch in fp16 and tf32, and else one of each kind.
+every launch in fp16 and tf32, and else one of each kind. With --early, launches begin early.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import torch
 
 import fastlangevin as fl
 from fastlangevin.gradients import fused_gpu
+from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import triton, triton_conv, triton_conv_grad
@@ -61,7 +62,8 @@ def launches(precision: str, n: int = 64, width: int = 64) -> dict[str, Recorder
 
 def main() -> None:
     results: dict[str, dict[str, Any]] = {}
-    every, *architectures = sys.argv[1:] if "--all" in sys.argv else ["", *sys.argv[1:]]
+    every, conv_plan.EARLY = "--all" in sys.argv, "--early" in sys.argv
+    architectures = [word for word in sys.argv[1:] if word.isdigit()]
     for precision in ("fp16", "tf32") if every else ("fp16", "bf16", "tf32"):
         for name, launch in launches(precision).items():
             # The others differ from the second in their sizes alone.

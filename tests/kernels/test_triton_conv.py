@@ -328,6 +328,38 @@ def test_chains_do_not_depend_on_their_batch() -> None:
         torch.testing.assert_close(part, whole[i:j], rtol=0, atol=atol)
 
 
+def test_launches_that_begin_early_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, through other buffers. Only the wait for the launch before differs."""
+    x = state("leaky_relu")
+    want, got = x.clone(), x.clone()
+    monkeypatch.setattr(conv_plan, "EARLY", True)
+    score = FusedGradient(stack_of(*CASES["leaky_relu"]), 5, DEVICE, "fp32")
+    plans = [*score._forward, *score._backward, score._image]
+    assert all(plan.options["launch_pdl"] for plan in plans) or DEVICE.type == "cuda"
+    for _ in range(3):
+        score.step_(got, **OPTIONS)
+    for _ in range(3):
+        fused("leaky_relu").step_(want, **OPTIONS)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "early"),
+    [
+        ((9, 0), None, True),
+        ((10, 0), None, True),
+        ((8, 9), None, False),
+        ((9, 4), "7.0", False),
+    ],
+)
+def test_only_cuda_devices_from_hopper_on_begin_early(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, early: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert conv_plan._can_begin_early(torch.device("cuda")) == early
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 
@@ -391,3 +423,13 @@ def test_compiled_kernels_use_matrix_instructions_spill_nothing_and_fuse_nothing
         (found,) = result["matrix"]
         assert found.split(".")[0] == instruction, launch
         assert found.endswith(kinds[launch.split()[0]]), launch
+        assert not {"PREEXIT", "ACQBULK"} & set(result["order"]), launch
+
+
+@pytest.mark.slow
+def test_compiled_kernels_that_begin_early_wait_before_they_read(tmp_path: Path) -> None:
+    results = compiled_for("90", tmp_path, "--early")
+    assert len(results) == 9
+    for launch, result in results.items():
+        assert result["order"][:2] == ["PREEXIT", "ACQBULK"], launch
+        assert result["local"] == 0, launch
