@@ -3,19 +3,23 @@
     python -m benchmarks.patches --out DIR
 
 writes DIR/patches-cuda.json, for the paper's networks in fp16: the microseconds of every launch of
-a step, and of the whole step in a CUDA graph, with the package's kernels, with those in Gluon, and
-with those and programmatic dependent launches: a launch begins before the one before it has ended,
-so that only the time of the step counts.
+a step, of the whole step in a CUDA graph, and of a step of a sampler's chain with its default
+gradient, which replays a graph as well. All of this is timed with the package's kernels and with
+those in Gluon, and with each of the two also "early", with programmatic dependent launches: a
+launch begins before the one before it has ended, so that only the times of whole steps count.
 A gradient is compared with float64 before it is timed: the error of the kernels in Gluon may be
-twice that of the package's. :mod:`benchmarks.traffic` writes the predictions.
+twice that of the package's. Early launches must give the same chain, bit for bit, as others.
+:mod:`benchmarks.traffic` writes the predictions.
 """
 
 import contextlib
 import copy
 import functools
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -24,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
-from benchmarks import tiles
+from benchmarks import tiles, timing
 from benchmarks.fused_step import OPTIONS, engine
 from benchmarks.result_file import ResultFile, parser_of
+from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.fused_gpu_plan import Plan
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]  # the arguments of a launch by name
 
+CHAIN = 100  # steps
 NETS = ((64, 64), (32, 64), (64, 1024))  # width, batch
 _GEOMETRY = {"TAPS": 4, "STRIDE": 2, "PAD": 1, "DILATION": 1}
 # An H100's or H200's multiprocessors, and the products per second of a good kernel on all of them.
@@ -58,17 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         list(pool.map(compile_kernels, NETS))
     file = ResultFile(options.out / "patches-cuda.json", "patches", device="cuda")
     for width, batch in NETS:
-        energy, step, x = make(width, batch)
-        _, exact = energy_and_grad(copy.deepcopy(energy).double(), x[:8].double(), {})
         errors: dict[str, float] = {}
-        for kernels, context in VARIANTS.items():
-            with context():
+        chains: dict[str, Tensor] = {}
+        for kernels, (context, early) in VARIANTS.items():
+            with context(), mock.patch.object(conv_plan, "EARLY", early):
+                energy, step, x = make(width, batch)
+                _, exact = energy_and_grad(copy.deepcopy(energy).double(), x[:8].double(), {})
                 _, grad = step(x)
                 errors[kernels] = float((grad[:8] - exact).norm() / exact.norm())
                 row = {"width": width, "batch": batch, "precision": "fp16", "kernels": kernels}
                 row |= {"error": errors[kernels]}
-                if errors[kernels] <= 2 * errors["triton"]:
+                sampler = fl.LangevinSampler(energy, CHAIN, precision="fp16")
+                for _ in range(3):  # the second call records a graph
+                    chains[kernels] = sampler(x, seed=0)
+                late = chains[kernels.removesuffix(", early")]
+                if errors[kernels] <= 2 * errors["triton"] and torch.equal(chains[kernels], late):
                     row |= tiles.measure(step, x.clone())
+                    sample = timing.timed(functools.partial(sampler, x, seed=0), x.device)
+                    row["chain"] = 1e6 / CHAIN * statistics.median(sample() for _ in range(5))
+                    row["engine"] = sampler.choose_engine(x, {}).name
                 else:
                     row["differs"] = True  # its time would mean nothing
             file.add(row)
@@ -105,18 +119,15 @@ def make(width: int, batch: int) -> tuple[nn.Module, FusedGradient, Tensor]:
 
 def compile_kernels(net: tuple[int, int]) -> None:
     """Leave the kernels of a network's launches in Triton's cache."""
-    _, step, x = make(*net)
-    for context in VARIANTS.values():
-        with context():
+    for context, early in VARIANTS.values():
+        with context(), mock.patch.object(conv_plan, "EARLY", early):
+            _, step, x = make(*net)
             step.step_(x, **OPTIONS)
 
 
 @contextlib.contextmanager
-def patched(launch_pdl: bool = False) -> Iterator[None]:
-    """Within it, the fused engine launches the kernels in Gluon where they can be.
-
-    With ``launch_pdl`` a launch in Gluon begins early, and waits for the results of the one before.
-    """
+def patched() -> Iterator[None]:
+    """Within it, the fused engine launches the kernels in Gluon where they can be."""
     from benchmarks import patch_kernels
     from fastlangevin.kernels import triton_conv, triton_conv_grad
 
@@ -124,23 +135,24 @@ def patched(launch_pdl: bool = False) -> Iterator[None]:
         kernels = {"forward_kernel": triton_conv, "backward_kernel": triton_conv_grad}
         for name, module in kernels.items():
             kernel = getattr(patch_kernels, f"patch_{name}")
-            stand_in = PatchKernel(getattr(module, name), kernel, launch_pdl=launch_pdl)
+            stand_in = PatchKernel(getattr(module, name), kernel)
             patches.enter_context(mock.patch.object(module, name, stand_in))
         yield
 
 
-VARIANTS = {
-    "triton": contextlib.nullcontext,
-    "gluon": patched,
-    "gluon, early": functools.partial(patched, launch_pdl=True),
+VARIANTS: dict[str, tuple[Callable[[], AbstractContextManager[None]], bool]] = {
+    "triton": (contextlib.nullcontext, False),
+    "triton, early": (contextlib.nullcontext, True),
+    "gluon": (patched, False),
+    "gluon, early": (patched, True),
 }
 
 
 class PatchKernel:
     """Stands in for a kernel of the package, and launches the one in Gluon where it can."""
 
-    def __init__(self, plain: Any, kernel: Any, **options: Any) -> None:
-        self.plain, self.kernel, self.options = plain, kernel, options
+    def __init__(self, plain: Any, kernel: Any) -> None:
+        self.plain, self.kernel = plain, kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
@@ -148,8 +160,10 @@ class PatchKernel:
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         values = dict(zip(self.plain.arg_names, args, strict=False)) | options
         if is_supported(values):
-            more = {"num_warps": values["num_warps"], **self.options}
-            self.kernel[grid_of(values)](**arguments_of(values), **more)
+            options = {
+                name: options[name] for name in ("num_warps", "launch_pdl") if name in options
+            }
+            self.kernel[grid_of(values)](**arguments_of(values), **options)
         else:
             self.plain[grid](*args, **options)
 

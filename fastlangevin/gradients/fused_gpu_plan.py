@@ -89,11 +89,18 @@ def backward_plan(
 def image_plan(conv: "StackedConv", source: Image, result: Image, n: int, precision: str) -> Plan:
     """Plan the input gradient of the first convolution, for all channels of an image at once.
 
-    Three columns take a tile of four, and a matrix instruction computes eight. The 2.7 products for
-    each one needed do not matter in a launch that is bound by its reads.
+    Three columns take a tile of four or eight, and a matrix instruction computes eight. The 2.7
+    products for each one needed do not matter in a launch that is bound by its reads.
     """
     rows, classes, taps = _classes(conv, source, n)
-    tile = Tile(64 if precision == "fp32" else 128, _power_of_2(source[0]), 4, 3)
+    warps, columns = 4, _power_of_2(source[0])
+    if DTYPES[precision].itemsize == 2:
+        # Copies of less than 4 bytes a thread are not asynchronous: every pass then waits for its
+        # weights. More than 8 columns, whose noise is drawn for nothing, cost more than that.
+        enough = 4 * 32 * warps // (2 * _block(result[0], precision))
+        if enough <= 8:
+            columns = max(columns, enough)
+    tile = Tile(64 if precision == "fp32" else 128, columns, warps, 3)
     return _plan(conv, result, source, rows, classes, taps, tile, precision)
 
 
@@ -116,12 +123,11 @@ def _plan(
 ) -> Plan:
     """Plan a gather from a source for a result, with ``taps`` kernel positions in each class."""
     # BK and the order of a sum do not depend on n, so no chain depends on its batch.
-    steps = _steps(source[0], precision)
-    bk = steps[0] if steps else 16 if precision == "fp32" else 32
+    bk = _block(source[0], precision)
     k = _quotient(taps * source[0], bk) * bk
     constants: dict[str, Any] = {
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "FLAT": not steps,
+        "FLAT": not _steps(source[0], precision),
         "BM": tile.rows,
         "BN": tile.columns,
         "BK": bk,
@@ -200,6 +206,12 @@ def _can_begin_early(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _block(channels: int, precision: str) -> int:
+    """Return BK."""
+    steps = _steps(channels, precision)
+    return steps[0] if steps else 16 if precision == "fp32" else 32
 
 
 def _multiprocessors(device: torch.device) -> int:

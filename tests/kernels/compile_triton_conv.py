@@ -3,7 +3,8 @@
     python -m tests.kernels.compile_triton_conv [--all] [--early] 80 90 100
 
 As compile_triton.py does it, for the paper's network at batch 64 and width 64. With --all,
-every launch in fp16 and tf32, and else one of each kind. With --early, launches begin early.
+every launch in fp16 and tf32, and the image's at width 32, and else one of each kind. With --early,
+launches begin early.
 """
 
 import contextlib
@@ -70,6 +71,9 @@ def main() -> None:
             if every or name[-1] == "1" or (precision == "fp16" and name in ("forward 3", *ENDS)):
                 key = f"{precision} {name}"
                 results[key] = {arch: compiled(launch, int(arch)) for arch in architectures}
+    if every:
+        launch = launches("fp16", width=32)["backward 0"]
+        results["fp16 narrow backward 0"] = {a: compiled(launch, int(a)) for a in architectures}
     json.dump(results, sys.stdout)
 
 

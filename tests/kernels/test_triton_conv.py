@@ -328,19 +328,19 @@ def test_chains_do_not_depend_on_their_batch() -> None:
         torch.testing.assert_close(part, whole[i:j], rtol=0, atol=atol)
 
 
-def test_launches_that_begin_early_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, through other buffers. Only the wait for the launch before differs."""
-    x = state("leaky_relu")
-    want, got = x.clone(), x.clone()
+def test_launches_that_begin_early_compute_the_same_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit. Only the wait for the launch before differs."""
     monkeypatch.setattr(conv_plan, "EARLY", True)
-    score = FusedGradient(stack_of(*CASES["leaky_relu"]), 5, DEVICE, "fp32")
+    score = FusedGradient(stack_of(*CASES["silu"]), 5, DEVICE, "fp32")
+    early = DEVICE.type == "cpu" or conv_plan._can_begin_early(DEVICE)
     plans = [*score._forward, *score._backward, score._image]
-    assert all(plan.options["launch_pdl"] for plan in plans) or DEVICE.type == "cuda"
-    for _ in range(3):
-        score.step_(got, **OPTIONS)
-    for _ in range(3):
-        fused("leaky_relu").step_(want, **OPTIONS)
-    assert torch.equal(got, want)
+    assert {plan.options.get("launch_pdl", False) for plan in plans} == {early}
+    energies, grad = score(state("silu"), want_energies=True)
+    want_energies, want = scored_silu(torch.contiguous_format)
+    assert torch.equal(energies, want_energies)
+    assert torch.equal(grad, want)
 
 
 @pytest.mark.parametrize(
@@ -406,12 +406,27 @@ def compiled_for(arch: str, cache: Path, *options: str) -> dict[str, dict[str, A
     return {launch: results[arch] for launch, results in json.loads(done.stdout).items()}
 
 
+def test_the_image_has_columns_enough_to_copy_4_bytes_of_weights_a_thread() -> None:
+    def columns(channels: int, width: int, precision: str) -> int:
+        conv = nn.Conv2d(channels, width, 3, padding=1)
+        sizes = (channels, 8, 8), (width, 8, 8)
+        return conv_plan.image_plan(conv, *sizes, 4, precision).constants["BN"]
+
+    assert columns(3, 32, "fp16") == columns(1, 32, "bf16") == 8
+    assert columns(3, 64, "fp16") == columns(1, 64, "fp16") == 4
+    assert columns(3, 16, "fp16") == 4  # 16 would be needed, and draw four times as much noise
+    assert columns(16, 32, "fp16") == 16
+    for precision in ("tf32", "fp32"):  # any element has 4 bytes
+        assert columns(3, 32, precision) == 4
+
+
 @pytest.mark.slow
 def test_compiled_kernels_use_matrix_instructions_spill_nothing_and_fuse_nothing(
     tmp_path: Path,
 ) -> None:
     """Of every launch for sm_90. The image's is too narrow for that architecture's instructions.
 
+    Its weights, whose tile is small, are copied asynchronously too: it loads no single half.
     Nothing is fused, so a step is the same, bit for bit, in whichever launch it is.
     """
     kinds = {"fp16": "F32", "tf32": "F32.TF32"}
@@ -420,6 +435,8 @@ def test_compiled_kernels_use_matrix_instructions_spill_nothing_and_fuse_nothing
         assert result["registers"] <= 255, launch
         assert result["fused"] == 0, launch
         instruction = "HMMA" if launch.endswith("backward 0") else "HGMMA"
+        if launch.endswith("backward 0"):
+            assert not any(load.endswith("16") for load in result["loads"]), launch
         (found,) = result["matrix"]
         assert found.split(".")[0] == instruction, launch
         assert found.endswith(kinds[launch.split()[0]]), launch
