@@ -93,6 +93,54 @@ def backward_kernel(
     tl.store(out + at, operand(g, out.dtype.element_ty, PRECISION == "tf32"), mask=mask)
 
 
+@triton.jit
+def drawn(channel, chain, quad, number, stream, low, high, rng_state, QUADS: tl.constexpr):
+    """The noise of step_kernel [channels, 4 quads], for quads of neighbouring pixels of chains."""
+    if rng_state is not None:
+        seed = tl.load(rng_state)
+        low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        number += tl.load(rng_state + 1).to(tl.uint32)
+    block = (channel * QUADS + quad).to(tl.uint32)
+    return draw(block, chain, number, stream, low, high, False)
+
+
+@triton.jit
+def finish(
+    g, z, channel, chain, pixel, live, overflow, x, grad, noise, x_chain,
+    step_size, noise_std, step_sizes, noise_stds, clip, lo, hi,
+    PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr, NOISE_LAST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What image_kernel does with the gradient g [channels, pixels] and the noise z that it drew.
+
+    z is None if it drew none; channel is [channels, 1], and chain, pixel and live are [1, pixels].
+    """
+    mask = live & (channel < COLUMNS)
+    at = chain.to(tl.int64) * x_chain + channel * CHANNEL_STRIDE + pixel * PIXEL_STRIDE
+    if overflow is not None:
+        infinite = mask & ~(tl.abs(g) < float("inf"))
+        tl.store(overflow + at * 0, 1, mask=infinite)
+    if grad is not None:
+        tl.store(grad + at, g, mask=mask)
+    else:
+        a = step_size
+        if step_sizes is not None:
+            a *= tl.load(step_sizes + chain, mask=live)
+        if clip is not None:
+            g = clamp(g, -clip, clip)
+        kick = None
+        if noise is not None:
+            z = tl.load(noise + at, mask=mask).to(tl.float32)
+        if z is not None:
+            b = noise_std
+            if noise_stds is not None:
+                b *= tl.load(noise_stds + chain, mask=live)
+            kick = b * z
+        value = tl.load(x + at, mask=mask).to(tl.float32)
+        value = update(value, a * g, kick, lo, hi, NOISE_LAST)
+        tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "first_chain"])
 def image_kernel(
     source, weight, unscale, overflow, x, grad, noise, rows, source_chain, x_chain,
@@ -123,41 +171,17 @@ def image_kernel(
         DILATION_Y, DILATION_X, K, PRECISION, FLAT, BM, BN, BK,
     )  # fmt: skip
     # As in the tiles of the step, lines are channels, and four neighbours share a Philox block.
-    g = tl.trans(g) * tl.load(unscale)
-    chain, pixel, live = tl.trans(chain), tl.trans(pixel), tl.trans(live)
     channel = tl.arange(0, BN)[:, None]
-    mask = live & (channel < COLUMNS)
-    if overflow is not None:
-        infinite = mask & ~(tl.abs(g) < float("inf"))
-        tl.store(overflow + tl.zeros([BN, BM], tl.int32), 1, mask=infinite)
-    at = chain.to(tl.int64) * x_chain + channel * CHANNEL_STRIDE + pixel * PIXEL_STRIDE
-    if grad is not None:
-        tl.store(grad + at, g, mask=mask)
-    else:
-        a = step_size
-        if step_sizes is not None:
-            a *= tl.load(step_sizes + chain, mask=live)
-        if clip is not None:
-            g = clamp(g, -clip, clip)
-        kick = None
-        if DRAW or noise is not None:
-            b = noise_std
-            if noise_stds is not None:
-                b *= tl.load(noise_stds + chain, mask=live)
-            if DRAW:
-                low, high, number = word(seed_low), word(seed_high), word(step)
-                if rng_state is not None:
-                    seed = tl.load(rng_state)
-                    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-                    number += tl.load(rng_state + 1).to(tl.uint32)
-                quads: tl.constexpr = OUT_H * OUT_W // 4
-                quad = tl.program_id(0) * (BM // 4) + tl.arange(0, BM // 4)[None, :]
-                block = (channel * quads + quad % quads).to(tl.uint32)
-                drawn_chain = (quad // quads).to(tl.uint32) + word(first_chain)
-                z = draw(block, drawn_chain, number, word(0), low, high, False)
-            else:
-                z = tl.load(noise + at, mask=mask).to(tl.float32)
-            kick = b * z
-        value = tl.load(x + at, mask=mask).to(tl.float32)
-        value = update(value, a * g, kick, lo, hi, NOISE_LAST)
-        tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)
+    z = None
+    if DRAW:
+        quads: tl.constexpr = OUT_H * OUT_W // 4
+        quad = tl.program_id(0) * (BM // 4) + tl.arange(0, BM // 4)[None, :]
+        z = drawn(
+            channel, (quad // quads).to(tl.uint32) + word(first_chain), quad % quads, word(step),
+            word(0), word(seed_low), word(seed_high), rng_state, quads,
+        )  # fmt: skip
+    finish(
+        tl.trans(g) * tl.load(unscale), z, channel, tl.trans(chain), tl.trans(pixel),
+        tl.trans(live), overflow, x, grad, noise, x_chain, step_size, noise_std, step_sizes,
+        noise_stds, clip, lo, hi, PIXEL_STRIDE, CHANNEL_STRIDE, NOISE_LAST, COLUMNS,
+    )  # fmt: skip
