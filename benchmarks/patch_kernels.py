@@ -1,17 +1,25 @@
-"""Convolutions by 4x4 at stride 2 and their input gradients in Gluon, for Hopper GPUs.
+"""Convolutions by 4x4 at stride 2, their input gradients and that of a 3x3, in Gluon for Hopper.
 
 This is an experiment, which :mod:`benchmarks.patches` compares with the package's kernels. Those
 compute an address per 16 bytes, and read every pixel again for every tap. Here the tensor memory
-accelerator (TMA) copies boxes, and two taps share a box. Written in the Gluon of Triton 3.6.
+accelerator (TMA) copies boxes, and two or three taps share a box. Written in the Gluon of Triton
+3.6.
 
 Tap (i, j) of a forward pass reads the pixels (2 y + i - 1, 2 x + j - 1). The source is taken as
 four images, one for each parity (p, q) of a pixel's coordinates: in these, taps i and i + 2 read
 neighbouring rows. An input gradient is four convolutions by 2x2, one for each parity (p, q) of its
-result, whose taps are neighbours as well. A pass of the loop takes two taps, one below the other,
-and BK channels. It copies a box of ``down + 1`` rows of pixels, and multiplies a window of ``down``
-of these rows by the weights of each tap. The rows of a tile are in the order (y, chain, x), so that
-a window is contiguous in shared memory, where matrix instructions read it. Pixels of the padding
-lie outside of the image, and TMA writes zeros for them.
+result, whose taps are neighbours as well. A pass of the loop takes these two taps (TAPS), one below
+the other, and BK channels. It copies a box of ``down + 1`` rows of pixels, and multiplies a window
+of ``down`` of these rows by the weights of each tap. The rows of a tile are in the order (y, chain,
+x), so that a window is contiguous in shared memory, where matrix instructions read it. Pixels of
+the padding lie outside of the image, and TMA writes zeros for them.
+
+The gradient of a 3x3 convolution at stride 1 with respect to the image takes three taps in a pass,
+so it copies ``down + 2`` rows. The first layer's forward pass is not here, since little would be
+gained: TMA cannot convert its float32 pixels, and the package's kernel reads them through the L1
+cache. On an H200 it took 6.1 us of a step's 114 (width 64, batch 64), and L2 moved 15.6 MB, 8.9 of
+them results. A patch would save 3.5 MB, 0.3 to 0.6 us, and at most a sixth of the instructions,
+since the tile's 1,104 are those of the results for the most part.
 
 :func:`offsets`, :func:`corner` and :func:`place` compute with numbers as with Triton's values. The
 tests call them in Python.
@@ -23,16 +31,22 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra import cuda
 
+from fastlangevin.kernels.triton_conv_grad import drawn, finish
+
 
 @gluon.jit
-def offsets(step, p, q, FORWARD: gl.constexpr, C: gl.constexpr, BK: gl.constexpr):
+def offsets(
+    step, p, q, FORWARD: gl.constexpr, TAPS: gl.constexpr, C: gl.constexpr, BK: gl.constexpr
+):
     """What pass ``step`` of the loop reads: (p of the source, y, x, channel, weight).
 
     y and x count from the tile's first pixel. A forward pass takes every parity of its source in
     turn, and (p, q) of the arguments is the parity of an input gradient's result.
     """
-    block, shift = step % (C // BK) * BK, step // (C // BK) % 2
-    if FORWARD:
+    block, shift = step % (C // BK) * BK, step // (C // BK) % TAPS
+    if TAPS == 3:
+        return 0, -1, shift - 1, block, (2 - shift) * C + block
+    elif FORWARD:
         p, q = step // (C // BK) // 4, step // (C // BK) // 2 % 2
         tap = (1 - p) * 4 + 1 - q + 2 * shift
         return p, -p, shift - q, q * C + block, tap * C + block
@@ -55,7 +69,10 @@ def place(
     row, y, chain, x, p, q,
     FORWARD: gl.constexpr, H: gl.constexpr, W: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
-    """(chain, pixel) of the result for a row of the tile that begins at (y, chain, x)."""
+    """(chain, pixel) of the result for a row of the tile that begins at (y, chain, x).
+
+    FORWARD means that the result has the H x W pixels of the tiles, and not four times as many.
+    """
     y, x = y + row // (BOX[2] * BOX[3]), x + row % BOX[3]
     pixel = y * W + x if FORWARD else (2 * y + p) * (2 * W) + 2 * x + q
     return chain + row // BOX[3] % BOX[2], pixel
@@ -64,16 +81,17 @@ def place(
 @gluon.jit
 def _copy(
     step, ready, pixels, weights, box_desc, row_desc, weight_desc, y, chain, x, p, q, column,
-    FORWARD: gl.constexpr, C: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    FORWARD: gl.constexpr, TAPS: gl.constexpr, C: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of a pass of the loop, if there is a pass of this number."""
     box: gl.constexpr = box_desc.block_type
     row: gl.constexpr = row_desc.block_type
     down: gl.constexpr = box.shape[1]
     copied: gl.constexpr = box.nbytes + row.nbytes + weight_desc.block_type.nbytes
-    source, dy, dx, channel, weight = offsets(step, p, q, FORWARD, C, box.shape[4])
+    source, dy, dx, channel, weight = offsets(step, p, q, FORWARD, TAPS, C, box.shape[4])
     live, stage = step < STEPS, step % STAGES
-    bar, first = ready.index(stage), stage * (down + 1)
+    bar, first = ready.index(stage), stage * (down + TAPS - 1)
     mbarrier.expect(bar, copied, pred=live)
     to = pixels.index(first)._reinterpret(box_desc.dtype, box.shape, box_desc.layout)
     at = [source, y + dy, chain, x + dx, channel]
@@ -81,7 +99,7 @@ def _copy(
     to = pixels.index(first + down)._reinterpret(box_desc.dtype, row.shape, box_desc.layout)
     at = [source, y + dy + down, chain, x + dx, channel]
     tma.async_copy_global_to_shared(row_desc, at, bar, to, pred=live)
-    to = weights.index(2 * stage)
+    to = weights.index(weight_desc.block_type.shape[0] * stage)
     to = to._reinterpret(box_desc.dtype, weight_desc.block_type.shape, weight_desc.layout)
     tma.async_copy_global_to_shared(weight_desc, [0, column, weight], bar, to, pred=live)
 
@@ -89,43 +107,45 @@ def _copy(
 @gluon.jit
 def _products(
     box_desc, row_desc, weight_desc, y, chain, x, p, q, column,
-    FORWARD: gl.constexpr, C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    FORWARD: gl.constexpr, TAPS: gl.constexpr, C: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The sums of a tile [BM, BN] over all taps and channels, in float32."""
     box: gl.constexpr = box_desc.block_type.shape
     flat: gl.constexpr = gl.NVMMASharedLayout(box_desc.layout.swizzle_byte_width, 16, rank=2)
-    shape: gl.constexpr = [STAGES * (box[1] + 1), box[2] * box[3], box[4]]
+    down: gl.constexpr = box[1] + TAPS - 1
+    shape: gl.constexpr = [STAGES * down, box[2] * box[3], box[4]]
     pixels = gl.allocate_shared_memory(box_desc.dtype, shape, flat)
-    weights = gl.allocate_shared_memory(box_desc.dtype, [STAGES * 2, BN, box[4]], flat)
+    tiles: gl.constexpr = weight_desc.block_type.shape[0]
+    weights = gl.allocate_shared_memory(box_desc.dtype, [STAGES * tiles, BN, box[4]], flat)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     # If launches may overlap, the next one begins as this one does, and waits here for its results.
     cuda.gdc_launch_dependents()
     cuda.gdc_wait()
-    steps: gl.constexpr = C // box[4] * (8 if FORWARD else 2)
+    steps: gl.constexpr = C // box[4] * (8 if FORWARD else TAPS)
     for i in gl.static_range(STAGES - 1):
         _copy(
             i, ready, pixels, weights, box_desc, row_desc, weight_desc, y, chain, x, p, q,
-            column, FORWARD, C, steps, STAGES,
+            column, FORWARD, TAPS, C, steps, STAGES,
         )  # fmt: skip
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
     acc = gl.zeros([BM, BN], gl.float32, products)
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), step // STAGES % 2)
-        for tap in gl.static_range(2):
-            window = pixels.index(stage * (box[1] + 1) + tap)
+        for tap in gl.static_range(TAPS):
+            window = pixels.index(stage * down + tap)
             window = window._reinterpret(box_desc.dtype, [BM, box[4]], flat)
             # The weights of an input gradient's taps are in the order of the taps.
-            weight = weights.index(2 * stage + (tap if FORWARD else 1 - tap))
+            weight = weights.index(tiles * stage + (tap if FORWARD else TAPS - 1 - tap))
             acc = hopper.warpgroup_mma(window, weight.permute((1, 0)), acc, is_async=True)
         # The products of the pass before have been read: the copies may overwrite its stage.
-        acc = hopper.warpgroup_mma_wait(2, deps=[acc])
+        acc = hopper.warpgroup_mma_wait(TAPS, deps=[acc])
         _copy(
             step + STAGES - 1, ready, pixels, weights, box_desc, row_desc, weight_desc, y, chain, x,
-            p, q, column, FORWARD, C, steps, STAGES,
+            p, q, column, FORWARD, TAPS, C, steps, STAGES,
         )  # fmt: skip
     return hopper.warpgroup_mma_wait(0, deps=[acc])
 
@@ -157,7 +177,7 @@ def patch_forward_kernel(
     column = gl.program_id(0) % tiles * BN
     acc = _products(
         box_desc, row_desc, weight_desc, y, chain, x, 0, 0, column,
-        True, C, BM, BN, STAGES, WARPS,
+        True, 2, C, BM, BN, STAGES, WARPS,
     )  # fmt: skip
     value, row, word, bit = _words(acc, BM, BN, WARPS)
     chain, pixel = place(row, y, chain, x, 0, 0, True, H, W, box)
@@ -198,7 +218,7 @@ def patch_backward_kernel(
     column = gl.program_id(0) % tiles * BN
     acc = _products(
         box_desc, row_desc, weight_desc, y, chain, x, p, q,
-        gl.program_id(1) * COLUMNS + column, False, C, BM, BN, STAGES, WARPS,
+        gl.program_id(1) * COLUMNS + column, False, 2, C, BM, BN, STAGES, WARPS,
     )  # fmt: skip
     g, row, word, bit = _words(acc, BM, BN, WARPS)
     chain, pixel = place(row, y, chain, x, p, q, False, H, W, box)
@@ -207,3 +227,48 @@ def patch_backward_kernel(
     g = gl.where((signs >> bit) & 1 != 0, g, g * slope)
     at = line * COLUMNS + column + word * 32 + bit
     gl.store(out + at, g.to(out.dtype.element_ty), mask=live & (bit < 32))
+
+
+@gluon.jit(do_not_specialize=["seed_low", "seed_high", "step", "first_chain"])
+def patch_image_kernel(
+    box_desc, row_desc, weight_desc, unscale, overflow, x, grad, noise, n, x_chain,
+    step_size, noise_std, step_sizes, noise_stds, clip, lo, hi,
+    seed_low, seed_high, step, first_chain, rng_state,
+    PIXEL_STRIDE: gl.constexpr, CHANNEL_STRIDE: gl.constexpr,
+    DRAW: gl.constexpr, NOISE_LAST: gl.constexpr,
+    C: gl.constexpr, H: gl.constexpr, W: gl.constexpr, COLUMNS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """As triton_conv_grad.image_kernel, for 3x3 at stride 1. Matrix instructions need 8 columns."""
+    box: gl.constexpr = box_desc.block_type.shape
+    columns: gl.constexpr = max(BN, 8)
+    y, first, left = corner(gl.program_id(0), H, W, box)
+    acc = _products(
+        box_desc, row_desc, weight_desc, y, first, left, 0, 0, 0,
+        False, 3, C, BM, columns, STAGES, WARPS,
+    )  # fmt: skip
+    # Through shared memory to [BN, BM], four neighbours a thread, without the columns that are 0.
+    lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    shared = gl.allocate_shared_memory(gl.float32, [columns, BM], lines, gl.permute(acc, (1, 0)))
+    g = shared.slice(0, BN).load(layout) * gl.load(unscale)
+    row = gl.arange(0, BM, gl.SliceLayout(0, layout))[None, :]
+    channel = gl.arange(0, BN, gl.SliceLayout(1, layout))[:, None]
+    chain, pixel = place(row, y, first, left, 0, 0, True, H, W, box)
+    z = None
+    if DRAW:
+        quads: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+        row = 4 * gl.arange(0, BM // 4, gl.SliceLayout(0, quads))[None, :]
+        drawn_chain, quad = place(row, y, first, left, 0, 0, True, H, W, box)
+        zero = drawn_chain.to(gl.uint32) * 0  # words of 32 bits are computed without a sign
+        z = drawn(
+            gl.arange(0, BN, gl.SliceLayout(1, quads))[:, None],
+            drawn_chain.to(gl.uint32) + (zero + first_chain), quad // 4,
+            zero + step, zero, zero + seed_low, zero + seed_high, rng_state, H * W // 4,
+        )  # fmt: skip
+        z = gl.convert_layout(z, layout)
+    finish(
+        g, z, channel, chain, pixel, chain < n, overflow, x, grad, noise, x_chain,
+        step_size, noise_std, step_sizes, noise_stds, clip, lo, hi,
+        PIXEL_STRIDE, CHANNEL_STRIDE, NOISE_LAST, COLUMNS,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ twice that of the package's. Early launches must give the same chain, bit for bi
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -43,9 +44,21 @@ Values = dict[str, Any]  # the arguments of a launch by name
 
 CHAIN = 100  # steps
 NETS = ((64, 64), (32, 64), (64, 1024))  # width, batch
+# What the kernels in Gluon take as the package's kernels do.
+_ARGUMENTS = {
+    "forward": "out saved bias head energies overflow",
+    "backward": "out saved",
+    "image": "unscale overflow x grad noise x_chain step_size noise_std step_sizes noise_stds clip "
+    "lo hi seed_low seed_high step first_chain rng_state PIXEL_STRIDE CHANNEL_STRIDE DRAW "
+    "NOISE_LAST",
+}
 _GEOMETRY = {"TAPS": 4, "STRIDE": 2, "PAD": 1, "DILATION": 1}
+_IMAGE_GEOMETRY = {"TAPS": 3, "STRIDE": 1, "PAD": 1, "DILATION": 1}
+_OPTIONS = ("num_warps", "enable_fp_fusion", "launch_pdl")
 # An H100's or H200's multiprocessors, and the products per second of a good kernel on all of them.
 _MULTIPROCESSORS, _PRODUCTS = 132, 395e12
+# The bytes of pixels that one of them reads from shared memory in a second: 128 a cycle.
+_SHARED = 2.2e11
 # The least and the most: seconds of a launch without its loop, seconds of a pass without its
 # products, and bytes per second of all multiprocessors. With one program on each, the package's
 # kernels took 0.06 to 0.3 us more for a pass than its products take on an H200, and read up to 88
@@ -60,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if reason is not None:
         print(f"not run: {reason}")
         return
-    with ProcessPoolExecutor(len(NETS), get_context("spawn")) as pool:
-        list(pool.map(compile_kernels, NETS))
+    jobs = list(itertools.product(NETS, VARIANTS))
+    with ProcessPoolExecutor(len(jobs), get_context("spawn")) as pool:
+        list(pool.map(compile_kernels, *zip(*jobs, strict=True)))
     file = ResultFile(options.out / "patches-cuda.json", "patches", device="cuda")
     for width, batch in NETS:
         errors: dict[str, float] = {}
@@ -117,12 +131,12 @@ def make(width: int, batch: int) -> tuple[nn.Module, FusedGradient, Tensor]:
     return energy, engine(energy, (3, 32, 32), batch, "fp16"), x
 
 
-def compile_kernels(net: tuple[int, int]) -> None:
+def compile_kernels(net: tuple[int, int], kernels: str) -> None:
     """Leave the kernels of a network's launches in Triton's cache."""
-    for context, early in VARIANTS.values():
-        with context(), mock.patch.object(conv_plan, "EARLY", early):
-            _, step, x = make(*net)
-            step.step_(x, **OPTIONS)
+    context, early = VARIANTS[kernels]
+    with context(), mock.patch.object(conv_plan, "EARLY", early):
+        _, step, x = make(*net)
+        step.step_(x, **OPTIONS)
 
 
 @contextlib.contextmanager
@@ -132,7 +146,8 @@ def patched() -> Iterator[None]:
     from fastlangevin.kernels import triton_conv, triton_conv_grad
 
     with contextlib.ExitStack() as patches:
-        kernels = {"forward_kernel": triton_conv, "backward_kernel": triton_conv_grad}
+        kernels = {"forward_kernel": triton_conv}
+        kernels |= dict.fromkeys(("backward_kernel", "image_kernel"), triton_conv_grad)
         for name, module in kernels.items():
             kernel = getattr(patch_kernels, f"patch_{name}")
             stand_in = PatchKernel(getattr(module, name), kernel)
@@ -160,31 +175,33 @@ class PatchKernel:
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         values = dict(zip(self.plain.arg_names, args, strict=False)) | options
         if is_supported(values):
-            options = {
-                name: options[name] for name in ("num_warps", "launch_pdl") if name in options
-            }
-            self.kernel[grid_of(values)](**arguments_of(values), **options)
+            own = {name: options[name] for name in _OPTIONS if name in options}
+            self.kernel[grid_of(values)](**arguments_of(values), **own)
         else:
             self.plain[grid](*args, **options)
 
 
-def values_of(plan: Plan, forward: bool) -> Values:
+def values_of(plan: Plan, kind: str) -> Values:
     """The arguments that decide about a launch."""
-    kind = {"ACTIVATION": "leaky_relu"} if forward else {"SIGNS": True}
-    return {**plan.constants, **plan.options, "weight": plan.weight, "rows": plan.rows, **kind}
+    more = {"forward": {"ACTIVATION": "leaky_relu"}, "backward": {"SIGNS": True}, "image": {}}
+    own = {"weight": plan.weight, "rows": plan.rows}
+    return {**plan.constants, **plan.options, **own, **more[kind]}
 
 
-def is_forward(values: Values) -> bool:
-    return "ACTIVATION" in values
+def kind_of(values: Values) -> str:
+    """The package's kernel that is launched: "forward", "backward" or "image"."""
+    return "forward" if "ACTIVATION" in values else "backward" if "SIGNS" in values else "image"
 
 
 def is_supported(values: Values) -> bool:
-    """Whether a launch of the package's forward or backward kernel can be one in Gluon."""
+    """Whether a launch of the package's kernels can be one in Gluon."""
+    is_image = kind_of(values) == "image"
+    geometry = _IMAGE_GEOMETRY if is_image else _GEOMETRY
     return (
-        all(values[f"{name}_{axis}"] == size for name, size in _GEOMETRY.items() for axis in "YX")
+        all(values[f"{name}_{axis}"] == size for name, size in geometry.items() for axis in "YX")
         and values["weight"].dtype in (torch.float16, torch.bfloat16)
         and values["C"] % 32 == values["C"] % min(values["C"], 64) == 0
-        and values["COLUMNS"] % values["BN"] == 0
+        and (is_image or values["COLUMNS"] % values["BN"] == 0)
         and all(size >= 4 and size & (size - 1) == 0 for size in result_size(values))
         and values.get("ACTIVATION", "leaky_relu") == "leaky_relu"
         and values.get("SIGNS", True)
@@ -193,7 +210,8 @@ def is_supported(values: Values) -> bool:
 
 def result_size(values: Values) -> tuple[int, int]:
     """Height and width of the result, or of one class of its pixels."""
-    return (values["OUT_H"], values["OUT_W"]) if is_forward(values) else (values["H"], values["W"])
+    of_source = values["H"], values["W"]
+    return (values["OUT_H"], values["OUT_W"]) if kind_of(values) == "forward" else of_source
 
 
 def box_of(values: Values) -> tuple[int, int, int]:
@@ -208,38 +226,53 @@ def grid_of(values: Values) -> tuple[int, int]:
     (height, width), (down, chains, across) = result_size(values), box_of(values)
     n = values["rows"] // (height * width)
     tiles_of_pixels = math.ceil(n / chains) * (height // down) * (width // across)
-    return tiles_of_pixels * (values["COLUMNS"] // values["BN"]), values["weight"].shape[0]
+    return tiles_of_pixels * math.ceil(values["COLUMNS"] / values["BN"]), values["weight"].shape[0]
+
+
+def taps_of(values: Values) -> int:
+    """How many taps share a box."""
+    return 3 if kind_of(values) == "image" else 2
 
 
 def boxes_of(values: Values) -> list[list[int]]:
-    """The boxes that a pass of the loop copies: of pixels, of one more row of them, of weights."""
+    """The boxes that a pass copies: of pixels, of one or two more rows of them, of weights.
+
+    The last one has a power of two of taps, and of columns at least the eight of an instruction.
+    """
     down, *inside = *box_of(values), min(values["C"], 64)
-    return [[1, down, *inside], [1, 1, *inside], [2, values["BN"], inside[-1]]]
+    taps, columns = taps_of(values), max(values["BN"], 8)
+    tiles = 4 if taps == 3 else 2
+    return [[1, down, *inside], [1, taps - 1, *inside], [tiles, columns, inside[-1]]]
 
 
 def passes_of(values: Values) -> int:
-    return values["C"] // min(values["C"], 64) * (8 if is_forward(values) else 2)
+    """How often a tile takes a box. A forward pass has one for each parity of its source's rows."""
+    boxes = 8 if kind_of(values) == "forward" else taps_of(values)
+    return values["C"] // min(values["C"], 64) * boxes
 
 
 def arguments_of(values: Values) -> Values:
     """The arguments of a launch in Gluon."""
     (height, width), boxes = result_size(values), boxes_of(values)
-    n, forward = values["rows"] // (height * width), is_forward(values)
+    n, kind = values["rows"] // (height * width), kind_of(values)
     h, w, c, source, weight = (values[name] for name in ("H", "W", "C", "source", "weight"))
-    if forward:  # the pixels (2 y + p, 2 x + q), with q before their channels
+    if kind == "forward":  # the pixels (2 y + p, 2 x + q), with q before their channels
         shape, strides = [2, h // 2, n, w // 2, 2 * c], [w * c, 2 * w * c, h * w * c, 2 * c, 1]
     else:
         shape, strides = [1, h, n, w, c], [w * c, w * c, h * w * c, c, 1]
-    k = weight.shape[2] // 2  # of one of the two rows of taps that share a box
-    weights = [2, math.prod(weight.shape[:2]), k], [k, 2 * k, 1]
-    names = ["out", "saved", "C", "COLUMNS", "BM", "BN"]
-    names += ["bias", "head", "energies", "overflow"] if forward else []
-    return {name: values[name] for name in names} | {
+    taps, k = taps_of(values), weight.shape[2]
+    weights = [taps, math.prod(weight.shape[:2]), k // taps], [k // taps, k, 1]
+    names = [*_ARGUMENTS[kind].split(), "C", "COLUMNS", "BM", "BN"]
+    arguments = {name: values[name] for name in names}
+    if kind == "image":  # no more columns, for which noise would be drawn
+        arguments["BN"] = 1 << (values["COLUMNS"] - 1).bit_length()
+    else:
+        arguments["slope"] = values["p"]
+    return arguments | {
         "box_desc": _descriptor(source, shape, strides, boxes[0]),
         "row_desc": _descriptor(source, shape, strides, boxes[1]),
         "weight_desc": _descriptor(weight, *weights, boxes[2]),
         "n": n,
-        "slope": values["p"],
         "H": height,
         "W": width,
         "STAGES": values["num_stages"],
@@ -264,8 +297,8 @@ def predicted(values: Values) -> dict[str, Any]:
     copied = sum(map(math.prod, boxes_of(values))) * values["weight"].element_size()
     size = programs * passes * copied
     turns = passes * math.ceil(programs / _MULTIPROCESSORS)
-    products = 2 * values["BM"] * values["BN"] * min(values["C"], 64)
-    at_work = products / (_PRODUCTS / _MULTIPROCESSORS)
+    read = taps_of(values) * values["BM"] * min(values["C"], 64)  # values, by each column
+    at_work = max(read * values["BN"] / (_PRODUCTS / _MULTIPROCESSORS), 2 * read / _SHARED)
     seconds = [
         launch + max(size / rate, turns * (at_work + more)) for launch, more, rate in (_FAST, _SLOW)
     ]

@@ -42,7 +42,7 @@ MORE = (
     (128, 64, "fp16"), (64, 64, "fp32"), (32, 64, "fp32"),
 )  # fmt: skip
 KERNELS = ("forward_kernel", "backward_kernel", "image_kernel")
-KERNELS += ("patch_forward_kernel", "patch_backward_kernel")  # those of benchmarks.patches
+KERNELS += tuple(f"patch_{kernel}" for kernel in KERNELS)  # those of benchmarks.patches
 STEPS = 7
 
 

@@ -31,11 +31,9 @@ class GluonRecorder(Recorder):
 def recorded(launch: Recorder) -> tuple[GluonRecorder, patches.Values] | None:
     """A launch of the package as one in Gluon, with the package's arguments."""
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
-    if "STRIDE_Y" not in values or not patches.is_supported(values):
+    if not patches.is_supported(values):
         return None
-    forward = patches.is_forward(values)
-    name = "patch_forward_kernel" if forward else "patch_backward_kernel"
-    recorder = GluonRecorder(getattr(patch_kernels, name))
+    recorder = GluonRecorder(getattr(patch_kernels, f"patch_{patches.kind_of(values)}_kernel"))
     patches.PatchKernel(launch.kernel, recorder)[(1,)](*launch.args, **launch.options)
     return recorder, values
 
