@@ -267,7 +267,7 @@ chosen=(--only fp32-contiguous --seconds 0.3 --no-compile)
 stage steps 20 "$python" -m benchmarks.step "${device[@]}" --out "$out" "${chosen[@]}"
 stage chain-memory 25 "$python" -m benchmarks.chain_memory "${device[@]}" --out "$out"
 stage capacity 40 "$python" -m benchmarks.capacity "${device[@]}" --out "$out" --seconds 35
-# The convolutions in Gluon beside the engine's, launch by launch.
+# The convolutions in Gluon beside the engine's, launch by launch, and both with early launches.
 device_stage patches 35 "$python" -m benchmarks.patches --out "$out"
 
 # In all the time that is left. A run that is stopped saves a checkpoint.

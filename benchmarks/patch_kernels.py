@@ -15,11 +15,12 @@ x), so that a window is contiguous in shared memory, where matrix instructions r
 the padding lie outside of the image, and TMA writes zeros for them.
 
 The gradient of a 3x3 convolution at stride 1 with respect to the image takes three taps in a pass,
-so it copies ``down + 2`` rows. The first layer's forward pass is not here, since little would be
-gained: TMA cannot convert its float32 pixels, and the package's kernel reads them through the L1
-cache. On an H200 it took 6.1 us of a step's 114 (width 64, batch 64), and L2 moved 15.6 MB, 8.9 of
-them results. A patch would save 3.5 MB, 0.3 to 0.6 us, and at most a sixth of the instructions,
-since the tile's 1,104 are those of the results for the most part.
+so it copies ``down + 2`` rows. The forward pass of a first layer is not here, since little would be
+gained: its float32 pixels must pass through registers to be rounded, and the package's kernel reads
+them through the L1 cache. On an H200 it took 6.1 us of a step's 114 (width 64, batch 64), and moved
+15.6 MB through L2, 8.9 of them results. A patch would save 3.5 MB, or 0.3 to 0.6 us, and at most a
+sixth of a warp's 1,104 instructions, most of which compute and store the results. This Gluon also
+has no indexed reads of shared memory, with which taps would be gathered.
 
 :func:`offsets`, :func:`corner` and :func:`place` compute with numbers as with Triton's values. The
 tests call them in Python.
@@ -147,7 +148,10 @@ def _products(
             step + STAGES - 1, ready, pixels, weights, box_desc, row_desc, weight_desc, y, chain, x,
             p, q, column, FORWARD, TAPS, C, steps, STAGES,
         )  # fmt: skip
-    return hopper.warpgroup_mma_wait(0, deps=[acc])
+    acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+    # Warps wait for their own products alone, and may store results where others still read.
+    gl.thread_barrier()
+    return acc
 
 
 @gluon.jit

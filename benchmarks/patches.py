@@ -157,8 +157,8 @@ def patched() -> Iterator[None]:
 
 VARIANTS: dict[str, tuple[Callable[[], AbstractContextManager[None]], bool]] = {
     "triton": (contextlib.nullcontext, False),
-    "triton, early": (contextlib.nullcontext, True),
     "gluon": (patched, False),
+    "triton, early": (contextlib.nullcontext, True),
     "gluon, early": (patched, True),
 }
 

@@ -263,6 +263,7 @@ def test_machine_code_has_tma_and_matrix_instructions_no_spills_and_the_predicte
         assert result["fused"] == 0, where
         assert result["copies"] == ["UTMALDG"], where
         assert result["order"][:3] == ["PREEXIT", "ACQBULK", "UTMALDG"], where
+        assert result["shared_order"][0] == "BAR", where
         (found,) = result["matrix"]
         assert found.startswith("HGMMA"), where
         (awaited,) = result["awaited"]

@@ -108,6 +108,8 @@ def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
     ``copies`` are the instructions that copy to shared memory, ``awaited`` the bytes that barriers
     wait for. ``order`` has the instructions that read and write global memory, and those that let
     the next launch begin (PREEXIT) and wait for the one before (ACQBULK), by their first places.
+    ``shared_order`` has the barriers and the stores to shared memory after the last asynchronous
+    product, also by their first places.
     """
     options = {k: v for k, v in recorder.options.items() if k not in recorder.kernel.arg_names}
     target = GPUTarget("cuda", arch, 32)
@@ -118,7 +120,7 @@ def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
         dump = [CUOBJDUMP, "-res-usage", "-sass", file.name]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = kernel.asm["ptx"]
+    ptx, after_products = kernel.asm["ptx"], usage.rpartition("WARPGROUP.DEPBAR")[2]
     return {
         "registers": used["REG"],
         "local": used["STACK"] + used["LOCAL"],
@@ -126,6 +128,7 @@ def compiled(recorder: Recorder, arch: int) -> dict[str, Any]:
         "stores": sorted(set(re.findall(r"st\.global\.(\S+)", ptx))),
         "shared": kernel.metadata.shared,
         "copies": sorted(set(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", usage))),
+        "shared_order": list(dict.fromkeys(re.findall(r"\b(?:BAR|STSM?)\b", after_products))),
         "order": list(dict.fromkeys(re.findall(_IN_ORDER, usage))),
         "awaited": sorted({int(n) for n in re.findall(r"expect_tx\S* _, \S+, (\d+)", ptx)}),
         "matrix": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b[.\w]*", usage))),
