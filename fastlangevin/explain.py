@@ -106,9 +106,8 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
 def rejected(choice: EngineChoice) -> dict[str, str]:
     """The reasons why faster engines were rejected, by the names of the engines that share one."""
     names: dict[str, list[str]] = {}
-    for engine, reason, precision in choice.why_not:
-        name = engine if precision is None else f"{engine} in {precision}"
-        names.setdefault(reason, []).append(name)
+    for engine, reason in choice.why_not:
+        names.setdefault(reason, []).append(engine)
     return {", ".join(engines): reason for reason, engines in names.items()}
 
 

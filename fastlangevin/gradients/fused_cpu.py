@@ -323,6 +323,20 @@ def _tiles_estimate(plan: Callable[[str, int], Any], network: ImageGraph) -> flo
     return float(tiles / vectors) if vectors else None
 
 
+def why_float32() -> str | None:
+    """Return why the engine computes a network in float32 that was to run in half precision.
+
+    None if it does not. The processor alone decides. If a measurement did, a run that is resumed,
+    or another process of one job, could take another engine, and a chain would have other bits.
+    """
+    if extension.bfloat16_is_faster():
+        return None
+    return (
+        "this processor does not multiply bfloat16 numbers faster than float32 numbers, which are "
+        "more precise"
+    )
+
+
 def _place(numbers: Tensor, image: Tensor, place: tuple[int, int, int, int]) -> None:
     """Write an image [..., C, H, W] to its place in the numbers [..., D] of a plan."""
     begin, height, width, pixel = place
