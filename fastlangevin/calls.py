@@ -32,9 +32,6 @@ from fastlangevin.progress import step_bar
 from fastlangevin.step import choose_backend
 
 _OP = "LangevinSampler"
-# Options of a call that the other methods do not have.
-_CALL_ONLY = ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload", "callback",
-              "callback_every", "progress")  # fmt: skip
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -81,11 +78,6 @@ def read_call(
     ``reserved`` are the names of the arguments of calls, which no argument of the energy should
     have.
     """
-    for name in _CALL_ONLY:
-        if name in model_kwargs:
-            raise TypeError(
-                f"{_OP}: {name} is an option of a call to the sampler, not of this method"
-            )
     by_step = check_step_kwargs(_OP, step_kwargs, settings.steps, model_kwargs)
     if by_step and settings.metropolis:
         raise ValueError(

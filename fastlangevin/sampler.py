@@ -1,6 +1,5 @@
 """LangevinSampler: K Langevin steps on a batch of chains."""
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -35,10 +34,6 @@ from fastlangevin.step import check_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _OP = "LangevinSampler"
-# Options of differentiable calls.
-_GRADIENT_DEFAULTS = {
-    "checkpoint": "auto", "grad_steps": None, "grad_through": "exact", "offload": False,
-}  # fmt: skip
 
 
 class LangevinSampler:
@@ -270,7 +265,7 @@ class LangevinSampler:
             return unroll(call.chain, start, checkpoint, grad_steps, grad_through, offload)
         options = {"checkpoint": checkpoint, "grad_steps": grad_steps,
                    "grad_through": grad_through, "offload": offload}  # fmt: skip
-        given = [f"{k}={v!r}" for k, v in options.items() if v != _GRADIENT_DEFAULTS[k]]
+        given = [f"{k}={v!r}" for k, v in options.items() if v != _CALL[k].default]
         if given:
             raise ValueError(f"{_OP}: differentiable=True is needed for {', '.join(given)}")
         x, choice = call.begin()
@@ -362,9 +357,11 @@ class LangevinSampler:
         return chain_type(settings)(self.energy, settings, self._cache, kwargs, **values)
 
     def _read(self, x0: Any, **options: Any) -> Call:
-        return read_call(
-            self.energy, self._settings(), self._cache, _call_arguments(), x0, **options
-        )
+        for name in _CALL_ONLY & options.keys():
+            raise TypeError(
+                f"{_OP}: {name} is an option of a call to the sampler, not of this method"
+            )
+        return read_call(self.energy, self._settings(), self._cache, _RESERVED, x0, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_graphs": Graphs()}  # every copy, even a shallow one, has its own
@@ -409,9 +406,8 @@ class LangevinSampler:
         return explain(self._chain(), zeros, False, self._graphs)
 
 
-@functools.cache
-def _call_arguments() -> frozenset[str]:
-    """The names of the arguments of calls, of :meth:`LangevinSampler.trajectory` too."""
-    methods = (LangevinSampler.__call__, LangevinSampler.trajectory)
-    parameters = [p for m in methods for p in inspect.signature(m).parameters.values()]
-    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) - {"self"}
+# The parameters of a call, the names of those that other methods lack, and of all of any method.
+_CALL = dict(inspect.signature(LangevinSampler.__call__).parameters)
+del _CALL["self"], _CALL["model_kwargs"]
+_CALL_ONLY = _CALL.keys() - inspect.signature(read_call).parameters
+_RESERVED = {*_CALL, "every"}

@@ -177,10 +177,7 @@ class ConvNetGradient:
         return engine
 
     def begin(self) -> None:
-        """Read the weights.
-
-        This is needed before every chain: a write through ``.data`` leaves no other trace.
-        """
+        """Read the weights."""
         with self._lock:
             self._read()
 

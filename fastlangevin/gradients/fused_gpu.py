@@ -139,10 +139,7 @@ class FusedGradient:
         self.pack()
 
     def begin(self) -> None:
-        """Read the weights.
-
-        This is needed before every chain: a write through ``.data`` leaves no other trace.
-        """
+        """Read the weights."""
         with self.lock:
             if self.overflow is not None:
                 self.overflow.zero_()

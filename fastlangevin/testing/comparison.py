@@ -16,8 +16,9 @@ from fastlangevin.gradients.network import submodules_of
 from fastlangevin.gradients.train_mode import effect_of_train_mode
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.testing.loop import OP, Record, described, distance, follow, snapshot, state
-from fastlangevin.testing.measure import peak_bytes, restored_modules, times
+from fastlangevin.testing.measure import peak_bytes, restored_modules
 from fastlangevin.testing.walk import Judgement, Walk, final_rounding
+from fastlangevin.timing import seconds_in_turns
 
 
 class Comparison(NamedTuple):
@@ -147,7 +148,7 @@ def compare(
                 lambda x: replacement(sampler, z, x), x0, ours, steps
             )
             judgement.differences[-1] = judgement.apart[-1]
-        seconds = times((loop, lambda: replacement(sampler)), x0.device, rounds)
+        seconds = seconds_in_turns((loop, lambda: replacement(sampler)), x0.device, rounds)
     same, verdict = _verdict(judgement, steps, record, theirs, z)
     notes = _notes(record, steps, by_step)
     if trained := None if energy is None else effect_of_train_mode(energy):

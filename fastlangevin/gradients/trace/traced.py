@@ -44,10 +44,7 @@ class TracedGradient:
         self._dtype = trace.values[0].dtype
 
     def begin(self) -> None:
-        """Forget the constants.
-
-        This is needed before every chain: a write through ``.data`` leaves no other trace.
-        """
+        """Forget the constants."""
         self._seen, self._inputs, self._constants = self._versions(), {}, {}
 
     def recordable(self) -> "TracedGradient":
