@@ -17,7 +17,7 @@ from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings
 from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.gradients.engine_cache import EngineCache
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.packing import PackedEnergy, packing_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import EngineChoice
@@ -146,7 +146,7 @@ def run_steps(
         stride = max(1, steps // 100)
         stride = stride if callback is None else math.gcd(every, stride)
     with step_bar(steps) if progress else nullcontext(None) as show:
-        for step in chain.walk(x, choice=choice, every=stride):
+        for step in chain.steps(x, choice=choice, every=stride):
             energies, done = step.energies, step.k + 1
             if show is not None:
                 show(done)

@@ -13,7 +13,7 @@ from fastlangevin.chain.settings import Settings
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.own_last_step import OwnLastStep
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import EngineChoice

@@ -24,7 +24,7 @@ from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.explain import explain
 from fastlangevin.gradients.engine_cache import EngineCache
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import EngineChoice, check_gradient
 from fastlangevin.inputs import check_energy
@@ -299,7 +299,7 @@ class LangevinSampler:
         states = x.new_empty((1 + self.steps // every, *x.shape))
         states[0] = x
         energies: Tensor | None = None
-        for step in call.chain.walk(x, choice=choice, every=every):
+        for step in call.chain.steps(x, choice=choice, every=every):
             energies = step.energies
             if (step.k + 1) % every == 0:
                 states[(step.k + 1) // every] = x
@@ -327,7 +327,7 @@ class LangevinSampler:
         records = {name: x.new_full((self.steps, x.shape[0]), math.nan) for name in names}
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
-        for step in call.chain.walk(x, want_energies=True, choice=choice):
+        for step in call.chain.steps(x, want_energies=True, choice=choice):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype).masked_fill(~x.isfinite(), math.nan)
             assert step.grad is not None
             if step.energies is not None:

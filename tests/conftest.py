@@ -20,12 +20,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastlangevin.kernels import extension, triton
+from fastlangevin.kernels import extension, triton_backend
 from fastlangevin.learn.data import arrays
 from fastlangevin.learn.data.arrays import ArraySource
 from tests.backends import SERVING, choose, instruction_sets
 
-TILE_BYTES = triton._TILE_BYTES
+TILE_BYTES = triton_backend._TILE_BYTES
 
 # A shell has SIGINT ignored for what it runs in the background, and so for the runs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -108,7 +108,7 @@ def _tritons_interpreter() -> None:
 def real_tiles() -> Iterator[None]:
     """Triton's programs with the tiles that GPUs get, also where they are interpreted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_TILE_BYTES", TILE_BYTES)
+        patch.setattr(triton_backend, "_TILE_BYTES", TILE_BYTES)
         yield
 
 
@@ -120,7 +120,7 @@ def _large_tiles() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         if ("triton", torch.device("cpu")) in SERVING:
-            patch.setattr(triton, "_TILE_BYTES", 16 * TILE_BYTES)
+            patch.setattr(triton_backend, "_TILE_BYTES", 16 * TILE_BYTES)
         yield
 
 

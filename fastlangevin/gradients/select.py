@@ -119,9 +119,9 @@ def _choose_from_recording(
     is_kept = recording.guard is not None
     if not is_kept:
         cache = EngineCache()  # the recording is for this call, and must not outlive it
-    engine = cache.traced(trace, call, is_kept)
+    engine = cache.replay(trace, call, is_kept)
     try:
-        reason = cache.disproof("traced", lambda: engine, trace, results, call)
+        reason = cache.disproof("replay", lambda: engine, trace, results, call)
     except Exception as error:
         reason = f"a replay raises {type(error).__name__}: {error}"
     why_not = () if gradient == "explicit" else (Rejected("fused", choice),)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.evaluation.metrics import kernel_distance
