@@ -105,7 +105,9 @@ def langevin_step_(
         and noise is None
         and torch._C._len_torch_dispatch_stack() == 0
         and resolve_backend(backend, x.device) is native.step_
-        and _reads_directly(x, grad, step_size, noise_std, clip)
+        and isinstance(step_size, float)
+        and isinstance(noise_std, float)
+        and _reads_directly(x, grad, clip)
     ):
         if grad is not None:
             check_overlap(_OP, "grad", grad, x)
@@ -226,7 +228,9 @@ def bind_step(
         if (
             is_native
             and (grad is None or in_memory(grad))
-            and _reads_directly(x, grad, step_size, noise_std, fixed.grad_clip)
+            and isinstance(step_size, float)
+            and isinstance(noise_std, float)
+            and _reads_directly(x, grad, fixed.grad_clip)
         ):
             native.launch(x, grad, None, step_size, noise_std, step, fixed)
             return x
@@ -237,21 +241,9 @@ def bind_step(
     return bound
 
 
-def _reads_directly(
-    x: Tensor,
-    grad: Tensor | None,
-    step_size: Coefficient,
-    noise_std: Coefficient,
-    clip: GradClip | None,
-) -> bool:
-    """Whether ``native.launch`` takes these operands, which are in memory, without a conversion."""
-    return (
-        native.reads(x)
-        and (grad is None or native.reads(grad))
-        and isinstance(step_size, float)
-        and isinstance(noise_std, float)
-        and not isinstance(clip, tuple)
-    )
+def _reads_directly(x: Tensor, grad: Tensor | None, clip: GradClip | None) -> bool:
+    """Whether ``native.launch`` takes tensors in memory, and a clip, without a conversion."""
+    return native.reads(x) and (grad is None or native.reads(grad)) and not isinstance(clip, tuple)
 
 
 def fold_norm_clip(
