@@ -88,6 +88,8 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
             f"{_INDENT}the last step runs the energy itself, whose modules keep its values"
         )
     if isinstance(engine, ConvNetGradient):
+        if engine.precision != precision:
+            lines[0] += f", computed in {engine.precision}"
         lines[0] += f"; instruction set {engine.net.instruction_set}"
         lines += _explain_tiles(engine)
     lines += [f"{_INDENT}not {names}: {reason}" for names, reason in rejected(choice).items()]

@@ -75,6 +75,8 @@ class LangevinSampler:
             network with several dtypes must cast x itself. "fp32" and "tf32" set torch's precision
             switches during each evaluation if they differ; other threads share these switches. With
             ``checkpoint="none"`` the backward pass of a differentiable chain runs as torch is set.
+            On a CPU that does not multiply bfloat16 numbers faster than float32 numbers, the fused
+            engine of ``gradient="auto"`` computes "bf16" in float32.
         backend: Backend of the update: "auto", "native", "triton" or "reference".
         gradient: Engine that computes dE/dx. "autograd" differentiates any energy. "explicit"
             replays its operators, recorded once, without autograd. "fused" runs networks of known

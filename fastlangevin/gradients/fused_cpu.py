@@ -128,7 +128,7 @@ class ConvNetGradient:
     """
 
     def __init__(self, graph: Graph, chains: int, precision: str | None = None) -> None:
-        self.graph, self.chains = graph, chains
+        self.graph, self.chains, self.precision = graph, chains, precision
         network = self._network()
         self.state = network.state
         has_tiles = extension.has_matrix_unit()  # the answer may change the instruction set

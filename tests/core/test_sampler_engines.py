@@ -134,6 +134,7 @@ def test_the_processor_decides_in_which_precision_a_half_network_is_fused(
     assert torch.equal(run(x0, seed=0), named["bf16" if is_faster else "fp32"])
     text = run.explain(x0)
     assert "gradient   fused: " in text
+    assert ("precision bf16, computed in fp32; " in text) is not is_faster
     assert ("not fused in bf16: this processor" in text) is not is_faster
 
 
