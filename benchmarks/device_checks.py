@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.fused_step import BATCH, NETS, engine
 from benchmarks.result_file import ResultFile, parser_of
 from benchmarks.sanitize import DTYPES, SHAPES, options
-from fastlangevin.kernels import native, triton
+from fastlangevin.kernels import native, triton_backend
 
 # Of the norm of the gradient.
 LIMITS = {"fp32": 1e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 2e-2}
@@ -53,7 +53,7 @@ def checks(device: torch.device, quick: bool) -> Iterator[tuple[str, float, Chec
         cases = list(itertools.product(SHAPES[1:2] if quick else SHAPES, DTYPES))
         for shape, dtype in cases[:1] if quick else cases:
             yield f"native {list(shape)} {dtype}", 0.0, lambda s=shape, d=dtype: bits(s, d, device)
-    if triton.available(device) is None:
+    if triton_backend.available(device) is None:
         for (name, (make, shape)), precision in itertools.product(NETS.items(), LIMITS):
             if quick and (name, precision) != ("paper", "fp32"):
                 continue

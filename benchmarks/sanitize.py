@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.fused_step import NETS, odd_step
-from fastlangevin.kernels import extension, triton
+from fastlangevin.kernels import extension, triton_backend
 from fastlangevin.kernels.philox import Address
 from fastlangevin.step import backend_status, resolve_backend
 
@@ -117,7 +117,7 @@ def main() -> None:
         print(f"fused: {fused_steps(device, precisions)} steps", flush=True)
     if all(kernels.values()):
         raise SystemExit(f"sanitize: no kernels run on {device}")
-    makers = {"native": extension, "triton": triton}
+    makers = {"native": extension, "triton": triton_backend}
     address = Address(seed=1, step=2, stream=0, first_chain=3)
     for name in (name for name, reason in kernels.items() if reason is None):
         for shape, uniform in itertools.product(shapes, (False, True)):

@@ -399,6 +399,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("instruction_set", [] { return fl::cpu::instruction_set(); });
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));
   module.def("matrix_unit", [] { return fl::cpu::conv_kernels(fl::Operands::kBFloat16).tiles; });
+  module.def("bfloat16_is_faster", &fl::cpu::bfloat16_is_faster);
   module.def("why_no_amx", [] {
     fl::cpu::conv_kernels(
         fl::Operands::kBFloat16);  // changes the instruction set if the system refuses tiles

@@ -1,7 +1,6 @@
 """Times a step of a chain with every engine, and with a plain loop for comparison."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.roofline import cost, matrix_rate
 from fastlangevin.sampler import LangevinSampler
+from fastlangevin.timing import seconds_in_turns
 
 NAIVE = "plain loop"
 _ENGINES = ("autograd", "explicit", "fused")
@@ -72,14 +72,12 @@ def bench(
                 refused.append(Row(engine, precision, float("nan"), float("nan"), None, reason))
                 continue
             runs[engine, precision] = lambda sampler=sampler: sampler(x, seed=0)  # type: ignore[misc]
-    times = _interleaved(runs, x.device, seconds)
+    times = seconds_in_turns(list(runs.values()), x.device, budget=seconds)
     graph = recognise(energy, x)
     rows = []
-    for (name, precision), seconds_per_run in times.items():
+    for (name, precision), seconds_per_run in zip(runs, times, strict=True):
         median = statistics.median(seconds_per_run) / steps
-        ratios = [
-            plain / this for plain, this in zip(times[NAIVE, None], seconds_per_run, strict=True)
-        ]
+        ratios = [plain / this for plain, this in zip(times[0], seconds_per_run, strict=True)]
         limit = None if isinstance(graph, str) else _least_seconds(graph, x, precision) / median
         rows.append(Row(name, precision, median, statistics.median(ratios), limit))
     return rows + refused
@@ -102,18 +100,3 @@ def _least_seconds(graph: Graph, x: Tensor, precision: str | None) -> float:
     """Return the seconds of a step's products at the rate of torch's matrix product."""
     threads = torch.get_num_threads() if x.device.type == "cpu" else 0
     return cost(graph).flops * x.shape[0] / matrix_rate(x.device, precision, threads)
-
-
-def _interleaved(
-    runs: dict[tuple[str, str | None], Callable[[], Any]], device: torch.device, budget: float
-) -> dict[tuple[str, str | None], list[float]]:
-    times: dict[tuple[str, str | None], list[float]] = {key: [] for key in runs}
-    start = time.perf_counter()
-    while not times[NAIVE, None] or time.perf_counter() - start < budget:
-        for key, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[key].append(time.perf_counter() - begin)
-    return times

@@ -17,7 +17,7 @@ from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings
 from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.gradients.engine_cache import EngineCache
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.packing import PackedEnergy, packing_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import EngineChoice
@@ -32,9 +32,6 @@ from fastlangevin.progress import step_bar
 from fastlangevin.step import choose_backend
 
 _OP = "LangevinSampler"
-# Options of a call that the other methods do not have.
-_CALL_ONLY = ("differentiable", "checkpoint", "grad_steps", "grad_through", "offload", "callback",
-              "callback_every", "progress")  # fmt: skip
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -81,11 +78,6 @@ def read_call(
     ``reserved`` are the names of the arguments of calls, which no argument of the energy should
     have.
     """
-    for name in _CALL_ONLY:
-        if name in model_kwargs:
-            raise TypeError(
-                f"{_OP}: {name} is an option of a call to the sampler, not of this method"
-            )
     by_step = check_step_kwargs(_OP, step_kwargs, settings.steps, model_kwargs)
     if by_step and settings.metropolis:
         raise ValueError(
@@ -154,7 +146,7 @@ def run_steps(
         stride = max(1, steps // 100)
         stride = stride if callback is None else math.gcd(every, stride)
     with step_bar(steps) if progress else nullcontext(None) as show:
-        for step in chain.walk(x, choice=choice, every=stride):
+        for step in chain.steps(x, choice=choice, every=stride):
             energies, done = step.energies, step.k + 1
             if show is not None:
                 show(done)

@@ -13,11 +13,11 @@ from fastlangevin.chain.settings import Settings
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.own_last_step import OwnLastStep
-from fastlangevin.gradients.precision import HALVES, check_precision
+from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import EngineChoice
-from fastlangevin.roofline import Cost, copy_bandwidth, cost, matrix_rate
+from fastlangevin.roofline import cost
 from fastlangevin.step import backend_status, choose_backend
 
 _ORDER_TEXT = {
@@ -31,9 +31,6 @@ _ENGINE_TEXT = {
     "fused": "kernels that take a few chains at a time through the whole network and back",
     "network": "the output of the network itself, without energies",
 }
-# The fraction of the rate of torch's matrix product that a chain reaches in float32 on a CPU, as
-# measured for the paper's networks of width 16 to 64 at batch 64 with AVX2 and with AVX-512.
-_FRACTIONS = {"autograd": (0.3, 0.8), "explicit": (0.4, 1.0), "fused": (0.55, 1.0)}
 _INDENT = " " * 11
 
 
@@ -91,6 +88,8 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
             f"{_INDENT}the last step runs the energy itself, whose modules keep its values"
         )
     if isinstance(engine, ConvNetGradient):
+        if engine.precision != precision:
+            lines[0] += f", computed in {engine.precision}"
         lines[0] += f"; instruction set {engine.net.instruction_set}"
         lines += _explain_tiles(engine)
     lines += [f"{_INDENT}not {names}: {reason}" for names, reason in rejected(choice).items()]
@@ -98,7 +97,7 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
         graph: Graph | str | None = choice.graph
         if choice.engine is None:
             graph = recognise(chain.energy, x, chain.model_kwargs)
-        lines += _explain_cost(choice, graph if isinstance(graph, Graph) else None, x, precision)
+        lines += _explain_cost(choice, graph if isinstance(graph, Graph) else None, x.shape[0])
     lines.append(f"graph      {graphs.explain(chain, x, choice)}")
     return lines
 
@@ -106,9 +105,8 @@ def _explain_engine(chain: Chain, x: Tensor | None, started: bool, graphs: Graph
 def rejected(choice: EngineChoice) -> dict[str, str]:
     """The reasons why faster engines were rejected, by the names of the engines that share one."""
     names: dict[str, list[str]] = {}
-    for engine, reason, precision in choice.why_not:
-        name = engine if precision is None else f"{engine} in {precision}"
-        names.setdefault(reason, []).append(name)
+    for engine, reason in choice.why_not:
+        names.setdefault(reason, []).append(engine)
     return {", ".join(engines): reason for reason, engines in names.items()}
 
 
@@ -124,48 +122,17 @@ def _explain_tiles(engine: ConvNetGradient) -> list[str]:
     return [f"{_INDENT}{text} time of vectors"]
 
 
-def _explain_cost(
-    choice: EngineChoice, graph: Graph | None, x: Tensor, precision: str | None
-) -> list[str]:
-    """Describe the work and the memory of a step from x, as far as they are known."""
+def _explain_cost(choice: EngineChoice, graph: Graph | None, chains: int) -> list[str]:
+    """Describe the work and the memory of a step of some chains, as far as they are known."""
     lines, held_bytes, copies = [], None, ""
     if graph is not None:
         costs = cost(graph)
-        lines = _explain_work(choice, graph, costs, x, precision)
-        if choice.engine is None:
-            # Autograd saves the input and the output of every activation.
-            held_bytes = 2 * costs.activations * x.shape[0] * graph.dtype.itemsize
+        lines.append(f"work       {costs.flops * chains / 1e9:.3g} GFLOP a step")
+        # Autograd saves the input and the output of every activation.
+        held_bytes = 2 * costs.activations * chains * graph.dtype.itemsize
     if choice.engine is not None:
         held_bytes = choice.engine.held_bytes()
         copies = f", {choice.engine.weight_bytes() / 2**20:.3g} MiB of them copies of the weights"
     if held_bytes is not None:
         lines.append(f"memory     the engine holds about {held_bytes / 2**20:.3g} MiB{copies}")
     return lines
-
-
-def _explain_work(
-    choice: EngineChoice, graph: Graph, costs: Cost, x: Tensor, precision: str | None
-) -> list[str]:
-    """Describe the work of a step, the least time for it, and the time to expect."""
-    threads = torch.get_num_threads()
-    item = 2 if precision in HALVES else graph.dtype.itemsize
-    flops = costs.flops * x.shape[0]
-    # Each pass reads the weights; the step reads x and its gradient in float32, and writes x.
-    least_bytes = 2 * item * costs.weights + 3 * 4 * x.numel()
-    rate = matrix_rate(x.device, precision, threads if x.device.type == "cpu" else 0)
-    limit = max(flops / rate, least_bytes / copy_bandwidth(x.device, threads))
-    work = (
-        f"work       {flops / 1e9:.3g} GFLOP a step and at least {least_bytes / 2**20:.3g} MiB of "
-        f"memory traffic; with this machine's rates ({rate / 1e9:.3g} GFLOP/s in torch's matrix "
-        f"product) the least time is {limit * 1e3:.3g} ms"
-    )
-    fractions = _FRACTIONS.get(choice.name) if x.device.type == "cpu" else None
-    tiles = isinstance(choice.engine, ConvNetGradient) and choice.engine.net.by_matrix_unit
-    if fractions is None or tiles or precision not in (None, "fp32"):
-        return [work, f"{_INDENT}the actual time is not known; fastlangevin bench measures it"]
-    low, high = fractions
-    return [
-        work,
-        f"{_INDENT}expect {limit / high * 1e3:.3g} to {limit / low * 1e3:.3g} ms, as on other "
-        "machines; fastlangevin bench measures it here",
-    ]

@@ -19,7 +19,7 @@ from fastlangevin.arguments import (
     check_strided,
     check_tensor,
 )
-from fastlangevin.gradients.network import module_of, tensors_of
+from fastlangevin.gradients.modules import module_of, tensors_of
 from fastlangevin.kernels.memory import in_memory, is_dense
 from fastlangevin.names import nearest
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.kernels import extension, triton
+from fastlangevin.kernels import extension, triton_backend
 from fastlangevin.kernels.memory import has_values
 from fastlangevin.kernels.philox import (
     ACCEPT,
@@ -157,4 +157,8 @@ def _kernels(device: torch.device) -> Any:
     if extension.available(device) is None:
         return extension
     # On a CPU, Triton's interpreter is slower than plain torch.
-    return triton if device.type != "cpu" and triton.available(device) is None else None
+    return (
+        triton_backend
+        if device.type != "cpu" and triton_backend.available(device) is None
+        else None
+    )

@@ -1,9 +1,7 @@
-"""The least cost of a step in operations and bytes, and the rates that a machine reaches."""
+"""The cost of a step in operations, and the rate of matrix products that a machine reaches."""
 
 import functools
 import math
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,14 +10,14 @@ from torch import Tensor
 from fastlangevin.gradients.graph.aten_ops import ACTIVATIONS
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.precision import HALVES, network_precision
+from fastlangevin.timing import seconds_in_turns
 
 
 class Cost(NamedTuple):
-    """The operations and activations of a step of one chain, and the network's weights."""
+    """The operations and the activations of a step of one chain."""
 
     flops: int  # in the forward pass and the input gradient; a multiply-add counts as two
     activations: int  # elements of the outputs of all activations
-    weights: int  # elements of all weights
 
 
 def cost(graph: Graph) -> Cost:
@@ -30,17 +28,14 @@ def cost(graph: Graph) -> Cost:
     element. The linear part after the last activation is not counted.
     """
     last = max((k for k, n in enumerate(graph.nodes) if n.kind in ACTIVATIONS), default=-1)
-    flops = activations = weights = 0
+    flops = activations = 0
     for k, node in enumerate(graph.nodes):
         if node.kind in ACTIVATIONS:
             activations += math.prod(node.shape)
-        elif node.kind != "constant" and node.constants and node.constants[0] is not None:
-            size = node.constants[0].size
+        elif k < last and node.kind != "constant" and node.constants and node.constants[0]:
             shape = graph.input_shape(node) if node.kind == "transposed" else node.shape
-            weights += math.prod(size)
-            if k < last:
-                flops += 4 * math.prod(shape) * math.prod(size[1:])
-    return Cost(flops, activations, weights)
+            flops += 4 * math.prod(shape) * math.prod(node.constants[0].size[1:])
+    return Cost(flops, activations)
 
 
 @functools.lru_cache
@@ -60,7 +55,9 @@ def matrix_rate(device: torch.device, precision: str | None, threads: int) -> fl
     for dtype in {torch.float32, HALVES.get(precision or "", torch.float32)}:
         a, b = (_operand(size, dtype, device, seed) for seed in range(2))
         with network_precision(precision, device):
-            rates.append(2 * size**3 / _best(functools.partial(torch.mm, a, b), device))
+            product = functools.partial(torch.mm, a, b)
+            (seconds,) = seconds_in_turns([product], device, rounds=4, budget=0.1)
+            rates.append(2 * size**3 / min(seconds))
     return max(rates)
 
 
@@ -70,36 +67,3 @@ def _operand(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return torch.randn(size, size, generator=generator, dtype=torch.float32, device=device).to(
         dtype
     )
-
-
-@functools.lru_cache
-def copy_bandwidth(device: torch.device, threads: int) -> float:
-    """Return the bytes/s that a copy reads and writes, the best of several runs.
-
-    It copies 64 MiB, or eight times a GPU's L2 cache. The bandwidth is measured once per set of
-    arguments.
-    """
-    size = 2**26
-    if device.type == "cuda":
-        size = max(size, 8 * torch.cuda.get_device_properties(device).L2_cache_size)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _best(lambda: target.copy_(source), device)
-
-
-def _best(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Return the fewest seconds of the runs that fit into 0.1 s; there are at least three."""
-
-    def timed() -> float:
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    timed()
-    start = time.perf_counter()
-    seconds = [timed() for _ in range(3)]
-    while time.perf_counter() - start < 0.1:
-        seconds.append(timed())
-    return min(seconds)

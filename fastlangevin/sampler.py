@@ -1,6 +1,5 @@
 """LangevinSampler: K Langevin steps on a batch of chains."""
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from fastlangevin.chain.settings import Settings, check_metropolis
 from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.explain import explain
 from fastlangevin.gradients.engine_cache import EngineCache
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import EngineChoice, check_gradient
 from fastlangevin.inputs import check_energy
@@ -35,10 +34,6 @@ from fastlangevin.step import check_backend
 
 NOISE_ORDERS = ("after", "before", "last")
 _OP = "LangevinSampler"
-# Options of differentiable calls.
-_GRADIENT_DEFAULTS = {
-    "checkpoint": "auto", "grad_steps": None, "grad_through": "exact", "offload": False,
-}  # fmt: skip
 
 
 class LangevinSampler:
@@ -80,6 +75,8 @@ class LangevinSampler:
             network with several dtypes must cast x itself. "fp32" and "tf32" set torch's precision
             switches during each evaluation if they differ; other threads share these switches. With
             ``checkpoint="none"`` the backward pass of a differentiable chain runs as torch is set.
+            On a CPU that does not multiply bfloat16 numbers faster than float32 numbers, the fused
+            engine of ``gradient="auto"`` computes "bf16" in float32.
         backend: Backend of the update: "auto", "native", "triton" or "reference".
         gradient: Engine that computes dE/dx. "autograd" differentiates any energy. "explicit"
             replays its operators, recorded once, without autograd. "fused" runs networks of known
@@ -270,7 +267,7 @@ class LangevinSampler:
             return unroll(call.chain, start, checkpoint, grad_steps, grad_through, offload)
         options = {"checkpoint": checkpoint, "grad_steps": grad_steps,
                    "grad_through": grad_through, "offload": offload}  # fmt: skip
-        given = [f"{k}={v!r}" for k, v in options.items() if v != _GRADIENT_DEFAULTS[k]]
+        given = [f"{k}={v!r}" for k, v in options.items() if v != _CALL[k].default]
         if given:
             raise ValueError(f"{_OP}: differentiable=True is needed for {', '.join(given)}")
         x, choice = call.begin()
@@ -304,7 +301,7 @@ class LangevinSampler:
         states = x.new_empty((1 + self.steps // every, *x.shape))
         states[0] = x
         energies: Tensor | None = None
-        for step in call.chain.walk(x, choice=choice, every=every):
+        for step in call.chain.steps(x, choice=choice, every=every):
             energies = step.energies
             if (step.k + 1) % every == 0:
                 states[(step.k + 1) // every] = x
@@ -332,7 +329,7 @@ class LangevinSampler:
         records = {name: x.new_full((self.steps, x.shape[0]), math.nan) for name in names}
         lo, hi = self.clamp or (-1.0, 1.0)
         before = x.clone()
-        for step in call.chain.walk(x, want_energies=True, choice=choice):
+        for step in call.chain.steps(x, want_energies=True, choice=choice):
             outside = ((x <= lo) | (x >= hi)).to(x.dtype).masked_fill(~x.isfinite(), math.nan)
             assert step.grad is not None
             if step.energies is not None:
@@ -362,9 +359,11 @@ class LangevinSampler:
         return chain_type(settings)(self.energy, settings, self._cache, kwargs, **values)
 
     def _read(self, x0: Any, **options: Any) -> Call:
-        return read_call(
-            self.energy, self._settings(), self._cache, _call_arguments(), x0, **options
-        )
+        for name in _CALL_ONLY & options.keys():
+            raise TypeError(
+                f"{_OP}: {name} is an option of a call to the sampler, not of this method"
+            )
+        return read_call(self.energy, self._settings(), self._cache, _RESERVED, x0, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_graphs": Graphs()}  # every copy, even a shallow one, has its own
@@ -409,9 +408,8 @@ class LangevinSampler:
         return explain(self._chain(), zeros, False, self._graphs)
 
 
-@functools.cache
-def _call_arguments() -> frozenset[str]:
-    """The names of the arguments of calls, of :meth:`LangevinSampler.trajectory` too."""
-    methods = (LangevinSampler.__call__, LangevinSampler.trajectory)
-    parameters = [p for m in methods for p in inspect.signature(m).parameters.values()]
-    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) - {"self"}
+# The parameters of a call, the names of those that other methods lack, and of all of any method.
+_CALL = dict(inspect.signature(LangevinSampler.__call__).parameters)
+del _CALL["self"], _CALL["model_kwargs"]
+_CALL_ONLY = _CALL.keys() - inspect.signature(read_call).parameters
+_RESERVED = {*_CALL, "every"}

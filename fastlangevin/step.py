@@ -23,7 +23,7 @@ from fastlangevin.arguments import (
     check_tensor,
     check_values,
 )
-from fastlangevin.kernels import native, reference, triton
+from fastlangevin.kernels import native, reference, triton_backend
 from fastlangevin.kernels.memory import check_injective, check_overlap, in_memory, is_dense
 from fastlangevin.names import check_name, keywords_checked
 
@@ -105,11 +105,9 @@ def langevin_step_(
         and noise is None
         and torch._C._len_torch_dispatch_stack() == 0
         and resolve_backend(backend, x.device) is native.step_
-        and native.reads(x)
-        and not isinstance(clip, tuple)
-        and (grad is None or native.reads(grad))
         and isinstance(step_size, float)
         and isinstance(noise_std, float)
+        and _reads_directly(x, grad, clip)
     ):
         if grad is not None:
             check_overlap(_OP, "grad", grad, x)
@@ -222,17 +220,17 @@ def bind_step(
     which the function calls in all other cases.
     """
     fixed = reference.StepOptions(**options)
-    is_native = run is native.step_ and native.reads(x) and in_memory(x)
-    may_launch = is_native and not isinstance(fixed.grad_clip, tuple)
+    is_native = run is native.step_ and in_memory(x)
 
     def bound(
         grad: Tensor | None, step_size: Coefficient, noise_std: Coefficient, step: int
     ) -> Tensor:
         if (
-            may_launch
-            and (grad is None or (native.reads(grad) and in_memory(grad)))
+            is_native
+            and (grad is None or in_memory(grad))
             and isinstance(step_size, float)
             and isinstance(noise_std, float)
+            and _reads_directly(x, grad, fixed.grad_clip)
         ):
             native.launch(x, grad, None, step_size, noise_std, step, fixed)
             return x
@@ -241,6 +239,11 @@ def bind_step(
         )
 
     return bound
+
+
+def _reads_directly(x: Tensor, grad: Tensor | None, clip: GradClip | None) -> bool:
+    """Whether ``native.launch`` takes tensors in memory, and a clip, without a conversion."""
+    return native.reads(x) and (grad is None or native.reads(grad)) and not isinstance(clip, tuple)
 
 
 def fold_norm_clip(
@@ -299,13 +302,13 @@ def backend_status(device: torch.device) -> dict[str, str | None]:
     return {name: _why_not(name, device) for name in _STEPS}
 
 
-_STEPS = {"native": native.step_, "triton": triton.step_, "reference": reference.step_}
+_STEPS = {"native": native.step_, "triton": triton_backend.step_, "reference": reference.step_}
 
 
 def _why_not(backend: str, device: torch.device) -> str | None:
     if backend == "native":
         return native.available(device)
-    return triton.available(device) if backend == "triton" else None
+    return triton_backend.available(device) if backend == "triton" else None
 
 
 def _is_traced(x: Tensor) -> bool:

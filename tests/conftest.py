@@ -20,12 +20,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastlangevin.kernels import extension, triton
+from fastlangevin.kernels import extension, triton_backend
 from fastlangevin.learn.data import arrays
 from fastlangevin.learn.data.arrays import ArraySource
 from tests.backends import SERVING, choose, instruction_sets
 
-TILE_BYTES = triton._TILE_BYTES
+TILE_BYTES = triton_backend._TILE_BYTES
 
 # A shell has SIGINT ignored for what it runs in the background, and so for the runs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -108,7 +108,7 @@ def _tritons_interpreter() -> None:
 def real_tiles() -> Iterator[None]:
     """Triton's programs with the tiles that GPUs get, also where they are interpreted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_TILE_BYTES", TILE_BYTES)
+        patch.setattr(triton_backend, "_TILE_BYTES", TILE_BYTES)
         yield
 
 
@@ -120,7 +120,7 @@ def _large_tiles() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         if ("triton", torch.device("cpu")) in SERVING:
-            patch.setattr(triton, "_TILE_BYTES", 16 * TILE_BYTES)
+            patch.setattr(triton_backend, "_TILE_BYTES", 16 * TILE_BYTES)
         yield
 
 
@@ -150,13 +150,12 @@ def _without_waiting_for_disks() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _without_measured_rates() -> Iterator[None]:
-    """Nothing waits for the rates of this machine's products and copies, which take seconds.
+    """Nothing waits for the rate of this machine's products, which takes seconds.
 
-    tests/core/test_roofline.py measures them.
+    tests/core/test_roofline.py measures it.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("bench.matrix_rate", "explain.matrix_rate", "explain.copy_bandwidth"):
-            patch.setattr(f"fastlangevin.{name}", lambda *_: 1e10)
+        patch.setattr("fastlangevin.bench.matrix_rate", lambda *_: 1e10)
         yield
 
 

@@ -9,7 +9,17 @@ import fastlangevin
 PACKAGE = Path(fastlangevin.__file__).parent
 # From the bottom up. A module imports from its own floor and from those below it.
 FLOORS = [
-    ("_version", "arguments", "kernels", "locks", "names", "optional", "progress", "reprs"),
+    (
+        "_version",
+        "arguments",
+        "kernels",
+        "locks",
+        "names",
+        "optional",
+        "progress",
+        "reprs",
+        "timing",
+    ),
     ("distributed", "noise", "energies"),
     ("anneal", "replay", "step"),
     ("gradients",),

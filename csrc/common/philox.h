@@ -29,7 +29,7 @@
 
 namespace fastlangevin {
 
-enum Stream : uint32_t { kLangevin = 0, kInitial = 1 };
+constexpr uint32_t kLangevin = 0;  // the stream of the noise of the Langevin steps
 
 // Arithmetic on one number at a time; simd.h has the same interface for vectors.
 struct Scalar {

@@ -42,6 +42,10 @@ extern const ConvKernels kConvAmx;
 // refused.
 const ConvKernels& conv_kernels(Operands operands);
 
+// Whether the active instruction set computes more products of bfloat16 numbers in a cycle than of
+// float32 numbers. This depends on the processor and on the permission to use its matrix unit.
+bool bfloat16_is_faster();
+
 // The name of the instruction set that kernels are compiled for.
 const char* instruction_set(const ConvKernels& kernels);
 

@@ -78,6 +78,17 @@ const ConvKernels& conv_kernels(Operands operands) {
   return split && !set->conv_bfloat16->tiles ? *set->conv_float32 : *set->conv_bfloat16;
 }
 
+bool bfloat16_is_faster() {
+  const ConvKernels& kernels = conv_kernels(Operands::kBFloat16);
+  if (kernels.tiles) return true;
+#ifdef FASTLANGEVIN_AVX512_BF16
+  // One vdpbf16ps has the products of two multiply-adds. AMD's processors start as many of them in
+  // a cycle as multiply-adds, Intel's half as many.
+  if (&kernels == &kConvAvx512Bf16) return __builtin_cpu_is("amd") != 0;
+#endif
+  return false;
+}
+
 const char* instruction_set() { return chosen().load()->name; }
 
 const char* instruction_set(const ConvKernels& kernels) {

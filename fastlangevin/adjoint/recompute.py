@@ -105,11 +105,12 @@ class StoredRun:
     ) -> None:
         """Adds the gradients of step k to the sums over all steps."""
         noise = self.steps.noise
+        place_of_noise = len(sums) - 1  # if it needs a gradient; see RepeatableSteps.begin
         for i, step_grad in enumerate(step_grads):
             if step_grad is None:
                 continue
             total = sums[i]
-            if noise is not None and i == len(sums) - 1:
+            if noise is not None and i == place_of_noise:
                 sums[i] = total = torch.zeros_like(noise) if total is None else total
                 total[self.steps.first + k] = step_grad
             else:

@@ -20,7 +20,7 @@ from fastlangevin.adjoint.schedules import Sizes
 from fastlangevin.adjoint.storage import Allocations
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
-from fastlangevin.gradients.network import parameters_of, submodules_of
+from fastlangevin.gradients.modules import parameters_of, submodules_of
 from fastlangevin.gradients.precision import network_precision
 from fastlangevin.gradients.second_order import SecondOrderGradient
 from fastlangevin.kernels import reference

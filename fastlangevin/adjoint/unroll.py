@@ -38,7 +38,7 @@ from fastlangevin.adjoint.schedules import (
 from fastlangevin.adjoint.storage import free_memory
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import Chain, check_finite
-from fastlangevin.gradients.network import parameters_of
+from fastlangevin.gradients.modules import parameters_of
 from fastlangevin.kernels import reference
 from fastlangevin.names import check_name
 

@@ -91,7 +91,7 @@ class Chain(NamedTuple):
     isolation: Isolation | None = None
     energy_gradient: EnergyGradient | None = None  # None also for a score network
 
-    def walk(
+    def steps(
         self,
         x: Tensor,
         want_energies: bool = False,
@@ -123,7 +123,7 @@ class Chain(NamedTuple):
         want_energies: bool = False,
         every: int = 1,
     ) -> Iterator[Step]:
-        """The steps of :meth:`walk` with an engine that has begun.
+        """The steps of :meth:`steps` with an engine that has begun.
 
         They only launch work and never wait for its results.
         """

@@ -19,7 +19,7 @@ from fastlangevin.chain.cuda_recording import ChainRecording, CudaRecorder, Reco
 from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.precision import switches
 from fastlangevin.gradients.select import EngineChoice
-from fastlangevin.gradients.trace.traced import TracedGradient
+from fastlangevin.gradients.trace.replay_engine import ReplayGradient
 from fastlangevin.locks import new_lock
 from fastlangevin.step import choose_backend
 
@@ -114,7 +114,7 @@ def _source(engine: Engine | None) -> Any:
 
     An engine that replays a trace is made for one call, so its trace is returned instead.
     """
-    return engine.trace if isinstance(engine, TracedGradient) else engine
+    return engine.trace if isinstance(engine, ReplayGradient) else engine
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Graphs:
         engine = choice.engine
         assert isinstance(engine, RecordedEngine)
         start, energies = x.clone(), None
-        for step in chain.walk(x, choice=choice):
+        for step in chain.steps(x, choice=choice):
             energies = step.energies
         if not bool(torch.isfinite(x).all()):
             return energies  # the caller reports it; there is nothing to compare a replay with
@@ -237,7 +237,7 @@ class Graphs:
             noise_std=settings.noise_std,
             noise=chain.noise,
             metropolis=settings.metropolis,
-            is_kept=not isinstance(choice.engine, TracedGradient) or choice.engine.is_kept,
+            is_kept=not isinstance(choice.engine, ReplayGradient) or choice.engine.is_kept,
             device_type=self._record.device_type,
         )
 

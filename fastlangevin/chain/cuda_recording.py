@@ -16,13 +16,13 @@ from fastlangevin.chain.chain import Chain, Overflow, check_overflow
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.graph.ir import Graph
-from fastlangevin.gradients.trace.traced import TracedGradient
+from fastlangevin.gradients.trace.replay_engine import ReplayGradient
 from fastlangevin.locks import new_lock
 
 # Only one thread of a process may capture a CUDA graph at a time.
 _CAPTURING = new_lock()
 
-RecordedEngine = ExplicitGradient | FusedGradient | TracedGradient
+RecordedEngine = ExplicitGradient | FusedGradient | ReplayGradient
 
 
 class Recorder(Protocol):
@@ -117,7 +117,7 @@ class ChainRecording:
         shared_with: Any,
     ) -> None:
         start = time.perf_counter()
-        self.engine = engine.recordable() if isinstance(engine, TracedGradient) else engine
+        self.engine = engine.recordable() if isinstance(engine, ReplayGradient) else engine
         fp16 = chain.settings.precision == "fp16"
         self.overflow = Overflow(chain.settings.steps) if fp16 else None
         self.x = x.clone()
@@ -141,7 +141,7 @@ class ChainRecording:
         self._packing: PackingLaunches | None = None
         self._begin(engine)
         self.graph, self.bytes = record(run, x.device, shared_with)
-        if not isinstance(engine, TracedGradient) and graph is not None and graph.computed is None:
+        if not isinstance(engine, ReplayGradient) and graph is not None and graph.computed is None:
             self._packing = recorded_packing(engine, graph.bases, record, x.device)
             self.bytes += 0 if self._packing is None else self._packing.bytes
         if self.engine is not engine:
@@ -173,8 +173,8 @@ class ChainRecording:
 
     def _begin(self, engine: RecordedEngine) -> None:
         """Read the weights, and the arguments that a call's engine has."""
-        if isinstance(self.engine, TracedGradient):
-            assert isinstance(engine, TracedGradient)
+        if isinstance(self.engine, ReplayGradient):
+            assert isinstance(engine, ReplayGradient)
             self.engine.begin_with(engine)
         elif self._packing is not None and self._packing.fits():
             self._packing.graph.replay()
@@ -183,10 +183,10 @@ class ChainRecording:
 
     def has_packing(self) -> bool:
         """Whether the weights are packed by a graph too; a trace reads its inputs otherwise."""
-        return self._packing is not None or isinstance(self.engine, TracedGradient)
+        return self._packing is not None or isinstance(self.engine, ReplayGradient)
 
     def _forget_constants(self) -> None:
-        if isinstance(self.engine, TracedGradient):
+        if isinstance(self.engine, ReplayGradient):
             self.engine.forget_constants()
 
 

@@ -13,8 +13,10 @@ With d = y - x,
 
 which, unlike a difference of two squares, loses no digits for a small b. E(y) - E(x) has only the
 digits of the network's output: bfloat16 rounds energies near 256 to whole numbers. The uniforms are
-those of stream 3 at (seed, chain, step). Source: Roberts & Tweedie 1996, "Exponential convergence
-of Langevin distributions and their discrete approximations".
+those of the stream noise.ACCEPT at (seed, chain, step).
+
+Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their
+discrete approximations".
 """
 
 from collections.abc import Callable, Iterator

@@ -17,7 +17,7 @@ COMMANDS = {
     "Sample": ("sample",),
     "Use a model": ("reconstruct", "interpolate", "restore", "transfer", "export"),
     "Judge": ("check", "evaluate", "diagnose", "report"),
-    "Machine": ("doctor", "bench", "version"),
+    "Machine": ("doctor", "bench"),
 }
 NAMES = [name for names in COMMANDS.values() for name in names]
 

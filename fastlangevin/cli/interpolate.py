@@ -41,4 +41,4 @@ def interpolate(
             noise=noise, seed=chains.seed, report=show, **fit or {},
         )  # fmt: skip
     result.save(out, chains.tile)  # before the features, which may fail
-    return Result(table(*result.rows(), *feature_rows(run, result.x, note)), [out])
+    return Result(table(*result.rows, *feature_rows(run, result.arrays, note)), [out])

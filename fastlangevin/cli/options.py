@@ -93,7 +93,7 @@ class Chains:
     def save(self, result: Any, out: Path) -> Result:
         """Save the result of a task, and return its rows as the command's."""
         result.save(out, self.tile)
-        return Result(table(*result.rows()), [out])
+        return Result(table(*result.rows), [out])
 
 
 class ShortFitOptions(TypedDict, total=False):

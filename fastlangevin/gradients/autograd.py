@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
-from fastlangevin.gradients.network import Network
+from fastlangevin.gradients.modules import Network
 from fastlangevin.gradients.precision import network_autocast, network_precision
 
 
@@ -77,7 +77,7 @@ def energy_and_grad(
     autograd computes only what leads to x, so it forms no gradient of a parameter.
 
     Raises TypeError or ValueError for an energy that returns a wrong shape or dtype or ignores x,
-    and the RuntimeError of :class:`~fastlangevin.gradients.network.Network`.
+    and the RuntimeError of :class:`~fastlangevin.gradients.modules.Network`.
     """
     gradient = EnergyGradient(energy, precision, x.device)
     energies, grad = gradient(x, model_kwargs, create_graph)

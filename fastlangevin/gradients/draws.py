@@ -34,6 +34,8 @@ from fastlangevin.locks import in_forked_child, new_lock, new_rlock
 # buffers of a module.
 ONE_AT_A_TIME = new_rlock()
 
+# Torch keeps this key for tests of its dispatcher: it registers no kernel under it, gives it to no
+# tensor and enables it in no thread. tests/gradients/test_draws.py fails if torch begins to use it.
 _KEY_NAME = "TESTING_ONLY_GenericMode"
 _KEY: Any = torch._C._parse_dispatch_key(_KEY_NAME)
 _KEYS = torch._C.DispatchKeySet(_KEY)

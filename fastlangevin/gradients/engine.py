@@ -9,7 +9,10 @@ class Engine(Protocol):
     """Computes energies and d energy / d x for batches of one shape."""
 
     def begin(self) -> None:
-        """Read the weights, before a chain starts."""
+        """Read the weights.
+
+        This is needed before every chain: a write through ``.data`` leaves no other trace.
+        """
 
     def __call__(self, x: Tensor, want_energies: bool) -> tuple[Tensor | None, Tensor]:
         """Return (energies [n] or None, d energy / d x) for x [n, ...]."""

@@ -11,12 +11,12 @@ from fastlangevin.gradients.engine import Engine
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, RunResults, record
-from fastlangevin.gradients.network import submodules_of
+from fastlangevin.gradients.modules import submodules_of
 from fastlangevin.gradients.packing import PackedEnergy
 from fastlangevin.gradients.precision import HALVES, network_precision
 from fastlangevin.gradients.proof import other_states, prove, prove_kernels
 from fastlangevin.gradients.trace.instructions import Trace
-from fastlangevin.gradients.trace.traced import Programs, TracedGradient
+from fastlangevin.gradients.trace.replay_engine import Programs, ReplayGradient
 from fastlangevin.kernels.memory import all_in_memory
 from fastlangevin.locks import new_lock
 
@@ -113,7 +113,7 @@ class EngineCache:
             self._remember(self._recordings, key, recording)
         return recording, results
 
-    def traced(self, trace: Trace, call: EnergyCall, is_kept: bool = True) -> TracedGradient:
+    def replay(self, trace: Trace, call: EnergyCall, is_kept: bool = True) -> ReplayGradient:
         """Return the engine that replays a trace with the call's keyword arguments.
 
         ``is_kept`` is whether later calls may replay the same trace.
@@ -122,7 +122,7 @@ class EngineCache:
         if programs is None or programs.trace is not trace:
             programs = Programs(trace)
         self._remember(self._programs, id(trace), programs)
-        return TracedGradient(trace, programs, call.model_kwargs, call.precision, is_kept)
+        return ReplayGradient(trace, programs, call.model_kwargs, call.precision, is_kept)
 
     def engine(self, make: Callable[[], Engine], graph: Graph | None, *key: Any) -> Engine:
         """Return the engine remembered for a graph and key, or else the one that ``make`` makes."""
@@ -161,7 +161,7 @@ class EngineCache:
         else:
             half = half if recorded.is_autocast else None
             strict = x.is_cuda and half is None
-            engine = self.traced(recorded, call._replace(precision="fp32")) if strict else make()
+            engine = self.replay(recorded, call._replace(precision="fp32")) if strict else make()
         with _strict(call, half):
             if results is None:
                 results = record(energy, x, model_kwargs, half)[1]

@@ -71,10 +71,7 @@ class ExplicitGradient:
         self._x = broadcast(torch.zeros((), dtype=self.dtype, device=graph.device), shape)
 
     def begin(self) -> None:
-        """Read the weights.
-
-        This is needed before every chain: a write through ``.data`` leaves no other trace.
-        """
+        """Read the weights."""
         with self.lock, torch.no_grad(), network_precision(self.precision, self.graph.device):
             self._read()
 

@@ -23,24 +23,30 @@ from fastlangevin.kernels import extension, native
 from fastlangevin.kernels.memory import in_memory
 from fastlangevin.locks import new_lock
 
-# The chains that a thread takes at a time. Several chains share each read of the weights, which
-# dominate the reads in deep layers; their values must still fit in the cache.
-_CHUNK, _CHUNK_BYTES = 8, 2**21
-# Weights of at most this size stay in the cache from one chunk to the next, so that fewer chains
-# need to share a read. In float32, with 512 KB of second-level cache (AMD EPYC), 1 chain of 0.6 MB
-# takes 0.96 of the time of 4, and 4 chains of 60 KB take 0.97 of that of 8; 2 take 1.07. In
-# bfloat16 some networks take longer.
-_SMALL_BYTES, _SMALL_CHUNK, _SMALL_CHUNK_BYTES = 2**20, 4, 2**19
-# Values that no second-level cache holds are in the third one, for a few chains at least: 4 chains
-# of 2.8 MB each take 0.94 of the time of single ones (AMD EPYC, a residual net of width 64).
-_FEW, _FEW_BYTES = 4, 2**24
-# Chains of a network on vectors are the pixels of its products, which fill several tiles. More of
-# them share each read of weights that no cache holds: with two layers of width 1024, 48 chains take
-# 0.85 of the time of 24 (AVX2); with widths up to 512 they take the same time.
-_VECTOR_CHUNK, _LARGE_VECTOR_CHUNK, _LARGE_BYTES = 24, 48, 2**22
-# Chains are the rows of AMX's tiles, which have 16; of networks on vectors, three tiles are filled.
-# Values of 16 chains that are in the third-level cache cost less than rows that are empty.
-_TILE_CHUNK, _TILE_VECTOR_CHUNK, _TILE_CHUNK_BYTES = 16, 48, 2**23
+# The chains that a thread takes at a time, by the kind of network: the most of (chains, bytes of
+# their values) with which the values still fit. Several chains share each read of the weights,
+# which dominate the reads in deep layers, and their values must stay in a cache.
+_NO_LIMIT = 2**60
+_CHUNKS = {
+    # In the second-level cache or, if no chain fits there, a few in the third: 4 chains of 2.8 MB
+    # each take 0.94 of the time of single ones (AMD EPYC, a residual net of width 64).
+    "images": ((8, 2**21), (4, 2**24)),
+    # In float32, small weights stay in the cache from one chunk to the next, so that fewer chains
+    # need to share a read. With 512 KB of second-level cache (AMD EPYC), 1 chain of 0.6 MB takes
+    # 0.96 of the time of 4, and 4 chains of 60 KB take 0.97 of that of 8; 2 take 1.07. In bfloat16
+    # some networks take longer.
+    "images, small weights": ((4, 2**19),),
+    # Chains of a network on vectors are the pixels of its products, which fill several tiles.
+    "vectors": ((24, _NO_LIMIT),),
+    # More of them share each read of weights that no cache holds: with two layers of width 1024, 48
+    # chains take 0.85 of the time of 24 (AVX2); with widths up to 512 they take the same time.
+    "vectors, large weights": ((48, _NO_LIMIT),),
+    # Chains are the rows of AMX's tiles, which have 16. Values of 16 chains that are in the
+    # third-level cache cost less than rows that are empty.
+    "images, by tiles": ((16, 2**23),),
+    "vectors, by tiles": ((48, _NO_LIMIT),),  # three tiles are filled
+}
+_SMALL_BYTES, _LARGE_BYTES = 2**20, 2**22  # of weights
 _MAX_POSITIONS = 256  # of a window: bfloat16 holds them exactly
 _MAX_ELEMENTS = 2**31 - 2**16
 _BLOCK_SECONDS = 0.05  # of a call that takes many steps; interrupts wait for its end
@@ -122,7 +128,7 @@ class ConvNetGradient:
     """
 
     def __init__(self, graph: Graph, chains: int, precision: str | None = None) -> None:
-        self.graph, self.chains = graph, chains
+        self.graph, self.chains, self.precision = graph, chains, precision
         network = self._network()
         self.state = network.state
         has_tiles = extension.has_matrix_unit()  # the answer may change the instruction set
@@ -177,10 +183,7 @@ class ConvNetGradient:
         return engine
 
     def begin(self) -> None:
-        """Read the weights.
-
-        This is needed before every chain: a write through ``.data`` leaves no other trace.
-        """
+        """Read the weights."""
         with self._lock:
             self._read()
 
@@ -300,15 +303,14 @@ class ConvNetGradient:
 def _most(net: Any, network: ImageGraph, operands: str) -> int:
     """Return the most chains for which a chunk is fast."""
     vectors = all(math.prod(layer.read[1:]) == 1 for layer in network.layers)
+    case = "vectors" if vectors else "images"
     if net.by_matrix_unit:
-        few = max(1, _TILE_CHUNK_BYTES // net.workspace)
-        return _TILE_VECTOR_CHUNK if vectors else min(_TILE_CHUNK, few)
-    if vectors:
-        return _LARGE_VECTOR_CHUNK if 4 * net.packed > _LARGE_BYTES else _VECTOR_CHUNK
-    chain = net.workspace
-    if operands == "fp32" and 4 * net.packed <= _SMALL_BYTES:
-        return min(_SMALL_CHUNK, max(1, _SMALL_CHUNK_BYTES // chain))
-    return min(_CHUNK, max(_CHUNK_BYTES // chain, min(_FEW, _FEW_BYTES // chain)))
+        case += ", by tiles"
+    elif vectors and 4 * net.packed > _LARGE_BYTES:
+        case += ", large weights"
+    elif not vectors and operands == "fp32" and 4 * net.packed <= _SMALL_BYTES:
+        case += ", small weights"
+    return max(1, *(min(chains, size // net.workspace) for chains, size in _CHUNKS[case]))
 
 
 def _tiles_estimate(plan: Callable[[str, int], Any], network: ImageGraph) -> float | None:
@@ -321,6 +323,20 @@ def _tiles_estimate(plan: Callable[[str, int], Any], network: ImageGraph) -> flo
     vectors = plan("fp32", 1).cycles
     tiles = plan("bf16x6", _most(plan("bf16x6", 1), network, "bf16x6")).cycles
     return float(tiles / vectors) if vectors else None
+
+
+def why_float32() -> str | None:
+    """Return why the engine computes a network in float32 that was to run in half precision.
+
+    None if it does not. The processor alone decides. If a measurement did, a run that is resumed,
+    or another process of one job, could take another engine, and a chain would have other bits.
+    """
+    if extension.bfloat16_is_faster():
+        return None
+    return (
+        "this processor does not multiply bfloat16 numbers faster than float32 numbers, which are "
+        "more precise"
+    )
 
 
 def _place(numbers: Tensor, image: Tensor, place: tuple[int, int, int, int]) -> None:
@@ -355,7 +371,7 @@ def _plan(
     layers: tuple[tuple[Any, ...], ...],
     image: tuple[int, int, int],
     heads: tuple[int, ...],
-    _: str,
+    _instruction_set: str,  # the kernels of the plan depend on it
     operands: str,
     chunk: int,
 ) -> Any:

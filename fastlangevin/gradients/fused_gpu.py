@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastlangevin.arguments import Coefficient, GradClip
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
-from fastlangevin.kernels import reference, triton
+from fastlangevin.kernels import reference, triton_backend
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.locks import new_rlock
 from fastlangevin.step import apply_step_
@@ -50,7 +50,7 @@ _MAX_PIXELS = 2**31 - 2**16
 
 def refusal(stack: "ConvStack", device: torch.device, precision: str | None) -> str | None:
     """Return why a stack cannot run fused on a device in a precision, or None if it can."""
-    missing = triton.available(device)
+    missing = triton_backend.available(device)
     if missing is not None:
         return missing
     if precision not in conv_plan.DTYPES:
@@ -139,10 +139,7 @@ class FusedGradient:
         self.pack()
 
     def begin(self) -> None:
-        """Read the weights.
-
-        This is needed before every chain: a write through ``.data`` leaves no other trace.
-        """
+        """Read the weights."""
         with self.lock:
             if self.overflow is not None:
                 self.overflow.zero_()
@@ -216,10 +213,12 @@ class FusedGradient:
         want_energies: bool = False,
         **options: Any,
     ) -> Tensor | None:
-        """Take a Langevin step in place on x, with the gradient at x and :func:`triton.step_`.
+        """Take a Langevin step in place on x, along the gradient at x.
+
+        It is that of :func:`triton_backend.step_`.
 
         Returns the energies of x before the step, or None unless they are wanted. The other
-        arguments are those of :func:`triton.step_`, and ``grad_clip`` may also be a norm.
+        arguments are those of :func:`triton_backend.step_`, and ``grad_clip`` may also be a norm.
 
         The step is part of the last launch, with three exceptions that take a launch of its own: a
         norm clip, which needs the whole gradient first; a layout of x or z that the kernel lacks;
@@ -237,7 +236,7 @@ class FusedGradient:
         options |= {"step_size": step_size, "noise_std": noise_std, "grad_clip": grad_clip}
         if separate:
             energies, grad = self(x, want_energies)
-            apply_step_(triton.step_, x, grad, z, **options)
+            apply_step_(triton_backend.step_, x, grad, z, **options)
             return energies
         with self.lock, torch.no_grad(), torch.cuda.device_of(x):
             energies = self._passes(x, want_energies)
@@ -326,10 +325,10 @@ class FusedGradient:
         from fastlangevin.kernels.triton_conv_grad import image_kernel
 
         plan, strides = self._image, _strides(x)
-        a, step_sizes = triton.coefficient(step_size, x)
-        b, noise_stds = triton.coefficient(noise_std, x)
+        a, step_sizes = triton_backend.coefficient(step_size, x)
+        b, noise_stds = triton_backend.coefficient(noise_std, x)
         lo, hi = clamp or (-math.inf, math.inf)
-        low, high, number, chain = map(triton.signed, (seed, seed >> 32, step, first_chain))
+        low, high, number, chain = map(triton_backend.signed, (seed, seed >> 32, step, first_chain))
         image_kernel[plan.grid](
             self._arenas[0], plan.weight, self._unscale, self.overflow, x, grad,
             None if reference.is_zero(noise_std) else z,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients.network import call_network
+from fastlangevin.gradients.modules import call_network
 from fastlangevin.gradients.precision import network_autocast, network_precision
 from fastlangevin.kernels.memory import all_in_memory
 

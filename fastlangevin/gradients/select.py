@@ -16,7 +16,6 @@ from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import Recording, RunResults
 from fastlangevin.gradients.own_last_step import OwnLastStep
 from fastlangevin.gradients.precision import HALVES, convolutions_use_tf32, half_name
-from fastlangevin.gradients.timing import Candidate, step_seconds
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.kernels import extension
 from fastlangevin.kernels.memory import in_memory
@@ -27,11 +26,10 @@ GRADIENTS = ("auto", "autograd", "explicit", "fused", "network")
 
 
 class Rejected(NamedTuple):
-    """An engine that does not run, and why; ``precision`` is the one in which it was timed."""
+    """An engine that does not run, and why."""
 
     engine: str
     reason: str
-    precision: str | None = None
 
 
 class EngineChoice(NamedTuple):
@@ -121,9 +119,9 @@ def _choose_from_recording(
     is_kept = recording.guard is not None
     if not is_kept:
         cache = EngineCache()  # the recording is for this call, and must not outlive it
-    engine = cache.traced(trace, call, is_kept)
+    engine = cache.replay(trace, call, is_kept)
     try:
-        reason = cache.disproof("traced", lambda: engine, trace, results, call)
+        reason = cache.disproof("replay", lambda: engine, trace, results, call)
     except Exception as error:
         reason = f"a replay raises {type(error).__name__}: {error}"
     why_not = () if gradient == "explicit" else (Rejected("fused", choice),)
@@ -184,48 +182,18 @@ def _choose_layers(
         return reason or EngineChoice("explicit", layers(), (), graph)
     if reason is not None and (precision in HALVES or x.is_cuda):
         return f"in half precision and on CUDA it is proved by the engine explicit, and {reason}"
-    fused = _fused(graph, x, precision, cache, by_name=gradient == "fused")
+    why_float32 = None
+    if gradient == "auto" and precision in HALVES and x.device.type == "cpu":
+        why_float32 = fused_cpu.why_float32()
+    fused = _fused(graph, x, "fp32" if why_float32 else precision, cache, gradient == "fused")
     if isinstance(fused, str) and (gradient == "fused" or reason is not None):
         return fused
     if isinstance(fused, str):
         return EngineChoice("explicit", layers(), (Rejected("fused", fused),), graph)
     if isinstance(fused, fused_cpu.ConvNetGradient):
         fused = fused.of_call(call.model_kwargs)
-    if gradient == "fused" or not _must_time(call):
-        return EngineChoice("fused", fused, (), graph)
-    engines = {("fused", precision): fused, ("explicit", precision): layers()}
-    return _fastest(engines, graph, call, cache)
-
-
-def _fastest(
-    engines: dict[Candidate, Engine], graph: Graph, call: EnergyCall, cache: EngineCache
-) -> EngineChoice:
-    """Return the engine whose gradient takes the least time, the fused one in float32 included."""
-    x, precision = call.x, call.precision
-    float32 = _fused(graph, x, "fp32", cache, by_name=False)
-    if not isinstance(float32, str):
-        engines = engines | {("fused", "fp32"): float32}
-    case = (graph.structure, precision, torch.get_num_threads(), torch.backends.mkldnn.enabled,
-            extension.library.instruction_set())  # fmt: skip
-    seconds = step_seconds(case, engines, x)
-    fastest = min(seconds, key=lambda candidate: seconds[candidate])
-    least = f"{1e3 * seconds[fastest]:.3g} ms with {fastest[0]} in {fastest[1]}"
-    why_not = tuple(
-        Rejected(name, f"a gradient takes {1e3 * s:.3g} ms, and {least}", its_precision)
-        for (name, its_precision), s in seconds.items()
-        if (name, its_precision) != fastest
-    )
-    return EngineChoice(fastest[0], engines[fastest], why_not, graph)
-
-
-def _must_time(call: EnergyCall) -> bool:
-    """Return whether the fused and the explicit engine are timed to find the faster one.
-
-    In float32 the fused engine is never timed: it was fastest, or within 10 % of that, on every
-    network in ``benchmarks.networks`` that it runs (AVX2, one thread). In half precision the
-    fastest engine depends on the CPU, so it is timed.
-    """
-    return call.precision in HALVES and call.x.device.type == "cpu" and call.x.shape[0] > 0
+    why_not = (Rejected(f"fused in {precision}", why_float32),) if why_float32 else ()
+    return EngineChoice("fused", fused, why_not, graph)
 
 
 def _cache_for(graph: Graph, cache: EngineCache) -> EngineCache:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastlangevin.gradients.network import module_of, submodules_of
+from fastlangevin.gradients.modules import module_of, submodules_of
 
 
 def warn_of_train_mode(energy: Callable[..., Tensor]) -> bool:

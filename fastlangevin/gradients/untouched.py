@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlangevin.gradients.draws import ONE_AT_A_TIME, Draws
-from fastlangevin.gradients.network import Network, submodules_of
+from fastlangevin.gradients.modules import Network, submodules_of
 
 
 class Isolation:

@@ -28,8 +28,8 @@ except ImportError as error:
 
 _NAMES = (
     "ACTIVATIONS", "CUDA", "ConvNet", "Convolution", "DTYPES", "MAX_DIMS", "OPERANDS",
-    "apply_signs", "fill_noise", "instruction_set", "langevin_step", "matrix_unit", "pack_signs",
-    "why_no_amx",
+    "apply_signs", "bfloat16_is_faster", "fill_noise", "instruction_set", "langevin_step",
+    "matrix_unit", "pack_signs", "why_no_amx",
 )  # fmt: skip
 if missing := [name for name in _NAMES if library is not None and not hasattr(library, name)]:
     raise ImportError(
@@ -82,6 +82,14 @@ def has_matrix_unit() -> bool:
     Asks the system for permission to use it, if the processor has one.
     """
     return library is not None and library.matrix_unit()
+
+
+def bfloat16_is_faster() -> bool:
+    """Whether products of bfloat16 numbers are faster here than products of float32 numbers.
+
+    Like :func:`has_matrix_unit` this may ask the system for permission.
+    """
+    return library is not None and library.bfloat16_is_faster()
 
 
 def device_and_queue(x: Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlangevin.arguments import check_rng_state
 from fastlangevin.kernels import extension, reference
 from fastlangevin.kernels.extension import available
-from fastlangevin.kernels.memory import all_in_memory, in_memory
+from fastlangevin.kernels.memory import all_in_memory
 
 __all__ = ["Update", "available", "chain_", "launch", "reads", "step_"]
 
@@ -54,11 +54,7 @@ def step_(
     :func:`~fastlangevin.kernels.memory.in_memory` fall back to the reference; a float64 grad or z
     is converted to float32 first. Returns x.
     """
-    fallback = (
-        not reads(x)
-        or not (in_memory(x) and (grad is None or in_memory(grad)))
-        or not all_in_memory(z, step_size, noise_std)
-    )
+    fallback = not (reads(x) and all_in_memory(x, grad, z, step_size, noise_std))
     if rng_state is not None:
         check_rng_state(_OP, x, rng_state, _why_unread(x, fallback))
     if fallback:

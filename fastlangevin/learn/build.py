@@ -9,7 +9,7 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.distributed import Group
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig, config_names, resolve
@@ -17,6 +17,7 @@ from fastlangevin.learn.custom_energy import import_energy, open_energy
 from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.learner import LEARN_PRECISIONS, ShortRunLearner
+from fastlangevin.learn.seeds import BUFFER, GRID, WEIGHTS
 from fastlangevin.names import did_you_mean
 from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
@@ -24,9 +25,6 @@ from fastlangevin.step import choose_backend
 from fastlangevin.train_config import NETWORK
 
 _SIZES = (8, 16, 32, 64, 128, 256)  # of the images of a ConvEnergy
-
-# Numbers folded into the run's seed. Numbers below 2**32 are iterations.
-_WEIGHTS, _BUFFER, _GRID = 2**32, 2**32 + 1, 2**32 + 2
 
 
 def load_data(config: TrainConfig) -> ImageData:
@@ -67,7 +65,7 @@ def build_learner(
         buffer = ReplayBuffer(
             config.buffer_size,
             data.shape,
-            seed=_noise.fold_in(config.seed, _BUFFER),
+            seed=_noise.fold_in(config.seed, BUFFER),
             kind=config.buffer_kind,
             reinit=config.reinit,
             # The processes of a group copy their shares of it to their devices.
@@ -107,7 +105,7 @@ def _learn_precision(config: TrainConfig) -> str | None:
 
 def build_energy(config: TrainConfig, data: Images) -> torch.nn.Module:
     """Build the energy of a config for the shape of the data; its weights depend on the seed."""
-    seed = _noise.fold_in(config.seed, _WEIGHTS) >> 1
+    seed = _noise.fold_in(config.seed, WEIGHTS) >> 1
     if config.energy is not None:
         return open_energy(config.energy, data.shape, seed).to(choose_device(config.device))
     channels, height, width = data.shape
@@ -184,7 +182,7 @@ def fingerprint(data: Images) -> dict[str, Any]:
 def draw_samples(learner: ShortRunLearner, config: TrainConfig) -> Tensor:
     """Run ``config.samples`` new chains from p0, with the same starts and noise at every call."""
     sampler = build_sampler(config, learner.model)
-    seed = _noise.fold_in(config.seed, _GRID)
+    seed = _noise.fold_in(config.seed, GRID)
     shape = (config.samples, *learner.data.shape)
     x0 = _noise.initial(shape, seed=seed, device=device_of(learner.model))
     return sampler(x0, seed=seed)

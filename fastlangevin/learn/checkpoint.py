@@ -141,7 +141,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is truncated or not a safetensors file: {error}"
         ) from error
     header = metadata.pop(_HEADER)
-    # A different key can only be a damaged "checksum".
+    # A file without a checksum is accepted. Another key can only be a damaged "checksum".
     if metadata and metadata != {_CHECKSUM: checksum(header, tensors)}:
         raise DamagedCheckpointError(f"{path} is damaged: its checksum does not match its content")
     try:

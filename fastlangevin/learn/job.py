@@ -23,22 +23,6 @@ _CODE = (".py", ".so", ".pyd")
 VERSIONS = {"fastlangevin": __version__, "torch": torch.__version__}
 
 
-def has_plan(op: str, out: Path, plan: str, what: str) -> bool:
-    """Return whether a folder holds the file ``plan``, which describes the other files.
-
-    Raises FileExistsError if the folder is a file, or holds other files without a plan.
-    """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{op}: {out} is a file, not a folder for {what}")
-    # Another process may be writing its plan, to a hidden temporary file, and then other files.
-    # The plan is looked for after they have been listed, so it is there if they belong to it.
-    names = sorted(p.name for p in out.glob("*") if not p.name.startswith("."))
-    found = (out / plan).exists()
-    if names and not found:
-        raise FileExistsError(f"{op}: {out} holds {names[0]} but no {plan}; name another folder")
-    return found
-
-
 def is_own(group: Group, out: Path) -> bool:
     """Return whether this job has begun the run in a folder, before the launcher restarted it."""
     try:

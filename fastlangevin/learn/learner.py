@@ -13,7 +13,7 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.distributed import Group, Shard
 from fastlangevin.gradients.draws import Draws
-from fastlangevin.gradients.network import call_network
+from fastlangevin.gradients.modules import call_network
 from fastlangevin.gradients.precision import (
     HALVES,
     PRECISIONS,
@@ -26,6 +26,7 @@ from fastlangevin.learn.data.datasets import Data, DatasetImages, Images, as_ima
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.learner_state import LearnerState
 from fastlangevin.learn.model import check_state, describe
+from fastlangevin.learn.seeds import ITEMS, PART
 from fastlangevin.learn.shared_buffer import SharedBuffer
 from fastlangevin.learn.split_batch import SplitBatch
 from fastlangevin.names import keywords_checked
@@ -33,10 +34,6 @@ from fastlangevin.replay import ReplayBuffer
 from fastlangevin.sampler import LangevinSampler
 
 _OP = "ShortRunLearner"
-# Offsets of the numbers folded into the seed, which keep derived seeds apart: _PART + first chain
-# (dropout of a part), _ITEMS + iteration (transforms of items).
-_PART, _ITEMS = 2**40, 2**41
-
 LEARN_PRECISIONS = tuple(name for name in PRECISIONS if name != "fp16")
 
 
@@ -304,7 +301,7 @@ class ShortRunLearner:
         indices = words[:, 0] * len(self.data) >> 32
         flip = words[:, 1] >= 2**31 if self.flip else None
         if isinstance(self.data, DatasetImages):
-            seed = _noise.fold_in(self.seed, _ITEMS + self.iteration)
+            seed = _noise.fold_in(self.seed, ITEMS + self.iteration)
             images = self.data.batch(indices, flip, seed, first_chain)
         else:
             images = self.data.batch(indices, flip)
@@ -352,7 +349,7 @@ class ShortRunLearner:
         """Return the energies of a part's data and samples, with their graph."""
         # Draws makes dropout, too, a function of (seed, iteration, part).
         first_chain = part.first_chain
-        seed = self.seed if first_chain == 0 else _noise.fold_in(self.seed, _PART + first_chain)
+        seed = self.seed if first_chain == 0 else _noise.fold_in(self.seed, PART + first_chain)
         with Draws(seed, data.device).step(self.iteration):
             return self._energy_of(data), self._energy_of(samples)
 

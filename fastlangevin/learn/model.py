@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastlangevin.anneal as _anneal
 from fastlangevin._version import __version__
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import check_device_exists
 from fastlangevin.learn.atomic import save_text

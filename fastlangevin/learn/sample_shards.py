@@ -9,15 +9,16 @@ from torch import Tensor
 
 from fastlangevin.arguments import check_count
 from fastlangevin.distributed import DistributedError, Group
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.kernels.devices import device_name
 from fastlangevin.learn.atomic import save_json
 from fastlangevin.learn.checkpoint import checksum
 from fastlangevin.learn.data.sample_folder import FORMAT, SAMPLES, VERSION, shard_paths
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.images import save_arrays
-from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code, has_plan
+from fastlangevin.learn.job import VERSIONS, check_same_folder, compare_with_code
 from fastlangevin.learn.reading import as_json, read_json
+from fastlangevin.learn.run_folder import has_plan
 from fastlangevin.sampler import LangevinSampler
 
 

@@ -188,12 +188,32 @@ def iterate(
     report: IterationReport | None,
     stop: StopRequest,
 ) -> None:
-    """Run one iteration, then write the record, grid and checkpoint that are due."""
+    """Run one iteration, then write the samples and the checkpoint that are due."""
+    record = step(learner, config, log, guard, stop)
+    group, done = learner.group, learner.iteration
+    if done % config.sample_every == 0:
+        group.first(lambda: write_samples(learner, config, log), f"samples of iteration {done}")
+    if done % config.save_every == 0 and guard.calm:
+        what = f"checkpoint of iteration {done}"
+        if group.first(lambda: is_sound(learner, config), what):
+            save_run(learner, config, out, log)
+    if report is not None:
+        report(done, record)
+
+
+def step(
+    learner: ShortRunLearner,
+    config: TrainConfig,
+    log: RunLog | None,
+    guard: DivergenceGuard,
+    stop: StopRequest,
+) -> dict[str, Any]:
+    """Run one iteration, check and log its figures, and return them."""
     started, group = time.perf_counter(), learner.group
     sent, waited = group.bytes, group.seconds
     learner.lr, learner.data_noise = annealed(config, learner.iteration)
-    due = learner.iteration + 1
-    measured = due % config.log_every == 0 or due == config.iterations
+    number = learner.iteration + 1
+    measured = number % config.log_every == 0 or number == config.iterations
     metrics = learner.step(measure=measured, signal=lambda: stop.signal or 0)
     guard.check(metrics)
     record = {**metrics._asdict(), "lr": learner.lr, "data_noise": learner.data_noise}
@@ -202,25 +222,15 @@ def iterate(
         record["communicated_bytes"] = group.bytes - sent
         record["communication_seconds"] = group.seconds - waited
     if log is not None:
-        log.follow(due, metrics.gap, metrics.reach)
+        log.follow(number, metrics.gap, metrics.reach)
         if measured:
             log.record(record)
-    if due % config.sample_every == 0:
+    return record
 
-        def grid() -> None:
-            if log is not None:
-                log.grid(draw_samples(learner, config), due)
 
-        group.first(grid, f"samples of iteration {due}")
-    what = f"checkpoint of iteration {due}"
-    if (
-        due % config.save_every == 0
-        and guard.calm
-        and group.first(lambda: is_sound(learner, config), what)
-    ):
-        save_run(learner, config, out, log)
-    if report is not None:
-        report(due, record)
+def write_samples(learner: ShortRunLearner, config: TrainConfig, log: RunLog | None) -> None:
+    if log is not None:
+        log.grid(draw_samples(learner, config), learner.iteration)
 
 
 def finish(learner: ShortRunLearner, config: TrainConfig, out: Path) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.chain.chain import check_finite
 from fastlangevin.diagnostics import Diagnostics
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.presets.common import Randomness, Samplers, random_keywords
 from fastlangevin.sampler import LangevinSampler

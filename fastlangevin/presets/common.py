@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import GradClip
-from fastlangevin.gradients.network import module_of, submodules_of
+from fastlangevin.gradients.modules import module_of, submodules_of
 from fastlangevin.inputs import choose_seed
 from fastlangevin.names import unknown_keyword
 from fastlangevin.sampler import LangevinSampler

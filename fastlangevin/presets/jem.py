@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_floating, check_tensor
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import (
     Randomness,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlangevin.arguments import check_clamp, check_count, check_number
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.presets.common import Randomness, Samplers, Summed, Wrapper, random_keywords
-from fastlangevin.presets.nae_walk import Records, bounded, walk
+from fastlangevin.presets.nae_records import Records, bounded, recorded_chain
 
 
 def nae() -> Callable[..., Tensor]:
@@ -131,7 +131,7 @@ def nae_v2() -> Callable[..., dict[str, Any]]:
         stepsize, noise_scale = step_and_noise("nae_v2", stepsize, noise_scale)
         clamp = check_clamp("nae_v2", clip_x)
         steps = range(check_count("nae_v2", "n_steps", n_steps))
-        records = walk(
+        records = recorded_chain(
             "nae_v2",
             x,
             model,
@@ -188,7 +188,7 @@ def nae_mcmc() -> Callable[..., dict[str, Any]]:
         steps = range(check_count("nae_mcmc", "n_step", n_step))
         anneals_both = noise_anneal_v2 is not None
         anneals = anneals_both or noise_anneal is not None
-        records = walk(
+        records = recorded_chain(
             "nae_mcmc",
             x,
             model,

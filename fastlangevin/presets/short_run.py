@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import Randomness, Samplers, random_keywords
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_clamp, check_number
-from fastlangevin.gradients.network import call_network, device_of
+from fastlangevin.gradients.modules import call_network, device_of
 from fastlangevin.gradients.untouched import left_as_found
 from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import Randomness, Samplers, random_keywords

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.inputs import choose_seed
 from fastlangevin.names import keywords_checked
 from fastlangevin.presets.common import (

@@ -12,12 +12,13 @@ import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import watching
 from fastlangevin.gradients.draws import kept_generators
-from fastlangevin.gradients.network import submodules_of
+from fastlangevin.gradients.modules import submodules_of
 from fastlangevin.gradients.train_mode import effect_of_train_mode
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.testing.loop import OP, Record, described, distance, follow, snapshot, state
-from fastlangevin.testing.measure import peak_bytes, restored_modules, times
-from fastlangevin.testing.walk import Judgement, Walk, final_rounding
+from fastlangevin.testing.measure import peak_bytes, restored_modules
+from fastlangevin.testing.step_by_step import Judgement, StepByStep, final_rounding
+from fastlangevin.timing import seconds_in_turns
 
 
 class Comparison(NamedTuple):
@@ -132,22 +133,22 @@ def compare(
         peak = peak_bytes(loop, x0.device), peak_bytes(lambda: replacement(fresh), x0.device)
         with watching() as runs:
             ours = state(replacement(sampler, z), x0.shape)
-        walk = Walk(runs, x0, steps)
+        by_steps = StepByStep(runs, x0, steps)
         restore()
         first = snapshot(modules)
         theirs, record = follow(loop, z, ours, modules)
         restore()
-        by_step = len(record.points) == steps == len(walk.chain_steps)
+        by_step = len(record.points) == steps == len(by_steps.chain_steps)
         if by_step:
-            judgement = walk.judge([*record.points, theirs], ours, [first, *record.buffers])
+            judgement = by_steps.judge([*record.points, theirs], ours, [first, *record.buffers])
         else:
             judgement = Judgement([], [distance(theirs, ours)], [0.0], [distance(theirs, ours)])
-        if not (by_step and walk.ends_in(ours)):
+        if not (by_step and by_steps.ends_in(ours)):
             judgement.tolerances[-1] = final_rounding(
                 lambda x: replacement(sampler, z, x), x0, ours, steps
             )
             judgement.differences[-1] = judgement.apart[-1]
-        seconds = times((loop, lambda: replacement(sampler)), x0.device, rounds)
+        seconds = seconds_in_turns((loop, lambda: replacement(sampler)), x0.device, rounds)
     same, verdict = _verdict(judgement, steps, record, theirs, z)
     notes = _notes(record, steps, by_step)
     if trained := None if energy is None else effect_of_train_mode(energy):

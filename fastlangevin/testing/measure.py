@@ -1,7 +1,6 @@
-"""Time and memory of two runs, and a context that restores their modules."""
+"""The memory of a run, and a context that restores its modules."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,25 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastlangevin.adjoint.storage import Allocations
-
-
-def times(
-    runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Time two runs in turns, so that slow phases of the machine affect both. Returns seconds."""
-    seconds: tuple[list[float], list[float]] = [], []
-    for _ in range(rounds):
-        for run, samples in zip(runs, seconds, strict=True):
-            begin = _now(device)
-            run()
-            samples.append(_now(device) - begin)
-    return seconds
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:

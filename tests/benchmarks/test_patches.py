@@ -20,7 +20,7 @@ from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.kernels import triton
+from fastlangevin.kernels import triton_backend
 from tests.benchmarks.shared import ROOT
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="Triton without Gluon")
@@ -208,7 +208,7 @@ def test_four_rows_of_a_tile_are_neighbours_that_share_their_noise(kernels, patc
 
 
 @pytest.mark.skipif(
-    triton.available(torch.device("cpu")) is not None, reason="Triton is not interpreted"
+    triton_backend.available(torch.device("cpu")) is not None, reason="Triton is not interpreted"
 )
 def test_the_engine_takes_the_same_step_with_the_kernels_in_gluon(
     kernels, patches, monkeypatch

@@ -8,13 +8,13 @@ from fastlangevin import step
 from fastlangevin.gradients import passes, select
 from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.trace import rewrite
-from fastlangevin.kernels import triton
+from fastlangevin.kernels import triton_backend
 from tests.chain.shared import CPU, OnCuda, taped_step_
 
 
 @pytest.fixture
 def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = triton.available(CPU)
+    reason = triton_backend.available(CPU)
     if reason is not None:
         pytest.skip(f"triton: {reason}")
     monkeypatch.setattr(

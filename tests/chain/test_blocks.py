@@ -85,9 +85,8 @@ def test_no_split_changes_bits(
         return sampler(x, seed=1, first_chain=first_chain)
 
     expected = run(x, 0)
-    monkeypatch.setattr(fused_cpu, "_VECTOR_CHUNK", chunk)
-    for name in ("_CHUNK", "_SMALL_CHUNK"):
-        monkeypatch.setattr(fused_cpu, name, chunk)
+    chunks = dict.fromkeys(fused_cpu._CHUNKS, ((chunk, 2**21),))
+    monkeypatch.setattr(fused_cpu, "_CHUNKS", chunks)
     for count in (1, 2, 3):
         threads(count)
         for cut in (0, 1, 4):

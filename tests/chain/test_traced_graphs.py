@@ -9,7 +9,7 @@ from torch import nn
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
-from fastlangevin.gradients.trace.traced import FixedInputs, TracedGradient
+from fastlangevin.gradients.trace.replay_engine import FixedInputs, ReplayGradient
 from tests.chain.nets import MLP, NETS, Labelled, Residual, opaque, seeded
 from tests.chain.shared import (
     CHANGES,
@@ -41,7 +41,7 @@ def test_a_replayed_trace_gives_the_chain_of_the_loop(make: Callable[[], nn.Modu
         for call, seed in enumerate((0, 0, 1, 2**64 - 1, 0)):
             x = numbers(call)
             got = run(x, seed=seed, first_step=9 * call)
-            assert isinstance(run.choose_engine(x, {}).engine, TracedGradient)
+            assert isinstance(run.choose_engine(x, {}).engine, ReplayGradient)
             assert torch.equal(got, want(x, seed=seed, first_step=9 * call))
             assert made(run) == min(call, 1)
         assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one")
@@ -119,7 +119,7 @@ def test_a_recording_keeps_neither_the_arguments_nor_the_values_of_a_step() -> N
         run(numbers(), seed=0, y=torch.tensor([0, 1]))
     (recording,) = run._graphs._recordings()
     engine = recording.engine
-    assert isinstance(engine, TracedGradient)
+    assert isinstance(engine, ReplayGradient)
     assert not engine._model_kwargs
     assert not engine._constants
     assert recording.bytes == 2**20 + sum(b.nbytes for b in engine.buffers())
@@ -191,7 +191,7 @@ def test_inputs_that_moved_lead_to_another_recording() -> None:
         run(x, seed=0)
     (recording,) = run._graphs._recordings()
     engine = recording.engine
-    assert isinstance(engine, TracedGradient)
+    assert isinstance(engine, ReplayGradient)
     assert engine._fixed is not None
     engine._fixed.tensors = {n: t.clone() for n, t in engine._fixed.tensors.items()}
     for count in (1, 2, 2):

@@ -210,7 +210,7 @@ def test_what_another_thread_writes_to_buffers_between_steps_stays() -> None:
     energy = Energy("batch norm")
     sampler = LangevinSampler(energy, steps=3, gradient="autograd")
     x, _, chain = sampler._read(start(), seed=0)
-    for _ in chain.walk(x):
+    for _ in chain.steps(x):
         energy.net[1].running_mean += 1
     assert torch.equal(energy.net[1].running_mean, torch.full((4,), 3.0))
 

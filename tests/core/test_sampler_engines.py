@@ -121,6 +121,24 @@ def test_auto_takes_the_native_kernels_for_a_stack_of_convolutions() -> None:
 
 
 @needs_extension
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_the_processor_decides_in_which_precision_a_half_network_is_fused(
+    is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement could decide otherwise in a resumed run or on another rank."""
+    monkeypatch.setattr(extension, "bfloat16_is_faster", lambda: is_faster)
+    net, x0 = make_net(nn.SiLU(), torch.float32), numbers(SHAPE, torch.float32)
+    run = sampler(net, precision="bf16")
+    named = {p: sampler(net, precision=p, gradient="fused")(x0, seed=0) for p in ("bf16", "fp32")}
+    assert not torch.equal(named["bf16"], named["fp32"])
+    assert torch.equal(run(x0, seed=0), named["bf16" if is_faster else "fp32"])
+    text = run.explain(x0)
+    assert "gradient   fused: " in text
+    assert ("precision bf16, computed in fp32; " in text) is not is_faster
+    assert ("not fused in bf16: this processor" in text) is not is_faster
+
+
+@needs_extension
 @pytest.mark.parametrize("noise_order", ["after", "before", "last"])
 @pytest.mark.parametrize("given", [True, False])
 def test_fused_steps_are_steps_along_the_gradient(noise_order: str, given: bool) -> None:

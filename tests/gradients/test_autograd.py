@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
 from fastlangevin.gradients.autograd import energy_and_grad
-from fastlangevin.gradients.network import network_dtype, submodules_of, tensors_of
+from fastlangevin.gradients.modules import network_dtype, submodules_of, tensors_of
 
 
 def quartic(x: Tensor, scale: float = 1.0) -> Tensor:

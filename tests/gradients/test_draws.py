@@ -141,6 +141,17 @@ DRAW_NOTHING = {
 }
 
 
+def test_torch_itself_uses_the_dispatch_key_of_draws_for_nothing() -> None:
+    Draws(0, CPU)  # registers the kernels of this package
+    names = [*draws.drawing_operators(), draws._ATTENTION]
+    names += [op for name in draws._WITHOUT_GENERATOR for op in draws._overloads(name)]
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key(draws._KEY_NAME)
+    assert set(registered) <= {op.name() for op in names}
+    for tensor in (X, nn.Parameter(X.clone()), X.to_sparse(), torch.empty(2, device="meta")):
+        assert not torch._C._dispatch_keys(tensor).has(draws._KEY)
+    assert not torch._C._dispatch_tls_is_dispatch_key_included(draws._KEY)
+
+
 def test_every_operator_of_torchs_that_draws_is_known() -> None:
     known = set(draws.drawing_operators())
     names = {schema.name for schema in torch._C._jit_get_all_schemas()}

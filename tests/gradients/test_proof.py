@@ -17,7 +17,7 @@ from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_cpu import ConvNetGradient
 from fastlangevin.gradients.graph.record import record
 from fastlangevin.gradients.proof import prove_kernels
-from fastlangevin.gradients.trace.traced import TracedGradient
+from fastlangevin.gradients.trace.replay_engine import ReplayGradient
 from tests.pairwise import pairwise
 
 
@@ -71,7 +71,7 @@ def test_an_engine_with_another_gradient_is_not_used(size: float, name: str, cod
     want = sampler(energy, gradient="autograd")(x0, seed=0)
     if sampler(energy).choose_engine(x0, {}).name != name:
         pytest.skip("the compiled extension is not here")
-    with factor(ENGINES[name], size), factor(TracedGradient, size):
+    with factor(ENGINES[name], size), factor(ReplayGradient, size):
         run = sampler(energy)
         torch.testing.assert_close(run(x0, seed=0), want, rtol=0, atol=0)
         assert "its gradient differs from autograd's by" in run.explain(x0)

@@ -15,9 +15,9 @@ from fastlangevin.gradients import engine_cache, onednn
 from fastlangevin.gradients.graph.record import record
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.program import Program, preparation
+from fastlangevin.gradients.trace.replay_engine import Programs, ReplayGradient
 from fastlangevin.gradients.trace.rewrite import rewrite
 from fastlangevin.gradients.trace.split import Draft
-from fastlangevin.gradients.trace.traced import Programs, TracedGradient
 
 N, SHAPE = 4, (4, 6, 6)
 
@@ -323,7 +323,7 @@ def test_threads_with_other_labels_do_not_meet() -> None:
     labels = [torch.tensor(y) for y in ([0, 1, 2, 3], [4, 4, 0, 2])]
     engines = [run.choose_engine(x0, {"y": y}).engine for y in labels]
     for engine in engines:
-        assert isinstance(engine, TracedGradient)
+        assert isinstance(engine, ReplayGradient)
         engine.begin()
     for engine, y in zip(engines, labels, strict=True):
         x = x0.clone().requires_grad_()

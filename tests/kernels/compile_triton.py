@@ -21,7 +21,7 @@ import triton as compiler
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlangevin.kernels import triton
+from fastlangevin.kernels import triton_backend as triton
 from fastlangevin.kernels import triton_step as triton_kernels
 from fastlangevin.kernels.philox import Address
 

@@ -20,7 +20,8 @@ from fastlangevin.gradients import fused_gpu
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.kernels import triton, triton_conv, triton_conv_grad
+from fastlangevin.kernels import triton_backend as triton
+from fastlangevin.kernels import triton_conv, triton_conv_grad
 from tests.kernels.compile_triton import OPTIONS, Recorder, compiled
 
 ENDS = "forward 0", "backward 0"

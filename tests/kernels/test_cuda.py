@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
 from fastlangevin.gradients.fused_gpu import FusedGradient
-from fastlangevin.gradients.trace.traced import TracedGradient
-from fastlangevin.kernels import native, triton
+from fastlangevin.gradients.trace.replay_engine import ReplayGradient
+from fastlangevin.kernels import native, triton_backend
 from tests.chain.nets import NETS, Labelled, Residual, opaque, seeded
 
 CUDA = torch.device("cuda", 0)
@@ -111,7 +111,7 @@ def test_a_graph_is_replayed_with_another_seed_and_step() -> None:
 
 # Recorded chains ---------------------------------------------------------------------------------
 
-TRITON = triton.available(CUDA) if REASON is None else REASON
+TRITON = triton_backend.available(CUDA) if REASON is None else REASON
 GRADIENTS = [
     "explicit",
     pytest.param("fused", marks=pytest.mark.skipif(TRITON is not None, reason=f"triton: {TRITON}")),
@@ -327,7 +327,7 @@ def assert_replayed(run: fl.LangevinSampler) -> None:
     """All calls but the first two were replays of one recording, of a trace."""
     (kind,) = run._graphs._kinds.values()
     assert kind.recording is not None, kind.reason
-    assert isinstance(kind.recording.engine, TracedGradient)
+    assert isinstance(kind.recording.engine, ReplayGradient)
 
 
 @same_sums

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import fastlangevin as fl
-from fastlangevin.kernels import native, reference, triton
+from fastlangevin.kernels import native, reference
+from fastlangevin.kernels import triton_backend as triton
 from fastlangevin.step import backend_status, choose_backend, resolve_backend
 from tests.backends import SERVING
 from tests.pairwise import pairwise

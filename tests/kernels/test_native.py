@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +239,18 @@ def test_numbers_out_of_range_are_refused():
 def test_an_unknown_instruction_set_is_refused():
     assert not choose("avx1024")
     assert extension.library.instruction_set() in instruction_sets()
+
+
+def test_tiles_and_amds_vectors_multiply_bfloat16_faster_than_float32():
+    cpu = Path("/proc/cpuinfo")
+    is_amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
+    best, faster = extension.library.instruction_set(), {}
+    for name in (*instruction_sets(), "amx_emulated"):
+        assert choose(name)
+        faster[name] = extension.bfloat16_is_faster()
+    choose(best)
+    expected = {"amx": True, "amx_emulated": True, "avx512_bf16": is_amd}
+    assert faster == {name: expected.get(name, False) for name in faster}
 
 
 def test_a_missing_extension_says_so(monkeypatch):

@@ -24,7 +24,7 @@ from fastlangevin.kernels.philox import Address
 
 compiler = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
-from fastlangevin.kernels import triton  # noqa: E402
+from fastlangevin.kernels import triton_backend as triton  # noqa: E402
 from fastlangevin.kernels.triton_step import _box_muller  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,7 +21,7 @@ from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.graph.conv_stack import ConvStack, conv_stack
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.kernels import triton
+from fastlangevin.kernels import triton_backend as triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [

@@ -27,7 +27,7 @@ from fastlangevin.gradients.graph.recorder import OperatorRecorder, Unsupported
 from fastlangevin.gradients.graph.recording_guard import HOOKS, Guard, global_hooks, may_be_kept
 from fastlangevin.gradients.graph.snapshot import Snapshot
 from fastlangevin.gradients.graph.watch import Values, Watch
-from fastlangevin.gradients.network import Network, module_of, network_dtype
+from fastlangevin.gradients.modules import Network, module_of, network_dtype
 from fastlangevin.gradients.precision import HALVES
 from fastlangevin.gradients.trace.constants import ComputedConstants, Constants, ReadNumbers
 from fastlangevin.gradients.trace.instructions import Trace

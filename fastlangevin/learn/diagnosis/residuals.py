@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlangevin.gradients.network import call_network
+from fastlangevin.gradients.modules import call_network
 from fastlangevin.gradients.untouched import left_as_found
 
 _FEWEST = 16

@@ -24,11 +24,11 @@ from fastlangevin.learn.config import TrainConfig, of_its_version, read_settings
 from fastlangevin.learn.divergence import DivergedError
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
-from fastlangevin.learn.job import has_plan
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.model import load
 from fastlangevin.learn.reading import brief, read_bytes, read_json
-from fastlangevin.learn.run_folder import FolderInUseError, is_run
+from fastlangevin.learn.run_folder import FolderInUseError, has_plan, is_run
+from fastlangevin.learn.seeds import SWEEP
 from fastlangevin.learn.sweep.claims import claimed
 from fastlangevin.learn.sweep.plan import VERSION, Run, Sweep, describe
 from fastlangevin.learn.train import StopRequest, stop_signal, train
@@ -38,7 +38,6 @@ PLAN, RESULT, CLAIMS = "sweep.yaml", "result.json", ".claims"
 _POLL = 2.0  # seconds between checks of what other processes have done
 MARK = "# The plan of a fastlangevin sweep.\n"
 SAMPLES = 1024
-_SAMPLES_SEED = 2**32 + 3  # folded into a run's seed; build.py uses the numbers below
 # The measures of a run, in the order of tables and plots.
 MEASURES = {
     "sure": "fraction of sure samples",
@@ -243,7 +242,7 @@ def _make_run(
 def _draw_samples(config: TrainConfig, folder: Path) -> Tensor:
     """Run new chains from p0 through the trained model, a batch at a time."""
     sampler = load(folder, device=choose_device(config.device))
-    seed = _noise.fold_in(config.seed, _SAMPLES_SEED)
+    seed = _noise.fold_in(config.seed, SWEEP)
     starts = range(0, SAMPLES, config.batch_size)
     return torch.cat(
         [

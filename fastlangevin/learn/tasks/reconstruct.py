@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import check_count, check_positive
-from fastlangevin.gradients.network import parameters_of
+from fastlangevin.gradients.modules import parameters_of
 from fastlangevin.learn.tasks.measurements import Operator, check_operator, identity
 from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.reprs import short_repr

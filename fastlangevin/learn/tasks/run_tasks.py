@@ -1,7 +1,7 @@
 """Reconstruct, interpolate, restore and transfer with a run's model and its images.
 
-Every result can be saved as a picture or as arrays, and has rows (name, text) that summarise it.
-Errors are mean squares per element, with images in [-1, 1].
+Every task returns a :class:`TaskResult`. Errors are mean squares per element, with images in
+[-1, 1].
 """
 
 import warnings
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
-from fastlangevin.gradients.network import device_of
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.evaluation.metrics import kernel_distance
@@ -27,8 +27,8 @@ from fastlangevin.learn.run_data import (
 )
 from fastlangevin.learn.tasks.interpolate import interpolate
 from fastlangevin.learn.tasks.measurements import Downsample, Operator, identity, measure, picture
-from fastlangevin.learn.tasks.reconstruct import ITERATIONS, Fit, reconstruct
-from fastlangevin.learn.tasks.restore import Restored, restore
+from fastlangevin.learn.tasks.reconstruct import ITERATIONS, reconstruct
+from fastlangevin.learn.tasks.restore import restore
 from fastlangevin.learn.tasks.transfer import guide
 from fastlangevin.progress import Report, report_steps, silent
 from fastlangevin.sampler import LangevinSampler
@@ -38,31 +38,24 @@ _FAR = 3.0  # chains that end beyond this have left the range of images, [-1, 1]
 Summary = list[tuple[str, str]]
 
 
-class Reconstruction(NamedTuple):
-    """Images, their reconstructions and, for comparison, the nearest of some random samples."""
+class TaskResult(NamedTuple):
+    """Rows (name, text) that summarise what a task found, and its images in the forms of files."""
 
-    source: str  # name of the images
-    images: Tensor  # [n, C, H, W]
-    fit: Fit  # [n, ...]
-    samples: int  # number of random samples
-    nearest: Tensor  # [n, C, H, W]
-    nearest_error: Tensor  # [n]
+    rows: Summary
+    save_png: Callable[[Path, int], None]  # (path, size of a tile)
+    arrays: Any  # a tensor for a .npy, or tensors by name for a .npz
+    frames: Tensor | None = None  # [frames, n, C, H, W] of a .gif, if the task has one
 
-    def save(self, path: Path, tile: int = 32) -> None:
-        """Write a .png of three rows, or a .npz of images, x, z and error."""
+    def save(self, path: Path, tile: int) -> None:
+        """Write a .png, a .gif, or a .npy or .npz of the arrays."""
         if path.suffix == ".png":
-            save_rows(path, tile, self.images, self.fit.x, self.nearest)
+            self.save_png(path, tile)
+        elif path.suffix == ".gif" and self.frames is not None:
+            save_gif(self.frames, path, None, tile)
+        elif isinstance(self.arrays, Tensor):
+            save_arrays(path, self.arrays)
         else:
-            save_arrays(path, images=self.images, **self.fit._asdict())
-
-    def rows(self) -> Summary:
-        ours, theirs = float(self.fit.error.mean()), float(self.nearest_error.mean())
-        return [
-            ("images", f"{len(self.images)} of {self.source}"),
-            ("reconstruction", f"{ours:.5f}   mean squared error per element, in [-1, 1]"),
-            (f"best of {self.samples}", f"{theirs:.5f}   the same for the nearest random sample"),
-            ("ratio", f"{ours / theirs:.3f}"),
-        ]
+            save_arrays(path, **self.arrays)
 
 
 def reconstruct_run(
@@ -76,11 +69,13 @@ def reconstruct_run(
     seed: int = 0,
     report: Report = silent,
     **fit: Any,
-) -> Reconstruction:
+) -> TaskResult:
     """Reconstruct n images that a run held out, or n images of the source ``images``.
 
-    n: number of images (default: 16, or all of the source if it has fewer).
+    The picture has three rows: the images, their reconstructions and, for comparison, the nearest
+    of some random samples. The arrays are images, x, z and error.
 
+    n: number of images (default: 16, or all of the source if it has fewer).
     report: called as report(what, done, total) on the way.
     fit: options of :func:`reconstruct`.
     """
@@ -88,32 +83,18 @@ def reconstruct_run(
     best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
     drawn = sampler(n=samples, seed=seed)
     error, nearest = _squares(truth[:, None], drawn[None]).min(1)
-    return Reconstruction(source, truth, best, samples, drawn[nearest], error)
-
-
-class Interpolation(NamedTuple):
-    """Frames between pairs of starts and, if the starts were fitted to images, the fit's error."""
-
-    x: Tensor  # [frames, n, C, H, W]
-    source: str | None = None  # name of the images
-    error: float | None = None
-
-    def save(self, path: Path, tile: int = 32) -> None:
-        """Write a .png with a row per pair, a .gif that goes there and back, or a .npy of x."""
-        if path.suffix == ".gif":
-            save_gif(torch.cat([self.x, self.x[1:-1].flip(0)]), path, None, tile)
-        elif path.suffix == ".png":
-            save_grid(self.x.transpose(0, 1).flatten(0, 1), path, len(self.x), tile)
-        else:
-            save_arrays(path, self.x)
-
-    def rows(self) -> Summary:
-        if self.error is None:
-            return []
-        return [
-            ("images", f"{2 * self.x.shape[1]} of {self.source}"),
-            ("their fit", f"{self.error:.5f}   mean squared error per element, in [-1, 1]"),
-        ]
+    ours, theirs = float(best.error.mean()), float(error.mean())
+    rows = [
+        ("images", f"{len(truth)} of {source}"),
+        ("reconstruction", f"{ours:.5f}   mean squared error per element, in [-1, 1]"),
+        (f"best of {samples}", f"{theirs:.5f}   the same for the nearest random sample"),
+        ("ratio", f"{ours / theirs:.3f}"),
+    ]
+    return TaskResult(
+        rows,
+        lambda path, tile: save_rows(path, tile, truth, best.x, drawn[nearest]),
+        {"images": truth, **best._asdict()},
+    )
 
 
 def interpolate_run(
@@ -128,26 +109,36 @@ def interpolate_run(
     seed: int = 0,
     report: Report = silent,
     **fit: Any,
-) -> Interpolation:
+) -> TaskResult:
     """Interpolate between n pairs of random starts, or of starts fitted to images.
 
-    n: number of pairs (default: 8, or as many as the source of the images has).
+    The picture has a row per pair, the GIF goes there and back, and the array is [frames, n, ...].
 
+    n: number of pairs (default: 8, or as many as the source of the images has).
     images: source of 2 n images to fit starts to, with the options ``fit`` of :func:`reconstruct`.
     noise: as for :func:`interpolate`.
     report: called as report(what, done, total) on the way.
     """
     run_config(run)  # raises an error for a checkpoint without data before any work
-    source = error = None
+    rows: Summary = []
     if images is None:
         shape = (2 * (8 if n is None else n), *_shape(sampler))
         z = _noise.initial(shape, seed=seed, device=device_of(sampler.energy))
     else:
         source, truth = _held_out(run, sampler, images, n, images_per_item=2, on_corrupt=on_corrupt)
         best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
-        z, error = best.z, float(best.error.mean())
+        z = best.z
+        rows = [
+            ("images", f"{len(truth)} of {source}"),
+            ("their fit", f"{best.error.mean():.5f}   mean squared error per element, in [-1, 1]"),
+        ]
     x = interpolate(sampler, z[::2], z[1::2], frames, noise=noise, seed=seed, report=report)
-    return Interpolation(x, source, error)
+    return TaskResult(
+        rows,
+        lambda path, tile: save_grid(x.transpose(0, 1).flatten(0, 1), path, len(x), tile),
+        x,
+        torch.cat([x, x[1:-1].flip(0)]),
+    )
 
 
 def feature_rows(
@@ -184,7 +175,7 @@ def feature_rows(
     weights = weights[1:-1, None, None, None, None]
     crossfade = (1 - weights) * frames[0] + weights * frames[-1]
     text = f"kernel distance to {len(real)} images, in {features.name}"
-    rows = []
+    rows: Summary = []
     for name, x, what in (
         ("end points", frames[[0, -1]], text),
         ("between", frames[1:-1], "the same for the frames between them"),
@@ -193,40 +184,6 @@ def feature_rows(
         distance = kernel_distance(features(quantise(x.flatten(0, 1)))[0], real)
         rows.append((name, f"{distance:.4f}   {what}"))
     return rows
-
-
-class Restoration(NamedTuple):
-    """Images, their measurements, and the answers found for each measurement."""
-
-    source: str  # name of the images
-    images: Tensor  # [n, C, H, W]
-    y: Tensor  # [n, ...]
-    seen: Tensor  # [n, C, H, W], the measurements as images
-    restored: Restored
-
-    def save(self, path: Path, tile: int = 32) -> None:
-        """Write a .png with a row per image, or a .npz of images, y, x and mean."""
-        x, _, mean = self.restored
-        if path.suffix == ".png":
-            rows = torch.cat([torch.stack([self.images, self.seen, mean], 1), x], 1)
-            save_grid(rows.flatten(0, 1), path, rows.shape[1], tile)
-        else:
-            save_arrays(path, images=self.images, y=self.y, x=x, mean=mean)
-
-    def rows(self) -> Summary:
-        x, residual, mean = self.restored
-        error = _squares(self.images[:, None], x)
-        of_mean, of_seen = _squares(self.images, mean), _squares(self.images, self.seen)
-        spread = x.var(1, correction=0).mean()
-        return [
-            ("images", f"{len(self.images)} of {self.source}"),
-            ("answers", f"{error.mean():.5f}   mean squared error per element, in [-1, 1]"),
-            ("best", f"{error.amin(1).mean():.5f}   of the {x.shape[1]} for each image"),
-            ("their mean", f"{of_mean.mean():.5f}   smallest expected error"),
-            ("measurement", f"{of_seen.mean():.5f}   error of the measurement shown as an image"),
-            ("residual", f"{residual.mean():.5f}   mean of (y - A x)^2"),
-            ("spread", f"{spread:.5f}   mean variance of an element over the answers"),
-        ]
 
 
 def restore_run(
@@ -242,11 +199,13 @@ def restore_run(
     seed: int = 0,
     report: Report = silent,
     **options: Any,
-) -> Restoration:
+) -> TaskResult:
     """Measure n images that a run held out, or n images of the source ``images``; restore them.
 
-    n: number of images (default: 8, or all of the source if it has fewer).
+    The picture has a row per image: the image, its measurement, the mean of the answers, and the
+    answers. The arrays are images, y, x and mean.
 
+    n: number of images (default: 8, or all of the source if it has fewer).
     measurement_noise: standard deviation of the noise that is added to the measurements. Only the
         method "moments" takes it into account.
     report: called as report(what, done, total) on the way.
@@ -260,36 +219,26 @@ def restore_run(
     if method == "moments":
         options["measurement_noise"] = measurement_noise
     y = measure(operator, truth, measurement_noise, seed)
-    restored = restore(sampler, y, operator, method=method, seed=seed, **options)
+    x, residual, mean = restore(sampler, y, operator, method=method, seed=seed, **options)
     seen = picture(operator, y, _shape(sampler))
-    return Restoration(source, truth, y, seen, restored)
-
-
-class Transferred(NamedTuple):
-    """Source images, and the states of the chains that started at them."""
-
-    source: str  # name of the images
-    steps: int
-    energies: tuple[float, float]  # means at the source and at the end
-    states: Tensor  # [states, n, C, H, W], from the source images to the ends of the chains
-
-    def save(self, path: Path, tile: int = 32) -> None:
-        """Write a .png of two rows, a .gif of all states, or a .npy of the last one."""
-        if path.suffix == ".gif":
-            save_gif(self.states, path, None, tile)
-        elif path.suffix == ".png":
-            save_rows(path, tile, self.states[0], self.states[-1])
-        else:
-            save_arrays(path, self.states[-1])
-
-    def rows(self) -> Summary:
-        before, after = self.energies
-        change = _squares(self.states[0], self.states[-1]).mean()
-        return [
-            ("images", f"{self.states.shape[1]} of {self.source}"),
-            ("energy", f"{before:+.4f} at the source, {after:+.4f} after {self.steps} steps"),
-            ("change", f"{change:.5f}   mean square per element, in [-1, 1]"),
-        ]
+    error = _squares(truth[:, None], x)
+    of_mean, of_seen = _squares(truth, mean), _squares(truth, seen)
+    spread = x.var(1, correction=0).mean()
+    rows = [
+        ("images", f"{len(truth)} of {source}"),
+        ("answers", f"{error.mean():.5f}   mean squared error per element, in [-1, 1]"),
+        ("best", f"{error.amin(1).mean():.5f}   of the {x.shape[1]} for each image"),
+        ("their mean", f"{of_mean.mean():.5f}   smallest expected error"),
+        ("measurement", f"{of_seen.mean():.5f}   error of the measurement shown as an image"),
+        ("residual", f"{residual.mean():.5f}   mean of (y - A x)^2"),
+        ("spread", f"{spread:.5f}   mean variance of an element over the answers"),
+    ]
+    grid = torch.cat([torch.stack([truth, seen, mean], 1), x], 1)
+    return TaskResult(
+        rows,
+        lambda path, tile: save_grid(grid.flatten(0, 1), path, grid.shape[1], tile),
+        {"images": truth, "y": y, "x": x, "mean": mean},
+    )
 
 
 def transfer_images(
@@ -304,11 +253,13 @@ def transfer_images(
     seed: int = 0,
     report: Report = silent,
     **guidance: Any,
-) -> Transferred:
+) -> TaskResult:
     """Run the chains of ``sampler`` from n images of the source ``images``.
 
-    n: number of images (default: 8, or all of the source if it has fewer).
+    The picture has a row of source images and a row of the ends of their chains, which are the
+    array. The GIF has all states.
 
+    n: number of images (default: 8, or all of the source if it has fewer).
     content: side of the squares whose means are preserved; 1 preserves the pixels.
     style: source of images whose statistics guide the chains.
     frames: the largest number of states to return after the source images.
@@ -339,7 +290,18 @@ def transfer_images(
         warnings.warn(
             f"chains ended at up to {reached:.3g}, but images lie in [-1, 1]", stacklevel=2
         )
-    return Transferred(sources.name, sampler.steps, (before, after), states)
+    change = _squares(states[0], states[-1]).mean()
+    rows = [
+        ("images", f"{states.shape[1]} of {sources.name}"),
+        ("energy", f"{before:+.4f} at the source, {after:+.4f} after {sampler.steps} steps"),
+        ("change", f"{change:.5f}   mean square per element, in [-1, 1]"),
+    ]
+    return TaskResult(
+        rows,
+        lambda path, tile: save_rows(path, tile, states[0], states[-1]),
+        states[-1],
+        states,
+    )
 
 
 def _reported(fit: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.program import Program, preparation
 
 
-class TracedGradient:
+class ReplayGradient:
     """Energies and d energy / d x of the batches of one call, by replaying a trace.
 
     The constants are computed by :meth:`begin` from the current weights and from the call's keyword
@@ -44,22 +44,19 @@ class TracedGradient:
         self._dtype = trace.values[0].dtype
 
     def begin(self) -> None:
-        """Forget the constants.
-
-        This is needed before every chain: a write through ``.data`` leaves no other trace.
-        """
+        """Forget the constants."""
         self._seen, self._inputs, self._constants = self._versions(), {}, {}
 
-    def recordable(self) -> "TracedGradient":
+    def recordable(self) -> "ReplayGradient":
         """Return an engine whose steps read the same memory in every chain, for a CUDA graph.
 
         Its chains start with :meth:`begin_with` in place of :meth:`begin`.
         """
-        engine = TracedGradient(self.trace, self._programs, {}, self.precision)
+        engine = ReplayGradient(self.trace, self._programs, {}, self.precision)
         engine._fixed = FixedInputs(self.trace.values[0].device)
         return engine
 
-    def begin_with(self, call: "TracedGradient") -> None:
+    def begin_with(self, call: "ReplayGradient") -> None:
         """Write the inputs for the arguments of a call's engine, and for the weights of now."""
         assert self._fixed is not None
         self.begin()

@@ -10,7 +10,7 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
-from fastlangevin.gradients.network import network_dtype
+from fastlangevin.gradients.modules import network_dtype
 from fastlangevin.kernels.reference import over_chains
 from fastlangevin.step import fold_norm_clip, langevin_step_
 from fastlangevin.testing.loop import BufferCopies, distance, replay, state
@@ -25,7 +25,7 @@ class Judgement(NamedTuple):
     apart: list[float]  # difference of a whole run of the sampler from the loop
 
 
-class Walk:
+class StepByStep:
     """The chains of a sampler's call, step by step, from one gradient's state to the next one's.
 
     runs: (x, initial state, chain) of every chain that the call ran.
@@ -93,7 +93,7 @@ class Walk:
         )
         end, grad = x.clone(), None
         replay(self.buffers[j])
-        for step in one_step_chain.walk(end):
+        for step in one_step_chain.steps(end):
             grad = step.grad
         eps = torch.finfo(x.dtype).eps
         bound = 4 * eps * torch.maximum(_largest(x), _largest(end))

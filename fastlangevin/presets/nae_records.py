@@ -1,4 +1,4 @@
-"""The recorded walk behind both versions of sample_langevin_v2."""
+"""The recorded chain behind both versions of sample_langevin_v2."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ class _KeepsOutput(Summed):
         return sum_to_chains(out, len(x))
 
 
-def walk(
+def recorded_chain(
     op: str,
     x: Any,
     model: Callable[..., Tensor],
