@@ -1,6 +1,7 @@
 """The package's layout: which modules may import which, read off the source."""
 
 import ast
+import functools
 import graphlib
 from pathlib import Path
 
@@ -35,6 +36,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package by its dotted name."""
     return {
@@ -45,9 +47,6 @@ def modules() -> dict[str, ast.Module]:
     }
 
 
-MODULES = modules()
-
-
 def imports(tree: ast.Module) -> set[tuple[str, str]]:
     """(module, name) of everything imported from the package, also in functions and for types."""
     found = set()
@@ -55,7 +54,7 @@ def imports(tree: ast.Module) -> set[tuple[str, str]]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastlangevin"):
             for alias in node.names:
                 module = f"{node.module}.{alias.name}"
-                if module in MODULES:  # importing it also runs the package that contains it
+                if module in modules():  # importing it also runs the package that contains it
                     found |= {(module, ""), (node.module or "", "")}
                 else:
                     found.add((node.module or "", alias.name))
@@ -69,13 +68,15 @@ def floor(module: str) -> int:
 
 
 def test_every_module_has_a_floor() -> None:
-    assert {module for module in MODULES if ".".join(module.split(".")[1:2]) not in FLOOR} == set()
+    assert {
+        module for module in modules() if ".".join(module.split(".")[1:2]) not in FLOOR
+    } == set()
 
 
 def test_no_module_imports_from_a_floor_above_its_own() -> None:
     upward = [
         f"{module} imports {other}"
-        for module, tree in MODULES.items()
+        for module, tree in modules().items()
         for other, name in imports(tree)
         # The list of public names is at hand everywhere above the sampler, and names its lazy ones.
         if floor(other) > floor(module) and module != "fastlangevin"
@@ -86,7 +87,7 @@ def test_no_module_imports_from_a_floor_above_its_own() -> None:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {
         module: {other for other, _ in imports(tree)} - {module}
-        for module, tree in MODULES.items()
+        for module, tree in modules().items()
         if module != "fastlangevin"
     }
     for others in graph.values():
@@ -106,13 +107,13 @@ def circle_in(graph: dict[str, set[str]]) -> list[str]:
 
 def test_private_names_stay_in_their_module() -> None:
     borrowed = []
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         aliases = {
             alias.asname or alias.name
             for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
-            if f"{node.module}.{alias.name}" in MODULES
+            if f"{node.module}.{alias.name}" in modules()
         }
         borrowed += [
             f"{module} imports {other}.{name}"

@@ -71,6 +71,7 @@ def test_mypy_sees_the_types_of_the_package(project: Path) -> None:
     assert {int(line) for line in re.findall(r"^user.py:(\d+): error", done, re.M)} == ERRORS
 
 
+@pytest.mark.slow
 def test_pyright_sees_the_types_of_the_package(project: Path) -> None:
     if importlib.util.find_spec("pyright") is None:
         pytest.skip("pyright is not installed")

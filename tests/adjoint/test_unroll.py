@@ -110,7 +110,7 @@ def test_gradients_match_a_plain_unroll_for_every_option(options: dict, checkpoi
 
 @pytest.mark.parametrize(
     ("activation", "checkpoint", "dtype"),
-    pairwise(ACTIVATIONS, SCHEDULES, [torch.float32, torch.float64]),
+    pairwise(ACTIVATIONS, ["none", "step", 3], [torch.float32, torch.float64]),
     ids=str,
 )
 def test_gradients_match_a_plain_unroll_for_every_activation(
@@ -186,7 +186,9 @@ def test_gradients_match_finite_differences(noise_order: str, checkpoint: Any) -
         torch.tensor(0.3).double(),
         torch.ones(2).double(),
     )
-    assert torch.autograd.gradcheck(chain, tuple(v.requires_grad_() for v in tensors))
+    assert torch.autograd.gradcheck(
+        chain, tuple(v.requires_grad_() for v in tensors), fast_mode=True
+    )
 
 
 def test_offload_on_a_cpu_changes_nothing() -> None:

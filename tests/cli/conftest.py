@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastlangevin.learn import resolve, train
+from fastlangevin.learn.diagnosis import write_diagnosis
 from tests.cli.shared import TINY
 from tests.command import run_command
 
@@ -17,6 +18,15 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
     """Run the command in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return run_command
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the picture of a diagnosis, which takes longer than all else of it.
+
+    tests/learn/diagnosis/test_diagnose.py looks at it.
+    """
+    monkeypatch.setattr(write_diagnosis, "_plot", lambda diagnosis, path, title: path.touch())
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def test_a_step_is_the_same_bits_in_every_batch_split(
     x, grad = numbers((16, elements), dtype), numbers((16, elements), dtype, 1)
     parts = [
         step_(x[i:j].clone(), grad[i:j], first_chain=100 + i, grad_clip=clip)
-        for i, j in ((0, 1), (1, 4), (4, 8), (8, 16))
+        for i, j in ((0, 1), (1, 6), (6, 16))
     ]
     assert torch.equal(step_(x, grad, first_chain=100, grad_clip=clip), torch.cat(parts))
 

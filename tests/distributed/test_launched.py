@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fastlangevin as fl
 from benchmarks.processes import free_port, send
@@ -22,6 +23,7 @@ from fastlangevin.learn import resolve, train
 from fastlangevin.learn.checkpoint import list_checkpoints, read_checkpoint
 from tests.cli.shared import TINY, options
 from tests.distributed.launch import launch
+from tests.learn.learner_shared import learner, same_state, sampler, state
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SETTINGS = TINY | {"batch_size": 5, "parts": 3, "buffer_size": 9, "ema": 0.9}
@@ -69,6 +71,29 @@ def run_lightning_example(folder: Path) -> None:
     torch.save((module.energy.state_dict(), chains[0]), folder / name)
 
 
+class Dropping(nn.Module):
+    """An energy with dropout, an unused parameter and a buffer that counts forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 1))
+        self.unused = nn.Parameter(torch.ones(2))
+        self.register_buffer("passes", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.layers(x)
+
+
+def learn_with_dropout(folder: Path) -> None:
+    with join() as group:
+        learning = learner(sampler(Dropping(), gradient="autograd"), group=group, parts=3)
+        for _ in range(2):
+            learning.step()
+        torch.save(state(learning), folder / f"{group.world_size}-{group.rank}.pt")
+
+
 def same_weights(run: Path, other: Path) -> bool:
     these, those = read_checkpoint(run)[0], read_checkpoint(other)[0]
     return all(torch.equal(value, those[name]) for name, value in these.items())
@@ -96,6 +121,16 @@ def test_train_sample_and_evaluate_in_two_processes(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(shards), np.load(tmp_path / "all.npy"))
     alone = json.loads((run / "evaluate.json").read_text())
     assert json.loads((tmp_path / "figures.json").read_text())["figures"] == alone["figures"]
+
+
+def test_ranks_with_dropout_learn_the_same_and_buffers_come_from_rank_0(tmp_path: Path) -> None:
+    """The dropout of a chain depends on the chains of its process, so one process differs."""
+    log = tmp_path / "log.txt"
+    assert launch(2, log, learn_with_dropout, tmp_path) == [0, 0], log.read_text()
+    first, second = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
+    assert same_state(first, second)
+    assert not any("unused" in name for name in first if name.startswith("adam"))
+    assert first["model.passes"] > 0
 
 
 def test_a_rank_with_other_settings_ends_all_with_its_name(tmp_path: Path) -> None:

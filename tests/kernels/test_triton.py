@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {"step_size": 0.3, "noise_std": 0.05, "clamp": (-0.9, 
 LAYOUTS = list(itertools.product(["contiguous", "channels_last"], repeat=2))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around a block of four and a tile of 512; several tiles; many short chains in one tile.
-SIZES = [(3, 0), (0, 5), (5, 1), (2, 3), (2, 4), (3, 5), (2, 1023), (2, 4095), (1, 4097), (300, 2)]
+SIZES = [(3, 0), (0, 5), (5, 1), (2, 3), (2, 4), (3, 5), (2, 1023), (2, 1535), (1, 1537), (300, 2)]
 # By channel: three in a tile of four, more than a tile's 16, pixels of more than one tile. The last
 # has channels of 35 elements, which blocks straddle.
 IMAGES = [(2, 3, 4, 4), (2, 17, 2, 4), (1, 3, 20, 20), (2, 3, 5, 7)]
@@ -114,9 +114,9 @@ def test_triton_normals_equal_the_native_backends() -> None:
     cpu = torch.device("cpu")
     if extension.available(cpu) is not None:
         pytest.skip(f"native: {extension.available(cpu)}")
-    got = normals((3, 4099))
+    got = normals((3, 1027))
     address = Address(stream=0, **ADDRESS)
-    want = extension.fill((3, 4099), address, cpu, uniform=False)
+    want = extension.fill((3, 1027), address, cpu, uniform=False)
     assert torch.equal(got.cpu(), want)
 
 
@@ -127,7 +127,7 @@ def test_triton_normals_equal_the_native_backends() -> None:
     ("shape", "dtype"),
     [
         *((shape, torch.float32) for shape in SIZES),
-        *itertools.product([(2, 1023), (1, 4097), (300, 2)], DTYPES[1:]),
+        *itertools.product([(2, 1023), (1, 1537), (300, 2)], DTYPES[1:]),
     ],
     ids=str,
 )
@@ -238,9 +238,9 @@ def test_triton_steps_are_equal_in_every_batch_split() -> None:
 
 def test_triton_grids_use_a_third_axis_for_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains of more tiles than a grid's second axis has places for."""
-    x, grad = numbers((2, 4097)), numbers((2, 4097), seed=1)
+    x, grad = numbers((2, 1537)), numbers((2, 1537), seed=1)
     want = triton.step_(x.clone(), grad, None, **OPTIONS)
-    monkeypatch.setattr(triton, "_MAX_GRID", 4)
+    monkeypatch.setattr(triton, "_MAX_GRID", 2)
     assert torch.equal(triton.step_(x, grad, None, **OPTIONS), want)
 
 

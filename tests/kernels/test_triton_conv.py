@@ -55,7 +55,7 @@ def stack_of(energy: nn.Module, shape: tuple[int, ...]) -> ConvStack:
 
 def paper(activation: str = "leaky_relu", **settings: Any) -> fl.ConvEnergy:
     torch.manual_seed(0)
-    return fl.ConvEnergy(**{"size": 8, "width": 8} | settings, activation=activation).to(DEVICE)
+    return fl.ConvEnergy(**{"size": 8, "width": 4} | settings, activation=activation).to(DEVICE)
 
 
 def odd() -> nn.Sequential:
@@ -156,20 +156,24 @@ def test_channels_last_and_other_layouts() -> None:
 
 def test_saved_sign_bits_are_those_of_the_activations_inputs() -> None:
     """Bit c % 32 of word c // 32 is set where channel c is positive before its activation."""
-    energy, shape = paper("leaky_relu", width=40), (3, 8, 8)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 40, 3, 1, 1), nn.Conv2d(40, 8, 4, 2, 1), nn.Conv2d(8, 4, 4, 2, 1)]
+    stack = [layer for conv in layers for layer in (conv, nn.LeakyReLU(0.2))]
+    energy, shape = nn.Sequential(*stack, nn.Flatten(), nn.Linear(16, 1)).to(DEVICE), (3, 8, 8)
     score = FusedGradient(stack_of(energy, shape), 2, DEVICE, "fp32")
+    assert [words.shape[-1] for words in score._saved] == [2, 1]
     h = torch.rand((2, *shape), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     score(h)
     energy, h = energy.double(), h.double()  # float32 may mean TF32, which is off by more
     for i, words in enumerate(score._saved):
-        h = energy.layers[2 * i](h)
+        h = energy[2 * i](h)
         bits = (words[:, :, None] >> torch.arange(32, device=DEVICE)) & 1
         signs = bits.flatten(1)[:, : h.shape[1]].bool()
         want = h.movedim(1, -1).reshape(signs.shape)
         sure = want.abs() > 1e-5
         assert sure.float().mean() > 0.999
         assert torch.equal(signs[sure], want[sure] > 0)
-        h = energy.layers[2 * i + 1](h)
+        h = energy[2 * i + 1](h)
 
 
 def test_fused_gradients_are_right_with_a_gpus_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,12 +82,12 @@ def flipped(content: bytes, position: int, bit: int) -> bytes:
 
 
 def places(content: bytes) -> list[int]:
-    """Every 17th byte, the header's last (padding), and the first and last of every tensor."""
+    """Every 41st byte, the header's last (padding), and the first and last of every tensor."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     del header["__metadata__"]
     ends = [8 + length + at for entry in header.values() for at in entry["data_offsets"]]
-    return sorted({*range(0, len(content), 17), *(at - 1 for at in ends), *ends} - {len(content)})
+    return sorted({*range(0, len(content), 41), *(at - 1 for at in ends), *ends} - {len(content)})
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(whole: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_every_dtype_is_written_checked_and_read(dtype: torch.dtype, tmp_path: P
 def test_a_truncated_file_is_found_at_every_length(whole: Path, tmp_path: Path) -> None:
     content = list_checkpoints(whole)[-1].read_bytes()
     path = tmp_path / "short.safetensors"
-    for length in {*range(0, len(content), 17), len(content) - 1}:
+    for length in {*range(0, len(content), 41), len(content) - 1}:
         path.write_bytes(content[:length])
         with pytest.raises(DamagedCheckpointError, match=f"^{path} "):
             read_checkpoint(path)
@@ -263,17 +263,17 @@ def test_settings_of_wrong_types_are_refused_by_name(
         return run_config(path) if part == "config" else load(path)(n=1, seed=0)
 
     refused = 0
-    # Of a run's 33 settings not all: a preset is parsed for each.
+    # Of a run's 33 settings one each: a preset is parsed for each.
     values = WRONG if part != "config" else [[[]], {"a": 1}]
-    for name in info[part]:
-        for wrong in values:
+    for i, name in enumerate(info[part]):
+        for wrong in values if part != "config" else [values[i % 2]]:
             with_info(whole, path, **{part: info[part] | {name: wrong}})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 said = refusal(read)
             assert said == "" or said.startswith(f"{path} "), (name, wrong)
             refused += said != ""
-    assert refused >= len(values) // 2 * len(info[part])
+    assert refused >= len(info[part]) * (len(values) // 2 if part != "config" else 0.5)
 
 
 def test_a_header_does_not_decide_how_much_memory_is_taken(whole: Path, tmp_path: Path) -> None:

@@ -167,17 +167,24 @@ def die_at(
     return died
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+# Every move is tried with a power cut, which leaves less than a kill.
 @pytest.mark.parametrize(
-    ("resumed", "power_cut"),
-    [(False, False), (False, True), (True, True)],
-    ids=["new, killed", "new, power cut", "resumed, power cut"],
+    ("resumed", "power_cut", "stride"),
+    [
+        (False, False, 11),
+        (False, True, 11),
+        (True, True, 11),
+        pytest.param(False, False, 3, marks=pytest.mark.slow),
+        pytest.param(False, True, 1, marks=pytest.mark.slow),
+        pytest.param(True, True, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_goes_on_whenever_it_dies(
     resumed: bool, power_cut: bool, stride: int, config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:
-    """At every move, or every seventh: what is left is consistent, and a run goes on from it to
-    the same end."""
+    """At one of ``stride`` moves: what is left is consistent, and a run goes on from it to the
+    same end.
+    """
 
     def cut(iteration: int, record: Any) -> None:
         if iteration == 2:  # its record is taken out again, as its checkpoint is lost

@@ -129,12 +129,14 @@ OFFLINE = {
 
 @pytest.fixture
 def short_chains(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of the package's models. The CIFAR-10 model takes a single step."""
+    """Copies of the package's models. That of CIFAR-10 is narrow and takes a single step."""
     folder = tmp_path_factory.mktemp("models")
     for path in MODELS["cifar10"].parent.iterdir():
         shutil.copy(path, folder)
-    tensors, info = checkpoint.read_checkpoint(MODELS["cifar10"])
-    info["sampler"]["steps"] = 1
+    _, info = checkpoint.read_checkpoint(MODELS["cifar10"])
+    info["sampler"]["steps"], info["energy"]["width"] = 1, 2
+    energy = fl.ConvEnergy(**info["energy"])
+    tensors = {f"model.{name}": value for name, value in energy.state_dict().items()}
     checkpoint.save_checkpoint(folder / MODELS["cifar10"].name, tensors, info)
     monkeypatch.setattr(checkpoint, "_MODELS", folder)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import fastlangevin as fl
 from fastlangevin import distributed
 from fastlangevin.distributed import Group
-from tests.distributed.launch import launch
 from tests.distributed.threads import run_ranks
 from tests.learn.learner_shared import learner, net, same_state, sampler, state
 
@@ -54,7 +53,7 @@ def test_weights_metrics_and_chains_are_the_same_bits_for_every_number_of_proces
     options = EVERYTHING | ({} if buffer is None else {"buffer": buffer})
     ((alone, metrics),) = run_ranks(1, learn(**options))
     assert not same_state(alone, state(learner(sampler(fresh()), ema=0.9)))
-    for world_size in (2, 3):
+    for world_size in (2, 3) if buffer is None else (3,):
         results = run_ranks(world_size, learn(**options))
         assert same_state(results[0][0], alone)
         for tensors, theirs in results:
@@ -124,36 +123,3 @@ def test_a_rank_whose_state_differs_is_named_and_nothing_is_saved(
         assert f"cut.safetensors: the processes differ in {what}: " in str(error)
         assert str(error).endswith("on rank 1")
     assert list(tmp_path.iterdir()) == []
-
-
-class Dropping(nn.Module):
-    """An energy with dropout, an unused parameter and a buffer that counts forward passes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 1))
-        self.unused = nn.Parameter(torch.ones(2))
-        self.register_buffer("passes", torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.passes += 1
-        return self.layers(x)
-
-
-def learn_with_dropout(folder: Path) -> None:
-    with distributed.join() as group:
-        learning = learner(sampler(Dropping(), gradient="autograd"), group=group, parts=3)
-        for _ in range(2):
-            learning.step()
-        torch.save(state(learning), folder / f"{group.world_size}-{group.rank}.pt")
-
-
-def test_ranks_with_dropout_learn_the_same_and_buffers_come_from_rank_0(tmp_path: Path) -> None:
-    """The dropout of a chain depends on the chains of its process, so one process differs."""
-    log = tmp_path / "log.txt"
-    assert launch(2, log, learn_with_dropout, tmp_path) == [0, 0], log.read_text()
-    first, second = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
-    assert same_state(first, second)
-    assert not any("unused" in name for name in first if name.startswith("adam"))
-    assert first["model.passes"] > 0

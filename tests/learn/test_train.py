@@ -123,7 +123,7 @@ def test_a_run_outside_the_main_thread(config: TrainConfig, whole: Path, tmp_pat
 def short(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of as few iterations as show the annealing, the buffer and the average."""
     out = tmp_path_factory.mktemp("short") / "run"
-    train(dataclasses.replace(config, iterations=4), out)
+    train(dataclasses.replace(config, iterations=3), out)
     return out
 
 
@@ -135,7 +135,7 @@ def test_every_setting_reaches_the_run(
 
     tests/cli/test_train_energy.py is about the energy.
     """
-    changed = dataclasses.replace(config, **{"iterations": 4, name: OTHER[name]})
+    changed = dataclasses.replace(config, **{"iterations": 3, name: OTHER[name]})
     train(changed, tmp_path / "run")
     runs = [read_checkpoint(run)[0] for run in (short, tmp_path / "run")]
     got, want = ({k: v.tolist() for k, v in run.items() if k[:3] in ("mod", "ema")} for run in runs)

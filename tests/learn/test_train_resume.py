@@ -29,8 +29,8 @@ from tests.processes import start
 STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
-# After a checkpoint alone, after one with a record, in between, and at a grid of samples.
-@pytest.mark.parametrize("k", [3, 6, 7, 10])
+# Between checkpoints, and at a grid of samples.
+@pytest.mark.parametrize("k", [7, 10])
 def test_a_run_that_is_cut_once_ends_as_one_that_is_not(
     k: int, config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:
@@ -43,8 +43,9 @@ def test_a_run_that_is_cut_once_ends_as_one_that_is_not(
 def test_a_run_that_is_cut_again_and_again_ends_as_one_that_is_not(
     config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:
+    """Also after a checkpoint alone (3), and after one with a record (6)."""
     out = tmp_path / "run"
-    for resume, k in enumerate((1, 2, 4, 5, 8, 11, 12)):
+    for resume, k in enumerate((1, 2, 3, 5, 6, 8, 11, 12)):
         with pytest.raises(CutError):
             train(config, out, resume=resume > 0, report=cut_at(k))
     last = train(config, out, resume=True)

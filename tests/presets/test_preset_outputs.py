@@ -3,7 +3,6 @@
 The transcriptions of test_presets.py differentiate ``net(x).sum()``, as the originals do.
 """
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -48,12 +47,23 @@ class Many(Net):
         return self.shape_outputs(super().forward(x, y))
 
 
+# The others draw, or label, several chains.
+ONE_CHAIN = [
+    name
+    for name in SUMMED
+    if not (name.startswith(("jem", "anatomy")) or "labels" in name or name == "improved_cd")
+]
+
+
+# Presets that take one chain meet the other outputs there.
 @pytest.mark.parametrize(
     ("case", "output"),
     [
         (case, output)
-        for case, output in itertools.product(SUMMED, OUTPUTS)
+        for case in SUMMED
+        for i, output in enumerate(OUTPUTS)
         if not ("inner" in case and "mean" in output)  # transcribed by the network's last layer
+        if case not in ONE_CHAIN or (i + ONE_CHAIN.index(case)) % 2
     ],
 )
 def test_the_sum_of_what_a_network_returns_is_differentiated(case: str, output: str) -> None:
@@ -65,14 +75,6 @@ def test_the_sum_of_what_a_network_returns_is_differentiated(case: str, output: 
     assert got.shape == x0.shape
     assert (got - x).abs().max() <= 1e-11
     assert (got - x0).abs().max() > 1e-3
-
-
-# The others draw, or label, several chains.
-ONE_CHAIN = [
-    name
-    for name in SUMMED
-    if not (name.startswith(("jem", "anatomy")) or "labels" in name or name == "improved_cd")
-]
 
 
 @pytest.mark.parametrize(

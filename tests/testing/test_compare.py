@@ -130,12 +130,13 @@ def schedule(energy: Callable[..., Tensor], x: Tensor, stds: list[float], a: flo
     return x.detach()
 
 
+LONG = 40
 # Long chains against loops that are slightly others: (curve, loop's noise, a, sampler's settings).
 OTHERS = {
-    "no noise at the last step": (1.0, [0.005] * 99 + [0.0], 0.1, {"noise_std": 0.005}),
-    "noise of half the steps": (1.0, [0.001] * 50 + [0.0] * 50, 0.1, {"noise_std": 0.001}),
-    "no noise where chains run away": (-1.0, [0.0] * 100, 0.1, {"noise_std": 0.002}),
-    "the wrong sign of a small step": (0.03, [0.0] * 100, -1e-4, {"noise_std": 0.0}),
+    "no noise at the last step": (1.0, [0.005] * (LONG - 1) + [0.0], 0.1, {"noise_std": 0.005}),
+    "noise of half the steps": (1.0, [0.001] * 20 + [0.0] * 20, 0.1, {"noise_std": 0.001}),
+    "no noise where chains run away": (-1.0, [0.0] * LONG, 0.1, {"noise_std": 0.002}),
+    "the wrong sign of a small step": (0.03, [0.0] * LONG, -1e-4, {"noise_std": 0.0}),
 }
 
 
@@ -143,10 +144,10 @@ OTHERS = {
 def test_a_long_chain_that_is_slightly_another(x0: Tensor, case: str) -> None:
     curve, stds, a, settings = OTHERS[case]
     energy = functools.partial(quadratic, curve=curve)
-    ours = sampler(energy, steps=100, step_size=abs(a), **settings)
+    ours = sampler(energy, steps=LONG, step_size=abs(a), **settings)
     report = compare(lambda x: schedule(energy, x, stds, a), ours, x0)
     assert not report.same, report
-    right = [settings["noise_std"]] * 100
+    right = [settings["noise_std"]] * LONG
     report = compare(lambda x: schedule(energy, x, right, abs(a)), ours, x0)
     assert report.same, report
 
@@ -161,28 +162,28 @@ def test_a_right_chain_in_which_rounding_grows(step_size: float, x0: Tensor) -> 
     )  # fmt: skip
     for p in energy.parameters():
         p.data *= 3
-    original = functools.partial(schedule, energy, stds=[0.01] * 60, a=step_size)
-    report = compare(original, sampler(energy, steps=60, step_size=step_size), x0)
+    original = functools.partial(schedule, energy, stds=[0.01] * 30, a=step_size)
+    report = compare(original, sampler(energy, steps=30, step_size=step_size), x0)
     assert report.same, report
     if step_size > 1:
         assert report.apart[-1] > 0.1
-    stds = [0.01] * 30 + [0.011] + [0.01] * 29
-    ours = sampler(energy, steps=60, step_size=step_size, noise_std=stds)
+    stds = [0.01] * 15 + [0.011] + [0.01] * 14
+    ours = sampler(energy, steps=30, step_size=step_size, noise_std=stds)
     report = compare(original, ours, x0)
     assert not report.same
-    assert "step 31 of the loop" in report.verdict
+    assert "step 16 of the loop" in report.verdict
 
 
 def test_only_ends_are_held_to_what_rounding_makes_of_them(x0: Tensor) -> None:
     """A loop whose gradient is written by hand has no states to be read but its last."""
 
     def original(x: Tensor, last: float = 0.005) -> Tensor:
-        for k in range(100):
-            x = x - 0.1 * x + (0.005 if k < 99 else last) * torch.randn_like(x)
+        for k in range(LONG):
+            x = x - 0.1 * x + (0.005 if k < LONG - 1 else last) * torch.randn_like(x)
         return x
 
     ours = sampler(
-        functools.partial(quadratic, curve=1.0), steps=100, step_size=0.1, noise_std=0.005
+        functools.partial(quadratic, curve=1.0), steps=LONG, step_size=0.1, noise_std=0.005
     )
     report = compare(original, ours, x0)
     assert report.same

@@ -153,10 +153,10 @@ def test_processes_share_the_runs_and_all_return_all_results(
         made.append(name)
         started.set()
         if len(made) <= 2:  # each works on a run of its own
-            both.wait(60)
+            both.wait(300)
 
     def second(_: int) -> Any:
-        assert started.wait(60)
+        assert started.wait(300)
         return run_sweep(plan, tmp_path / "sweep")
 
     patched(monkeypatch, before)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,6 @@ from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.run import run_sweep
 from tests.command import run_command
 from tests.learn.sweep.shared import CENTRE, interrupted, options
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _light() -> Iterator[None]:
-    """Few samples."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep.run, "SAMPLES", 50)
-        yield
 
 
 def test_a_sweep_that_another_process_begins_meanwhile_is_joined(

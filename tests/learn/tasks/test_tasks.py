@@ -40,7 +40,7 @@ def test_reconstruct_finds_the_start_that_is_known(options: dict[str, Any]) -> N
     sampler = fl.LangevinSampler(GaussianEnergy(2.0), steps=5, step_size=0.1, noise_std=0.3)
     c = 0.95**5
     y = images(3)
-    iterations = 150 if options["optimizer"] == "adam" else 60
+    iterations = 150 if options["optimizer"] == "adam" else 30
     fit = reconstruct(sampler, y, restarts=2, iterations=iterations, **options)
     want = (y / c).clamp(-1, 1)[:, None].expand_as(fit.z)
     if options["optimizer"] == "gd":
@@ -55,7 +55,7 @@ def test_reconstruct_with_frozen_noise_fits_that_noise() -> None:
     sampler = fl.LangevinSampler(GaussianEnergy(2.0), steps=5, step_size=0.1, noise_std=0.01)
     y = images(2) / 2
     options: dict[str, Any] = {"optimizer": "gd", "lr": 0.5, "noise": "frozen", "seed": 4}
-    fit = reconstruct(sampler, y, restarts=2, iterations=100, **options)
+    fit = reconstruct(sampler, y, restarts=2, iterations=40, **options)
     torch.testing.assert_close(fit.x, y[:, None].expand_as(fit.x), rtol=0, atol=2e-3)
     again = sampler(fit.z.flatten(0, 1), seed=4)  # the chain as anyone would run it
     torch.testing.assert_close(again, fit.x.flatten(0, 1), rtol=0, atol=1e-6)
