@@ -5,9 +5,7 @@ Equations become MathML, which browsers draw without a script, a font or the net
 """
 
 import dataclasses
-import importlib.util
 import io
-import posixpath
 import re
 from typing import Any
 
@@ -27,8 +25,6 @@ version = release = fastlangevin.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
-if importlib.util.find_spec("fastlangevin.distributed") is None:
-    exclude_patterns.append("api/distributed.rst")
 nitpicky = True  # a reference to a function that does not exist is an error
 nitpick_ignore_regex = [("py:(class|obj|data|exc|attr|mod)", ".*")]  # types of other packages
 
@@ -132,19 +128,8 @@ class CommandHelp(SphinxDirective):
         return sections
 
 
-def drop_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
-    """Let an entry of the navigation that ends in ? name a page that need not be there."""
-
-    def entry(match: re.Match) -> str:
-        page = posixpath.join(posixpath.dirname(name), match[2])
-        return f"{match[1]}{match[2]}\n" if page in app.project.docnames else ""
-
-    source[0] = re.sub(r"^( *)([\w/-]+)\?\n", entry, source[0], flags=re.MULTILINE)
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
-    app.connect("source-read", drop_missing_pages)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)
     app.add_directive("network-speed", NetworkSpeed)
     app.add_directive("command-help", CommandHelp)
