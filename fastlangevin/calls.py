@@ -15,6 +15,7 @@ from fastlangevin.arguments import check_chains, check_count, check_sizes, check
 from fastlangevin.chain.chain import Chain, note_call
 from fastlangevin.chain.metropolis import AdjustedChain
 from fastlangevin.chain.settings import Settings
+from fastlangevin.coarse import enlarged_samples
 from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.gradients.engine_cache import EngineCache
 from fastlangevin.gradients.modules import device_of
@@ -60,6 +61,7 @@ def read_call(
     settings: Settings,
     cache: EngineCache,
     reserved: Set[str],
+    start: Callable[..., Tensor] | None,
     x0: Tensor | None,
     /,
     *,
@@ -76,7 +78,7 @@ def read_call(
     """Checks the arguments of a call before any work.
 
     ``reserved`` are the names of the arguments of calls, which no argument of the energy should
-    have.
+    have, and ``start`` is the sampler whose samples chains start from.
     """
     by_step = check_step_kwargs(_OP, step_kwargs, settings.steps, model_kwargs)
     if by_step and settings.metropolis:
@@ -95,7 +97,7 @@ def read_call(
         raise ValueError(f"{_OP}: shape belongs to chains that n starts; x0 has its own")
     seed = choose_seed(_OP, seed, generator)
     if x0 is None:
-        x, is_copy = _initial(energy, n, shape, seed, first_chain), True
+        x, is_copy = starts(energy, start, n, shape, seed, first_chain), True
     else:
         x, is_copy = read_state(_OP, x0, energy)
     check_chains(_OP, "step_size", settings.step_size, x.shape[0])
@@ -116,8 +118,15 @@ def chain_type(settings: Settings) -> type[Chain]:
     return AdjustedChain if settings.metropolis else Chain
 
 
-def _initial(energy: Callable[..., Any], n: Any, shape: Any, seed: int, first_chain: int) -> Tensor:
-    """n states from U(-1, 1), drawn from the seed's stream of initial states."""
+def starts(
+    energy: Callable[..., Any],
+    start: Callable[..., Tensor] | None,
+    n: Any,
+    shape: Any,
+    seed: int,
+    first_chain: int,
+) -> Tensor:
+    """n states from U(-1, 1), drawn from the seed's stream of initial states, or from ``start``."""
     shape = getattr(energy, "shape", None) if shape is None else check_sizes(_OP, "shape", shape)
     if shape is None:
         raise ValueError(
@@ -128,6 +137,8 @@ def _initial(energy: Callable[..., Any], n: Any, shape: Any, seed: int, first_ch
     device = device_of(energy)
     if device is not None:
         check_tensors(_OP, energy, device)
+    if start is not None:
+        return enlarged_samples(_OP, start, shape, n, seed, first_chain, device)
     return _noise.initial((n, *shape), seed=seed, first_chain=first_chain, device=device)
 
 

@@ -17,10 +17,11 @@ from fastlangevin.arguments import (
     check_grad_clip,
     check_schedule,
 )
-from fastlangevin.calls import Call, chain_type, entry, read_call, run_steps
+from fastlangevin.calls import Call, chain_type, entry, read_call, run_steps, starts
 from fastlangevin.chain.chain import Chain, check_finite, norms, note_call, rows
 from fastlangevin.chain.cuda_graphs import Graphs
 from fastlangevin.chain.settings import Settings, check_metropolis
+from fastlangevin.coarse import check_shapes
 from fastlangevin.diagnostics import Diagnostics
 from fastlangevin.explain import explain
 from fastlangevin.gradients.engine_cache import EngineCache
@@ -29,7 +30,7 @@ from fastlangevin.gradients.precision import check_precision
 from fastlangevin.gradients.select import EngineChoice, check_gradient
 from fastlangevin.inputs import check_energy
 from fastlangevin.names import check_name, keywords_checked
-from fastlangevin.reprs import short_repr
+from fastlangevin.reprs import short, short_repr
 from fastlangevin.step import check_backend
 
 NOISE_ORDERS = ("after", "before", "last")
@@ -91,6 +92,8 @@ class LangevinSampler:
             proposals outside are rejected, as are those with a NaN energy. Requires a > 0 and
             b > 0 (not checked for CUDA tensors), noise_order "after", no "batch_norm" clip, and an
             energy that is the same function at every step.
+        start: A sampler of smaller images, coarse to fine: chains that ``n`` counts start from its
+            samples, enlarged to the energy's shape, and not from U(-1, 1).
 
     Raises:
         TypeError, ValueError: A setting does not fit. The message names it.
@@ -111,6 +114,7 @@ class LangevinSampler:
         backend: str = "auto",
         gradient: str = "auto",
         metropolis: bool = False,
+        start: "LangevinSampler | None" = None,
     ) -> None:
         check_energy(_OP, energy)
         check_name(f"{_OP}: noise_order", noise_order, NOISE_ORDERS)
@@ -126,6 +130,7 @@ class LangevinSampler:
         self.backend = backend
         self.gradient = gradient
         self.metropolis = bool(metropolis)
+        self.start = _check_start(start, energy)
         self._cache = EngineCache()
         self._graphs = Graphs()
         # An energy can move to another device, so only the names are checked before a call.
@@ -195,7 +200,7 @@ class LangevinSampler:
 
         Args:
             x0: The starting state [n, ...], which is copied, or None to give ``n``.
-            n: How many chains to start from U(-1, 1).
+            n: How many chains to start from U(-1, 1), or from samples of the setting ``start``.
             shape: The shape of one chain that ``n`` starts, or a list or dict of shapes for a state
                 of several tensors. By default it is the energy's attribute ``shape``.
             seed: Seed of the noise, in [0, 2**64). By default one is drawn from ``generator``.
@@ -349,7 +354,21 @@ class LangevinSampler:
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments except the energy, as a dict."""
-        return self._settings()._asdict()
+        return self._settings()._asdict() | {"start": self.start}
+
+    def starts(self, n: int, *, seed: int, shape: Any = None, first_chain: int = 0) -> Tensor:
+        """The states from which a call with these arguments starts its chains.
+
+        Args:
+            n, shape, seed, first_chain: As in a call.
+
+        Returns:
+            States [n, ...] from U(-1, 1), or enlarged samples of ``start``, in float32.
+
+        Raises:
+            The errors of a call.
+        """
+        return starts(self.energy, self.start, n, shape, seed, first_chain)
 
     def _settings(self) -> Settings:
         return Settings(*(getattr(self, name) for name in Settings._fields))
@@ -363,7 +382,9 @@ class LangevinSampler:
             raise TypeError(
                 f"{_OP}: {name} is an option of a call to the sampler, not of this method"
             )
-        return read_call(self.energy, self._settings(), self._cache, _RESERVED, x0, **options)
+        return read_call(
+            self.energy, self._settings(), self._cache, _RESERVED, self.start, x0, **options
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_graphs": Graphs()}  # every copy, even a shallow one, has its own
@@ -406,6 +427,16 @@ class LangevinSampler:
         if shape is not None:
             zeros = torch.zeros((1, *shape), dtype=torch.float32, device=device or "cpu")
         return explain(self._chain(), zeros, False, self._graphs)
+
+
+def _check_start(start: Any, energy: Callable[..., Tensor]) -> LangevinSampler | None:
+    """The argument ``start``; TypeError or ValueError if it is no sampler of smaller images."""
+    if start is None:
+        return None
+    if not isinstance(start, LangevinSampler):
+        raise TypeError(f"{_OP}: start must be a LangevinSampler or None, got {short(start)}")
+    check_shapes(_OP, getattr(start.energy, "shape", None), getattr(energy, "shape", None))
+    return start
 
 
 # The parameters of a call, the names of those that other methods lack, and of all of any method.

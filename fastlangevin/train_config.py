@@ -53,6 +53,10 @@ class TrainConfig:
         "precision of the network in the chain: fp32, tf32, fp16 or bf16"
     )
     backend: str = _option("backend of the update: auto, native, triton or reference")
+    start: str | None = _option(
+        "coarse to fine: a model of smaller images (a run, a checkpoint, a name or hf:owner/name) "
+        "whose samples, enlarged, chains start from; unset starts them from noise"
+    )
     # learning
     learn_precision: str | None = _option(
         "precision of the network in the update of its weights, which stay float32: fp32, tf32, "

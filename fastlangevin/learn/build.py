@@ -9,7 +9,6 @@ from torch import Tensor
 import fastlangevin.noise as _noise
 from fastlangevin.distributed import Group
 from fastlangevin.energies import ConvEnergy
-from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import indexed
 from fastlangevin.learn.config import TrainConfig, config_names, resolve
@@ -17,6 +16,7 @@ from fastlangevin.learn.custom_energy import import_energy, open_energy
 from fastlangevin.learn.data.datasets import Images
 from fastlangevin.learn.data.load import ImageData, load_images
 from fastlangevin.learn.learner import LEARN_PRECISIONS, ShortRunLearner
+from fastlangevin.learn.model import load
 from fastlangevin.learn.seeds import BUFFER, GRID, WEIGHTS
 from fastlangevin.names import did_you_mean
 from fastlangevin.replay import ReplayBuffer
@@ -72,7 +72,7 @@ def build_learner(
             device=device if group is None or group.world_size == 1 else "cpu",
         )
     return ShortRunLearner(
-        build_sampler(config, energy),
+        build_sampler(config, energy, _load_start(config)),
         data,
         batch_size=config.batch_size,
         lr=config.lr,
@@ -141,9 +141,23 @@ def find_energy(target: str) -> torch.nn.Module:
     return import_energy(target)
 
 
-def build_sampler(config: TrainConfig, energy: torch.nn.Module) -> LangevinSampler:
-    """Build the sampler of a config."""
-    return LangevinSampler(energy, **sampler_settings(config))
+def _load_start(config: TrainConfig) -> LangevinSampler | None:
+    """Load the model of smaller images that chains start from; ValueError if it has no place."""
+    if config.start is None:
+        return None
+    if config.buffer_size:
+        raise ValueError(
+            "start is for chains that start anew in every iteration: leave it out, or set "
+            f"buffer_size to 0, not {config.buffer_size}"
+        )
+    return load(config.start, device=choose_device(config.device))
+
+
+def build_sampler(
+    config: TrainConfig, energy: torch.nn.Module, start: LangevinSampler | None = None
+) -> LangevinSampler:
+    """Build the sampler of a config, with the model that its chains start from."""
+    return LangevinSampler(energy, **sampler_settings(config), start=start)
 
 
 def sampler_settings(config: TrainConfig) -> dict[str, Any]:
@@ -181,8 +195,6 @@ def fingerprint(data: Images) -> dict[str, Any]:
 
 def draw_samples(learner: ShortRunLearner, config: TrainConfig) -> Tensor:
     """Run ``config.samples`` new chains from p0, with the same starts and noise at every call."""
-    sampler = build_sampler(config, learner.model)
+    sampler = build_sampler(config, learner.model, learner.sampler.start)
     seed = _noise.fold_in(config.seed, GRID)
-    shape = (config.samples, *learner.data.shape)
-    x0 = _noise.initial(shape, seed=seed, device=device_of(learner.model))
-    return sampler(x0, seed=seed)
+    return sampler(n=config.samples, shape=learner.data.shape, seed=seed)

@@ -131,7 +131,7 @@ def of_its_version(saved: Mapping[str, Any]) -> dict[str, Any]:
     resumed run keeps it.
     """
     before = None if saved.get("precision") == "bf16" else "auto"
-    return {"learn_precision": before, **saved}
+    return {"learn_precision": before, "start": None, **saved}
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:

@@ -21,11 +21,16 @@ from fastlangevin.gradients.precision import (
     network_autocast,
     network_precision,
 )
-from fastlangevin.learn.checkpoint import iteration_of, read_checkpoint, save_checkpoint
+from fastlangevin.learn.checkpoint import (
+    CheckpointError,
+    iteration_of,
+    read_checkpoint,
+    save_checkpoint,
+)
 from fastlangevin.learn.data.datasets import Data, DatasetImages, Images, as_images, warn_of_range
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.learner_state import LearnerState
-from fastlangevin.learn.model import check_state, describe
+from fastlangevin.learn.model import START, check_state, describe
 from fastlangevin.learn.seeds import ITEMS, PART
 from fastlangevin.learn.shared_buffer import SharedBuffer
 from fastlangevin.learn.split_batch import SplitBatch
@@ -290,8 +295,23 @@ class ShortRunLearner:
         Raises FileNotFoundError, or CheckpointError for a file that does not fit.
         """
         tensors, info = read_checkpoint(path)
+        self._check_start(tensors, info, path)
         self.load_tensors(tensors, iteration_of(info, path), path)
         return info
+
+    def _check_start(self, tensors: dict[str, Tensor], info: dict[str, Any], path: Any) -> None:
+        """Raise CheckpointError unless the checkpoint's chains start from the same samples."""
+        own, header = describe(self.sampler)
+        same = header.get("start") == info.get("start") and all(
+            name in tensors and torch.equal(value.cpu(), tensors[name])
+            for name, value in own.items()
+            if name.startswith(START)
+        )
+        if not same:
+            raise CheckpointError(
+                f"{path} was learned with chains from another start than this learner's: give the "
+                "model that the run began with"
+            )
 
     def _noisy_batch(self) -> Tensor:
         """Return the batch of this iteration, with its noise: a function of (seed, iteration)."""
@@ -322,8 +342,7 @@ class ShortRunLearner:
         if self.buffer is not None:
             return *self.buffer.draw(self.batch_size, self.iteration), seed
         first_chain, n = self._batch.own
-        shape = (n, *self.data.shape)
-        x0 = _noise.initial(shape, seed=seed, first_chain=first_chain, device=self._device)
+        x0 = self.sampler.starts(n, shape=self.data.shape, seed=seed, first_chain=first_chain)
         return None, x0, seed
 
     def _run_chains(

@@ -34,6 +34,7 @@ from fastlangevin.step import choose_backend
 
 _SETTINGS = inspect.signature(LangevinSampler).parameters
 _SUFFIX = ".safetensors"
+START = "start."  # before the names of the tensors of the sampler that chains start from
 
 
 def save(sampler: LangevinSampler, path: str | Path) -> None:
@@ -71,17 +72,36 @@ def save(sampler: LangevinSampler, path: str | Path) -> None:
 def describe(sampler: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the JSON header that describe a sampler without its weights.
 
-    An energy other than a ConvEnergy is described by the name of its class alone.
+    An energy other than a ConvEnergy is described by the name of its class alone. The sampler of
+    smaller images that chains start from is described with its weights.
     """
-    tensors, settings, energy = {}, sampler.settings(), sampler.energy
+    tensors: dict[str, Tensor] = {}
+    settings, energy = sampler.settings(), sampler.energy
+    start = settings.pop("start")
     for name, value in settings.items():
         if isinstance(value, Tensor):
             tensors[f"sampler.{name}"], settings[name] = value, None
-    return tensors, {
+    header = {
         "energy": energy.settings() if isinstance(energy, ConvEnergy) else None,
         "energy_class": class_name(energy),
         "sampler": settings,
     }
+    if start is not None:
+        of_start, header["start"] = _describe_whole(start)
+        tensors |= {f"{START}{name}": value for name, value in of_start.items()}
+    return tensors, header
+
+
+def _describe_whole(start: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors, weights included, and the header of a sampler that chains start from."""
+    if not isinstance(start.energy, ConvEnergy):
+        raise TypeError(
+            "save: the energy of a start must be a ConvEnergy, which a file can describe, got "
+            f"{short(start.energy)}"
+        )
+    tensors, header = describe(start)
+    weights = {f"model.{name}": value for name, value in start.energy.state_dict().items()}
+    return weights | tensors, header
 
 
 def class_name(energy: Any) -> str:
@@ -142,6 +162,19 @@ def load(
     if not isinstance(energy, nn.Module | None):
         raise TypeError(f"load: energy must be an nn.Module, got {short(energy)}")
     tensors, info = read_checkpoint(path)
+    return _load(tensors, info, path, energy, device, averaged, changes)
+
+
+def _load(
+    tensors: Mapping[str, Tensor],
+    info: Mapping[str, Any],
+    path: str | Path,
+    energy: nn.Module | None,
+    device: torch.device | str | None,
+    averaged: bool,
+    changes: Mapping[str, Any],
+) -> LangevinSampler:
+    """Return the sampler of the content of a checkpoint at ``path``; see :func:`load`."""
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
     if energy is None:
         energy = _energy_of_run(info, path)
@@ -152,6 +185,8 @@ def load(
         device = "cpu" if built else device_of(energy) or "cpu"
     device = torch.device(device)
     settings = _saved_settings(info, tensors, device, path)
+    if "start" in info and "start" not in changes:
+        settings["start"] = _load_start(tensors, info["start"], path, device)
     load_weights(energy, tensors, prefix, path, assign=built)
     _warn_of_class(info.get("energy_class"), class_name(energy), path)
     energy.to(device).eval()
@@ -161,9 +196,19 @@ def load(
         raise CheckpointError(f"{path} has invalid settings of the sampler: {error}") from error
     _check_steps(sampler, changes)
     if changes:
-        sampler = LangevinSampler(energy, **settings | changes)
+        sampler = LangevinSampler(energy, **{**settings, **changes})
     _replace_unavailable(sampler, device, changes)
     return sampler
+
+
+def _load_start(
+    tensors: Mapping[str, Tensor], info: Any, path: str | Path, device: torch.device
+) -> LangevinSampler:
+    """Return the sampler that a checkpoint's chains start from."""
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{path} has a damaged header: its start is no model")
+    own = {k.removeprefix(START): v for k, v in tensors.items() if k.startswith(START)}
+    return _load(own, info, path, None, device, True, {})
 
 
 def _saved_settings(
@@ -302,7 +347,8 @@ def export(run: str | Path, out: str | Path, cooldown: int = 0) -> None:
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    weights |= {name: tensor for name, tensor in tensors.items() if name.startswith("sampler.")}
+    kept = ("sampler.", START)
+    weights |= {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
     save_checkpoint(out, weights, {k: v for k, v in info.items() if k not in ("format", "version")})
 
 

@@ -77,16 +77,20 @@ def sample_shards(
 
 def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[str, Any]:
     """Return what the samples depend on, JSON-ready."""
-    energy = sampler.energy
+    plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
+    plan |= {**_identity(sampler), "device": _device(sampler), **VERSIONS}
+    return as_json(plan)
+
+
+def _identity(sampler: LangevinSampler) -> dict[str, Any]:
+    """Return a digest of the weights, and the settings, of a sampler and of its start."""
+    energy, values = sampler.energy, sampler.settings()
+    start = values.pop("start")
     weights = energy.state_dict() if isinstance(energy, torch.nn.Module) else {}
     digest = checksum("", {name: v.detach().cpu().contiguous() for name, v in weights.items()})
-    settings = {
-        name: value.tolist() if isinstance(value, Tensor) else value
-        for name, value in sampler.settings().items()
-    }
-    plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
-    plan |= {"weights": digest, "sampler": settings, "device": _device(sampler), **VERSIONS}
-    return as_json(plan)
+    settings = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
+    identity = {"weights": digest, "sampler": settings}
+    return identity if start is None else identity | {"start": _identity(start)}
 
 
 def _device(sampler: LangevinSampler) -> str:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fastlangevin.noise as _noise
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn.atomic import save_text
-from fastlangevin.learn.build import build_learner, choose_device, draw_samples, fingerprint
+from fastlangevin.learn.build import build_learner, draw_samples, fingerprint
 from fastlangevin.learn.checkpoint import DamagedCheckpointError, checkpoint_path, list_checkpoints
 from fastlangevin.learn.config import TrainConfig, save_config
 from fastlangevin.learn.divergence import DivergedError, DivergenceGuard
@@ -248,8 +247,7 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
     may reach ten times the guard's bound: it is from another batch, and diverged weights exceed
     any bound by far.
     """
-    x0 = _noise.initial((16, *learner.data.shape), seed=config.seed)
-    chain = learner.sampler.diagnose(x0.to(choose_device(config.device)), seed=config.seed)
+    chain = learner.sampler.diagnose(n=16, shape=learner.data.shape, seed=config.seed)
     # A comparison with NaN is false.
     bounded = chain.energy[-1].mean().abs() <= 10 * config.max_energy
     return bool(chain.x.isfinite().all() and bounded)

@@ -93,6 +93,7 @@ OTHER = {
     "noise_order": "before",
     "precision": "bf16",
     "backend": "reference",
+    "start": "digits",
     "learn_precision": "bf16",
     "batch_size": 5,
     "parts": 2,

@@ -115,7 +115,7 @@ def diagnose(
     def report_after(earlier: int) -> Report:
         return lambda _, done, __: report("chains", earlier + done, total)
 
-    x0 = _starts(data, len(data), seed)
+    x0 = _starts(sampler, data, seed)
     samples = sampler(x0, seed=seed)
     report("chains", 1, total)
     layers = layer_residuals(energy, data, samples)
@@ -131,7 +131,7 @@ def diagnose(
 
 def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
     """Return the :class:`Reach` of chains from U(-1, 1), as many as there are data."""
-    x0 = _starts(data, len(data), seed)
+    x0 = _starts(sampler, data, seed)
     chain = sampler.diagnose(x0, seed=seed)
     sizes = [at_step(sampler.step_size, k) for k in range(sampler.steps)]
     noises = [
@@ -161,7 +161,7 @@ def long_run(
     """
     check_count("diagnose", "long", long)
     lo, hi = sampler.clamp or (-1.0, 1.0)
-    x = _starts(data, len(data), seed)
+    x = _starts(sampler, data, seed)
     first = {name: at_step(getattr(sampler, name), 0) for name in ("step_size", "noise_std")}
     of_data = LangevinSampler(sampler.energy, **sampler.settings() | first | {"steps": 1})
     energies = of_data.diagnose(data, seed=seed).energy[0]
@@ -206,7 +206,7 @@ def mixing(
     """
     if check_count("diagnose", "starts", starts) < 2:
         raise ValueError(f"diagnose: starts must be 2 or more, got {starts}")
-    z = _noise.initial((starts, *shape), seed=seed, device=device)
+    z = sampler.starts(starts, shape=shape, seed=seed).to(device)
     ends = []
     for u in range(starts):
         normals = [
@@ -247,6 +247,6 @@ def noisy_batch(
     )
 
 
-def _starts(data: Tensor, n: int, seed: int) -> Tensor:
-    """Draw n starts x_0 ~ U(-1, 1) in the shape of the data."""
-    return _noise.initial((n, *data.shape[1:]), seed=seed, device=data.device)
+def _starts(sampler: LangevinSampler, data: Tensor, seed: int) -> Tensor:
+    """Draw as many of the sampler's starts x_0 as there are data, in their shape."""
+    return sampler.starts(len(data), shape=data.shape[1:], seed=seed).to(data.device)

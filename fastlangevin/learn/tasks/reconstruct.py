@@ -96,7 +96,7 @@ def reconstruct(
     seed = _noise.check_seed(seed)
 
     target = images.repeat_interleave(restarts, 0)
-    z = starts(len(target), shape, seed, images).requires_grad_()
+    z = starts(sampler, len(target), shape, seed, images).requires_grad_()
     kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
     descent = kind([z], lr=lr)
     best = Fit(z.detach(), z.detach(), z.new_full((len(z),), math.inf, requires_grad=False))
@@ -126,12 +126,14 @@ def with_noise(op: str, sampler: LangevinSampler, noise: str) -> LangevinSampler
     return LangevinSampler(sampler.energy, **sampler.settings() | {"noise_std": 0.0})
 
 
-def starts(n: int, shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
-    """Draw n starts from p0 = U(-1, 1) as the sampler does, on the device of ``like``.
+def starts(
+    sampler: LangevinSampler, n: int, shape: tuple[int, ...], seed: int, like: Tensor
+) -> Tensor:
+    """Draw n of the sampler's starts, on the device of ``like``.
 
     They are float64 if ``like`` is, and float32 otherwise.
     """
-    x0 = _noise.initial((n, *shape), seed=seed, device=like.device)
+    x0 = sampler.starts(n, shape=shape, seed=seed).to(like.device)
     return x0.double() if like.dtype == torch.float64 else x0
 
 

@@ -125,7 +125,7 @@ def restore(
             if method == "clamped" and isinstance(operator, Mask)
             else with_data(sampler, target, operator, zeta)
         )
-        x = guided(starts(len(target), shape, seed, y), seed=seed, callback=callback)
+        x = guided(starts(sampler, len(target), shape, seed, y), seed=seed, callback=callback)
     if method != "posterior" and not noise and isinstance(operator, Mask):
         x = operator.fill(x, target)
         mean = None if mean is None else operator.fill(mean, y)

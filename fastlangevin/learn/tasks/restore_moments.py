@@ -49,7 +49,7 @@ def from_moments(
             f"{list(shape)}"
         )
     target = y.repeat_interleave(answers, 0)
-    x0 = starts(max(samples, len(target)), shape, seed, y)
+    x0 = starts(sampler, max(samples, len(target)), shape, seed, y)
     ends = sampler(x0, seed=seed, callback=callback)
     of_model = moments(ends[:samples])
     conditional = Conditional(of_model, operator, noise, ends.dtype)

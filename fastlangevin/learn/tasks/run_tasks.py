@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import fastlangevin.noise as _noise
 from fastlangevin.gradients.modules import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images
@@ -122,8 +121,7 @@ def interpolate_run(
     run_config(run)  # raises an error for a checkpoint without data before any work
     rows: Summary = []
     if images is None:
-        shape = (2 * (8 if n is None else n), *_shape(sampler))
-        z = _noise.initial(shape, seed=seed, device=device_of(sampler.energy))
+        z = sampler.starts(2 * (8 if n is None else n), shape=_shape(sampler), seed=seed)
     else:
         source, truth = _held_out(run, sampler, images, n, images_per_item=2, on_corrupt=on_corrupt)
         best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()

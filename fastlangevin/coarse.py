@@ -1,0 +1,51 @@
+"""Coarse to fine: chains that start from the enlarged samples of a model of smaller images."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+import fastlangevin.noise as _noise
+
+_START = 2**42  # folded into a seed, for the noise of the chains of smaller images
+
+
+def check_shapes(op: str, small: Sequence[int] | None, shape: Sequence[int] | None) -> None:
+    """Raise ValueError unless images of the shape ``small`` can be enlarged to ``shape``.
+
+    None is a shape that is not known yet.
+    """
+    for whose, sizes in (("the start's", small), ("the energy's", shape)):
+        if sizes is not None and (len(sizes) != 3 or not all(isinstance(s, int) for s in sizes)):
+            raise ValueError(
+                f"{op}: a start needs images [C, H, W], but {whose} shape is {sizes!r}"
+            )
+    if small is None or shape is None:
+        return
+    if small[0] != shape[0] or small[1] > shape[1] or small[2] > shape[2]:
+        raise ValueError(
+            f"{op}: the start's images {list(small)} must have the channels of the energy's "
+            f"{list(shape)}, and at most its size"
+        )
+
+
+def enlarged_samples(
+    op: str,
+    start: Callable[..., Tensor],
+    shape: Sequence[int],
+    n: int,
+    seed: int,
+    first_chain: int,
+    device: torch.device | None,
+) -> Tensor:
+    """Return n samples of ``start``, kept in [-1, 1] and enlarged to images of ``shape``.
+
+    Row i is a function of (seed, first_chain + i). Each pixel is interpolated linearly between its
+    nearest neighbours in the samples.
+    """
+    samples: Any = start(n=n, seed=_noise.fold_in(seed, _START), first_chain=first_chain)
+    check_shapes(op, tuple(samples.shape[1:]), shape)
+    small = samples.clamp(-1.0, 1.0).contiguous()
+    return interpolate(small, size=tuple(shape[1:]), mode="bilinear").to(device or "cpu")

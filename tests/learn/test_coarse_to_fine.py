@@ -1,0 +1,153 @@
+"""Learning coarse to fine: chains that start from a model of smaller images."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+import fastlangevin as fl
+from fastlangevin.learn import ShortRunLearner, TrainConfig, resolve, train
+from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint
+from fastlangevin.learn.model import export
+from fastlangevin.learn.sample_shards import sample_shards
+from tests.learn.train_shared import SETTINGS, CutError, assert_same_end, cut_at
+
+FINE = {**SETTINGS, "size": 16, "buffer_size": 0, "reinit": 0.0, "iterations": 6}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on images of 8 x 8."""
+    out = tmp_path_factory.mktemp("coarse") / "small"
+    train(resolve("paper-cifar10", {**SETTINGS, "data": "digits", "iterations": 3}), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def config(small: Path) -> TrainConfig:
+    return resolve("paper-cifar10", {**FINE, "data": "digits", "start": str(small)})
+
+
+@pytest.fixture(scope="module")
+def fine(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("coarse") / "fine"
+    train(config, out)
+    return out
+
+
+def test_an_iteration_equals_the_plain_loop_from_enlarged_samples(small: Path) -> None:
+    start = fl.load(small)
+    images = fl.noise.uniform((9, 1, 16, 16), seed=1, step=0) * 2 - 1
+    energy = fl.ConvEnergy(1, 16, width=4)
+    sampler = fl.LangevinSampler(energy, steps=2, start=start)
+    learner = ShortRunLearner(sampler, images, batch_size=5, data_noise=0.0, seed=3)
+    seed = fl.noise.fold_in(3, 0)
+    coarse = start(n=5, seed=fl.noise.fold_in(seed, 2**42)).clamp(-1, 1)
+    x0 = interpolate(coarse, scale_factor=2, mode="bilinear")
+    with torch.no_grad():
+        samples = fl.LangevinSampler(energy, steps=2)(x0, seed=seed)
+        expected = energy(samples).mean()
+    assert learner.step().energy_samples == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_run_is_loaded_with_its_start(fine: Path, small: Path, tmp_path: Path) -> None:
+    sampler = fl.load(fine)
+    assert sampler.start is not None
+    whole = sampler(n=3, seed=5)
+    assert torch.equal(sampler.start(n=3, seed=5), fl.load(small)(n=3, seed=5))
+    export(fine, tmp_path / "exported.safetensors")
+    fl.save(sampler, tmp_path / "saved.safetensors")
+    for name in ("exported", "saved"):
+        assert torch.equal(fl.load(tmp_path / f"{name}.safetensors")(n=3, seed=5), whole)
+    other = fl.load(fine, start=None)
+    assert other.start is None
+    assert not torch.equal(other(n=3, seed=5), whole)
+    assert fl.load(fine, steps=7).start is not None
+
+
+def test_three_levels_are_saved_in_one_file(fine: Path, tmp_path: Path) -> None:
+    sampler = fl.LangevinSampler(fl.ConvEnergy(1, 32, width=4), steps=2, start=fl.load(fine))
+    fl.save(sampler, tmp_path / "three.safetensors")
+    again = fl.load(tmp_path / "three.safetensors")
+    assert torch.equal(again(n=2, seed=1), sampler(n=2, seed=1))
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_a_run_that_is_cut_ends_as_one_that_is_not(
+    k: int, config: TrainConfig, fine: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CutError):
+        train(config, tmp_path / "run", report=cut_at(k))
+    train(config, tmp_path / "run", resume=True)
+    assert_same_end(tmp_path / "run", fine)
+
+
+def test_a_run_is_not_resumed_from_another_start(
+    config: TrainConfig, small: Path, tmp_path: Path
+) -> None:
+    """The folder of the coarse run has been trained again."""
+    moving = tmp_path / "small"
+    first = resolve("paper-cifar10", {**SETTINGS, "data": "digits", "iterations": 3})
+    train(first, moving)
+    settings = dataclasses.replace(config, start=str(moving))
+    with pytest.raises(CutError):
+        train(settings, tmp_path / "run", report=cut_at(4))
+    train(dataclasses.replace(first, seed=99), moving, overwrite=True)
+    with pytest.raises(CheckpointError, match="chains from another start than this learner's"):
+        train(settings, tmp_path / "run", resume=True)
+
+
+def test_a_learner_without_a_start_refuses_a_checkpoint_that_has_one(fine: Path) -> None:
+    images = torch.zeros(4, 1, 16, 16)
+    learner = ShortRunLearner(fl.load(fine, start=None), images, batch_size=2)
+    learner.energy.requires_grad_(True)
+    with pytest.raises(CheckpointError, match="another start"):
+        learner.load(read_path(fine))
+
+
+def read_path(run: Path) -> Path:
+    return sorted((run / "checkpoints").iterdir())[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "nowhere"}, "nowhere does not exist"),
+        ({"buffer_size": 8}, "start is for chains that start anew"),
+        ({"size": 8, "start": "cifar10"}, r"start's images \[3, 32, 32\] must have"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_an_error_before_any_work(
+    changes: dict[str, object], message: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(dataclasses.replace(config, **changes), tmp_path / "run")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_starts_that_a_file_can_describe_are_saved(tmp_path: Path) -> None:
+    class Plain(torch.nn.Module):
+        shape = (1, 8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.square().flatten(1).sum(1)
+
+    sampler = fl.LangevinSampler(
+        fl.ConvEnergy(1, 16, width=4), start=fl.LangevinSampler(Plain(), steps=1)
+    )
+    with pytest.raises(TypeError, match="the energy of a start must be a ConvEnergy"):
+        fl.save(sampler, tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_sample_files_of_another_start_are_not_continued(
+    fine: Path, small: Path, tmp_path: Path
+) -> None:
+    sampler = fl.load(fine)
+    sample_shards(sampler, 4, tmp_path / "out", seed=1, per_file=2)
+    _, info = read_checkpoint(small)
+    other = fl.load(fine, start=fl.load(small, steps=info["sampler"]["steps"] + 1))
+    with pytest.raises((ValueError, FileExistsError), match="start"):
+        sample_shards(other, 4, tmp_path / "out", seed=1, per_file=2)
