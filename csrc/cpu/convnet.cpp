@@ -31,7 +31,7 @@ void pack_pass(const ConvKernels& kernels, bool pairs, const ConvPass& pass, int
   const int lanes = kernels.lanes, whole = lanes * kernels.vectors;
   const int64_t step = pairs ? 2 : 1, steps = (pass.in + step - 1) / step;
   const int64_t rows = pass.rows.size(), blocks = (pass.out + whole - 1) / whole;
-  const int64_t planes = pass.matrix.planes, all = pass.taps.size() * pass.steps * planes;
+  const int64_t planes = pass.matrix.planes, all = pass.tap_count() * pass.steps * planes;
   constexpr int64_t kFew = 4;
   packed += pass.weights;
   parallel_for(blocks, threads, [&](int64_t first, int64_t last) {

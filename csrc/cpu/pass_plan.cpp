@@ -83,7 +83,8 @@ ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBu
   }
   for (int y = 0; y < layer.kernel[0]; ++y) {
     for (int x = 0; x < layer.kernel[1]; ++x) {
-      pass.taps.push_back(y * layer.dilation[0] * in.row + x * layer.dilation[1] * in.pixel);
+      pass.taps.push_back(in.distance(in.residue(first_read(layer, 1, 0)), y * layer.dilation[0],
+                                      x * layer.dilation[1]));
       pass.rows.push_back(y * layer.kernel[1] + x);
     }
   }
@@ -132,17 +133,24 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
     for (int rx = 0; rx < std::min(layer.stride[1], in.width); ++rx) {
       ConvPass pass{layer.out, layer.in};
       for (int y = ry; y < in.height; y += layer.stride[0]) {
-        for (int x = rx; x < in.width; x += layer.stride[1]) {
-          pass.from.push_back(out.at(y / layer.stride[0], x / layer.stride[1]));
-          pass.to.push_back(in.at(y, x));
-          pass.y.push_back(y), pass.x.push_back(x);
+        for (int phase = 0; phase < out.phases; ++phase) {
+          const int first = rx + phase * layer.stride[1], step = out.phases * layer.stride[1];
+          for (int x = first; x < in.width; x += step) {
+            pass.from.push_back(out.at(y / layer.stride[0], x / layer.stride[1]));
+            pass.to.push_back(in.at(y, x));
+            pass.y.push_back(y), pass.x.push_back(x);
+            if (out.phases > 1) pass.residues.push_back(out.residue(x / layer.stride[1]));
+          }
         }
       }
       const std::vector<Reach> downs = reaches(layer, 0, ry), alongs = reaches(layer, 1, rx);
-      for (const Reach& down : downs) {
-        for (const Reach& along : alongs) {
-          pass.taps.push_back(down.offset * out.row + along.offset * out.pixel);
-          pass.rows.push_back(down.kernel * layer.kernel[1] + along.kernel);
+      pass.phases = out.phases;
+      for (int residue = 0; residue < out.phases; ++residue) {
+        for (const Reach& down : downs) {
+          for (const Reach& along : alongs) {
+            pass.taps.push_back(out.distance(residue, down.offset, along.offset));
+            if (residue == 0) pass.rows.push_back(down.kernel * layer.kernel[1] + along.kernel);
+          }
         }
       }
       if (lanes > 0 && adjacent(layer, 0) && adjacent(layer, 1)) {
