@@ -104,7 +104,8 @@ void group_columns(ConvNet& net) {
   for (size_t v = net.direct ? 1 : 0; v < net.buffers.size(); ++v) {
     ConvBuffer& buffer = net.buffers[v];
     int stride = 0;
-    bool grouped = (buffer.of_part ? net.part : net.chunk) % kTileRows != 0;
+    const int64_t chains = buffer.of_part ? net.part : net.chunk;
+    bool grouped = chains > 1 && chains % kTileRows != 0;
     for (const ConvLayer& layer : net.layers) {
       if (layer.inputs[0] != int(v) && layer.inputs[1] != int(v)) continue;
       grouped = grouped && layer.kind != LayerKind::kTransposed;

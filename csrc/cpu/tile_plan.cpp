@@ -143,13 +143,14 @@ double product_cycles(const ConvNet& net) {
   double cycles = net.spread.pixel > 0 ? vector_cycles(net.spread.products) : 0;
   for (size_t k = 0; k < net.layers.size(); ++k) {
     const LayerPlan& plan = net.plans[k];
-    const int64_t chains = k < net.leading ? net.part : net.chunk;
+    // The last part of a chunk may have fewer chains, and takes as long.
+    const int64_t parts = k < net.leading ? (net.chunk + net.part - 1) / net.part : 1;
     const auto add = [&](const std::vector<ConvPass>& passes, int value) {
       if (passes.empty()) return;
       // Splitting a vector of numbers into planes takes some 16 cycles.
       if (net.planes > 1) cycles += net.buffers[value].size;
       for (const ConvPass& pass : passes) {
-        cycles += pass.matrix.rows > 0 ? tile_cycles(pass) / chains : vector_cycles(pass);
+        cycles += pass.matrix.rows > 0 ? parts * tile_cycles(pass) / net.chunk : vector_cycles(pass);
       }
     };
     add(plan.forward, net.layers[k].inputs[0]);
