@@ -42,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         chains = functools.partial(sampler, images[:batch].clone(), seed=0)
         runs = {"iteration": learner.step, "chains": chains}
-        samplers = {
-            name: timing.timed(run, torch.device("cpu")) for name, run in runs.items()
-        }
+        samplers = {name: timing.timed(run, torch.device("cpu")) for name, run in runs.items()}
         timing.interleave(samplers, 1)  # the engine is chosen in the first call
         seconds = timing.interleave(samplers, options.rounds)
         shares = [a / b for a, b in zip(seconds["chains"], seconds["iteration"], strict=True)]

@@ -267,10 +267,22 @@ struct Chunk : ChunkLayers<N> {
       for (int64_t n = 0; n < chains; ++n) collect(first, n);
       return;
     }
+    const auto place = [&](int64_t at, int down, int along) {
+      const int64_t in_chain = at % buffer.chain;
+      return grad_of(first + at / buffer.chain, in_chain / buffer.row - buffer.top + down,
+                     in_chain % buffer.row / buffer.pixel - buffer.left + along);
+    };
+    if (net.plans[0].backward.front().quads) {
+      return pull(0, 0, [&](int64_t to, int channel, Float sum) {
+        const int count = std::min<int>(kLanes, 4 * buffer.channels - channel);
+        for (int k = 0; k < count; ++k) {
+          const int pixel = (channel + k) / buffer.channels, c = (channel + k) % buffer.channels;
+          place(to - channel, pixel / 2, pixel % 2)[c * batch.grad_strides[1]] = sum[k];
+        }
+      });
+    }
     const auto each = [&](int64_t to, int channel, Float sum) {
-      const int64_t at = to - channel, in_chain = at % buffer.chain;
-      float* grad = grad_of(first + at / buffer.chain, in_chain / buffer.row - buffer.top,
-                            in_chain % buffer.row / buffer.pixel - buffer.left);
+      float* grad = place(to - channel, 0, 0);
       const int count = std::min<int>(kLanes, buffer.channels - channel);
       for (int c = 0; c < count; ++c) grad[(channel + c) * batch.grad_strides[1]] = sum[c];
     };

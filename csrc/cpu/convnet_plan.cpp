@@ -310,6 +310,9 @@ ConvNet plan_leading(std::vector<ConvLayer> layers, int channels, int height, in
       plan.forward = {plan_forward(layer, in, out, direct ? 0 : tiled)};
       plan.backward = plan_backward(layer, in, out, direct ? 0 : tiled);
       if (direct && !kernels.tiles) plan_spread(layer, out, lanes, plan.backward, net.spread);
+      if (direct && kernels.tiles && fits_quads(layer, in, lanes)) {
+        plan.backward = {plan_quads(layer, in, out)};
+      }
       place(plan.forward.front(), in, out);
       if (direct && net.spread.pixel > 0) {
         place(net.spread.products, out, out);

@@ -153,6 +153,7 @@ struct ConvPass {
   std::vector<int32_t> rows{};        // the kernel's positions ky * kw + kx, in order
   int64_t steps = 0;      // words to multiply from each tap on: those of its channels, and
                           // of further positions that are adjacent in memory
+  bool quads = false;     // writes 2 x 2 pixels, whose channels it computes as if of one
   int64_t weights = 0;    // where the packed weights begin, in words
   WinogradTiles tiles{};  // if they are used, taps, rows and steps are not
   MatrixTiles matrix{};   // of kernels for a matrix unit

@@ -167,6 +167,69 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
   return passes;
 }
 
+std::vector<int> quad_reach(const ConvLayer& layer, int axis) {
+  std::vector<int> distances;
+  for (int pixel = 0; pixel < 2; ++pixel) {
+    for (int k = 0; k < layer.kernel[axis]; ++k) {
+      distances.push_back(pixel + layer.padding[axis] - k * layer.dilation[axis]);
+    }
+  }
+  std::sort(distances.begin(), distances.end());
+  distances.erase(std::unique(distances.begin(), distances.end()), distances.end());
+  return distances;
+}
+
+bool fits_quads(const ConvLayer& layer, const ConvBuffer& in, int64_t columns) {
+  const bool whole = in.height % 2 == 0 && in.width % 2 == 0 && layer.stride[0] == 1 &&
+                     layer.stride[1] == 1 && !one_output(layer) && 4 * layer.in <= columns;
+  const size_t taps = quad_reach(layer, 0).size() * quad_reach(layer, 1).size();
+  return whole && taps < 4 * size_t(layer.kernel[0]) * layer.kernel[1];
+}
+
+ConvPass plan_quads(const ConvLayer& layer, const ConvBuffer& in, const ConvBuffer& out) {
+  ConvPass pass{layer.out, 4 * layer.in};
+  pass.quads = true, pass.phases = out.phases;
+  for (int y = 0; y < in.height; y += 2) {
+    for (int x = 0; x < in.width; x += 2) {
+      pass.from.push_back(out.at(y, x)), pass.to.push_back(in.at(y, x));
+      if (out.phases > 1) pass.residues.push_back(out.residue(x));
+    }
+  }
+  for (int residue = 0; residue < out.phases; ++residue) {
+    for (const int down : quad_reach(layer, 0)) {
+      for (const int along : quad_reach(layer, 1)) {
+        if (residue == 0) pass.rows.push_back(pass.taps.size());
+        pass.taps.push_back(out.distance(residue, down, along));
+      }
+    }
+  }
+  return pass;
+}
+
+std::vector<float> quad_weights(const ConvLayer& layer, const float* weights) {
+  const std::vector<int> downs = quad_reach(layer, 0), alongs = quad_reach(layer, 1);
+  const int64_t taps = downs.size() * alongs.size(), kernel = layer.kernel[0] * layer.kernel[1];
+  std::vector<float> all(int64_t{layer.out} * 4 * layer.in * taps, 0.0f);
+  // The kernel's position that reaches a pixel from an output at this distance, or -1.
+  const auto position = [&](int axis, int pixel, int distance) {
+    const int reach = pixel + layer.padding[axis] - distance, k = reach / layer.dilation[axis];
+    return reach >= 0 && reach % layer.dilation[axis] == 0 && k < layer.kernel[axis] ? k : -1;
+  };
+  for (int64_t o = 0; o < layer.out; ++o) {
+    for (int64_t c = 0; c < 4 * layer.in; ++c) {
+      const int pixel = static_cast<int>(c / layer.in);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int ky = position(0, pixel / 2, downs[tap / alongs.size()]);
+        const int kx = position(1, pixel % 2, alongs[tap % alongs.size()]);
+        if (ky < 0 || kx < 0) continue;
+        all[(o * 4 * layer.in + c) * taps + tap] =
+            weights[(o * layer.in + c % layer.in) * kernel + ky * layer.kernel[1] + kx];
+      }
+    }
+  }
+  return all;
+}
+
 void plan_steps(const ConvBuffer& in, int step, ConvPass& pass) {
   const int channels = static_cast<int>(round_up(pass.in, step));
   pass.steps = channels / step;

@@ -150,7 +150,8 @@ double product_cycles(const ConvNet& net) {
       // Splitting a vector of numbers into planes takes some 16 cycles.
       if (net.planes > 1) cycles += net.buffers[value].size;
       for (const ConvPass& pass : passes) {
-        cycles += pass.matrix.rows > 0 ? parts * tile_cycles(pass) / net.chunk : vector_cycles(pass);
+        cycles +=
+            pass.matrix.rows > 0 ? parts * tile_cycles(pass) / net.chunk : vector_cycles(pass);
       }
     };
     add(plan.forward, net.layers[k].inputs[0]);

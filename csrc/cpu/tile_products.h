@@ -78,12 +78,21 @@ FASTLANGEVIN_INLINE void each_product(const F& f) {
   if constexpr (kProduct + 1 < kMostProducts) each_product<kSplit, kProduct + 1>(f);
 }
 
+// More weights than this do not stay in the second-level cache from one chunk of chains to the
+// next.
+constexpr int64_t kCachedWeights = 1 << 20;
+
+// Weights to fetch into the second-level cache: `lines` for each part, `ahead` of those in use.
+struct Ahead {
+  int64_t ahead, lines;
+};
+
 // Sets or adds to sums [kM tiles][row][kN * kColumns] the products of some parts. Registers 0 to 3
 // hold sums, 4 and 5 values, and 6 and 7 weights.
 template <int kM, int kN, int kSplit>
 void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* from,
                     const int32_t* const* taps, int64_t apart, int64_t first, int64_t count,
-                    const float* w, bool add, float* sums) {
+                    const float* w, Ahead next, bool add, float* sums) {
   constexpr int kWidth = kN * kColumns;
   constexpr int64_t kRowBytes = kWidth * sizeof(float);
   const int64_t rows = pass.matrix.rows, stride = pass.matrix.stride * sizeof(uint16_t);
@@ -101,7 +110,11 @@ void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* f
   });
   const int64_t plane = pass.steps * kWidth;
   w += first * kSplit * plane;
+  constexpr int64_t kLine = 64 / sizeof(float);
   for (int64_t part = first; part < first + count; ++part, w += kSplit * plane) {
+    for (int64_t k = 0; k < next.lines; ++k) {
+      __builtin_prefetch(w + next.ahead + k * kLine, 0, 2);
+    }
     each_product<kSplit>([&](auto product, auto new_values, auto new_weights) {
       const int64_t at = kPlanes[product][0] * apart;
       const float* weights = w + kPlanes[product][1] * plane;
@@ -162,7 +175,12 @@ void run_tile_block(Tiles& tiles, const ConvPass& pass, const Planes& planes, in
   const uint16_t* from[kTileGroup];
   const int32_t* taps[kTileGroup];
   alignas(64) float sums[kTileGroup * kTileRows * kWidth];
+  // The first tiles meet weights that are in no cache but the third. Each pair of tiles fetches a
+  // share of those that follow.
+  const int64_t part_size = kSplit * pass.steps * kWidth, share = part_size / (kTileGroup / 2);
+  const bool far = parts * part_size * pass.out / kWidth * sizeof(float) > kCachedWeights;
   for (int64_t next = 0; next < all;) {
+    const int64_t lines = far && next == 0 ? share * sizeof(float) / 64 : 0;
     int count = 0;
     for (; next < all && count < kTileGroup; ++next) {
       const int32_t* chain = matrix.chain.data() + next * rows;
@@ -173,14 +191,17 @@ void run_tile_block(Tiles& tiles, const ConvPass& pass, const Planes& planes, in
     if (parts == 0) std::fill_n(sums, count * rows * kWidth, 0.0f);
     for (int64_t part = 0; part < parts; part += kParts) {
       const int64_t some = std::min(kParts, parts - part);
-      int k = 0;
-      for (; k + 2 <= count; k += 2) {
-        multiply_parts<2, kN, kSplit>(tiles, pass, from + k, taps + k, planes.apart, part, some,
-                                      weights, part > 0, sums + k * rows * kWidth);
-      }
-      if (k < count) {
-        multiply_parts<1, kN, kSplit>(tiles, pass, from + k, taps + k, planes.apart, part, some,
-                                      weights, part > 0, sums + k * rows * kWidth);
+      for (int k = 0; k < count; k += 2) {
+        const auto multiply = [&](auto kM) {
+          multiply_parts<kM, kN, kSplit>(tiles, pass, from + k, taps + k, planes.apart, part, some,
+                                         weights, {kParts * part_size + k / 2 * share, lines},
+                                         part > 0, sums + k * rows * kWidth);
+        };
+        if (k + 2 <= count) {
+          multiply(std::integral_constant<int, 2>{});
+        } else {
+          multiply(std::integral_constant<int, 1>{});
+        }
       }
     }
     finish_tiles<kN>(pass, numbers, count, chains, first, sums, finish);

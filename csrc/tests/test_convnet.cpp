@@ -460,6 +460,7 @@ int main() {
       stack({2, 6, 5}, {{260, 1, 1, 0}, {3, 5, 2, 4}}),
       stack({2, 1, 1}, {{40, 1, 1, 0}, {1, 1, 1, 0}}),
       stack({3, 4, 4}, {{9, 3, 1, 1}, {17, 4, 1, 0}, {3, 1, 1, 0}}),
+      stack({2, 4, 6}, {{9, 5, 1, 2}, {20, 3, 3, 1}}),  // columns in groups of three
       stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
       residual(),
       constants(),
