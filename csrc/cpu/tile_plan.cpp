@@ -113,7 +113,7 @@ void plan_matrix(const ConvBuffer& in, const ConvBuffer& out, int64_t chains, Co
 namespace {
 
 // Parts of the processor's highest speed, estimated and not measured by this code. With them, six
-// products by tiles take 0.57, 0.43 and 0.40 of the time of vectors for the paper's networks of
+// products by tiles take 0.46, 0.39 and 0.38 of the time of vectors for the paper's networks of
 // width 16, 32 and 64. The last is for products by vectors that are no Winograd products.
 constexpr double kByTiles = 0.8, kByWinograd = 0.45, kByVectors = 0.75;
 

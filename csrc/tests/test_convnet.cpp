@@ -1,4 +1,5 @@
 // Input gradients of conv nets against plain loops in double, with buffers of exact size.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -311,7 +312,7 @@ void check_tiles(const Case& test, Operands operands) {
     CHECK(check(test, chunk % 2 + 1, chunk, operands) == expected);
   }
   // Parts of a chunk: of 3 and 2 chains, of 4 and 1, and parts without chains.
-  for (size_t leading = 1; leading <= may_lead(test); ++leading) {
+  for (size_t leading = 1; leading <= std::min<size_t>(4, may_lead(test)); ++leading) {
     CHECK(check(test, 1, leading % 2 ? 5 : 17, operands, leading) == expected);
   }
 }

@@ -40,7 +40,7 @@ _FEW, _FEW_BYTES = 4, 2**24
 _VECTOR_CHUNK, _LARGE_VECTOR_CHUNK, _LARGE_BYTES = 24, 48, 2**22
 # Chains are the rows of AMX's tiles, which have 16; of networks on vectors, three tiles are filled.
 # Values of 16 chains that are in the third-level cache cost less than rows that are empty.
-_TILE_CHUNK, _TILE_VECTOR_CHUNK, _TILE_CHUNK_BYTES = 16, 48, 2**23
+_TILE_CHUNK, _TILE_VECTOR_CHUNK, _TILE_CHUNK_BYTES = 16, 48, 2**24
 _MAX_POSITIONS = 256  # of a window: bfloat16 holds them exactly
 _MAX_ELEMENTS = 2**31 - 2**16
 _BLOCK_SECONDS = 0.05  # of a call that takes many steps; interrupts wait for its end
