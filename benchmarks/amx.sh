@@ -41,17 +41,20 @@ stage tests 60 "$python" -m pytest -v -p no:cacheprovider "${only[@]}" \
 stage limits 15 "$python" -m benchmarks.limits --device cpu --out "$out" "${quick[@]}"
 
 # A round takes some 6 s at width 64, most of it in the loop.
+chosen=(--steps 5 --seconds 10)
+[ -z "$dry" ] || chosen=(--variants "explicit fp32")
 for threads in 1 2; do
     stage "chains-$threads" $((105 - 25 * threads)) "$python" -m benchmarks.chain --threads "$threads" \
-        --steps 5 --seconds 10 --batches 64 --out "$out/chain-$threads" "${quick[@]}"
+        --batches 64 --out "$out/chain-$threads" "${chosen[@]}" "${quick[@]}"
 done
-chosen=(--variants "explicit bf16" "fused bf16" "fused tf32" "fused fp32")
+chosen=(--steps 5 --seconds 2 --variants "explicit bf16" "fused bf16" "fused tf32" "fused fp32")
 [ -z "$dry" ] || chosen=(--variants "explicit fp32")
-stage small-batches 35 "$python" -m benchmarks.chain --threads 1 --steps 5 --seconds 2 \
-    --batches 4 16 --out "$out/small-batches" "${chosen[@]}" "${quick[@]}"
-stage networks 60 "$python" -m benchmarks.networks --precision bf16 --threads 1 --steps 5 \
-    --seconds 1 --only residual "wide residual, label" "MLP 2-128-128-1" \
-    --json "$out/networks-cpu.json" "${quick[@]}"
+stage small-batches 35 "$python" -m benchmarks.chain --threads 1 --batches 4 16 \
+    --out "$out/small-batches" "${chosen[@]}" "${quick[@]}"
+chosen=(--steps 5 --seconds 1 --precision bf16 --only residual "wide residual, label" "MLP 2-128-128-1")
+[ -z "$dry" ] || chosen=(--seconds 0 --only "MLP 2-128-128-1")
+stage networks 60 "$python" -m benchmarks.networks --threads 1 --json "$out/networks-cpu.json" \
+    "${chosen[@]}" "${quick[@]}"
 for threads in 1 2; do
     stage "iteration-$threads" 50 "$python" -m benchmarks.iteration --threads "$threads" --rounds 3 \
         --out "$out/iteration-$threads" "${quick[@]}"
