@@ -81,7 +81,10 @@ void place_pixels(const ConvNet& net, bool direct, ConvBuffer& buffer) {
       round_up(buffer.row * (buffer.top + buffer.height + buffer.bottom), lanes * step);
   // The rows of tiles are the chains of a pixel, which are next to each other.
   buffer.chain = tiled ? buffer.stored : all;
-  const int64_t memory = tiled ? all : all * chains;
+  // The last part of a chunk may have fewer chains, and reads as many as the others all the same.
+  const int64_t parts = (net.chunk + net.part - 1) / net.part;
+  const int64_t beyond = buffer.of_part ? 0 : (parts * net.part - net.chunk) * buffer.chain;
+  const int64_t memory = tiled ? all + beyond : all * chains;
   buffer.size = of_chain(net, memory);
   buffer.part = buffer.of_part ? memory : net.part * buffer.chain;
 }
