@@ -1,7 +1,7 @@
 """How long does a step of a chain take, including the network? Ours and the peers, interleaved.
 
     python -m benchmarks.chain --out DIR [--device cpu|cuda] [--threads 2] [--only width-32]
-        [--variants "fused fp16" ...] [--seconds 60] [--compile] [--quick]
+        [--batches 4 16] [--variants "fused fp16" ...] [--seconds 60] [--compile] [--quick]
 
 writes DIR/chain-DEVICE.json: seconds per step, ratios to the paper's loop taken round by round, the
 share of the rate of torch's matrix product, and the memory of one step by counting allocations.
@@ -34,8 +34,9 @@ from fastlangevin.roofline import cost, matrix_rate
 # since LeakyReLU's kinks alone turn the rounding of TF32 into 2 to 3 % of a gradient.
 LIMITS = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}
 ENGINES = ("autograd", "explicit", "fused")
-# In float32 without the matrix unit, which "fused fp32" uses where this is estimated to be faster.
+# Without the matrix unit, which "fused fp32" uses where this is estimated to be faster.
 BY_VECTORS = "fused fp32 by vectors"
+BFLOAT16_BY_VECTORS = "fused bf16 by vectors"
 STEP_SIZE, NOISE_STD = 1.0, 0.01
 _CPU_CASES = ((64, 64), (32, 64), (16, 64), (8, 16))
 _CUDA_CASES = tuple((width, batch) for batch in (64, 256, 1024) for width in (64, 32, 128))
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out / f"chain-{device.type}.json", "chain", device=device.type,
         threads=torch.get_num_threads(), quick=options.quick,
     )  # fmt: skip
-    for case in cases(device, options.quick):
+    for case in cases(device, options.quick, options.batches):
         if options.only not in str(case):
             continue
         file.add(*measure(case, options.steps, options.seconds, options.compile, options.variants))
@@ -80,10 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"wrote {file.path}")
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
+def cases(device: torch.device, quick: bool, batches: Sequence[int] = ()) -> list[Case]:
     if quick:
-        return [Case(2, 4, 8, device)]
+        return [Case(2, batch, 8, device) for batch in batches or (4,)]
     shapes = _CUDA_CASES if device.type == "cuda" else _CPU_CASES
+    if batches:
+        shapes = tuple((width, batch) for batch in batches for width in (64, 32, 16))
     return [Case(width, batch, 32, device) for width, batch in shapes]
 
 
@@ -117,8 +120,8 @@ def variants(case: Case, steps: int, compiled: bool) -> dict[str, Callable[[], A
             sampler = fl.LangevinSampler(energy, steps, precision=precision, gradient=gradient)
             name = f"{gradient} {precision or 'fp32'}"
             runs[name] = functools.partial(sampler, x, seed=0)
-            if name == "fused fp32" and tiles:
-                runs[BY_VECTORS] = functools.partial(_by_vectors, sampler, x)
+            if name in ("fused fp32", "fused bf16") and tiles:
+                runs[f"{name} by vectors"] = functools.partial(_by_vectors, sampler, x)
     return runs
 
 
@@ -201,7 +204,8 @@ def check(case: Case, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         options = {"gradient": gradient, "precision": precision}
         sampler = fl.LangevinSampler(energy, 1, STEP_SIZE, 0.0, **options)
         try:
-            stepped = _by_vectors(sampler, x) if name == BY_VECTORS else sampler(x, seed=0)
+            vectors = name in (BY_VECTORS, BFLOAT16_BY_VECTORS)
+            stepped = _by_vectors(sampler, x) if vectors else sampler(x, seed=0)
         except Exception:  # "measure" meets it again, and writes it down
             continue
         deviation = float((stepped - exact).norm() / (exact - x).norm())
@@ -212,7 +216,7 @@ def check(case: Case, names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _precision(name: str) -> str | None:
     """The precision of a variant; "fp32" in a name stands for torch's own, which is None."""
-    last = name.split()[-1]
+    last = name.removesuffix(" by vectors").split()[-1]
     return last if last in ("bf16", "fp16", "tf32") else None
 
 
@@ -240,6 +244,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("chain", quick="one tiny network; takes seconds")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's")
     parser.add_argument("--only", default="", help="cases by part of their name: width-32-batch-64")
+    parser.add_argument("--batches", type=int, nargs="+", default=(), help="instead of the cases'")
     parser.add_argument(
         "--variants",
         nargs="+",

@@ -11,6 +11,7 @@
 
 #include "cpu/chain.h"
 #include "cpu/convnet.h"
+#include "cpu/huge_pages.h"
 #include "cpu/signs.h"
 #include "cpu/step.h"
 #include "cpu/tile_permission.h"
@@ -370,6 +371,7 @@ PYBIND11_MODULE(_native, module) {
       .def_readonly("packed", &fl::ConvNet::packed)
       .def_readonly("workspace", &fl::ConvNet::workspace)
       .def_readonly("scratch", &fl::ConvNet::scratch)
+      .def_readonly("leading", &fl::ConvNet::leading)
       .def_readonly("head_values", &fl::ConvNet::head_values)
       .def_property_readonly("heads", &fl::head_places)
       .def_readonly("constant_values", &fl::ConvNet::constants)
@@ -395,6 +397,7 @@ PYBIND11_MODULE(_native, module) {
       .def_readonly("saving", &fl::Convolution::saving)
       .def("pack", &fl::pack_convolution)
       .def("run", &fl::convolve);
+  module.def("ask_for_huge_pages", &fl::cpu::ask_for_huge_pages);
   module.def("watch_methods", &fl::watch_methods);
   module.def("instruction_set", [] { return fl::cpu::instruction_set(); });
   module.def("choose_instruction_set", &fl::cpu::choose_instruction_set, py::arg("name"));

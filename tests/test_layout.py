@@ -22,7 +22,7 @@ FLOORS = [
         "timing",
     ),
     ("distributed", "noise", "energies"),
-    ("anneal", "replay", "step"),
+    ("anneal", "coarse", "replay", "step"),
     ("gradients",),
     ("chain", "roofline"),
     ("adjoint",),

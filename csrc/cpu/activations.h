@@ -45,12 +45,12 @@ FASTLANGEVIN_INLINE Vector::Float log1p(Vector::Float v) {
 // to its derivative there. The derivative of a piecewise linear activation follows from the sign of
 // its value, so that only the value is stored.
 struct Identity {
-  static constexpr bool kSmooth = false;
+  static constexpr bool kSmooth = false, kLeaky = false;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float&) const { return z; }
 };
 
 struct LeakyReLU {
-  static constexpr bool kSmooth = false;
+  static constexpr bool kSmooth = false, kLeaky = true;
   float leak;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float&) const {
     return z > 0.0f ? z : z * leak;
@@ -59,14 +59,14 @@ struct LeakyReLU {
 
 // The product of a leak of 0 and an infinity would be NaN.
 struct ReLU {
-  static constexpr bool kSmooth = false;
+  static constexpr bool kSmooth = false, kLeaky = true;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float&) const {
     return z <= 0.0f ? Vector::Float{} : z;
   }
 };
 
 struct SiLU {
-  static constexpr bool kSmooth = true;
+  static constexpr bool kSmooth = true, kLeaky = false;
   float beta;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     const Vector::Float s = 1.0f / (1.0f + exponential(z * -beta)), y = z * s;
@@ -76,7 +76,7 @@ struct SiLU {
 };
 
 struct Sigmoid {
-  static constexpr bool kSmooth = true;
+  static constexpr bool kSmooth = true, kLeaky = false;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     const Vector::Float s = 1.0f / (1.0f + exponential(-z));
     slope = s * (1.0f - s);
@@ -85,7 +85,7 @@ struct Sigmoid {
 };
 
 struct Softplus {
-  static constexpr bool kSmooth = true;
+  static constexpr bool kSmooth = true, kLeaky = false;
   float beta, threshold;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     const Vector::Float t = z * beta, e = exponential(t > 0.0f ? -t : t);
@@ -98,7 +98,7 @@ struct Softplus {
 };
 
 struct ELU {
-  static constexpr bool kSmooth = true;
+  static constexpr bool kSmooth = true, kLeaky = false;
   float alpha;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     const Vector::Float e = exponential(z) * alpha;
@@ -108,7 +108,7 @@ struct ELU {
 };
 
 struct Tanh {
-  static constexpr bool kSmooth = true;
+  static constexpr bool kSmooth = true, kLeaky = false;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     const Vector::Float y = 1.0f - 2.0f / (1.0f + exponential(z + z));
     slope = 1.0f - y * y;
@@ -132,7 +132,7 @@ FASTLANGEVIN_INLINE Vector::Float scaled_erfc(Vector::Float v) {
 }
 
 struct GELU {
-  static constexpr bool kSmooth = true;
+  static constexpr bool kSmooth = true, kLeaky = false;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     const Vector::Float e = exponential(z * z * -0.5f);
     const Vector::Float half = scaled_erfc((z < 0.0f ? -z : z) * 0.707106781f) * e * 0.5f;
@@ -144,7 +144,7 @@ struct GELU {
 
 // z (1 + tanh(u)) / 2 for u = k (z + 0.044715 z^3), where (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)).
 struct GELUTanh {
-  static constexpr bool kSmooth = true;
+  static constexpr bool kSmooth = true, kLeaky = false;
   FASTLANGEVIN_INLINE Vector::Float operator()(Vector::Float z, Vector::Float& slope) const {
     constexpr float kTwice = 1.595769122f, kCube = 0.044715f;
     const Vector::Float square = z * z;
@@ -195,6 +195,36 @@ void with_slope(Activation activation, const float* settings, const typename N::
   }
   const float leak = settings[0];
   f([=](Float grad, int64_t at) { return N::load(values + at) > 0.0f ? grad : grad * leak; });
+}
+
+// Signs of values of leaky ReLU are bits, in the order of the values. A set bit stands for a
+// derivative of 1. This is computed from the value that is stored, as in with_slope.
+FASTLANGEVIN_INLINE void store_signs(uint8_t* signs, int64_t at, Vector::Float value, float leak) {
+  using Int = Vector::Int;
+  const uint32_t bits = Vector::mask(leak == 0.0f ? ~(Int)(value <= 0.0f) : (Int)(value > 0.0f));
+  uint8_t* to = signs + at / 8;
+  if constexpr (kLanes >= 8) {
+    std::memcpy(to, &bits, kLanes / 8);
+  } else {
+    const int shift = at % 8;
+    *to = static_cast<uint8_t>((*to & ~(15u << shift)) | bits << shift);
+  }
+}
+
+FASTLANGEVIN_INLINE Vector::Int load_signs(const uint8_t* signs, int64_t at) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, signs + at / 8, kLanes >= 8 ? kLanes / 8 : 1);
+  return Vector::lanes(kLanes >= 8 ? bits : bits >> at % 8);
+}
+
+// The form of with_slope for leaky ReLU's signs.
+template <class F>
+void with_signs(float leak, const uint8_t* signs, const F& f) {
+  using Float = Vector::Float;
+  if (leak == 0.0f) {
+    return f([=](Float grad, int64_t at) { return load_signs(signs, at) ? grad : Float{}; });
+  }
+  f([=](Float grad, int64_t at) { return load_signs(signs, at) ? grad : grad * leak; });
 }
 
 }  // namespace

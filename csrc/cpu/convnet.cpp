@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/step.h"
+#include "cpu/pass_plan.h"
 #include "cpu/winograd_plan.h"
 
 namespace fastlangevin {
@@ -31,7 +32,7 @@ void pack_pass(const ConvKernels& kernels, bool pairs, const ConvPass& pass, int
   const int lanes = kernels.lanes, whole = lanes * kernels.vectors;
   const int64_t step = pairs ? 2 : 1, steps = (pass.in + step - 1) / step;
   const int64_t rows = pass.rows.size(), blocks = (pass.out + whole - 1) / whole;
-  const int64_t planes = pass.matrix.planes, all = pass.taps.size() * pass.steps * planes;
+  const int64_t planes = pass.matrix.planes, all = pass.tap_count() * pass.steps * planes;
   constexpr int64_t kFew = 4;
   packed += pass.weights;
   parallel_for(blocks, threads, [&](int64_t first, int64_t last) {
@@ -142,6 +143,13 @@ void pack_conv(const ConvNet& net, size_t k, const float* weights, int threads, 
     pack(net.spread.products, [&](int64_t o, int64_t i) -> const float* {
       const float* all = i < positions * layer.in ? at(o, i % layer.in) : nullptr;
       return all ? all + i / layer.in : nullptr;
+    });
+  } else if (plan.backward.front().quads) {
+    const std::vector<float> quads = quad_weights(layer, weights);
+    const int64_t taps = plan.backward.front().rows.size();
+    pack(plan.backward.front(), [&](int64_t o, int64_t i) -> const float* {
+      if (o >= layer.out || i >= 4 * layer.in) return nullptr;
+      return quads.data() + (o * 4 * layer.in + i) * taps;
     });
   } else {
     for (const ConvPass& pass : plan.backward) pack(pass, at);

@@ -55,6 +55,11 @@ const char* instruction_set(const ConvKernels& kernels);
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
                      const std::vector<int32_t>& heads, Operands operands, int64_t chunk);
 
+// The same with this number of leading layers, for kernels with tiles. No number depends on it.
+ConvNet plan_leading(std::vector<ConvLayer> layers, int channels, int height, int width,
+                     const std::vector<int32_t>& heads, Operands operands, int64_t chunk,
+                     size_t leading);
+
 // Plans a convolution that reads images of this size or, if it is a gradient, writes them. What it
 // writes has whole vectors of channels.
 Convolution plan_convolution(const ConvLayer& layer, int height, int width, bool gradient);

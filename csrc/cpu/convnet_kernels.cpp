@@ -15,13 +15,21 @@ namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
 namespace {
 
-// The passes of one chunk of chains through the network.
+// Whether leading layers may take a part of a chunk at a time.
+#ifdef FASTLANGEVIN_TILES
+constexpr bool kByParts = true;
+#else
+constexpr bool kByParts = false;
+#endif
+
+// The passes of one chunk of chains through the network, or of a part of one.
 template <class N>
 struct Chunk : ChunkLayers<N> {
   using Layers = ChunkLayers<N>;
   using Type = typename N::Type;
   using Layers::at, Layers::batch, Layers::chains, Layers::each_pixel, Layers::finish_pixel;
-  using Layers::grads, Layers::net, Layers::values, Layers::workspace;
+  using Layers::grads, Layers::net, Layers::signs, Layers::slopes, Layers::values;
+  using Layers::workspace;
 
   // Memory of the thread that belongs to no chain: that of the spread products, whose frame stays
   // zero, and that of the tiles.
@@ -33,7 +41,8 @@ struct Chunk : ChunkLayers<N> {
 
   // What the passes of a convolution read.
   auto source(const Type* from, const ConvBuffer& in, const ConvBuffer& out) const {
-    return prepare(Ends<N>{from, in.chain, out.chain}, batch.chunk * in.size, net.planes, tiles());
+    return prepare(Ends<N>{from, in.chain, out.chain}, in, chains, batch.chunk, net.planes,
+                   tiles());
   }
 
   void read(int64_t first) const {
@@ -66,18 +75,26 @@ struct Chunk : ChunkLayers<N> {
     const ConvLayer& layer = net.layers[k];
     if (layer.kind == LayerKind::kConstant) return;
     const LayerPlan& plan = net.plans[k];
-    const ConvBuffer& out = net.buffers[k + 1];
     const float* bias = batch.packed + plan.bias;
+    const float* settings = batch.packed + plan.settings;
     Type* values = this->values(k + 1);
-    with_activation(layer.activation, batch.packed + plan.settings, [&](const auto& activation) {
-      const int64_t slopes = activation.kSmooth ? at(out.slopes) - values : 0;
+    uint8_t* signs = this->signs(k + 1);
+    with_activation(layer.activation, settings, [&](const auto& activation) {
+      const int64_t slopes = activation.kSmooth ? this->slopes(k + 1) - values : 0;
       const auto each = [=](int64_t to, int channel, Float result) {
         Float slope;
         const Float z = result + Vector::load(bias + channel);
         N::store(values + to, activation(z, slope));
         if constexpr (activation.kSmooth) N::store(values + to + slopes, slope);
       };
-      compute(k, each);
+      if (signs == nullptr) return compute(k, each);
+      if constexpr (kByParts && activation.kLeaky) {
+        const float leak = settings[0];
+        compute(k, [=](int64_t to, int channel, Float result) {
+          each(to, channel, result);
+          store_signs(signs, to, N::load(values + to), leak);
+        });
+      }
     });
   }
 
@@ -148,7 +165,8 @@ struct Chunk : ChunkLayers<N> {
     const Activation activation = v > 0 ? net.layers[v - 1].activation : Activation::kIdentity;
     const float* settings = v > 0 ? batch.packed + net.plans[v - 1].settings : nullptr;
     Type* grads = this->grads(v);
-    const Type *values = this->values(v), *slopes = at(net.buffers[v].slopes);
+    const Type *values = this->values(v), *slopes = this->slopes(v);
+    const uint8_t* signs = this->signs(v);
     const auto arrive = [&](const auto& times_slope) {
       if (arrival.add) {
         f([=](int64_t to, int, Float part) {
@@ -159,6 +177,9 @@ struct Chunk : ChunkLayers<N> {
       }
     };
     if (!arrival.last) return arrive([](Float part, int64_t) { return part; });
+    if constexpr (kByParts) {
+      if (signs != nullptr) return with_signs(settings[0], signs, arrive);
+    }
     with_slope<N>(activation, settings, values, slopes, arrive);
   }
 
@@ -246,10 +267,22 @@ struct Chunk : ChunkLayers<N> {
       for (int64_t n = 0; n < chains; ++n) collect(first, n);
       return;
     }
+    const auto place = [&](int64_t at, int down, int along) {
+      const int64_t in_chain = at % buffer.chain;
+      return grad_of(first + at / buffer.chain, in_chain / buffer.row - buffer.top + down,
+                     in_chain % buffer.row / buffer.pixel - buffer.left + along);
+    };
+    if (net.plans[0].backward.front().quads) {
+      return pull(0, 0, [&](int64_t to, int channel, Float sum) {
+        const int count = std::min<int>(kLanes, 4 * buffer.channels - channel);
+        for (int k = 0; k < count; ++k) {
+          const int pixel = (channel + k) / buffer.channels, c = (channel + k) % buffer.channels;
+          place(to - channel, pixel / 2, pixel % 2)[c * batch.grad_strides[1]] = sum[k];
+        }
+      });
+    }
     const auto each = [&](int64_t to, int channel, Float sum) {
-      const int64_t at = to - channel, in_chain = at % buffer.chain;
-      float* grad = grad_of(first + at / buffer.chain, in_chain / buffer.row - buffer.top,
-                            in_chain % buffer.row / buffer.pixel - buffer.left);
+      float* grad = place(to - channel, 0, 0);
       const int count = std::min<int>(kLanes, buffer.channels - channel);
       for (int c = 0; c < count; ++c) grad[(channel + c) * batch.grad_strides[1]] = sum[c];
     };
@@ -268,7 +301,8 @@ struct Chunk : ChunkLayers<N> {
     float* products = this->products();
     const Ends<N> ends{grads(1) + n * net.buffers[1].chain, 0, 0};
     const auto each = [&](int64_t to, int, Float sum) { Vector::store(products + to, sum); };
-    run(net.spread.products, prepare(ends, 0, 1, tiles()), 1, batch.packed, each, tiles());
+    const auto source = prepare(ends, net.buffers[1], 1, 1, 1, tiles());
+    run(net.spread.products, source, 1, batch.packed, each, tiles());
     const int64_t channel = batch.grad_strides[1];
     float* chain = batch.grad + (first + n) * batch.grad_strides[0];
     // Several pixels at a time, since each is one chain of dependent additions.
@@ -301,17 +335,30 @@ struct Chunk : ChunkLayers<N> {
 template <class N>
 void score(const ConvNet& net, const ConvBatch& batch, int64_t first, int64_t last,
            void* workspace) {
-  const size_t top = net.layers.size();
+  const size_t top = net.layers.size(), leading = net.leading, bottom = net.direct;
+  auto* memory = static_cast<typename N::Type*>(workspace);
+  const int64_t part = leading > 0 ? net.part : batch.chunk;
   for (; first < last; first += batch.chunk) {
-    const Chunk<N> chunk{{net, batch, static_cast<typename N::Type*>(workspace),
-                          std::min(last - first, batch.chunk)}};
-    chunk.read(first);
+    const Chunk<N> chunk{{net, batch, memory, std::min(last - first, batch.chunk)}};
+    const auto each_part = [&](const auto& f) {
+      for (int64_t begin = 0; begin < chunk.chains; begin += part) {
+        f(Chunk<N>{{net, batch, memory, std::min(chunk.chains - begin, part), begin}},
+          first + begin);
+      }
+    };
     chunk.read_constants(first);
-    for (size_t k = 0; k < top; ++k) chunk.forward(k);
+    each_part([&](const Chunk<N>& chains, int64_t at) {
+      chains.read(at);
+      for (size_t k = 0; k < leading; ++k) chains.forward(k);
+    });
+    for (size_t k = leading; k < top; ++k) chunk.forward(k);
     if (batch.energies != nullptr) chunk.energies(first);
     chunk.begin_gradients();
-    for (size_t k = top; k-- > size_t{net.direct};) chunk.backward(k);
-    chunk.write(first);
+    for (size_t k = top; k-- > std::max(leading, bottom);) chunk.backward(k);
+    each_part([&](const Chunk<N>& chains, int64_t at) {
+      for (size_t k = leading; k-- > bottom;) chains.backward(k);
+      chains.write(at);
+    });
   }
 }
 

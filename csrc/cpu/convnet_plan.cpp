@@ -4,6 +4,7 @@
 #include "cpu/convnet.h"
 #include "cpu/pass_plan.h"
 #include "cpu/tile_plan.h"
+#include "cpu/tiles.h"
 
 namespace fastlangevin {
 namespace cpu {
@@ -59,21 +60,72 @@ int64_t padded(int64_t channels, int lanes) {
 // The channels that are multiplied at a time.
 int step_of(Operands operands) { return operands == Operands::kFloat32 ? 1 : 2; }
 
+// The numbers for each chain of a chunk, if all have this many.
+int64_t of_chain(const ConvNet& net, int64_t numbers) {
+  return round_up((numbers + net.chunk - 1) / net.chunk,
+                  net.kernels->lanes * step_of(net.operands));
+}
+
 // Chooses the strides and the size of a buffer.
 void place_pixels(const ConvNet& net, bool direct, ConvBuffer& buffer) {
+  const int64_t chains = buffer.of_part ? net.part : net.chunk;
   const int lanes = net.kernels->lanes, step = step_of(net.operands);
   const bool tiled = net.kernels->tiles && !direct;
   // No vector is written to a state that one convolution reads, a number or pair at a time.
   buffer.stored = direct  ? round_up(buffer.channels, step)
                   : tiled ? tiled_channels(buffer.channels)
                           : padded(buffer.channels, lanes);
-  buffer.pixel = tiled ? tiled_pixel(buffer.stored, net.chunk) : buffer.stored;
-  buffer.row = buffer.pixel * (buffer.left + buffer.width + buffer.right);
-  buffer.size = buffer.row * (buffer.top + buffer.height + buffer.bottom);
-  if (tiled) buffer.size = (buffer.size + net.chunk - 1) / net.chunk;
-  buffer.size = round_up(buffer.size, lanes * step);
+  buffer.pixel = tiled ? tiled_pixel(buffer.stored, chains) : buffer.stored;
+  buffer.row = buffer.pixel * round_up(buffer.left + buffer.width + buffer.right, buffer.phases);
+  const int64_t all =
+      round_up(buffer.row * (buffer.top + buffer.height + buffer.bottom), lanes * step);
   // The rows of tiles are the chains of a pixel, which are next to each other.
-  buffer.chain = tiled ? buffer.stored : buffer.size;
+  buffer.chain = tiled ? buffer.stored : all;
+  // The last part of a chunk may have fewer chains, and reads as many as the others all the same.
+  const int64_t parts = (net.chunk + net.part - 1) / net.part;
+  const int64_t beyond = buffer.of_part ? 0 : (parts * net.part - net.chunk) * buffer.chain;
+  const int64_t memory = tiled ? all + beyond : all * chains;
+  buffer.size = of_chain(net, memory);
+  buffer.part = buffer.of_part ? memory : net.part * buffer.chain;
+}
+
+// Finds the values that leading layers alone read, of whose chains none but those of a part are
+// there at a time.
+void find_values_of_parts(ConvNet& net) {
+  for (size_t v = 0; v <= net.leading; ++v) net.buffers[v].of_part = net.leading > 0;
+  for (size_t k = net.leading; k < net.layers.size(); ++k) {
+    for (const int value : net.layers[k].inputs) {
+      if (value >= 0) net.buffers[value].of_part = false;
+    }
+  }
+  for (const ConvHead& head : net.heads) net.buffers[head.value].of_part = false;
+}
+
+// Groups the columns of values that convolutions of one stride read, where the rows of a tile are
+// pixels. Passes at other strides then read pixels of every residue apart, which must be as many.
+void group_columns(ConvNet& net) {
+  for (size_t v = net.direct ? 1 : 0; v < net.buffers.size(); ++v) {
+    ConvBuffer& buffer = net.buffers[v];
+    int stride = 0;
+    const int64_t chains = buffer.of_part ? net.part : net.chunk;
+    bool grouped = chains > 1 && chains % kTileRows != 0;
+    for (const ConvLayer& layer : net.layers) {
+      if (layer.inputs[0] != int(v) && layer.inputs[1] != int(v)) continue;
+      grouped = grouped && layer.kind != LayerKind::kTransposed;
+      if (layer.kind != LayerKind::kConv) continue;
+      if (stride == 0) stride = layer.stride[1];
+      grouped = grouped && layer.stride[1] == stride;
+    }
+    if (v > 0) {
+      const ConvLayer& from = net.layers[v - 1];
+      const int width = from.inputs[0] < 0 ? 0 : net.buffers[from.inputs[0]].width;
+      grouped = grouped && from.kind != LayerKind::kTransposed;
+      if (from.kind == LayerKind::kConv) {
+        grouped = grouped && stride > 0 && width % (from.stride[1] * stride) == 0;
+      }
+    }
+    if (grouped && stride > 1 && buffer.height * buffer.width > 1) buffer.phases = stride;
+  }
 }
 
 // Chooses where the values, slopes and gradients of every buffer are.
@@ -84,6 +136,9 @@ void place_buffers(ConvNet& net, const std::vector<int>& parts) {
     place_pixels(net, v == 0 && net.direct, buffer);
     const auto reserve = [&](int64_t size) { return (net.workspace += size) - size; };
     const auto take = [&] { return reserve(buffer.size); };
+    // Of all parts of a chunk, whose values take each other's place.
+    const int64_t all_parts = (net.chunk + net.part - 1) / net.part * buffer.part;
+    const auto keep = [&](int64_t numbers) { return reserve(of_chain(net, numbers)); };
     buffer.values = buffer.grads = take();
     bool kept = false;
     for (const ConvLayer& layer : net.layers) {
@@ -92,7 +147,10 @@ void place_buffers(ConvNet& net, const std::vector<int>& parts) {
     }
     if (v > 0) {
       const Activation activation = net.layers[v - 1].activation;
-      if (is_smooth(activation)) buffer.slopes = take();
+      if (is_smooth(activation)) buffer.slopes = buffer.of_part ? keep(all_parts) : take();
+      if (activation == Activation::kLeakyReLU && buffer.of_part) {
+        buffer.signs = keep(all_parts / (32 / of_word));
+      }
       if (net.layers[v - 1].kind == LayerKind::kMaxPool) buffer.choices = take();
       if (net.layers[v - 1].kind == LayerKind::kNorm) {
         buffer.statistics = reserve(2 * round_up(buffer.channels, lanes) * of_word);
@@ -110,8 +168,8 @@ void place_buffers(ConvNet& net, const std::vector<int>& parts) {
 int64_t place_pass(const ConvKernels& kernels, ConvPass& pass, int64_t& packed) {
   const WinogradTiles& tiles = pass.tiles;
   pass.weights = packed;
-  packed += (tiles.used() ? tiles.products() : int64_t(pass.taps.size())) * pass.steps *
-            pass.matrix.planes * round_up(pass.out, kernels.lanes);
+  packed += (tiles.used() ? tiles.products() : pass.tap_count()) * pass.steps * pass.matrix.planes *
+            round_up(pass.out, kernels.lanes);
   if (!tiles.used()) return 0;
   return tiles.products() * tiles.block * (tiles.row + kernels.vectors * kernels.lanes);
 }
@@ -145,17 +203,63 @@ Convolution plan_convolution(const ConvLayer& layer, int height, int width, bool
   return conv;
 }
 
+namespace {
+
+// The most chains of a part. Rows of tiles are then pixels of one chain or of several.
+constexpr int64_t kPart = 4;
+// Values of a chunk that need more bytes than this do not stay in the second-level cache, together
+// with the weights, until the next layer reads them.
+constexpr int64_t kCachedBytes = 1 << 19;
+
+// How many layers may run by parts: those whose values are too large for the cache, and whose
+// weights, which every part reads, are not. Of their values, the backward pass must not need more
+// than slopes and signs.
+size_t leading_layers(const ConvNet& net) {
+  const int64_t parts = (net.chunk + kPart - 1) / kPart;
+  const int64_t bytes = net.operands == Operands::kBFloat16 ? 2 : 4;
+  size_t count = 0;
+  for (const ConvLayer& layer : net.layers) {
+    const bool conv = layer.kind == LayerKind::kConv || layer.kind == LayerKind::kTransposed;
+    if (!conv && layer.kind != LayerKind::kPointwise && layer.kind != LayerKind::kMix) break;
+    const int64_t values = net.buffers[layer.inputs[0]].size * net.chunk * bytes;
+    const int64_t weights =
+        conv ? 2 * net.planes * layer.in * layer.out * layer.kernel[0] * layer.kernel[1] : 0;
+    if (count > 0 && values < std::max(kCachedBytes, parts * weights)) break;
+    ++count;
+  }
+  // Where a single layer would run by parts, no values would be read sooner.
+  return parts > 1 && count > 1 ? count : 0;
+}
+
+}  // namespace
+
 ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, int width,
                      const std::vector<int32_t>& heads, Operands operands, int64_t chunk) {
+  ConvNet net = plan_leading(layers, channels, height, width, heads, operands, chunk, 0);
+  const size_t leading = net.kernels->tiles ? leading_layers(net) : 0;
+  if (leading == 0) return net;
+  ConvNet other =
+      plan_leading(std::move(layers), channels, height, width, heads, operands, chunk, leading);
+  // Parts do not pay if they leave rows of tiles empty.
+  return product_cycles(other) <= 1.05 * product_cycles(net) ? other : net;
+}
+
+ConvNet plan_leading(std::vector<ConvLayer> layers, int channels, int height, int width,
+                     const std::vector<int32_t>& heads, Operands operands, int64_t chunk,
+                     size_t leading) {
   const ConvKernels& kernels = conv_kernels(operands);
   if (!kernels.tiles && operands != Operands::kBFloat16) operands = Operands::kFloat32;
   const int64_t planes = operands == Operands::kBFloat16x6   ? 3
                          : operands == Operands::kBFloat16x3 ? 2
                                                              : 1;
   const int lanes = kernels.lanes, step = step_of(operands);
+  // Parts of one size, as far as possible.
+  const int64_t parts = leading > 0 ? (chunk + kPart - 1) / kPart : 1;
   ConvNet net{&kernels,
               operands,
               chunk,
+              (chunk + parts - 1) / parts,
+              leading,
               planes,
               std::move(layers),
               {{height, width, channels}},
@@ -181,6 +285,8 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     readers += value == 0;
   }
   net.direct = readers == 1 && net.layers.front().kind == LayerKind::kConv;
+  find_values_of_parts(net);
+  if (kernels.tiles) group_columns(net);
   place_buffers(net, plan_arrivals(net));
   for (ConvHead& head : net.heads) {
     const ConvBuffer& buffer = net.buffers[head.value];
@@ -188,9 +294,10 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     net.head_values += int64_t{buffer.height} * buffer.width * buffer.stored;
   }
   int64_t tiled_numbers = 0;
+  int64_t chains = chunk;
   const auto place = [&](ConvPass& pass, const ConvBuffer& from, const ConvBuffer& to) {
     if (!pass.tiles.used()) plan_steps(from, step, pass);
-    if (kernels.tiles) plan_matrix(from, to, chunk, pass);
+    if (kernels.tiles) plan_matrix(from, to, chains, pass);
     pass.matrix.planes = planes;
     tiled_numbers = std::max(tiled_numbers, place_pass(kernels, pass, net.packed));
   };
@@ -199,12 +306,16 @@ ConvNet plan_convnet(std::vector<ConvLayer> layers, int channels, int height, in
     LayerPlan& plan = net.plans[k];
     const ConvBuffer &in = net.buffers[std::max(layer.inputs[0], 0)], &out = net.buffers[k + 1];
     const int tiled = operands == Operands::kFloat32 ? lanes : 0;
+    chains = k < leading ? net.part : chunk;
     if (layer.kind == LayerKind::kConv) {
       const bool direct = k == 0 && net.direct;
       // Transforms read whole vectors of channels, which the state may not have.
       plan.forward = {plan_forward(layer, in, out, direct ? 0 : tiled)};
       plan.backward = plan_backward(layer, in, out, direct ? 0 : tiled);
       if (direct && !kernels.tiles) plan_spread(layer, out, lanes, plan.backward, net.spread);
+      if (direct && kernels.tiles && fits_quads(layer, in, lanes)) {
+        plan.backward = {plan_quads(layer, in, out)};
+      }
       place(plan.forward.front(), in, out);
       if (direct && net.spread.pixel > 0) {
         place(net.spread.products, out, out);

@@ -13,6 +13,7 @@
 // kernel has the size of its input.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -78,10 +79,26 @@ struct ConvBuffer {
   int64_t values = 0;
   int64_t grads = 0;        // the gradient before the activation; may take the place of the values
   int64_t slopes = -1;      // the derivatives of a smooth activation
+  int64_t signs = -1;       // bits for leaky ReLU, where the values are those of one part
   int64_t choices = -1;     // the positions that a maximum was found at
   int64_t statistics = -1;  // of kNorm, in float32: the mean and scale of every channel
+  bool of_part = false;     // the values and gradients are those of one part of a chunk at a time
+  int64_t part = 0;         // elements between the parts of a chunk in all that is kept of them
 
-  int64_t at(int64_t y, int64_t x) const { return (y + top) * row + (x + left) * pixel; }
+  // Columns are in groups of the same residue modulo this, so that those that a convolution of this
+  // stride reads for neighbouring outputs are next to each other.
+  int32_t phases = 1;
+
+  int64_t place(int64_t column) const {
+    return phases == 1 ? column : column % phases * (row / pixel / phases) + column / phases;
+  }
+  int64_t at(int64_t y, int64_t x) const { return (y + top) * row + place(x + left) * pixel; }
+  int64_t residue(int64_t x) const { return (x + left) % phases; }
+  // How far a pixel is from one whose column has this residue.
+  int64_t distance(int64_t residue, int64_t down, int64_t along) const {
+    const int64_t column = residue + int64_t{phases} * (1 << 20);
+    return down * row + (place(column + along) - place(column)) * pixel;
+  }
 };
 
 // A pass by S. Winograd's minimal filtering (A. Lavin and S. Gray, "Fast Algorithms for
@@ -114,6 +131,7 @@ struct WinogradTiles {
 struct MatrixTiles {
   int64_t rows = 0, stride = 0;  // of every tile
   std::vector<int64_t> from{};   // where the first row of each tile reads
+  std::vector<int64_t> taps{};   // where the taps of each tile's residue begin in pass.taps
   std::vector<int64_t> to{};     // where each row writes; -1 if the tile before it has it, too
   std::vector<int32_t> chain{};  // of each row
   int64_t words = 0;             // of a tap
@@ -129,13 +147,18 @@ struct ConvPass {
   int64_t in, out;                    // channels
   std::vector<int32_t> from{}, to{};  // where every pixel of a chain reads and where it writes
   std::vector<int32_t> y{}, x{};      // of an input gradient: the pixel that it writes
-  std::vector<int32_t> taps{};
-  std::vector<int32_t> rows{};  // the kernel's positions ky * kw + kx, in order
-  int64_t steps = 0;            // words to multiply from each tap on: those of its channels, and
-                                // of further positions that are adjacent in memory
-  int64_t weights = 0;          // where the packed weights begin, in words
-  WinogradTiles tiles{};        // if they are used, taps, rows and steps are not
-  MatrixTiles matrix{};         // of kernels for a matrix unit
+  std::vector<int32_t> taps{};        // for each residue
+  std::vector<int32_t> residues{};    // of every pixel; all 0 if this is empty
+  int32_t phases = 1;                 // how many residues there are
+  std::vector<int32_t> rows{};        // the kernel's positions ky * kw + kx, in order
+  int64_t steps = 0;      // words to multiply from each tap on: those of its channels, and
+                          // of further positions that are adjacent in memory
+  bool quads = false;     // writes 2 x 2 pixels, whose channels it computes as if of one
+  int64_t weights = 0;    // where the packed weights begin, in words
+  WinogradTiles tiles{};  // if they are used, taps, rows and steps are not
+  MatrixTiles matrix{};   // of kernels for a matrix unit
+
+  int64_t tap_count() const { return taps.size() / phases; }  // of one residue
 };
 
 // An input gradient with so few channels that vectors of them would consist mostly of padding. The
@@ -191,6 +214,8 @@ struct ConvNet {
   const cpu::ConvKernels* kernels;  // the kernels that the plan is for
   Operands operands;
   int64_t chunk;   // the chains of a chunk, which a layout for tiles depends on
+  int64_t part;    // the chains of a chunk that the leading layers take at a time
+  size_t leading;  // how many layers these are; 0 if all layers take a whole chunk
   int64_t planes;  // bfloat16 numbers that tiles split a number into
   std::vector<ConvLayer> layers;
   std::vector<ConvBuffer> buffers;  // of the state and of every layer's output

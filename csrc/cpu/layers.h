@@ -12,8 +12,8 @@ namespace fastlangevin {
 namespace FASTLANGEVIN_ISA {
 namespace {
 
-// One chunk of chains. A layer computes its results, before its bias and activation, or its part in
-// the gradient of a value that it reads, and passes them to `finish`.
+// One chunk of chains, or a part of one. A layer computes its results, before its bias and
+// activation, or its part in the gradient of a value that it reads, and passes them to `finish`.
 template <class N>
 struct ChunkLayers {
   using Type = typename N::Type;
@@ -22,10 +22,24 @@ struct ChunkLayers {
   const ConvBatch& batch;
   Type* workspace;
   int64_t chains;
+  int64_t begin = 0;  // the first chain, if these are a part of a chunk
 
   Type* at(int64_t place) const { return workspace + place * batch.chunk; }
-  Type* values(int v) const { return at(net.buffers[v].values); }
-  Type* grads(int v) const { return at(net.buffers[v].grads); }
+  Type* values(int v) const { return at(net.buffers[v].values) + shift(net.buffers[v]); }
+  Type* grads(int v) const { return at(net.buffers[v].grads) + shift(net.buffers[v]); }
+  Type* slopes(int v) const { return at(net.buffers[v].slopes) + kept_shift(net.buffers[v]); }
+  // Null if the signs are those of the values.
+  uint8_t* signs(int v) const {
+    const ConvBuffer& buffer = net.buffers[v];
+    if (buffer.signs < 0) return nullptr;
+    return reinterpret_cast<uint8_t*>(at(buffer.signs)) + kept_shift(buffer) / 8;
+  }
+
+  // Where the chains of this part begin in a buffer, and in what is kept of it.
+  int64_t shift(const ConvBuffer& buffer) const {
+    return buffer.of_part ? 0 : begin * buffer.chain;
+  }
+  int64_t kept_shift(const ConvBuffer& buffer) const { return begin / net.part * buffer.part; }
 
   template <class Each>
   void each_pixel(const ConvBuffer& buffer, const Each& each) const {

@@ -83,7 +83,8 @@ ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBu
   }
   for (int y = 0; y < layer.kernel[0]; ++y) {
     for (int x = 0; x < layer.kernel[1]; ++x) {
-      pass.taps.push_back(y * layer.dilation[0] * in.row + x * layer.dilation[1] * in.pixel);
+      pass.taps.push_back(in.distance(in.residue(first_read(layer, 1, 0)), y * layer.dilation[0],
+                                      x * layer.dilation[1]));
       pass.rows.push_back(y * layer.kernel[1] + x);
     }
   }
@@ -132,17 +133,24 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
     for (int rx = 0; rx < std::min(layer.stride[1], in.width); ++rx) {
       ConvPass pass{layer.out, layer.in};
       for (int y = ry; y < in.height; y += layer.stride[0]) {
-        for (int x = rx; x < in.width; x += layer.stride[1]) {
-          pass.from.push_back(out.at(y / layer.stride[0], x / layer.stride[1]));
-          pass.to.push_back(in.at(y, x));
-          pass.y.push_back(y), pass.x.push_back(x);
+        for (int phase = 0; phase < out.phases; ++phase) {
+          const int first = rx + phase * layer.stride[1], step = out.phases * layer.stride[1];
+          for (int x = first; x < in.width; x += step) {
+            pass.from.push_back(out.at(y / layer.stride[0], x / layer.stride[1]));
+            pass.to.push_back(in.at(y, x));
+            pass.y.push_back(y), pass.x.push_back(x);
+            if (out.phases > 1) pass.residues.push_back(out.residue(x / layer.stride[1]));
+          }
         }
       }
       const std::vector<Reach> downs = reaches(layer, 0, ry), alongs = reaches(layer, 1, rx);
-      for (const Reach& down : downs) {
-        for (const Reach& along : alongs) {
-          pass.taps.push_back(down.offset * out.row + along.offset * out.pixel);
-          pass.rows.push_back(down.kernel * layer.kernel[1] + along.kernel);
+      pass.phases = out.phases;
+      for (int residue = 0; residue < out.phases; ++residue) {
+        for (const Reach& down : downs) {
+          for (const Reach& along : alongs) {
+            pass.taps.push_back(out.distance(residue, down.offset, along.offset));
+            if (residue == 0) pass.rows.push_back(down.kernel * layer.kernel[1] + along.kernel);
+          }
         }
       }
       if (lanes > 0 && adjacent(layer, 0) && adjacent(layer, 1)) {
@@ -157,6 +165,69 @@ std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in
     }
   }
   return passes;
+}
+
+std::vector<int> quad_reach(const ConvLayer& layer, int axis) {
+  std::vector<int> distances;
+  for (int pixel = 0; pixel < 2; ++pixel) {
+    for (int k = 0; k < layer.kernel[axis]; ++k) {
+      distances.push_back(pixel + layer.padding[axis] - k * layer.dilation[axis]);
+    }
+  }
+  std::sort(distances.begin(), distances.end());
+  distances.erase(std::unique(distances.begin(), distances.end()), distances.end());
+  return distances;
+}
+
+bool fits_quads(const ConvLayer& layer, const ConvBuffer& in, int64_t columns) {
+  const bool whole = in.height % 2 == 0 && in.width % 2 == 0 && layer.stride[0] == 1 &&
+                     layer.stride[1] == 1 && !one_output(layer) && 4 * layer.in <= columns;
+  const size_t taps = quad_reach(layer, 0).size() * quad_reach(layer, 1).size();
+  return whole && taps < 4 * size_t(layer.kernel[0]) * layer.kernel[1];
+}
+
+ConvPass plan_quads(const ConvLayer& layer, const ConvBuffer& in, const ConvBuffer& out) {
+  ConvPass pass{layer.out, 4 * layer.in};
+  pass.quads = true, pass.phases = out.phases;
+  for (int y = 0; y < in.height; y += 2) {
+    for (int x = 0; x < in.width; x += 2) {
+      pass.from.push_back(out.at(y, x)), pass.to.push_back(in.at(y, x));
+      if (out.phases > 1) pass.residues.push_back(out.residue(x));
+    }
+  }
+  for (int residue = 0; residue < out.phases; ++residue) {
+    for (const int down : quad_reach(layer, 0)) {
+      for (const int along : quad_reach(layer, 1)) {
+        if (residue == 0) pass.rows.push_back(pass.taps.size());
+        pass.taps.push_back(out.distance(residue, down, along));
+      }
+    }
+  }
+  return pass;
+}
+
+std::vector<float> quad_weights(const ConvLayer& layer, const float* weights) {
+  const std::vector<int> downs = quad_reach(layer, 0), alongs = quad_reach(layer, 1);
+  const int64_t taps = downs.size() * alongs.size(), kernel = layer.kernel[0] * layer.kernel[1];
+  std::vector<float> all(int64_t{layer.out} * 4 * layer.in * taps, 0.0f);
+  // The kernel's position that reaches a pixel from an output at this distance, or -1.
+  const auto position = [&](int axis, int pixel, int distance) {
+    const int reach = pixel + layer.padding[axis] - distance, k = reach / layer.dilation[axis];
+    return reach >= 0 && reach % layer.dilation[axis] == 0 && k < layer.kernel[axis] ? k : -1;
+  };
+  for (int64_t o = 0; o < layer.out; ++o) {
+    for (int64_t c = 0; c < 4 * layer.in; ++c) {
+      const int pixel = static_cast<int>(c / layer.in);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int ky = position(0, pixel / 2, downs[tap / alongs.size()]);
+        const int kx = position(1, pixel % 2, alongs[tap % alongs.size()]);
+        if (ky < 0 || kx < 0) continue;
+        all[(o * 4 * layer.in + c) * taps + tap] =
+            weights[(o * layer.in + c % layer.in) * kernel + ky * layer.kernel[1] + kx];
+      }
+    }
+  }
+  return all;
 }
 
 void plan_steps(const ConvBuffer& in, int step, ConvPass& pass) {

@@ -25,6 +25,20 @@ ConvPass plan_forward(const ConvLayer& layer, const ConvBuffer& in, const ConvBu
 std::vector<ConvPass> plan_backward(const ConvLayer& layer, const ConvBuffer& in,
                                     const ConvBuffer& out, int lanes);
 
+// Whether the input gradient of a convolution takes fewer products by tiles if 2 x 2 pixels are
+// computed as if they were channels of one. Otherwise most columns of a tile would be padding.
+bool fits_quads(const ConvLayer& layer, const ConvBuffer& in, int64_t columns);
+
+// That pass. Its taps are the outputs at all distances of quad_reach from the first pixel.
+ConvPass plan_quads(const ConvLayer& layer, const ConvBuffer& in, const ConvBuffer& out);
+
+// Along an axis, the distances of the outputs that reach one of two neighbouring pixels from the
+// first of these, in the order of memory.
+std::vector<int> quad_reach(const ConvLayer& layer, int axis);
+
+// Weights [out, 4 * in, taps] for that pass, of weights [out, in, kernel].
+std::vector<float> quad_weights(const ConvLayer& layer, const float* weights);
+
 // Sets the steps of each tap. Merges runs of taps that are adjacent in memory into one tap each, if
 // all runs have one length and no chains lie between pixels.
 void plan_steps(const ConvBuffer& in, int step, ConvPass& pass);

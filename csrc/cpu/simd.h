@@ -46,6 +46,30 @@ struct Vector : Register<kLanes> {
   // half is ignored.
   using Counter __attribute__((vector_size(4 * kLanes))) = uint64_t;
 
+  // A bit for each lane of the result of a comparison, and back.
+  static FASTLANGEVIN_INLINE uint32_t mask(Int lanes) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)lanes);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)lanes));
+#elif defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps((__m128)lanes));
+#else
+    uint32_t bits = 0;
+    for (int k = 0; k < kLanes; ++k) bits |= static_cast<uint32_t>(lanes[k] & 1) << k;
+    return bits;
+#endif
+  }
+  static FASTLANGEVIN_INLINE Int lanes(uint32_t mask) {
+#if defined(__AVX512F__)
+    return (Int)_mm512_movm_epi32(static_cast<__mmask16>(mask));
+#else
+    Int bits;
+    for (int k = 0; k < kLanes; ++k) bits[k] = 1 << k;
+    return ((static_cast<int32_t>(mask) - Int{}) & bits) != 0;
+#endif
+  }
+
   static FASTLANGEVIN_INLINE void multiply(Counter a, uint32_t b, Counter& high, Counter& low) {
 #if defined(__AVX512F__)
     low = (Counter)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));

@@ -33,19 +33,31 @@ constexpr int kMostProducts = 6;
 constexpr int kPlanes[kMostProducts][2] = {{2, 0}, {1, 1}, {0, 2}, {0, 1}, {1, 0}, {0, 0}};
 static_assert(plane_products(3) == kMostProducts);
 
-Planes prepare(const Ends<TiledBFloat16>& ends, int64_t, int64_t, float*) { return {ends.in, 0}; }
+Planes prepare(const Ends<TiledBFloat16>& ends, const ConvBuffer&, int64_t, int64_t, int64_t,
+               float*) {
+  return {ends.in, 0};
+}
 
-Planes prepare(const Ends<TiledFloat32>& ends, int64_t count, int64_t planes, float* scratch) {
+// Splits what is next to each other: some chains of a pixel, or all of a chain.
+Planes prepare(const Ends<TiledFloat32>& ends, const ConvBuffer& in, int64_t chains, int64_t chunk,
+               int64_t planes, float* scratch) {
   uint16_t* halves = reinterpret_cast<uint16_t*>(scratch);
-  for (int64_t k = 0; k < count; k += kLanes) {
-    Float rest = Vector::load(ends.in + k);
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      uint16_t* to = halves + plane * count + k;
-      BFloat16::store(to, rest);
-      rest -= BFloat16::load(to);
+  const int64_t apart = chunk * in.size;
+  const bool by_pixel = in.chain <= in.pixel;
+  const int64_t count = by_pixel ? chains * in.chain : in.chain;
+  const int64_t stride = by_pixel ? in.pixel : in.chain;
+  const int64_t pixels = (in.top + in.height + in.bottom) * (in.row / in.pixel);
+  for (int64_t block = 0; block < (by_pixel ? pixels : chains); ++block) {
+    for (int64_t k = block * stride; k < block * stride + count; k += kLanes) {
+      Float rest = Vector::load(ends.in + k);
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        uint16_t* to = halves + plane * apart + k;
+        BFloat16::store(to, rest);
+        rest -= BFloat16::load(to);
+      }
     }
   }
-  return {halves, count};
+  return {halves, apart};
 }
 
 constexpr int kColumns = kTileBytes / sizeof(float);
@@ -66,11 +78,21 @@ FASTLANGEVIN_INLINE void each_product(const F& f) {
   if constexpr (kProduct + 1 < kMostProducts) each_product<kSplit, kProduct + 1>(f);
 }
 
+// More weights than this do not stay in the second-level cache from one chunk of chains to the
+// next.
+constexpr int64_t kCachedWeights = 1 << 20;
+
+// Weights to fetch into the second-level cache: `lines` for each part, `ahead` of those in use.
+struct Ahead {
+  int64_t ahead, lines;
+};
+
 // Sets or adds to sums [kM tiles][row][kN * kColumns] the products of some parts. Registers 0 to 3
 // hold sums, 4 and 5 values, and 6 and 7 weights.
 template <int kM, int kN, int kSplit>
-void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* from, int64_t apart,
-                    int64_t first, int64_t count, const float* w, bool add, float* sums) {
+void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* from,
+                    const int32_t* const* taps, int64_t apart, int64_t first, int64_t count,
+                    const float* w, Ahead next, bool add, float* sums) {
   constexpr int kWidth = kN * kColumns;
   constexpr int64_t kRowBytes = kWidth * sizeof(float);
   const int64_t rows = pass.matrix.rows, stride = pass.matrix.stride * sizeof(uint16_t);
@@ -88,11 +110,15 @@ void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* f
   });
   const int64_t plane = pass.steps * kWidth;
   w += first * kSplit * plane;
+  constexpr int64_t kLine = 64 / sizeof(float);
   for (int64_t part = first; part < first + count; ++part, w += kSplit * plane) {
+    for (int64_t k = 0; k < next.lines; ++k) {
+      __builtin_prefetch(w + next.ahead + k * kLine, 0, 2);
+    }
     each_product<kSplit>([&](auto product, auto new_values, auto new_weights) {
-      const int64_t at = pass.taps[part] + kPlanes[product][0] * apart;
+      const int64_t at = kPlanes[product][0] * apart;
       const float* weights = w + kPlanes[product][1] * plane;
-      if constexpr (new_values) tiles.load<4>(from[0] + at, stride);
+      if constexpr (new_values) tiles.load<4>(from[0] + taps[0][part] + at, stride);
       if constexpr (new_weights) tiles.load<6>(weights, kRowBytes);
       tiles.multiply_add<0, 4, 6>();
       if constexpr (kN == 2) {
@@ -100,7 +126,7 @@ void multiply_parts(Tiles& tiles, const ConvPass& pass, const uint16_t* const* f
         tiles.multiply_add<1, 4, 7>();
       }
       if constexpr (kM == 2) {
-        if constexpr (new_values) tiles.load<5>(from[1] + at, stride);
+        if constexpr (new_values) tiles.load<5>(from[1] + taps[1][part] + at, stride);
         tiles.multiply_add<2, 5, 6>();
         if constexpr (kN == 2) tiles.multiply_add<3, 5, 7>();
       }
@@ -144,28 +170,38 @@ void run_tile_block(Tiles& tiles, const ConvPass& pass, const Planes& planes, in
   constexpr int64_t kParts = std::min(kTileParts, kCachedPlanes / kSplit);
   constexpr int kWidth = kN * kColumns;
   const MatrixTiles& matrix = pass.matrix;
-  const int64_t rows = matrix.rows, all = matrix.from.size(), parts = pass.taps.size();
+  const int64_t rows = matrix.rows, all = matrix.from.size(), parts = pass.tap_count();
   int64_t numbers[kTileGroup];
   const uint16_t* from[kTileGroup];
+  const int32_t* taps[kTileGroup];
   alignas(64) float sums[kTileGroup * kTileRows * kWidth];
+  // The first tiles meet weights that are in no cache but the third. Each pair of tiles fetches a
+  // share of those that follow.
+  const int64_t part_size = kSplit * pass.steps * kWidth, share = part_size / (kTileGroup / 2);
+  const bool far = parts * part_size * pass.out / kWidth * sizeof(float) > kCachedWeights;
   for (int64_t next = 0; next < all;) {
+    const int64_t lines = far && next == 0 ? share * sizeof(float) / 64 : 0;
     int count = 0;
     for (; next < all && count < kTileGroup; ++next) {
       const int32_t* chain = matrix.chain.data() + next * rows;
       if (*std::min_element(chain, chain + rows) >= chains) continue;
-      numbers[count] = next, from[count++] = planes.in + matrix.from[next];
+      numbers[count] = next, taps[count] = pass.taps.data() + matrix.taps[next];
+      from[count++] = planes.in + matrix.from[next];
     }
     if (parts == 0) std::fill_n(sums, count * rows * kWidth, 0.0f);
     for (int64_t part = 0; part < parts; part += kParts) {
       const int64_t some = std::min(kParts, parts - part);
-      int k = 0;
-      for (; k + 2 <= count; k += 2) {
-        multiply_parts<2, kN, kSplit>(tiles, pass, from + k, planes.apart, part, some, weights,
-                                      part > 0, sums + k * rows * kWidth);
-      }
-      if (k < count) {
-        multiply_parts<1, kN, kSplit>(tiles, pass, from + k, planes.apart, part, some, weights,
-                                      part > 0, sums + k * rows * kWidth);
+      for (int k = 0; k < count; k += 2) {
+        const auto multiply = [&](auto kM) {
+          multiply_parts<kM, kN, kSplit>(tiles, pass, from + k, taps + k, planes.apart, part, some,
+                                         weights, {kParts * part_size + k / 2 * share, lines},
+                                         part > 0, sums + k * rows * kWidth);
+        };
+        if (k + 2 <= count) {
+          multiply(std::integral_constant<int, 2>{});
+        } else {
+          multiply(std::integral_constant<int, 1>{});
+        }
       }
     }
     finish_tiles<kN>(pass, numbers, count, chains, first, sums, finish);
@@ -203,7 +239,7 @@ void run(const ConvPass& pass, const Planes& planes, int64_t chains, const float
       default:
         block(std::integral_constant<int, 3>{});
     }
-    weights += pass.taps.size() * pass.steps * pass.matrix.planes * width, first += width;
+    weights += pass.tap_count() * pass.steps * pass.matrix.planes * width, first += width;
   }
 }
 

@@ -185,9 +185,9 @@ void run_tiles(const ConvPass& pass, const Ends<Float32>& ends, int64_t chains, 
   }
 }
 
-// Returns what passes read in place of `count` elements of a buffer.
+// Returns what passes read in place of a buffer's values of some chains.
 template <class N>
-Ends<N> prepare(const Ends<N>& ends, int64_t, int64_t, float*) {
+Ends<N> prepare(const Ends<N>& ends, const ConvBuffer&, int64_t, int64_t, int64_t, float*) {
   return ends;
 }
 

@@ -1,4 +1,5 @@
 // Input gradients of conv nets against plain loops in double, with buffers of exact size.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -211,7 +212,7 @@ struct Result {
   }
 };
 
-Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
+Result check(const Case& test, int threads, int64_t chunk, Operands operands, size_t leading = 0) {
   // Rounded sums cross a kink too often for a comparison, so there are no kinks then.
   const bool rounded = operands == Operands::kBFloat16 || operands == Operands::kBFloat16x3;
   const float leak = rounded ? 1.0f : 0.2f;
@@ -228,8 +229,8 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
   for (size_t k = 0; k < weights.size(); ++k) {
     parameters.push_back({weights[k].data(), k == 0 ? nullptr : biases[k].data(), {leak, 0.0f}});
   }
-  const ConvNet net = cpu::plan_convnet(test.layers, test.channels, test.height, test.width,
-                                        test.heads, operands, chunk);
+  const ConvNet net = cpu::plan_leading(test.layers, test.channels, test.height, test.width,
+                                        test.heads, operands, chunk, leading);
   std::vector<float> packed(net.packed);
   cpu::pack_weights(net, parameters, packed.data(), threads);
   std::vector<std::vector<float>> heads;
@@ -294,11 +295,25 @@ Result check(const Case& test, int threads, int64_t chunk, Operands operands) {
   return result;
 }
 
+// How many layers from the first on may run by parts of a chunk.
+size_t may_lead(const Case& test) {
+  const auto stays = [](const ConvLayer& layer) {
+    return layer.kind == LayerKind::kConstant || layer.kind == LayerKind::kMaxPool ||
+           layer.kind == LayerKind::kMultiply || layer.kind == LayerKind::kLogSumExp ||
+           layer.kind == LayerKind::kNorm;
+  };
+  return std::find_if(test.layers.begin(), test.layers.end(), stays) - test.layers.begin();
+}
+
 // Rows of tiles are chains or pixels: too few, just enough, and more than a batch of 5 has.
 void check_tiles(const Case& test, Operands operands) {
   const Result expected = check(test, 1, 1, operands);
   for (int64_t chunk : {2, 3, 5, 16, 17}) {
     CHECK(check(test, chunk % 2 + 1, chunk, operands) == expected);
+  }
+  // Parts of a chunk: of 3 and 2 chains, of 4 and 1, and parts without chains.
+  for (size_t leading = 1; leading <= std::min<size_t>(4, may_lead(test)); ++leading) {
+    CHECK(check(test, 1, leading % 2 ? 5 : 17, operands, leading) == expected);
   }
 }
 
@@ -446,6 +461,7 @@ int main() {
       stack({2, 6, 5}, {{260, 1, 1, 0}, {3, 5, 2, 4}}),
       stack({2, 1, 1}, {{40, 1, 1, 0}, {1, 1, 1, 0}}),
       stack({3, 4, 4}, {{9, 3, 1, 1}, {17, 4, 1, 0}, {3, 1, 1, 0}}),
+      stack({2, 4, 6}, {{9, 5, 1, 2}, {20, 3, 3, 1}}),  // columns in groups of three
       stack({20, 4, 4}, {{9, 4, 3, 1}}),  // a single output, which does not read every pixel
       residual(),
       constants(),

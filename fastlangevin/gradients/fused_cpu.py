@@ -43,7 +43,7 @@ _CHUNKS = {
     "vectors, large weights": ((48, _NO_LIMIT),),
     # Chains are the rows of AMX's tiles, which have 16. Values of 16 chains that are in the
     # third-level cache cost less than rows that are empty.
-    "images, by tiles": ((16, 2**23),),
+    "images, by tiles": ((16, 2**24),),
     "vectors, by tiles": ((48, _NO_LIMIT),),  # three tiles are filled
 }
 _SMALL_BYTES, _LARGE_BYTES = 2**20, 2**22  # of weights
@@ -157,13 +157,14 @@ class ConvNetGradient:
             # Chunks of one size, so that no rows are empty in the last one.
             self.chunk = -(-share // -(-share // self.chunk))
             self.net = plan(self.chunk)
-        # Zeros, because the borders around the values are read but never written.
-        self.workspace = torch.zeros(
-            self.threads * (self.chunk * self.net.workspace + self.net.scratch),
-            dtype=torch.uint8,
-            device="cpu",
-        )
+        size = self.threads * (self.chunk * self.net.workspace + self.net.scratch)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.packed = torch.empty(self.net.packed, dtype=torch.float32, device="cpu")
+        if self.net.by_matrix_unit:  # whose loads of tiles read many pages; before the first write
+            for memory in (self.workspace, self.packed):
+                extension.library.ask_for_huge_pages(memory.data_ptr(), memory.nbytes)
+        # Zeros, because the borders around the values are read but never written.
+        self.workspace.zero_()
         self.head = torch.zeros(self.net.head_values, dtype=torch.float32, device="cpu")
         # [chains, net.constant_values] if there are any, or one row if all chains have the same.
         self.constants: Tensor | None = None

@@ -426,6 +426,7 @@ class TestGpuScript:
         for module in ("limits", "fused_step", "device_checks", "sanitize", "step", "report"):
             (script.parent / f"{module}.py").touch()
         script.write_text(GPU_SH.read_text())
+        shutil.copy(GPU_SH.with_name("stages.sh"), script.parent)
         (tmp_path / "python").write_text("#!/bin/sh\n")
         (tmp_path / "python").chmod(0o755)
         done = subprocess.run(

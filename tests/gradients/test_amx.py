@@ -165,6 +165,46 @@ def test_batches_chunks_and_threads_do_not_matter(
         assert_equal(fused(energy, x[:chains], precision)(x[:chains], True), first)
 
 
+def stack(width: int, activation: nn.Module) -> tuple[nn.Module, Tensor]:
+    """The paper's first three layers, on images of its size."""
+    body = net(
+        nn.Conv2d(3, width, 3, 1, 1), activation, nn.Conv2d(width, 2 * width, 4, 2, 1), activation,
+        nn.Conv2d(2 * width, 4 * width, 4, 2, 1), activation,
+    )  # fmt: skip
+    return with_head(body, (3, 32, 32)), states(16, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("precision", "activation"),
+    [("bf16", nn.LeakyReLU(0.2)), ("bf16", nn.ReLU()), ("tf32", nn.SiLU())],
+    ids=str,
+)
+def test_parts_of_a_chunk_give_the_bits_of_whole_ones(
+    precision: str, activation: nn.Module
+) -> None:
+    energy, x = stack(8, activation)
+    graph = record(energy, x)
+    engine = fused_cpu.ConvNetGradient(graph, 16, precision)
+    assert engine.net.leading == 2
+    expected = engine(x, True)
+    assert expected[0] is not None
+    for chains in (3, 6):
+        other = fused_cpu.ConvNetGradient(graph, chains, precision)
+        assert other.net.leading == 0
+        assert_equal(other(x[:chains], True), [part[:chains] for part in expected])
+    assert_equal(engine(x[:7], True), [part[:7] for part in expected])
+
+
+def test_batches_of_a_few_chains_fill_the_rows_of_tiles_with_pixels() -> None:
+    energy, x = stack(16, nn.SiLU())
+    graph = record(energy, x)
+    cycles = {
+        chains: fused_cpu.ConvNetGradient(graph, chains, "bf16").net.cycles
+        for chains in (1, 2, 4, 8, 16)
+    }
+    assert cycles[2] == cycles[4] == cycles[8] == cycles[16] < cycles[1]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "bf16x6"])
 def test_what_is_not_finite_stays_in_its_chain(precision: str) -> None:
     energy, x = Body(BODIES["residual"]), numbers(SHAPE)
