@@ -77,9 +77,10 @@ def resolve(
     except ValueError as error:
         raise error if not changes else _error_in_file(str(config), error) from error
     settings = _cast_all(settings | _cast_all(overrides or {}, "options"), "configs")
-    if settings["data"] and settings["data"] not in SOURCES and os.path.exists(settings["data"]):
-        # A resumed run must find its data from any working directory.
-        settings["data"] = str(Path(settings["data"]).absolute())
+    for field, names in (("data", SOURCES), ("start", ())):
+        # A resumed run must find its data and its start from any working directory.
+        if settings[field] and settings[field] not in names and os.path.exists(settings[field]):
+            settings[field] = str(Path(settings[field]).absolute())
     try:
         if settings["energy"] is not None:
             _check_network({**changes, **(overrides or {})}, settings["energy"])

@@ -69,7 +69,7 @@ def test_chains_of_many_operators_are_replayed(name: str) -> None:
 
 @as_on_cuda
 @pytest.mark.parametrize(
-    ("make", "steps"), zip(NETS.values(), itertools.cycle([3, 1]), strict=False), ids=str
+    ("make", "steps"), list(zip(NETS.values(), itertools.cycle([3, 1]), strict=False)), ids=NETS
 )
 def test_a_replayed_trace_reads_the_weights_of_now(
     make: Callable[[], nn.Module], steps: int

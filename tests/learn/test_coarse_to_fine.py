@@ -84,6 +84,14 @@ def test_a_run_that_is_cut_ends_as_one_that_is_not(
     assert_same_end(tmp_path / "run", fine)
 
 
+def test_a_run_finds_its_start_from_any_directory(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small.parent)
+    assert resolve("digits", {"start": small.name}).start == str(small)
+    assert resolve("digits", {"start": "cifar10"}).start == "cifar10"
+
+
 def test_a_run_is_not_resumed_from_another_start(
     config: TrainConfig, small: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 import fastlangevin as fl
-from fastlangevin.learn import checkpoint, interpolate, load_images, reconstruct, resolve
+from fastlangevin.learn import (
+    TrainConfig,
+    checkpoint,
+    interpolate,
+    load_images,
+    reconstruct,
+    resolve,
+)
 from fastlangevin.learn.config import FIELDS, resolve_saved
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.images import to_grid
@@ -37,26 +44,40 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run_command
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_its_record_says_how_to_repeat_it(name: str) -> None:
-    """The command in the YAML resolves to the settings that the weights were trained with."""
-    record = yaml.safe_load(MODELS[name].with_suffix(".yaml").read_text("utf-8"))
-    words = shlex.split(record["train"])
+def config_of(command: str) -> tuple[TrainConfig, str]:
+    """The settings and the folder that a command of a record stands for."""
+    words = shlex.split(command)
     assert words[:2] == ["fastlangevin", "train"]
     given, left = {}, words[2:]
     while left:
         option = left.pop(0).removeprefix("--").replace("-", "_")
         given[option] = "true" if not left or left[0].startswith("--") else left.pop(0)
-    config = given.pop("config")
-    del given["out"]
+    config, out = given.pop("config"), given.pop("out")
     assert set(given) <= set(FIELDS)
-    tensors, info = checkpoint.read_checkpoint(name)
     values = {k: None if v == "none" else yaml.safe_load(v) for k, v in given.items()}
-    asked = resolve(config, overrides=values)
+    return resolve(config, overrides=values), out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_record_says_how_to_repeat_it(name: str) -> None:
+    """The command in the YAML resolves to the settings that the weights were trained with."""
+    record = yaml.safe_load(MODELS[name].with_suffix(".yaml").read_text("utf-8"))
+    asked, _ = config_of(record["train"])
+    tensors, info = checkpoint.read_checkpoint(name)
     assert asked == resolve_saved(info, name, {})
     assert info["iteration"] == asked.iterations
     count = sum(tensor.numel() for tensor in tensors.values())
     assert f"{count:,} parameters" in record["weights"]
+    sampler = fl.load(name)
+    for command in reversed(record.get("first", [])):
+        before, out = config_of(command)
+        assert asked.start == out
+        assert sampler.start is not None
+        sampler, asked = sampler.start, before
+        assert sampler.energy.shape == (before.channels or 3, before.size, before.size)
+        assert (sampler.steps, sampler.energy.width) == (before.steps, before.width)
+    assert asked.start is None
+    assert sampler.start is None
 
 
 def test_it_is_small_and_packaged() -> None:
@@ -66,7 +87,7 @@ def test_it_is_small_and_packaged() -> None:
     packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     for path in MODELS.values():
         assert {path, path.with_suffix(".yaml")} <= packaged
-        assert path.stat().st_size < 3e6
+        assert path.stat().st_size < 4e6
     assert PACKAGE / "models" / "cifar10.npz" in packaged
     assert PACKAGE / "learn" / "html_report.html" in packaged
 
@@ -177,7 +198,7 @@ def test_names_paths_and_what_there_is(command: Any, tmp_path: Path) -> None:
     found = command("sample", "digit")
     assert found.exit_code == 1
     assert "digit does not exist" in found.stderr
-    assert "models that come with the package: cifar10, digits" in found.stderr
+    assert "models that come with the package: cifar10, digits, faces" in found.stderr
 
 
 def test_export_keeps_the_averaged_weights_and_what_sampling_needs(
