@@ -35,7 +35,8 @@ Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 Run = Annotated[
     Path,
     Parameter(
-        help="A run's folder, a checkpoint, a packaged model (digits, cifar10, faces), or hf:owner/name."
+        help="A run's folder, a checkpoint, a model in the package (digits, cifar10, faces), or "
+        "hf:owner/name."
     ),
 ]
 Timeout = Annotated[
