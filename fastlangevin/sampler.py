@@ -93,7 +93,8 @@ class LangevinSampler:
             b > 0 (not checked for CUDA tensors), noise_order "after", no "batch_norm" clip, and an
             energy that is the same function at every step.
         start: A sampler of smaller images, coarse to fine: chains that ``n`` counts start from its
-            samples, enlarged to the energy's shape, and not from U(-1, 1).
+            samples, enlarged to the energy's shape, and not from U(-1, 1). It gets the number of
+            the chains and their seed, and no keyword arguments of the energy.
 
     Raises:
         TypeError, ValueError: A setting does not fit. The message names it.
@@ -426,7 +427,11 @@ class LangevinSampler:
         zeros = None
         if shape is not None:
             zeros = torch.zeros((1, *shape), dtype=torch.float32, device=device or "cpu")
-        return explain(self._chain(), zeros, False, self._graphs)
+        text = explain(self._chain(), zeros, False, self._graphs)
+        if self.start is not None:
+            of_start = self.start.explain().replace("\n", "\n           ")
+            text += f"\nstart      enlarged samples of this chain:\n           {of_start}"
+        return text
 
 
 def _check_start(start: Any, energy: Callable[..., Tensor]) -> LangevinSampler | None:
@@ -435,7 +440,14 @@ def _check_start(start: Any, energy: Callable[..., Tensor]) -> LangevinSampler |
         return None
     if not isinstance(start, LangevinSampler):
         raise TypeError(f"{_OP}: start must be a LangevinSampler or None, got {short(start)}")
-    check_shapes(_OP, getattr(start.energy, "shape", None), getattr(energy, "shape", None))
+    small = getattr(start.energy, "shape", None)
+    if small is None:
+        raise ValueError(f"{_OP}: start must have an energy with the attribute shape")
+    for name in ("step_size", "noise_std"):
+        value = getattr(start, name)
+        if isinstance(value, Tensor) and value.shape[-1:] not in ((), (1,)):
+            raise ValueError(f"{_OP}: start must have one {name} for all chains, not one for each")
+    check_shapes(_OP, small, getattr(energy, "shape", None))
     return start
 
 

@@ -9,7 +9,7 @@ from fastlangevin.kernels.memory import in_memory
 
 
 class Settings(NamedTuple):
-    """The checked arguments of LangevinSampler's constructor, except the energy."""
+    """The checked arguments of LangevinSampler's constructor, except the energy and the start."""
 
     steps: int
     step_size: Coefficient | list[float]

@@ -58,7 +58,8 @@ class Chains:
 
     Args:
         seed: Seed of the starting points and the noise.
-        steps: Number of Langevin steps, 1 or more (default: the run's).
+        steps: Number of Langevin steps, 1 or more (default: the run's). Like the cooldown, this is
+            for the run's own chains, and not for those of the models that they start from.
         cooldown: Steps without noise to add to every chain. Their size falls from half of the step
             size to a twentieth, which makes samples cleaner.
         tile: Enlarge small images to about this many pixels per side.

@@ -203,6 +203,10 @@ def _steps(channels: int, precision: str) -> list[int]:
 
 
 def _can_begin_early(device: torch.device) -> bool:
+    from fastlangevin.kernels import triton_conv  # imports Triton
+
+    if not triton_conv.can_begin_early:
+        return False
     if device.type != "cuda":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

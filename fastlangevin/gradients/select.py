@@ -172,14 +172,14 @@ def _choose_layers(
     x, precision = call.x, call.precision
     reason = explicit.refusal(graph)
 
-    def layers() -> Engine:
+    def layers(precision: str | None) -> Engine:
         return cache.engine(
             lambda: ExplicitGradient(graph, x, precision),
             graph, "explicit", precision, torch.backends.mkldnn.enabled,
         )  # fmt: skip
 
     if gradient == "explicit":
-        return reason or EngineChoice("explicit", layers(), (), graph)
+        return reason or EngineChoice("explicit", layers(precision), (), graph)
     if reason is not None and (precision in HALVES or x.is_cuda):
         return f"in half precision and on CUDA it is proved by the engine explicit, and {reason}"
     why_float32 = None
@@ -189,7 +189,9 @@ def _choose_layers(
     if isinstance(fused, str) and (gradient == "fused" or reason is not None):
         return fused
     if isinstance(fused, str):
-        return EngineChoice("explicit", layers(), (Rejected("fused", fused),), graph)
+        if x.device.type == "cpu" and precision in HALVES and not onednn.runs(HALVES[precision]):
+            precision = "fp32"  # faster there, and more precise
+        return EngineChoice("explicit", layers(precision), (Rejected("fused", fused),), graph)
     if isinstance(fused, fused_cpu.ConvNetGradient):
         fused = fused.of_call(call.model_kwargs)
     why_not = (Rejected(f"fused in {precision}", why_float32),) if why_float32 else ()

@@ -51,11 +51,18 @@ def _begin(EARLY: tl.constexpr):
         cuda.gdc_wait()
 
 
+@triton.jit
+def _begin_late(EARLY: tl.constexpr):
+    """Do nothing: Triton before 3.3 has no such instructions, and looks their names up even so."""
+
+
 def _interpreted_begin(EARLY):
     """Interpreted launches run one after the other."""
 
 
-begin = _begin if isinstance(_begin, triton.JITFunction) else _interpreted_begin
+can_begin_early = hasattr(cuda, "gdc_wait")
+_compiled_begin = _begin if can_begin_early else _begin_late
+begin = _compiled_begin if isinstance(_begin, triton.JITFunction) else _interpreted_begin
 
 
 @triton.jit

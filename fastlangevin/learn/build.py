@@ -41,12 +41,16 @@ def load_data(config: TrainConfig) -> ImageData:
 
 
 def build_learner(
-    config: TrainConfig, data: ImageData | None = None, group: Group | None = None
+    config: TrainConfig,
+    data: ImageData | None = None,
+    group: Group | None = None,
+    start: LangevinSampler | None = None,
 ) -> ShortRunLearner:
     """Build the learner of a config, at iteration 0.
 
     data: the config's images, if they are already loaded.
     group: the processes that share the batch.
+    start: the model that chains start from, if it is already loaded.
 
     Raises ValueError if the settings do not fit each other, the data or this machine.
     """
@@ -57,6 +61,11 @@ def build_learner(
     choose_backend(config.backend, device)
     buffer = None
     if config.buffer_size:
+        if config.start is not None:
+            raise ValueError(
+                "start is for chains that start anew in every iteration: leave it out, or set "
+                f"buffer_size to 0, not {config.buffer_size}"
+            )
         if config.buffer_size < config.batch_size:
             raise ValueError(
                 f"buffer_size must be 0 or at least batch_size = {config.batch_size}, "
@@ -71,8 +80,10 @@ def build_learner(
             # The processes of a group copy their shares of it to their devices.
             device=device if group is None or group.world_size == 1 else "cpu",
         )
+    if start is None and config.start is not None:
+        start = load(config.start, device=device)
     return ShortRunLearner(
-        build_sampler(config, energy, _load_start(config)),
+        build_sampler(config, energy, start),
         data,
         batch_size=config.batch_size,
         lr=config.lr,
@@ -139,18 +150,6 @@ def find_energy(target: str) -> torch.nn.Module:
         config = resolve(target)
         return build_energy(config, load_data(config))
     return import_energy(target)
-
-
-def _load_start(config: TrainConfig) -> LangevinSampler | None:
-    """Load the model of smaller images that chains start from; ValueError if it has no place."""
-    if config.start is None:
-        return None
-    if config.buffer_size:
-        raise ValueError(
-            "start is for chains that start anew in every iteration: leave it out, or set "
-            f"buffer_size to 0, not {config.buffer_size}"
-        )
-    return load(config.start, device=choose_device(config.device))
 
 
 def build_sampler(

@@ -30,7 +30,7 @@ from fastlangevin.learn.checkpoint import (
 from fastlangevin.learn.data.datasets import Data, DatasetImages, Images, as_images, warn_of_range
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.learner_state import LearnerState
-from fastlangevin.learn.model import START, check_state, describe
+from fastlangevin.learn.model import check_state, describe, digest_of_start
 from fastlangevin.learn.seeds import ITEMS, PART
 from fastlangevin.learn.shared_buffer import SharedBuffer
 from fastlangevin.learn.split_batch import SplitBatch
@@ -56,11 +56,11 @@ class Metrics(NamedTuple):
 
 
 class ShortRunLearner:
-    """Learn an energy from short, non-convergent Langevin chains that start at p0 = U(-1, 1).
+    """Learn an energy from short, non-convergent Langevin chains from the sampler's starts.
 
     Each iteration computes, with the samples held constant,
 
-        samples = K steps of the sampler from p0
+        samples = K steps of the sampler from p0, which is U(-1, 1) if the sampler has no start
         loss    = mean E(data + sigma e) - mean E(samples),   e ~ N(0, I)
         weights <- Adam(d loss / d weights)
 
@@ -138,6 +138,13 @@ class ShortRunLearner:
             raise ValueError(f"{_OP}: data_noise must be >= 0, got {data_noise}")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"{_OP}: ema must be in (0, 1) or None, got {ema}")
+        if sampler.start is not None:
+            if buffer is not None:
+                raise ValueError(
+                    f"{_OP}: the sampler's start is for chains that start anew in every iteration; "
+                    "leave out the buffer or the start"
+                )
+            describe(sampler)  # otherwise the first checkpoint would fail
         self.precision = _checked_precision(precision, next(self.energy.parameters()).device)
         self.sampler = sampler
         self.batch_size = check_count(_OP, "batch_size", batch_size)
@@ -301,13 +308,7 @@ class ShortRunLearner:
 
     def _check_start(self, tensors: dict[str, Tensor], info: dict[str, Any], path: Any) -> None:
         """Raise CheckpointError unless the checkpoint's chains start from the same samples."""
-        own, header = describe(self.sampler)
-        same = header.get("start") == info.get("start") and all(
-            name in tensors and torch.equal(value.cpu(), tensors[name])
-            for name, value in own.items()
-            if name.startswith(START)
-        )
-        if not same:
+        if digest_of_start(*describe(self.sampler)) != digest_of_start(tensors, info):
             raise CheckpointError(
                 f"{path} was learned with chains from another start than this learner's: give the "
                 "model that the run began with"

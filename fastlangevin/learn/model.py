@@ -1,6 +1,7 @@
 """Samplers as files: save one with its weights, load it again, share it on the hub."""
 
 import inspect
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     check_weights,
+    checksum,
     find_checkpoint,
     load_weights,
     read_checkpoint,
@@ -35,6 +37,7 @@ from fastlangevin.step import choose_backend
 _SETTINGS = inspect.signature(LangevinSampler).parameters
 _SUFFIX = ".safetensors"
 START = "start."  # before the names of the tensors of the sampler that chains start from
+_MOST_STARTS = 8  # one from the other, in a file
 
 
 def save(sampler: LangevinSampler, path: str | Path) -> None:
@@ -45,7 +48,8 @@ def save(sampler: LangevinSampler, path: str | Path) -> None:
         path: The file, which must end in .safetensors. As with ``torch.save``, an existing file
             is replaced without a warning; it stays whole until the new one is complete.
 
-    The file names the energy's class but holds no code. :func:`load` builds a ConvEnergy from it,
+    The file also holds the sampler that chains start from, which must be on a ConvEnergy. It names
+    the energy's class but holds no code. :func:`load` builds a ConvEnergy from it,
     and needs any other energy as an argument. Raises TypeError for an energy that is not an
     nn.Module, or has a state that is not a tensor; ValueError for another ending of ``path``; and
     OSError if the file cannot be written.
@@ -90,6 +94,15 @@ def describe(sampler: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any
         of_start, header["start"] = _describe_whole(start)
         tensors |= {f"{START}{name}": value for name, value in of_start.items()}
     return tensors, header
+
+
+def digest_of_start(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str | None:
+    """Return a digest of the sampler that chains start from, of what :func:`describe` returned or a
+    checkpoint holds; None if they start from noise."""
+    if "start" not in header:
+        return None
+    own = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if k.startswith(START)}
+    return checksum(json.dumps(header["start"], sort_keys=True), own)
 
 
 def _describe_whole(start: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -148,7 +161,8 @@ def load(
             load only runs that you trust.
         device: Device of the energy (default: the one where ``energy`` is, else the CPU).
         averaged: Use the moving average of the weights if the run kept one, else the weights.
-        changes: Settings of the sampler to replace, such as ``steps=200``.
+        changes: Settings of the sampler to replace, such as ``steps=200``. With ``start=None``,
+            chains start from noise also if the file holds the sampler that they start from.
 
     The energy is in eval mode. Warns if the file names another class than that of ``energy``.
     Raises FileNotFoundError; ValueError for a checkpoint of an energy of your own without
@@ -173,8 +187,12 @@ def _load(
     device: torch.device | str | None,
     averaged: bool,
     changes: Mapping[str, Any],
+    level: int = 0,
 ) -> LangevinSampler:
-    """Return the sampler of the content of a checkpoint at ``path``; see :func:`load`."""
+    """Return the sampler of the content of a checkpoint at ``path``; see :func:`load`.
+
+    ``level`` is 0 for the sampler itself, and counts the samplers that its chains start from.
+    """
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
     if energy is None:
         energy = _energy_of_run(info, path)
@@ -186,9 +204,9 @@ def _load(
     device = torch.device(device)
     settings = _saved_settings(info, tensors, device, path)
     if "start" in info and "start" not in changes:
-        settings["start"] = _load_start(tensors, info["start"], path, device)
+        settings["start"] = start_in(tensors, info, path, device, level + 1)
     load_weights(energy, tensors, prefix, path, assign=built)
-    _warn_of_class(info.get("energy_class"), class_name(energy), path)
+    _warn_of_class(info.get("energy_class"), class_name(energy), path, level)
     energy.to(device).eval()
     try:
         sampler = LangevinSampler(energy, **settings)
@@ -197,18 +215,27 @@ def _load(
     _check_steps(sampler, changes)
     if changes:
         sampler = LangevinSampler(energy, **{**settings, **changes})
-    _replace_unavailable(sampler, device, changes)
+    _replace_unavailable(sampler, device, changes, level)
     return sampler
 
 
-def _load_start(
-    tensors: Mapping[str, Tensor], info: Any, path: str | Path, device: torch.device
+def start_in(
+    tensors: Mapping[str, Tensor],
+    info: Mapping[str, Any],
+    path: str | Path,
+    device: torch.device,
+    level: int = 1,
 ) -> LangevinSampler:
-    """Return the sampler that a checkpoint's chains start from."""
-    if not isinstance(info, dict):
+    """Return the sampler that a checkpoint's chains start from.
+
+    ``level`` counts the samplers that start one from the other, of which there may be eight.
+    """
+    if not isinstance(info["start"], dict):
         raise CheckpointError(f"{path} has a damaged header: its start is no model")
+    if level > _MOST_STARTS:
+        raise CheckpointError(f"{path} has more than {_MOST_STARTS} models that start from others")
     own = {k.removeprefix(START): v for k, v in tensors.items() if k.startswith(START)}
-    return _load(own, info, path, None, device, True, {})
+    return _load(own, info["start"], path, None, device, True, {}, level)
 
 
 def _saved_settings(
@@ -233,14 +260,17 @@ def _sampler_header(info: Mapping[str, Any], path: Any) -> dict[str, Any]:
     return info["sampler"]
 
 
-def _warn_of_class(saved: Any, current: str, path: Any) -> None:
-    """Warn if the weights were saved from an energy of another class than the current one."""
+def _warn_of_class(saved: Any, current: str, path: Any, level: int) -> None:
+    """Warn if the weights were saved from an energy of another class than the current one.
+
+    The warning points to the caller of :func:`load`.
+    """
     # A module that was saved by the script that defines it has another name when it is imported.
     if isinstance(saved, str) and saved.split(":")[-1] != current.split(":")[-1]:
         warnings.warn(
             f"load: {path} has the weights of an energy of the class {saved}, and they are "
             f"now in one of {current}, whose forward pass may differ",
-            stacklevel=3,
+            stacklevel=4 + 2 * level,
         )
 
 
@@ -310,7 +340,7 @@ def _build_energy(
 
 
 def _replace_unavailable(
-    sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any]
+    sampler: LangevinSampler, device: torch.device, chosen: Mapping[str, Any], level: int
 ) -> None:
     """Replace the run's precision or backend, with a warning, if this machine does not have it."""
     for name, check, instead in (
@@ -322,7 +352,7 @@ def _replace_unavailable(
         except (RuntimeError, ValueError) as error:
             if name in chosen:
                 raise
-            warnings.warn(f"load: {error}; using {instead!r} instead", stacklevel=3)
+            warnings.warn(f"load: {error}; using {instead!r} instead", stacklevel=4 + 2 * level)
             setattr(sampler, name, instead)
 
 

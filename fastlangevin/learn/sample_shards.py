@@ -108,6 +108,7 @@ def _open_folder(out: Path, plan: dict[str, Any]) -> None:
     saved = read_json(file)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise FileError(f"{file} does not describe samples of fastlangevin")
+    plan = {"start": None, **plan}  # which plans without a start do not name
     changed = [name for name in plan if saved.get(name) != plan[name]]
     if changed:
         changes = ", ".join(

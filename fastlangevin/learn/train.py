@@ -12,14 +12,20 @@ from typing import Any
 
 from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn.atomic import save_text
-from fastlangevin.learn.build import build_learner, draw_samples, fingerprint
-from fastlangevin.learn.checkpoint import DamagedCheckpointError, checkpoint_path, list_checkpoints
+from fastlangevin.learn.build import build_learner, choose_device, draw_samples, fingerprint
+from fastlangevin.learn.checkpoint import (
+    DamagedCheckpointError,
+    checkpoint_path,
+    list_checkpoints,
+    read_checkpoint,
+)
 from fastlangevin.learn.config import TrainConfig, save_config
 from fastlangevin.learn.divergence import DivergedError, DivergenceGuard
 from fastlangevin.learn.images import save_grid
 from fastlangevin.learn.job import check_same_folder, check_same_work, is_own
 from fastlangevin.learn.learner import ShortRunLearner
 from fastlangevin.learn.log import RunLog
+from fastlangevin.learn.model import describe, digest_of_start, start_in
 from fastlangevin.learn.run_folder import (
     CONFIG,
     DIVERGED,
@@ -31,6 +37,7 @@ from fastlangevin.learn.run_folder import (
     remove_run_leftovers,
 )
 from fastlangevin.names import keywords_checked
+from fastlangevin.sampler import LangevinSampler
 
 # The newest checkpoint, and the previous one in case the newest is damaged. Each holds the weights
 # four times (with their average and Adam's two moments) and the buffer.
@@ -97,14 +104,27 @@ def train(
 
         resume = group.first(open_folder, f"run folder {out}")
         with group.working():
-            learner = build_learner(config, group=group)
+            learner = build_learner(
+                config, group=group, start=_start_of(config, out) if resume else None
+            )
             data = fingerprint(learner.data)
-        group.compare({"the data": data}, "start")
+            of_start = digest_of_start(*describe(learner.sampler))
+        group.compare({"the data": data, "the model that chains start from": of_start}, "start")
         _open_run(learner, config, out, resume, overwrite)
         if start is not None:
             with group.working():
                 start(learner)
         return _train(learner, config, out, report, stop or StopRequest())
+
+
+def _start_of(config: TrainConfig, out: Path) -> LangevinSampler | None:
+    """Return the model that the chains of a run start from, as its newest checkpoint holds it."""
+    for path in reversed(list_checkpoints(out)):
+        with contextlib.suppress(DamagedCheckpointError):  # which is reported when it is resumed
+            tensors, info = read_checkpoint(path)
+            device = choose_device(config.device)
+            return start_in(tensors, info, path, device) if "start" in info else None
+    return None
 
 
 def _open_run(

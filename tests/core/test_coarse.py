@@ -80,10 +80,14 @@ def test_an_energy_without_a_shape_gets_it_from_the_call(coarse: fl.LangevinSamp
     [
         (16, "cifar10", "start must be a LangevinSampler or None, got 'cifar10'"),
         (8, 16, r"start's images \[3, 16, 16\] must have .* and at most its size"),
+        (8, fl.LangevinSampler(abs), "start must have an energy with the attribute shape"),
+        (16, {"step_size": torch.ones(3)}, "start must have one step_size for all chains"),
     ],
 )
 def test_a_start_that_does_not_fit_is_named(size: int, start: object, message: str) -> None:
     if isinstance(start, int):
         start = sampler(start)
+    if isinstance(start, dict):
+        start = fl.LangevinSampler(fl.ConvEnergy(3, 8, width=4), **start)
     with pytest.raises((TypeError, ValueError), match=message):
         sampler(size, start)  # type: ignore[arg-type]

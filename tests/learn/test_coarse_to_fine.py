@@ -1,6 +1,8 @@
 """Learning coarse to fine: chains that start from a model of smaller images."""
 
+import contextlib
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ from torch.nn.functional import interpolate
 
 import fastlangevin as fl
 from fastlangevin.learn import ShortRunLearner, TrainConfig, resolve, train
-from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint
+from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from fastlangevin.learn.model import export
 from fastlangevin.learn.sample_shards import sample_shards
+from tests.command import run_command
 from tests.learn.train_shared import SETTINGS, CutError, assert_same_end, cut_at
 
+SUFFIX = {"evaluate": ".json", "report": ".html"}
 FINE = {**SETTINGS, "size": 16, "buffer_size": 0, "reinit": 0.0, "iterations": 6}
 
 
@@ -92,31 +96,73 @@ def test_a_run_finds_its_start_from_any_directory(
     assert resolve("digits", {"start": "cifar10"}).start == "cifar10"
 
 
-def test_a_run_is_not_resumed_from_another_start(
-    config: TrainConfig, small: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "changes", [{}, {"clamp": (-1.0, 1.0)}, {"grad_clip": 0.5}], ids=["plain", "clamp", "clip"]
+)
+def test_a_run_is_resumed_with_the_start_in_its_checkpoint(
+    changes: dict[str, object], config: TrainConfig, tmp_path: Path
 ) -> None:
-    """The folder of the coarse run has been trained again."""
-    moving = tmp_path / "small"
-    first = resolve("paper-cifar10", {**SETTINGS, "data": "digits", "iterations": 3})
-    train(first, moving)
-    settings = dataclasses.replace(config, start=str(moving))
+    """The model that the run began with is no longer there."""
+    settings = {**SETTINGS, "data": "digits", "iterations": 3, **changes}
+    train(resolve("paper-cifar10", settings), tmp_path / "small")
+    config = dataclasses.replace(config, start=str(tmp_path / "small"))
+    train(config, tmp_path / "whole")
     with pytest.raises(CutError):
-        train(settings, tmp_path / "run", report=cut_at(4))
-    train(dataclasses.replace(first, seed=99), moving, overwrite=True)
-    with pytest.raises(CheckpointError, match="chains from another start than this learner's"):
-        train(settings, tmp_path / "run", resume=True)
+        train(config, tmp_path / "run", report=cut_at(4))
+    shutil.rmtree(tmp_path / "small")
+    train(config, tmp_path / "run", resume=True)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_learner_without_a_start_refuses_a_checkpoint_that_has_one(fine: Path) -> None:
-    images = torch.zeros(4, 1, 16, 16)
-    learner = ShortRunLearner(fl.load(fine, start=None), images, batch_size=2)
-    learner.energy.requires_grad_(True)
+@pytest.mark.parametrize("start", ["none", "other"])
+def test_a_learner_refuses_a_checkpoint_with_another_start(
+    start: str, fine: Path, small: Path
+) -> None:
+    other = None if start == "none" else fl.load(small, noise_std=0.5)
+    learner = ShortRunLearner(fl.load(fine, start=other), torch.zeros(4, 1, 16, 16), batch_size=2)
     with pytest.raises(CheckpointError, match="another start"):
-        learner.load(read_path(fine))
+        learner.load(fine)
 
 
-def read_path(run: Path) -> Path:
-    return sorted((run / "checkpoints").iterdir())[-1]
+def test_persistent_chains_have_no_start(small: Path) -> None:
+    sampler = fl.LangevinSampler(fl.ConvEnergy(1, 16, width=4), steps=1, start=fl.load(small))
+    buffer = fl.ReplayBuffer(8, (1, 16, 16), seed=0)
+    with pytest.raises(ValueError, match="leave out the buffer or the start"):
+        ShortRunLearner(sampler, torch.zeros(4, 1, 16, 16), batch_size=2, buffer=buffer)
+
+
+def test_a_file_with_endless_starts_is_refused(fine: Path, tmp_path: Path) -> None:
+    tensors, info = read_checkpoint(fine)
+    info["start"] = start = dict(info["start"])
+    for _ in range(2000):
+        start["start"] = start = dict(start)
+    path = tmp_path / "deep.safetensors"
+    header = {k: v for k, v in info.items() if k not in ("format", "version")}
+    with contextlib.suppress(RecursionError):  # which json may raise
+        save_checkpoint(path, tensors, header)
+        with pytest.raises(CheckpointError):
+            fl.load(path)
+
+
+def test_a_file_may_have_eight_models_that_start_one_from_the_other(tmp_path: Path) -> None:
+    def chain(n: int) -> fl.LangevinSampler:
+        energy = fl.ConvEnergy(1, 8, width=2)
+        return fl.LangevinSampler(energy, steps=1, start=chain(n - 1) if n else None)
+
+    fl.save(chain(8), tmp_path / "eight.safetensors")
+    assert fl.load(tmp_path / "eight.safetensors")(n=1, seed=0).shape == (1, 1, 8, 8)
+    fl.save(chain(9), tmp_path / "nine.safetensors")
+    with pytest.raises(CheckpointError, match="more than 8 models"):
+        fl.load(tmp_path / "nine.safetensors")
+
+
+def test_a_warning_points_to_the_caller_of_load(fine: Path) -> None:
+    class Other(fl.ConvEnergy):
+        pass
+
+    with pytest.warns(UserWarning, match="an energy of the class") as warned:
+        fl.load(fine, energy=Other(1, 16, width=2))
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -147,6 +193,8 @@ def test_only_starts_that_a_file_can_describe_are_saved(tmp_path: Path) -> None:
     )
     with pytest.raises(TypeError, match="the energy of a start must be a ConvEnergy"):
         fl.save(sampler, tmp_path / "model.safetensors")
+    with pytest.raises(TypeError, match="the energy of a start must be a ConvEnergy"):
+        ShortRunLearner(sampler, torch.zeros(4, 1, 16, 16), batch_size=2)
     assert not (tmp_path / "model.safetensors").exists()
 
 
@@ -157,5 +205,39 @@ def test_sample_files_of_another_start_are_not_continued(
     sample_shards(sampler, 4, tmp_path / "out", seed=1, per_file=2)
     _, info = read_checkpoint(small)
     other = fl.load(fine, start=fl.load(small, steps=info["sampler"]["steps"] + 1))
-    with pytest.raises((ValueError, FileExistsError), match="start"):
+    with pytest.raises(FileExistsError, match="holds other samples: start"):
         sample_shards(other, 4, tmp_path / "out", seed=1, per_file=2)
+    with pytest.raises(FileExistsError, match="holds other samples: start"):
+        sample_shards(fl.load(fine, start=None), 4, tmp_path / "out", seed=1, per_file=2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--n", 2, "--cooldown", 2],
+        ["interpolate", "--n", 1, "--frames", 3],
+        ["reconstruct", "--n", 2, "--restarts", 1, "--iterations", 2, "--samples", 2],
+        ["restore", "--n", 2, "--answers", 1, "--samples", 16],
+        ["evaluate", "--n", 8, "--features", "pixels", "--reference", 8],
+        ["diagnose", "--n", 16, "--long", 1, "--starts", 2],
+        ["report"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_takes_a_run_with_a_start(
+    command: list[object], small: Path, tmp_path: Path
+) -> None:
+    settings = {**FINE, "data": "digits", "start": str(small), "limit": 1500, "iterations": 1}
+    train(resolve("paper-cifar10", settings), tmp_path / "run")
+    name, *options = command
+    out = (
+        [] if name == "diagnose" else ["--out", tmp_path / f"result{SUFFIX.get(str(name), '.png')}"]
+    )
+    result = run_command(name, tmp_path / "run", *options, *out)
+    assert result.exit_code == 0, result.output
+
+
+def test_explain_names_the_chain_that_chains_start_from(fine: Path) -> None:
+    text = fl.load(fine).explain()
+    assert text.count("chain      2 steps") == 2
+    assert "start      enlarged samples of this chain" in text

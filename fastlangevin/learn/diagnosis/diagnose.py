@@ -130,7 +130,7 @@ def diagnose(
 
 
 def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
-    """Return the :class:`Reach` of chains from U(-1, 1), as many as there are data."""
+    """Return the :class:`Reach` of chains from the sampler's starts, as many as there are data."""
     x0 = _starts(sampler, data, seed)
     chain = sampler.diagnose(x0, seed=seed)
     sizes = [at_step(sampler.step_size, k) for k in range(sampler.steps)]
@@ -152,7 +152,9 @@ def reach(sampler: LangevinSampler, data: Tensor, seed: int = 0) -> Reach:
 def long_run(
     sampler: LangevinSampler, data: Tensor, seed: int = 0, long: int = 10, report: Report = silent
 ) -> LongRun:
-    """Return the :class:`LongRun` of ``long`` times K steps from U(-1, 1). Its verdict is one of:
+    """Return the :class:`LongRun` of ``long`` times K steps from the sampler's starts.
+
+    Its verdict is one of:
 
     diverges     an energy or a state is not finite
     saturates    the saturation grew by more than 0.1 after step K

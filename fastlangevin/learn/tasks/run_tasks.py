@@ -4,6 +4,7 @@ Every task returns a :class:`TaskResult`. Errors are mean squares per element, w
 [-1, 1].
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def reconstruct_run(
         ("images", f"{len(truth)} of {source}"),
         ("reconstruction", f"{ours:.5f}   mean squared error per element, in [-1, 1]"),
         (f"best of {samples}", f"{theirs:.5f}   the same for the nearest random sample"),
-        ("ratio", f"{ours / theirs:.3f}"),
+        ("ratio", f"{ours / theirs if theirs else math.inf:.3f}"),
     ]
     return TaskResult(
         rows,
