@@ -127,13 +127,15 @@ def short(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-@pytest.mark.parametrize("name", [k for k in OTHER if k not in ("on_corrupt", "backend", "energy")])
+@pytest.mark.parametrize(
+    "name", [k for k in OTHER if k not in ("on_corrupt", "backend", "energy", "start")]
+)
 def test_every_setting_reaches_the_run(
     name: str, config: TrainConfig, short: Path, tmp_path: Path
 ) -> None:
     """Changed alone, it changes the weights or their average; the first two change only how.
 
-    tests/cli/test_train_energy.py is about the energy.
+    tests/cli/test_train_energy.py is about the energy, test_coarse_to_fine.py about the start.
     """
     changed = dataclasses.replace(config, **{"iterations": 3, name: OTHER[name]})
     train(changed, tmp_path / "run")
