@@ -119,7 +119,7 @@ def train(
 
 def _start_of(config: TrainConfig, out: Path) -> LangevinSampler | None:
     """Return the model that the chains of a run start from, as its newest checkpoint holds it."""
-    for path in reversed(list_checkpoints(out)):
+    for path in reversed(list_checkpoints(out)) if config.start is not None else ():
         with contextlib.suppress(DamagedCheckpointError):  # which is reported when it is resumed
             tensors, info = read_checkpoint(path)
             device = choose_device(config.device)
