@@ -428,21 +428,24 @@ def test_the_image_has_columns_enough_to_copy_4_bytes_of_weights_a_thread() -> N
 def test_compiled_kernels_use_matrix_instructions_spill_nothing_and_fuse_nothing(
     tmp_path: Path,
 ) -> None:
-    """Of every launch for sm_90. The image's is too narrow for that architecture's instructions.
+    """Of every launch for sm_90.
 
-    Its weights, whose tile is small, are copied asynchronously too: it loads no single half.
-    Nothing is fused, so a step is the same, bit for bit, in whichever launch it is.
+    The image's has four columns, too few for that architecture's instructions, or eight, for which
+    Triton 3.6 does not take them and 3.9 does. Its weights, whose tile is small, are copied
+    asynchronously too: it loads no single half. Nothing is fused, so a step is the same, bit for
+    bit, in whichever launch it is.
     """
     kinds = {"fp16": "F32", "tf32": "F32.TF32"}
     for launch, result in compiled_for("90", tmp_path, "--all").items():
         assert result["local"] == 0, launch
         assert result["registers"] <= 255, launch
         assert result["fused"] == 0, launch
-        instruction = "HMMA" if launch.endswith("backward 0") else "HGMMA"
+        instructions = {"HGMMA"}
         if launch.endswith("backward 0"):
+            instructions = {"HMMA", "HGMMA"} if "narrow" in launch else {"HMMA"}
             assert not any(load.endswith("16") for load in result["loads"]), launch
         (found,) = result["matrix"]
-        assert found.split(".")[0] == instruction, launch
+        assert found.split(".")[0] in instructions, launch
         assert found.endswith(kinds[launch.split()[0]]), launch
         assert not {"PREEXIT", "ACQBULK"} & set(result["order"]), launch
 
