@@ -1,8 +1,8 @@
 """Real processes with the environment variables of torchrun.
 
 They are not forked from this process, which has threads of Gloo, whose locks a fork would copy. On
-Linux they are forked from a server that has imported what ranks use and has no threads: each rank
-alone would take seconds for that.
+Linux they are forked from a server that has imported torch and has no threads: each rank alone
+would take seconds for that.
 """
 
 import multiprocessing
@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-# Digits are read by scikit-learn, and torch's optimisers import its compiler.
-_CONTEXT.set_forkserver_preload(
-    ["tests.distributed.test_launched", "sklearn.datasets", "torch._dynamo"]
-)
+_CONTEXT.set_forkserver_preload(["tests.distributed.test_launched"])
 
 
 def launch(world_size: int, log: Path, function: Callable[..., Any], *arguments: Any) -> list[int]:
