@@ -63,8 +63,8 @@ def build_learner(
     if config.buffer_size:
         if config.start is not None:
             raise ValueError(
-                "start is for chains that start anew in every iteration: leave it out, or set "
-                f"buffer_size to 0, not {config.buffer_size}"
+                "start cannot be used with persistent chains, which continue from one iteration to "
+                f"the next: leave out start, or set buffer_size to 0, not {config.buffer_size}"
             )
         if config.buffer_size < config.batch_size:
             raise ValueError(

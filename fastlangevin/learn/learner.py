@@ -141,8 +141,8 @@ class ShortRunLearner:
         if sampler.start is not None:
             if buffer is not None:
                 raise ValueError(
-                    f"{_OP}: the sampler's start is for chains that start anew in every iteration; "
-                    "leave out the buffer or the start"
+                    f"{_OP}: the sampler has a start, but the chains of a buffer continue from one "
+                    "iteration to the next; leave out the buffer or the start"
                 )
             describe(sampler)  # otherwise the first checkpoint would fail
         self.precision = _checked_precision(precision, next(self.energy.parameters()).device)

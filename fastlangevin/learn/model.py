@@ -228,7 +228,8 @@ def start_in(
 ) -> LangevinSampler:
     """Return the sampler that a checkpoint's chains start from.
 
-    ``level`` counts the samplers that start one from the other, of which there may be eight.
+    ``level`` is 1 for the sampler that starts the checkpoint's own chains, 2 for the one that
+    starts the chains of that sampler, and so on up to 8.
     """
     if not isinstance(info["start"], dict):
         raise CheckpointError(f"{path} has a damaged header: its start is no model")

@@ -169,7 +169,7 @@ def test_a_warning_points_to_the_caller_of_load(fine: Path) -> None:
     ("changes", "message"),
     [
         ({"start": "nowhere"}, "nowhere does not exist"),
-        ({"buffer_size": 8}, "start is for chains that start anew"),
+        ({"buffer_size": 8}, "start cannot be used with persistent chains"),
         ({"size": 8, "start": "cifar10"}, r"start's images \[3, 32, 32\] must have"),
     ],
 )
