@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fastlangevin import testing as testing
     from fastlangevin.diagnostics import Diagnostics
     from fastlangevin.energies import ConvEnergy, GaussianEnergy
-    from fastlangevin.learn.model import load, push_to_hub, save
+    from fastlangevin.learn.model import load, save
+    from fastlangevin.learn.push_to_hub import push_to_hub
     from fastlangevin.replay import ReplayBuffer
     from fastlangevin.sampler import LangevinSampler
     from fastlangevin.step import langevin_step_
@@ -46,7 +47,7 @@ _HOMES = {
     "ReplayBuffer": "replay",
     "langevin_step_": "step",
     "load": "learn.model",
-    "push_to_hub": "learn.model",
+    "push_to_hub": "learn.push_to_hub",
     "save": "learn.model",
 }
 _MODULES = ("anneal", "distributed", "learn", "noise", "presets", "testing")

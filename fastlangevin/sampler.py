@@ -361,7 +361,7 @@ class LangevinSampler:
         """The states from which a call with these arguments starts its chains.
 
         Args:
-            n, shape, seed, first_chain: As in a call.
+            n, shape, seed, first_chain: As in a call, for states of one tensor.
 
         Returns:
             States [n, ...] from U(-1, 1), or enlarged samples of ``start``, in float32.

@@ -1,8 +1,7 @@
-"""Samplers as files: save one with its weights, load it again, share it on the hub."""
+"""Samplers as files: save one with its weights, and load it again."""
 
 import inspect
 import json
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from fastlangevin.energies import ConvEnergy
 from fastlangevin.gradients.modules import device_of
 from fastlangevin.gradients.precision import check_precision
 from fastlangevin.kernels.devices import check_device_exists
-from fastlangevin.learn.atomic import save_text
 from fastlangevin.learn.checkpoint import (
     CheckpointError,
     check_weights,
@@ -29,7 +27,7 @@ from fastlangevin.learn.checkpoint import (
     save_checkpoint,
 )
 from fastlangevin.learn.custom_energy import open_energy
-from fastlangevin.learn.hub import MODEL, is_hub_name, upload
+from fastlangevin.learn.hub import is_hub_name
 from fastlangevin.reprs import short
 from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
@@ -194,7 +192,7 @@ def _load(
     ``level`` is 0 for the sampler itself, and counts the samplers that its chains start from.
     """
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
-    if energy is None:
+    if energy is None and level == 0:
         energy = _energy_of_run(info, path)
     built = energy is None
     if energy is None:
@@ -381,74 +379,3 @@ def export(run: str | Path, out: str | Path, cooldown: int = 0) -> None:
     kept = ("sampler.", START)
     weights |= {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
     save_checkpoint(out, weights, {k: v for k, v in info.items() if k not in ("format", "version")})
-
-
-def push_to_hub(
-    model: LangevinSampler | str | Path,
-    repo: str,
-    *,
-    private: bool | None = None,
-    message: str = "Add the model",
-) -> str:
-    """Upload a model to the Hugging Face hub, with a model card, and return its address.
-
-    Args:
-        model: A sampler, which is written as by :func:`save`, or a run or checkpoint, which is
-            written as by ``fastlangevin export``.
-        repo: The repository, "owner/name". It is made if it does not exist. Others load the model
-            by ``load("hf:owner/name")``.
-        private: Whether a new repository is private (default: as set on the hub).
-        message: The message of the commit.
-
-    You must be logged in on the hub (``hf auth login``). Raises ImportError without
-    huggingface_hub, the errors of :func:`save`, and OSError if the hub refuses.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if isinstance(model, LangevinSampler):
-            save(model, folder / MODEL)
-        else:
-            export(model, folder / MODEL)
-        info = read_checkpoint(folder / MODEL)[1]
-        save_text(folder / "README.md", _card(repo, info))
-        return upload(repo, folder, private, message)
-
-
-def _card(repo: str, info: Mapping[str, Any]) -> str:
-    """Return the text of a model card: what the model is, how to load it, and its settings."""
-    kind, settings = info.get("energy_class", "ConvEnergy"), info["energy"]
-    is_custom = settings is None
-    rows = {**(settings or {}), **(info.get("config") or {}), **info["sampler"]}
-    return _CARD.format(
-        name=repo.split("/")[-1],
-        repo=repo,
-        version=__version__,
-        kind=kind,
-        energy=", energy=MyEnergy()" if is_custom else "",
-        hint=f"  # an instance of {kind}" if is_custom else "",
-        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-    )
-
-
-_CARD = """---
-library_name: fastlangevin
-tags:
-- energy-based-model
-- langevin-dynamics
----
-
-# {name}
-
-An energy-based model ({kind}), saved by fastlangevin {version}.
-
-```python
-import fastlangevin as fl
-
-sampler = fl.load("hf:{repo}"{energy}){hint}
-x = sampler(n=64, seed=0)
-```
-
-| setting | value |
-|---|---|
-{rows}
-"""

@@ -246,6 +246,9 @@ def test_a_run_is_pushed_as_its_export_and_commands_take_the_name(
     card = (hub.folder / "me/digits/README.md").read_text()
     assert 'sampler = fl.load("hf:me/digits")\n' in card
     assert "| width | 32 |" in card
+    fl.push_to_hub("faces", "me/faces")
+    card = (hub.folder / "me/faces/README.md").read_text()
+    assert "| start | enlarged samples of a model of smaller images, which is in the file |" in card
     result = run_command("sample", "hf://me/digits", "--n", 2, "--out", tmp_path / "a.npy")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'a.npy'}\n")
 
