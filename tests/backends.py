@@ -1,5 +1,6 @@
 """The backends, devices and instruction sets that the tests can use here."""
 
+import pytest
 import torch
 
 from fastlangevin.kernels import extension
@@ -12,6 +13,12 @@ SERVING = [
     for name, reason in backend_status(device).items()
     if reason is None
 ]
+
+
+needs_native = pytest.mark.skipif(
+    extension.library is None,
+    reason=f"native kernels: {extension.available(torch.device('cpu'))}",
+)
 
 
 def instruction_sets() -> list[str]:

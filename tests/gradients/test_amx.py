@@ -14,11 +14,10 @@ import fastlangevin as fl
 from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.kernels import extension
-from tests.backends import choose, instruction_sets
+from tests.backends import choose, instruction_sets, needs_native
 from tests.gradients import fused_shared
 from tests.gradients.bodies import Body
 from tests.gradients.fused_shared import (
-    CPU,
     SHAPE,
     assert_equal,
     fused,
@@ -30,9 +29,7 @@ from tests.gradients.test_fused_cpu import by_autocast, net, states, with_head
 from tests.gradients.test_fused_graphs import ACTIVATIONS, BODIES, mlp
 from tests.pairwise import pairwise
 
-pytestmark = pytest.mark.skipif(
-    extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
-)
+pytestmark = needs_native
 
 
 # Of a gradient's norm. Two bfloat16 numbers have 16 bits together, so that a product's error is

@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import extension
-from tests.gradients.fused_shared import CPU, fused, relative
+from tests.backends import needs_native
+from tests.gradients.fused_shared import fused, relative
 from tests.pairwise import pairwise
 
-pytestmark = pytest.mark.skipif(
-    extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
-)
+pytestmark = needs_native
 
 
 def net(*layers: nn.Module, seed: int = 0) -> nn.Sequential:

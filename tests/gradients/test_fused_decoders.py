@@ -11,12 +11,11 @@ from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.kernels import extension
+from tests.backends import needs_native
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
-)
+
+pytestmark = needs_native
 SHAPE = (5, 4, 5, 7)  # odd and unequal, so that strides leave rows over
 
 

@@ -13,10 +13,9 @@ import fastlangevin as fl
 from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.kernels import extension
+from tests.backends import needs_native
 from tests.gradients.bodies import COMMON, Body, block, mean
 from tests.gradients.fused_shared import (
-    CPU,
     FP32_AND_BF16,
     SHAPE,
     assert_equal,
@@ -27,9 +26,7 @@ from tests.gradients.fused_shared import (
     relative,
 )
 
-pytestmark = pytest.mark.skipif(
-    extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
-)
+pytestmark = needs_native
 
 
 BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = COMMON | {

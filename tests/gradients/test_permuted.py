@@ -13,9 +13,8 @@ from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.record import recognise
-from fastlangevin.kernels import extension
+from tests.backends import needs_native
 from tests.gradients.fused_shared import (
-    CPU,
     FP32_AND_BF16,
     assert_equal,
     check,
@@ -25,9 +24,7 @@ from tests.gradients.fused_shared import (
     relative,
 )
 
-pytestmark = pytest.mark.skipif(
-    extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
-)
+pytestmark = needs_native
 IMAGE = (4, 6, 5, 3)  # [n, height, width, channels]
 SEQUENCE = (4, 7, 3)  # [n, length, channels]
 

@@ -9,12 +9,9 @@ from torch.nn import functional as F
 
 import fastlangevin as fl
 from fastlangevin.gradients.trace.convolution import Convolution, faster
-from fastlangevin.kernels import extension
+from tests.backends import needs_native
 
-CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(
-    extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
-)
+pytestmark = needs_native
 KERNELS = {  # kernel, stride, padding
     "3x3": ((3, 3), (1, 1), (1, 1)),
     "3x3 without padding": ((3, 3), (1, 1), (0, 0)),

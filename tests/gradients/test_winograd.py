@@ -5,11 +5,10 @@ import torch
 from torch import nn
 
 from fastlangevin.kernels import extension
-from tests.gradients.fused_shared import CPU, check, fused, numbers
+from tests.backends import needs_native
+from tests.gradients.fused_shared import check, fused, numbers
 
-pytestmark = pytest.mark.skipif(
-    extension.library is None, reason=f"native kernels: {extension.available(CPU)}"
-)
+pytestmark = needs_native
 FP32 = {"fp32": 1e-6}
 WIDTH = 33  # a last block of one vector, and a last vector of one channel
 
