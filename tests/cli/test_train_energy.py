@@ -97,9 +97,9 @@ def options(**changes: object) -> list[str]:
 def test_a_class_a_function_or_a_module_is_learned(
     target: str, kind: str, command: Command, tmp_path: Path
 ) -> None:
-    done = command("train", "--energy", target, "--out", "run", *options())
+    done = command("train", "--energy", target, "--out", "run", *options(iterations=2))
     assert done.exit_code == 0, done.output
-    assert f"4 iterations of 4 chains on energy {target}: 2 steps on 1x8x8" in done.stderr
+    assert f"2 iterations of 4 chains on energy {target}: 2 steps on 1x8x8" in done.stderr
     _, info = read_checkpoint(tmp_path / "run")
     assert (info["energy"], info["energy_class"]) == (None, kind)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -144,7 +144,14 @@ def test_the_first_weights_depend_on_the_seed_alone(command: Command, tmp_path: 
     for i, seed in enumerate((3, 3, 4)):
         torch.rand(i)
         out = tmp_path / str(i)
-        command("train", "--energy", "usermodel:Net", "--out", out, *options(seed=seed, lr=0))
+        command(
+            "train",
+            "--energy",
+            "usermodel:Net",
+            "--out",
+            out,
+            *options(seed=seed, iterations=1, lr=0),
+        )
         weights.append(read_checkpoint(out)[0]["model.layers.1.weight"])
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -152,7 +159,7 @@ def test_the_first_weights_depend_on_the_seed_alone(command: Command, tmp_path: 
 
 def test_a_file_alone_imports_nothing(command: Command) -> None:
     """It may have come from anywhere. The folder of a run is the user's own."""
-    command("train", "--energy", "usermodel:Net", "--out", "run", *options())
+    command("train", "--energy", "usermodel:Net", "--out", "run", *options(iterations=1))
     command("export", "run", "--out", "alone.safetensors")
     done = command("sample", "alone.safetensors")
     assert_refused(

@@ -23,6 +23,7 @@ from fastlangevin.learn import (
     resolve,
 )
 from fastlangevin.learn.config import FIELDS, resolve_saved
+from fastlangevin.learn.diagnosis import write_diagnosis
 from fastlangevin.learn.evaluation.classifier import ClassifierCheck
 from fastlangevin.learn.images import to_grid
 from fastlangevin.learn.run_data import packaged_images
@@ -167,6 +168,7 @@ def test_the_cifar10_model_brings_test_images_of_its_own(
     name: str, command: Any, short_chains: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FASTLANGEVIN_DATA", raising=False)
+    monkeypatch.setattr(write_diagnosis, "_plot", lambda diagnosis, path, title: path.touch())
     result = command(name, "cifar10", *OFFLINE[name])
     assert result.exit_code == 0, result.output
     assert "64 test images of the package" in result.output

@@ -74,7 +74,8 @@ def test_all_sets_are_clamped_and_rounded_alike(
     digits: ImageData, pixels: features.Features
 ) -> None:
     train, held = parts(digits)
-    held = features.quantise(held)
+    train = dataclasses.replace(train, pixels=train.pixels[:300])
+    held = features.quantise(held[:200])
     loud = torch.where(held.abs() == 1, 3 * held, held)
     found = {}
     for name, images in (("1", held), ("2", held + 0.001), ("3", loud), ("4", held + 0.1)):
