@@ -301,13 +301,11 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_shipped_model(command: Any, tmp_path: Path) -> None:
     """297 held-out digits, as many samples, and the figures of uniform noise far behind."""
-    found = command(
-        "digits", "--features", "pixels", "--noise", "0.2", "--noise", "1", "--out", "a.json"
-    )
+    found = command("digits", "--features", "pixels", "--noise", "0.2", "--out", "a.json")
     assert found.exit_code == 0, found.output
     record = json.loads((tmp_path / "a.json").read_text())
     assert list(record["figures"]) == [
-        "held-out data", "samples", "data + noise of 0.2", "data + noise of 1", "uniform noise",
+        "held-out data", "samples", "data + noise of 0.2", "uniform noise",
     ]  # fmt: skip
     samples, uniform = record["figures"]["samples"], record["figures"]["uniform noise"]
     assert samples["images"] == uniform["images"] == 297
