@@ -174,9 +174,9 @@ def die_at(
     [
         (False, True, 11),
         (True, True, 13),
-        pytest.param(False, False, 3, marks=pytest.mark.slow),
+        pytest.param(False, False, 7, marks=pytest.mark.slow),
         pytest.param(False, True, 1, marks=pytest.mark.slow),
-        pytest.param(True, True, 3, marks=pytest.mark.slow),
+        pytest.param(True, True, 5, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_whenever_it_dies(
