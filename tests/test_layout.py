@@ -47,15 +47,16 @@ def modules() -> dict[str, ast.Module]:
     }
 
 
-def imports(tree: ast.Module) -> set[tuple[str, str]]:
+@functools.cache
+def imports(module: str) -> set[tuple[str, str]]:
     """(module, name) of everything imported from the package, also in functions and for types."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(modules()[module]):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastlangevin"):
             for alias in node.names:
-                module = f"{node.module}.{alias.name}"
-                if module in modules():  # importing it also runs the package that contains it
-                    found |= {(module, ""), (node.module or "", "")}
+                name = f"{node.module}.{alias.name}"
+                if name in modules():  # importing it also runs the package that contains it
+                    found |= {(name, ""), (node.module or "", "")}
                 else:
                     found.add((node.module or "", alias.name))
         elif isinstance(node, ast.Import):
@@ -76,8 +77,8 @@ def test_every_module_has_a_floor() -> None:
 def test_no_module_imports_from_a_floor_above_its_own() -> None:
     upward = [
         f"{module} imports {other}"
-        for module, tree in modules().items()
-        for other, name in imports(tree)
+        for module in modules()
+        for other, name in imports(module)
         # The list of public names is at hand everywhere above the sampler, and names its lazy ones.
         if floor(other) > floor(module) and module != "fastlangevin"
     ]
@@ -86,8 +87,8 @@ def test_no_module_imports_from_a_floor_above_its_own() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {
-        module: {other for other, _ in imports(tree)} - {module}
-        for module, tree in modules().items()
+        module: {other for other, _ in imports(module)} - {module}
+        for module in modules()
         if module != "fastlangevin"
     }
     for others in graph.values():
@@ -117,7 +118,7 @@ def test_private_names_stay_in_their_module() -> None:
         }
         borrowed += [
             f"{module} imports {other}.{name}"
-            for other, name in imports(tree)
+            for other, name in imports(module)
             if name.startswith("_") and not name.startswith("__")
         ]
         borrowed += [

@@ -157,6 +157,7 @@ def test_report_refuses_a_readme_without_markers(load, results, tmp_path):
     assert readme.read_text() == "no place for tables\n"
 
 
+@pytest.mark.slow
 def test_report_draws(load, results, tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("one", "two"):
@@ -309,6 +310,7 @@ class TestGpuScript:
         done = self.run("-n", str(GPU_SH))
         assert (done.returncode, done.stderr) == (0, "")
 
+    @pytest.mark.slow
     def test_says_that_there_is_no_device(self, tmp_path):
         done = self.run(str(GPU_SH), str(tmp_path))
         assert done.returncode == 2

@@ -160,16 +160,15 @@ def check(
     torch.testing.assert_close(sums.mT.unflatten(2, want.shape[2:]), want, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward"])
 @pytest.mark.parametrize(
-    ("rows", "columns", "size"),
+    ("kind", "rows", "columns", "size"),
     [
-        (128, 128, (8, 8)),
-        (64, 128, (4, 4)),
-        (64, 64, (4, 16)),
-        (128, 64, (16, 8)),
-        (64, 32, (8, 32)),
-        (128, 32, (32, 4)),
+        ("forward", 128, 128, (8, 8)),
+        ("backward", 64, 128, (4, 4)),
+        ("backward", 64, 64, (4, 16)),
+        ("forward", 128, 64, (16, 8)),
+        ("forward", 64, 32, (8, 32)),
+        ("backward", 128, 32, (32, 4)),
     ],
     ids=str,
 )
@@ -186,7 +185,7 @@ def test_the_index_arithmetic_is_that_of_the_convolution_in_float64(
 
 @pytest.mark.parametrize(
     ("channels", "width", "size"),
-    [(3, 64, (32, 32)), (1, 32, (8, 8)), (3, 128, (4, 4)), (8, 32, (4, 64)), (2, 64, (32, 8))],
+    [(1, 32, (8, 8)), (3, 128, (4, 4)), (8, 32, (4, 64)), (2, 64, (32, 8))],
     ids=str,
 )
 def test_the_gradient_of_an_image_is_that_of_the_convolution_in_float64(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import scaling
 from benchmarks.scaling import (
     ETHERNET,
     INFINIBAND,
@@ -19,6 +20,7 @@ from benchmarks.scaling import (
     simulated,
     step,
 )
+from tests.benchmarks.shared import ROOT
 
 
 @pytest.mark.parametrize("link", [NVLINK, INFINIBAND, ETHERNET], ids=lambda link: link.name)
@@ -48,11 +50,19 @@ def test_a_step_takes_what_was_measured_and_never_less_for_more_chains() -> None
     assert times[0] > 0
 
 
+def test_the_pages_rows_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what the waiting for the slowest GPU is in, which takes seconds to simulate."""
+    monkeypatch.setattr(scaling, "ITERATIONS", 1)
+    page = (ROOT / "docs" / "distributed.md").read_text("utf-8")
+    for row in scaling.rows():
+        assert f"\n| {' | '.join(row[:7])} |" in page
+
+
+@pytest.mark.slow
 def test_the_pages_table_is_that_of_the_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(__file__).resolve().parents[2]
-    page = Path(shutil.copy(root / "docs" / "distributed.md", tmp_path))
+    page = Path(shutil.copy(ROOT / "docs" / "distributed.md", tmp_path))
     before = page.read_text("utf-8")
     monkeypatch.setattr(sys, "argv", ["scaling", "--docs", str(page)])
     main()

@@ -68,12 +68,8 @@ def test_help_explains_every_option_in_a_sentence(name: str, command: Command) -
             assert argument.name.upper() in done.stdout or argument.name in done.stdout
             assert re.match(r"[A-Z]|auto|adam|posterior", text), (argument.name, text)
             assert text.endswith("."), (argument.name, text)
-
-
-@pytest.mark.parametrize("name", ["train", "sweep"])
-def test_help_explains_every_setting(name: str, command: Command) -> None:
-    text = plain(command(name, "--help").stdout)
-    for setting, field in FIELDS.items():
+    text = plain(done.stdout)
+    for setting, field in FIELDS.items() if name in ("train", "sweep") else ():
         assert re.search(rf"--{setting.replace('_', '-')} ", text), setting
         assert field.metadata["help"].lower() in text.lower(), setting
 

@@ -14,10 +14,10 @@ QUICK = {
     "reconstruct": (
         "reconstructed",
         ".png",
-        ["--n", 1, *DIGITS, *FIT],
+        ["--n", 1, "--samples", 1, *DIGITS, *FIT],
     ),
     "interpolate": ("interpolated", ".png", ["--n", 1, "--frames", 2]),
-    "restore": ("restored", ".png", ["--n", 1, "--answers", 1, *DIGITS]),
+    "restore": ("restored", ".png", ["--n", 1, "--answers", 1, "--samples", 2, *DIGITS]),
     "transfer": ("transferred", ".png", ["--n", 1, *DIGITS]),
     "export": ("model", ".safetensors", []),
 }

@@ -66,7 +66,7 @@ COMMANDS = {
     "sample": ["sample", "RUN", "--n", "3"],
     "folder": ["sample", "RUN", "--n", "3", "--out", "many"],
     "check": ["check", "RUN", "--n", "3"],
-    "evaluate": ["evaluate", "RUN", "--n", "8", "--images", "IMAGES"],
+    "evaluate": ["evaluate", "RUN", "--n", "8", "--images", "IMAGES", "--reference", "100"],
     "diagnose": ["diagnose", "RUN", "--n", "16", "--long", "2", "--starts", "2"],
     "reconstruct": ["reconstruct", "RUN", "--images", "IMAGES", "--iterations", "1"],
     "interpolate": ["interpolate", "RUN", "--n", "1", "--frames", "2"],

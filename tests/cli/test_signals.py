@@ -97,7 +97,7 @@ def test_a_terminal_that_closes_saves_and_exits_129(tmp_path: Path) -> None:
 def test_a_reader_that_goes_does_not_end_the_run(tmp_path: Path) -> None:
     """As in `fastlangevin train 2>&1 | head -1`, with Python's own end of a process."""
     run = tmp_path / "run"
-    changes = SETTINGS | {"iterations": 60, "log_every": 60}
+    changes = SETTINGS | {"iterations": 20, "log_every": 20}
     arguments = [sys.executable, "-m", "fastlangevin", "train", "--out", str(run)]
     with subprocess.Popen(
         [*arguments, *options(**changes)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -106,4 +106,4 @@ def test_a_reader_that_goes_does_not_end_the_run(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.wait(timeout=120) == 0
     (last,) = list_checkpoints(run)
-    assert read_checkpoint(last)[1]["iteration"] == 60
+    assert read_checkpoint(last)[1]["iteration"] == 20

@@ -12,6 +12,7 @@ import fastlangevin as fl
 from fastlangevin.learn import resolve
 from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.custom_energy import open_energy
+from fastlangevin.learn.model import class_name
 from tests.cli.shared import TINY, Command, assert_refused, snapshot
 
 CODE = """
@@ -84,22 +85,25 @@ def options(**changes: object) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    "place", ["usermodel:ready", "usermodel:Nested.Net", "userpackage.nets:Net"]
+)
+def test_an_energy_is_found_where_the_user_says(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert class_name(open_energy(place, (1, 8, 8))) == "usermodel:Net"
+
+
+@pytest.mark.parametrize(
     ("target", "kind"),
-    [
-        ("usermodel:Net", "usermodel:Net"),
-        ("usermodel:make", "usermodel:Net"),
-        ("usermodel:ready", "usermodel:Net"),
-        ("usermodel:Nested.Net", "usermodel:Net"),
-        ("userpackage.nets:Net", "usermodel:Net"),
-        ("usermodel:Lazy", "usermodel:Lazy"),
-    ],
+    [("usermodel:make", "usermodel:Net"), ("usermodel:Lazy", "usermodel:Lazy")],
 )
 def test_a_class_a_function_or_a_module_is_learned(
     target: str, kind: str, command: Command, tmp_path: Path
 ) -> None:
-    done = command("train", "--energy", target, "--out", "run", *options())
+    done = command("train", "--energy", target, "--out", "run", *options(iterations=2))
     assert done.exit_code == 0, done.output
-    assert f"4 iterations of 4 chains on energy {target}: 2 steps on 1x8x8" in done.stderr
+    assert f"2 iterations of 4 chains on energy {target}: 2 steps on 1x8x8" in done.stderr
     _, info = read_checkpoint(tmp_path / "run")
     assert (info["energy"], info["energy_class"]) == (None, kind)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -118,9 +122,9 @@ def test_commands_use_the_run_without_being_told_its_energy(command: Command) ->
         ["sample", "run", "--n", 2],
         ["sample", "run/checkpoints/00000004.safetensors", "--n", 2],
         ["sample", "run", "--n", 2, "--out", "many"],
-        ["interpolate", "run"],
-        ["diagnose", "run", "--n", 16],
-        ["evaluate", "run", "--n", 8, "--features", "pixels"],
+        ["interpolate", "run", "--n", 1, "--frames", 3],
+        ["diagnose", "run", "--n", 16, "--long", 1, "--starts", 2],
+        ["evaluate", "run", "--n", 8, "--features", "pixels", "--reference", 100],
         ["report", "run"],
     ):
         done = command(*arguments)
@@ -144,7 +148,14 @@ def test_the_first_weights_depend_on_the_seed_alone(command: Command, tmp_path: 
     for i, seed in enumerate((3, 3, 4)):
         torch.rand(i)
         out = tmp_path / str(i)
-        command("train", "--energy", "usermodel:Net", "--out", out, *options(seed=seed, lr=0))
+        command(
+            "train",
+            "--energy",
+            "usermodel:Net",
+            "--out",
+            out,
+            *options(seed=seed, iterations=1, lr=0),
+        )
         weights.append(read_checkpoint(out)[0]["model.layers.1.weight"])
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -152,7 +163,7 @@ def test_the_first_weights_depend_on_the_seed_alone(command: Command, tmp_path: 
 
 def test_a_file_alone_imports_nothing(command: Command) -> None:
     """It may have come from anywhere. The folder of a run is the user's own."""
-    command("train", "--energy", "usermodel:Net", "--out", "run", *options())
+    command("train", "--energy", "usermodel:Net", "--out", "run", *options(iterations=1))
     command("export", "run", "--out", "alone.safetensors")
     done = command("sample", "alone.safetensors")
     assert_refused(
@@ -195,7 +206,23 @@ def test_a_file_alone_imports_nothing(command: Command) -> None:
         ("script:Net", 'importing script raised SystemExit: 2; .* under if __name__ == "__main__"'),
     ],
 )
-def test_what_cannot_be_learned_is_refused_before_anything_is_written(
+def test_what_cannot_be_learned_is_refused(
+    target: str, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, TypeError, ImportError), match=match):
+        open_energy(target, (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        ("usermodel:fixed", "no parameter that requires grad, so none to learn$"),
+        ("script:Net", 'importing script raised SystemExit: 2; .* under if __name__ == "__main__"'),
+        ("usermodel:colour", "but its attribute shape is"),
+    ],
+)
+def test_train_refuses_an_energy_before_anything_is_written(
     target: str, match: str, command: Command, tmp_path: Path
 ) -> None:
     before = snapshot(tmp_path)

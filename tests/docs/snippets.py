@@ -8,6 +8,8 @@ readers do not see, change this:
     -->
     <!-- not run: REASON -->    the next block is only compiled
 
+Some loops are shortened; SHORTER in test_snippets.py says which.
+
 Lines of a bash block that start the ``fastlangevin`` command are checked against its options.
 """
 

@@ -82,12 +82,12 @@ def flipped(content: bytes, position: int, bit: int) -> bytes:
 
 
 def places(content: bytes) -> list[int]:
-    """Every 41st byte, the header's last (padding), and the first and last of every tensor."""
+    """Every 97th byte, the header's last (padding), and the first and last of every tensor."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     del header["__metadata__"]
     ends = [8 + length + at for entry in header.values() for at in entry["data_offsets"]]
-    return sorted({*range(0, len(content), 41), *(at - 1 for at in ends), *ends} - {len(content)})
+    return sorted({*range(0, len(content), 97), *(at - 1 for at in ends), *ends} - {len(content)})
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(whole: Path, tmp_path: Path) -> None:
@@ -117,17 +117,17 @@ def test_every_dtype_is_written_checked_and_read(dtype: torch.dtype, tmp_path: P
 def test_a_truncated_file_is_found_at_every_length(whole: Path, tmp_path: Path) -> None:
     content = list_checkpoints(whole)[-1].read_bytes()
     path = tmp_path / "short.safetensors"
-    for length in {*range(0, len(content), 41), len(content) - 1}:
+    for length in {*range(0, len(content), 97), len(content) - 1}:
         path.write_bytes(content[:length])
         with pytest.raises(DamagedCheckpointError, match=f"^{path} "):
             read_checkpoint(path)
 
 
-@pytest.mark.parametrize("size", [16, 512])
-def test_a_blanked_block_is_found(size: int, whole: Path, tmp_path: Path) -> None:
+def test_a_blanked_block_is_found(whole: Path, tmp_path: Path) -> None:
     """As a disk leaves it that lost a write: zeros, wherever there was something else."""
     content = list_checkpoints(whole)[-1].read_bytes()
     path = tmp_path / "blanked.safetensors"
+    size = 64
     for start in range(0, len(content), size):
         blank = content[:start] + bytes(len(content[start : start + size]))
         path.write_bytes(blank + content[start + size :])
@@ -152,7 +152,7 @@ def test_tensors_that_have_changed_places_are_found(whole: Path, tmp_path: Path)
     assert len(sums | {checksum(header + " ", tensors)}) == len(changes) + 2
 
 
-@pytest.mark.parametrize("where", [40, 3000, -1, "cut"])
+@pytest.mark.parametrize("where", [40, "cut"])
 def test_a_resumed_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     where: int | str, config: TrainConfig, whole: Path, copied: Path
 ) -> None:
@@ -229,7 +229,7 @@ def _read_once(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_checkpoint(run)
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=str)
+@pytest.mark.parametrize("wrong", [None, True, -1, 1.5, "x", [1], {"a": 1}], ids=str)
 def test_headers_of_wrong_types_are_refused_by_name(
     wrong: Any, config: TrainConfig, copied: Path
 ) -> None:
@@ -263,17 +263,16 @@ def test_settings_of_wrong_types_are_refused_by_name(
         return run_config(path) if part == "config" else load(path)(n=1, seed=0)
 
     refused = 0
-    # Of a run's 33 settings one each: a preset is parsed for each.
-    values = WRONG if part != "config" else [[[]], {"a": 1}]
+    # Each setting meets some of them. Of a run's 33 one each: a preset is parsed for each.
     for i, name in enumerate(info[part]):
-        for wrong in values if part != "config" else [values[i % 2]]:
+        for wrong in WRONG[i % 3 :: 3] if part != "config" else [[[[]], {"a": 1}][i % 2]]:
             with_info(whole, path, **{part: info[part] | {name: wrong}})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 said = refusal(read)
             assert said == "" or said.startswith(f"{path} "), (name, wrong)
             refused += said != ""
-    assert refused >= len(info[part]) * (len(values) // 2 if part != "config" else 0.5)
+    assert refused >= len(info[part]) * (2 if part != "config" else 0.5)
 
 
 def test_a_header_does_not_decide_how_much_memory_is_taken(whole: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fastlangevin.learn import html_report
+from fastlangevin.learn.data import pictures
 from fastlangevin.learn.data.load import load_images
 from fastlangevin.learn.errors import FileError
 from tests.learn.hostile import (
@@ -49,7 +50,7 @@ def png_claiming(width: int, height: int, kind: int = 6) -> bytes:
         return struct.pack(">I", len(content)) + name + content + crc
 
     header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
-    row = zlib.compress(bytes(1 + 4 * width) * min(height, 600))
+    row = zlib.compress(bytes(1 + 4 * width) * min(height, 60))
     signature = b"\x89PNG\r\n\x1a\n"
     return signature + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
 
@@ -156,7 +157,7 @@ def test_a_parquet_file_that_claims_too_much(tmp_path: Path) -> None:
 def test_few_images_are_read_of_a_packed_file(tmp_path: Path) -> None:
     """What follows the first two images is not unpacked: its damage is not met."""
     path = tmp_path / "train-images-idx3-ubyte.gz"
-    images = RNG.integers(0, 256, (20_000, 28, 28), dtype=np.uint8)
+    images = RNG.integers(0, 256, (4000, 28, 28), dtype=np.uint8)
     packed = gzip.compress(struct.pack(">4I", 0x803, *images.shape) + images.tobytes(), 1)
     path.write_bytes(packed[: len(packed) // 2])
     np.testing.assert_array_equal(load_images(tmp_path, limit=2).pixels, images[:2, None])
@@ -235,14 +236,15 @@ def test_links_are_followed_in_the_folder_and_refused_out_of_it(tmp_path: Path) 
         assert outcome(lambda path: load_images(path.parent), link) is not None
 
 
-def test_webs_of_links_end(tmp_path: Path) -> None:
+def test_webs_of_links_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty folders, each linked twice from the one before, are a million paths."""
+    monkeypatch.setattr(pictures, "_MOST_LINKED", 100)
     for i in range(20):
         (tmp_path / f"{i}").mkdir()
         for name in ("x", "y"):
             (tmp_path / f"{i}" / name).symlink_to(f"../{i + 1}")
     (tmp_path / "20").mkdir()
-    with pytest.raises(FileError, match=r"is a link beyond the first 1000 to folders"):
+    with pytest.raises(FileError, match=r"is a link beyond the first 100 to folders"):
         load_images(tmp_path)
 
 

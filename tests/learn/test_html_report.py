@@ -20,6 +20,7 @@ from fastlangevin.cli import report
 from fastlangevin.cli.outputs import Result
 from fastlangevin.learn import html_report, load_images, resolve, save_grid, train
 from fastlangevin.learn.checkpoint import read_checkpoint, save_checkpoint
+from fastlangevin.learn.diagnosis import write_diagnosis
 from fastlangevin.learn.evaluation import evaluate, features
 from fastlangevin.learn.model import export
 from tests.command import run_command
@@ -277,8 +278,12 @@ def test_compute_makes_what_is_missing(
         save_grid(torch.zeros(1, 1, 8, 8), out)
         return Result("ratio 0.123", [out])
 
+    def small(diagnosis: Any, path: Path, title: str) -> None:
+        save_grid(torch.zeros(1, 1, 8, 8), path)
+
     monkeypatch.setattr(report, "reconstruct", fails)
     monkeypatch.setattr(report, "restore", fast)
+    monkeypatch.setattr(write_diagnosis, "_plot", small)
     before = (run / "evaluate.json").read_bytes()
     found = command(run, "--compute", "--device", "cpu")
     assert found.exit_code == 0, found.output

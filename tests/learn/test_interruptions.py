@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -171,12 +172,11 @@ def die_at(
 @pytest.mark.parametrize(
     ("resumed", "power_cut", "stride"),
     [
-        (False, False, 11),
         (False, True, 11),
-        (True, True, 11),
-        pytest.param(False, False, 3, marks=pytest.mark.slow),
+        (True, True, 13),
+        pytest.param(False, False, 7, marks=pytest.mark.slow),
         pytest.param(False, True, 1, marks=pytest.mark.slow),
-        pytest.param(True, True, 3, marks=pytest.mark.slow),
+        pytest.param(True, True, 5, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_whenever_it_dies(
@@ -275,11 +275,12 @@ def writes(tree: ast.AST, inside: bool = False) -> Iterator[tuple[int, str]]:
     if isinstance(tree, ast.With):
         inside |= any("replacing(" in ast.unparse(item) for item in tree.items)
     if isinstance(tree, ast.Call) and not inside:
-        called = ast.unparse(tree.func)
-        mode = [ast.unparse(argument) for argument in tree.args]
-        opens = called.split(".")[-1] == "open" and any(m in ("'w'", "'wb'", "'a'") for m in mode)
-        if opens or (called.split(".")[-1] in WRITERS and called not in NOT_FILES):
-            yield tree.lineno, called
+        name = getattr(tree.func, "attr", getattr(tree.func, "id", ""))
+        mode = {getattr(argument, "value", None) for argument in tree.args}
+        if name in WRITERS or (name == "open" and mode & {"w", "wb", "a"}):
+            called = ast.unparse(tree.func)
+            if called not in NOT_FILES:
+                yield tree.lineno, called
     for child in ast.iter_child_nodes(tree):
         yield from writes(child, inside)
 
@@ -290,6 +291,7 @@ def test_every_file_of_the_package_is_written_by_the_one_helper() -> None:
     found = {
         (path.relative_to(PACKAGE).as_posix(), called)
         for path in PACKAGE.rglob("*.py")
+        if re.search(rf"\b({'|'.join(WRITERS)}|open)\(", path.read_text("utf-8"))
         for _, called in writes(ast.parse(path.read_text("utf-8")))
     }
     assert found == {
@@ -329,11 +331,8 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(
     assert (tmp_path / "new" / "a").read_text() == "whole"
 
 
-LOCKLESS = ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EBADF", "EIO"]
-
-
 @pytest.mark.skipif(os.name != "posix", reason="fcntl is of POSIX")
-@pytest.mark.parametrize("name", LOCKLESS)
+@pytest.mark.parametrize("name", ["ENOLCK", "EIO"])
 def test_a_run_goes_on_where_its_folder_cannot_be_locked(
     name: str, config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

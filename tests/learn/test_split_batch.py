@@ -44,8 +44,8 @@ EVERYTHING = {"parts": 4, "ema": 0.9, "flip": False}
 
 @pytest.mark.parametrize(
     "buffer",
-    [None, persistent("index"), persistent("fifo"), persistent("reservoir", torch.uint8)],
-    ids=["no buffer", "index", "fifo", "reservoir"],
+    [None, persistent("index"), persistent("reservoir", torch.uint8)],
+    ids=["no buffer", "index", "reservoir"],
 )
 def test_weights_metrics_and_chains_are_the_same_bits_for_every_number_of_processes(
     buffer: Any,
@@ -69,8 +69,6 @@ def test_without_parts_the_weights_agree_to_rounding_and_between_the_ranks() -> 
         torch.testing.assert_close(results[0][0][name], value, rtol=1e-4, atol=1e-5)
     for tensors, _ in results[1:]:
         assert same_state(tensors, results[0][0])
-    again = run_ranks(4, learn())
-    assert same_state(again[0][0], results[0][0])
 
 
 def test_a_checkpoint_of_one_number_of_processes_is_resumed_by_another(tmp_path: Any) -> None:

@@ -34,7 +34,7 @@ from fastlangevin.learn import ShortRunLearner
 A, B = 0.02, 0.2  # T = 1
 # A tenth to a third of the moves is refused.
 MALA = {"metropolis": True, "step_size": 0.1, "noise_std": 0.2**0.5}
-LINE = Grid(-4, 4, 160)
+LINE = Grid(-4, 4, 80)
 FINE_LINE = Grid(-4, 4, 320)
 PLANE = Grid(-3, 3, 36, dim=2)
 
@@ -226,7 +226,6 @@ def solved(name: str, steps: int) -> tuple[Polynomial, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("line", 5),
         ("line", 20),
         pytest.param("line", 80, marks=pytest.mark.slow),
         pytest.param("plane", 10, marks=pytest.mark.slow),
@@ -312,8 +311,8 @@ def test_the_learner_converges_to_the_solved_law() -> None:
     data = torch.tensor([[-1.0], [0.5], [1.5], [0.3]])
     sampler = sampler_of(energy, 10)
     learner = ShortRunLearner(sampler, data, batch_size=2048, data_noise=0.0, lr=0.05)
-    for i in range(160):
-        learner.lr = 0.05 if i < 100 else 0.005
+    for i in range(100):
+        learner.lr = 0.05 if i < 70 else 0.005
         learner.step()
     quarter = torch.full((4,), 0.25).double()
     q = solve(sampler_of(exact, 10), LINE, data.double(), quarter)
@@ -321,7 +320,7 @@ def test_the_learner_converges_to_the_solved_law() -> None:
     # A batch's moments scatter by 1 / sqrt(2048) = 0.02; Adam averages over some of them.
     assert gap.abs().max() < 0.03
     assert kl(q, law) < 1e-3
-    assert kl(q, LINE.law(torch.zeros(160))) > 0.3
+    assert kl(q, LINE.law(torch.zeros(80))) > 0.3
 
 
 @pytest.mark.slow
@@ -342,8 +341,11 @@ def test_the_docs_table_is_what_its_command_prints(monkeypatch: pytest.MonkeyPat
 # What K steps bring ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [Grid(-3, 3, 150), PLANE], ids=["line", "plane"])
-@pytest.mark.parametrize("step_size", [0.02, 0.1])
+@pytest.mark.parametrize(
+    ("grid", "step_size"),
+    [(Grid(-3, 3, 150), 0.02), (PLANE, 0.1)],
+    ids=["line", "plane"],
+)
 def test_adjusted_chains_never_move_away_from_the_energys_law(grid: Grid, step_size: float) -> None:
     """Detailed balance; KL(p_K | p_theta) falls at every step, from any start."""
     noise_std = math.sqrt(2 * step_size)
@@ -396,7 +398,7 @@ def test_the_bias_is_of_the_first_order_in_the_step() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"noise_std": 0.01}, r"noise_std 0\.01 needs a grid of n >= 600, got n = 160"),
+        ({"noise_std": 0.01}, r"noise_std 0\.01 needs a grid of n >= 600, got n = 80"),
         ({"noise_std": 0.0}, "without noise there is no density"),
         ({"noise_order": "last"}, 'noise_order must be "after"'),
         ({"grad_clip": ("batch_norm", 1.0)}, "batch's norm couples"),

@@ -1,6 +1,8 @@
 """Training runs that diverge stop, and keep their last good checkpoint."""
 
 import dataclasses
+import functools
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -78,13 +80,18 @@ def test_a_close_bound_on_the_energies_does_not_stop_the_checkpoints(
     ]
 
 
-def test_chains_that_stay_saturated(config: TrainConfig, tmp_path: Path) -> None:
-    """A bound that real chains pass at every iteration; after 50 of them the run is stopped."""
+def test_chains_that_stay_saturated(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound that real chains pass at every iteration; after 5 of them the run is stopped."""
+    patient = functools.partial(DivergenceGuard, patience=5)
+    train_module = importlib.import_module("fastlangevin.learn.train")
+    monkeypatch.setattr(train_module, "DivergenceGuard", patient)
     out = tmp_path / "run"
     constant = {"anneal_start": 1.0}  # else the length may not change
     train(dataclasses.replace(config, iterations=6, **constant), out)
     strict = dataclasses.replace(config, iterations=100, max_saturation=0.0, **constant)
-    match = r"chains are saturated at iteration 56: \d+% .*, above max_saturation = 0% for 50"
+    match = r"chains are saturated at iteration 11: \d+% .*, above max_saturation = 0% for 5"
     with pytest.raises(DivergedError, match=match) as caught:
         train(strict, out, resume=True)
     good = named_checkpoint(caught)

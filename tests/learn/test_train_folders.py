@@ -235,18 +235,17 @@ def test_overwrite_replaces_the_run(config: TrainConfig, copied: Path, tmp_path:
 
 
 @pytest.mark.parametrize("holds_run", [True, False])
-@pytest.mark.parametrize(
-    "mine",
-    ["notes.txt", "samples/mine.png", "checkpoints/best.safetensors", "tensorboard/mine", "a/b/c"],
-)
 def test_overwrite_leaves_what_is_not_the_runs(
-    mine: str, holds_run: bool, config: TrainConfig, copied: Path, tmp_path: Path
+    holds_run: bool, config: TrainConfig, copied: Path, tmp_path: Path
 ) -> None:
     out = copied if holds_run else tmp_path / "project"
-    (out / mine).parent.mkdir(parents=True, exist_ok=True)
-    (out / mine).write_text("mine")
+    names = ["notes.txt", "samples/mine.png", "checkpoints/best.safetensors", "tensorboard/mine"]
+    for mine in (*names, "a/b/c"):
+        (out / mine).parent.mkdir(parents=True, exist_ok=True)
+        (out / mine).write_text("mine")
     train(dataclasses.replace(config, iterations=1), out, overwrite=True)
-    assert (out / mine).read_text() == "mine"
+    for mine in (*names, "a/b/c"):
+        assert (out / mine).read_text() == "mine"
 
 
 def test_pruning_leaves_what_is_not_the_runs(config: TrainConfig, tmp_path: Path) -> None:

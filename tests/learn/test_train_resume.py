@@ -29,23 +29,12 @@ from tests.processes import start
 STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
-# Between checkpoints, and at a grid of samples.
-@pytest.mark.parametrize("k", [7, 10])
-def test_a_run_that_is_cut_once_ends_as_one_that_is_not(
-    k: int, config: TrainConfig, whole: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(CutError):
-        train(config, tmp_path / "run", report=cut_at(k))
-    train(config, tmp_path / "run", resume=True)
-    assert_same_end(tmp_path / "run", whole)
-
-
 def test_a_run_that_is_cut_again_and_again_ends_as_one_that_is_not(
     config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:
-    """Also after a checkpoint alone (3), and after one with a record (6)."""
+    """Also after a checkpoint alone (3) or with a record (6), between two (7), at a grid (10)."""
     out = tmp_path / "run"
-    for resume, k in enumerate((1, 2, 3, 5, 6, 8, 11, 12)):
+    for resume, k in enumerate((2, 3, 6, 7, 10, 12)):
         with pytest.raises(CutError):
             train(config, out, resume=resume > 0, report=cut_at(k))
     last = train(config, out, resume=True)
@@ -53,7 +42,7 @@ def test_a_run_that_is_cut_again_and_again_ends_as_one_that_is_not(
     assert_same_end(out, whole)
 
 
-@pytest.mark.parametrize(("k", "number"), list(zip([1, 6, 8], STOPPING, strict=False)), ids=str)
+@pytest.mark.parametrize(("k", "number"), list(zip([8, 1, 2], STOPPING, strict=False)), ids=str)
 def test_a_signal_ends_the_run_with_a_checkpoint(
     k: int, number: signal.Signals, config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:
@@ -68,6 +57,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     assert signal.getsignal(number) == before
     assert last == tmp_path / "run" / "checkpoints" / f"{k:08d}.safetensors"
     assert read_checkpoint(last)[1]["iteration"] == k
+    if number != STOPPING[0]:
+        return
     train(config, tmp_path / "run", resume=True)
     assert_same_end(tmp_path / "run", whole)
 
@@ -115,7 +106,10 @@ def victim(moment: str, config: TrainConfig, out: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX has SIGKILL")
-@pytest.mark.parametrize("moment", ["half a checkpoint", "half a record", "whenever"])
+@pytest.mark.parametrize(
+    "moment",
+    ["half a checkpoint", "half a record", pytest.param("whenever", marks=pytest.mark.slow)],
+)
 def test_a_run_that_is_killed_goes_on_to_the_same_end(
     moment: str, config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:
@@ -149,13 +143,13 @@ def test_a_finished_run_is_resumed_to_the_same_end(
 
 def test_a_resumed_run_may_go_on_for_longer(config: TrainConfig, tmp_path: Path) -> None:
     """Without annealing, whose schedule depends on the number of iterations."""
-    config = dataclasses.replace(config, anneal_start=1.0)
+    config = dataclasses.replace(config, anneal_start=1.0, iterations=6)
     train(config, tmp_path / "whole")
-    train(dataclasses.replace(config, iterations=7), tmp_path / "run")
+    train(dataclasses.replace(config, iterations=4), tmp_path / "run")
     train(config, tmp_path / "run", resume=True)
     tensors = [read_checkpoint(tmp_path / name)[0] for name in ("whole", "run")]
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
-    assert resolve(tmp_path / "run" / "config.yaml").iterations == 12
+    assert resolve(tmp_path / "run" / "config.yaml").iterations == 6
 
 
 def test_cadence_and_bounds_may_change_and_change_no_number(
@@ -183,8 +177,8 @@ def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
         train(config, copied, resume=True)
     assert_same_end(copied, whole)
     assert newest.with_suffix(".damaged").stat().st_size == 1000
-    train(config, copied, overwrite=True)
-    assert snapshot(copied).keys() == snapshot(whole).keys()
+    train(dataclasses.replace(config, iterations=1), copied, overwrite=True)
+    assert not newest.with_suffix(".damaged").exists()
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_resumed(config: TrainConfig, copied: Path) -> None:

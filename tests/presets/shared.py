@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 
-N, K = 4, 20
+N, K = 4, 8
 SHAPE = (2, 6, 6)
 
 

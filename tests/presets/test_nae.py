@@ -1,6 +1,5 @@
 """sample_langevin_v2 of normalized autoencoders beside a plain transcription, in float64."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -177,6 +176,7 @@ def close(mine: Any, theirs: Any) -> None:
         (state, case, list(ENERGIES)[(i + j) % len(ENERGIES)])
         for i, state in enumerate(STATES)
         for j, case in enumerate(V2)
+        if state == "images" or j % 2
     ],
 )
 def test_nae_v2_matches_the_original_loop(case: str, state: str, model: str) -> None:
@@ -201,8 +201,15 @@ def test_nae_v2_matches_the_original_loop(case: str, state: str, model: str) -> 
     assert not got["sample"].requires_grad
 
 
-@pytest.mark.parametrize("shape", ["[n, 1]", "[n]"])
-@pytest.mark.parametrize(("state", "case"), list(itertools.product(STATES, MCMC)))
+@pytest.mark.parametrize(
+    ("case", "state", "shape"),
+    [
+        (case, state, ["[n, 1]", "[n]"][(i + j) % 2])
+        for i, state in enumerate(STATES)
+        for j, case in enumerate(MCMC)
+        if state == "images" or j % 2
+    ],
+)
 def test_nae_mcmc_matches_the_original_loop(case: str, state: str, shape: str) -> None:
     options, settings = MCMC[case]
     x0, z = STATES[state], Z[state]

@@ -10,19 +10,17 @@ import torch
 from tests.presets.shared import CASES, K, Net, numbers
 
 
-@pytest.mark.parametrize("steps", [1, K])
 @pytest.mark.parametrize("case", CASES)
-def test_every_preset_matches_the_originals_equation(case: str, steps: int, net: Net) -> None:
-    """One step to rounding, K = 20 to 1e-9, in float64."""
+def test_every_preset_matches_the_originals_equation(case: str, net: Net) -> None:
     step, x0, preset = CASES[case]
-    z, start = numbers(steps, *x0.shape, seed=3), x0.clone()
+    z, start = numbers(K, *x0.shape, seed=3), x0.clone()
     x = x0.detach()
-    for k in range(steps):
-        x = step(net, x, z[k], k, steps).detach()
+    for k in range(K):
+        x = step(net, x, z[k], k, K).detach()
     got = preset(net, x0, z)
     assert got.dtype == torch.float64
     assert not got.requires_grad
-    assert (got - x).abs().max() <= (1e-13 if steps == 1 else 1e-9)
+    assert (got - x).abs().max() <= 1e-10
     assert (got - x0).abs().max() > 1e-3  # the chain has moved
     assert torch.equal(x0, start)
 

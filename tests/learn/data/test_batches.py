@@ -79,16 +79,15 @@ def test_batch_refuses(small, indices, flip, error, message):
 
 
 def test_threads_do_not_change_the_order(tmp_path, monkeypatch):
-    sizes = [(40, 40), (400, 400), (64, 90)]
+    sizes = [(40, 40), (200, 200), (64, 90)]
     for i in range(60):
         write_png(tmp_path / f"{i:02d}.png", noise(*sizes[i % 3], 3))
     runs = []
-    for cores in (1, 2, 8):
+    for cores in (1, 8):
         monkeypatch.setattr(collect.os, "cpu_count", lambda cores=cores: cores)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             runs.append(load_images(tmp_path, size=16).pixels)
     np.testing.assert_array_equal(runs[0], runs[1])
-    np.testing.assert_array_equal(runs[0], runs[2])
     single = load_images(tmp_path, size=16, limit=1).pixels
     np.testing.assert_array_equal(single[0], runs[0][0])

@@ -74,7 +74,8 @@ def test_all_sets_are_clamped_and_rounded_alike(
     digits: ImageData, pixels: features.Features
 ) -> None:
     train, held = parts(digits)
-    held = features.quantise(held)
+    train = dataclasses.replace(train, pixels=train.pixels[:300])
+    held = features.quantise(held[:200])
     loud = torch.where(held.abs() == 1, 3 * held, held)
     found = {}
     for name, images in (("1", held), ("2", held + 0.001), ("3", loud), ("4", held + 0.1)):
@@ -300,13 +301,11 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_shipped_model(command: Any, tmp_path: Path) -> None:
     """297 held-out digits, as many samples, and the figures of uniform noise far behind."""
-    found = command(
-        "digits", "--features", "pixels", "--noise", "0.2", "--noise", "1", "--out", "a.json"
-    )
+    found = command("digits", "--features", "pixels", "--noise", "0.2", "--out", "a.json")
     assert found.exit_code == 0, found.output
     record = json.loads((tmp_path / "a.json").read_text())
     assert list(record["figures"]) == [
-        "held-out data", "samples", "data + noise of 0.2", "data + noise of 1", "uniform noise",
+        "held-out data", "samples", "data + noise of 0.2", "uniform noise",
     ]  # fmt: skip
     samples, uniform = record["figures"]["samples"], record["figures"]["uniform noise"]
     assert samples["images"] == uniform["images"] == 297

@@ -11,7 +11,7 @@ CENTRE = {
     "width": 2,
     "steps": 2,
     "iterations": 4,
-    "batch_size": 32,
+    "batch_size": 8,
     "log_every": 1,
     "save_every": 1,
     "samples": 4,

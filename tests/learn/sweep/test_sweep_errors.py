@@ -11,6 +11,7 @@ import yaml
 
 from fastlangevin.distributed import own_device
 from fastlangevin.learn import resolve, sweep
+from fastlangevin.learn.sweep import write_sweep
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.run import run_sweep
 from tests.command import run_command
@@ -88,7 +89,8 @@ def test_wrong_plan_files_are_refused_by_name(content: Any, message: str, tmp_pa
         read_sweep(tmp_path / "plan.yaml")
 
 
-def test_the_sweep_command_runs_a_plan(tmp_path: Path) -> None:
+def test_the_sweep_command_runs_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_sweep, "plot", lambda content, path: path.touch())
     out = tmp_path / "sweep"
     command = ["sweep", *options(steps="1,2", clamp="none,[-1, 1]"), "--seeds=1", f"--out={out}"]
     done = run_command(*command)

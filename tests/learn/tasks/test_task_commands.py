@@ -278,6 +278,8 @@ def test_restore_command(command: Any, run: Path, options: tuple[Any, ...]) -> N
     squares = (found["images"][:, None] - found["x"]).square().mean((2, 3, 4))
     assert said["answers"] == pytest.approx(float(squares.mean()), abs=1e-5)
     assert said["best"] == pytest.approx(float(squares.amin(1).mean()), abs=1e-5)
+    if "half" not in options:  # the picture of one will do
+        return
     result = command("restore", run, *options, "--out", "a.png")
     assert result.exit_code == 0, result.output
     with Image.open("a.png") as shown:

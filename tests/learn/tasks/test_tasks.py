@@ -37,10 +37,10 @@ def slope(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{"optimizer": "adam"}, {"optimizer": "gd", "lr": 0.5}])
 def test_reconstruct_finds_the_start_that_is_known(options: dict[str, Any]) -> None:
     """On |x|^2 / 2 v the chain is M(z) = c z, c = (1 - a / v)^K, with z in [-1, 1]."""
-    sampler = fl.LangevinSampler(GaussianEnergy(2.0), steps=5, step_size=0.1, noise_std=0.3)
-    c = 0.95**5
+    sampler = fl.LangevinSampler(GaussianEnergy(2.0), steps=2, step_size=0.1, noise_std=0.3)
+    c = 0.95**2
     y = images(3)
-    iterations = 150 if options["optimizer"] == "adam" else 30
+    iterations = 100 if options["optimizer"] == "adam" else 12
     fit = reconstruct(sampler, y, restarts=2, iterations=iterations, **options)
     want = (y / c).clamp(-1, 1)[:, None].expand_as(fit.z)
     if options["optimizer"] == "gd":
@@ -55,7 +55,7 @@ def test_reconstruct_with_frozen_noise_fits_that_noise() -> None:
     sampler = fl.LangevinSampler(GaussianEnergy(2.0), steps=5, step_size=0.1, noise_std=0.01)
     y = images(2) / 2
     options: dict[str, Any] = {"optimizer": "gd", "lr": 0.5, "noise": "frozen", "seed": 4}
-    fit = reconstruct(sampler, y, restarts=2, iterations=40, **options)
+    fit = reconstruct(sampler, y, restarts=2, iterations=15, **options)
     torch.testing.assert_close(fit.x, y[:, None].expand_as(fit.x), rtol=0, atol=2e-3)
     again = sampler(fit.z.flatten(0, 1), seed=4)  # the chain as anyone would run it
     torch.testing.assert_close(again, fit.x.flatten(0, 1), rtol=0, atol=1e-6)
@@ -125,7 +125,8 @@ def test_fits_leave_no_trace() -> None:
     state = torch.get_rng_state()
     sampler, y = fl.LangevinSampler(energy, steps=2), images(1)
     reconstruct(sampler, y, iterations=2)
-    for method in ("moments", "posterior", "clamped"):
+    restore(sampler, BOX(y), BOX, samples=8)
+    for method in ("posterior", "clamped"):
         restore(sampler, BOX(y), BOX, method=method)
     transfer(sampler, y, style=y)
     with pytest.raises(ZeroDivisionError):
@@ -144,7 +145,7 @@ def test_fits_have_gradients_where_the_caller_has_none(mode: Any) -> None:
     want = reconstruct(sampler, y, **options)
     with mode():
         assert torch.equal(reconstruct(sampler, y, **options).z, want.z)
-        assert restore(sampler, Downsample(2)(y), Downsample(2)).x.isfinite().all()
+        assert restore(sampler, Downsample(2)(y), Downsample(2), samples=8).x.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -213,9 +214,9 @@ def test_what_interpolate_refuses() -> None:
         interpolate(sampler, start(1, 0), start(1, 1).numpy())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-def test_posterior_chains_against_a_plain_loop(operator: Any, maximize: bool) -> None:
+def test_posterior_chains_against_a_plain_loop(operator: Any) -> None:
     """x <- x - a (dE/dx + 2 A^T (A x - y) / zeta^2) + b z, from p0."""
+    maximize = isinstance(operator, Mask | Grey)
     energy, y = net(), operator(images(2))
     given = nn.Module()
     given.forward = lambda x: -energy(x)  # type: ignore[method-assign]
@@ -294,8 +295,8 @@ def test_clamped_chains_against_a_plain_loop(order: str) -> None:
 
 def test_latent_answers_are_fits_with_the_known_pixels_filled_in() -> None:
     sampler, x = fl.LangevinSampler(net(), steps=2), images(2)
-    fit = reconstruct(sampler, BOX(x), BOX, restarts=3, iterations=20, seed=2)
-    restored = restore(sampler, BOX(x), BOX, method="latent", answers=3, iterations=20, seed=2)
+    fit = reconstruct(sampler, BOX(x), BOX, restarts=3, iterations=12, seed=2)
+    restored = restore(sampler, BOX(x), BOX, method="latent", answers=3, iterations=12, seed=2)
     known = (BOX(torch.ones(1, *SHAPE)) == 1)[:, None]
     assert torch.equal(restored.x, torch.where(known, x[:, None], fit.x))
     first = reconstruct(sampler, BOX(x), BOX, restarts=3, iterations=1, seed=2)
