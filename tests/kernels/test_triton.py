@@ -4,7 +4,6 @@ What every backend promises is in test_step.py, which runs this one too where it
 here is what only these kernels do: their words, their tiles, their outputs and their machine code.
 """
 
-import itertools
 import json
 import math
 import os
@@ -37,10 +36,8 @@ pytestmark = [
 
 ADDRESS = {"seed": 2**64 - 3, "step": 2**32 - 1, "first_chain": 2**31 - 2}
 OPTIONS: dict[str, Any] = {"step_size": 0.3, "noise_std": 0.05, "clamp": (-0.9, 0.8), **ADDRESS}
-LAYOUTS = list(itertools.product(["contiguous", "channels_last"], repeat=2))
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around a block of four and a tile of 512; several tiles; many short chains in one tile.
-SIZES = [(3, 0), (0, 5), (5, 1), (2, 3), (2, 4), (3, 5), (2, 1023), (2, 1535), (1, 1537), (300, 2)]
+SIZES = [(3, 0), (0, 5), (5, 1), (3, 5), (2, 1023), (1, 1537), (300, 2)]
 # By channel: three in a tile of four, more than a tile's 16, pixels of more than one tile. The last
 # has channels of 35 elements, which blocks straddle.
 IMAGES = [(2, 3, 4, 4), (2, 17, 2, 4), (1, 3, 20, 20), (2, 3, 5, 7)]
@@ -127,7 +124,9 @@ def test_triton_normals_equal_the_native_backends() -> None:
     ("shape", "dtype"),
     [
         *((shape, torch.float32) for shape in SIZES),
-        *itertools.product([(2, 1023), (1, 1537), (300, 2)], DTYPES[1:]),
+        ((2, 1023), torch.bfloat16),
+        ((300, 2), torch.bfloat16),
+        ((1, 1537), torch.float16),
     ],
     ids=str,
 )
@@ -139,8 +138,16 @@ def test_steps_equal_the_reference_on_the_same_normals(shape: tuple, dtype: torc
     assert torch.equal(triton.step_(x.clone(), grad, z, **OPTIONS), want)
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS)
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layouts"),
+    [
+        (IMAGES[0], ("channels_last", "contiguous")),
+        (IMAGES[1], ("channels_last", "channels_last")),
+        (IMAGES[2], ("contiguous", "channels_last")),
+        (IMAGES[3], ("channels_last", "contiguous")),
+    ],
+    ids=str,
+)
 def test_triton_steps_are_equal_in_both_memory_formats(
     shape: tuple, layouts: tuple[str, ...]
 ) -> None:
