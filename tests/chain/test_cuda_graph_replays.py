@@ -45,7 +45,7 @@ OPTIONS: list[dict[str, Any]] = [
 @as_on_cuda
 @pytest.mark.parametrize(
     ("activation", "options"),
-    [*(("silu", each) for each in OPTIONS), *(("leaky_relu", each) for each in OPTIONS[:2])],
+    [(("silu", "leaky_relu")[i % 2], each) for i, each in enumerate(OPTIONS)],
     ids=str,
 )
 def test_a_replayed_graph_gives_the_chain_of_the_loop(
@@ -53,7 +53,7 @@ def test_a_replayed_graph_gives_the_chain_of_the_loop(
 ) -> None:
     energy = net(activation)
     run, want = recorded(energy, **options), plain(energy, **options)
-    for call, seed in enumerate((0, 0, 1, 2**64 - 1, 0)):
+    for call, seed in enumerate((0, 0, 2**64 - 1)):
         x = numbers(call)
         assert torch.equal(run(x, seed=seed, first_step=9 * call),
                            want(x, seed=seed, first_step=9 * call))  # fmt: skip
@@ -199,10 +199,10 @@ def test_a_replayed_fused_gradient_gives_the_chain_of_the_loop(
 
     monkeypatch.setattr(choice, "_fused", fused)
     energy = net()
-    options = {"gradient": "fused", "precision": "fp16", "clamp": (-1.0, 1.0), "steps": 2}
+    options = {"gradient": "fused", "precision": "fp16", "clamp": (-1.0, 1.0), "steps": 1}
     run, x = recorded(energy, Rerun(), **options), numbers()
     want = plain(energy, **options)
-    for seed in (0, 0, 5):
+    for seed in (0, 5):
         assert torch.equal(run(x, seed=seed, first_step=seed), want(x, seed=seed, first_step=seed))
     by_optimiser(energy)
     assert torch.equal(run(x, seed=0), want(x, seed=0))

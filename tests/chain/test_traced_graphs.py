@@ -37,9 +37,9 @@ def samplers(module: nn.Module, **options: Any) -> tuple[fl.LangevinSampler, fl.
 @as_on_cuda
 @every_net
 def test_a_replayed_trace_gives_the_chain_of_the_loop(make: Callable[[], nn.Module]) -> None:
-    for options in ({}, {"steps": 1}, {"noise_order": "before", "clamp": (-0.8, 0.8)}):
+    for options in ({"steps": 1}, {"steps": 2, "noise_order": "before", "clamp": (-0.8, 0.8)}):
         run, want = samplers(seeded(make), **options)
-        for call, seed in enumerate((0, 0, 1, 2**64 - 1, 0)):
+        for call, seed in enumerate((0, 0, 2**64 - 1)):
             x = numbers(call)
             got = run(x, seed=seed, first_step=9 * call)
             assert isinstance(run.choose_engine(x, {}).engine, ReplayGradient)
@@ -50,21 +50,16 @@ def test_a_replayed_trace_gives_the_chain_of_the_loop(make: Callable[[], nn.Modu
 
 @as_on_cuda
 @pytest.mark.filterwarnings("ignore:.*in train mode:UserWarning")
-@pytest.mark.parametrize("name", ENERGIES)
+@pytest.mark.parametrize("name", list(ENERGIES)[1::2])
 def test_chains_of_many_operators_are_replayed(name: str) -> None:
+    """Of every other energy: tests/gradients/test_trace.py runs all of them."""
     module, x, arguments = traced_energy(name, torch.float32)
-    run, want = samplers(module, step_size=0.05)
-    for seed in (0, 1, 2):
+    run, want = samplers(module, step_size=0.05, steps=2)
+    for seed in (0, 1):
         got = run(x, seed=seed, **arguments)
         assert torch.equal(got, want(x, seed=seed, **arguments))
     (kind,) = run._graphs._kinds.values()
     assert kind.recording is not None, kind.reason
-    module, x, arguments = traced_energy(name, torch.float64)
-    run, want = samplers(module, step_size=0.05)
-    want.gradient = "autograd"
-    torch.testing.assert_close(
-        run(x, seed=0, **arguments), want(x, seed=0, **arguments), rtol=0, atol=1e-11
-    )
 
 
 @as_on_cuda
