@@ -304,7 +304,7 @@ def test_a_child_forked_while_a_thread_samples_can_sample(kind: str, gradient: s
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("gradient", ["autograd", "explicit", "fused"])
+@pytest.mark.parametrize("gradient", ["explicit", "fused"])
 def test_no_lock_of_the_package_stays_held_in_a_child(gradient: str) -> None:
     energy = fastlangevin.ConvEnergy(channels=1, size=8, width=8)
     sampler = LangevinSampler(energy, steps=2, gradient=gradient)

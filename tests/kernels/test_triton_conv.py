@@ -80,7 +80,6 @@ CASES = {
     "silu": (paper("silu"), (3, 8, 8)),
     "one channel": (paper("relu", channels=1), (1, 8, 8)),
     "whole blocks": (paper("silu", width=32), (3, 8, 8)),
-    "three strides": (paper("silu", size=16, width=4), (3, 16, 16)),
     "odd": (odd(), (2, 9, 7)),
 }
 
@@ -113,7 +112,7 @@ def scored_silu(layout: torch.memory_format) -> tuple[Tensor, Tensor]:
 # The score ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("leaky_relu", "silu")])
+@pytest.mark.parametrize("case", ["one channel", "odd"])
 def test_fused_energies_and_gradients_match_float64(case: str) -> None:
     x = state(case)
     energies, grad = fused(case)(x, want_energies=True)
@@ -308,11 +307,15 @@ def test_given_noise_and_device_state() -> None:
 
 
 def test_noise_for_pixels_that_do_not_come_in_fours_is_the_contracts() -> None:
-    """From x = 0 without a move."""
-    x = torch.zeros_like(state("odd"))
-    fused("odd").step_(x, step_size=0.0, noise_std=1.0, **ADDRESS)
-    want = fl.noise.normal(x.shape, dtype=torch.float64, **ADDRESS)
-    torch.testing.assert_close(x.double().cpu(), want, rtol=0, atol=2e-6)
+    """From x = 0 without a move, by their number and by the stride of the first layer."""
+    conv = nn.Conv2d(1, 4, 3, padding=1)
+    small = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(60, 1)).to(DEVICE)
+    for energy, shape in ((small, (1, 3, 5)), CASES["odd"]):
+        x = torch.zeros(2, *shape, device=DEVICE)
+        score = FusedGradient(stack_of(energy, shape), 2, DEVICE, "fp32")
+        score.step_(x, step_size=0.0, noise_std=1.0, **ADDRESS)
+        want = fl.noise.normal(x.shape, dtype=torch.float64, **ADDRESS)
+        torch.testing.assert_close(x.double().cpu(), want, rtol=0, atol=2e-6)
 
 
 def test_chains_do_not_depend_on_their_batch() -> None:
