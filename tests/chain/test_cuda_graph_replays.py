@@ -63,16 +63,6 @@ def test_a_replayed_graph_gives_the_chain_of_the_loop(
 
 
 @as_on_cuda
-def test_every_replay_has_its_own_noise() -> None:
-    run, x = recorded(net()), numbers()
-    run(x, seed=0)
-    ends = [run(x, seed=s, first_step=t) for s, t in ((0, 0), (1, 0), (0, 1), (2**32, 0), (0, 0))]
-    assert torch.equal(ends[0], ends[-1])
-    assert all(not torch.equal(a, b) for i, a in enumerate(ends[:4]) for b in ends[:i])
-    assert len(run._graphs._recordings()) == made(run) == 1
-
-
-@as_on_cuda
 @pytest.mark.parametrize("make", [net, branched])
 def test_weights_are_read_at_every_replay(make: Callable[[], nn.Module]) -> None:
     energy, x = make(), numbers()

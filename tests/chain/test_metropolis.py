@@ -213,16 +213,6 @@ def test_clamped_chains_sample_the_truncated_law_without_atoms_at_its_bounds() -
     assert bool((fl.LangevinSampler(energy, **settings)(x0, seed=8) == 0).any())
 
 
-def test_chains_converge_to_the_law_from_another_start() -> None:
-    n = 4000
-    run = fl.LangevinSampler(
-        fl.GaussianEnergy(), steps=60, step_size=0.5, noise_std=1.0, metropolis=True
-    )
-    x = run(torch.full((n, 2), 3.0), seed=2).double()
-    assert abs(score_of(x[:, 0], 0.0)) < LIMIT
-    assert abs(score_of(x.square().sum(1), 2.0)) < LIMIT
-
-
 def test_per_chain_temperatures() -> None:
     """Row i at T_i by noise_std = sqrt(2 a T): the discrete chain's variance, and MALA's T."""
     temperatures = torch.tensor([0.25, 1.0, 4.0]).repeat(3000)

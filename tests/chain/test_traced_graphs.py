@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 import fastlangevin as fl
-from fastlangevin.chain import cuda_graphs as graphs
 from fastlangevin.gradients.trace.replay_engine import FixedInputs, ReplayGradient
-from tests.chain.nets import MLP, NETS, Labelled, Residual, opaque, seeded
+from tests.chain.nets import NETS, Labelled, Residual, opaque, seeded
 from tests.chain.shared import (
     CHANGES,
-    Tape,
     as_on_cuda,
     line,
     made,
@@ -194,30 +192,3 @@ def test_inputs_that_moved_lead_to_another_recording() -> None:
     for count in (1, 2, 2):
         assert torch.equal(run(x, seed=0), want(x, seed=0))
         assert made(run) == count
-
-
-@as_on_cuda
-def test_few_recordings_of_traces_are_held() -> None:
-    run, want = samplers(seeded(MLP))
-    batches = [numbers(shape=(n, 3, 8, 8)) for n in (1, 2, 3)]
-    for _ in range(graphs._CALLS_BEFORE_DROP):
-        for x in batches:
-            assert torch.equal(run(x, seed=0), want(x, seed=0))
-    assert len(run._graphs._recordings()) == made(run) == 2
-
-
-@as_on_cuda
-def test_a_replayed_trace_that_differs_is_never_used() -> None:
-    class Deaf(Tape):
-        """A recording of the first call's weights."""
-
-        def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
-            tape, size = super().__call__(run, device, shared_with)
-            tape.calls = [call for call in tape.calls if "convolution" not in str(call[0])]
-            return tape, size
-
-    module = seeded(Residual)
-    run, want = recorded(opaque(module), Deaf()), plain(opaque(module))  # type: ignore[arg-type]
-    for seed in range(3):
-        assert torch.equal(run(numbers(), seed=seed), want(numbers(), seed=seed))
-    assert line(run, numbers()).startswith("no: its replay differs")

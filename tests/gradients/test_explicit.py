@@ -321,14 +321,6 @@ def test_bf16_is_as_good_as_autocast(activation: str) -> None:
     assert error(grad, exact) > 1e-4
 
 
-def test_fp32_is_strict_inside_autocast() -> None:
-    energy, x = seeded(lambda: fl.ConvEnergy(size=8, width=4)), numbers((3, 3, 8, 8))
-    score = lean(energy, x, "fp32")
-    want = score(x, False)[1]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(score(x, False)[1], want)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_signs(dtype: torch.dtype) -> None:
     """Native against plain torch, which is checked by hand below."""

@@ -144,12 +144,6 @@ def test_numbers_among_the_arguments_are_those_of_the_call() -> None:
     )  # fmt: skip
 
 
-def test_chains_do_not_depend_on_how_a_batch_is_split() -> None:
-    run, x0 = sampler(Own()), states(5)
-    parts = [run(part, seed=0) for part in x0.split([1, 2, 2])]
-    assert torch.equal(torch.cat(parts), run(x0, seed=0))
-
-
 def test_profilers_are_as_they_were() -> None:
     """One in Python gives way for a recording; beside one in C, on Python 3.11, autograd serves."""
     energy, x0 = Own(), states(2)
