@@ -259,7 +259,9 @@ def changes() -> Iterator[tuple[str, Callable]]:
 
 
 @pytest.mark.parametrize(
-    ("which", "checkpoint"), [(c[1], RECOMPUTED[i % 2]) for i, c in enumerate(changes())]
+    ("which", "checkpoint"),
+    [(change, RECOMPUTED[i % 2]) for i, (_, change) in enumerate(changes())],
+    ids=[name for name, _ in changes()],
 )
 def test_changes_between_the_passes_are_noticed(which: Callable, checkpoint: Any) -> None:
     net, a, y = make_net(), torch.tensor(0.3), torch.ones(1)
