@@ -69,15 +69,17 @@ def device(place: tuple[str, torch.device]) -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def _tritons_interpreter() -> None:
-    """Triton's interpreter, with bfloat16 as on GPUs and without the checks that it ignores.
+    """Triton's interpreter, with bfloat16 as on GPUs, and without what only costs time.
 
     In bfloat16 the interpreter truncates where GPUs round, loses subnormals and NaN, and multiplies
     matrices of the bits as if those were integers. Its check of every integer operation for
-    overflow takes half of its time, and is only looked at in debug mode.
+    overflow takes half of its time, and is only looked at in debug mode. Around every launch it
+    replaces the functions of `triton.language` and puts them back: here they stay replaced.
     """
     if ("triton", torch.device("cpu")) not in SERVING:
         return
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
 
     options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
@@ -102,6 +104,16 @@ def _tritons_interpreter() -> None:
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+
+    patch, scopes = interpreter._patch_lang, {}
+
+    def patch_once(function: Any) -> Any:
+        modules = frozenset(id(v) for v in (tl, tl.core) if v in function.__globals__.values())
+        if modules not in scopes:
+            scopes[modules] = patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import fastlangevin as fl
 from fastlangevin.adjoint.schedules import Budget, Sizes, choose_states, recomputed, reverse, sweep
 from fastlangevin.adjoint.storage import Allocations
 from tests.adjoint.shared import (
-    ACTIVATIONS,
     Calls,
     assert_close,
     gradients,
@@ -37,11 +36,15 @@ def fewest_advances(steps: int, states: int) -> int:
     )
 
 
-PAIRS = [*itertools.product((1, 2, 3, 5, 8, 13, 34, 60), (1, 2, 3, 5, 8)), (90, 4), (60, 60)]
+PAIRS = [*itertools.product((1, 2, 3, 5, 8, 13, 34), (1, 2, 3, 5, 8)), (50, 4), (34, 34)]
 
 
-@pytest.mark.parametrize(("steps", "states"), PAIRS)
-def test_schedules_recompute_the_least_possible(steps: int, states: int) -> None:
+def test_schedules_recompute_the_least_possible() -> None:
+    for steps, states in PAIRS:
+        check_schedule(steps, states)
+
+
+def check_schedule(steps: int, states: int) -> None:
     """The count, and that of a run of the actions in which each finds what it needs."""
     want = fewest_advances(steps, states) - (steps - 1)
     assert recomputed(steps, states) == want
@@ -72,7 +75,7 @@ def test_schedules_recompute_the_least_possible(steps: int, states: int) -> None
     assert (done, again, kept) == (0, want, set())
 
 
-@pytest.mark.parametrize(("steps", "states"), [(1, 1), (2, 1), (7, 2), (7, 6), (9, 3), (12, 1)])
+@pytest.mark.parametrize(("steps", "states"), [(1, 1), (2, 1), (7, 2), (5, 4), (6, 1)])
 def test_evaluations_match_the_schedules_count(steps: int, states: int) -> None:
     net, x0 = make_net(), starts()
     calls = Calls(net)
@@ -113,12 +116,12 @@ def test_step_checkpoints_take_a_25th_of_the_memory_of_a_plain_unroll() -> None:
 
 def test_memory_does_not_grow_with_the_chain() -> None:
     net = fl.ConvEnergy(size=8, width=4, activation="silu")
-    assert chain_peak(net, 60, 10) <= 1.3 * chain_peak(net, 10, "step")
+    assert chain_peak(net, 24, 6) <= 1.3 * chain_peak(net, 6, "step")
 
 
-STEPS = 9
-LEAST = [(activation, 0.0, "least") for activation in ACTIVATIONS]
-MORE = itertools.product(("relu", "silu"), ((0.5, "states"), (1.5, "graphs")))
+STEPS = 7
+LEAST = [(activation, 0.0, "least") for activation in ("leaky_relu", "silu")]
+MORE = [("relu", (0.5, "states")), ("silu", (0.5, "states")), ("relu", (1.5, "graphs"))]
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ class Generator(nn.Module):
         return sampler(self.net)(x, **self.call)
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "step", 2, "20MiB"])
-@pytest.mark.parametrize("computed", [False, True], ids=["leaf", "computed"])
+@pytest.mark.parametrize(
+    ("checkpoint", "computed"), [("none", True), ("step", False), (2, True), ("20MiB", False)]
+)
 def test_functional_call(checkpoint: Any, computed: bool) -> None:
     """Parameters that are put in for the call alone are there again in the backward pass."""
     model, x0 = Generator(make_net(), checkpoint=checkpoint), starts()
@@ -65,8 +66,9 @@ def test_autocast(checkpoint: Any) -> None:
     assert_close(*grads, 2e-2)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("checkpoint", ["step", 2, "20MiB"])
+@pytest.mark.parametrize(
+    ("checkpoint", "use_reentrant"), [("step", False), (2, True), ("20MiB", False)]
+)
 def test_inside_the_users_own_checkpoint(checkpoint: Any, use_reentrant: bool) -> None:
     net, x0 = make_net(), starts()
     run = functools.partial(sampler(net), seed=0, differentiable=True, checkpoint=checkpoint)
@@ -230,8 +232,7 @@ def counting() -> Callable[[Tensor], Tensor]:
     return lambda x: net(x) * (1 + 0.01 * next(calls))
 
 
-@pytest.mark.parametrize("checkpoint", RECOMPUTED)
-@pytest.mark.parametrize("make", [unseeded_dropout, counting])
+@pytest.mark.parametrize(("make", "checkpoint"), [(unseeded_dropout, "step"), (counting, 2)])
 def test_energies_that_differ_when_computed_again(make: Callable, checkpoint: Any) -> None:
     x0 = starts()
     out = sampler(make())(x0, seed=0, differentiable=True, checkpoint=checkpoint)
@@ -257,8 +258,11 @@ def changes() -> Iterator[tuple[str, Callable]]:
     yield "keyword", lambda parts: parts["y"]
 
 
-@pytest.mark.parametrize("checkpoint", RECOMPUTED)
-@pytest.mark.parametrize("which", [c[1] for c in changes()], ids=[c[0] for c in changes()])
+@pytest.mark.parametrize(
+    ("which", "checkpoint"),
+    [(change, RECOMPUTED[i % 2]) for i, (_, change) in enumerate(changes())],
+    ids=[name for name, _ in changes()],
+)
 def test_changes_between_the_passes_are_noticed(which: Callable, checkpoint: Any) -> None:
     net, a, y = make_net(), torch.tensor(0.3), torch.ones(1)
     net.layers[2].weight.requires_grad_(False)

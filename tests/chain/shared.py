@@ -102,16 +102,22 @@ class Rerun:
     replay: Callable[[], None]
 
 
-def taped_step_(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The step of a backend that reads ``rng_state``: interpreted, Triton's takes half a second."""
+def taped_step_(x: Tensor, grad: Tensor | None, z: Tensor | None, **kwargs: Any) -> Tensor:
+    """The step of a backend that reads ``rng_state``: interpreted, Triton's takes half a second.
+
+    Its numbers come from ``fl.noise``, since the reference's own generator is as slow as a network.
+    """
     if Tape.calls is not None:
-        Tape.calls.append((taped_step_, (x, *args), dict(kwargs), x))
+        Tape.calls.append((taped_step_, (x, grad, z), dict(kwargs), x))
     with _disable_current_modes():
         rng_state = kwargs.pop("rng_state", None)
         if rng_state is not None:
             kwargs["seed"] = int(rng_state[0]) % 2**64
             kwargs["step"] += int(rng_state[1])
-        return reference.step_(x, *args, **kwargs)
+        if z is None and not reference.is_zero(kwargs["noise_std"]):
+            address = {name: kwargs[name] for name in ("seed", "step", "first_chain")}
+            z = fl.noise.normal(x.shape, device=x.device, **address)
+        return reference.step_(x, grad, z, **kwargs)
 
 
 class OnCuda(Activation):

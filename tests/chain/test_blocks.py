@@ -54,8 +54,10 @@ def counted(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
         return run(), advance.call_count
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [*(("mlp", name) for name in SETTINGS), *(("conv", name) for name in list(SETTINGS)[::3])],
+)
 def test_blocks_are_steps_one_by_one(network: str, name: str) -> None:
     make, shape = NETWORKS[network]
     x = numbers(N, *shape)
@@ -73,7 +75,7 @@ def test_blocks_are_steps_one_by_one(network: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("chunk", [1, 2, 5])
+@pytest.mark.parametrize("chunk", [1, 5])
 def test_no_split_changes_bits(
     network: str, chunk: int, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,9 +89,9 @@ def test_no_split_changes_bits(
     expected = run(x, 0)
     chunks = dict.fromkeys(fused_cpu._CHUNKS, ((chunk, 2**21),))
     monkeypatch.setattr(fused_cpu, "_CHUNKS", chunks)
-    for count in (1, 2, 3):
+    for count in (1, 3):
         threads(count)
-        for cut in (0, 1, 4):
+        for cut in (0, 4):
             assert torch.equal(torch.cat([run(x[:cut], 0), run(x[cut:], cut)]), expected)
 
 

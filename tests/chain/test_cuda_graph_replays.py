@@ -45,7 +45,7 @@ OPTIONS: list[dict[str, Any]] = [
 @as_on_cuda
 @pytest.mark.parametrize(
     ("activation", "options"),
-    [*(("silu", each) for each in OPTIONS), *(("leaky_relu", each) for each in OPTIONS[:2])],
+    [(("silu", "leaky_relu")[i % 2], each) for i, each in enumerate(OPTIONS)],
     ids=str,
 )
 def test_a_replayed_graph_gives_the_chain_of_the_loop(
@@ -53,23 +53,13 @@ def test_a_replayed_graph_gives_the_chain_of_the_loop(
 ) -> None:
     energy = net(activation)
     run, want = recorded(energy, **options), plain(energy, **options)
-    for call, seed in enumerate((0, 0, 1, 2**64 - 1, 0)):
+    for call, seed in enumerate((0, 0, 2**64 - 1)):
         x = numbers(call)
         assert torch.equal(run(x, seed=seed, first_step=9 * call),
                            want(x, seed=seed, first_step=9 * call))  # fmt: skip
         assert made(run) == min(call, 1)
     assert line(run, x).startswith(f"yes: all {run.steps} steps are replayed as one; recorded in ")
     assert line(run, x).endswith(", 2 MiB")  # a MiB of the chain, and one of the weights' packing
-
-
-@as_on_cuda
-def test_every_replay_has_its_own_noise() -> None:
-    run, x = recorded(net()), numbers()
-    run(x, seed=0)
-    ends = [run(x, seed=s, first_step=t) for s, t in ((0, 0), (1, 0), (0, 1), (2**32, 0), (0, 0))]
-    assert torch.equal(ends[0], ends[-1])
-    assert all(not torch.equal(a, b) for i, a in enumerate(ends[:4]) for b in ends[:i])
-    assert len(run._graphs._recordings()) == made(run) == 1
 
 
 @as_on_cuda
@@ -199,10 +189,10 @@ def test_a_replayed_fused_gradient_gives_the_chain_of_the_loop(
 
     monkeypatch.setattr(choice, "_fused", fused)
     energy = net()
-    options = {"gradient": "fused", "precision": "fp16", "clamp": (-1.0, 1.0), "steps": 2}
+    options = {"gradient": "fused", "precision": "fp16", "clamp": (-1.0, 1.0), "steps": 1}
     run, x = recorded(energy, Rerun(), **options), numbers()
     want = plain(energy, **options)
-    for seed in (0, 0, 5):
+    for seed in (0, 5):
         assert torch.equal(run(x, seed=seed, first_step=seed), want(x, seed=seed, first_step=seed))
     by_optimiser(energy)
     assert torch.equal(run(x, seed=0), want(x, seed=0))

@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 import fastlangevin as fl
-from fastlangevin.chain import cuda_graphs as graphs
 from fastlangevin.gradients.trace.replay_engine import FixedInputs, ReplayGradient
-from tests.chain.nets import MLP, NETS, Labelled, Residual, opaque, seeded
+from tests.chain.nets import NETS, Labelled, Residual, opaque, seeded
 from tests.chain.shared import (
     CHANGES,
-    Tape,
     as_on_cuda,
     line,
     made,
@@ -37,9 +35,9 @@ def samplers(module: nn.Module, **options: Any) -> tuple[fl.LangevinSampler, fl.
 @as_on_cuda
 @every_net
 def test_a_replayed_trace_gives_the_chain_of_the_loop(make: Callable[[], nn.Module]) -> None:
-    for options in ({}, {"steps": 1}, {"noise_order": "before", "clamp": (-0.8, 0.8)}):
+    for options in ({"steps": 1}, {"steps": 2, "noise_order": "before", "clamp": (-0.8, 0.8)}):
         run, want = samplers(seeded(make), **options)
-        for call, seed in enumerate((0, 0, 1, 2**64 - 1, 0)):
+        for call, seed in enumerate((0, 0, 2**64 - 1)):
             x = numbers(call)
             got = run(x, seed=seed, first_step=9 * call)
             assert isinstance(run.choose_engine(x, {}).engine, ReplayGradient)
@@ -50,21 +48,16 @@ def test_a_replayed_trace_gives_the_chain_of_the_loop(make: Callable[[], nn.Modu
 
 @as_on_cuda
 @pytest.mark.filterwarnings("ignore:.*in train mode:UserWarning")
-@pytest.mark.parametrize("name", ENERGIES)
+@pytest.mark.parametrize("name", list(ENERGIES)[1::2])
 def test_chains_of_many_operators_are_replayed(name: str) -> None:
+    """Of every other energy: tests/gradients/test_trace.py runs all of them."""
     module, x, arguments = traced_energy(name, torch.float32)
-    run, want = samplers(module, step_size=0.05)
-    for seed in (0, 1, 2):
+    run, want = samplers(module, step_size=0.05, steps=2)
+    for seed in (0, 1):
         got = run(x, seed=seed, **arguments)
         assert torch.equal(got, want(x, seed=seed, **arguments))
     (kind,) = run._graphs._kinds.values()
     assert kind.recording is not None, kind.reason
-    module, x, arguments = traced_energy(name, torch.float64)
-    run, want = samplers(module, step_size=0.05)
-    want.gradient = "autograd"
-    torch.testing.assert_close(
-        run(x, seed=0, **arguments), want(x, seed=0, **arguments), rtol=0, atol=1e-11
-    )
 
 
 @as_on_cuda
@@ -199,30 +192,3 @@ def test_inputs_that_moved_lead_to_another_recording() -> None:
     for count in (1, 2, 2):
         assert torch.equal(run(x, seed=0), want(x, seed=0))
         assert made(run) == count
-
-
-@as_on_cuda
-def test_few_recordings_of_traces_are_held() -> None:
-    run, want = samplers(seeded(MLP))
-    batches = [numbers(shape=(n, 3, 8, 8)) for n in (1, 2, 3)]
-    for _ in range(graphs._CALLS_BEFORE_DROP):
-        for x in batches:
-            assert torch.equal(run(x, seed=0), want(x, seed=0))
-    assert len(run._graphs._recordings()) == made(run) == 2
-
-
-@as_on_cuda
-def test_a_replayed_trace_that_differs_is_never_used() -> None:
-    class Deaf(Tape):
-        """A recording of the first call's weights."""
-
-        def __call__(self, run: Callable[[], None], device: torch.device, shared_with: Any) -> Any:
-            tape, size = super().__call__(run, device, shared_with)
-            tape.calls = [call for call in tape.calls if "convolution" not in str(call[0])]
-            return tape, size
-
-    module = seeded(Residual)
-    run, want = recorded(opaque(module), Deaf()), plain(opaque(module))  # type: ignore[arg-type]
-    for seed in range(3):
-        assert torch.equal(run(numbers(), seed=seed), want(numbers(), seed=seed))
-    assert line(run, numbers()).startswith("no: its replay differs")

@@ -1,6 +1,5 @@
 """The plain loop that a sampler is compared with, and the energies that its tests walk on."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin as fl
+from tests.pairwise import pairwise
 
 N, K = 4, 5
 SHAPE = (N, 2, 5, 3)
@@ -21,7 +21,7 @@ CLIPS = [None, 0.4, ("chain_norm", 1.9), ("batch_norm", 2.0)]
 CLAMPS = [None, (-0.9, 0.8)]
 GRID = [
     {"noise_order": order, "clamp": clamp, "grad_clip": clip}
-    for order, clamp, clip in itertools.product(ORDERS, CLAMPS, CLIPS)
+    for order, clamp, clip in pairwise(ORDERS, CLAMPS, CLIPS)
 ]
 
 

@@ -34,9 +34,21 @@ def random(*shape: int) -> Tensor:
     return 2 * fl.noise.uniform(shape, seed=1, step=0) - 1
 
 
-DIGITS = load_images("digits", limit=8)
-CONFIG = resolve("digits", overrides={"width": 4, "device": "cpu"})
-ENERGY = build_energy(CONFIG, DIGITS)
+@functools.cache
+def digits() -> Any:
+    return load_images("digits", limit=8)
+
+
+def weights() -> torch.nn.Module:
+    config = resolve("digits", overrides={"width": 4, "device": "cpu"})
+    return build_energy(config, digits())
+
+
+@functools.cache
+def energy() -> torch.nn.Module:
+    return weights()
+
+
 IMAGES = random(16, *SHAPE)
 X0 = random(N, *SHAPE)
 PER_CHAIN = torch.linspace(0.01, 0.1, N)
@@ -63,7 +75,7 @@ def assert_same(name: str, got: Any, want: Any) -> None:
 
 def sampler(gradient: str, **settings: Any) -> fl.LangevinSampler:
     """One that remembers nothing, of an energy that was made before."""
-    return fl.LangevinSampler(copy.deepcopy(ENERGY), K, 0.1, 0.02, gradient=gradient, **settings)
+    return fl.LangevinSampler(copy.deepcopy(energy()), K, 0.1, 0.02, gradient=gradient, **settings)
 
 
 def differentiate(gradient: str, checkpoint: str | int) -> list[Tensor]:
@@ -129,7 +141,7 @@ def annealed() -> Tensor:
 
 
 def preset_chains() -> list[Any]:
-    f = copy.deepcopy(ENERGY)
+    f = copy.deepcopy(energy())
     return [
         fl.presets.short_run(f, SHAPE, m=N)(K=K, seed=0),
         fl.presets.ula(f, steps=K, step_size=[0.1] * K, temperature=0.1)(X0, seed=0),
@@ -140,7 +152,7 @@ def preset_chains() -> list[Any]:
 def loop(x: Tensor, z: Tensor) -> Tensor:
     for noise in z:
         y = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(ENERGY(y).sum(), y)
+        (grad,) = torch.autograd.grad(energy()(y).sum(), y)
         x = x - 0.1 * grad + 0.02 * noise
     return x
 
@@ -163,7 +175,7 @@ TASKS: dict[str, Callable[[], Any]] = {
     "fifo": lambda: buffer("fifo", torch.uint8),
     "reservoir": lambda: buffer("reservoir", torch.float32),
     "load": from_a_file,
-    "weights": lambda: build_energy(CONFIG, DIGITS).state_dict(),
+    "weights": lambda: weights().state_dict(),
     "anneal": annealed,
     "float64": lambda: sampler("auto")(X0.double(), seed=0),
     "no x0": lambda: sampler("auto").explain(),
@@ -181,7 +193,7 @@ TASKS: dict[str, Callable[[], Any]] = {
         make_operator("mask", SHAPE)(IMAGES), make_operator("downsample", SHAPE)(IMAGES),
         Blur(1.0)(IMAGES),
     ],
-    "batches": lambda: DIGITS.batch([1, 3]),
+    "batches": lambda: digits().batch([1, 3]),
     "learn": learn,
 }  # fmt: skip
 
@@ -200,11 +212,13 @@ def unset(name: str) -> Any:
 
 @pytest.mark.parametrize(("dtype", "device"), DEFAULTS, ids=str)
 def test_defaults_change_nothing(dtype: torch.dtype, device: str | None) -> None:
-    wanted = {name: unset(name) for name in JOBS}
+    # A wide dtype shows whichever engine runs.
+    jobs = {n: run for n, run in JOBS.items() if device or not n.startswith(("autograd", "fused"))}
+    wanted = {name: unset(name) for name in jobs}
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
     try:
-        results = {name: run() for name, run in JOBS.items()}
+        results = {name: run() for name, run in jobs.items()}
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
@@ -213,6 +227,7 @@ def test_defaults_change_nothing(dtype: torch.dtype, device: str | None) -> None
 
 
 def test_a_device_context_is_a_default_device() -> None:
+    want = unset("fused: call")
     with torch.device("meta"):
         got = JOBS["fused: call"]()
-    assert_same("call", got, unset("fused: call"))
+    assert_same("call", got, want)

@@ -6,6 +6,7 @@ writes beyond its end.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,10 +44,15 @@ def unsaid(source: str) -> Iterator[tuple[int, str]]:
 
 
 def test_every_factory_says_dtype_and_device() -> None:
+    """In every file that names torch and a factory: walking all syntax trees takes a second."""
+    names = "|".join((*FACTORIES, *WITHOUT_DTYPE, *LEGACY))
+    calls = re.compile(rf"\btorch\s*\.\s*({names})\b")
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
     found = [
         f"{path.relative_to(PACKAGE)}:{line}: {what}"
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for line, what in unsaid(path.read_text(encoding="utf-8"))
+        for path, source in sources.items()
+        if calls.search(source)
+        for line, what in unsaid(source)
     ]
     assert found == []
 
@@ -69,8 +75,7 @@ def test_a_tensor_factory_without_dtype_or_device_is_found(source: str, missing:
 
 def test_names_that_factories_go_by_are_not_imported_from_torch() -> None:
     """``from torch import zeros`` would hide a factory from the test above."""
+    imports = re.compile(r"^\s*from torch import (\([^)]*\)|.*)", re.MULTILINE)
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "torch":
-                names = {alias.name for alias in node.names}
-                assert not names & (FACTORIES | set(WITHOUT_DTYPE)), path
+        for found in imports.findall(path.read_text(encoding="utf-8")):
+            assert not set(re.findall(r"\w+", found)) & (FACTORIES | set(WITHOUT_DTYPE)), path

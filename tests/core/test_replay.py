@@ -17,22 +17,21 @@ def test_slots_start_uniform() -> None:
     assert uniform_p(states, -1, 1) >= 1e-5
 
 
-@pytest.mark.parametrize("shape", [(), (5,), SHAPE], ids=str)
-@pytest.mark.parametrize("n", [1, 4, 5, 16])
+@pytest.mark.parametrize(("n", "shape"), [(1, (5,)), (5, ()), (16, SHAPE)], ids=str)
 def test_draw_gives_the_states_of_distinct_slots(n: int, shape: tuple[int, ...]) -> None:
     chains = buffer(shape=shape)
-    for step in range(20):
+    for step in range(10):
         slots, x = chains.draw(n, step)
         assert len(set(slots.tolist())) == n
         assert torch.equal(x, chains.states[slots])
 
 
 def test_every_slot_is_drawn_equally_often() -> None:
-    """N = 400 draws of 4 of 16 slots: each slot's count is binomial(400, 1/4), |z| <= 5."""
+    """N = 200 draws of 4 of 16 slots: each slot's count is binomial(200, 1/4), |z| <= 5."""
     chains = buffer(shape=(1,))
-    draws = torch.stack([chains.draw(4, step)[0] for step in range(400)])
+    draws = torch.stack([chains.draw(4, step)[0] for step in range(200)])
     counts = torch.bincount(draws.flatten(), minlength=16).double()
-    assert ((counts - 100) / math.sqrt(400 * 0.25 * 0.75)).abs().max() <= 5
+    assert ((counts - 50) / math.sqrt(200 * 0.25 * 0.75)).abs().max() <= 5
 
 
 def test_draws_are_a_function_of_seed_and_step() -> None:
@@ -57,21 +56,20 @@ def test_drawing_changes_no_state_and_no_generator() -> None:
 
 
 def test_reinit_1_starts_every_chain_from_fresh_uniforms() -> None:
-    """N = 200 steps x 16 chains x 15 elements: uniform, and none of them a kept state."""
+    """N = 50 steps x 16 chains x 15 elements: uniform, and none of them a kept state."""
     chains = buffer(reinit=1.0)
     chains.states.fill_(3.0)
-    x = torch.stack([chains.draw(16, step)[1] for step in range(200)])
+    x = torch.stack([chains.draw(16, step)[1] for step in range(50)])
     assert uniform_p(x, -1, 1) >= 1e-5
-    assert x.flatten(2).unique(dim=0).shape[0] == 200
+    assert x.flatten(2).unique(dim=0).shape[0] == 50
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reinit", [0.05, 0.5])
+@pytest.mark.parametrize(("reinit", "kind"), [(0.05, "index"), (0.5, "fifo"), (0.05, "reservoir")])
 def test_reinit_is_the_rate_of_fresh_chains(reinit: float, kind: str) -> None:
-    """N = 100 x 64 chains, each whole and fresh with probability ``reinit``: |z| <= 5."""
-    chains = buffer(64, kind=kind, reinit=reinit)
-    chains.put(torch.arange(64), torch.full((64, *SHAPE), 3.0))
-    kept = torch.stack([(chains.draw(64, step)[1] == 3.0).flatten(1) for step in range(100)])
+    """N = 50 x 128 chains, each whole and fresh with probability ``reinit``: |z| <= 5."""
+    chains = buffer(128, kind=kind, reinit=reinit)
+    chains.put(torch.arange(128), torch.full((128, *SHAPE), 3.0))
+    kept = torch.stack([(chains.draw(128, step)[1] == 3.0).flatten(1) for step in range(50)])
     assert torch.equal(kept.all(-1), kept.any(-1))
     fresh = (~kept.all(-1)).sum().item()
     assert abs(fresh - 6_400 * reinit) / math.sqrt(6_400 * reinit * (1 - reinit)) <= 5
@@ -146,12 +144,12 @@ def test_a_class_draws_from_its_own_slots() -> None:
 
 
 def test_every_slot_of_a_class_is_drawn_equally_often() -> None:
-    """N = 400 draws of 2 of a class's 8 slots: binomial(400, 1/4), |z| <= 5."""
+    """N = 200 draws of 2 of a class's 8 slots: binomial(200, 1/4), |z| <= 5."""
     chains = buffer(n_classes=2)
-    draws = [chains.draw(2, step, y=torch.tensor([1, 1]))[0] for step in range(400)]
+    draws = [chains.draw(2, step, y=torch.tensor([1, 1]))[0] for step in range(200)]
     counts = torch.bincount(torch.cat(draws), minlength=16).double()
     assert counts[:8].sum() == 0
-    assert ((counts[8:] - 100) / math.sqrt(400 * 0.25 * 0.75)).abs().max() <= 5
+    assert ((counts[8:] - 50) / math.sqrt(200 * 0.25 * 0.75)).abs().max() <= 5
 
 
 def test_without_labels_classes_are_not_looked_at() -> None:
@@ -206,25 +204,25 @@ def vitter(values: list[float], capacity: int, seed: int) -> list[float]:
     return kept
 
 
-@pytest.mark.parametrize("batch", [1, 3, 6])
+@pytest.mark.parametrize("batch", [1, 6])
 def test_a_reservoir_is_algorithm_r_however_states_come(batch: int) -> None:
     """Batches in which two states fall to one slot are among these."""
     chains = buffer(6, (), kind="reservoir")
-    values = torch.arange(240.0)
+    values = torch.arange(120.0)
     for x in values.split(batch):
         chains.put(None, x)
     assert chains.states.tolist() == vitter(values.tolist(), 6, seed=7)
 
 
 def test_a_reservoir_keeps_every_state_equally_often() -> None:
-    """N = 200 reservoirs of 4 of 20 states: each kept binomial(200, 1/5) times, |z| <= 5."""
+    """N = 100 reservoirs of 4 of 20 states: each kept binomial(100, 1/5) times, |z| <= 5."""
     kept = torch.zeros(20)
-    for seed in range(200):
+    for seed in range(100):
         chains = buffer(4, (), kind="reservoir", seed=seed)
         for x in torch.arange(20.0).split(4):
             chains.put(None, x)
         kept[chains.states.long()] += 1
-    assert ((kept - 40) / math.sqrt(200 * 0.2 * 0.8)).abs().max() <= 5
+    assert ((kept - 20) / math.sqrt(100 * 0.2 * 0.8)).abs().max() <= 5
 
 
 def test_numbers_of_a_reservoir_stay_exact_to_the_last() -> None:
@@ -238,8 +236,10 @@ def test_numbers_of_a_reservoir_stay_exact_to_the_last() -> None:
         chains.put(None, torch.ones(400))
 
 
-@pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 1.0), (-3.0, 252.0)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "value_range"),
+    [("index", (-1.0, 1.0)), ("fifo", (0.0, 1.0)), ("reservoir", (-3.0, 252.0))],
+)
 def test_uint8_keeps_a_state_to_1_256(kind: str, value_range: tuple[float, float]) -> None:
     lo, hi = value_range
     chains = buffer(kind=kind, shape=(255,), dtype=torch.uint8, value_range=value_range)
@@ -256,12 +256,12 @@ def test_uint8_keeps_a_state_to_1_256(kind: str, value_range: tuple[float, float
 
 
 def test_uint8_is_read_as_a_uniform_point_of_its_cell() -> None:
-    """N = 200 x 16 x 15 values in cell 77 of [-1, 1]: Kolmogorov-Smirnov, new at every step."""
+    """N = 50 x 16 x 15 values in cell 77 of [-1, 1]: Kolmogorov-Smirnov, new at every step."""
     chains = buffer(dtype=torch.uint8)
     chains.states.fill_(77)
-    x = torch.stack([chains.draw(16, step)[1] for step in range(200)])
+    x = torch.stack([chains.draw(16, step)[1] for step in range(50)])
     assert uniform_p(x, -1 + 77 / 128, -1 + 78 / 128) >= 1e-5
-    assert x.flatten(2).unique(dim=0).shape[0] == 200
+    assert x.flatten(2).unique(dim=0).shape[0] == 50
 
 
 def test_uint8_starts_uniform_and_clips() -> None:

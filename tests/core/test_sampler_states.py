@@ -37,19 +37,18 @@ from tests.core.sampler_shared import (
     ],
     ids=["contiguous", "channels_last", "sliced", "expanded", "requires grad"],
 )
-@pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
-def test_x0_is_read_only(layout: Callable, method: str) -> None:
+def test_x0_is_read_only(layout: Callable) -> None:
     x0 = layout(numbers(SHAPE, torch.float32))
     before, flag = x0.detach().clone(), x0.requires_grad
-    got = getattr(sampler(double_well, step_size=0.01), method)(x0, seed=0)
-    assert torch.equal(x0.detach(), before)
-    assert x0.requires_grad == flag
-    assert x0.grad is None
-    x = {"__call__": got, "trajectory": got[-1], "diagnose": got[0]}[method]
-    want = sampler(double_well, step_size=0.01)(before.contiguous(), seed=0)
-    assert torch.equal(x, want)
-    assert not x.requires_grad
-    assert x.data_ptr() != x0.data_ptr()
+    run = sampler(double_well, step_size=0.01)
+    want = run(before.contiguous(), seed=0)
+    for x in (run(x0, seed=0), run.trajectory(x0, seed=0)[-1], run.diagnose(x0, seed=0).x):
+        assert torch.equal(x0.detach(), before)
+        assert x0.requires_grad == flag
+        assert x0.grad is None
+        assert torch.equal(x, want)
+        assert not x.requires_grad
+        assert x.data_ptr() != x0.data_ptr()
 
 
 def test_the_memory_format_is_kept(net: nn.Module, x0: Tensor) -> None:
@@ -59,8 +58,16 @@ def test_the_memory_format_is_kept(net: nn.Module, x0: Tensor) -> None:
     assert torch.allclose(got, last(plain_chain(net, x0, z)), atol=1e-12)
 
 
-@pytest.mark.parametrize("state", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("network", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("state", "network"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+    ],
+)
 def test_the_state_is_float32_or_wider(state: torch.dtype, network: torch.dtype) -> None:
     """Steps far below bfloat16's resolution add up: the state is not kept in it."""
     energy = nn.Linear(3, 1, bias=False, dtype=network)
@@ -71,8 +78,7 @@ def test_the_state_is_float32_or_wider(state: torch.dtype, network: torch.dtype)
     assert torch.equal(got, torch.full_like(got, 1 - 64 * 2**-12))
 
 
-@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (-1, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("n", [1, 2, N])
+@pytest.mark.parametrize(("shape", "n"), [((-1,), 1), ((-1, 1), N), ((-1, 1, 1, 1), 2)], ids=str)
 def test_energy_output_shapes(net: nn.Module, x0: Tensor, n: int, shape: tuple) -> None:
     want = sampler(net, gradient="autograd")(x0[:n], seed=0)
     got = sampler(lambda x: net(x).view(shape))(x0[:n], seed=0)
@@ -128,8 +134,9 @@ def test_callables_of_all_kinds(x0: Tensor, wrap: Callable, scale: float) -> Non
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("differentiable", [False, True])
-@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (0,), (3, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "differentiable"), [((0, 3, 8, 8), True), ((0,), False), ((3, 0), True)], ids=str
+)
 def test_empty_batches(shape: tuple, differentiable: bool) -> None:
     run = sampler(fl.GaussianEnergy())
     got = run(torch.zeros(shape), seed=0, differentiable=differentiable)
@@ -175,8 +182,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("reassigning", [False, True], ids=["", "reassigned buffer"])
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    ("run", "reassigning"), [(run, i % 2 == 0) for i, run in enumerate(RUNS.values())], ids=RUNS
+)
 def test_a_call_changes_nothing_outside(x0: Tensor, run: Callable, reassigning: bool) -> None:
     energy = everything(reassigning)
     before = trace(energy)
@@ -243,8 +251,15 @@ def test_dropout_is_drawn_anew_at_every_step(x0: Tensor, differentiable: bool) -
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("method", ["__call__", "trajectory", "diagnose"])
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [
+        (torch.no_grad, "__call__"),
+        (torch.inference_mode, "__call__"),
+        (torch.inference_mode, "trajectory"),
+        (torch.enable_grad, "diagnose"),
+    ],
+)
 def test_the_callers_grad_and_inference_modes_are_kept(
     net: nn.Module, x0: Tensor, mode: Callable, method: str
 ) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tests.core.step_shared import DTYPES, numbers
-from tests.pairwise import pairwise
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -29,11 +28,11 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 LAYOUTS = ["contiguous", *layouts(torch.zeros(2, 3, 5, 7))]
-# Each with a contiguous tensor, with itself, and with one other.
+# A gradient of each beside a contiguous state, and a state of each beside a gradient of another.
 PAIRS = dict.fromkeys(
     pair
     for one, other in zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)
-    for pair in ((one, "contiguous"), ("contiguous", one), (one, one), (one, other))
+    for pair in (("contiguous", one), (one, other))
 )
 
 
@@ -55,7 +54,7 @@ def test_a_step_is_the_same_bits_in_every_memory_layout(
     assert state.stride() == strides
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", LAYOUTS[1::2])
 def test_memory_layouts_of_supplied_noise(step_: Callable[..., Tensor], layout: str) -> None:
     x, grad, z = (numbers((4, 3, 5, 7), seed=seed) for seed in range(3))
     want = step_(x.clone(), grad, noise=z)
@@ -74,7 +73,12 @@ def test_a_slice_is_written_and_nothing_beside_it(step_: Callable[..., Tensor]) 
 
 @pytest.mark.parametrize(
     ("elements", "clip", "dtype"),
-    pairwise([1, 1023, 1024], [None, 0.4, ("chain_norm", 5.0)], DTYPES),
+    [
+        (1023, None, torch.float32),
+        (1024, 0.4, torch.bfloat16),
+        (1, ("chain_norm", 5.0), torch.float16),
+        (1023, ("chain_norm", 5.0), torch.float64),
+    ],
     ids=str,
 )
 def test_a_step_is_the_same_bits_in_every_batch_split(
@@ -115,7 +119,7 @@ def test_repeated_steps_are_equal_and_other_addresses_differ(step_: Callable[...
         assert (step_(x.clone(), grad, **other) == first).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint32])
+@pytest.mark.parametrize("kind", [np.int64, np.uint32])
 def test_numpy_integers_are_integers(step_: Callable[..., Tensor], kind: type) -> None:
     address = {"seed": 40, "step": 50, "first_chain": 60}
     want = step_(torch.zeros(3, 5), None, **address)

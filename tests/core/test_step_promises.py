@@ -14,7 +14,6 @@ from fastlangevin.step import (
     resolve_backend,
 )
 from tests.core.step_shared import DTYPES, A, B, numbers
-from tests.pairwise import pairwise
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,7 +58,13 @@ def test_zero_dimensional_coefficients(step_: Callable[..., Tensor], coefficient
 
 @pytest.mark.parametrize(
     ("where", "clip", "noise_last", "dtype"),
-    pairwise(["x", "grad"], [None, 0.1], [False, True], DTYPES),
+    [
+        ("x", None, False, torch.float32),
+        ("grad", 0.1, True, torch.float32),
+        ("x", 0.1, True, torch.bfloat16),
+        ("grad", None, False, torch.float16),
+        ("grad", 0.1, False, torch.float64),
+    ],
     ids=str,
 )
 def test_nan_stays_nan(
@@ -127,10 +132,9 @@ def test_autograd_is_told_of_the_change(step_: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "clip"),
     [
-        *((torch.float32, clip) for clip in (None, 0.4, ("chain_norm", 5.0))),
-        (torch.float64, None),
+        (torch.float32, None),
+        (torch.float64, ("chain_norm", 5.0)),
         (torch.bfloat16, 0.4),
-        (torch.float16, ("chain_norm", 5.0)),
     ],
     ids=str,
 )
@@ -147,7 +151,7 @@ def test_a_bound_step_is_the_step(
     per_chain = torch.tensor([0.1, 0.0, 0.3, 0.7], device=device)
     coefficients = [(A, B), (A, 0.0), (per_chain, B), (A, per_chain)]
     if backend == "triton" and device.type == "cpu":  # interpreted, and bound in one way only
-        grads, coefficients = grads[::4], coefficients[::3]
+        grads, coefficients = grads[::6], coefficients[2:3]
     x, want = (numbers((4, 3, 5, 7), dtype).to(device) for _ in range(2))
     bound = bind_step(resolve_backend(backend, device), x, **options, **forms)
     for step, grad in enumerate(grads):

@@ -27,7 +27,6 @@ from tests.gradients.fused_shared import (
 )
 from tests.gradients.test_fused_cpu import by_autocast, net, states, with_head
 from tests.gradients.test_fused_graphs import ACTIVATIONS, BODIES, mlp
-from tests.pairwise import pairwise
 
 pytestmark = needs_native
 
@@ -72,9 +71,15 @@ GEOMETRIES = [
 ]
 
 
+PRECISIONS = ["bf16", "tf32", "bf16x6"]
+
+
 @pytest.mark.parametrize(
     ("geometry", "channels", "precision"),
-    pairwise(GEOMETRIES, CHANNELS, ["bf16", "tf32", "bf16x6"]),
+    [
+        (g, CHANNELS[i % 4], PRECISIONS[(i + 1) % 3])
+        for i, g in enumerate([*GEOMETRIES, *GEOMETRIES[::-1]])
+    ],
     ids=str,
 )
 def test_convolutions_of_every_geometry_match_float64(
@@ -90,20 +95,24 @@ def test_convolutions_of_every_geometry_match_float64(
     fused_shared.check(energy, x, {precision: bound}, by_matrix_unit=True)
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_graphs_of_every_kind_match_float64(name: str) -> None:
-    check(Body(BODIES[name]), numbers(SHAPE), 0.03)
+@pytest.mark.parametrize(
+    ("name", "precision"), [(name, PRECISIONS[i % 3]) for i, name in enumerate(BODIES)]
+)
+def test_graphs_of_every_kind_match_float64(name: str, precision: str) -> None:
+    bounds = {precision: SPLIT_BOUNDS.get(precision, 0.03)}
+    fused_shared.check(Body(BODIES[name]), numbers(SHAPE), bounds, by_matrix_unit=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_networks_on_vectors_match_float64(activation: Callable[[], nn.Module]) -> None:
-    check(mlp(activation, 2, 128, 33), numbers((7, 2)), 0.1)
+    check(mlp(activation, 2, 60, 33), numbers((3, 2)), 0.1)
 
 
 def test_more_words_to_a_pixel_than_are_summed_at_a_time() -> None:
     body = net(nn.Conv2d(3, 300, 1), nn.SiLU(), nn.Conv2d(300, 24, 4, 2, 1), nn.SiLU())
     energy, x = with_head(body, (3, 6, 6)), states(2, 3, 6, 6)
-    check(energy, x, bound_by_autocast(energy, x))
+    bounds = {"bf16": bound_by_autocast(energy, x)}
+    fused_shared.check(energy, x, bounds, by_matrix_unit=True)
 
 
 def test_numbers_that_bfloat16_holds_are_exact() -> None:
@@ -140,7 +149,7 @@ def test_three_parts_have_all_bits_of_float32() -> None:
         assert torch.equal(grad, expected.expand(40).view_as(grad))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "bf16x6"])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_batches_chunks_and_threads_do_not_matter(
     precision: str, threads: Callable[[int], None]
 ) -> None:
@@ -173,7 +182,7 @@ def stack(width: int, activation: nn.Module) -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize(
     ("precision", "activation"),
-    [("bf16", nn.LeakyReLU(0.2)), ("bf16", nn.ReLU()), ("tf32", nn.SiLU())],
+    [("bf16", nn.LeakyReLU(0.2)), ("tf32", nn.SiLU())],
     ids=str,
 )
 def test_parts_of_a_chunk_give_the_bits_of_whole_ones(

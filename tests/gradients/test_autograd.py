@@ -1,7 +1,6 @@
 """d energy / d x through autograd, on its own."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from fastlangevin import LangevinSampler
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.modules import network_dtype, submodules_of, tensors_of
+from tests.pairwise import pairwise
 
 
 def quartic(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -66,10 +66,14 @@ class Half(nn.Module):
     energy = forward
 
 
-@pytest.mark.parametrize("state", [torch.float32, torch.float64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "wrap", [lambda net: net, lambda net: net.energy, functools.partial], ids=["", "bound", "part"]
+    ("wrap", "dtype", "state"),
+    [
+        (lambda net: net, torch.bfloat16, torch.float64),
+        (lambda net: net, torch.float64, torch.float32),
+        (lambda net: net.energy, torch.bfloat16, torch.float32),
+        (functools.partial, torch.float32, torch.float64),
+    ],
 )
 def test_the_state_enters_in_the_networks_dtype(
     x: Tensor, wrap: Callable, dtype: torch.dtype, state: torch.dtype
@@ -116,11 +120,10 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize(
     ("dtypes", "casts", "buffer"),
     [
-        (dtypes, casts, casts == bool(i % 2))
-        for i, dtypes in enumerate(
-            itertools.product([torch.float32, torch.float64], DTYPES, DTYPES)
+        ((state, body, beside), casts, casts == bool(i % 2))
+        for i, (state, body, beside, casts) in enumerate(
+            pairwise([torch.float32, torch.float64], DTYPES, DTYPES, [False, True])
         )
-        for casts in (False, True)
     ],
     ids=str,
 )
@@ -182,8 +185,7 @@ OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("chains", [1, 3])
-@pytest.mark.parametrize("own", [True, False], ids=["engine", "torch.autograd.grad"])
+@pytest.mark.parametrize(("own", "chains"), [(True, 1), (True, 3), (False, 1)])
 @pytest.mark.parametrize("energy", OUTPUTS.values(), ids=OUTPUTS)
 def test_the_gradient_has_the_bits_of_the_sums(
     x: Tensor,
@@ -280,9 +282,10 @@ class Attention(nn.Module):
         return out.square().flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("checkpoint", ["none", "step", 2])
-@pytest.mark.parametrize("grad_through", ["exact", "straight"])
+@pytest.mark.parametrize(
+    ("causal", "checkpoint", "grad_through"),
+    [(False, "none", "exact"), (True, "step", "straight"), (True, 2, "exact")],
+)
 def test_chains_of_energies_with_fused_attention_can_be_differentiated(
     causal: bool, checkpoint: str | int, grad_through: str
 ) -> None:

@@ -67,6 +67,7 @@ def _forked() -> Tensor:
 
 @pytest.mark.parametrize("name", DRAW)
 def test_draws_have_the_bits_of_a_seeded_generator_which_does_not_move(name: str) -> None:
+    """Those of a step's seed in chains, and in an energy that runs alone those that come next."""
     torch.manual_seed(noise.fold_in(7, 3))
     want = [DRAW[name]() for _ in range(2)]
     torch.manual_seed(1)
@@ -76,6 +77,10 @@ def test_draws_have_the_bits_of_a_seeded_generator_which_does_not_move(name: str
             found = [DRAW[name]() for _ in range(2)]
         assert torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, found, want))
+    with left_as_found(nn.Identity(), CPU):
+        found = [DRAW[name]() for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, found, [DRAW[name]() for _ in range(2)]))
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -116,16 +121,6 @@ def test_only_watched_objects_call_the_profile_function(
     finally:
         sys.setprofile(None)
     assert callers == ["<lambda>"]
-
-
-@pytest.mark.parametrize("name", DRAW)
-def test_energies_run_alone_draw_what_torch_would_give_next(name: str) -> None:
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    with left_as_found(nn.Identity(), CPU):
-        found = [DRAW[name]() for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(map(torch.equal, found, [DRAW[name]() for _ in range(2)]))
 
 
 # Tagged as drawing, though on CPU and CUDA they draw nothing, or only by operators that are known.

@@ -94,8 +94,10 @@ def test_activations(name: str) -> None:
     check(energy, 2 * numbers(SHAPE), smooth=name not in KINKED)
 
 
-@pytest.mark.parametrize("keepdim", [False, True])
-@pytest.mark.parametrize("logits", [lambda h: h.flatten(1), lambda h: h[:, :, 0, 0], lambda h: h])
+@pytest.mark.parametrize(
+    ("logits", "keepdim"),
+    [(lambda h: h.flatten(1), False), (lambda h: h[:, :, 0, 0], True), (lambda h: h, True)],
+)
 def test_logsumexp(logits: Callable[[Tensor], Tensor], keepdim: bool) -> None:
     class Energy(nn.Module):
         def __init__(self) -> None:
@@ -119,9 +121,11 @@ CONVOLUTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chains", [1, 3])
-@pytest.mark.parametrize("options", CONVOLUTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize(
+    ("options", "chains", "bias"),
+    [(options, 1 + 2 * (i % 2), i % 3 > 0) for i, options in enumerate(CONVOLUTIONS)],
+    ids=str,
+)
 def test_convolutions(options: dict, chains: int, bias: bool) -> None:
     class Energy(nn.Module):
         def __init__(self) -> None:
@@ -146,9 +150,15 @@ def test_convolutions_of_sequences(options: dict) -> None:
     check(energy, numbers((3, 3, 13)), smooth=True)
 
 
-@pytest.mark.parametrize("mkldnn", [False, True])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("activation", ["leaky_relu", "relu", "silu"])
+@pytest.mark.parametrize(
+    ("activation", "layout", "mkldnn"),
+    [
+        ("leaky_relu", torch.contiguous_format, True),
+        ("leaky_relu", torch.channels_last, False),
+        ("silu", torch.channels_last, True),
+        ("silu", torch.contiguous_format, False),
+    ],
+)
 def test_the_papers_net(activation: str, layout: torch.memory_format, mkldnn: bool) -> None:
     energy = seeded(lambda: fl.ConvEnergy(size=16, width=6, activation=activation))
     with torch.backends.mkldnn.flags(enabled=mkldnn):
@@ -206,9 +216,8 @@ OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("chains", [1, 3])
 @pytest.mark.parametrize("shape", OUTPUTS.values(), ids=OUTPUTS)
-def test_outputs(shape: Callable[[Tensor], Tensor], chains: int) -> None:
+def test_outputs(shape: Callable[[Tensor], Tensor]) -> None:
     class Energy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -219,7 +228,8 @@ def test_outputs(shape: Callable[[Tensor], Tensor], chains: int) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return shape(self.net(x))
 
-    check(seeded(Energy), numbers((chains, *SHAPE[1:])), smooth=True)
+    for chains in (1, 3):
+        check(seeded(Energy), numbers((chains, *SHAPE[1:])), smooth=True)
 
 
 def test_an_empty_batch() -> None:
@@ -240,8 +250,9 @@ def test_nan_goes_where_autograds_goes(name: str) -> None:
     )
     x = numbers(SHAPE)
     x[1, 2, 3, 4] = float("nan")
-    energies, grad = lean(energy, x)(x, True)
-    _, again = lean(energy, x)(x, False)
+    score = lean(energy, x)
+    energies, grad = score(x, True)
+    _, again = score(x, False)
     want_energies, want = energy_and_grad(energy, x, {})
     assert energies is not None
     assert torch.allclose(energies, want_energies, equal_nan=True, rtol=1e-5)
@@ -310,18 +321,14 @@ def test_bf16_is_as_good_as_autocast(activation: str) -> None:
     assert error(grad, exact) > 1e-4
 
 
-def test_fp32_is_strict_inside_autocast() -> None:
-    energy, x = seeded(lambda: fl.ConvEnergy(size=8, width=4)), numbers((3, 3, 8, 8))
-    score = lean(energy, x, "fp32")
-    want = score(x, False)[1]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(score(x, False)[1], want)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1023, 65600])
-def test_signs(dtype: torch.dtype, size: int) -> None:
+def test_signs(dtype: torch.dtype) -> None:
     """Native against plain torch, which is checked by hand below."""
+    for size in (0, 1, 7, 8, 9, 1023, 65600):
+        check_signs(size, dtype)
+
+
+def check_signs(size: int, dtype: torch.dtype) -> None:
     values, grad = numbers((size,)), numbers((size,), 1)
     for k, special in enumerate((0.0, -0.0, float("nan"), float("inf"), -float("inf"))):
         values[k::11], grad[2 * k :: 13] = special, special
@@ -361,7 +368,7 @@ def test_threads_share_a_score() -> None:
     found: list[list[Tensor]] = [[] for _ in starts]
 
     def work(k: int) -> None:
-        found[k] += [run(starts[k], seed=0) for _ in range(20)]
+        found[k] += [run(starts[k], seed=0) for _ in range(8)]
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -374,5 +381,5 @@ def test_threads_share_a_score() -> None:
     finally:
         sys.setswitchinterval(before)
     for ends, end in zip(found, want, strict=True):
-        assert len(ends) == 20
+        assert len(ends) == 8
         assert all(torch.equal(x, end) for x in ends)

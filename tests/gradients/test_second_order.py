@@ -17,7 +17,6 @@ from fastlangevin.gradients.graph.ir import Node
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.gradients.layers import Activation
 from fastlangevin.gradients.second_order import SecondOrderGradient
-from tests.pairwise import pairwise
 
 N, K = 3, 4
 SHAPE = (N, 2, 8, 8)
@@ -140,7 +139,10 @@ def check(
 
 @pytest.mark.parametrize(
     ("activation", "make", "dtype"),
-    pairwise(ACTIVATIONS, [stack, residual, classifier], [torch.float64, torch.float32]),
+    [
+        (name, (stack, residual, classifier)[i % 3], (torch.float64, torch.float32)[i % 2])
+        for i, name in enumerate([*ACTIVATIONS, "silu", "relu", "tanh"])
+    ],
 )
 def test_gradients_of_a_plain_loop(activation: str, make: Callable, dtype: torch.dtype) -> None:
     check(make(ACTIVATIONS[activation]()), dtype=dtype)
@@ -159,11 +161,12 @@ OPTIONS = [
 
 @pytest.mark.parametrize(
     ("options", "make", "checkpoint"),
-    pairwise(
-        OPTIONS,
-        [lambda: stack(nn.LeakyReLU(0.2)), lambda: residual(nn.SiLU())],
-        ["step", 2, 1],
-    ),
+    [
+        (options, each, ("step", 2, 1)[(i + j) % 3])
+        for i, options in enumerate(OPTIONS)
+        for j, each in enumerate((lambda: stack(nn.LeakyReLU(0.2)), lambda: residual(nn.SiLU())))
+        if j or i % 2
+    ],
 )
 def test_gradients_by_options(options: dict, make: Callable, checkpoint: Any) -> None:
     check(make(), checkpoint, **options)
@@ -172,7 +175,8 @@ def test_gradients_by_options(options: dict, make: Callable, checkpoint: Any) ->
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
 def test_some_weights_frozen(activation: Callable) -> None:
     """Those of either end, weights alone, biases alone, all; and x0 beside them."""
-    for trained in ("0", "8", "weight", "bias", "none"):
+    each = ("0", "8", "none") if activation is nn.ReLU else ("weight", "bias", "none")
+    for trained in each:
         energy = stack(activation())
         for name, parameter in energy.named_parameters():
             parameter.requires_grad_(trained in name.split("."))
@@ -277,8 +281,9 @@ def test_what_a_step_keeps() -> None:
     assert memory.live == 0
 
 
-@pytest.mark.parametrize("gradient", ["auto", "autograd"])
-@pytest.mark.parametrize("checkpoint", ["step", 2, "1MiB"])
+@pytest.mark.parametrize(
+    ("checkpoint", "gradient"), [("step", "auto"), (2, "autograd"), (2, "auto")]
+)
 def test_gradients_to_given_noise(checkpoint: Any, gradient: str) -> None:
     """To its own entry from each step; zero where b is, or before grad_steps."""
     energy, x0 = stack(nn.SiLU()).double(), numbers(SHAPE).requires_grad_()
@@ -396,15 +401,15 @@ def test_weights_changed_between_the_passes(checkpoint: Any) -> None:
 
 def test_a_checkpoint_around_the_first_chain_of_a_sampler() -> None:
     """It counts saved tensors: those of the recording, which is made once, must not be among."""
-    for energy in (stack(nn.SiLU()).double(), fl.ConvEnergy(2, 8, 2, activation="silu").double()):
+    for energy, differentiable in (
+        (stack(nn.SiLU()).double(), True),
+        (fl.ConvEnergy(2, 8, 2, activation="silu").double(), False),
+    ):
         x0 = numbers(SHAPE).requires_grad_()
-        for differentiable in (True, False):
-            run = fl.LangevinSampler(energy, K, 0.3)
+        run = fl.LangevinSampler(energy, K, 0.3)
 
-            def loss(x: Tensor, run: Any = run, how: bool = differentiable) -> Tensor:
-                return x.square().sum() * run(x, seed=0, differentiable=how).sum()
+        def loss(x: Tensor, run: Any = run, how: bool = differentiable) -> Tensor:
+            return x.square().sum() * run(x, seed=0, differentiable=how).sum()
 
-            out = torch.utils.checkpoint.checkpoint(loss, x0, use_reentrant=False)
-            torch.testing.assert_close(
-                torch.autograd.grad(out, x0), torch.autograd.grad(loss(x0), x0)
-            )
+        out = torch.utils.checkpoint.checkpoint(loss, x0, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(out, x0), torch.autograd.grad(loss(x0), x0))

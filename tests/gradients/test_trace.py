@@ -189,8 +189,10 @@ def chains(energy: Any, x0: Tensor, kwargs: dict[str, Any], **options: Any) -> l
     ]
 
 
+# The test below runs all of them in float64.
 @pytest.mark.parametrize(
-    ("name", "metropolis"), list(zip(ENERGIES, itertools.cycle([False, True]), strict=False))
+    ("name", "metropolis"),
+    list(zip(list(ENERGIES)[::2], itertools.cycle([False, True]), strict=False)),
 )
 def test_a_chain_in_float32_is_as_near_to_float64_as_autograds(name: str, metropolis: bool) -> None:
     energy, x0, kwargs = made(name, torch.float32)
@@ -204,17 +206,26 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 @pytest.mark.filterwarnings("ignore:.*in train mode:UserWarning")
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    list(zip(ENERGIES, itertools.cycle(LAYOUTS), strict=False)),
+    ("name", "layout", "written"),
+    list(
+        zip(
+            ENERGIES,
+            itertools.cycle(LAYOUTS),
+            itertools.cycle(("weights", "weights", "data")),
+            strict=False,
+        )
+    ),
 )
-def test_a_chain_is_autograds_after_every_change(name: str, layout: torch.memory_format) -> None:
+def test_a_chain_is_autograds_after_every_change(
+    name: str, layout: torch.memory_format, written: str
+) -> None:
     """Each call is that of a new sampler, whatever the calls before have recorded."""
     energy, x0, kwargs = made(name, torch.float64)
     x0 = x0.to(memory_format=layout)
     kept = LangevinSampler(energy, 2, 0.05, 0.1, gradient="explicit")
     generator = torch.Generator().manual_seed(2)
     ends = []
-    for change in ("nothing", "weights", "data", "labels", "nothing"):
+    for change in ("nothing", written, *(["labels"] if kwargs else [])):
         if change == "weights":
             with torch.no_grad():
                 for parameter in energy.parameters():
@@ -227,7 +238,7 @@ def test_a_chain_is_autograds_after_every_change(name: str, layout: torch.memory
         new = LangevinSampler(energy, 2, 0.05, 0.1, gradient="autograd")
         ends.append(kept(x0, seed=0, **kwargs))
         torch.testing.assert_close(ends[-1], new(x0, seed=0, **kwargs), rtol=0, atol=1e-11)
-    assert torch.equal(ends[-1], ends[-2])
+    assert torch.equal(kept(x0, seed=0, **kwargs), ends[-1])
     assert not torch.equal(ends[-1], x0)
 
 

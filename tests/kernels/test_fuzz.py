@@ -33,7 +33,7 @@ ENGINES = [(name, None) for name in ("autograd", "explicit")] + [
 def test_steps_are_as_close_to_float64_as_float32_allows(name, isa):
     run = resolve_backend(name, torch.device("cpu"))
     # Triton is interpreted here, at some tenth of a second a step.
-    for seed in range(3 if name == "triton" else 60):
+    for seed in range(2 if name == "triton" else 30):
         with machine.instruction_set(isa):
             assert steps.check_step(steps.step_case(seed), run) <= 1, f"case {seed}"
 
@@ -42,7 +42,7 @@ def test_steps_are_as_close_to_float64_as_float32_allows(name, isa):
 @pytest.mark.parametrize(("name", "isa"), ENGINES)
 def test_networks_are_as_close_to_float64_as_their_roundings_allow(name, isa, dtype):
     checked = 0
-    for seed in range(10):
+    for seed in range(6):
         found = engines.check_network(seed, name, dtype, isa)
         if found is not None:
             assert max(found) <= 1, f"case {seed}"
@@ -71,7 +71,7 @@ def test_a_case_is_the_same_at_every_call():
 def test_a_wrong_result_is_noticed(dtype, factor):
     """The bounds excuse rounding only: of most networks, an error of this factor is beyond them."""
     noticed = []
-    for seed in range(24):
+    for seed in range(12):
         energy, x = networks.network_case(seed)
         exact = bounds.evaluate(energy, x, engines.ROUNDINGS["explicit", dtype])
         pairs = (exact.energies, exact.energy_bound), (exact.grad, exact.grad_bound)

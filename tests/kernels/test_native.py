@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlangevin import langevin_step_, noise
+from fastlangevin import noise
 from fastlangevin.kernels import extension, native, reference
 from fastlangevin.step import choose_backend
 from tests.backends import choose, instruction_sets
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 # An empty batch, less than a block, a block, one more, a prime-ish length, either side of two tiles
 # of the CPU kernels, and more than one thread's share.
-SIZES = [0, 1, 3, 4, 5, 1023, 4095, 4096, 4097, 1_000_000]
+SIZES = [0, 1, 3, 4, 5, 1023, 4096, 4097, 100_000]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ADDRESS = {"seed": 2**64 - 3, "step": 7, "first_chain": 5}
 OPTIONS = {**ADDRESS, "step_size": 0.3, "noise_std": 0.05, "clamp": (-1.0, 1.0)}
@@ -38,23 +38,22 @@ def test_the_package_was_built_with_its_extension_where_ci_demands_it():
     assert choose_backend("auto", CPU) == "native"
 
 
-@pytest.mark.parametrize("elements", SIZES)
-@pytest.mark.parametrize("chains", [1, 3])
-def test_uniforms_are_the_words(instruction_set, chains, elements):
+def test_uniforms_are_the_words(instruction_set):
     address = {**ADDRESS, "stream": noise.USER}
-    u = noise.uniform((chains, elements), **address)
-    words = noise.words((chains, elements), **address)
-    assert torch.equal(u, (words >> 8).float() * 2.0**-24)
+    for elements in SIZES:
+        u = noise.uniform((3, elements), **address)
+        words = noise.words((3, elements), **address)
+        assert torch.equal(u, (words >> 8).float() * 2.0**-24)
 
 
-@pytest.mark.parametrize("elements", SIZES)
-def test_normals_are_those_of_float64(instruction_set, elements):
-    z = noise.normal((3, elements), **ADDRESS)
-    exact = noise.normal((3, elements), dtype=torch.float64, **ADDRESS)
-    torch.testing.assert_close(z.double(), exact, rtol=0, atol=2e-6)
+def test_normals_are_those_of_float64(instruction_set):
+    for elements in SIZES:
+        z = noise.normal((3, elements), **ADDRESS)
+        exact = noise.normal((3, elements), dtype=torch.float64, **ADDRESS)
+        torch.testing.assert_close(z.double(), exact, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1_000_003), (4000, 2), (700, 37), (64, 3, 32, 32)])
+@pytest.mark.parametrize("shape", [(1, 100_003), (4000, 2), (64, 3, 32, 32)])
 def test_instruction_sets_give_the_same_bits(shape):
     best = extension.library.instruction_set()
     results = []
@@ -69,8 +68,9 @@ def test_instruction_sets_give_the_same_bits(shape):
         assert torch.equal(x, results[0][1])
 
 
-@pytest.mark.parametrize("elements", SIZES)
-@pytest.mark.parametrize("clamp", [None, (-1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("elements", "clamp"), [(n, (None, (-1.0, 1.0))[i % 2]) for i, n in enumerate(SIZES)]
+)
 def test_a_step_is_as_exact_as_eager(instruction_set, elements, clamp):
     x, grad = randn(2, elements), randn(2, elements, seed=1)
     options = {**OPTIONS, "clamp": clamp}
@@ -184,12 +184,6 @@ def test_given_noise_is_the_reference_bit_for_bit(instruction_set, dtype):
         assert torch.equal(native.step_(x.clone(), grad, z, **options), expected)
 
 
-def test_no_noise_is_gradient_descent_exactly():
-    x, grad = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1)
-    options = {**OPTIONS, "noise_std": 0.0, "clamp": None}
-    assert torch.equal(native.step_(x.clone(), grad, None, **options), x - 0.3 * grad)
-
-
 def test_nan_stays(instruction_set):
     x, grad = torch.zeros(2, 33), torch.zeros(2, 33)
     x[0, 0] = grad[0, 20] = x[1, 32] = float("nan")
@@ -216,24 +210,6 @@ def test_a_seed_in_memory_is_not_ignored(x, match):
     rng_state = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"rng_state cannot be used: {match}"):
         native.step_(x, None, None, rng_state=rng_state, **OPTIONS)
-
-
-def test_writes_are_seen_by_autograd():
-    x, weight = torch.ones(2, 3), torch.ones(2, 3, requires_grad=True)
-    loss = (weight * x).sum()
-    langevin_step_(x, None, step_size=0.0, noise_std=1.0, seed=0, step=0, backend="native")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_numbers_out_of_range_are_refused():
-    x = torch.zeros(4, 3)
-    for step, first_chain in ((2**32, 0), (-1, 0), (0, 2**32 - 3)):
-        with pytest.raises(ValueError, match=r"must be in \[0, 2\*\*32\)"):
-            langevin_step_(
-                x, None, step_size=0.0, noise_std=1.0, seed=0, step=step, first_chain=first_chain
-            )
-    assert torch.equal(x, torch.zeros(4, 3))
 
 
 def test_an_unknown_instruction_set_is_refused():

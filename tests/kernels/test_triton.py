@@ -4,7 +4,6 @@ What every backend promises is in test_step.py, which runs this one too where it
 here is what only these kernels do: their words, their tiles, their outputs and their machine code.
 """
 
-import itertools
 import json
 import math
 import os
@@ -37,10 +36,8 @@ pytestmark = [
 
 ADDRESS = {"seed": 2**64 - 3, "step": 2**32 - 1, "first_chain": 2**31 - 2}
 OPTIONS: dict[str, Any] = {"step_size": 0.3, "noise_std": 0.05, "clamp": (-0.9, 0.8), **ADDRESS}
-LAYOUTS = list(itertools.product(["contiguous", "channels_last"], repeat=2))
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around a block of four and a tile of 512; several tiles; many short chains in one tile.
-SIZES = [(3, 0), (0, 5), (5, 1), (2, 3), (2, 4), (3, 5), (2, 1023), (2, 1535), (1, 1537), (300, 2)]
+SIZES = [(3, 0), (0, 5), (5, 1), (3, 5), (2, 1023), (1, 1537), (300, 2)]
 # By channel: three in a tile of four, more than a tile's 16, pixels of more than one tile. The last
 # has channels of 35 elements, which blocks straddle.
 IMAGES = [(2, 3, 4, 4), (2, 17, 2, 4), (1, 3, 20, 20), (2, 3, 5, 7)]
@@ -127,7 +124,9 @@ def test_triton_normals_equal_the_native_backends() -> None:
     ("shape", "dtype"),
     [
         *((shape, torch.float32) for shape in SIZES),
-        *itertools.product([(2, 1023), (1, 1537), (300, 2)], DTYPES[1:]),
+        ((2, 1023), torch.bfloat16),
+        ((300, 2), torch.bfloat16),
+        ((1, 1537), torch.float16),
     ],
     ids=str,
 )
@@ -139,8 +138,16 @@ def test_steps_equal_the_reference_on_the_same_normals(shape: tuple, dtype: torc
     assert torch.equal(triton.step_(x.clone(), grad, z, **OPTIONS), want)
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS)
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layouts"),
+    [
+        (IMAGES[0], ("channels_last", "contiguous")),
+        (IMAGES[1], ("channels_last", "channels_last")),
+        (IMAGES[2], ("contiguous", "channels_last")),
+        (IMAGES[3], ("channels_last", "contiguous")),
+    ],
+    ids=str,
+)
 def test_triton_steps_are_equal_in_both_memory_formats(
     shape: tuple, layouts: tuple[str, ...]
 ) -> None:
@@ -153,29 +160,6 @@ def test_triton_steps_are_equal_in_both_memory_formats(
     triton.step_(state, in_layout(grad, layouts[1]), None, **OPTIONS)
     assert torch.equal(state, want)
     assert state.stride() == strides
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_triton_steps_without_noise_equal_the_reference(layout: str) -> None:
-    x, grad = in_layout(numbers((2, 3, 5, 7)), layout), in_layout(numbers((2, 3, 5, 7)), layout)
-    options = OPTIONS | {"noise_std": 0.0}
-    want = reference.step_(x.clone(), grad, None, **options)
-    assert torch.equal(triton.step_(x, grad, None, **options), want)
-
-
-def test_float64_and_other_layouts() -> None:
-    x, grad = numbers((2, 3, 4, 4)), numbers((2, 3, 4, 4), seed=1)
-    for state in (x.clone(), x.double(), x.clone().transpose(2, 3)):
-        want = reference.step_(state.clone(), grad, state * 0 + 1, **OPTIONS)
-        assert torch.equal(triton.step_(state, grad, state * 0 + 1, **OPTIONS), want)
-
-
-def test_nan_stays_in_every_place() -> None:
-    x, grad, z = numbers((1, 1023)), numbers((1, 1023), seed=1), numbers((1, 1023), seed=2)
-    x[0, 3], grad[0, 500], z[0, 1022] = float("nan"), float("nan"), float("nan")
-    triton.step_(x, grad, z, grad_clip=0.4, **OPTIONS)
-    assert x.isnan().nonzero()[:, 1].tolist() == [3, 500, 1022]
-    assert float(x.nan_to_num().abs().max()) <= 0.9
 
 
 @compiler.jit
@@ -251,14 +235,6 @@ def test_rows_more_than_two_to_the_31_apart() -> None:
     x.copy_(numbers((2, 5)))
     want = triton.step_(x.contiguous(), None, None, **OPTIONS)
     assert torch.equal(triton.step_(x, None, None, **OPTIONS), want)
-
-
-def test_triton_steps_increment_the_tensors_version() -> None:
-    """Autograd must notice that a tensor it saved has changed."""
-    x = numbers((2, 5))
-    version = x._version
-    triton.step_(x, None, None, **OPTIONS)
-    assert x._version > version
 
 
 # Machine code ------------------------------------------------------------------------------------

@@ -78,11 +78,8 @@ def odd() -> nn.Sequential:
 CASES = {
     "leaky_relu": (paper(), (3, 8, 8)),
     "silu": (paper("silu"), (3, 8, 8)),
-    "softplus": (paper("softplus"), (3, 8, 8)),
-    "elu": (paper("elu"), (3, 8, 8)),
     "one channel": (paper("relu", channels=1), (1, 8, 8)),
     "whole blocks": (paper("silu", width=32), (3, 8, 8)),
-    "three strides": (paper("silu", size=16, width=4), (3, 16, 16)),
     "odd": (odd(), (2, 9, 7)),
 }
 
@@ -115,7 +112,7 @@ def scored_silu(layout: torch.memory_format) -> tuple[Tensor, Tensor]:
 # The score ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["one channel", "odd"])
 def test_fused_energies_and_gradients_match_float64(case: str) -> None:
     x = state(case)
     energies, grad = fused(case)(x, want_energies=True)
@@ -124,8 +121,9 @@ def test_fused_energies_and_gradients_match_float64(case: str) -> None:
     torch.testing.assert_close(energies.double(), want_energies, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
-@pytest.mark.parametrize("case", ["silu", "whole blocks"])
+@pytest.mark.parametrize(
+    ("case", "precision"), [("silu", "tf32"), ("whole blocks", "fp16"), ("silu", "bf16")]
+)
 def test_fused_gradients_of_each_precision_are_within_its_tolerance(
     case: str, precision: str
 ) -> None:
@@ -202,7 +200,7 @@ def test_changed_weights_are_packed_again() -> None:
     energy, x = paper(), state("leaky_relu")
     score = FusedGradient(stack_of(energy, (3, 8, 8)), 5, DEVICE, "fp32")
     addresses = [plan.weight.data_ptr() for plan in (*score._forward, *score._backward)]
-    for layer, force in ((0, False), (2, False), (4, False), (0, True)):
+    for layer, force in ((0, False), (4, False), (2, True)):
         weight = energy.layers[layer].weight
         with torch.no_grad():
             (weight.data if force else weight).mul_(2)
@@ -253,21 +251,18 @@ def test_empty_batch() -> None:
 # The step ----------------------------------------------------------------------------------------
 
 STEPS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "all": {"maximize": True, "grad_clip": 0.01, "noise_last": True},
+    "all": {"maximize": True, "grad_clip": 0.002, "noise_last": True},
     "per chain": {"step_size": torch.arange(5.0), "noise_std": torch.arange(5.0) / 9},
-    "no noise": {"noise_std": 0.0},
-    "norms": {"grad_clip": ("chain_norm", 0.1)},
+    "norms, no noise": {"grad_clip": ("chain_norm", 0.1), "noise_std": 0.0},
 }
 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        (name, layout)
-        for i, name in enumerate(STEPS)
-        for layout in (torch.contiguous_format, torch.channels_last)
-        if name == "all" or (layout == torch.channels_last) == i % 2  # each option in one layout
+        ("all", torch.channels_last),
+        ("per chain", torch.contiguous_format),
+        ("norms, no noise", torch.channels_last),
     ],
     ids=str,
 )
@@ -279,7 +274,7 @@ def test_a_fused_step_equals_the_step_along_the_gradient(
     options = OPTIONS | STEPS[name]
     energies, grad = scored_silu(layout)
     want, got = x.clone(), x.clone()
-    if name == "norms":
+    if "norms" in name:
         clip = options["grad_clip"][1] / grad.flatten(1).norm(dim=1).clamp(min=0.1)
         scaled = options | {"grad_clip": None, "step_size": 0.3 * clip}
         triton.step_(want, grad, None, **scaled)
@@ -289,7 +284,7 @@ def test_a_fused_step_equals_the_step_along_the_gradient(
     assert torch.equal(score.step_(got, want_energies=True, **options), energies)
     assert torch.equal(got, want)
     assert got._version > version
-    if name != "norms":
+    if "norms" not in name:
         exactly = x.double()
         fl.kernels.reference.step_(exactly, exact("silu", x)[1], None, **options)
         torch.testing.assert_close(got.double(), exactly, rtol=0, atol=1e-5)
@@ -299,37 +294,38 @@ def test_given_noise_and_device_state() -> None:
     x, score = state("silu"), fused("silu")
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     _, grad = scored_silu(torch.contiguous_format)
+    want = triton.step_(x.clone(), grad, z, **OPTIONS)
     for noise in (z, z.to(memory_format=torch.channels_last)):
-        want, got = x.clone(), x.clone()
-        triton.step_(want, grad, noise, **OPTIONS)
+        got = x.clone()
         score.step_(got, noise, **OPTIONS)
         assert torch.equal(got, want)
     want, got = x.clone(), x.clone()
-    score.step_(want, **OPTIONS | {"seed": 2**63 + 7, "step": 12})
+    triton.step_(want, grad, None, **OPTIONS | {"seed": 2**63 + 7, "step": 12})
     memory = torch.tensor([2**63 + 7 - 2**64, 2], device=DEVICE)
     score.step_(got, **OPTIONS | {"seed": 1, "step": 10}, rng_state=memory)
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("case", ["leaky_relu", "one channel", "odd"])
-def test_the_noise_is_the_contracts(case: str) -> None:
-    """From x = 0 without a move; the odd case's pixels do not come in fours."""
-    x = torch.zeros_like(state(case))
-    fused(case).step_(x, step_size=0.0, noise_std=1.0, **ADDRESS)
-    want = fl.noise.normal(x.shape, dtype=torch.float64, **ADDRESS)
-    torch.testing.assert_close(x.double().cpu(), want, rtol=0, atol=2e-6)
+def test_noise_for_pixels_that_do_not_come_in_fours_is_the_contracts() -> None:
+    """From x = 0 without a move, by their number and by the stride of the first layer."""
+    conv = nn.Conv2d(1, 4, 3, padding=1)
+    small = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(60, 1)).to(DEVICE)
+    for energy, shape in ((small, (1, 3, 5)), CASES["odd"]):
+        x = torch.zeros(2, *shape, device=DEVICE)
+        score = FusedGradient(stack_of(energy, shape), 2, DEVICE, "fp32")
+        score.step_(x, step_size=0.0, noise_std=1.0, **ADDRESS)
+        want = fl.noise.normal(x.shape, dtype=torch.float64, **ADDRESS)
+        torch.testing.assert_close(x.double().cpu(), want, rtol=0, atol=2e-6)
 
 
 def test_chains_do_not_depend_on_their_batch() -> None:
     x = state("leaky_relu")
-    whole = x.clone()
+    whole, part = x.clone(), x[2:].clone()
     fused("leaky_relu").step_(whole, **OPTIONS | {"first_chain": 3})
-    for i, j in ((0, 1), (1, 5)):
-        part = x[i:j].clone()
-        fused("leaky_relu", n=j - i).step_(part, **OPTIONS | {"first_chain": 3 + i})
-        # NumPy's products, when interpreted, round by where a row stands.
-        atol = 1e-6 if DEVICE.type == "cpu" else 0
-        torch.testing.assert_close(part, whole[i:j], rtol=0, atol=atol)
+    fused("leaky_relu", n=3).step_(part, **OPTIONS | {"first_chain": 5})
+    # NumPy's products, when interpreted, round by where a row stands.
+    atol = 1e-6 if DEVICE.type == "cpu" else 0
+    torch.testing.assert_close(part, whole[2:], rtol=0, atol=atol)
 
 
 def test_launches_that_begin_early_compute_the_same_gradient(
