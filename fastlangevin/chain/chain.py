@@ -241,14 +241,13 @@ class Chain(NamedTuple):
 
     def transition(
         self,
-        run: Callable[..., Tensor],
         x: Tensor,
         k: int,
         evaluate: Callable[[Tensor], Evaluated] | None = None,
         create_graph: bool = False,
         z: Tensor | None = None,
     ) -> Step:
-        """Step k by ``run``, in place on x for a backend and pure for ``reference.step``.
+        """Step k by the reference, as a function of x.
 
         ``evaluate`` maps x to (energies or None, gradient); by default it uses autograd. ``z`` are
         normals that replace those of the chain.
@@ -258,7 +257,7 @@ class Chain(NamedTuple):
         z = self._noise_at(k) if z is None else z
         options = self._update_options()
         for along_gradient, step_size, noise_std, step in self._updates(k):
-            if z is None and run is reference.step and not reference.is_zero(noise_std):
+            if z is None and not reference.is_zero(noise_std):
                 # The kernels draw the same numbers faster than the reference's own generator.
                 z = _noise.normal(
                     x.shape, seed=self.seed, step=step, first_chain=self.first_chain,
@@ -266,8 +265,9 @@ class Chain(NamedTuple):
                 )  # fmt: skip
             energies, grad = evaluate(x) if along_gradient else (None, None)
             x = apply_step_(
-                run, x, grad, z, step_size=step_size, noise_std=noise_std, step=step, **options
-            )
+                reference.step, x, grad, z,
+                step_size=step_size, noise_std=noise_std, step=step, **options,
+            )  # fmt: skip
         return Step(k, x, energies, grad)
 
     def evaluate(

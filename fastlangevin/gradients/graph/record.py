@@ -260,9 +260,8 @@ def _recorder(
 
 def _autocast(precision: str | None, device: torch.device) -> torch.autocast:
     """Return the context of the forward pass; a cache would hide the casts of the weights."""
-    if precision not in HALVES:
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, dtype=HALVES[precision], cache_enabled=False)
+    half = HALVES.get(precision or "")
+    return torch.autocast(device.type, half, enabled=half is not None, cache_enabled=False)
 
 
 def _graph(recorder: OperatorRecorder, out: Any) -> Graph | str:
