@@ -127,8 +127,11 @@ class Chain(NamedTuple):
 
         They only launch work and never wait for its results.
         """
-        run = resolve_backend(self.settings.backend, x.device)
-        last_step = self.settings.steps - 1
+        settings = self.settings
+        run = resolve_backend(settings.backend, x.device)
+        last_step = settings.steps - 1
+        # Whether a kernel may compute the gradient and then step.
+        fuses = settings.noise_order != "before" and settings.backend in ("auto", "triton")
         if engine is None:
             chain = self.isolated(x.device)
             steps = self._single_steps(
@@ -136,7 +139,7 @@ class Chain(NamedTuple):
                 x,
                 lambda k: chain.evaluate(x, k, want_energies=want_energies or k == last_step),
             )
-        elif isinstance(engine, FusedGradient) and not want_energies and self._can_fuse():
+        elif isinstance(engine, FusedGradient) and not want_energies and fuses:
             steps, overflow = self._fused_steps(engine, x), None
         elif every > 1 and isinstance(engine, ConvNetGradient) and self._can_block(engine, run, x):
             steps = self._block_steps(engine, x, every)
@@ -206,10 +209,6 @@ class Chain(NamedTuple):
     def _noise_at(self, k: int) -> Tensor | None:
         """The given normals of step k, or None for those of the seed."""
         return None if self.noise is None else self.noise[k]
-
-    def _can_fuse(self) -> bool:
-        """Whether the settings allow a kernel that computes the gradient and then steps."""
-        return self.settings.noise_order != "before" and self.settings.backend in ("auto", "triton")
 
     def _fused_steps(self, engine: FusedGradient, x: Tensor) -> Iterator[Step]:
         """Steps of kernels that use the gradient without storing it."""

@@ -93,8 +93,7 @@ def _keep_channels_last(draft: Draft, with_weights: bool) -> None:
         if len(value.shape) != 4 or number in weights or value.shape[1] == 1:
             continue
         moved[number] = draft.new_slot(value)
-        # It may be the same memory.
-        draft.values[moved[number]] = value
+        draft.values[moved[number]] = value  # it may be the same memory
         (before if number == 0 else draft.added).append(_laid_out(number, moved[number]))
     each = []
     for instruction in draft.each:
