@@ -34,6 +34,7 @@ from fastlangevin.arguments import Coefficient, GradClip
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.kernels import reference, triton_backend
 from fastlangevin.kernels.devices import indexed
+from fastlangevin.kernels.memory import is_dense
 from fastlangevin.locks import new_rlock
 from fastlangevin.step import apply_step_
 
@@ -185,7 +186,7 @@ class FusedGradient:
         Both are float32.
         """
         self._check(x)
-        if not _is_dense(x):
+        if not is_dense(x):
             x = x.contiguous()
         grad = torch.empty_like(x)
         with self.lock, torch.no_grad(), torch.cuda.device_of(x):
@@ -220,7 +221,7 @@ class FusedGradient:
         draws = z is None and not reference.is_zero(noise_std)
         separate = (
             isinstance(grad_clip, tuple)
-            or not _is_dense(x)
+            or not is_dense(x)
             or (z is not None and z.stride() != x.stride())
             or (draws and not self._draws_in_fours())
         )
@@ -338,11 +339,6 @@ def _sizes(stack: "ConvStack") -> list[tuple[int, int, int]]:
     for conv in stack.convs:
         sizes.append((conv.weight.shape[0], *conv.output_size(sizes[-1][1:])))
     return sizes
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Return whether a state has one of the layouts that the kernels read."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _strides(x: Tensor) -> dict[str, int]:
