@@ -30,7 +30,7 @@ from benchmarks import timing
 from benchmarks.result_file import ResultFile, parser_of
 from fastlangevin.adjoint.schedules import recomputed
 from fastlangevin.adjoint.storage import Allocations
-from fastlangevin.gradients.precision import float32_products
+from fastlangevin.gradients.precision import network_precision
 
 STEP_SIZE, NOISE_STD = 0.1, 0.01
 STATES, BUDGET = (4, 10), "64MiB"
@@ -129,7 +129,7 @@ def check(
     """How far the gradients of each variant are from those of the first, the plain loop."""
     deviations, plain_grads = {}, None
     for name, chain in variants.items():
-        with float32_products("ieee", leaves[0].device.type):
+        with network_precision("fp32", leaves[0].device):
             grads = torch.autograd.grad(chain().square().sum(), leaves, allow_unused=True)[:-1]
         plain_grads = plain_grads or grads
         errors = [

@@ -11,7 +11,6 @@ from fastlangevin.chain.chain import Chain, norms
 from fastlangevin.gradients.graph.ir import Graph
 from fastlangevin.gradients.second_order import SecondOrderGradient, refusal
 from fastlangevin.gradients.select import proved_graph
-from fastlangevin.kernels import reference
 
 _OP = "LangevinSampler"
 
@@ -42,7 +41,7 @@ def transition(
         evaluate = functools.partial(second_order, want_energies=True)
     elif straight and create_graph:
         evaluate = at_constant_x
-    step = chain.transition(reference.step, x, k, evaluate, create_graph, z)
+    step = chain.transition(x, k, evaluate, create_graph, z)
     if step.energies is not None:
         return step.x, step.energies
     assert step.grad is not None
@@ -104,20 +103,3 @@ def check_graph(chain: Chain, nodes: Iterable[Any]) -> None:
                 "chain require: it contains a function whose backward pass has no derivative (for "
                 "instance one marked once_differentiable)"
             )
-
-
-def nodes_of(out: Tensor) -> list[Any]:
-    """The nodes of a tensor's graph, in an order that only the graph determines."""
-    nodes = [] if out.grad_fn is None else [out.grad_fn]
-    visited = set(nodes)
-    for node in nodes:
-        for next_node, _ in node.next_functions:
-            if next_node is not None and next_node not in visited:
-                visited.add(next_node)
-                nodes.append(next_node)
-    return nodes
-
-
-def leaves_of(nodes: Iterable[Any]) -> list[Tensor]:
-    """The leaf tensors of a graph."""
-    return [node.variable for node in nodes if hasattr(node, "variable")]

@@ -12,14 +12,13 @@ from fastlangevin.adjoint.one_step import (
     advance,
     arguments_of,
     explicit_graph,
-    leaves_of,
-    nodes_of,
     transition,
 )
 from fastlangevin.adjoint.schedules import Sizes
 from fastlangevin.adjoint.storage import Allocations
 from fastlangevin.arguments import at_step
 from fastlangevin.chain.chain import Chain
+from fastlangevin.gradients.autograd import leaves_of, nodes_of
 from fastlangevin.gradients.modules import parameters_of, submodules_of
 from fastlangevin.gradients.precision import network_precision
 from fastlangevin.gradients.second_order import SecondOrderGradient

@@ -20,8 +20,6 @@ from fastlangevin.adjoint.one_step import (
     advance,
     arguments_of,
     check_graph,
-    leaves_of,
-    nodes_of,
     transition,
 )
 from fastlangevin.adjoint.recompute import Adjoint, run_forward
@@ -38,8 +36,8 @@ from fastlangevin.adjoint.schedules import (
 from fastlangevin.adjoint.storage import free_memory
 from fastlangevin.arguments import check_count
 from fastlangevin.chain.chain import Chain, check_finite
+from fastlangevin.gradients.autograd import leaves_of, nodes_of
 from fastlangevin.gradients.modules import parameters_of
-from fastlangevin.kernels import reference
 from fastlangevin.names import check_name
 
 GRAD_THROUGH = ("exact", "straight")
@@ -185,7 +183,7 @@ def _masked(chain: Chain, x: Tensor, first_traced: int) -> tuple[Tensor, Tensor 
             None if engine is None else functools.partial(engine, want_energies=k == last_step)
         )
         with torch.enable_grad():
-            step = chain.transition(reference.step, state, k, evaluate)
+            step = chain.transition(state, k, evaluate)
         (is_unclamped,) = torch.autograd.grad(step.x, state, is_unclamped)
         state = step.x.detach()
     return _Masked.apply(x, state, is_unclamped.bool()), step.energies

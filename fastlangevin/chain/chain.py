@@ -127,8 +127,11 @@ class Chain(NamedTuple):
 
         They only launch work and never wait for its results.
         """
-        run = resolve_backend(self.settings.backend, x.device)
-        last_step = self.settings.steps - 1
+        settings = self.settings
+        run = resolve_backend(settings.backend, x.device)
+        last_step = settings.steps - 1
+        # Whether a kernel may compute the gradient and then step.
+        fuses = settings.noise_order != "before" and settings.backend in ("auto", "triton")
         if engine is None:
             chain = self.isolated(x.device)
             steps = self._single_steps(
@@ -136,7 +139,7 @@ class Chain(NamedTuple):
                 x,
                 lambda k: chain.evaluate(x, k, want_energies=want_energies or k == last_step),
             )
-        elif isinstance(engine, FusedGradient) and not want_energies and self._can_fuse():
+        elif isinstance(engine, FusedGradient) and not want_energies and fuses:
             steps, overflow = self._fused_steps(engine, x), None
         elif every > 1 and isinstance(engine, ConvNetGradient) and self._can_block(engine, run, x):
             steps = self._block_steps(engine, x, every)
@@ -207,10 +210,6 @@ class Chain(NamedTuple):
         """The given normals of step k, or None for those of the seed."""
         return None if self.noise is None else self.noise[k]
 
-    def _can_fuse(self) -> bool:
-        """Whether the settings allow a kernel that computes the gradient and then steps."""
-        return self.settings.noise_order != "before" and self.settings.backend in ("auto", "triton")
-
     def _fused_steps(self, engine: FusedGradient, x: Tensor) -> Iterator[Step]:
         """Steps of kernels that use the gradient without storing it."""
         settings, options = self.settings, self._update_options()
@@ -241,14 +240,13 @@ class Chain(NamedTuple):
 
     def transition(
         self,
-        run: Callable[..., Tensor],
         x: Tensor,
         k: int,
         evaluate: Callable[[Tensor], Evaluated] | None = None,
         create_graph: bool = False,
         z: Tensor | None = None,
     ) -> Step:
-        """Step k by ``run``, in place on x for a backend and pure for ``reference.step``.
+        """Step k by the reference, as a function of x.
 
         ``evaluate`` maps x to (energies or None, gradient); by default it uses autograd. ``z`` are
         normals that replace those of the chain.
@@ -258,7 +256,7 @@ class Chain(NamedTuple):
         z = self._noise_at(k) if z is None else z
         options = self._update_options()
         for along_gradient, step_size, noise_std, step in self._updates(k):
-            if z is None and run is reference.step and not reference.is_zero(noise_std):
+            if z is None and not reference.is_zero(noise_std):
                 # The kernels draw the same numbers faster than the reference's own generator.
                 z = _noise.normal(
                     x.shape, seed=self.seed, step=step, first_chain=self.first_chain,
@@ -266,8 +264,9 @@ class Chain(NamedTuple):
                 )  # fmt: skip
             energies, grad = evaluate(x) if along_gradient else (None, None)
             x = apply_step_(
-                run, x, grad, z, step_size=step_size, noise_std=noise_std, step=step, **options
-            )
+                reference.step, x, grad, z,
+                step_size=step_size, noise_std=noise_std, step=step, **options,
+            )  # fmt: skip
         return Step(k, x, energies, grad)
 
     def evaluate(

@@ -130,7 +130,8 @@ class ChainRecording:
 
         def run() -> None:
             energies = None
-            self._forget_constants()
+            if isinstance(self.engine, ReplayGradient):
+                self.engine.forget_constants()
             for step in recorded_chain.steps_with(self.engine, self.x, self.overflow):
                 energies = step.energies
             assert energies is not None
@@ -184,10 +185,6 @@ class ChainRecording:
     def has_packing(self) -> bool:
         """Whether the weights are packed by a graph too; a trace reads its inputs otherwise."""
         return self._packing is not None or isinstance(self.engine, ReplayGradient)
-
-    def _forget_constants(self) -> None:
-        if isinstance(self.engine, ReplayGradient):
-            self.engine.forget_constants()
 
 
 class PackingLaunches:

@@ -1,6 +1,6 @@
 """Energies and d energy / d x of a batch of chains by autograd."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,23 @@ def _gradient_of_sum(out: Tensor, leaf: Tensor) -> Tensor | None:
         ones = ones.reshape(out.shape)
     (grad,) = _run_backward((out,), (ones,), False, False, (leaf,), True, accumulate_grad=False)
     return grad
+
+
+def nodes_of(out: Tensor) -> list[Any]:
+    """Return the nodes of a tensor's graph, in an order that only the graph determines."""
+    nodes = [] if out.grad_fn is None else [out.grad_fn]
+    visited = set(nodes)
+    for node in nodes:
+        for next_node, _ in node.next_functions:
+            if next_node is not None and next_node not in visited:
+                visited.add(next_node)
+                nodes.append(next_node)
+    return nodes
+
+
+def leaves_of(nodes: Iterable[Any]) -> list[Tensor]:
+    """Return the leaf tensors of a graph."""
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def _check_energies(out: Any, shape: Sequence[int]) -> None:

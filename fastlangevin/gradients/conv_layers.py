@@ -7,42 +7,31 @@ from torch import Tensor
 
 from fastlangevin.gradients import onednn
 from fastlangevin.gradients.graph.ir import Constant, Node
-from fastlangevin.gradients.layers import laid_out, read_weight
+from fastlangevin.gradients.layers import WithWeights, laid_out, read_weight
 
 aten = torch.ops.aten
 
 
-class Conv:
+class Conv(WithWeights):
     """A convolution that reads values of shape ``read`` per chain, by torch's operators.
 
     Its weights are rounded to ``dtype``, which is also the dtype of its inputs and outputs. The
     operators run in :func:`onednn.product_dtype`, which may be wider.
     """
 
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
     def __init__(
         self, node: Node, read: tuple[int, ...], dtype: torch.dtype, inplace: bool = False
     ) -> None:
-        self.weight_read, self.bias_read = node.constants
+        super().__init__(node, dtype, inplace)
         self.stride, self.padding, self.dilation, self.groups = node.settings
-        self.dtype, self.inplace = dtype, inplace
         self.no_padding = (0,) * len(self.stride)
         assert self.weight_read is not None
         self.product_dtype = onednn.product_dtype(node, dtype, self.weight_read.base.device)
-        kernel, out = self.weight_read.size[2:], node.shape[1:]
-        # Rows and columns at the end that no window reads, which the transposed convolution adds.
-        self.output_padding = [
-            read[d + 1] - (out[d] - 1) * self.stride[d] + 2 * self.padding[d]
-            - self.dilation[d] * (kernel[d] - 1) - 1
-            for d in range(len(kernel))
-        ]  # fmt: skip
-
-    def pack(self) -> None:
-        self.weight = self._read(self.weight_read, self.weight)
-        # oneDNN assumes that a bias is contiguous.
-        self.bias = self._read(self.bias_read, self.bias)
+        # The transposed convolution adds what no window reads.
+        self.output_padding = onednn.unread(
+            read[1:], node.shape[1:], self.weight_read.size[2:],
+            self.stride, self.padding, self.dilation,
+        )  # fmt: skip
 
     def _read(self, constant: Constant | None, target: Tensor | None) -> Tensor | None:
         if constant is None:
@@ -50,6 +39,7 @@ class Conv:
         value = constant.tensor()
         if self.product_dtype != self.dtype:
             value = value.to(self.dtype)
+        # oneDNN assumes that a bias is contiguous.
         return laid_out(read_weight(value, self.product_dtype, target, self.inplace))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +156,6 @@ def packs(node: Node, device: torch.device, dtype: torch.dtype) -> bool:
         and len(node.shape) == 3
         and not onednn.skips(weight.size[2:], *node.settings[:2])
         and device.type == "cpu"
-        and hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
         and (product := onednn.product_dtype(node, dtype, device)) != torch.float16
-        and onednn.runs(product)
+        and onednn.packs(product)
     )

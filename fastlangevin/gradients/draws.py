@@ -109,8 +109,7 @@ class Draws:
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return this step's generator of a device; all devices have the same seed, as in torch."""
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = indexed(device)
         if device not in self._generators:
             generator = self._generators[device] = torch.Generator(device=device)
             if self._seed is None:

@@ -8,6 +8,10 @@ from torch import Tensor
 class Engine(Protocol):
     """Computes energies and d energy / d x for batches of one shape."""
 
+    @property
+    def precision(self) -> str | None:
+        """The precision in which it computes, which may be higher than that of the call."""
+
     def begin(self) -> None:
         """Read the weights.
 

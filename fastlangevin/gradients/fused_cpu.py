@@ -86,19 +86,13 @@ def _waste(network: ImageGraph) -> str | None:
     useful = planned = 0
     for layer in network.layers:
         # A transposed convolution does in its forward pass what others do in the backward pass.
-        ends = (
-            (layer.shape, layer.read) if layer.kind == "transposed" else (layer.read, layer.shape)
-        )
-        (channels, height, width), out = ends[0], ends[1][0]
-        written = math.prod(ends[1][1:])
-        if (
-            max(out, channels)
-            * math.prod(
-                size + 2 * kernel
-                for size, kernel in zip((height, width), layer.kernel, strict=True)
-            )
-            > _MAX_ELEMENTS
-        ):
+        wide, narrow = layer.read, layer.shape
+        if layer.kind == "transposed":
+            wide, narrow = narrow, wide
+        (channels, height, width), out = wide, narrow[0]
+        written = math.prod(narrow[1:])
+        pixels = (height + 2 * layer.kernel[0]) * (width + 2 * layer.kernel[1])
+        if max(out, channels) * pixels > _MAX_ELEMENTS:
             return "a chain is too large: its elements are indexed in 31 bits"
         if layer.kind in ("conv", "transposed"):
             weights = out * channels * math.prod(layer.kernel)

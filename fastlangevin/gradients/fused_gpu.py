@@ -34,6 +34,7 @@ from fastlangevin.arguments import Coefficient, GradClip
 from fastlangevin.gradients import fused_gpu_plan as conv_plan
 from fastlangevin.kernels import reference, triton_backend
 from fastlangevin.kernels.devices import indexed
+from fastlangevin.kernels.memory import is_dense
 from fastlangevin.locks import new_rlock
 from fastlangevin.step import apply_step_
 
@@ -133,7 +134,6 @@ class FusedGradient:
         self.overflow = None
         if precision == "fp16":
             self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
-        self._packed: list[tuple[int, int]] | None = None
         # Threads may share a sampler, but there is one set of buffers.
         self.lock = new_rlock()
         self.pack()
@@ -143,7 +143,7 @@ class FusedGradient:
         with self.lock:
             if self.overflow is not None:
                 self.overflow.zero_()
-            self.pack(force=True)
+            self.pack()
 
     def held_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers())
@@ -162,12 +162,8 @@ class FusedGradient:
         flag = [] if self.overflow is None else [self.overflow]
         return [*weights, *small, *flag]
 
-    def pack(self, force: bool = False) -> None:
-        """Copy the current weights if their version counters show a change, or with ``force``.
-
-        A write through ``.data`` does not change the version counter, and inference tensors have
-        none, so both need ``force``. The head is small and always copied.
-        """
+    def pack(self) -> None:
+        """Copy the current weights."""
         v, offset = (part.detach().float() for part in self.stack.head())
         v = v.permute(1, 2, 0)
         peak = v.abs().amax()
@@ -175,9 +171,6 @@ class FusedGradient:
         self._head.copy_(torch.ldexp(v, exponent))
         self._unscale.copy_(torch.ldexp(torch.ones_like(exponent), -exponent))
         self._offset.copy_(offset)
-        versions = _versions(self.stack)
-        if versions is not None and versions == self._packed and not force:
-            return
         first, *rest = self.stack.convs
         for conv, plan, bias in zip(self.stack.convs, self._forward, self._biases, strict=True):
             conv_plan.pack_forward(plan, conv)
@@ -186,7 +179,6 @@ class FusedGradient:
         conv_plan.pack_backward(self._image, first)
         for conv, plan in zip(rest, self._backward, strict=True):
             conv_plan.pack_backward(plan, conv)
-        self._packed = versions
 
     def __call__(self, x: Tensor, want_energies: bool = False) -> tuple[Tensor | None, Tensor]:
         """Return (energies [n] or None, d energy / d x in x's layout) for x [n, C, H, W].
@@ -194,7 +186,7 @@ class FusedGradient:
         Both are float32.
         """
         self._check(x)
-        if not _is_dense(x):
+        if not is_dense(x):
             x = x.contiguous()
         grad = torch.empty_like(x)
         with self.lock, torch.no_grad(), torch.cuda.device_of(x):
@@ -229,7 +221,7 @@ class FusedGradient:
         draws = z is None and not reference.is_zero(noise_std)
         separate = (
             isinstance(grad_clip, tuple)
-            or not _is_dense(x)
+            or not is_dense(x)
             or (z is not None and z.stride() != x.stride())
             or (draws and not self._draws_in_fours())
         )
@@ -347,19 +339,6 @@ def _sizes(stack: "ConvStack") -> list[tuple[int, int, int]]:
     for conv in stack.convs:
         sizes.append((conv.weight.shape[0], *conv.output_size(sizes[-1][1:])))
     return sizes
-
-
-def _versions(stack: "ConvStack") -> list[tuple[int, int]] | None:
-    """Return what changes with the weights, or None if nothing shows that they change."""
-    tensors = [t for conv in stack.convs for t in (conv.weight, conv.bias) if t is not None]
-    if any(t.is_inference() for t in tensors):
-        return None
-    return [(t.data_ptr(), t._version) for t in tensors]
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Return whether a state has one of the layouts that the kernels read."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _strides(x: Tensor) -> dict[str, int]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlangevin.kernels.triton_backend import power_of_2
+
 if TYPE_CHECKING:
     from fastlangevin.gradients.graph.conv_stack import StackedConv
 
@@ -93,7 +95,7 @@ def image_plan(conv: "StackedConv", source: Image, result: Image, n: int, precis
     products for each one needed do not matter in a launch that is bound by its reads.
     """
     rows, classes, taps = _classes(conv, source, n)
-    warps, columns = 4, _power_of_2(source[0])
+    warps, columns = 4, power_of_2(source[0])
     if DTYPES[precision].itemsize == 2:
         # Copies of less than 4 bytes a thread are not asynchronous: every pass then waits for its
         # weights. More than 8 columns, whose noise is drawn for nothing, cost more than that.
@@ -177,7 +179,7 @@ def _fill(plan: Plan, number: int, weight: Tensor) -> None:
 
 def _tile(rows: int, channels: int, columns: int, precision: str, device: torch.device) -> Tile:
     """Return the tile of a layer."""
-    widest = max(32, _power_of_2(columns))  # a word of signs holds 32 channels
+    widest = max(32, power_of_2(columns))  # a word of signs holds 32 channels
     if precision == "fp32":
         tiles: tuple[Tile, ...] = _IEEE_TILES
     elif not _steps(channels, precision):
@@ -227,8 +229,3 @@ def _multiprocessors(device: torch.device) -> int:
 def _quotient(number: int, by: int) -> int:
     """Return number / by, rounded up."""
     return -(-number // by)
-
-
-def _power_of_2(number: int) -> int:
-    """Return the smallest power of 2 that is >= number."""
-    return 1 << (number - 1).bit_length()

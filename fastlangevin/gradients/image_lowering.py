@@ -37,7 +37,7 @@ def _lowered(graph: Graph, views_state: bool) -> ImageGraph | str:
     flow = Dataflow(graph)
     if all(flow.constant[1:]):
         return "it has no activation"
-    shape = _viewed_shape(graph, flow) if views_state else graph.shape
+    shape = _viewed_shape(graph) if views_state else graph.shape
     # The order of the state's dimensions is that of the image for most graphs.
     orders = [tuple(range(len(shape)))]
     if views_state:
@@ -51,7 +51,7 @@ def _lowered(graph: Graph, views_state: bool) -> ImageGraph | str:
     return reason
 
 
-def _viewed_shape(graph: Graph, flow: Dataflow) -> tuple[int, ...]:
+def _viewed_shape(graph: Graph) -> tuple[int, ...]:
     """Return the shape of the state: that of its view, if it is read through one only."""
     first = [node for node in graph.nodes if 0 in node.inputs]
     views = {node.shape for node in first if node.kind == "view"}

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastlangevin.gradients.graph.ir import Node
+from fastlangevin.gradients.graph.ir import Constant, Node
 from fastlangevin.kernels.signs import apply_signs_, pack_signs
 
 aten = torch.ops.aten
@@ -55,8 +55,8 @@ def scale_and_shift(node: Node) -> tuple[Tensor, Tensor]:
     return scale, shift if bias is None else shift + bias
 
 
-class Linear:
-    """x W^T + b."""
+class WithWeights:
+    """Reads the weight and the bias of a node, as far as it has them."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -66,11 +66,17 @@ class Linear:
         self.dtype, self.inplace = dtype, inplace
 
     def pack(self) -> None:
-        assert self.weight_read is not None
-        weight, bias = self.weight_read.tensor(), self.bias_read
-        self.weight = read_weight(weight, self.dtype, self.weight, self.inplace)
-        if bias is not None:
-            self.bias = read_weight(bias.tensor(), self.dtype, self.bias, self.inplace)
+        self.weight = self._read(self.weight_read, self.weight)
+        self.bias = self._read(self.bias_read, self.bias)
+
+    def _read(self, constant: Constant | None, target: Tensor | None) -> Tensor | None:
+        if constant is None:
+            return None
+        return read_weight(constant.tensor(), self.dtype, target, self.inplace)
+
+
+class Linear(WithWeights):
+    """x W^T + b."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -174,8 +180,8 @@ class MaxPool:
 class BatchNorm:
     """A batch norm in eval mode: weight (x - mean) / sqrt(var + eps) + bias for each channel."""
 
-    scale: Tensor | None = None
-    shift: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
     def __init__(self, node: Node, dtype: torch.dtype, inplace: bool = False) -> None:
         self.node, self.dtype, self.inplace = node, dtype, inplace
@@ -183,50 +189,32 @@ class BatchNorm:
 
     def pack(self) -> None:
         scale, shift = (v.view(self.shape) for v in scale_and_shift(self.node))
-        self.scale = read_weight(scale, self.dtype, self.scale, self.inplace)
-        self.shift = read_weight(shift, self.dtype, self.shift, self.inplace)
-
-    @property
-    def weight(self) -> Tensor | None:
-        return self.scale
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.shift
+        self.weight = read_weight(scale, self.dtype, self.weight, self.inplace)
+        self.bias = read_weight(shift, self.dtype, self.bias, self.inplace)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.scale is not None
-        assert self.shift is not None
-        return torch.addcmul(self.shift, x, self.scale)
+        assert self.weight is not None
+        assert self.bias is not None
+        return torch.addcmul(self.bias, x, self.weight)
 
     def tangent(self, x: Tensor) -> Tensor:
-        assert self.scale is not None
-        return x * self.scale
+        assert self.weight is not None
+        return x * self.weight
 
     def backward(self, grad: Tensor) -> Tensor:
-        assert self.scale is not None
-        return grad.mul_(self.scale)
+        assert self.weight is not None
+        return grad.mul_(self.weight)
 
 
-class GroupNorm:
+class GroupNorm(WithWeights):
     """aten.native_group_norm. It saves its input."""
 
-    weight: Tensor | None = None
-    bias: Tensor | None = None
     saved: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(self, node: Node, dtype: torch.dtype, inplace: bool = False) -> None:
-        self.weight_read, self.bias_read = node.constants
-        (self.groups, self.eps), self.dtype, self.inplace = node.settings, dtype, inplace
+        super().__init__(node, dtype, inplace)
+        self.groups, self.eps = node.settings
         self.sizes = node.shape[0], math.prod(node.shape[1:])
-
-    def pack(self) -> None:
-        if self.weight_read is not None:
-            value = self.weight_read.tensor()
-            self.weight = read_weight(value, self.dtype, self.weight, self.inplace)
-        if self.bias_read is not None:
-            value = self.bias_read.tensor()
-            self.bias = read_weight(value, self.dtype, self.bias, self.inplace)
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = x.shape[0], *self.sizes

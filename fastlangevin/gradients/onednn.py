@@ -23,6 +23,24 @@ def runs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN runs convolutions of weights that are packed in its own order."""
+    return hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise") and runs(dtype)
+
+
+def unread(
+    read: Sequence[int],
+    out: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Return the rows and columns at the end of the image ``read`` that no window reads."""
+    sizes = zip(read, out, kernel, stride, padding, dilation, strict=True)
+    return [r - (o - 1) * s + 2 * p - d * (k - 1) - 1 for r, o, k, s, p, d in sizes]
+
+
 def has_amx() -> bool:
     """Return whether the CPU has AMX, or True if this version of torch cannot tell."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)

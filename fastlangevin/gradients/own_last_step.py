@@ -23,12 +23,12 @@ class OwnLastStep:
         engine: Engine,
         energy: Callable[..., Any],
         device: torch.device,
-        precision: str | None,
         model_kwargs: dict[str, Any],
     ) -> None:
         self.engine, self._model_kwargs = engine, model_kwargs
+        self.precision = engine.precision  # one for all steps of a chain
         self._isolation = Isolation(energy, device)
-        self._own = EnergyGradient(self._isolation.network, precision, device)
+        self._own = EnergyGradient(self._isolation.network, engine.precision, device)
 
     def begin(self) -> None:
         """Read the weights, before a chain starts."""

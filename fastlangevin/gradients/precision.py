@@ -16,7 +16,6 @@ ends last restores the values from before the first.
 """
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,8 +61,8 @@ def network_precision(
     """Return the context for a network's forward and backward pass.
 
     None leaves torch as it is set. Any other precision turns autocast off; "fp32" and "tf32" also
-    compute float32 products strictly or in TF32, on any device. The context can be used again, but
-    not nested.
+    compute float32 products strictly or in TF32, on any device. On exit every switch, old and new,
+    has its previous value. The context can be used again, but not nested.
     """
     return contextlib.nullcontext() if precision is None else _Precision(precision, device)
 
@@ -104,23 +103,6 @@ def network_autocast(
     if precision not in HALVES:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=HALVES[precision], cache_enabled=cache)
-
-
-@contextlib.contextmanager
-def float32_products(wanted: str, device_type: str) -> Iterator[None]:
-    """Compute float32 products on a device as "ieee" (strict float32) or as "tf32".
-
-    On exit every switch, old and new, has its previous value. Devices other than CPU and CUDA have
-    no switches.
-    """
-    if device_type not in _wanted:
-        yield
-        return
-    _enter(wanted, device_type)
-    try:
-        yield
-    finally:
-        _leave(wanted, device_type)
 
 
 def convolutions_use_tf32() -> bool:

@@ -113,6 +113,8 @@ def _choose_from_recording(
     # On a CPU without hardware for the half precision, float32 is faster and more precise.
     if half and (device_type == "cuda" or onednn.runs(HALVES[half])):
         recording, results = cache.recording(call, half, try_again)
+    elif half:
+        call = call._replace(precision="fp32")
     trace = recording.trace
     if not isinstance(trace, Trace):
         return trace
@@ -134,9 +136,7 @@ def _with_own_last_step(
     """Return a choice whose last step runs the energy, if a run keeps values of the states."""
     if not recording.keeps_values or choice.engine is None:
         return choice
-    engine = OwnLastStep(
-        choice.engine, call.energy, call.x.device, call.precision, call.model_kwargs
-    )
+    engine = OwnLastStep(choice.engine, call.energy, call.x.device, call.model_kwargs)
     return choice._replace(engine=engine)
 
 

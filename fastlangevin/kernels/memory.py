@@ -7,7 +7,7 @@ allocates. The dispatch keys of a tensor, which list the handlers of its operato
 of these from an ordinary tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -68,6 +68,11 @@ def all_in_memory(*tensors: Any) -> bool:
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor has values; fake and meta tensors have only a shape."""
     return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
+def versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """(version counter, address) of each tensor; inference tensors have no counter, and 0 here."""
+    return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
 
 
 def check_injective(op: str, name: str, x: Tensor) -> None:

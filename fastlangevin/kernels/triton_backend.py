@@ -206,11 +206,11 @@ def _grid(
     """The grid of programs (lines by pixels), and the shape of their tiles in powers of 2."""
     tile = _TILE_BYTES // itemsize
     if channels > 1:
-        lines = min(_MAX_CHANNELS, _power_of_2(channels))
-        columns = min(tile // lines, max(4, _power_of_2(pixels)))
+        lines = min(_MAX_CHANNELS, power_of_2(channels))
+        columns = min(tile // lines, max(4, power_of_2(pixels)))
         rows = chains * -(-channels // lines)
     else:
-        columns = min(tile, max(4, _power_of_2(pixels)))
+        columns = min(tile, max(4, power_of_2(pixels)))
         lines = tile // columns
         rows = -(-chains // lines)
     tiles = -(-pixels // columns)
@@ -218,7 +218,7 @@ def _grid(
     return grid, {"LINES": lines, "PIXELS": columns}
 
 
-def _power_of_2(number: int) -> int:
+def power_of_2(number: int) -> int:
     """The least power of 2 that is >= number."""
     return 1 << (number - 1).bit_length()
 

@@ -151,36 +151,12 @@ def _blocks(channel, first_pixel, pixels, PIXELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "first_chain"])
 def step_kernel(
-    x,
-    grad,
-    noise,
-    x_chain,
-    x_channel,
-    x_pixel,
-    grad_chain,
-    grad_channel,
-    grad_pixel,
-    chains,
-    channels,
-    pixels,
-    step_size,
-    noise_std,
-    step_sizes,
-    noise_stds,
-    clip,
-    lo,
-    hi,
-    seed_low,
-    seed_high,
-    step,
-    first_chain,
-    rng_state,
-    DRAW: tl.constexpr,
-    NOISE_LAST: tl.constexpr,
-    LINES: tl.constexpr,
-    PIXELS: tl.constexpr,
-    BY_CHANNEL: tl.constexpr,
-):
+    x, grad, noise, x_chain, x_channel, x_pixel, grad_chain, grad_channel, grad_pixel,
+    chains, channels, pixels, step_size, noise_std, step_sizes, noise_stds, clip, lo, hi,
+    seed_low, seed_high, step, first_chain, rng_state,
+    DRAW: tl.constexpr, NOISE_LAST: tl.constexpr,
+    LINES: tl.constexpr, PIXELS: tl.constexpr, BY_CHANNEL: tl.constexpr,
+):  # fmt: skip
     """x <- clamp(x + (a clip(g) + b z)), where a is signed. The pointer of an absent term is None.
 
     Tensors [chains, channels, pixels] are addressed by their strides; noise has the strides of x.
@@ -230,18 +206,9 @@ def step_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream", "first_chain"])
 def fill_kernel(
-    out,
-    chains,
-    elements,
-    seed_low,
-    seed_high,
-    step,
-    stream,
-    first_chain,
-    UNIFORM: tl.constexpr,
-    LINES: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
+    out, chains, elements, seed_low, seed_high, step, stream, first_chain,
+    UNIFORM: tl.constexpr, LINES: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
     """Fills out [chains, elements], contiguous and float32, with normals or uniforms."""
     chain, channel, first_pixel = _tile(1, LINES, PIXELS, False)
     pixel = first_pixel + tl.arange(0, PIXELS)[None, :]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastlangevin.adjoint.one_step import leaves_of, nodes_of
+from fastlangevin.gradients.autograd import leaves_of, nodes_of
 from fastlangevin.testing.measure import buffers_of
 
 OP = "compare"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlangevin import LangevinSampler
-from fastlangevin.gradients import engine_cache
+from fastlangevin.gradients import engine_cache, fused_cpu, onednn
 
 N, SHAPE, STEPS = 3, (2, 5, 5), 4
 
@@ -152,6 +152,26 @@ def test_energies_of_all_steps_come_from_the_energy_that_keeps_its_activations()
     found = sampler(energy).diagnose(x0, seed=0)
     want = sampler(Keeps(), gradient="autograd").diagnose(x0, seed=0)
     torch.testing.assert_close(found.energy, want.energy)
+
+
+@pytest.mark.parametrize("activation", [F.silu, torch.cos], ids=["fused", "replayed"])
+def test_the_last_step_is_in_float32_if_the_others_are_for_lack_of_bfloat16(
+    activation: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_cpu, "why_float32", lambda: "bfloat16 is not faster")
+    monkeypatch.setattr(onednn, "runs", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(F, "silu", activation)
+    x0 = torch.randn(N, *SHAPE)
+    ends = []
+    for precision in ("bf16", "fp32"):
+        energy = Keeps()
+        energy(x0)  # an activation to replace
+        ends.append(sampler(energy, precision=precision).diagnose(x0, seed=0))
+        ends.append(sampler(energy, precision=precision)(x0, seed=0))
+        assert energy.hidden is not None
+        assert energy.hidden.dtype == torch.float32
+    torch.testing.assert_close(ends[0].energy, ends[2].energy)
+    torch.testing.assert_close(ends[1], ends[3])
 
 
 def test_chains_of_energies_that_keep_activations_can_be_differentiated() -> None:

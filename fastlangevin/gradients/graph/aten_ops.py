@@ -225,10 +225,8 @@ def _gather(operands: Operands, name: str, a: dict[str, Any], out: Tensor) -> No
     tensor, index = a["self"], a["index"]
     if tensor.ndim != 2 or a["dim"] % 2 != 1 or tuple(out.shape) != (len(tensor), 1):
         raise operands.refuse("gather is supported only of one number from each vector")
-    logits, classes = (
-        operands.value(tensor, name),
-        operands.constant(index, name, torch.int64, False),
-    )
+    logits = operands.value(tensor, name)
+    classes = operands.constant(index, name, torch.int64, False)
     shape = _shape(tensor)
     operands.nodes.append(Node("constant", (), shape, ("one_hot",), (classes,)))
     operands.nodes.append(Node("mul", (logits, len(operands.nodes)), shape))

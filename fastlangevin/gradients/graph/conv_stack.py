@@ -92,12 +92,5 @@ def conv_stack(graph: Graph) -> ConvStack | str:
 def _stacked(layer: ImageLayer) -> StackedConv:
     weight, bias, _ = layer.parameters()
     assert weight is not None
-    return StackedConv(
-        weight,
-        bias,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.activation or _IDENTITY,
-    )
+    geometry = layer.stride, layer.padding, layer.dilation
+    return StackedConv(weight, bias, *geometry, layer.groups, layer.activation or _IDENTITY)

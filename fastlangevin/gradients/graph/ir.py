@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastlangevin.kernels.memory import versions
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -113,15 +115,6 @@ class Graph:
         return self.chains, self.shape, self.dtype, self.device, nodes
 
     @functools.cached_property
-    def structure(self) -> tuple[Any, ...]:
-        """Equal for graphs of the same operations on weights of the same shapes."""
-        nodes = tuple(
-            (n.kind, n.inputs, n.shape, n.settings, tuple(c and c.size for c in n.constants))
-            for n in self.nodes
-        )
-        return self.chains, self.shape, self.dtype, self.device, nodes
-
-    @functools.cached_property
     def bases(self) -> list[Tensor]:
         """The parameters and buffers that the graph depends on, without duplicates."""
         constants = [c for node in self.nodes for c in node.constants if c is not None]
@@ -159,11 +152,8 @@ class Graph:
         return constants
 
     def versions(self) -> list[tuple[int, int]]:
-        """Return the version counters and addresses of the bases, to notice that one has changed.
-
-        Inference tensors have no version counter; theirs is given as 0.
-        """
-        return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self.bases]
+        """Return the versions of the bases, to notice that one has changed."""
+        return versions(self.bases)
 
     def input_shape(self, node: Node) -> tuple[int, ...]:
         """Return the shape of a node's first input for one chain."""

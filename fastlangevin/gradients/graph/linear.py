@@ -10,22 +10,19 @@ from fastlangevin.gradients.graph.ir import Node
 def run_linear(node: Node, x: Tensor, *others: Tensor) -> Tensor:
     """Run a linear or affine node on a batch."""
     settings = node.settings
-    if node.kind in ("conv", "linear"):
+    if node.kind in ("conv", "linear", "transposed"):
         weight, bias = node.constants
         assert weight is not None
         offset = None if bias is None else bias.tensor()
         if node.kind == "linear":
             return F.linear(x, weight.tensor(), offset)
+        if node.kind == "transposed":
+            stride, padding, added, dilation, groups = settings
+            transposed = torch.conv_transpose1d if x.ndim == 3 else torch.conv_transpose2d
+            return transposed(x, weight.tensor(), offset, stride, padding, added, groups, dilation)
         stride, padding, dilation, groups = settings
         convolve = torch.conv1d if x.ndim == 3 else torch.conv2d
         return convolve(x, weight.tensor(), offset, stride, padding, dilation, groups)
-    if node.kind == "transposed":
-        weight, bias = node.constants
-        assert weight is not None
-        offset = None if bias is None else bias.tensor()
-        stride, padding, added, dilation, groups = settings
-        transposed = torch.conv_transpose1d if x.ndim == 3 else torch.conv_transpose2d
-        return transposed(x, weight.tensor(), offset, stride, padding, added, groups, dilation)
     if node.kind == "upsample":
         return getattr(torch.ops.aten, settings[0])(x, node.shape[1:], *settings[1:])
     if node.kind == "add":

@@ -197,7 +197,10 @@ def _record(
             if not out.requires_grad:
                 raise refuse("its output does not depend on the state through autograd")
             (grad,) = torch.autograd.grad(out.sum(), leaf, allow_unused=True)
-        graph = _graph(recorder, out)
+        try:
+            graph = recorder.graph(out)
+        except Unsupported as error:
+            graph = str(error)
         trace = "autograd finds no gradient" if grad is None else tracer.trace(out, grad)
         if isinstance(trace, Trace):
             trace = replace(trace.with_arguments(model_kwargs), is_autocast=precision in HALVES)
@@ -260,16 +263,8 @@ def _recorder(
 
 def _autocast(precision: str | None, device: torch.device) -> torch.autocast:
     """Return the context of the forward pass; a cache would hide the casts of the weights."""
-    if precision not in HALVES:
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, dtype=HALVES[precision], cache_enabled=False)
-
-
-def _graph(recorder: OperatorRecorder, out: Any) -> Graph | str:
-    try:
-        return recorder.graph(out)
-    except Unsupported as error:
-        return str(error)
+    half = HALVES.get(precision or "")
+    return torch.autocast(device.type, half, enabled=half is not None, cache_enabled=False)
 
 
 def _with_computed(graph: Graph | str, trace: Trace) -> Graph | str:

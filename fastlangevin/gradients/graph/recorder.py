@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastlangevin.gradients.autograd import nodes_of
 from fastlangevin.gradients.graph.aten_ops import OPERATORS, VIEWS, weight_and_bias
 from fastlangevin.gradients.graph.ir import Constant, Graph, Node
 
@@ -31,7 +32,8 @@ class OperatorRecorder:
     It stops at the first operator that it lacks, and ``unsupported`` says why. ``leaf``: the states
     [n, ...] of the run. ``constants``: the energy's parameters and buffers. ``slots`` tells the
     tensors of the run apart. ``arguments`` are those of the call that are tensors. No tensor is
-    kept alive that the run frees.
+    kept alive that the run frees. :class:`~fastlangevin.gradients.graph.aten_ops.Operands` says
+    what the methods do that describe operators.
     """
 
     def __init__(
@@ -244,7 +246,6 @@ class OperatorRecorder:
                 self.spoilt[slot] = f"{name} changes a view of a tensor that is read again"
 
     def value(self, tensor: Any, name: str) -> int:
-        """Return the number of a value that is computed from the states; refuse other tensors."""
         slot = self.slots.slot_of(tensor) if isinstance(tensor, Tensor) else -1
         if slot in self._rows:
             raise self.refuse(f"{name} mixes chains")
@@ -253,22 +254,15 @@ class OperatorRecorder:
         return self.values[slot]
 
     def is_value(self, tensor: Any) -> bool:
-        """Return whether an argument is a tensor that is computed from the states."""
         return isinstance(tensor, Tensor) and self.slots.slot_of(tensor) in self.values
 
     def is_of_arguments(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is an argument of the call, or computed from one."""
         is_argument = id(tensor) in self._arguments
         return is_argument or self.slots.slot_of(tensor) in self._of_arguments
 
     def constant(
         self, tensor: Any, name: str, dtype: torch.dtype | None = None, shared: bool = True
     ) -> Constant | None:
-        """Return the constant of a tensor that is not computed from the states, and None for None.
-
-        ``dtype`` is the one that it must have, if not that of the states. What the energy computes
-        has a base in memory only if it is ``shared`` by the chains.
-        """
         if tensor is None:
             return None
         constant, slot = self._known(tensor), self.slots.slot_of(tensor)
@@ -301,7 +295,8 @@ class OperatorRecorder:
         value = self.value(out, "its output")
         if out.numel() != self.chains:
             raise self.refuse(f"its output has shape {list(out.shape)} for {self.chains} chains")
-        if _has_custom_function(out):
+        custom = torch.autograd.function.BackwardCFunction
+        if any(isinstance(node, custom) for node in nodes_of(out)):
             raise self.refuse("a torch.autograd.Function has a gradient of its own")
         nodes = _live(self.nodes, value)
         if not nodes:
@@ -322,19 +317,6 @@ def _live(nodes: list[Node], output: int) -> tuple[Node, ...]:
         Node(n.kind, tuple(number[i] for i in n.inputs), n.shape, n.settings, n.constants)
         for n in (nodes[k - 1] for k in live)
     )
-
-
-def _has_custom_function(out: Tensor) -> bool:
-    nodes, seen = [out.grad_fn], {out.grad_fn}
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return True
-        for following, _ in node.next_functions if node is not None else ():
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return False
 
 
 def _flat(arguments: Any) -> list[Any]:

@@ -119,7 +119,7 @@ def sequence(label: str, value: Any) -> Saved:
     return Saved(label, same, put_back, id(value))
 
 
-def items_of_set(label: str, value: set[Any]) -> Saved:
+def items_of_set(label: str, value: Any) -> Saved:
     """Save the items of a set."""
     items = set(value)
 

@@ -163,17 +163,14 @@ class Snapshot:
             self._saved.append(saved.mapping(label, value))
             items = [*list(value.values())[:_WIDTH], *list(value)[:_WIDTH]]
             return [*((item, label) for item in items), *self._attributes_of(label, value)]
-        if isinstance(value, list | collections.deque):
-            self._saved.append(saved.sequence(label, value))
+        if isinstance(value, list | collections.deque | set):
+            save = saved.items_of_set if isinstance(value, set) else saved.sequence
+            self._saved.append(save(label, value))
             items = list(value)[:_WIDTH]
             return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, tuple | frozenset):
             kind = type(value)
             return [(kind, kind.__name__), *((item, label) for item in list(value)[:_WIDTH])]
-        if isinstance(value, set):
-            self._saved.append(saved.items_of_set(label, value))
-            items = list(value)[:_WIDTH]
-            return [*((item, label) for item in items), *self._attributes_of(label, value)]
         if isinstance(value, np.ndarray | bytearray):
             if (value.nbytes if isinstance(value, np.ndarray) else len(value)) > _LARGE:
                 self.opaque[label.rpartition(".")[2]] = f"{label} is an array too large to compare"
@@ -185,7 +182,7 @@ class Snapshot:
             self._saved.append(saved.generator(label, value))
             return []
         if isinstance(value, types.FunctionType):
-            return self._save_function(label, value)
+            return self._save_function(value)
         if isinstance(value, types.MethodType):
             return [(value.__self__, label), (value.__func__, label)]
         if isinstance(value, functools.partial):
@@ -194,10 +191,10 @@ class Snapshot:
             return self._save_class(value)
         if isinstance(value, PackedEnergy):
             return [(value.func, label)]
-        return self._save_object(label, value)
+        return self._save_object(value)
 
     def _attributes_of(self, label: str, value: Any) -> list[tuple[Any, str]]:
-        """Save the attributes of an instance of a container's subclass."""
+        """Save the kind and the attributes of an object."""
         kind = type(value)
         self._saved.append(saved.kind(label, value))
         attributes = getattr(value, "__dict__", None)
@@ -206,7 +203,7 @@ class Snapshot:
         self._saved.append(saved.attributes(label, attributes))
         return [(kind, kind.__name__), *((v, f"{label}.{k}") for k, v in attributes.items())]
 
-    def _save_function(self, label: str, value: types.FunctionType) -> list[tuple[Any, str]]:
+    def _save_function(self, value: types.FunctionType) -> list[tuple[Any, str]]:
         if is_trusted(value.__module__ or ""):
             return []
         label = value.__qualname__
@@ -228,17 +225,12 @@ class Snapshot:
         kinds = (type(value), *value.__bases__)
         return [*items, *((kind, kind.__name__) for kind in kinds)]
 
-    def _save_object(self, label: str, value: Any) -> list[tuple[Any, str]]:
+    def _save_object(self, value: Any) -> list[tuple[Any, str]]:
         kind = type(value)
         if is_trusted(kind.__module__):
             return []
         named = kind.__name__
-        self._saved.append(saved.kind(named, value))
-        referred: list[tuple[Any, str]] = [(kind, named)]
-        attributes = getattr(value, "__dict__", None)
-        if type(attributes) is dict:
-            self._saved.append(saved.attributes(named, attributes))
-            referred += [(v, f"{named}.{k}") for k, v in attributes.items()]
+        referred = self._attributes_of(named, value)
         slots = {
             name: descriptor
             for base in kind.__mro__

@@ -15,6 +15,7 @@ from fastlangevin.gradients.precision import network_precision
 from fastlangevin.gradients.trace.constants import Constants
 from fastlangevin.gradients.trace.instructions import Trace
 from fastlangevin.gradients.trace.program import Program, preparation
+from fastlangevin.kernels.memory import versions
 
 
 class ReplayGradient:
@@ -45,7 +46,7 @@ class ReplayGradient:
 
     def begin(self) -> None:
         """Forget the constants."""
-        self._seen, self._inputs, self._constants = self._versions(), {}, {}
+        self._seen, self._inputs, self._constants = versions(self._watched), {}, {}
 
     def recordable(self) -> "ReplayGradient":
         """Return an engine whose steps read the same memory in every chain, for a CUDA graph.
@@ -76,7 +77,7 @@ class ReplayGradient:
         """Return (energies [n] or None, d energy / d x in x's shape and dtype)."""
         if not x.shape[0]:
             return (x.new_zeros(0) if want_energies else None), torch.zeros_like(x)
-        if self._seen != self._versions():
+        if self._seen != versions(self._watched):
             self.begin()
         program = self._programs.of(want_energies)
         with torch.no_grad(), network_precision(self.precision, x.device):
@@ -95,9 +96,6 @@ class ReplayGradient:
     def weight_bytes(self) -> int:
         """Return the bytes of the constants of a chain, such as normalised weights."""
         return self._programs.of(False).constant_bytes
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._watched]
 
 
 class FixedInputs:

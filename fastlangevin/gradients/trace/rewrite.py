@@ -93,8 +93,7 @@ def _keep_channels_last(draft: Draft, with_weights: bool) -> None:
         if len(value.shape) != 4 or number in weights or value.shape[1] == 1:
             continue
         moved[number] = draft.new_slot(value)
-        # It may be the same memory.
-        draft.values[moved[number]] = value
+        draft.values[moved[number]] = value  # it may be the same memory
         (before if number == 0 else draft.added).append(_laid_out(number, moved[number]))
     each = []
     for instruction in draft.each:
@@ -187,7 +186,7 @@ def _convolution(draft: Draft, constants: set[int], instruction: Instruction) ->
         packed = draft.new_slot(kernel._replace(shape=(tiled.packed_numbers,)))
         draft.added.append(Instruction(tiled.pack, (conv.weight,), {}, (packed,), True))
         return Instruction(tiled, (conv.read, Slot(packed), conv.bias), {}, (conv.written,), True)
-    if not _packs(value.dtype) or onednn.skips(kernel.shape[2:], conv.stride, conv.padding):
+    if not onednn.packs(value.dtype) or onednn.skips(kernel.shape[2:], conv.stride, conv.padding):
         return instruction
     return _packed_by_onednn(draft, conv)
 
@@ -201,11 +200,10 @@ def _packed_by_onednn(draft: Draft, conv: _Convolution) -> Instruction:
     if conv.is_spread:
         output_padding = conv.output_padding
         if conv.is_gradient:  # what no window of the forward convolution reads
-            output_padding = [
-                value.shape[d + 2] - (source.shape[d + 2] - 1) * conv.stride[d]
-                + 2 * conv.padding[d] - conv.dilation[d] * (kernel.shape[d + 2] - 1) - 1
-                for d in range(2)
-            ]  # fmt: skip
+            output_padding = onednn.unread(
+                value.shape[2:], source.shape[2:], kernel.shape[2:],
+                conv.stride, conv.padding, conv.dilation,
+            )  # fmt: skip
         paddings.append(output_padding)
         pack = mkldnn._reorder_convolution_transpose_weight
         run = mkldnn._convolution_transpose_pointwise
@@ -223,11 +221,6 @@ def _packed_by_onednn(draft: Draft, conv: _Convolution) -> Instruction:
         (conv.read, Slot(packed), conv.bias, *paddings, *settings, "none", [], ""),
         {}, (conv.written,), True,
     )  # fmt: skip
-
-
-def _packs(dtype: torch.dtype) -> bool:
-    has = hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
-    return has and onednn.runs(dtype)
 
 
 def _fuse_leaky_relu(draft: Draft) -> None:
