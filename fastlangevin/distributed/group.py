@@ -119,10 +119,10 @@ class Group:
         if self.rank == 0:
             with self.working():
                 value = call()
-            with self._waits.asking(what):
-                self._store.set(key, json.dumps(value))
-            return value
         with self._waits.asking(what):
+            if self.rank == 0:
+                self._store.set(key, json.dumps(value))
+                return value
             self._waits.wait_for([key], what)
             return json.loads(self._store.get(key))
 
@@ -187,12 +187,20 @@ class Group:
 
     def connect(self, call: Callable[[], None]) -> None:
         """Run a call that may block until all processes are connected."""
+        with self._explained("start"):
+            within(self.timeout, call)
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Say why a collective failed, if torch raises an error."""
         started = time.perf_counter()
         try:
-            within(self.timeout, call)
+            yield
+        except DistributedError:
+            raise
         except RuntimeError as error:
             waited = time.perf_counter() - started
-            raise DistributedError(self._waits.reason("start", error, waited)) from error
+            raise DistributedError(self._waits.reason(what, error, waited)) from error
 
     # Tests, which run in threads, override these three. Some builds of torch lack the collectives.
 
@@ -214,14 +222,10 @@ class Group:
         """
         started = time.perf_counter()
         try:
-            work = begin()
-            self._waits.poll(work.is_completed, what)
-            work.wait()
-        except DistributedError:
-            raise
-        except RuntimeError as error:
-            waited = time.perf_counter() - started
-            raise DistributedError(self._waits.reason(what, error, waited)) from error
+            with self._explained(what):
+                work = begin()
+                self._waits.poll(work.is_completed, what)
+                work.wait()
         finally:
             self.seconds += time.perf_counter() - started
 

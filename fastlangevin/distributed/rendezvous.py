@@ -154,10 +154,7 @@ def _identity(place: torch.device) -> str:
 
 
 def _connect(group: Group, store: Any) -> None:
-    """Initialise torch.distributed, and connect the processes in their first collectives.
-
-    NCCL connects in these, and blocks until all processes are there.
-    """
+    """Initialise torch.distributed, and run the first collectives, in which NCCL connects."""
     cuda = group.device.type == "cuda"
     # Gloo cannot give up an operation before its own limit. NCCL's ends the process, so it must
     # not be reached before the Group has told the reason to the other processes. NCCL also ends

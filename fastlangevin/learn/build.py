@@ -24,6 +24,9 @@ from fastlangevin.sampler import LangevinSampler
 from fastlangevin.step import choose_backend
 from fastlangevin.train_config import NETWORK
 
+DATA_OPTIONS = ("size", "channels", "limit", "on_corrupt")
+_SAMPLER_SETTINGS = ("steps", "step_size", "noise_std", "clamp", "grad_clip", "noise_order",
+                     "precision", "backend")  # fmt: skip
 _SIZES = (8, 16, 32, 64, 128, 256)  # of the images of a ConvEnergy
 
 
@@ -31,13 +34,7 @@ def load_data(config: TrainConfig) -> ImageData:
     """Load the training images of a config."""
     if config.data is None:
         raise ValueError("data is not set: give a name or a path, for example data=digits")
-    return load_images(
-        config.data,
-        size=config.size,
-        channels=config.channels,
-        limit=config.limit,
-        on_corrupt=config.on_corrupt,
-    )
+    return load_images(config.data, **{name: getattr(config, name) for name in DATA_OPTIONS})
 
 
 def build_learner(
@@ -48,10 +45,7 @@ def build_learner(
 ) -> ShortRunLearner:
     """Build the learner of a config, at iteration 0.
 
-    data: the config's images, if they are already loaded.
-    group: the processes that share the batch.
-    start: the model that chains start from, if it is already loaded.
-
+    ``data``, its images, and ``start``, the model that chains start from, may be loaded already.
     Raises ValueError if the settings do not fit each other, the data or this machine.
     """
     data = load_data(config) if data is None else data
@@ -140,30 +134,23 @@ def build_energy(config: TrainConfig, data: Images) -> torch.nn.Module:
 
 def find_energy(target: str) -> torch.nn.Module:
     """Return the energy of a config, or of module:attribute as :func:`import_energy` does."""
-    if ":" not in target:
-        if target not in config_names():
-            names = config_names()
-            raise ValueError(
-                f"give a config ({', '.join(names)}) or module:attribute, got {target!r}"
-                f"{did_you_mean(target, names)}"
-            )
-        config = resolve(target)
-        return build_energy(config, load_data(config))
-    return import_energy(target)
+    if ":" in target:
+        return import_energy(target)
+    if target not in (names := config_names()):
+        raise ValueError(
+            f"give a config ({', '.join(names)}) or module:attribute, got {target!r}"
+            f"{did_you_mean(target, names)}"
+        )
+    config = resolve(target)
+    return build_energy(config, load_data(config))
 
 
 def build_sampler(
     config: TrainConfig, energy: torch.nn.Module, start: LangevinSampler | None = None
 ) -> LangevinSampler:
     """Build the sampler of a config, with the model that its chains start from."""
-    return LangevinSampler(energy, **sampler_settings(config), start=start)
-
-
-def sampler_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return a config's arguments for LangevinSampler, JSON-ready."""
-    names = ("steps", "step_size", "noise_std", "clamp", "grad_clip", "noise_order", "precision",
-             "backend")  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in _SAMPLER_SETTINGS}
+    return LangevinSampler(energy, **settings, start=start)
 
 
 def choose_device(name: str) -> torch.device:

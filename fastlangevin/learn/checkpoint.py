@@ -45,11 +45,7 @@ class DamagedCheckpointError(CheckpointError):
 def save_checkpoint(
     path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
 ) -> None:
-    """Write named tensors and JSON-ready ``info``, with a checksum of both, atomically.
-
-    An existing file at ``path`` stays intact until the new one is complete. Raises OSError, with
-    the reason, if the file cannot be written.
-    """
+    """Write named tensors and JSON-ready ``info``, with a checksum of both, atomically."""
     path = Path(path)
     header = json.dumps({"format": FORMAT, "version": VERSION, **info})
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -105,14 +101,11 @@ def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.flatten().view(torch.uint8).numpy().data
+    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().data
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read (tensors, info) from a file and verify its checksum.
-
-    path: a checkpoint, the name of a model in the package, or a run's folder, which stands for its
-        newest checkpoint.
+    """Read (tensors, info) from what :func:`find_checkpoint` finds, and verify the checksum.
 
     Raises CheckpointError if the file is of another version, and DamagedCheckpointError if it is
     truncated, altered or not a checkpoint. Old checkpoints without a checksum are not verified.
@@ -237,7 +230,7 @@ def check_weights(
     expected = module.state_dict()
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     faults = []
-    for name in [*expected, *(name for name in weights if name not in expected)]:
+    for name in dict.fromkeys([*expected, *weights]):
         needed = list(expected[name].shape) if name in expected else "nothing"
         saved = list(weights[name].shape) if name in weights else "nothing"
         if needed != saved:

@@ -83,20 +83,16 @@ def resolve(
             settings[field] = str(Path(settings[field]).absolute())
     try:
         if settings["energy"] is not None:
-            _check_network({**changes, **(overrides or {})}, settings["energy"])
+            given = {**changes, **(overrides or {})}
+            if useless := [name for name in NETWORK if given.get(name) is not None]:
+                raise ValueError(
+                    f"{', '.join(useless)} {'is' if len(useless) == 1 else 'are'} of ConvEnergy "
+                    f"alone, and energy is {settings['energy']}: leave out one or the other"
+                )
             settings |= dict.fromkeys(NETWORK)
         return TrainConfig(**settings)
     except (TypeError, ValueError) as error:
         raise error if overrides or not changes else _error_in_file(str(config), error) from error
-
-
-def _check_network(settings: Mapping[str, Any], energy: str) -> None:
-    """Raise ValueError for settings of ConvEnergy, because the energy is another one."""
-    if useless := [name for name in NETWORK if settings.get(name) is not None]:
-        raise ValueError(
-            f"{', '.join(useless)} {'is' if len(useless) == 1 else 'are'} of ConvEnergy alone, and "
-            f"energy is {energy}: leave out one or the other"
-        )
 
 
 def read_config(config: str | Path | None = None) -> tuple[str, dict[str, Any]]:
@@ -151,10 +147,7 @@ def read_settings(file: str | Path) -> dict[str, Any]:
 def resolve_saved(
     info: Mapping[str, Any], source: str | Path, changes: Mapping[str, Any]
 ) -> TrainConfig:
-    """Return the settings in a checkpoint's header, changed by ``changes``.
-
-    Raises FileError, naming ``source``, if the header's settings are invalid.
-    """
+    """Return the settings in a checkpoint's header, changed; FileError if they are invalid."""
     saved = info.get("config")
     if not isinstance(saved, dict):
         raise FileError(

@@ -18,8 +18,8 @@ def open_energy(target: str, shape: Sequence[int], seed: int = 0) -> nn.Module:
 
     The energy has the attribute ``shape`` afterwards. The weights that a class or a function makes
     depend on ``seed``; an instance keeps its own. torch's own random numbers do not advance. Raises
-    ValueError or TypeError, naming ``target``, as :func:`import_energy` does, or if the energy does
-    not take [n, *shape], does not return one energy per state, or has no weights to learn.
+    as :func:`import_energy` does, and ValueError if the energy does not fit the states or has no
+    weights to learn.
     """
     sizes = ", ".join(map(str, shape))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -64,16 +64,13 @@ def import_energy(target: str) -> nn.Module:
     """Return a new nn.Module from module:attribute, whose module is imported as Python would.
 
     The attribute is a class of an nn.Module or a function that returns one, which is called without
-    arguments, or a module, which is copied. Modules in the working directory are found, too.
-
-    Raises ValueError, naming ``target``, for another form, a module that cannot be imported, an
-    attribute that is not there and a call that fails; TypeError for anything but an nn.Module.
+    arguments, or a module, which is copied. Raises ValueError as :func:`find_attribute` does and
+    for a call that fails, and TypeError for anything but an nn.Module.
     """
     return _make(target, find_attribute("energy", target))
 
 
 def _make(target: str, value: Any) -> nn.Module:
-    """Return a new module from what ``target`` names."""
     if isinstance(value, nn.Module):
         return copy.deepcopy(value)
     if callable(value):

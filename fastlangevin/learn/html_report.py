@@ -65,11 +65,7 @@ class Weights(NamedTuple):
 
 
 def find_weights(run: str | Path) -> Weights:
-    """Return the :class:`Weights` of a run's folder, a checkpoint, or a model in the package.
-
-    Raises FileNotFoundError if there is none of these, and CheckpointError for a file that is
-    damaged or from another version.
-    """
+    """Return the :class:`Weights` of a run's folder, a checkpoint, or a model in the package."""
     if is_run(Path(run)) and not list_checkpoints(Path(run)):
         return Weights(None, {})
     checkpoint = find_checkpoint(run)
@@ -77,21 +73,17 @@ def find_weights(run: str | Path) -> Weights:
 
 
 def write_report(run: str | Path, out: str | Path, results: Path | None = None) -> None:
-    """Write the page of a run's folder, or of a model alone, atomically.
-
-    The page of a run has samples from several iterations, curves, every picture in the folder with
-    the text file of the same name, the results of ``evaluate`` and ``diagnose`` if they exist, and
-    the settings. The page of a model alone, which has no folder and no log, has the settings and
-    the pictures and results in the folder ``results``.
-
-    Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged,
-    from another version, or a link to a place outside.
-    """
+    """Write the page of :func:`to_html`, atomically."""
     save_text(Path(out), to_html(Path(run), results))
 
 
 def to_html(run: Path, results: Path | None = None) -> str:
-    """Return the page; see :func:`write_report`."""
+    """Return the page of a run's folder, or of a model alone.
+
+    The page of a model alone, which has no folder and no log, has the settings, and the pictures
+    and results in the folder ``results``. Raises FileNotFoundError if there is neither, and
+    FileError for a file that is damaged, from another version, or a link to a place outside.
+    """
     weights = find_weights(run)
     if is_run(run):
         title, learning = f"Run {run.resolve().name}", _curves(run)
@@ -99,11 +91,9 @@ def to_html(run: Path, results: Path | None = None) -> str:
         settings = dataclasses.asdict(resolve(run / CONFIG))
     else:
         title, learning = f"Model {run.stem}", f"<p>{_NO_CURVES}</p>"
-        saved = weights.info.get("config") is not None
-        sampler = _settings_in_header(weights.info, "energy", run) | _settings_in_header(
-            weights.info, "sampler", run
-        )
-        settings = dataclasses.asdict(resolve_saved(weights.info, run, {})) if saved else sampler
+        settings = _settings_in_header(weights.info, run)
+        if weights.info.get("config") is not None:
+            settings = dataclasses.asdict(resolve_saved(weights.info, run, {}))
     last = f"iteration {weights.iteration}" if weights.checkpoint else "no checkpoint yet"
     diverged = divergence(run) if _files_of_run(run, DIVERGED) else None
     iterations = settings.get("iterations")
@@ -126,12 +116,14 @@ def to_html(run: Path, results: Path | None = None) -> str:
     )
 
 
-def _settings_in_header(info: Mapping[str, Any], name: str, model: Path) -> dict[str, Any]:
-    """Return settings from the header of a model; FileError if they are not a mapping."""
-    settings = info.get(name)
-    if not isinstance(settings, dict | None):
-        raise FileError(f"{model} has a damaged header: {name} must be settings by name")
-    return settings or {}
+def _settings_in_header(info: Mapping[str, Any], model: Path) -> dict[str, Any]:
+    """Return the settings of the energy and the sampler in the header of a model."""
+    settings: dict[str, Any] = {}
+    for name in ("energy", "sampler"):
+        if not isinstance(info.get(name), dict | None):
+            raise FileError(f"{model} has a damaged header: {name} must be settings by name")
+        settings |= info.get(name) or {}
+    return settings
 
 
 def age(path: Path, weights: Weights) -> str:
@@ -325,7 +317,6 @@ def _section(title: str, content: str) -> str:
 
 
 def _grid(parts: Sequence[str]) -> str:
-    """Return figures side by side, as many as the window has room for."""
     return f'<div class="grid">{"".join(parts)}</div>' if parts else ""
 
 

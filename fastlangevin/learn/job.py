@@ -25,12 +25,9 @@ VERSIONS = {"fastlangevin": __version__, "torch": torch.__version__}
 
 def is_own(group: Group, out: Path) -> bool:
     """Return whether this job has begun the run in a folder, before the launcher restarted it."""
-    try:
-        job, start, *_ = (out / JOB).read_text("utf-8").splitlines()
-    except (OSError, ValueError):
-        return False
+    job, start, *_ = [*_read_job(out).splitlines(), "", ""]
     # A second run that the same processes begin is another run.
-    return job == group.job and start != group.start
+    return job == group.job and start not in ("", group.start)
 
 
 def check_same_work(group: Group, config: TrainConfig) -> None:
@@ -58,7 +55,7 @@ def check_same_folder(group: Group, out: Path, command: str) -> None:
     text = group.first(write, f"run folder {out}")
     deadline = time.monotonic() + _SEEN_WITHIN
     with group.working():
-        while not (visible := _holds_text(out / JOB, text)) and time.monotonic() < deadline:
+        while not (visible := _read_job(out) == text) and time.monotonic() < deadline:
             time.sleep(0.1)
     shared = group.share(visible, f"run folder {out}")
     blind = [rank for rank, sees in enumerate(shared) if not sees]
@@ -70,11 +67,11 @@ def check_same_folder(group: Group, out: Path, command: str) -> None:
         )
 
 
-def _holds_text(path: Path, text: str) -> bool:
+def _read_job(out: Path) -> str:
     try:
-        return path.read_text("utf-8") == text
-    except OSError:
-        return False
+        return (out / JOB).read_text("utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _digest() -> str:

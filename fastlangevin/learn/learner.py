@@ -169,12 +169,11 @@ class ShortRunLearner:
         # The values of load_images are in range, even if all of them are positive.
         self._range_is_known = isinstance(self.data, ImageData) or self.group.rank > 0
         self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=lr, betas=betas)
-        with torch.device("cpu"):  # for the average's count of updates
-            self.averaged = (
-                None
-                if ema is None
-                else AveragedModel(self.energy, multi_avg_fn=get_ema_multi_avg_fn(ema))
-            )
+        self.averaged: AveragedModel | None = None
+        if ema is not None:
+            with torch.device("cpu"):  # for the average's count of updates
+                average = get_ema_multi_avg_fn(ema)
+                self.averaged = AveragedModel(self.energy, multi_avg_fn=average)
 
     def __repr__(self) -> str:
         data = f"<{len(self.data)} images {list(self.data.shape)}>"
@@ -400,7 +399,6 @@ def _check_energy(energy: Any, data: Images) -> torch.nn.Module:
 
 
 def _checked_precision(precision: str | None, device: torch.device) -> str | None:
-    """Return the precision of a learning step, or raise ValueError."""
     if precision == "fp16":
         raise ValueError(
             f'{_OP}: precision "fp16" is not supported, because the gradients of the weights would '

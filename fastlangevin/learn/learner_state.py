@@ -43,14 +43,11 @@ class LearnerState(NamedTuple):
         kinds: dict[str, dict[str, Tensor]] = {}
         for name, value in self._replicated().items():
             kind = _KINDS[re.split(r"[._]", name)[0]]
-            kinds.setdefault(kind, {})[name] = value.detach().cpu().contiguous()
+            kinds.setdefault(kind, {})[name] = value
         return {kind: checksum("", tensors) for kind, tensors in kinds.items()}
 
     def load(self, tensors: dict[str, Tensor], path: str | Path) -> None:
-        """Restore what :meth:`tensors` returned.
-
-        Raises CheckpointError if the tensors do not fit; the error names ``path`` as their file.
-        """
+        """Restore what :meth:`tensors` returned, from ``path``; CheckpointError unless it fits."""
 
         def take(name: str, shape: Sequence[int]) -> Tensor:
             if name not in tensors:
@@ -90,8 +87,8 @@ class LearnerState(NamedTuple):
         """Return the tensors that are equal on all processes."""
         tensors = {f"model.{name}": value for name, value in self.energy.state_dict().items()}
         if self.averaged is not None:
-            for name, value in self.averaged.module.state_dict().items():
-                tensors[f"ema.{name}"] = value
+            averages = self.averaged.module.state_dict()
+            tensors |= {f"ema.{name}": value for name, value in averages.items()}
             tensors["ema_updates"] = self.averaged.n_averaged
         for name, parameter in self.energy.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():

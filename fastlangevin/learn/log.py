@@ -94,8 +94,7 @@ def _reopen(path: Path, iteration: int) -> TextIO:
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (line, record) of every complete record.
 
-    Other lines are skipped: a killed process may truncate the last line, and a power failure may
-    blank several.
+    A killed process may truncate the last line, and a power failure may blank several.
     """
     if not path.exists():
         return
@@ -114,10 +113,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_record(record: Any, where: str) -> None:
-    """Raise FileError unless a record has an iteration and numbers by name.
-
-    The names are not checked, because they differ between versions.
-    """
+    """Raise FileError unless a record has an iteration and numbers, by names of any version."""
     if not isinstance(record, dict):
         raise FileError(f"{where}: expected a record, got {reprlib.repr(record)}")
     iteration = record.get("iteration")

@@ -66,9 +66,7 @@ def save(sampler: LangevinSampler, path: str | Path) -> None:
             f"{short(sampler.energy)}"
         )
     check_state("save", sampler.energy)
-    weights = {f"model.{name}": value for name, value in sampler.energy.state_dict().items()}
-    tensors, header = describe(sampler)
-    save_checkpoint(path, weights | tensors, header)
+    save_checkpoint(path, *_describe_whole(sampler))
 
 
 def describe(sampler: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -89,6 +87,11 @@ def describe(sampler: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any
         "sampler": settings,
     }
     if start is not None:
+        if not isinstance(start.energy, ConvEnergy):
+            raise TypeError(
+                "save: the energy of a start must be a ConvEnergy, which a file can describe, got "
+                f"{short(start.energy)}"
+            )
         of_start, header["start"] = _describe_whole(start)
         tensors |= {f"{START}{name}": value for name, value in of_start.items()}
     return tensors, header
@@ -99,20 +102,15 @@ def digest_of_start(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) ->
     checkpoint holds; None if they start from noise."""
     if "start" not in header:
         return None
-    own = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if k.startswith(START)}
+    own = {k: v for k, v in tensors.items() if k.startswith(START)}
     return checksum(json.dumps(header["start"], sort_keys=True), own)
 
 
-def _describe_whole(start: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors, weights included, and the header of a sampler that chains start from."""
-    if not isinstance(start.energy, ConvEnergy):
-        raise TypeError(
-            "save: the energy of a start must be a ConvEnergy, which a file can describe, got "
-            f"{short(start.energy)}"
-        )
-    tensors, header = describe(start)
-    weights = {f"model.{name}": value for name, value in start.energy.state_dict().items()}
-    return weights | tensors, header
+def _describe_whole(sampler: LangevinSampler) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors, weights included, and the header of a sampler on an nn.Module."""
+    tensors, header = describe(sampler)
+    energy: Any = sampler.energy
+    return {f"model.{k}": v for k, v in energy.state_dict().items()} | tensors, header
 
 
 def class_name(energy: Any) -> str:
@@ -187,10 +185,7 @@ def _load(
     changes: Mapping[str, Any],
     level: int = 0,
 ) -> LangevinSampler:
-    """Return the sampler of the content of a checkpoint at ``path``; see :func:`load`.
-
-    ``level`` is 0 for the sampler itself, and counts the samplers that its chains start from.
-    """
+    """Return the sampler in a checkpoint. ``level`` counts the samplers it is the start of."""
     prefix = "ema." if averaged and any(name.startswith("ema.") for name in tensors) else "model."
     if energy is None and level == 0:
         energy = _energy_of_run(info, path)
@@ -226,8 +221,7 @@ def start_in(
 ) -> LangevinSampler:
     """Return the sampler that a checkpoint's chains start from.
 
-    ``level`` is 1 for the sampler that starts the checkpoint's own chains, 2 for the one that
-    starts the chains of that sampler, and so on up to 8.
+    ``level`` counts the samplers from that of the checkpoint's own chains to this one, up to 8.
     """
     if not isinstance(info["start"], dict):
         raise CheckpointError(f"{path} has a damaged header: its start is no model")
@@ -241,7 +235,10 @@ def _saved_settings(
     info: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device, path: Any
 ) -> dict[str, Any]:
     """Return the sampler's settings in a checkpoint; CheckpointError for those not known here."""
-    saved = _current_names(_sampler_header(info, path))
+    saved = dict(_sampler_header(info, path))
+    if "score" in saved and "gradient" not in saved:  # the name and the values of earlier versions
+        name = saved.pop("score")
+        saved["gradient"] = {"general": "autograd", "lean": "explicit"}.get(name, name)
     if unknown := [name for name in saved if name not in _SETTINGS]:
         raise CheckpointError(
             f"{path} has settings of a sampler that fastlangevin {__version__} does not know, "
@@ -260,10 +257,7 @@ def _sampler_header(info: Mapping[str, Any], path: Any) -> dict[str, Any]:
 
 
 def _warn_of_class(saved: Any, current: str, path: Any, level: int) -> None:
-    """Warn if the weights were saved from an energy of another class than the current one.
-
-    The warning points to the caller of :func:`load`.
-    """
+    """Warn the caller of :func:`load` of weights that were saved from another class of energy."""
     # A module that was saved by the script that defines it has another name when it is imported.
     if isinstance(saved, str) and saved.split(":")[-1] != current.split(":")[-1]:
         warnings.warn(
@@ -288,15 +282,6 @@ def _check_steps(sampler: LangevinSampler, changes: Mapping[str, Any]) -> None:
         )
 
 
-def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved sampler's settings by their current names; ``gradient`` was ``score``."""
-    settings = dict(settings)
-    if "score" in settings and "gradient" not in settings:
-        name = settings.pop("score")
-        settings["gradient"] = {"general": "autograd", "lean": "explicit"}.get(name, name)
-    return settings
-
-
 def _energy_of_run(info: Mapping[str, Any], path: str | Path) -> nn.Module | None:
     """Import the energy that a run was trained with, if a setting of the run names one.
 
@@ -316,10 +301,7 @@ def _energy_of_run(info: Mapping[str, Any], path: str | Path) -> nn.Module | Non
 def _build_energy(
     info: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, path: Any
 ) -> ConvEnergy:
-    """Build the energy that a header describes, on the meta device.
-
-    Raises CheckpointError if that is impossible, or if its shapes differ from the weights'.
-    """
+    """Build the energy that a header describes, on the meta device."""
     settings, kind = info.get("energy"), info.get("energy_class")
     if settings is None:
         of = f" of the class {kind}" if isinstance(kind, str) else ""

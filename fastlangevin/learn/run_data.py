@@ -19,11 +19,7 @@ from fastlangevin.learn.data.load import ImageData, load_images
 def run_config(
     run: str | Path, data: str | None = None, on_corrupt: str | None = None
 ) -> TrainConfig:
-    """Return the settings of a run or checkpoint, with ``data`` and ``on_corrupt`` for its own.
-
-    Raises ValueError for a checkpoint that names no data, and FileError for one that is damaged or
-    was written by another version.
-    """
+    """Return the settings of a run or checkpoint, with ``data`` and ``on_corrupt`` for its own."""
     info = read_checkpoint(run)[1]
     if info.get("config") is None:
         raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")
@@ -39,8 +35,8 @@ def load_training(
 ) -> tuple[TrainConfig, ImageData]:
     """Return the settings of a run and its training images, or the images of ``data``.
 
-    packaged: if the images of a model in the package cannot be read, return, with a warning, the
-        test images that come with it.
+    With ``packaged``, the test images that come with a model in the package take the place of its
+    training images, with a warning, if these cannot be read.
     """
     config = run_config(run, data, on_corrupt)
     with suggesting("data", data):
@@ -108,10 +104,7 @@ def spaced_images(
     images_per_item: int = 1,
     default_n: int = 8,
 ) -> Tensor:
-    """Return the images of n items, spread over the data and its classes, on a device.
-
-    Without n, there are ``default_n`` items, or as many as the data have images for.
-    """
+    """Return the images of n (default: at most ``default_n``) items, spread over the data."""
     most = len(data) // images_per_item
     if most == 0:
         raise ValueError(f"images must be {images_per_item} or more, got {len(data)}: {data.name}")
@@ -143,10 +136,7 @@ def _choose_spaced(data: ImageData, n: int) -> list[int]:
 
 @contextlib.contextmanager
 def suggesting(argument: str, value: str | None) -> Iterator[None]:
-    """Add to an error about the run's own images which argument replaces them.
-
-    value: the argument's value; errors about images that it names pass unchanged.
-    """
+    """Add to an error about the run's own images, not ``value``, which argument replaces them."""
     try:
         yield
     except (ImportError, OSError, ValueError) as error:

@@ -35,14 +35,10 @@ def sample_shards(
     """Draw n samples from noise into files of ``per_file`` samples each, and return their paths.
 
     The samples equal the result of one call ``sampler(n=n, seed=seed)``, in float32. The file of
-    chains i, i + 1, ... is called i.npy, with eight digits, and holds ``per_file`` samples, or
-    fewer at the end. samples.json describes the files. Complete files are kept, so that the same
-    call continues after a stop, with any number of processes. Each process draws the next file
-    that is missing. The call returns when all files exist.
-
-    per_file: samples per file, which one call of the sampler draws; it bounds the memory.
-    group: the processes that share the files.
-    report: called as ``report(samples written, n)``, on rank 0 alone.
+    chains i, i + 1, ... is called i.npy, with eight digits. samples.json describes the files.
+    Complete files are kept, so that the same call continues after a stop, with any number of
+    processes. Each process draws the next file that is missing. The call returns when all files
+    exist. On rank 0, ``report(samples written, n)`` is called on the way.
 
     Raises FileExistsError if the folder holds samples of another model, seed, number, version or
     kind of device, or other files; DistributedError if the processes differ, do not share the
@@ -78,8 +74,7 @@ def sample_shards(
 def _plan(sampler: LangevinSampler, n: int, seed: int, per_file: int) -> dict[str, Any]:
     """Return what the samples depend on, JSON-ready."""
     plan = {"format": FORMAT, "version": VERSION, "n": n, "per_file": per_file, "seed": seed}
-    plan |= {**_identity(sampler), "device": _device(sampler), **VERSIONS}
-    return as_json(plan)
+    return as_json({**plan, **_identity(sampler), "device": _device(sampler), **VERSIONS})
 
 
 def _identity(sampler: LangevinSampler) -> dict[str, Any]:
@@ -87,9 +82,8 @@ def _identity(sampler: LangevinSampler) -> dict[str, Any]:
     energy, values = sampler.energy, sampler.settings()
     start = values.pop("start")
     weights = energy.state_dict() if isinstance(energy, torch.nn.Module) else {}
-    digest = checksum("", {name: v.detach().cpu().contiguous() for name, v in weights.items()})
     settings = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
-    identity = {"weights": digest, "sampler": settings}
+    identity = {"weights": checksum("", weights), "sampler": settings}
     return identity if start is None else identity | {"start": _identity(start)}
 
 

@@ -14,11 +14,8 @@ class SharedBuffer:
 
     It draws and stores the same chains as the buffer would in a single process. Every process
     computes the numbers of their slots. The states travel between the processes that hold the slots
-    and the processes that run the chains.
-
-    buffer: the buffer of a single process. It loses its states.
-    chains: the chains of each rank in a batch.
-    device: where the states are held.
+    and the processes that run the chains, which are ``chains`` of each rank. ``buffer`` loses its
+    states.
     """
 
     def __init__(
@@ -80,10 +77,7 @@ class SharedBuffer:
         return self.states.device
 
     def _move(self, values: Tensor, sources: Tensor, targets: Tensor, what: str) -> Tensor:
-        """Move value i from rank sources[i] to rank targets[i], for all i.
-
-        values: the values of this rank, in ascending i. So are the values returned.
-        """
+        """Move value i from rank sources[i] to rank targets[i], for all i, in ascending order."""
         rank, world_size = self._group.rank, self._group.world_size
         to, origin = targets[sources == rank], sources[targets == rank]
         counts, expected = (r.bincount(minlength=world_size).tolist() for r in (to, origin))

@@ -15,13 +15,9 @@ class SplitBatch:
 
     The gradient of a part is computed by the process that runs its chains. The gradients of all
     parts are added in an order that depends on the number of parts alone, so the sum is the same,
-    bit for bit, for every number of processes up to the number of parts.
-
-    energy: the module whose parameters are learned.
-    parts: the number of parts; at least one per process is made.
-
-    Raises ValueError if there are fewer chains than parts or processes, or if the energy normalises
-    over the batch, whose parts would then differ from it.
+    bit for bit, for every number of processes up to the number of parts, of which there is at least
+    one per process. Raises ValueError if there are fewer chains than parts or processes, or if the
+    energy normalises over the batch, whose parts would then differ from it.
     """
 
     def __init__(self, energy: nn.Module, n: int, parts: int, group: Group) -> None:
@@ -42,7 +38,8 @@ class SplitBatch:
                 )
         self.parts = [shard(n, i, parts) for i in range(parts)]
         self._energy, self._group, self._sum = energy, group, OrderedSum(parts, group)
-        self.chains = [_merged_shard(self.parts[of_rank.rows()]) for of_rank in self._sum.shards]
+        parts_of_ranks = [self.parts[of_rank.rows()] for of_rank in self._sum.shards]
+        self.chains = [Shard(p[0].first_chain, sum(s.n for s in p)) for p in parts_of_ranks]
         self.own = self.chains[group.rank]
 
     def backward(
@@ -50,13 +47,9 @@ class SplitBatch:
     ) -> tuple[Tensor, int]:
         """Set the parameters' ``grad`` to the gradient of the sum of the losses of all parts.
 
-        loss: returns the loss of a part. It is called for the parts of this process.
-        figures: a float32 tensor [own, F] with one row for each chain of this process, which
-            ``loss`` may fill in.
-        signal: returns a small number for the other processes. It is called as late as possible.
-        what: the purpose of the sum, for error messages.
-
-        Returns the figures [n, F] of all processes, and the largest signal of any process.
+        Returns the float32 figures [n, F] of all processes, and the largest signal, a small number,
+        of any. ``loss`` may fill in this process's rows of ``figures``. ``signal`` is called as
+        late as possible.
         """
         if len(self.parts) == 1:
             loss(self.own).backward()
@@ -88,8 +81,3 @@ class SplitBatch:
             for values, chains in zip(extras, self.chains, strict=True)
         ]
         return torch.cat(rows).to(figures.dtype), int(max(values[-1] for values in extras))
-
-
-def _merged_shard(shards: list[Shard]) -> Shard:
-    """Return consecutive shards as one."""
-    return Shard(shards[0].first_chain, sum(s.n for s in shards))

@@ -207,27 +207,7 @@ def iterate(
     report: IterationReport | None,
     stop: StopRequest,
 ) -> None:
-    """Run one iteration, then write the samples and the checkpoint that are due."""
-    record = step(learner, config, log, guard, stop)
-    group, done = learner.group, learner.iteration
-    if done % config.sample_every == 0:
-        group.first(lambda: write_samples(learner, config, log), f"samples of iteration {done}")
-    if done % config.save_every == 0 and guard.calm:
-        what = f"checkpoint of iteration {done}"
-        if group.first(lambda: is_sound(learner, config), what):
-            save_run(learner, config, out, log)
-    if report is not None:
-        report(done, record)
-
-
-def step(
-    learner: ShortRunLearner,
-    config: TrainConfig,
-    log: RunLog | None,
-    guard: DivergenceGuard,
-    stop: StopRequest,
-) -> dict[str, Any]:
-    """Run one iteration, check and log its figures, and return them."""
+    """Run one iteration, check and log its figures, and write the samples and checkpoint due."""
     started, group = time.perf_counter(), learner.group
     sent, waited = group.bytes, group.seconds
     learner.lr, learner.data_noise = annealed(config, learner.iteration)
@@ -244,12 +224,19 @@ def step(
         log.follow(number, metrics.gap, metrics.reach)
         if measured:
             log.record(record)
-    return record
 
+    def write_samples() -> None:
+        if log is not None:
+            log.grid(draw_samples(learner, config), number)
 
-def write_samples(learner: ShortRunLearner, config: TrainConfig, log: RunLog | None) -> None:
-    if log is not None:
-        log.grid(draw_samples(learner, config), learner.iteration)
+    if number % config.sample_every == 0:
+        group.first(write_samples, f"samples of iteration {number}")
+    what = f"checkpoint of iteration {number}"
+    is_due = number % config.save_every == 0 and guard.calm
+    if is_due and group.first(lambda: is_sound(learner, config), what):
+        save_run(learner, config, out, log)
+    if report is not None:
+        report(number, record)
 
 
 def finish(learner: ShortRunLearner, config: TrainConfig, out: Path) -> str:
@@ -275,10 +262,9 @@ def is_sound(learner: ShortRunLearner, config: TrainConfig) -> bool:
 
 def last_good(out: Path) -> str:
     """Return a text about the checkpoint from which a run that has stopped can continue."""
-    checkpoints = list_checkpoints(out)
-    if not checkpoints:
-        return "no checkpoint was saved yet"
-    return f"the last good checkpoint is {checkpoints[-1]}"
+    if checkpoints := list_checkpoints(out):
+        return f"the last good checkpoint is {checkpoints[-1]}"
+    return "no checkpoint was saved yet"
 
 
 def annealed(config: TrainConfig, iteration: int) -> tuple[float, float]:
@@ -313,9 +299,7 @@ def remove_old_checkpoints(out: Path) -> None:
 def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> None:
     """Restore a new learner from the newest intact checkpoint of a run, if the run has any.
 
-    Newer checkpoints that are damaged are renamed, with a warning. Raises CheckpointError if all
-    are damaged, and ValueError if the data differ from the run's or if the checkpoint is past
-    the last iteration of ``config``.
+    Newer checkpoints that are damaged are renamed, with a warning.
     """
     damaged: dict[Path, DamagedCheckpointError] = {}
     for path in reversed(list_checkpoints(out)):

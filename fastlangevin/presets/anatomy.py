@@ -1,6 +1,7 @@
 """The samplers of ebm-anatomy: Nijkamp, Hill, Han, Zhu and Wu; Hill, Mitchell and Zhu."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -47,14 +48,11 @@ def anatomy(
         """(x0, its slots in s_t_0 or None)."""
         check_name("anatomy: init_type", init_type, INITS)
         device = device_of(f)
+        normal = partial(_noise.normal, seed=seed, step=0, first_chain=first_chain)
         if init_type == "uniform":
             return _noise.initial(shape, seed=seed, first_chain=first_chain, device=device), None
         if init_type == "gaussian":
-            z = _noise.normal(
-                shape, seed=seed, step=0, stream=_noise.INITIAL, device=device,
-                first_chain=first_chain,
-            )  # fmt: skip
-            return z, None
+            return normal(shape, stream=_noise.INITIAL, device=device), None
         bank, name = (q, "q") if init_type == "data" else (s_t_0, "s_t_0")
         if bank is None:
             raise ValueError(f"anatomy: init_type {init_type!r} needs {name}")
@@ -67,10 +65,7 @@ def anatomy(
         x = bank[slots].to(device or bank.device)
         if init_type == "persistent":
             return x, slots
-        z = _noise.normal(
-            x.shape, seed=seed, step=0, stream=_noise.DATA, device=x.device,
-            first_chain=first_chain,
-        )  # fmt: skip
+        z = normal(x.shape, stream=_noise.DATA, device=x.device)
         return x + config["data_epsilon"] * z.to(x.dtype), None
 
     @random_keywords

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import fastlangevin.noise as _noise
-from fastlangevin.arguments import GradClip
 from fastlangevin.gradients.modules import module_of, submodules_of
 from fastlangevin.inputs import choose_seed
 from fastlangevin.names import unknown_keyword
@@ -134,11 +133,8 @@ def _requires_label(model: Callable[..., Tensor]) -> bool:
 @contextlib.contextmanager
 def in_eval_mode(energy: Callable[..., Tensor]) -> Iterator[None]:
     """Put an energy's modules in eval mode, and restore each one's mode, also after an error."""
-    training = [
-        module
-        for module in submodules_of(energy)
-        if getattr(module, "training", False)  # torch.jit.freeze removes the attribute
-    ]
+    # torch.jit.freeze removes the attribute.
+    training = [m for m in submodules_of(energy) if getattr(m, "training", False)]
     for module in training:
         module.training = False
     try:
@@ -203,8 +199,8 @@ def run_noise_first(
 
         x <- x + b_k z_k,    x <- clamp(x - a clip(g(x)))
 
-    This adds b_0 z_0 to x0. Each step then makes its move, clamps, and adds the next step's noise:
-    ``sampler`` has noise_order="last" and the schedule (b_1, ..., b_{K-1}, 0).
+    noise_std is b_0. This adds b_0 z_0 to x0. Each step then makes its move, clamps, and adds the
+    next step's noise: ``sampler`` has the settings of :func:`noise_after_move`.
     """
     x = kick(x0, noise_std, random)
     if random.noise is not None:
@@ -212,19 +208,6 @@ def run_noise_first(
     return sampler(x, first_step=1, **random._asdict(), **options)
 
 
-def noise_first_settings(
-    steps: int,
-    step_size: float,
-    noise_std: Sequence[float],
-    clamp: tuple[float, float],
-    grad_clip: GradClip | None = None,
-) -> dict[str, Any]:
-    """Settings of the sampler for :func:`run_noise_first`; noise_std is b_0, ..., b_{K-1}."""
-    return {
-        "steps": steps,
-        "step_size": step_size,
-        "noise_std": [*noise_std[1:], 0.0],
-        "clamp": clamp,
-        "grad_clip": grad_clip,
-        "noise_order": "last",
-    }
+def noise_after_move(noise_std: Sequence[float]) -> dict[str, Any]:
+    """Settings of noise for the sampler of :func:`run_noise_first`, from b_0, ..., b_{K-1}."""
+    return {"noise_std": [*noise_std[1:], 0.0], "noise_order": "last"}

@@ -19,7 +19,7 @@ from fastlangevin.presets.common import (
     in_eval_mode,
     kick,
     labelled,
-    noise_first_settings,
+    noise_after_move,
     random_keywords,
     run_noise_first,
 )
@@ -44,10 +44,11 @@ def igebm(
     Source: rosinality/igebm-pytorch, train.py.
     """
     samplers, stds = Samplers(), [0.005] * sample_step
+    settings: dict[str, Any] = {"steps": sample_step, "step_size": step_size, "clamp": (0.0, 1.0)}
+    settings |= {"grad_clip": 0.01, **noise_after_move(stds)}
 
     @random_keywords
     def sample(neg_img: Tensor, neg_id: Tensor | None = None, *, random: Randomness) -> Tensor:
-        settings = noise_first_settings(sample_step, step_size, stds, (0.0, 1.0), 0.01)
         wrap, model_kwargs = labelled(model, neg_id)
         sampler = samplers(model, wrap, **settings)
         with in_eval_mode(model):
@@ -94,9 +95,8 @@ def openai_igebm(
     if proj_norm != 0:
         clip = proj_norm / temperature  # it bounds dE/dx: the step size is T step_lr
         clip = ("batch_norm", clip) if proj_norm_type == "l2" else clip
-    settings = noise_first_settings(
-        num_steps, step_lr * temperature, stds, (0.0, float(rescale)), clip
-    )
+    settings: dict[str, Any] = {"steps": num_steps, "step_size": step_lr * temperature}
+    settings |= {"clamp": (0.0, float(rescale)), "grad_clip": clip, **noise_after_move(stds)}
 
     @random_keywords
     def sample(

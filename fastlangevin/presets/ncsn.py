@@ -53,10 +53,8 @@ def ncsn() -> Callable[..., list[Tensor]]:
                 f"got {len(noise)}"
             )
         x, images = x_mod, []
-        labels = [
-            torch.full((x_mod.shape[0],), c, dtype=torch.int64, device=x_mod.device)
-            for c in range(len(levels))
-        ]
+        every_level = torch.arange(len(levels), dtype=torch.int64, device=x_mod.device)
+        labels = every_level[:, None].repeat(1, len(x_mod))
         ascent: dict[str, Any] = {"wrap": (Labelled,), "maximize": True, "gradient": "network"}
         # The chain runs level by level, so that the device holds the states of one level.
         for c, sigma in enumerate(levels):

@@ -51,16 +51,13 @@ class Record(TorchFunctionMode):
         if not isinstance(out, Tensor) or out.shape not in (self.shape, self.z.shape):
             return
         if out.shape == self.z.shape:  # the noise of all steps at once
-            self.draws += len(self.z)
-            self._fill_with_noise(name, out, self.z, args, kwargs)
-            return
-        k, self.draws = self.draws - self.skip, self.draws + 1
-        if 0 <= k < len(self.z):
-            self._fill_with_noise(name, out, self.z[k], args, kwargs)
-
-    def _fill_with_noise(
-        self, name: str, out: Tensor, z: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> None:
+            z = self.z
+            self.draws += len(z)
+        else:
+            k, self.draws = self.draws - self.skip, self.draws + 1
+            if not 0 <= k < len(self.z):
+                return
+            z = self.z[k]
         mean, std = 0.0, 1.0
         if name.startswith("normal"):
             moments = args[name == "normal_" :]
@@ -126,14 +123,16 @@ def follow(
     memory. It is then run a second time with its first draws left to itself, and the run that is
     closer to ``ours`` counts.
     """
-    runs = []
-    skip: int | None = 0
-    while skip is not None:
+
+    def run(skip: int) -> tuple[Tensor, Record]:
         with Record(z, skip, modules) as record:
             out = loop()
-        runs.append((state(out, z.shape[1:]), record))
-        extra = record.draws - len(z)
-        skip = extra if skip == 0 and extra > 0 else None
+        return state(out, z.shape[1:]), record
+
+    runs = [run(skip=0)]
+    extra = runs[0][1].draws - len(z)
+    if extra > 0:
+        runs.append(run(skip=extra))
     return min(runs, key=lambda run: distance(run[0], ours))
 
 

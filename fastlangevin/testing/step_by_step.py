@@ -45,11 +45,9 @@ class StepByStep:
     def judge(
         self, theirs: list[Tensor], ours: Tensor, buffers: Sequence[BufferCopies]
     ) -> Judgement:
-        """Compare the sampler's steps with the loop's.
+        """Compare the sampler's steps, and its result, with the loop's K + 1 states.
 
-        theirs: the loop's states at its gradients and at its end, K + 1. ours: the sampler's
-        result. buffers: the modules' buffers before each gradient of the loop; the sampler's step
-        starts from them too.
+        The steps start with ``buffers``, those of the modules before each gradient of the loop.
         """
         self.buffers = buffers
         eps = torch.finfo(ours.dtype).eps

@@ -95,10 +95,7 @@ def read_idx(folder: Path, split: str, limit: int | None = None) -> ArraySource:
 
 
 def _parse_idx(path: Path, dims: int, limit: int | None) -> np.ndarray:
-    """Parse an idx file of unsigned bytes with ``dims`` dimensions.
-
-    The format is two zero bytes, type 8, the number of dimensions, their sizes, and the data.
-    """
+    """Parse an idx file: two zero bytes, type 8, the number of dimensions, their sizes, data."""
     check_inside(path, path.parent)
     check_file(path)
     opened: Any = gzip.open if path.suffix == ".gz" else open
@@ -108,13 +105,12 @@ def _parse_idx(path: Path, dims: int, limit: int | None) -> np.ndarray:
         if magic != 0x800 + dims:
             raise ValueError(f"it must have magic number {0x800 + dims:#x}, got {magic:#x}")
         check_expansion(size, path.stat().st_size)
-        if limit is None or limit >= shape[0]:
-            data = _read_exactly(file, size)
-            if file.read(1):
-                raise ValueError(f"it must have {size} bytes of data for {shape}, got more")
-        else:
+        if limit is not None and limit < shape[0]:
             shape[0] = limit
-            data = _read_exactly(file, math.prod(shape))
+            return _read_exactly(file, math.prod(shape)).reshape(shape)
+        data = _read_exactly(file, size)
+        if file.read(1):
+            raise ValueError(f"it must have {size} bytes of data for {shape}, got more")
         return data.reshape(shape)
 
 
@@ -176,10 +172,7 @@ def _unpack(archive: zipfile.ZipFile, key: str) -> np.ndarray:
 def _parse_header(
     head: bytes, size: int
 ) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"], int]:
-    """Parse the header of a .npy file of ``size`` bytes: (dtype, shape, order, offset of the data).
-
-    Raises ValueError unless the file holds plain values and all the data that it claims.
-    """
+    """Parse the header of a .npy file of ``size`` bytes: (dtype, shape, order, offset of data)."""
     file = BytesIO(head)
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
@@ -197,10 +190,7 @@ def _parse_header(
 
 
 def _read_exactly(file: IO[bytes], size: int) -> np.ndarray:
-    """Read ``size`` bytes; those above IN_MEMORY_BYTES are mapped from a temporary file.
-
-    Raises EOFError if there are fewer.
-    """
+    """Read ``size`` bytes; those above IN_MEMORY_BYTES are mapped from a temporary file."""
     if size <= IN_MEMORY_BYTES:
         data = np.frombuffer(file.read(size), np.uint8)
     else:

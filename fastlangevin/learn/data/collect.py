@@ -36,11 +36,8 @@ def collect(
     """Convert ``count`` items, in order and in threads, to pixels [N, C, H, W] and labels [N].
 
     The labels are None unless every item has one. Pixels above IN_MEMORY_BYTES are kept in a
-    temporary file, which is deleted with the array. Warns once if pictures were skipped.
-
-    Raises ColourFoundError if ``to_pixels`` does. Raises FileError for a picture that cannot be
-    read, cannot be decoded (unless ``on_corrupt`` is "skip") or differs in size, and if no picture
-    is left.
+    temporary file, which is deleted with the array. Warns once if pictures were skipped. Raises
+    ColourFoundError if ``to_pixels`` does, and FileError for other pictures that do not fit.
     """
     limit = count if limit is None else min(count, limit)
     labels: list[int | None] = []
@@ -87,22 +84,18 @@ def collect(
 def _in_order(
     items: Iterable[Item], to_pixels: Callable[[Any], np.ndarray]
 ) -> Iterator[tuple[Item, np.ndarray | ValueError]]:
-    """Yield each item with its pixels, or with the ValueError that it raised, in order.
-
-    Errors are returned as values, so that an error in a thread that is ahead of the reader does
-    not change the result.
-    """
-
-    def run(chunk: list[Item]) -> list[tuple[Item, np.ndarray | ValueError]]:
-        return [(item, attempt(item.content)) for item in chunk]
+    """Yield each item with its pixels, or with the ValueError that it raised, in order."""
 
     def attempt(content: Any) -> np.ndarray | ValueError:
         if isinstance(content, FileError):
             return content
         try:
             return to_pixels(content)
-        except ValueError as error:
+        except ValueError as error:  # its thread may be ahead of the reader
             return error
+
+    def run(chunk: list[Item]) -> list[tuple[Item, np.ndarray | ValueError]]:
+        return [(item, attempt(item.content)) for item in chunk]
 
     # Pillow registers rare formats when a file first needs them. If two threads do so at once, one
     # of them may fail to identify its file.

@@ -125,8 +125,7 @@ def open_parquet(files: list[Path], name: str) -> PictureSource:
     """Open parquet files with a column `img` or `image` and optionally an integer `label`.
 
     If a row holds a path instead of a picture, the path is relative to the folder of its file and
-    must stay inside it. Raises ImportError without pyarrow, and FileError for a file without such
-    a column.
+    must stay inside it.
     """
     parquet = require("pyarrow.parquet", "train", "load_images: reading parquet files")
     count = 0
@@ -197,11 +196,7 @@ def _check_sizes(metadata: Any, column: str, stored: int) -> None:
 
 
 def _item_of_row(name: str, record: dict[str, Any], column: str, folders: list[Path]) -> Item:
-    """Return a row as an item. Its picture is bytes, or a struct with bytes or else a path.
-
-    The path is relative to the first folder. If it lies in none of the folders, the content of the
-    item is a FileError.
-    """
+    """Return a row as an item. Its picture is bytes, or a struct with bytes or else a path."""
     picture, label = record[column], record.get("label")
     if isinstance(picture, dict):
         encoded, path = picture.get("bytes"), picture.get("path")
@@ -213,6 +208,7 @@ def _item_of_row(name: str, record: dict[str, Any], column: str, folders: list[P
 
 
 def _inside_folders(name: str, path: Any, folders: list[Path]) -> Path | FileError:
+    """Return a path, relative to the first folder, or the error if it lies in none of them."""
     with contextlib.suppress(OSError, TypeError, ValueError):  # raised if it cannot be a path
         target = Path(*folders[:1], path)
         real = Path(os.path.realpath(target))
@@ -226,12 +222,10 @@ def decode(content: Path | bytes, *, size: int | None, channels: int | None) -> 
     """Decode a picture to uint8 [C, H, W].
 
     The EXIF orientation is applied, transparency is composited on white, and 16-bit grey keeps its
-    high byte. ``size`` and ``channels`` are as for `convert`. Raises CorruptImageError as
-    `open_picture` does, and FileError for a path that cannot be read.
+    high byte. Arguments and errors are those of `read_picture`, `open_picture` and `convert`.
     """
     encoded = read_picture(content) if isinstance(content, Path) else content
-    image = open_picture(encoded, upright=True)
-    return convert(image, size=size, channels=channels)
+    return convert(open_picture(encoded, upright=True), size=size, channels=channels)
 
 
 def read_picture(path: Path) -> bytes:

@@ -59,13 +59,10 @@ def correlations(
 ) -> Correlations:
     """Return the :class:`Correlations` of the ``last`` values of d_s and r_s.
 
-    r may also be another measure of how far chains move. Means are subtracted. ``lags`` is limited
-    to a quarter of the values. The oscillation has its own lags and window. It has no verdict if
-    values are more than one iteration apart, because d may alternate between them, or if there are
-    fewer than 64 iterations.
-
-    Raises ValueError for series of different lengths, with fewer than 16 values, or with values
-    that are not finite.
+    r may also be another measure of how far chains move. ``lags`` is limited to a quarter of the
+    values. The oscillation has no verdict if values are more than one iteration apart, because d
+    may alternate between them, or if there are fewer than 64. Raises ValueError for series of
+    different lengths, with fewer than 16 values, or with values that are not finite.
     """
     if len(d) != len(r):
         raise ValueError(f"diagnose: d and r must be of one length, got {len(d)} and {len(r)}")
@@ -100,8 +97,7 @@ def series_of(
 ) -> tuple[list[float], list[float], int]:
     """Return (d_s, the column ``name``, spacing) of the records of a log.
 
-    grad_norm is multiplied by the mean step size. Records in which the column is None are left
-    out. Raises ValueError for records without the columns, which are from another version.
+    grad_norm is multiplied by the mean step size. Records in which the column is None are left out.
     """
     if any("gap" not in record or name not in record for record in records):
         raise ValueError(

@@ -48,12 +48,8 @@ def diagnose_run(
 ) -> RunDiagnosis:
     """Diagnose a checkpoint and, if it belongs to a run, the log up to its iteration.
 
-    run: a run's folder, a checkpoint, or the name of a model in the package.
-    config, train: the settings of the run and its training images.
-    n: number of images, with the noise that the run added to them, and of chains to compare.
-    device: where to compute.
-    averaged: whether to diagnose the moving average of the weights instead of the weights.
-    seed, long, starts, lags, report: as for :func:`diagnose`.
+    The arguments are those of the command ``diagnose`` and of :func:`diagnose`. The n images have
+    the noise that the run added to them.
     """
     checkpoint = find_checkpoint(run)
     iteration, folder = read_checkpoint(checkpoint)[1]["iteration"], run_folder(checkpoint)

@@ -119,10 +119,7 @@ def _layers(energy: nn.Module, x: Tensor) -> dict[str, _Mean]:
 
 
 def _gradients(energy: nn.Module, x: Tensor, groups: int) -> dict[str, _Mean]:
-    """Return the mean gradient of every parameter that requires one, and its noise.
-
-    Only sums over the groups are stored.
-    """
+    """Return the mean gradient of every parameter that requires one, and its noise."""
     named = {name: p for name, p in energy.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
     squares: dict[str, float] = defaultdict(float)

@@ -22,10 +22,9 @@ _STAGES = (
 class EfficientNetLite0(nn.Module):
     """Maps images [n, 3, H, W], normalised as for ImageNet, to features and logits.
 
-    The outputs are (features [n, 1280], logits [n, 1000]). The network consists of inverted
-    residuals with ReLU6 and without squeeze-and-excitation, and is in eval mode. Images may have
-    any size; the weights were trained at 224 x 224. Source: Tan and Le 2019, arXiv 1905.11946, and
-    Google's EfficientNet-Lite.
+    The outputs are (features [n, 1280], logits [n, 1000]). The network is in eval mode. Images may
+    have any size; the weights were trained at 224 x 224. Source: Tan and Le 2019, arXiv 1905.11946,
+    and Google's EfficientNet-Lite.
     """
 
     def __init__(self) -> None:

@@ -225,10 +225,7 @@ def _features(
 
 
 def _nearest(images: Tensor, train: ImageData, quantised: bool, group: Group) -> Tensor:
-    """Return the distances [n] to the nearest training image, root mean squares per element.
-
-    Each process searches a share of the training images.
-    """
+    """Return the distances [n] to the nearest training image. Each process searches a share."""
     blocks = torch.arange(len(train), dtype=torch.int64, device="cpu").split(_BLOCK)
 
     def own_blocks() -> Iterator[Tensor]:

@@ -71,21 +71,10 @@ def evaluate_run(
 ) -> RunEvaluation:
     """Evaluate n samples, and as many held-out images, noisy images and images of uniform noise.
 
-    run: a run's folder, a checkpoint, or the name of a model in the package.
-    config, train: the settings of the run and its training images.
-    n: number of images of each set (default: all that are held out, at most 2048).
-    samples: source of the samples (default: the model of the checkpoint draws them).
-    images: source of the held-out images (default: those that the run held out). If there are none,
-        training images that are not in the reference take their place, with a warning.
-    features, reference, noise, quantise, k, seed: as for :func:`evaluate`, :func:`make_features`
-        and :func:`yardsticks`.
-    device: where to compute.
-    averaged: whether to draw the samples with the moving average of the weights.
-    group: the processes that share the samples, the features and the search for the nearest
-        images. All of them call this function, and return the same figures.
-    report: called as report(what, done, total) on the way.
-
-    Raises ValueError naming the argument, before any sample is drawn.
+    The arguments are those of the command ``evaluate``, of :func:`evaluate`, :func:`make_features`
+    and :func:`yardsticks`. If no images are held out, training images that are not in the reference
+    take their place, with a warning. All processes of ``group`` call this function, and return the
+    same figures. Raises ValueError naming the argument, before any sample is drawn.
     """
     group = group or Group()
     checkpoint, torch_device = find_checkpoint(run), choose_device(device)
@@ -124,10 +113,7 @@ def evaluate_run(
 
 
 def _choose_count(n: int | None, k: int, available: dict[str, int]) -> int:
-    """Return the number of images per set, from the numbers that are available by name.
-
-    Raises ValueError if there are fewer than n, or not more than k.
-    """
+    """Return the number of images per set, from the numbers that are available by name."""
     scarce = min(available, key=available.__getitem__)
     if n is not None and n > available[scarce]:
         raise ValueError(

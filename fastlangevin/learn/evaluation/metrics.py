@@ -157,9 +157,5 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return Euclidean distances [n, m].
-
-    Points are first centred, because |a|^2 + |b|^2 - 2 a b cancels far from 0.
-    """
-    centre = b.mean(0)
+    centre = b.mean(0)  # because |a|^2 + |b|^2 - 2 a b cancels far from 0
     return torch.cdist(a - centre, b - centre)

@@ -52,10 +52,9 @@ def claimed(path: Path, lost: Callable[[], None]) -> Iterator[bool]:
 
 def _claims(path: Path) -> list[Path]:
     """Return all claims of ``path``, oldest first."""
-    numbers = (p.name.removeprefix(f"{path.name}.") for p in path.parent.glob("*"))
-    return [
-        path.with_name(f"{path.name}.{i}") for i in sorted(int(n) for n in numbers if n.isdigit())
-    ]
+    ends = (p.name.removeprefix(f"{path.name}.") for p in path.parent.glob("*"))
+    numbers = sorted(int(end) for end in ends if end.isdigit())
+    return [path.with_name(f"{path.name}.{number}") for number in numbers]
 
 
 def _take_claim(path: Path, owner: str) -> Path | None:
@@ -82,18 +81,13 @@ def _create(path: Path, owner: str) -> bool:
     except (FileExistsError, FileNotFoundError):  # or all work is done and the folder is gone
         return False
     except OSError:  # a file system without links
-        return _create_without_links(path, owner)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(owner)
+        except FileExistsError:
+            return False
     finally:
         temporary.unlink(missing_ok=True)
-    return True
-
-
-def _create_without_links(path: Path, owner: str) -> bool:
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(owner)
-    except FileExistsError:
-        return False
     return True
 
 
@@ -112,12 +106,8 @@ def _is_expired(path: Path) -> bool:
 def _keep_claim(
     path: Path, own_claim: Path, owner: str, done: threading.Event, lost: Callable[[], None]
 ) -> None:
-    """Touch a claim until the work is done.
-
-    A file system can fail for a while. Whether the claim is lost is known when it works again.
-    """
     while not done.wait(EXPIRES / _TOUCHES):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of a file system that fails for a while
             if not _is_owner(path, own_claim, owner):
                 lost()
                 return

@@ -141,12 +141,10 @@ def read_sweep(
     seeds: int | None = None,
     grid: bool | None = None,
 ) -> Sweep:
-    """Make a sweep from a config and lists of values by field.
+    """Make a sweep from a config, as for :func:`resolve`, and lists of values by field.
 
-    config: as for :func:`resolve`. In addition to the settings of the centre, a file may hold
-        ``axes`` (lists by field), ``seeds`` and ``grid``.
-    lists: a list of one value sets the centre. Longer lists are axes and replace the file's axes.
-    seeds, grid: replace the file's values (default: 3 and False).
+    A file may also hold ``axes`` (lists by field), ``seeds`` and ``grid``, which the arguments
+    replace. A list of one value sets the centre; longer lists are axes.
 
     Raises ValueError naming the invalid setting, and FileError, whose message begins with the path,
     if the file is at fault.

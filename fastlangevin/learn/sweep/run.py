@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastlangevin.noise as _noise
 from fastlangevin.learn.atomic import save_json, save_text
-from fastlangevin.learn.build import build_learner, choose_device, load_data
+from fastlangevin.learn.build import DATA_OPTIONS, build_learner, choose_device, load_data
 from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.config import TrainConfig, of_its_version, read_settings
 from fastlangevin.learn.divergence import DivergedError
@@ -47,7 +47,6 @@ MEASURES = {
     "grad_norm": "gradient magnitude",
     "seconds": "seconds an iteration",
 }
-_SOURCE = ("data", "size", "channels", "limit", "on_corrupt")
 
 RunReport = Callable[[Run, Mapping[str, Any]], None]
 Judge = Callable[[TrainConfig], QualityCheck]
@@ -67,16 +66,12 @@ def run_sweep(
     Any number of processes may call this function for one folder, also on several machines and at
     different times. Each takes the next run that no other works on. If a process is lost, another
     one takes over its run some minutes later and resumes it from its checkpoint. All of them
-    return when every run has a result.
+    return when every run has a result. ``report(run, result)`` is called for each of them, and
+    ``progress(run, done, total)`` after every iteration of a run of this process.
 
-    Returns None if a signal ended the sweep. When called again, it keeps finished runs and resumes
-    an interrupted one. A run that diverges has a result, with the iteration and the reason.
-
-    device: replaces the device of the config.
-    report: called as ``report(run, result)`` for every run when its result is there, including
-        those already finished and those of other processes.
-    stop: afterwards holds the signal that ended the sweep, as in ``train``.
-    progress: called as progress(run, done, total) after every iteration of a run of this process.
+    Returns None if a signal ended the sweep, which ``stop`` then holds. When called again, it keeps
+    finished runs and resumes an interrupted one. A run that diverges has a result, with the
+    iteration and the reason.
 
     Before anything is written, raises ValueError for a run with invalid settings or a damaged
     result, and FileExistsError for a folder that holds another sweep or anything else.
@@ -188,7 +183,7 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
 
     def source(config: TrainConfig) -> TrainConfig:
         """Return a config that differs from the first run's only in its data."""
-        changes = {name: getattr(config, name) for name in _SOURCE}
+        changes = {name: getattr(config, name) for name in ("data", *DATA_OPTIONS)}
         return dataclasses.replace(runs[0].config, **changes)
 
     for run in runs:
@@ -242,14 +237,12 @@ def _make_run(
 def _draw_samples(config: TrainConfig, folder: Path) -> Tensor:
     """Run new chains from p0 through the trained model, a batch at a time."""
     sampler = load(folder, device=choose_device(config.device))
-    seed = _noise.fold_in(config.seed, SWEEP)
-    starts = range(0, SAMPLES, config.batch_size)
-    return torch.cat(
-        [
-            sampler(n=min(config.batch_size, SAMPLES - i), seed=seed, first_chain=i).cpu()
-            for i in starts
-        ]
-    )
+    seed, size = _noise.fold_in(config.seed, SWEEP), config.batch_size
+    batches = [
+        sampler(n=min(size, SAMPLES - first), seed=seed, first_chain=first).cpu()
+        for first in range(0, SAMPLES, size)
+    ]
+    return torch.cat(batches)
 
 
 def _settled_measures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -24,10 +24,7 @@ Result = Mapping[str, Any]
 
 
 def write_report(plan: Sweep, results: Sequence[Result], out: Path) -> list[Path]:
-    """Write sweep.json, sweep.md and, if matplotlib is installed, sweep.svg; return their paths.
-
-    results: the results of all runs of the plan, from :func:`run_sweep`.
-    """
+    """Write sweep.json, sweep.md and, if matplotlib is installed, sweep.svg; return their paths."""
     content = summarise(plan, results)
     written = [out / "sweep.json", out / "sweep.md"]
     save_json(written[0], content, indent=1)
@@ -93,21 +90,18 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         )
         + ".",
     ]
+    titles = [*run.MEASURES.values(), "diverged"]
     if content["plan"]["grid"]:
         rows = [
-            [*(str(point["settings"][name]) for name in axes), *_cells(point).values()]
+            [*(str(point["settings"][name]) for name in axes), *_cells(point)]
             for point in content["points"]
         ]
-        parts.append(markdown_table([*axes, *_titles()], rows))
+        parts.append(markdown_table([*axes, *titles], rows))
     else:
         for name, lines in content["lines"].items():
-            cells = [list(_cells(point).values()) for point in _points_on(content, lines[0])]
+            columns = [titles, *(_cells(point) for point in _points_on(content, lines[0]))]
             header = [name, *(str(value) for value in axes[name])]
-            rows = [
-                [title, *row]
-                for title, row in zip(_titles(), zip(*cells, strict=True), strict=True)
-            ]
-            parts.append(markdown_table(header, rows))
+            parts.append(markdown_table(header, zip(*columns, strict=True)))
     diverged = [
         f"- {describe(point['settings'])}, seed {result['seed']}: iteration "
         f"{result['diverged']['iteration']}: {result['diverged']['reason']}"
@@ -178,17 +172,13 @@ def _points_on(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator
         yield next(point for point in content["points"] if point["settings"] == settings)
 
 
-def _titles() -> list[str]:
-    return [*run.MEASURES.values(), "diverged"]
-
-
-def _cells(point: Mapping[str, Any]) -> dict[str, str]:
-    cells = {}
-    for name, statistic in point["measures"].items():
-        cells[name] = "-" if statistic is None else _text(statistic["mean"])
+def _cells(point: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for statistic in point["measures"].values():
+        cells.append("-" if statistic is None else _text(statistic["mean"]))
         if statistic is not None and statistic["error"] is not None:
-            cells[name] += f" ± {statistic['error']:.1g}"
-    return cells | {"diverged": f"{_count_diverged(point)} of {len(point['runs'])}"}
+            cells[-1] += f" ± {statistic['error']:.1g}"
+    return [*cells, f"{_count_diverged(point)} of {len(point['runs'])}"]
 
 
 def _count_diverged(point: Mapping[str, Any]) -> int:

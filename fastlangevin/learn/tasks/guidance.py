@@ -42,7 +42,7 @@ class DataTerm(nn.Module):
 
     def __init__(self, y: Tensor, operator: Operator, zeta: float) -> None:
         super().__init__()
-        self.operator, self.zeta = operator, check_positive("DataTerm", "zeta", zeta)
+        self.operator, self.zeta = operator, zeta
         self.register_buffer("y", y)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class StyleTerm(nn.Module):
 
     network: a module with an nn.Sequential called ``layers``, such as ConvEnergy. The features are
         the outputs of all its convolutions but the last.
-    style: images [m, C, H, W], whose statistics are averaged.
+    style: images [m >= 1, C, H, W] of the network's shape, whose statistics are averaged.
     weight: factor of the energy, above 0.
     statistics: "gram", the products of features averaged over positions (Gatys et al., 2016), or
         "mean-std", the mean and standard deviation of each channel (Huang and Belongie, 2017).
@@ -82,19 +82,15 @@ class StyleTerm(nn.Module):
             )
         self.weight = check_positive("StyleTerm", "weight", weight)
         check_name("StyleTerm: statistics", statistics, STATISTICS)
-        shape = getattr(network, "shape", style.shape[1:])
-        if style.shape[1:] != shape or len(style) == 0:
-            raise ValueError(
-                f"StyleTerm: style must have shape [m >= 1, {', '.join(map(str, shape))}], "
-                f"got {list(style.shape)}"
-            )
         self.layers, self.statistics = nn.Sequential(*modules), statistics
         with torch.no_grad():
             self.targets = [summary.mean(0) for summary in self._statistics(style)]
 
     def forward(self, x: Tensor) -> Tensor:
-        pairs = zip(self._statistics(x), self.targets, strict=True)
-        distances = [_distance(summary, target) for summary, target in pairs]
+        distances = []
+        for summary, target in zip(self._statistics(x), self.targets, strict=True):
+            size = summary.square().flatten(1).sum(1) + target.square().sum()
+            distances.append((summary - target).square().flatten(1).sum(1) / size)
         return self.weight * torch.stack(distances).sum(0)
 
     def _statistics(self, x: Tensor) -> list[Tensor]:
@@ -111,11 +107,6 @@ class StyleTerm(nn.Module):
             return features @ features.mT / features.shape[-1]
         variance = features.var(-1, correction=0) + 1e-8  # the root is not differentiable at 0
         return torch.stack([features.mean(-1), variance.sqrt()], 1)
-
-
-def _distance(statistics: Tensor, target: Tensor) -> Tensor:
-    size = statistics.square().flatten(1).sum(1) + target.square().sum()
-    return (statistics - target).square().flatten(1).sum(1) / size
 
 
 class _Wrapped(nn.Module):

@@ -204,13 +204,10 @@ def norm(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Return |A|, the largest singular value on images of ``shape``, by power iteration.
-
-    The estimate is a lower bound.
-    """
+    """Return a lower bound of |A|, the largest singular value on images of ``shape``."""
     x = _probe((1, *shape), 0, device, dtype)
     square = 0.0
-    for _ in range(50):
+    for _ in range(50):  # of the power iteration
         x = adjoint(operator, operator(x / x.norm()), shape)
         square = float(x.norm())
         if square == 0:
@@ -231,12 +228,7 @@ def check_operator(
     A must be linear and differentiable, map each image by itself, and not map every image to 0. It
     counts as linear if A(s x - 2 s z) = s A x - 2 s A z for small and large s, to half of the
     digits of float32 or of A's dtype, whichever has fewer. This allows for the rounding of sums
-    over 10^6 pixels.
-
-    dtype: dtype of the measurements.
-    name: name of the argument, for errors.
-
-    Raises TypeError or ValueError if A fails one of these checks.
+    over 10^6 pixels. Raises TypeError or ValueError, naming the argument as ``name``, otherwise.
     """
     called = f"{op}: {name}"
     if not callable(operator):

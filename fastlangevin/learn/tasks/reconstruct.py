@@ -129,10 +129,7 @@ def with_noise(op: str, sampler: LangevinSampler, noise: str) -> LangevinSampler
 def starts(
     sampler: LangevinSampler, n: int, shape: tuple[int, ...], seed: int, like: Tensor
 ) -> Tensor:
-    """Draw n of the sampler's starts, on the device of ``like``.
-
-    They are float64 if ``like`` is, and float32 otherwise.
-    """
+    """Draw n of the sampler's starts, on the device of ``like``, in float64 if ``like`` is."""
     x0 = sampler.starts(n, shape=shape, seed=seed).to(like.device)
     return x0.double() if like.dtype == torch.float64 else x0
 
@@ -160,10 +157,7 @@ def check_measurements(
     bounded: bool = False,
     name: str = "images",
 ) -> None:
-    """Check that y, the argument ``name``, holds finite measurements of images of ``shape``.
-
-    Raises TypeError or ValueError unless it does and, if ``bounded``, lies in [-1, 1].
-    """
+    """Check that y holds finite measurements of images of ``shape`` and, if ``bounded``, images."""
     check_batch(op, name, y)
     want = check_operator(op, operator, shape, y.device, y.dtype)
     if tuple(y.shape[1:]) != want or len(y) == 0:

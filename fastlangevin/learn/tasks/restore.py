@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import fastlangevin.noise as _noise
@@ -138,10 +139,7 @@ def restore(
 def _check_method(
     op: str, method: str, operator: Operator, options: Mapping[str, Any], fit: Mapping[str, Any]
 ) -> None:
-    """Raise TypeError or ValueError unless the operator and the options fit the method.
-
-    options: the options that belong to one method; those that are None were not given.
-    """
+    """Raise TypeError or ValueError unless the operator and the given options fit the method."""
     check_name(f"{op}: method", method, METHODS)
     if method == "clamped" and not isinstance(operator, Mask):
         raise ValueError(
@@ -178,11 +176,7 @@ def with_data(
     because the steps would then overshoot y further and further.
     """
     size = norm(operator, image_shape(op, sampler, y), y.device, y.dtype)
-    step_size = sampler.step_size
-    if isinstance(step_size, Tensor):
-        a = float(step_size.max())
-    else:
-        a = max(step_size) if isinstance(step_size, list) else step_size
+    a = float(torch.as_tensor(sampler.step_size, dtype=torch.float64, device="cpu").max())
     natural = size * math.sqrt(2 * a)
     if size == 0 or a == 0:
         raise ValueError(f"{op}: operator and step_size must not be 0, got |A| = {size}, a = {a}")

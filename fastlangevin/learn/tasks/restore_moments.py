@@ -34,12 +34,8 @@ def from_moments(
 ) -> tuple[Tensor, Tensor]:
     """Return ``answers`` images for each measurement, [n * answers, C, H, W], and their mean.
 
-    shape: (C, H, W) of an image.
-    samples: number of chains from which the moments are estimated.
-    noise: standard deviation of the noise in y.
-
-    Raises ValueError for fewer than two samples, and for images with more than :data:`LARGEST`
-    elements.
+    The moments are estimated from ``samples`` chains. ``noise`` is the standard deviation of the
+    noise in y.
     """
     if samples < 2:
         raise ValueError(f"restore: samples must be at least 2, got {samples}")
@@ -120,12 +116,9 @@ class Conditional:
     A call returns x + K (y - A x), where K = S A^T (A S A^T + s^2 I)^-1 for the covariance S. At
     the mean of x, this is the linear estimate of least expected squared error. At random x with
     these moments, and with noise of standard deviation s added to y, the results have the mean and
-    covariance of x given y, if x is Gaussian (Matheron's rule).
-
-    of_x: the moments of images x.
-    operator: the linear map A.
-    noise: the standard deviation s. At least :data:`ROUNDING` is used.
-    dtype: dtype in which A is applied and images are returned, torch.float32 or torch.float64.
+    covariance of x given y, if x is Gaussian (Matheron's rule). ``noise`` is the standard deviation
+    s, of which at least :data:`ROUNDING` is used. A is applied, and images are returned, in
+    ``dtype``.
     """
 
     @torch.no_grad()

@@ -1,7 +1,9 @@
 """Reconstruct, interpolate, restore and transfer with a run's model and its images.
 
-Every task returns a :class:`TaskResult`. Errors are mean squares per element, with images in
-[-1, 1].
+Every task returns a :class:`TaskResult`. Its arguments are those of the command of its name: ``n``
+is the number of items, by default fewer than the command's if the source has fewer images; the
+options ``fit`` are those of :func:`reconstruct`; and ``report(what, done, total)`` is called on the
+way. Errors are mean squares per element, with images in [-1, 1].
 """
 
 import math
@@ -74,10 +76,6 @@ def reconstruct_run(
 
     The picture has three rows: the images, their reconstructions and, for comparison, the nearest
     of some random samples. The arrays are images, x, z and error.
-
-    n: number of images (default: 16, or all of the source if it has fewer).
-    report: called as report(what, done, total) on the way.
-    fit: options of :func:`reconstruct`.
     """
     source, truth = _held_out(run, sampler, images, n, default_n=16, on_corrupt=on_corrupt)
     best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
@@ -113,11 +111,6 @@ def interpolate_run(
     """Interpolate between n pairs of random starts, or of starts fitted to images.
 
     The picture has a row per pair, the GIF goes there and back, and the array is [frames, n, ...].
-
-    n: number of pairs (default: 8, or as many as the source of the images has).
-    images: source of 2 n images to fit starts to, with the options ``fit`` of :func:`reconstruct`.
-    noise: as for :func:`interpolate`.
-    report: called as report(what, done, total) on the way.
     """
     run_config(run)  # raises an error for a checkpoint without data before any work
     rows: Summary = []
@@ -146,13 +139,9 @@ def feature_rows(
     """Return rows that say how far frames between two ends are from the run's data, in features.
 
     They hold the kernel distances to at most 512 images of the data: for the end frames, for the
-    frames between them, and, for comparison, for crossfades of the end frames' pixels.
-
-    frames: [frames, n, C, H, W]. note: called with a line before the features are computed, which
-        can take a minute.
-
-    Returns no rows if there are fewer than two images between the ends or, with a warning, if the
-    data or the features are not available.
+    frames between them, and, for comparison, for crossfades of the end frames' pixels. ``note`` is
+    called before the features are computed, which can take a minute. Returns no rows if there are
+    fewer than two images between the ends or, with a warning, if the data or features are missing.
     """
     from fastlangevin.learn.evaluation.features import (  # imports scikit-learn
         make_features,
@@ -202,13 +191,8 @@ def restore_run(
     """Measure n images that a run held out, or n images of the source ``images``; restore them.
 
     The picture has a row per image: the image, its measurement, the mean of the answers, and the
-    answers. The arrays are images, y, x and mean.
-
-    n: number of images (default: 8, or all of the source if it has fewer).
-    measurement_noise: standard deviation of the noise that is added to the measurements. Only the
-        method "moments" takes it into account.
-    report: called as report(what, done, total) on the way.
-    method, options: as for :func:`restore`.
+    answers. The arrays are images, y, x and mean. ``options`` are those of :func:`restore`, whose
+    method "moments" alone takes the noise of the measurements into account.
     """
     source, truth = _held_out(run, sampler, images, n, on_corrupt=on_corrupt)
     if method == "latent":
@@ -256,16 +240,9 @@ def transfer_images(
     """Run the chains of ``sampler`` from n images of the source ``images``.
 
     The picture has a row of source images and a row of the ends of their chains, which are the
-    array. The GIF has all states.
-
-    n: number of images (default: 8, or all of the source if it has fewer).
-    content: side of the squares whose means are preserved; 1 preserves the pixels.
-    style: source of images whose statistics guide the chains.
-    frames: the largest number of states to return after the source images.
-    report: called as report(what, done, total) on the way, unless there are frames.
-    guidance: other options of :func:`guide`.
-
-    Warns if a chain ended far outside [-1, 1].
+    array. The GIF has the source images and at most ``frames`` states after them; with more than
+    one, nothing is reported. ``guidance`` holds other options of :func:`guide`. Warns if a chain
+    ended far outside [-1, 1].
     """
     channels, size, _ = _shape(sampler)
     device = device_of(sampler.energy)
@@ -318,10 +295,7 @@ def _held_out(
     default_n: int = 8,
     on_corrupt: str | None = None,
 ) -> tuple[str, Tensor]:
-    """Return the name of the held-out images, and the images of n items.
-
-    The images that come with a model in the package are used if there are enough.
-    """
+    """Return the name and the images of n items: the package's, if there are enough for them."""
     config = run_config(run, on_corrupt=on_corrupt)
     data = packaged_images(run) if source is None else None
     if data is None or len(data) < (default_n if n is None else n) * images_per_item:
