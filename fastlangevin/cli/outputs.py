@@ -75,6 +75,9 @@ def choose_out(out: Path | None, default: str, overwrite: bool, *suffixes: str) 
     Commands call this before their work, so that an error here does not lose the result. Without
     ``overwrite``, existing files are kept: if the default exists, the file is the first of NAME-2,
     NAME-3, ... that does not.
+
+    Raises FileExistsError if ``out`` exists, ValueError for a folder or another suffix than
+    ``suffixes``, and OSError if no file can be written there.
     """
     path = Path(default) if out is None else out
     if suffixes and path.suffix not in suffixes:

@@ -33,10 +33,10 @@ def sweep(
     """
     from fastlangevin.distributed import own_device
     from fastlangevin.learn.build import choose_device
+    from fastlangevin.learn.stop import StopRequest
     from fastlangevin.learn.sweep.plan import describe, parse_values, read_sweep
     from fastlangevin.learn.sweep.run import Run, run_sweep
     from fastlangevin.learn.sweep.write_sweep import outcome, write_report
-    from fastlangevin.learn.train import StopRequest
 
     check_folder(out)
     stop = StopRequest()

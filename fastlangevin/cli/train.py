@@ -27,7 +27,7 @@ def train(
     from fastlangevin.distributed import join
     from fastlangevin.learn import run_folder
     from fastlangevin.learn.config import resolve
-    from fastlangevin.learn.train import StopRequest
+    from fastlangevin.learn.stop import StopRequest
     from fastlangevin.learn.train import train as learn
 
     stop = StopRequest()

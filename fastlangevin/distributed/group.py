@@ -12,9 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlangevin.distributed.store import TimedStore, within
-from fastlangevin.distributed.time_limits import DistributedError, TimedWaits, named
-
-TIMEOUT = 600.0
+from fastlangevin.distributed.time_limits import TIMEOUT, DistributedError, TimedWaits, named
 
 
 class Group:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastlangevin.distributed.group import TIMEOUT, Group
+from fastlangevin.distributed.group import Group
 from fastlangevin.distributed.launch import Launch, own_device, read_launch
 from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief, within
-from fastlangevin.distributed.time_limits import GRACE, DistributedError, named
+from fastlangevin.distributed.time_limits import GRACE, TIMEOUT, DistributedError, named
 
 
 @contextlib.contextmanager

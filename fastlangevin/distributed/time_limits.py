@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fastlangevin.distributed.store import DeadlineError, StoreError, TimedStore, brief
 
+TIMEOUT = 600.0  # seconds that a process waits for the others, by default
 GRACE = 5.0  # seconds that the other processes have to say why a collective failed
 _LOOK = 0.2  # seconds between checks, while waiting, for failures of other processes
 _FAILURE, _SIGNS = "failure", "signs"

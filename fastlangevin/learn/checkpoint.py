@@ -45,7 +45,11 @@ class DamagedCheckpointError(CheckpointError):
 def save_checkpoint(
     path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
 ) -> None:
-    """Write named tensors and JSON-ready ``info``, with a checksum of both, atomically."""
+    """Write named tensors and JSON-ready ``info``, with a checksum of both, atomically.
+
+    An existing file at ``path`` stays intact until the new one is complete. Raises OSError, with
+    the reason, if the file cannot be written.
+    """
     path = Path(path)
     header = json.dumps({"format": FORMAT, "version": VERSION, **info})
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -147,7 +147,10 @@ def read_settings(file: str | Path) -> dict[str, Any]:
 def resolve_saved(
     info: Mapping[str, Any], source: str | Path, changes: Mapping[str, Any]
 ) -> TrainConfig:
-    """Return the settings in a checkpoint's header, changed; FileError if they are invalid."""
+    """Return the settings in a checkpoint's header, changed by ``changes``.
+
+    Raises FileError, naming ``source``, if the header's settings are invalid.
+    """
     saved = info.get("config")
     if not isinstance(saved, dict):
         raise FileError(

@@ -65,7 +65,11 @@ class Weights(NamedTuple):
 
 
 def find_weights(run: str | Path) -> Weights:
-    """Return the :class:`Weights` of a run's folder, a checkpoint, or a model in the package."""
+    """Return the :class:`Weights` of a run's folder, a checkpoint, or a model in the package.
+
+    Raises FileNotFoundError if there is none of these, and CheckpointError for a file that is
+    damaged or from another version.
+    """
     if is_run(Path(run)) and not list_checkpoints(Path(run)):
         return Weights(None, {})
     checkpoint = find_checkpoint(run)
@@ -73,7 +77,16 @@ def find_weights(run: str | Path) -> Weights:
 
 
 def write_report(run: str | Path, out: str | Path, results: Path | None = None) -> None:
-    """Write the page of :func:`to_html`, atomically."""
+    """Write the page of a run's folder, or of a model alone, atomically.
+
+    The page of a run has samples from several iterations, curves, every picture in the folder with
+    the text file of the same name, the results of ``evaluate`` and ``diagnose`` if they exist, and
+    the settings. The page of a model alone, which has no folder and no log, has the settings and
+    the pictures and results in the folder ``results``.
+
+    Raises as :func:`find_weights` does, and FileError for a file in the folder that is damaged,
+    from another version, or a link to a place outside.
+    """
     save_text(Path(out), to_html(Path(run), results))
 
 

@@ -40,7 +40,10 @@ def download(name: str | Path) -> Path:
 
 
 def upload(repo: str, folder: Path, private: bool | None, message: str) -> str:
-    """Add the files to the repository "owner/name", a new one if need be; return its address."""
+    """Create the repository "owner/name" if it does not exist, add the files, return its address.
+
+    Raises ImportError without huggingface_hub, and OSError if the hub refuses.
+    """
     hub = require("huggingface_hub", "hub", "a model on the hub")
     try:
         api = hub.HfApi(library_name="fastlangevin", library_version=__version__)

@@ -47,7 +47,10 @@ class LearnerState(NamedTuple):
         return {kind: checksum("", tensors) for kind, tensors in kinds.items()}
 
     def load(self, tensors: dict[str, Tensor], path: str | Path) -> None:
-        """Restore what :meth:`tensors` returned, from ``path``; CheckpointError unless it fits."""
+        """Restore what :meth:`tensors` returned.
+
+        Raises CheckpointError if the tensors do not fit; the error names ``path`` as their file.
+        """
 
         def take(name: str, shape: Sequence[int]) -> Tensor:
             if name not in tensors:

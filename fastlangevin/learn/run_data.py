@@ -19,7 +19,11 @@ from fastlangevin.learn.data.load import ImageData, load_images
 def run_config(
     run: str | Path, data: str | None = None, on_corrupt: str | None = None
 ) -> TrainConfig:
-    """Return the settings of a run or checkpoint, with ``data`` and ``on_corrupt`` for its own."""
+    """Return the settings of a run or checkpoint, with ``data`` and ``on_corrupt`` for its own.
+
+    Raises ValueError for a checkpoint that names no data, and FileError for one that is damaged or
+    was written by another version.
+    """
     info = read_checkpoint(run)[1]
     if info.get("config") is None:
         raise ValueError(f"{run} was not made by `fastlangevin train`: it names no data")

@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from fastlangevin.learn.run_folder import (
     remove_run,
     remove_run_leftovers,
 )
+from fastlangevin.learn.stop import StopRequest, stop_signal
 from fastlangevin.names import keywords_checked
 from fastlangevin.sampler import LangevinSampler
 
@@ -45,13 +44,6 @@ KEPT_CHECKPOINTS = 2
 
 # Called after every iteration as report(iteration, record).
 IterationReport = Callable[[int, Mapping[str, Any]], None]
-
-
-class StopRequest:
-    """Holds the signal that asked a run to stop after its current iteration, or None."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
 
 
 @keywords_checked
@@ -299,7 +291,9 @@ def remove_old_checkpoints(out: Path) -> None:
 def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> None:
     """Restore a new learner from the newest intact checkpoint of a run, if the run has any.
 
-    Newer checkpoints that are damaged are renamed, with a warning.
+    Newer checkpoints that are damaged are renamed, with a warning. Raises CheckpointError if all
+    are damaged, and ValueError if the data differ from the run's or if the checkpoint is past
+    the last iteration of ``config``.
     """
     damaged: dict[Path, DamagedCheckpointError] = {}
     for path in reversed(list_checkpoints(out)):
@@ -329,29 +323,3 @@ def resume_learner(learner: ShortRunLearner, config: TrainConfig, out: Path) -> 
             f"train: {reason}; it is now {aside.name}, and the run continues from {path}",
             stacklevel=7,
         )
-
-
-@contextlib.contextmanager
-def stop_signal(stop: StopRequest) -> Iterator[None]:
-    """Store the first SIGINT, SIGTERM or SIGHUP in ``stop``; a second one acts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # Windows has no SIGHUP.
-    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    handlers = {number: signal.getsignal(number) for number in numbers if number is not None}
-    # Signals that are ignored stay ignored: shells ignore SIGINT for background processes, and
-    # nohup ignores SIGHUP.
-    handlers = {number: old for number, old in handlers.items() if old != signal.SIG_IGN}
-
-    def request(number: int, _frame: object) -> None:
-        stop.signal = number
-        signal.signal(number, handlers[signal.Signals(number)])
-
-    try:
-        for number in handlers:
-            signal.signal(number, request)
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

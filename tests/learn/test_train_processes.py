@@ -17,7 +17,7 @@ from fastlangevin.distributed import DistributedError, Group
 from fastlangevin.learn import TrainConfig, resolve, train
 from fastlangevin.learn.checkpoint import list_checkpoints
 from fastlangevin.learn.log import RunLog
-from fastlangevin.learn.train import StopRequest
+from fastlangevin.learn.stop import StopRequest
 from tests.distributed.threads import ThreadGroup, run_ranks
 from tests.learn.train_shared import SETTINGS, CutError, assert_same_end, cut_at, records
 

@@ -21,7 +21,7 @@ from fastlangevin.learn import (
 from fastlangevin.learn.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from fastlangevin.learn.log import RunLog
 from fastlangevin.learn.run_folder import FREE_SETTINGS
-from fastlangevin.learn.train import StopRequest
+from fastlangevin.learn.stop import StopRequest
 from tests.learn.train_shared import CutError, assert_same_end, cut_at, snapshot
 from tests.processes import start
 

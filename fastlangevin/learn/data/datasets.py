@@ -101,7 +101,11 @@ class DatasetImages:
 
 
 def as_images(op: str, data: Any) -> Images:
-    """Return data of any kind as a data set; TypeError or ValueError if they cannot be one."""
+    """Return data of any kind as a data set.
+
+    Raises TypeError or ValueError, beginning with ``op``, for data without a length and items by
+    index, and warns that only the dataset of a DataLoader is used.
+    """
     if isinstance(data, DataLoader):
         data = _dataset_of(op, data)
     if isinstance(data, Tensor):

@@ -125,7 +125,8 @@ def open_parquet(files: list[Path], name: str) -> PictureSource:
     """Open parquet files with a column `img` or `image` and optionally an integer `label`.
 
     If a row holds a path instead of a picture, the path is relative to the folder of its file and
-    must stay inside it.
+    must stay inside it. Raises ImportError without pyarrow, and FileError for a file without such
+    a column.
     """
     parquet = require("pyarrow.parquet", "train", "load_images: reading parquet files")
     count = 0
@@ -222,7 +223,8 @@ def decode(content: Path | bytes, *, size: int | None, channels: int | None) -> 
     """Decode a picture to uint8 [C, H, W].
 
     The EXIF orientation is applied, transparency is composited on white, and 16-bit grey keeps its
-    high byte. Arguments and errors are those of `read_picture`, `open_picture` and `convert`.
+    high byte. ``size`` and ``channels`` are as for `convert`. Raises CorruptImageError as
+    `open_picture` does, and FileError for a path that cannot be read.
     """
     encoded = read_picture(content) if isinstance(content, Path) else content
     return convert(open_picture(encoded, upright=True), size=size, channels=channels)

@@ -20,7 +20,11 @@ def shard_paths(folder: Path, n: int, per_file: int) -> list[Path]:
 
 
 def read_shards(folder: Path, limit: int | None = None) -> ArraySource:
-    """Read the samples of a folder, which must be complete, or the first ``limit`` of them."""
+    """Read the samples of a folder, which must be complete, or the first ``limit`` of them.
+
+    More than 256 MiB are copied to a temporary file. Raises FileError, naming a file, if one is
+    missing or does not hold its samples.
+    """
     file = folder / SAMPLES
     plan = read_json(file)
     valid = isinstance(plan, dict) and (plan.get("format"), plan.get("version")) == (

@@ -97,7 +97,8 @@ def series_of(
 ) -> tuple[list[float], list[float], int]:
     """Return (d_s, the column ``name``, spacing) of the records of a log.
 
-    grad_norm is multiplied by the mean step size. Records in which the column is None are left out.
+    grad_norm is multiplied by the mean step size. Records in which the column is None are left
+    out. Raises ValueError for records without the columns, which are from another version.
     """
     if any("gap" not in record or name not in record for record in records):
         raise ValueError(

@@ -236,7 +236,10 @@ def mixing(
 def noisy_batch(
     data: Images, n: int, data_noise: float, seed: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """Draw n different images, or all if there are fewer, and add the noise that learning adds."""
+    """Draw n different images, or all if there are fewer, and add the noise that learning adds.
+
+    Raises ValueError if there are fewer than 16.
+    """
     order = torch.argsort(_noise.words((len(data),), seed=seed, step=0, stream=_noise.ORDER))
     images = data.batch(order[:n]).to(device)
     if len(images) < 16:

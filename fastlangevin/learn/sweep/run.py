@@ -29,9 +29,10 @@ from fastlangevin.learn.model import load
 from fastlangevin.learn.reading import brief, read_bytes, read_json
 from fastlangevin.learn.run_folder import FolderInUseError, has_plan, is_run
 from fastlangevin.learn.seeds import SWEEP
+from fastlangevin.learn.stop import StopRequest, stop_signal
 from fastlangevin.learn.sweep.claims import claimed
 from fastlangevin.learn.sweep.plan import VERSION, Run, Sweep, describe
-from fastlangevin.learn.train import StopRequest, stop_signal, train
+from fastlangevin.learn.train import train
 from fastlangevin.progress import Report, silent
 
 PLAN, RESULT, CLAIMS = "sweep.yaml", "result.json", ".claims"

@@ -157,7 +157,10 @@ def check_measurements(
     bounded: bool = False,
     name: str = "images",
 ) -> None:
-    """Check that y holds finite measurements of images of ``shape`` and, if ``bounded``, images."""
+    """Check that y, the argument ``name``, holds finite measurements of images of ``shape``.
+
+    Raises TypeError or ValueError unless it does and, if ``bounded``, lies in [-1, 1].
+    """
     check_batch(op, name, y)
     want = check_operator(op, operator, shape, y.device, y.dtype)
     if tuple(y.shape[1:]) != want or len(y) == 0:

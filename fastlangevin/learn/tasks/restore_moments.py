@@ -34,8 +34,12 @@ def from_moments(
 ) -> tuple[Tensor, Tensor]:
     """Return ``answers`` images for each measurement, [n * answers, C, H, W], and their mean.
 
-    The moments are estimated from ``samples`` chains. ``noise`` is the standard deviation of the
-    noise in y.
+    shape: (C, H, W) of an image.
+    samples: number of chains from which the moments are estimated.
+    noise: standard deviation of the noise in y.
+
+    Raises ValueError for fewer than two samples, and for images with more than :data:`LARGEST`
+    elements.
     """
     if samples < 2:
         raise ValueError(f"restore: samples must be at least 2, got {samples}")
