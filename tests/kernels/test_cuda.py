@@ -18,8 +18,7 @@ from tests.chain.nets import NETS, Labelled, Residual, opaque, seeded
 
 CUDA = torch.device("cuda", 0)
 REASON = native.available(CUDA) if torch.cuda.is_available() else "there is no CUDA device here"
-if REASON is not None:
-    pytest.skip(f"native on CUDA: {REASON}", allow_module_level=True)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native on CUDA: {REASON}")
 
 SHAPES = [(3, 1), (5, 3), (4, 1023), (2, 3, 5, 7), (64, 3, 32, 32)]
 OPTIONS: list[dict[str, Any]] = [
