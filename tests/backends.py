@@ -1,9 +1,5 @@
 """The backends, devices and instruction sets that the tests can use here."""
 
-import itertools
-from collections.abc import Iterable
-from typing import Any
-
 import pytest
 import torch
 
@@ -33,11 +29,6 @@ def instruction_sets() -> list[str]:
     names = [n for n in ("baseline", "avx2", "avx512", "avx512_bf16", "amx") if choose(n)]
     choose(best)
     return names
-
-
-def in_turn(cases: Iterable[Any]) -> list[tuple[Any, str]]:
-    """The cases, each with one of the instruction sets in turn: all of them see many cases."""
-    return list(zip(cases, itertools.cycle(instruction_sets() or ["none"]), strict=False))
 
 
 def choose(name: str) -> bool:

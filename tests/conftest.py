@@ -105,6 +105,8 @@ def _tritons_interpreter() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
 
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope")):
+        return  # another version of Triton, which is slower and no less right
     patch, scopes = interpreter._patch_lang, {}
 
     def patch_once(function: Any) -> Any:

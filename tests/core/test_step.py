@@ -16,6 +16,7 @@ from fastlangevin.step import (
     backend_status,
 )
 from tests.core.step_shared import DTYPES, A, B, error, numbers
+from tests.pairwise import pairwise
 
 # Around a block of four normals, a prime-like odd number, a vector length + 1, several rows, and
 # more than one grid or thread's share.
@@ -95,11 +96,7 @@ def test_steps_of_every_size_match_float64(
 
 @pytest.mark.parametrize(
     ("chosen", "per_chain", "dtype"),
-    [
-        (name, ("", "step_size", "noise_std", "step_size noise_std")[(i + j) % 4], DTYPES[i % 4])
-        for j, names in enumerate((list(OPTIONS), list(OPTIONS)[::-1]))
-        for i, name in enumerate(names)
-    ],
+    pairwise(OPTIONS, ["", "step_size", "noise_std", "step_size noise_std"], DTYPES),
     ids=str,
 )
 def test_steps_with_every_option_match_float64(

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.graph.record import recognise
 from fastlangevin.kernels import extension
-from tests.backends import in_turn, needs_native
+from tests.backends import needs_native
 from tests.gradients.fused_shared import fused, relative
+from tests.pairwise import pairwise
 
 pytestmark = needs_native
 
@@ -77,9 +78,7 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "instruction_set"), in_turn(ACTIVATIONS), indirect=["instruction_set"]
-)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_matches_autograd(name, instruction_set):
     activation, smooth = ACTIVATIONS[name]
     body = net(nn.Conv2d(3, 9, 3, 1, 1), activation(), nn.Conv2d(9, 20, 4, 2, 1), activation())
@@ -102,13 +101,10 @@ CHANNELS = [(1, 1, 1), (2, 17, 33), (5, 16, 40)]
 
 
 @pytest.mark.parametrize(
-    ("case", "instruction_set"),
-    in_turn((g, SIZES[i % 2], CHANNELS[i % 3]) for i, g in enumerate(2 * GEOMETRIES)),
-    indirect=["instruction_set"],
-    ids=str,
+    ("geometry", "size", "channels"), pairwise(GEOMETRIES, SIZES, CHANNELS), ids=str
 )
-def test_convolutions_of_every_geometry_match_autograd(case, instruction_set):
-    geometry, size, (first, second, third) = case
+def test_convolutions_of_every_geometry_match_autograd(geometry, size, channels, instruction_set):
+    first, second, third = channels
     body = net(
         nn.Conv2d(first, second, **geometry), nn.SiLU(), nn.Conv2d(second, third, 1), nn.SiLU()
     )
@@ -135,9 +131,7 @@ def test_weights_that_fill_several_blocks(instruction_set):
     check(with_head(body, (3, 8, 8)), states(2, 3, 8, 8), smooth=True)
 
 
-@pytest.mark.parametrize(
-    ("channels", "instruction_set"), in_turn([1, 2, 3, 17]), indirect=["instruction_set"]
-)
+@pytest.mark.parametrize("channels", [1, 2, 3, 17])
 def test_bfloat16_is_exact_where_its_numbers_are(channels, instruction_set):
     # Sums of few small integers and halves: nothing to round anywhere.
     torch.manual_seed(channels)

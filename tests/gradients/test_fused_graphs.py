@@ -13,7 +13,7 @@ import fastlangevin as fl
 from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.graph.record import recognise
-from tests.backends import in_turn, needs_native
+from tests.backends import needs_native
 from tests.gradients.bodies import COMMON, Body, block, mean
 from tests.gradients.fused_shared import (
     FP32_AND_BF16,
@@ -50,7 +50,7 @@ BODIES: dict[str, Callable[[Body, Tensor], Tensor]] = COMMON | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "instruction_set"), in_turn(BODIES), indirect=["instruction_set"])
+@pytest.mark.parametrize("name", BODIES)
 def test_graphs_of_every_kind_match_float64(name: str, instruction_set: str) -> None:
     check(Body(BODIES[name]), numbers(SHAPE), FP32_AND_BF16)
 
@@ -126,9 +126,7 @@ def mlp(activation: Callable[[], nn.Module], *sizes: int) -> nn.Sequential:
         return nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 
 
-@pytest.mark.parametrize(
-    ("activation", "instruction_set"), in_turn(ACTIVATIONS), indirect=["instruction_set"]
-)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_networks_on_vectors_match_float64(
     activation: Callable[[], nn.Module], instruction_set: str
 ) -> None:

@@ -13,7 +13,7 @@ from fastlangevin.gradients import fused_cpu
 from fastlangevin.gradients.autograd import energy_and_grad
 from fastlangevin.gradients.graph.conv_stack import conv_stack
 from fastlangevin.gradients.graph.record import recognise
-from tests.backends import in_turn, needs_native
+from tests.backends import needs_native
 from tests.gradients.fused_shared import (
     FP32_AND_BF16,
     assert_equal,
@@ -139,7 +139,7 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "instruction_set"), in_turn(BODIES), indirect=["instruction_set"])
+@pytest.mark.parametrize("name", BODIES)
 def test_permuted_values_match_float64(name: str, instruction_set: str) -> None:
     body, shape = BODIES[name]
     check(Net(body), numbers(shape), FP32_AND_BF16)

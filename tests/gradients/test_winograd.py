@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastlangevin.kernels import extension
-from tests.backends import in_turn, needs_native
+from tests.backends import needs_native
 from tests.gradients.fused_shared import check, fused, numbers
 
 pytestmark = needs_native
@@ -43,9 +43,7 @@ def energy(conv: nn.Conv2d, height: int, width: int) -> nn.Module:
     return nn.Sequential(body, head)
 
 
-@pytest.mark.parametrize(
-    ("geometry", "instruction_set"), in_turn(GEOMETRIES), indirect=["instruction_set"]
-)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_tiles_give_the_gradient_for_every_geometry(geometry, instruction_set):
     if extension.has_matrix_unit():
         pytest.skip("a matrix unit may compute float32 products instead")

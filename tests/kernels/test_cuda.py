@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastlangevin as fl
 from fastlangevin.chain import cuda_graphs as graphs
+from fastlangevin.gradients.explicit import ExplicitGradient
 from fastlangevin.gradients.fused_gpu import FusedGradient
 from fastlangevin.gradients.trace.replay_engine import ReplayGradient
 from fastlangevin.kernels import native, triton_backend
@@ -281,7 +282,7 @@ def test_an_overflow_is_noticed_in_a_replay() -> None:
 @same_sums
 def test_a_failed_recording_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     run, x = chain("explicit"), numbers((4, 3, 16, 16), 0).to(CUDA)
-    want, score = step_by_step(run, x, seed=0), graphs.ExplicitGradient
+    want, score = step_by_step(run, x, seed=0), ExplicitGradient
     call = score.__call__
 
     def looks(self: Any, x: Tensor, want_energies: bool) -> Any:

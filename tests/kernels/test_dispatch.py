@@ -1,11 +1,8 @@
 """Who runs a step: the choice of a backend, and the op that torch.compile sees."""
 
-import itertools
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +14,7 @@ from fastlangevin.kernels import native, reference
 from fastlangevin.kernels import triton_backend as triton
 from fastlangevin.step import backend_status, choose_backend, resolve_backend
 from tests.backends import SERVING
+from tests.pairwise import pairwise
 
 CPU = torch.device("cpu")
 OP = torch.ops.fastlangevin.langevin_step_.default
@@ -64,17 +62,6 @@ def test_why_triton_cannot_run(
     assert backend_status(torch.device(device))["reference"] is None
 
 
-def test_only_the_kernels_written_in_triton_import_it_with_their_module() -> None:
-    """And only functions import those kernels, so that Triton is loaded at the first launch."""
-    package = Path(fl.__file__).parent
-    kernels = {"triton_step.py", "triton_conv.py", "triton_conv_grad.py"}
-    imports = re.compile(r"^(import triton|from triton|from \S+ import triton_(step|conv)|"
-                         r"from \S+\.triton_(step|conv)\S* import)", re.MULTILINE)  # fmt: skip
-    found = {path.name for path in package.rglob("*.py") if imports.search(path.read_text("utf-8"))}
-    assert found == kernels
-
-
-@pytest.mark.slow
 def test_importing_the_package_imports_no_triton_and_asks_for_no_device() -> None:
     code = (
         "import sys, torch; sys.modules['triton'] = None; torch.cuda.is_available = None\n"
@@ -99,7 +86,7 @@ SAMPLES = {
 
 @pytest.mark.parametrize(
     ("name", "place", "with_grad"),
-    [*zip(SAMPLES, itertools.cycle(SERVING), itertools.cycle([True, True, False]), strict=False)],
+    pairwise(SAMPLES, SERVING, [True, False]),
     ids=str,
 )
 def test_opcheck(name: str, place: tuple[str, torch.device], with_grad: bool) -> None:
@@ -149,7 +136,10 @@ def compiled() -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "per_chain", "place"),
-    [("norm clip", True, SERVING[0]), ("noise last", False, SERVING[-1])],
+    [
+        (*(("norm clip", True), ("noise last", False))[i % 2], place)
+        for i, place in enumerate(SERVING)
+    ],
     ids=str,
 )
 def test_compiled_functions_match(

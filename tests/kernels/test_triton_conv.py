@@ -251,7 +251,8 @@ def test_empty_batch() -> None:
 STEPS: dict[str, dict[str, Any]] = {
     "all": {"maximize": True, "grad_clip": 0.002, "noise_last": True},
     "per chain": {"step_size": torch.arange(5.0), "noise_std": torch.arange(5.0) / 9},
-    "norms, no noise": {"grad_clip": ("chain_norm", 0.1), "noise_std": 0.0},
+    "norms": {"grad_clip": ("chain_norm", 0.1)},
+    "no noise": {"noise_std": 0.0},
 }
 
 
@@ -260,7 +261,8 @@ STEPS: dict[str, dict[str, Any]] = {
     [
         ("all", torch.channels_last),
         ("per chain", torch.contiguous_format),
-        ("norms, no noise", torch.channels_last),
+        ("norms", torch.channels_last),
+        ("no noise", torch.contiguous_format),
     ],
     ids=str,
 )

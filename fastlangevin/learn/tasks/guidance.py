@@ -66,7 +66,8 @@ class StyleTerm(nn.Module):
     statistics: "gram", the products of features averaged over positions (Gatys et al., 2016), or
         "mean-std", the mean and standard deviation of each channel (Huang and Belongie, 2017).
 
-    Raises TypeError or ValueError naming the argument.
+    Raises TypeError or ValueError for another network, weight or statistics. The style is checked
+    by `transfer`.
     """
 
     def __init__(
