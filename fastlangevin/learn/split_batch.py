@@ -14,10 +14,10 @@ class SplitBatch:
     """A batch of n chains in consecutive parts, which are divided among the processes.
 
     The gradient of a part is computed by the process that runs its chains. The gradients of all
-    parts are added in an order that depends on the number of parts alone, so the sum is the same,
-    bit for bit, for every number of processes up to the number of parts, of which there is at least
-    one per process. Raises ValueError if there are fewer chains than parts or processes, or if the
-    energy normalises over the batch, whose parts would then differ from it.
+    parts are added in an order that depends on the number of parts alone, so the sum has the same
+    bits for every number of processes. Each process has at least one part. Raises ValueError if
+    there are fewer chains than parts or processes, or if the energy normalises over the batch,
+    because its parts would then have other energies.
     """
 
     def __init__(self, energy: nn.Module, n: int, parts: int, group: Group) -> None:

@@ -28,7 +28,8 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 LAYOUTS = ["contiguous", *layouts(torch.zeros(2, 3, 5, 7))]
-# A gradient of each beside a contiguous state, and a state of each beside a gradient of another.
+# Every layout is that of a gradient whose state is contiguous, and that of a state whose gradient
+# has another layout.
 PAIRS = dict.fromkeys(
     pair
     for one, other in zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)

@@ -116,21 +116,14 @@ class Mixed(nn.Module):
         return out + self.scale * x.square().flatten(1).sum(1)
 
 
-# The dtypes and the cast decide together; with each of them, parameters and buffers take turns.
 @pytest.mark.parametrize(
-    ("dtypes", "casts", "buffer"),
-    [
-        ((state, body, beside), casts, casts == bool(i % 2))
-        for i, (state, body, beside, casts) in enumerate(
-            pairwise([torch.float32, torch.float64], DTYPES, DTYPES, [False, True])
-        )
-    ],
+    ("state", "body", "beside", "casts", "buffer"),
+    pairwise([torch.float32, torch.float64], DTYPES, DTYPES, [False, True], [False, True]),
     ids=str,
 )
 def test_x_enters_as_in_a_plain_loop_or_the_error_says_what_to_do(
-    x: Tensor, dtypes: tuple[torch.dtype, ...], casts: bool, buffer: bool
+    x: Tensor, state: torch.dtype, body: torch.dtype, beside: torch.dtype, casts: bool, buffer: bool
 ) -> None:
-    state, body, beside = dtypes
     net, x = Mixed(body, beside, buffer, casts), x.to(state)
     start = x.clone()
     if not casts and body != state:

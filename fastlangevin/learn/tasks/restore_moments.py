@@ -120,9 +120,8 @@ class Conditional:
     A call returns x + K (y - A x), where K = S A^T (A S A^T + s^2 I)^-1 for the covariance S. At
     the mean of x, this is the linear estimate of least expected squared error. At random x with
     these moments, and with noise of standard deviation s added to y, the results have the mean and
-    covariance of x given y, if x is Gaussian (Matheron's rule). ``noise`` is the standard deviation
-    s, of which at least :data:`ROUNDING` is used. A is applied, and images are returned, in
-    ``dtype``.
+    covariance of x given y, if x is Gaussian (Matheron's rule). ``noise`` is s. If it is
+    below :data:`ROUNDING`, s is ROUNDING. A is applied in ``dtype``, which the images have too.
     """
 
     @torch.no_grad()
