@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = json.loads(path.read_text("utf-8"))
         if options.marks:
             centre = resolve(overrides=content["plan"]["centre"])
-            content["marks"] = marks_of(centre, content["samples"])
+            features = content["plan"].get("features")
+            content["marks"] = marks_of(centre, content["samples"], features)
             path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         tables = to_markdown(content).rstrip()
         print(tables)

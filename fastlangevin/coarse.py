@@ -42,10 +42,11 @@ def enlarged_samples(
 ) -> Tensor:
     """Return n samples of ``start``, kept in [-1, 1] and enlarged to images of ``shape``.
 
-    Row i is a function of (seed, first_chain + i). Each pixel is interpolated linearly between its
-    nearest neighbours in the samples.
+    Row i is a function of (seed, first_chain + i). Pixels are interpolated bicubically, and kept in
+    [-1, 1] again, since that interpolation overshoots at edges.
     """
     samples: Any = start(n=n, seed=_noise.fold_in(seed, _START), first_chain=first_chain)
     check_shapes(op, tuple(samples.shape[1:]), shape)
     small = samples.clamp(-1.0, 1.0).contiguous()
-    return interpolate(small, size=tuple(shape[1:]), mode="bilinear").to(device or "cpu")
+    large = interpolate(small, size=tuple(shape[1:]), mode="bicubic").clamp(-1.0, 1.0)
+    return large.to(device or "cpu")

@@ -14,7 +14,7 @@ _LISTS = more("Settings: one value each, or several to sweep over, such as 5,10,
 
 def sweep(
     *, out: Path = Path("runs/sweep"), config: str | None = None, seeds: Count | None = None,
-    grid: Annotated[bool | None, Parameter(negative="--axes")] = None,
+    grid: Annotated[bool | None, Parameter(negative="--axes")] = None, features: str | None = None,
     lists: "Annotated[settings_options(True), _LISTS]" = None,  # type: ignore[valid-type]
 ) -> Result:  # fmt: skip
     """Train over lists of settings and seeds; write tables and a plot of the results.
@@ -30,6 +30,7 @@ def sweep(
             digits).
         seeds: Number of runs of each point, 1 or more, with consecutive seeds (default: 3).
         grid: Run all combinations of the lists, or sweep one axis at a time (default: --axes).
+        features: Compare samples with the data also by these features, as evaluate does.
     """
     from fastlangevin.distributed import own_device
     from fastlangevin.learn.build import choose_device
@@ -41,7 +42,7 @@ def sweep(
     check_folder(out)
     stop = StopRequest()
     values = {name: parse_values(name, text) for name, text in (lists or {}).items()}
-    plan = read_sweep(config, values, seeds, grid)
+    plan = read_sweep(config, values, seeds, grid, features)
     total, count = len(plan.runs()), 0
 
     def report(run: Run, result: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ def test_an_iteration_equals_the_plain_loop_from_enlarged_samples(small: Path) -
     learner = ShortRunLearner(sampler, images, batch_size=5, data_noise=0.0, seed=3)
     seed = fl.noise.fold_in(3, 0)
     coarse = start(n=5, seed=fl.noise.fold_in(seed, 2**42)).clamp(-1, 1)
-    x0 = interpolate(coarse, scale_factor=2, mode="bilinear")
+    x0 = interpolate(coarse, scale_factor=2, mode="bicubic").clamp(-1, 1)
     with torch.no_grad():
         samples = fl.LangevinSampler(energy, steps=2)(x0, seed=seed)
         expected = energy(samples).mean()

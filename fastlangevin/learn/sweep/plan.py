@@ -42,6 +42,8 @@ class Sweep:
         fields at the centre.
     seeds: number of runs of each point, with the seeds centre.seed, centre.seed + 1, ...
     grid: sweep all combinations of the axes instead.
+    features: name of the features by which samples are also compared with the data, as for
+        ``evaluate``; None for none.
 
     If lr or data_noise is swept, its final value is scaled in proportion, unless that is swept too.
     Raises ValueError naming the field and the invalid value.
@@ -51,12 +53,15 @@ class Sweep:
     axes: dict[str, list[Any]]
     seeds: int = 3
     grid: bool = False
+    features: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.seeds, int) or isinstance(self.seeds, bool) or self.seeds < 1:
             raise ValueError(f"sweep: seeds must be at least 1, got {brief(self.seeds)}")
         if not isinstance(self.grid, bool):
             raise ValueError(f"sweep: grid must be true or false, got {brief(self.grid)}")
+        if not isinstance(self.features, str | None):
+            raise ValueError(f"sweep: features must be a name, got {brief(self.features)}")
         if not isinstance(self.axes, Mapping) or not self.axes:
             raise ValueError("sweep: no field is swept; give some field two or more values")
         axes = {name: self._cast_axis(name, values) for name, values in self.axes.items()}
@@ -140,11 +145,12 @@ def read_sweep(
     lists: Mapping[str, Sequence[Any]] | None = None,
     seeds: int | None = None,
     grid: bool | None = None,
+    features: str | None = None,
 ) -> Sweep:
     """Make a sweep from a config, as for :func:`resolve`, and lists of values by field.
 
-    A file may also hold ``axes`` (lists by field), ``seeds`` and ``grid``, which the arguments
-    replace. A list of one value sets the centre; longer lists are axes.
+    A file may also hold ``axes`` (lists by field), ``seeds``, ``grid`` and ``features``, which the
+    arguments replace. A list of one value sets the centre; longer lists are axes.
 
     Raises ValueError naming the invalid setting, and FileError, whose message begins with the path,
     if the file is at fault.
@@ -157,9 +163,11 @@ def read_sweep(
     file_seeds, file_grid = changes.pop("seeds", 3), changes.pop("grid", False)
     seeds = file_seeds if seeds is None else seeds
     grid = file_grid if grid is None else grid
+    file_features = changes.pop("features", None)
+    features = file_features if features is None else features
     for name in changes:
         if name not in FIELDS:
-            allowed = [*FIELDS, "axes", "seeds", "grid", "config"]
+            allowed = [*FIELDS, "axes", "seeds", "grid", "features", "config"]
             raise FileError(no_setting(str(config), [name], allowed))
     for name, values in (lists or {}).items():
         if not values:
@@ -170,7 +178,7 @@ def read_sweep(
         else:
             axes[name] = values
     try:
-        return Sweep(resolve(base, changes), axes, seeds, grid)
+        return Sweep(resolve(base, changes), axes, seeds, grid, features)
     except ValueError as error:
         if config is None or str(config) == base or lists:
             raise

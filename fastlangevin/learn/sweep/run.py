@@ -24,6 +24,7 @@ from fastlangevin.learn.config import TrainConfig, of_its_version, read_settings
 from fastlangevin.learn.divergence import DivergedError
 from fastlangevin.learn.errors import FileError
 from fastlangevin.learn.evaluation.classifier import QualityCheck
+from fastlangevin.learn.evaluation.feature_check import FeatureCheck
 from fastlangevin.learn.log import read_records
 from fastlangevin.learn.model import load
 from fastlangevin.learn.reading import brief, read_bytes, read_json
@@ -39,10 +40,18 @@ PLAN, RESULT, CLAIMS = "sweep.yaml", "result.json", ".claims"
 _POLL = 2.0  # seconds between checks of what other processes have done
 MARK = "# The plan of a fastlangevin sweep.\n"
 SAMPLES = 1024
-# The measures of a run, in the order of tables and plots.
+FEATURE_SAMPLES = 2048  # more, because features have more dimensions than coarse pixels
+# The measures of a run, in the order of tables and plots. Only a sweep with features has those of
+# features.
+OF_FEATURES = {
+    "feature_frechet": "Frechet distance of features",
+    "feature_kernel": "kernel distance of features",
+    "feature_recall": "recall of features",
+}
 MEASURES = {
     "sure": "fraction of sure samples",
     "frechet": "Frechet distance of pixels",
+    **OF_FEATURES,
     "gap": "energy gap, data - samples",
     "gap_rms": "its root mean square",
     "grad_norm": "gradient magnitude",
@@ -50,7 +59,8 @@ MEASURES = {
 }
 
 RunReport = Callable[[Run, Mapping[str, Any]], None]
-Judge = Callable[[TrainConfig], QualityCheck]
+# Measures the samples of a run with this config.
+Judge = Callable[[TrainConfig, Tensor], dict[str, float | None]]
 
 
 def run_sweep(
@@ -87,7 +97,8 @@ def run_sweep(
     _check_folder(plan, out)
     for run in runs:
         _read_result(out / run.name)  # raises an error for a damaged result before any work
-    judge_of = _check_runs(runs)
+    judge = _check_runs(runs, plan.features)
+    count = sample_count(plan.features)
     stop = stop or StopRequest()
     if not (out / PLAN).exists():
         save_text(out / PLAN, MARK + yaml.safe_dump(plan.plan(), sort_keys=False))
@@ -98,7 +109,7 @@ def run_sweep(
             if run.name in results:
                 continue
             result = _read_result(out / run.name) or _claim_and_make(
-                run, out, judge_of, stop, progress
+                run, out, count, judge, stop, progress
             )
             if stop.signal is not None:
                 return None
@@ -124,7 +135,7 @@ def _wait_for_others(stop: StopRequest) -> bool:
 
 
 def _claim_and_make(
-    run: Run, out: Path, judge_of: Judge, stop: StopRequest, progress: Report
+    run: Run, out: Path, count: int, judge: Judge, stop: StopRequest, progress: Report
 ) -> dict[str, Any] | None:
     """Make a run, unless another process works on it or a signal ends it: then return None."""
     own_stop, lost = StopRequest(), threading.Event()
@@ -139,7 +150,7 @@ def _claim_and_make(
             return None
         result = _read_result(out / run.name)  # another process may just have finished it
         try:
-            result = result or _make_run(run, out / run.name, judge_of, own_stop, progress)
+            result = result or _make_run(run, out / run.name, count, judge, own_stop, progress)
         except FolderInUseError:  # by a process whose claim has expired, but which still holds it
             return None
     if not lost.is_set():
@@ -177,10 +188,21 @@ def _check_folder(plan: Sweep, out: Path) -> None:
             )
 
 
-def _check_runs(runs: Sequence[Run]) -> Judge:
+def sample_count(features: str | None) -> int:
+    """Return how many samples of each run are measured."""
+    return SAMPLES if features is None else FEATURE_SAMPLES
+
+
+def _check_runs(runs: Sequence[Run], features: str | None) -> Judge:
     """Build the learner of every point once; return a function that judges a run's samples."""
     data_of = functools.cache(load_data)
-    judge_of = functools.cache(lambda source: QualityCheck(data_of(source)))
+    quality_of = functools.cache(lambda source: QualityCheck(data_of(source)))
+
+    @functools.cache
+    def feature_check_of(source: TrainConfig) -> FeatureCheck | None:
+        if features is None:
+            return None
+        return FeatureCheck(data_of(source), features, choose_device(source.device))
 
     def source(config: TrainConfig) -> TrainConfig:
         """Return a config that differs from the first run's only in its data."""
@@ -194,11 +216,18 @@ def _check_runs(runs: Sequence[Run]) -> Judge:
             build_learner(run.config, data_of(source(run.config)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"sweep: at {describe(run.settings)}: {error}") from error
-    return lambda config: judge_of(source(config))
+        feature_check_of(source(run.config))  # raises an error for unknown features
+
+    def judge(config: TrainConfig, images: Tensor) -> dict[str, float | None]:
+        check = feature_check_of(source(config))
+        of_features = {} if check is None else check(images)._asdict()
+        return quality_of(source(config))(images)._asdict() | of_features
+
+    return judge
 
 
 def _make_run(
-    run: Run, folder: Path, judge_of: Judge, stop: StopRequest, progress: Report
+    run: Run, folder: Path, count: int, judge: Judge, stop: StopRequest, progress: Report
 ) -> dict[str, Any] | None:
     """Train or resume a run, measure its samples and save the result; None if a signal ended it."""
     config = run.config
@@ -224,9 +253,9 @@ def _make_run(
     if records:
         measures["seconds"] = statistics.median(record["seconds"] for record in records)
     if diverged is None:
-        images = _draw_samples(config, folder)
+        images = _draw_samples(config, folder, count)
         if bool(images.isfinite().all()):
-            measures |= judge_of(config)(images)._asdict()
+            measures |= judge(config, images)
             measures |= _settled_measures(records)
         else:
             diverged = {"iteration": config.iterations, "reason": "samples are not finite"}
@@ -235,13 +264,13 @@ def _make_run(
     return _read_result(folder)
 
 
-def _draw_samples(config: TrainConfig, folder: Path) -> Tensor:
+def _draw_samples(config: TrainConfig, folder: Path, count: int) -> Tensor:
     """Run new chains from p0 through the trained model, a batch at a time."""
     sampler = load(folder, device=choose_device(config.device))
     seed, size = _noise.fold_in(config.seed, SWEEP), config.batch_size
     batches = [
-        sampler(n=min(size, SAMPLES - first), seed=seed, first_chain=first).cpu()
-        for first in range(0, SAMPLES, size)
+        sampler(n=min(size, count - first), seed=seed, first_chain=first).cpu()
+        for first in range(0, count, size)
     ]
     return torch.cat(batches)
 
@@ -272,14 +301,14 @@ def _read_result(folder: Path) -> dict[str, Any] | None:
             f"{path} is damaged or from another version; remove it, and the same command measures "
             "the run again from its checkpoint"
         )
-    return dict(result)
+    return dict.fromkeys(OF_FEATURES) | result
 
 
 def _is_result(result: Any) -> bool:
     """Return whether a value has all entries that tables and plots read."""
     if not isinstance(result, dict) or not {"settings", "seed", "diverged"} <= result.keys():
         return False
-    numbers = [result.get(name, "missing") for name in MEASURES]
+    numbers = [result.get(name, None if name in OF_FEATURES else "missing") for name in MEASURES]
     end = result["diverged"]
     return all(value is None or isinstance(value, int | float) for value in numbers) and (
         end is None or (isinstance(end, dict) and {"iteration", "reason"} <= end.keys())

@@ -16,6 +16,7 @@ from fastlangevin.learn.atomic import replacing, save_json, save_text
 from fastlangevin.learn.build import choose_device, load_data
 from fastlangevin.learn.config import TrainConfig
 from fastlangevin.learn.evaluation.classifier import QualityCheck
+from fastlangevin.learn.evaluation.feature_check import FeatureCheck
 from fastlangevin.learn.reading import as_json
 from fastlangevin.learn.sweep import run
 from fastlangevin.learn.sweep.plan import VERSION, Settings, Sweep, describe
@@ -40,7 +41,9 @@ def outcome(result: Result) -> str:
     if result["diverged"]:
         return f"diverged at iteration {result['diverged']['iteration']}"
     sure = "" if result["sure"] is None else f"sure of {result['sure']:.0%}, "
-    return f"{sure}Frechet distance {result['frechet']:.3g}"
+    of_features = result["feature_frechet"]
+    features = "" if of_features is None else f", of features {of_features:.4g}"
+    return f"{sure}Frechet distance {result['frechet']:.3g}{features}"
 
 
 def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
     The measures of a point are {"mean", "error", "n"} over its n runs that did not diverge. The
     error is the standard error, the standard deviation / sqrt(n), and None for n = 1.
     """
+    samples = run.sample_count(plan.features)
     points = []
     for settings in plan.points():
         runs = [result for result in results if result["settings"] == as_json(settings)]
@@ -59,19 +63,24 @@ def summarise(plan: Sweep, results: Sequence[Result]) -> dict[str, Any]:
         "format": "fastlangevin sweep",
         "version": VERSION,
         "machine": _machine(plan.centre.device),
-        "samples": run.SAMPLES,
+        "samples": samples,
         "plan": plan.plan(),
         "lines": {name: plan.lines(name) for name in plan.axes},
-        "marks": marks_of(plan.centre, run.SAMPLES),
+        "marks": marks_of(plan.centre, samples, plan.features),
         "points": points,
     }
     return dict(as_json(content))
 
 
-def marks_of(centre: TrainConfig, samples: int) -> dict[str, Any]:
+def marks_of(centre: TrainConfig, samples: int, features: str | None = None) -> dict[str, Any]:
     """Return the reference values for a number of samples of the centre's data, JSON-ready."""
-    marks = QualityCheck(load_data(centre)).marks(samples)
-    return {name: mark._asdict() for name, mark in marks.items()}
+    data = load_data(centre)
+    marks = {name: mark._asdict() for name, mark in QualityCheck(data).marks(samples).items()}
+    if features is not None:
+        check = FeatureCheck(data, features, choose_device(centre.device))
+        for name, quality in check.marks(samples).items():
+            marks[name] |= quality._asdict()
+    return marks
 
 
 def to_markdown(content: Mapping[str, Any]) -> str:
@@ -85,21 +94,23 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         "Centre: " + describe({name: centre[name] for name in axes}) + ".",
         "; ".join(
             f"{name}: sure {_text(mark['sure'])}, Frechet distance {_text(mark['frechet'])} "
-            f"({mark['images']} against {mark['reference']})"
+            f"({mark['images']} against {mark['reference']}){_features_text(mark)}"
             for name, mark in content["marks"].items()
         )
         + ".",
     ]
-    titles = [*run.MEASURES.values(), "diverged"]
+    measures = _measures(content)
+    titles = [*measures.values(), "diverged"]
     if content["plan"]["grid"]:
         rows = [
-            [*(str(point["settings"][name]) for name in axes), *_cells(point)]
+            [*(str(point["settings"][name]) for name in axes), *_cells(point, measures)]
             for point in content["points"]
         ]
         parts.append(markdown_table([*axes, *titles], rows))
     else:
         for name, lines in content["lines"].items():
-            columns = [titles, *(_cells(point) for point in _points_on(content, lines[0]))]
+            points = _points_on(content, lines[0])
+            columns = [titles, *(_cells(point, measures) for point in points)]
             header = [name, *(str(value) for value in axes[name])]
             parts.append(markdown_table(header, zip(*columns, strict=True)))
     diverged = [
@@ -129,7 +140,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
         # If every run diverged, one row of plots shows only tick labels that say so.
         measured = [
             name
-            for name in run.MEASURES
+            for name in _measures(content)
             if any(point["measures"][name] is not None for point in content["points"])
         ] or ["frechet"]
         figure = Figure(figsize=(3.2 * len(axes), 1.9 * len(measured)), layout="constrained")
@@ -172,9 +183,21 @@ def _points_on(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator
         yield next(point for point in content["points"] if point["settings"] == settings)
 
 
-def _cells(point: Mapping[str, Any]) -> list[str]:
+def _measures(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the titles of the measures that a sweep makes, by name."""
+    features = content["plan"].get("features")
+    left_out = run.OF_FEATURES if features is None else {}
+    return {name: title for name, title in run.MEASURES.items() if name not in left_out}
+
+
+def _features_text(mark: Mapping[str, Any]) -> str:
+    distance = mark.get("feature_frechet")
+    return "" if distance is None else f", of features {distance:.4g}"
+
+
+def _cells(point: Mapping[str, Any], measures: Iterable[str]) -> list[str]:
     cells = []
-    for statistic in point["measures"].values():
+    for statistic in (point["measures"][name] for name in measures):
         cells.append("-" if statistic is None else _text(statistic["mean"]))
         if statistic is not None and statistic["error"] is not None:
             cells[-1] += f" ± {statistic['error']:.1g}"

@@ -17,10 +17,14 @@ import pytest
 import torch
 import yaml
 
+import fastlangevin as fl
 from fastlangevin.learn import load_images, resolve, sweep, train
 from fastlangevin.learn.checkpoint import read_checkpoint
 from fastlangevin.learn.data.load import ImageData
 from fastlangevin.learn.evaluation.classifier import QualityCheck, coarse
+from fastlangevin.learn.evaluation.evaluate import evaluate
+from fastlangevin.learn.evaluation.features import make_features
+from fastlangevin.learn.seeds import SWEEP
 from fastlangevin.learn.sweep.plan import Sweep, read_sweep
 from fastlangevin.learn.sweep.run import run_sweep
 from fastlangevin.learn.sweep.write_sweep import summarise, to_markdown, write_report
@@ -246,7 +250,9 @@ def test_a_sweep_writes_its_tables_and_pictures(
     pytest.importorskip("matplotlib")
     before = (tmp_path / "sweep.svg").read_bytes()
     texts = {e.text for e in ElementTree.fromstring(before).iter() if e.tag.endswith("}text")}
-    assert {"steps", "1", "2", *sweep.run.MEASURES.values()} <= texts
+    measured = sweep.run.MEASURES.keys() - sweep.run.OF_FEATURES.keys()
+    assert {"steps", "1", "2", *(sweep.run.MEASURES[name] for name in measured)} <= texts
+    assert "of features" not in text
     write_report(plan, whole[1], tmp_path)
     assert (tmp_path / "sweep.svg").read_bytes() == before
     assert len(written) == 3
@@ -262,18 +268,19 @@ def test_the_pages_tables_are_those_of_the_results(
     page = Path(shutil.copy(root / "docs" / "sweep.md", tmp_path))
     found = sorted((root / "benchmarks" / "results").glob("sweep-*.json"))
     files = [Path(shutil.copy(path, tmp_path)) for path in found]
-    contents = [json.loads(path.read_text()) for path in files]
-    assert all(to_markdown(content) in page.read_text() for content in contents)
-    stale = contents[0] | {"marks": {}}
-    files[0].write_text(json.dumps(stale))
-    report_sweep.main([*map(str, files), "--marks", "--docs", str(page)])
-    for path, content in zip(files, contents, strict=True):
+    contents = {path: json.loads(path.read_text()) for path in files}
+    assert all(to_markdown(content) in page.read_text() for content in contents.values())
+    # The other sweeps' data are not in the package.
+    digits = [path for path in files if contents[path]["plan"]["centre"]["data"] == "digits"]
+    digits[0].write_text(json.dumps(contents[digits[0]] | {"marks": {}}))
+    report_sweep.main([*map(str, digits), "--marks", "--docs", str(page)])
+    for path, content in ((path, contents[path]) for path in digits):
         again = json.loads(path.read_text())
         for name, mark in content["marks"].items():
             # Another machine's classifier may differ a little.
             assert again["marks"][name] == pytest.approx(mark, rel=0.01)
         assert to_markdown(again) in page.read_text()
-    assert capsys.readouterr().out.count("real images: sure") == len(files)
+    assert capsys.readouterr().out.count("real images: sure") == len(digits)
 
 
 def test_the_table_of_a_grid_has_a_line_for_each_point(whole: tuple[Path, Results]) -> None:
@@ -326,6 +333,39 @@ def test_marks_have_the_samples_counts() -> None:
     assert marks[0][2:] == (60, 100)
 
 
+def test_a_sweep_also_compares_features(
+    plan: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the figures of evaluate, for the samples that the run's model draws."""
+    monkeypatch.setattr(sweep.run, "FEATURE_SAMPLES", 30)
+    axes = dataclasses.replace(plan, axes={"steps": [1]}, seeds=1, features="pixels")
+    results = run_sweep(axes, tmp_path / "sweep")
+    assert results is not None
+    data = load_images("digits", limit=100)
+    x = fl.load(tmp_path / "sweep" / axes.runs()[0].name)(n=30, seed=fl.noise.fold_in(5, SWEEP))
+    features = make_features("pixels", data)
+    with pytest.warns(UserWarning, match="its covariance has rank 49"):
+        of_samples = evaluate({"samples": x}, data, features, reference=50, seed=1)
+    figures = of_samples.figures["samples"]
+    found = [results[0][name] for name in sweep.run.OF_FEATURES]
+    want = [figures.frechet_distance, figures.kernel_distance, figures.recall]
+    assert found == pytest.approx(want)
+    content = summarise(axes, results)
+    marks = [content["marks"][name] for name in ("real images", "uniform noise")]
+    assert marks[0]["feature_frechet"] < marks[1]["feature_frechet"]
+    assert f"| Frechet distance of features | {found[0]:.3g} |" in to_markdown(content)
+    assert f", of features {marks[0]['feature_frechet']:.4g}" in to_markdown(content)
+
+
+def test_unknown_features_are_refused_before_a_run(plan: Sweep, tmp_path: Path) -> None:
+    unknown = dataclasses.replace(plan, features="pixel")
+    with pytest.raises(ValueError, match=r"features must be auto, .* got 'pixel'"):
+        run_sweep(unknown, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+    with pytest.raises(ValueError, match="sweep: features must be a name, got 3"):
+        dataclasses.replace(plan, features=3)
+
+
 def test_quality_of_data_without_labels() -> None:
     data = dataclasses.replace(load_images("digits", limit=50), labels=None)
     assert QualityCheck(data)(torch.zeros(8, 1, 8, 8)).sure is None
@@ -373,7 +413,7 @@ def test_sweep_refuses_folders_that_it_cannot_use(
         lambda text: text.replace('"gap"', '"gaps"'),
         lambda text: text.replace('"seed"', '"need"'),
         lambda text: text.replace('"diverged": null', '"diverged": {"iteration": 3}'),
-        lambda text: text.replace('"frechet": ', '"frechet": "lost", "other": '),
+        lambda text: text.replace(' "frechet": ', ' "frechet": "lost", "other": '),
     ],
     ids=["cut", "empty", "list", "bytes", "no measure", "no seed", "no reason", "no number"],
 )
