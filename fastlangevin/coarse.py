@@ -42,11 +42,22 @@ def enlarged_samples(
 ) -> Tensor:
     """Return n samples of ``start``, kept in [-1, 1] and enlarged to images of ``shape``.
 
-    Row i is a function of (seed, first_chain + i). Pixels are interpolated bicubically, and kept in
-    [-1, 1] again, since that interpolation overshoots at edges.
+    Row i is a function of (seed, first_chain + i).
     """
-    samples: Any = start(n=n, seed=_noise.fold_in(seed, _START), first_chain=first_chain)
+    samples: Any = start(n=n, seed=start_seed(seed), first_chain=first_chain)
     check_shapes(op, tuple(samples.shape[1:]), shape)
-    small = samples.clamp(-1.0, 1.0).contiguous()
-    large = interpolate(small, size=tuple(shape[1:]), mode="bicubic").clamp(-1.0, 1.0)
-    return large.to(device or "cpu")
+    return enlarged(samples, shape).to(device or "cpu")
+
+
+def start_seed(seed: int) -> int:
+    """Return the seed of the start's chains, for the seed of chains that begin at their ends."""
+    return _noise.fold_in(seed, _START)
+
+
+def enlarged(small: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return images [n, C, h, w], kept in [-1, 1] and enlarged to [n, *shape].
+
+    Pixels are interpolated bicubically, which overshoots at edges, and kept in [-1, 1] again.
+    """
+    bounded = small.clamp(-1.0, 1.0).contiguous()
+    return interpolate(bounded, size=tuple(shape[1:]), mode="bicubic").clamp(-1.0, 1.0)

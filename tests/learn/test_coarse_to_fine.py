@@ -14,6 +14,7 @@ from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint, save
 from fastlangevin.learn.diagnosis import write_diagnosis
 from fastlangevin.learn.model import export
 from fastlangevin.learn.sample_shards import sample_shards
+from fastlangevin.learn.tasks.run_tasks import interpolate_run
 from tests.command import run_command
 from tests.learn.train_shared import SETTINGS, CutError, assert_same_end, cut_at
 
@@ -41,6 +42,22 @@ def fine(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("coarse") / "fine"
     train(config, out)
     return out
+
+
+def test_interpolations_begin_at_the_first_models_noise(fine: Path) -> None:
+    """And run the chains of every model; frozen noise is that of the sampler's own chains."""
+    sampler = fl.load(fine)
+    start = sampler.start
+    assert start is not None
+    seed = fl.noise.fold_in(4, 2**42)
+    z = start.starts(6, seed=seed)
+    found = interpolate_run(fine, sampler, n=3, frames=3, noise="frozen", seed=4).arrays
+    for frame, points in enumerate((z[1::2], (z[::2] + z[1::2]) / 2**0.5, z[::2])):
+        small = start(points, seed=seed).clamp(-1, 1)
+        x0 = interpolate(small, scale_factor=2, mode="bicubic").clamp(-1, 1)
+        torch.testing.assert_close(found[2 - frame], sampler(x0, seed=4))
+    quiet = interpolate_run(fine, sampler, n=3, frames=3, seed=4).arrays
+    assert not torch.equal(quiet, found)
 
 
 def test_an_iteration_equals_the_plain_loop_from_enlarged_samples(small: Path) -> None:

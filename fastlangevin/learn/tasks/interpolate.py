@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastlangevin.arguments import check_count
-from fastlangevin.learn.tasks.reconstruct import check_batch, with_noise
-from fastlangevin.names import keywords_checked
+from fastlangevin.coarse import enlarged, start_seed
+from fastlangevin.learn.tasks.reconstruct import NOISES, check_batch, with_noise
+from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.progress import Report, silent
 from fastlangevin.sampler import LangevinSampler
 
@@ -31,7 +32,9 @@ def interpolate(
 
     Args:
         z1, z2: Starts [n, ...]. If they are independent draws from p0, every z_rho has the variance
-            of p0, 1/3, but not its distribution: its elements reach sqrt(2).
+            of p0, 1/3, but not its distribution: its elements reach sqrt(2). If the sampler's
+            chains start from a model of smaller images (``start``), they may be starts of that
+            model. Its chains then run first, and the sampler's begin at their enlarged ends.
         frames: Number of points, 2 or more, including both ends.
         noise: Noise in the chain, "off" or "frozen". Frozen noise of chain i is the same in all
             frames.
@@ -48,11 +51,19 @@ def interpolate(
         check_batch(op, name, z)
     if z1.shape != z2.shape:
         raise ValueError(f"{op}: z2 must have z1's shape {list(z1.shape)}, got {list(z2.shape)}")
-    deterministic = with_noise(op, sampler, noise)
+    check_name(f"{op}: noise", noise, NOISES)
     angles = [math.pi / 2 * k / (frames - 1) for k in range(frames)]
     weights = [(1.0, 0.0), *((math.cos(a), math.sin(a)) for a in angles[1:-1]), (0.0, 1.0)]
     ends = []
     for a, b in weights:
-        ends.append(deterministic(a * z1 + b * z2, seed=seed))
+        ends.append(_run_chains(sampler, a * z1 + b * z2, noise, seed))
         report("frame", len(ends), frames)
     return torch.stack(ends)
+
+
+def _run_chains(sampler: LangevinSampler, z: Tensor, noise: str, seed: int) -> Tensor:
+    """Run the chains of every model, from the one whose images have the size of z."""
+    shape = getattr(sampler.energy, "shape", None)
+    if sampler.start is not None and shape is not None and z.shape[1:] != torch.Size(shape):
+        z = enlarged(_run_chains(sampler.start, z, noise, start_seed(seed)), shape)
+    return with_noise("interpolate", sampler, noise)(z, seed=seed)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlangevin.coarse import start_seed
 from fastlangevin.gradients.modules import device_of
 from fastlangevin.learn.build import load_data
 from fastlangevin.learn.data.load import load_images
@@ -110,12 +111,13 @@ def interpolate_run(
 ) -> TaskResult:
     """Interpolate between n pairs of random starts, or of starts fitted to images.
 
-    The picture has a row per pair, the GIF goes there and back, and the array is [frames, n, ...].
+    Random starts are those of the first model if chains go coarse to fine. The picture has a row
+    per pair, the GIF goes there and back, and the array is [frames, n, ...].
     """
     run_config(run)  # raises an error for a checkpoint without data before any work
     rows: Summary = []
     if images is None:
-        z = sampler.starts(2 * (8 if n is None else n), shape=_shape(sampler), seed=seed)
+        z = _first_starts(sampler, 2 * (8 if n is None else n), seed)
     else:
         source, truth = _held_out(run, sampler, images, n, images_per_item=2, on_corrupt=on_corrupt)
         best = reconstruct(sampler, truth, seed=seed, **_reported(fit, report)).best()
@@ -302,6 +304,13 @@ def _held_out(
         with suggesting("images", source):
             data = load_held_out(config, _shape(sampler), source)
     return data.name, spaced_images(data, n, device_of(sampler.energy), images_per_item, default_n)
+
+
+def _first_starts(sampler: LangevinSampler, n: int, seed: int) -> Tensor:
+    """Draw starts from p0, of the first model if the chains go coarse to fine."""
+    while sampler.start is not None:
+        sampler, seed = sampler.start, start_seed(seed)
+    return sampler.starts(n, shape=_shape(sampler), seed=seed)
 
 
 def _shape(sampler: LangevinSampler) -> tuple[int, int, int]:
