@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 import fastlangevin as fl
+from fastlangevin.coarse import enlarged
 
 
 def sampler(size: int, start: fl.LangevinSampler | None = None, **settings: object) -> object:
@@ -28,12 +29,28 @@ def test_chains_start_from_enlarged_samples_of_the_start(fine: fl.LangevinSample
     assert fine.start is not None
     starts = fine.starts(5, seed=7)
     small = fine.start(n=5, seed=fl.noise.fold_in(7, 2**42)).clamp(-1, 1)
-    large = interpolate(small, scale_factor=2, mode="bicubic")
-    assert torch.equal(starts, large.clamp(-1, 1))
+    assert torch.equal(starts, enlarged(small, (3, 32, 32)))
     assert torch.equal(fine(n=5, seed=7), fine(starts, seed=7))
     plain = fl.LangevinSampler(fine.energy, steps=3, step_size=2.0)
     assert not torch.equal(fine(n=5, seed=7), plain(n=5, seed=7))
     assert torch.equal(fine(starts, seed=7), plain(starts, seed=7))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 24, 12), (3, 8, 8)])
+def test_enlarged_images_are_the_small_ones_if_reduced_again(shape: tuple[int, int, int]) -> None:
+    """And equal pixels stay as they are."""
+    small = fl.noise.uniform((4, 3, 8, 8), seed=0, step=0) - 0.5
+    small = torch.nn.functional.avg_pool2d(small, 3, 1, 1, count_include_pad=False)
+
+    def error(large: Tensor) -> float:
+        reduced = interpolate(large, size=(8, 8), mode="bicubic", antialias=True)
+        return float((reduced - small).norm() / small.norm())
+
+    large = enlarged(small, shape)
+    assert large.shape == (4, *shape)
+    assert error(large) <= 0.1 * error(interpolate(small, size=shape[1:], mode="bicubic"))
+    flat = torch.full((1, 3, 8, 8), 0.3)
+    torch.testing.assert_close(enlarged(flat, shape), torch.full((1, *shape), 0.3))
 
 
 def test_enlarged_starts_stay_within_the_bounds_of_images(coarse: fl.LangevinSampler) -> None:

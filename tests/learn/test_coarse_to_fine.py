@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import interpolate
 
 import fastlangevin as fl
+from fastlangevin.coarse import enlarged
 from fastlangevin.learn import ShortRunLearner, TrainConfig, resolve, train
 from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from fastlangevin.learn.diagnosis import write_diagnosis
@@ -53,8 +53,8 @@ def test_interpolations_begin_at_the_first_models_noise(fine: Path) -> None:
     z = start.starts(6, seed=seed)
     found = interpolate_run(fine, sampler, n=3, frames=3, noise="frozen", seed=4).arrays
     for frame, points in enumerate((z[1::2], (z[::2] + z[1::2]) / 2**0.5, z[::2])):
-        small = start(points, seed=seed).clamp(-1, 1)
-        x0 = interpolate(small, scale_factor=2, mode="bicubic").clamp(-1, 1)
+        small = start(points, seed=seed)
+        x0 = enlarged(small, (1, 16, 16))
         torch.testing.assert_close(found[2 - frame], sampler(x0, seed=4))
     quiet = interpolate_run(fine, sampler, n=3, frames=3, seed=4).arrays
     assert not torch.equal(quiet, found)
@@ -67,8 +67,8 @@ def test_an_iteration_equals_the_plain_loop_from_enlarged_samples(small: Path) -
     sampler = fl.LangevinSampler(energy, steps=2, start=start)
     learner = ShortRunLearner(sampler, images, batch_size=5, data_noise=0.0, seed=3)
     seed = fl.noise.fold_in(3, 0)
-    coarse = start(n=5, seed=fl.noise.fold_in(seed, 2**42)).clamp(-1, 1)
-    x0 = interpolate(coarse, scale_factor=2, mode="bicubic").clamp(-1, 1)
+    coarse = start(n=5, seed=fl.noise.fold_in(seed, 2**42))
+    x0 = enlarged(coarse, (1, 16, 16))
     with torch.no_grad():
         samples = fl.LangevinSampler(energy, steps=2)(x0, seed=seed)
         expected = energy(samples).mean()

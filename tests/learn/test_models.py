@@ -70,14 +70,21 @@ def test_its_record_says_how_to_repeat_it(name: str) -> None:
     count = sum(tensor.numel() for tensor in tensors.values())
     assert f"{count:,} parameters" in record["weights"]
     sampler = fl.load(name)
+    start, cooldown = asked.start, 0
     for command in reversed(record.get("first", [])):
+        if command.startswith("fastlangevin export"):
+            _, _, run, _, steps, _, out = shlex.split(command)  # RUN --cooldown STEPS --out FILE
+            assert start == out
+            start, cooldown = run, int(steps)
+            continue
         before, out = config_of(command)
-        assert asked.start == out
+        assert start == out
         assert sampler.start is not None
-        sampler, asked = sampler.start, before
+        sampler, start = sampler.start, before.start
         assert sampler.energy.shape == (before.channels or 3, before.size, before.size)
-        assert (sampler.steps, sampler.energy.width) == (before.steps, before.width)
-    assert asked.start is None
+        assert (sampler.steps, sampler.energy.width) == (before.steps + cooldown, before.width)
+        cooldown = 0
+    assert start is None
     assert sampler.start is None
 
 
