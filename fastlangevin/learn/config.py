@@ -206,8 +206,8 @@ def _cast(name: str, value: Any) -> Any:
     kinds = typing.get_args(TYPES[name]) if is_union else (TYPES[name],)
     kind, optional = kinds[0], type(None) in kinds
     try:
-        if value is None and optional:
-            return None
+        if optional and (value is None or (isinstance(value, str) and value == "none")):
+            return None  # TOML has no null, and options say none
         if kind in (bool, str):
             if isinstance(value, kind):
                 return value

@@ -164,6 +164,7 @@ def short_chains(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
         shutil.copy(path, folder)
     _, info = checkpoint.read_checkpoint(MODELS["cifar10"])
     info["sampler"]["steps"], info["energy"]["width"] = 1, 2
+    del info["start"]
     energy = fl.ConvEnergy(**info["energy"])
     tensors = {f"model.{name}": value for name, value in energy.state_dict().items()}
     checkpoint.save_checkpoint(folder / MODELS["cifar10"].name, tensors, info)
