@@ -32,7 +32,7 @@ from fastlangevin.learn.tasks.measurements import (
     picture,
 )
 from fastlangevin.learn.tasks.restore import SAMPLES, restore
-from fastlangevin.learn.tasks.restore_moments import Conditional, Moments, moments
+from fastlangevin.learn.tasks.restore_moments import Conditional, Moments, lacking, moments
 from fastlangevin.sampler import LangevinSampler
 
 NOISES = (0.0, 0.1)
@@ -184,7 +184,7 @@ def main() -> None:
     if data is None or len(data) < chosen.n:
         data = load_held_out(run_config(chosen.run), shape, chosen.images)
     images = spaced_images(data, chosen.n, None)
-    priors = {"moments": moments(sampler(n=SAMPLES, seed=0))}
+    priors = {"moments": moments(sampler(n=SAMPLES, seed=0), lacking(sampler))}
     if chosen.photographs:
         source = load_images(chosen.photographs, size=shape[-1], channels=shape[0])
         priors["photographs"] = moments(spaced_images(source, SAMPLES, None))

@@ -4,7 +4,7 @@ This is the default method of :func:`fastlangevin.learn.tasks.restore.restore`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ from fastlangevin.sampler import LangevinSampler
 
 LARGEST = 16384  # elements of an image; its covariance then takes 2 GiB
 ROUNDING = 1 / 255  # most that a picture's 256 levels change a pixel of [-1, 1]
+# Standard deviation of what images have and the ends of chains without noise lack. Of 0.05, 0.1,
+# 0.15 and 0.2, it was best for the model cifar10 and training images.
+LACKING = 0.2
 _ROWS = 1024  # images to which an operator is applied at a time
 
 
@@ -51,7 +54,7 @@ def from_moments(
     target = y.repeat_interleave(answers, 0)
     x0 = starts(sampler, max(samples, len(target)), shape, seed, y)
     ends = sampler(x0, seed=seed, callback=callback)
-    of_model = moments(ends[:samples])
+    of_model = moments(ends[:samples], lacking(sampler))
     conditional = Conditional(of_model, operator, noise, ends.dtype)
     mean = conditional(of_model.mean.expand(len(y), *shape), y)
     e = _noise.normal(target.shape, seed=seed, step=0, stream=_noise.USER, device=y.device)
@@ -65,13 +68,20 @@ class Moments(NamedTuple):
     covariance: Tensor  #: [d, d], where d is the number of elements of an image
 
 
-def moments(samples: Tensor) -> Moments:
+def lacking(sampler: LangevinSampler) -> float:
+    """Return :data:`LACKING` if the last step of the chains has no noise, else 0."""
+    noise = sampler.noise_std
+    last = noise[-1] if isinstance(noise, Sequence) else noise
+    return 0.0 if bool(torch.as_tensor(last).any()) else LACKING
+
+
+def moments(samples: Tensor, lacking: float = 0.0) -> Moments:
     """Estimate the mean and covariance of the distribution that samples [n, C, ...] come from.
 
     The covariance of n samples has rank n - 1 at most, less than the d elements of most images. It
     is therefore averaged with a stationary one:
 
-        covariance = (n S + d D) / (n + d)
+        covariance = (n S + d D) / (n + d) + lacking^2 I
 
     S is the covariance of the samples. In the basis of the discrete cosine transform over all axes
     but the channels, D is S without the entries between different frequencies. With these weights,
@@ -79,13 +89,17 @@ def moments(samples: Tensor) -> Moments:
     samples.
 
     samples: two or more.
+    lacking: standard deviation of what every element has and the samples lack. Smooth samples would
+        otherwise explain every detail of a measurement by large changes elsewhere.
     """
     x = samples.double()
     n, d = len(x), math.prod(x.shape[1:])
     mean = x.mean(0)
     flat = (x - mean).flatten(1)
     sampled = flat.T @ flat / (n - 1)
-    return Moments(mean, (n * sampled + d * stationary(x - mean)) / (n + d))
+    covariance = (n * sampled + d * stationary(x - mean)) / (n + d)
+    covariance.diagonal().add_(lacking**2)
+    return Moments(mean, covariance)
 
 
 def stationary(x: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ from fastlangevin.energies import GaussianEnergy
 from fastlangevin.learn import restore
 from fastlangevin.learn.tasks.measurements import Downsample, Mask, Operator, identity, measure
 from fastlangevin.learn.tasks.restore_moments import (
+    LACKING,
     LARGEST,
     ROUNDING,
     Conditional,
     Moments,
+    lacking,
     moments,
     stationary,
 )
@@ -59,6 +61,19 @@ def test_moments_of_any_shape_are_a_covariance(shape: tuple[int, ...]) -> None:
     n, d = 7, math.prod(shape)
     want = (n * torch.cov(x.flatten(1).T) + d * stationary(x - x.mean(0))) / (n + d)
     torch.testing.assert_close(covariance, want)
+
+
+def test_ends_of_chains_without_noise_lack_what_the_diagonal_gets(operator: Any) -> None:
+    """The default noise leaves the moments alone; none in the last step does not."""
+    assert lacking(fl.LangevinSampler(net(), steps=2)) == 0
+    quiet = fl.LangevinSampler(net(), steps=2, noise_std=[0.01, 0.0])
+    assert lacking(quiet) == lacking(fl.LangevinSampler(net(), steps=2, noise_std=0.0)) == LACKING
+    y, ends = operator(images(2)), quiet(n=6, seed=9)
+    plain = moments(ends)
+    wide = Moments(plain.mean, plain.covariance + LACKING**2 * torch.eye(D))
+    mean = Conditional(wide, operator, 0.1, torch.float32)(wide.mean.expand(2, *SHAPE), y)
+    found = restore(quiet, y, operator, answers=3, samples=6, seed=9, measurement_noise=0.1).mean
+    torch.testing.assert_close(found, mean.to(found.dtype), rtol=0, atol=1e-5)
 
 
 def test_without_positions_the_covariance_is_that_of_the_samples() -> None:
