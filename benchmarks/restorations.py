@@ -32,7 +32,7 @@ from fastlangevin.learn.tasks.measurements import (
     picture,
 )
 from fastlangevin.learn.tasks.restore import SAMPLES, restore
-from fastlangevin.learn.tasks.restore_moments import Conditional, Moments, lacking, moments
+from fastlangevin.learn.tasks.restore_moments import Conditional, Moments, lacking_std, moments
 from fastlangevin.sampler import LangevinSampler
 
 NOISES = (0.0, 0.1)
@@ -80,6 +80,11 @@ def without_model(name: str, operator: Operator, y: Tensor, mean: Tensor) -> dic
         "measurement, smoothed": smooth(seen),
         "simple, smoothed": smooth(better),
     }
+
+
+def model_moments(sampler: LangevinSampler) -> Moments:
+    """Return the moments with which :func:`restore` restores images at its default seed."""
+    return moments(sampler(n=SAMPLES, seed=0), lacking_std(sampler))
 
 
 def errors(
@@ -184,7 +189,7 @@ def main() -> None:
     if data is None or len(data) < chosen.n:
         data = load_held_out(run_config(chosen.run), shape, chosen.images)
     images = spaced_images(data, chosen.n, None)
-    priors = {"moments": moments(sampler(n=SAMPLES, seed=0), lacking(sampler))}
+    priors = {"moments": model_moments(sampler)}
     if chosen.photographs:
         source = load_images(chosen.photographs, size=shape[-1], channels=shape[0])
         priors["photographs"] = moments(spaced_images(source, SAMPLES, None))

@@ -63,10 +63,11 @@ def enlarged(small: Tensor, shape: Sequence[int]) -> Tensor:
     reduces bicubically, as images of data are reduced. The result is kept in [-1, 1], which it
     exceeds at edges.
     """
-    bounded = small.clamp(-1.0, 1.0).contiguous()
+    precise = torch.promote_types(small.dtype, torch.float32)
+    bounded = small.to(precise).clamp(-1.0, 1.0).contiguous()
     size, small_size = tuple(shape[1:]), tuple(small.shape[2:])
-    large = torch.zeros(*small.shape[:2], *size, dtype=small.dtype, device=small.device)
+    large = torch.zeros(*small.shape[:2], *size, dtype=precise, device=small.device)
     for _ in range(_PASSES):
         reduced = interpolate(large, size=small_size, mode="bicubic", antialias=True)
         large += interpolate(bounded - reduced, size=size, mode="bicubic")
-    return large.clamp(-1.0, 1.0)
+    return large.clamp(-1.0, 1.0).to(small.dtype)

@@ -8,10 +8,18 @@ import pytest
 import torch
 
 import fastlangevin as fl
-from benchmarks.restorations import cell, errors, filled, main, tables, without_model, won
+from benchmarks.restorations import (
+    cell,
+    errors,
+    filled,
+    main,
+    model_moments,
+    tables,
+    without_model,
+    won,
+)
 from fastlangevin.learn.tasks.measurements import Downsample, Grey, make_operator, measure
-from fastlangevin.learn.tasks.restore import SAMPLES, restore
-from fastlangevin.learn.tasks.restore_moments import moments
+from fastlangevin.learn.tasks.restore import restore
 
 BOX = make_operator("mask", (1, 8, 8))
 
@@ -36,10 +44,11 @@ def test_answers_without_a_model() -> None:
     torch.testing.assert_close(grey["measurement"], Grey()(x).expand_as(x))
 
 
-def test_errors_are_those_of_restore() -> None:
-    sampler = fl.load("digits", steps=3)
+@pytest.mark.parametrize("noise_std", [0.01, 0.0])
+def test_errors_are_those_of_restore(noise_std: float) -> None:
+    sampler = fl.load("digits", steps=3, noise_std=noise_std)
     x = fl.learn.load_images("digits").batch(range(1500, 1504))
-    priors = {"moments": moments(sampler(n=SAMPLES, seed=0))}
+    priors = {"moments": model_moments(sampler)}
     found = errors(sampler, x, "mask", 0.1, priors, ["posterior", "clamped"])
     y = measure(BOX, x, 0.1, seed=1)
     mine = restore(sampler, y, BOX, measurement_noise=0.1).mean.clamp(-1, 1)

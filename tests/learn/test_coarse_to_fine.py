@@ -14,6 +14,7 @@ from fastlangevin.learn.checkpoint import CheckpointError, read_checkpoint, save
 from fastlangevin.learn.diagnosis import write_diagnosis
 from fastlangevin.learn.model import export
 from fastlangevin.learn.sample_shards import sample_shards
+from fastlangevin.learn.tasks.interpolate import interpolate as interpolate_images
 from fastlangevin.learn.tasks.run_tasks import interpolate_run
 from tests.command import run_command
 from tests.learn.train_shared import SETTINGS, CutError, assert_same_end, cut_at
@@ -58,6 +59,11 @@ def test_interpolations_begin_at_the_first_models_noise(fine: Path) -> None:
         torch.testing.assert_close(found[2 - frame], sampler(x0, seed=4))
     quiet = interpolate_run(fine, sampler, n=3, frames=3, seed=4).arrays
     assert not torch.equal(quiet, found)
+    # Models of one size: what z starts is named, not guessed from its size.
+    again = fl.LangevinSampler(start.energy, steps=2, noise_std=0.0, start=start)
+    own = interpolate_images(again, z[::2], z[1::2], 2)
+    assert not torch.equal(interpolate_images(again, z[::2], z[1::2], 2, first=True), own)
+    torch.testing.assert_close(own[0], again(z[::2], seed=0))
 
 
 def test_an_iteration_equals_the_plain_loop_from_enlarged_samples(small: Path) -> None:

@@ -164,9 +164,12 @@ def short_chains(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
         shutil.copy(path, folder)
     _, info = checkpoint.read_checkpoint(MODELS["cifar10"])
     info["sampler"]["steps"], info["energy"]["width"] = 1, 2
-    del info["start"]
+    info["start"]["sampler"] |= {"steps": 1, "step_size": 1.0, "noise_std": 0.01}
+    info["start"]["energy"]["width"] = 2
     energy = fl.ConvEnergy(**info["energy"])
     tensors = {f"model.{name}": value for name, value in energy.state_dict().items()}
+    start = fl.ConvEnergy(**info["start"]["energy"])
+    tensors |= {f"start.model.{name}": value for name, value in start.state_dict().items()}
     checkpoint.save_checkpoint(folder / MODELS["cifar10"].name, tensors, info)
     monkeypatch.setattr(checkpoint, "_MODELS", folder)
 

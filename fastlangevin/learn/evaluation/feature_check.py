@@ -33,8 +33,8 @@ class FeatureCheck:
     """Compares images [n, C, H, W] with the data by features.
 
     The figures are those of the command ``evaluate`` for the same images, which are clamped to
-    [-1, 1] and rounded to 256 levels. At most 2,048 images of the data are the reference. Raises
-    what :func:`make_features` raises.
+    [-1, 1] and rounded to 256 levels. The reference is half of the data, and at most 2,048 images.
+    Raises ValueError for fewer than 8 images of data, and what :func:`make_features` raises.
     """
 
     def __init__(self, data: ImageData, features: str, device: torch.device | None = None) -> None:
@@ -43,6 +43,11 @@ class FeatureCheck:
         self._features = make_features(features, data, device)
         order = shuffled(data, _SEED)
         count = min(_MOST, len(data) // 2)
+        if count <= _NEIGHBOURS:
+            raise ValueError(
+                f"features: the data must have at least {2 * _NEIGHBOURS + 2} images, "
+                f"got {len(data)}"
+            )
         self._chosen, self._others = order[:count], order[count:]
 
     def __call__(self, images: Tensor) -> FeatureQuality:

@@ -1,12 +1,14 @@
 """Interpolate: run chains from points between two starts."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlangevin.arguments import check_count
 from fastlangevin.coarse import enlarged, start_seed
+from fastlangevin.gradients.modules import device_of
 from fastlangevin.learn.tasks.reconstruct import NOISES, check_batch, with_noise
 from fastlangevin.names import check_name, keywords_checked
 from fastlangevin.progress import Report, silent
@@ -21,6 +23,7 @@ def interpolate(
     frames: int = 9,
     *,
     noise: str = "off",
+    first: bool = False,
     seed: int = 0,
     report: Report = silent,
 ) -> Tensor:
@@ -32,12 +35,13 @@ def interpolate(
 
     Args:
         z1, z2: Starts [n, ...]. If they are independent draws from p0, every z_rho has the variance
-            of p0, 1/3, but not its distribution: its elements reach sqrt(2). If the sampler's
-            chains start from a model of smaller images (``start``), they may be starts of that
-            model. Its chains then run first, and the sampler's begin at their enlarged ends.
+            of p0, 1/3, but not its distribution: its elements reach sqrt(2).
         frames: Number of points, 2 or more, including both ends.
         noise: Noise in the chain, "off" or "frozen". Frozen noise of chain i is the same in all
             frames.
+        first: If the sampler's chains start from a model of smaller images (``start``), whether z1
+            and z2 are starts of the first of these models. Its chains then run first, and those
+            of every further model begin at their enlarged ends.
         seed: Seed of the noise.
         report: Called as report("frame", done, frames) after every frame.
 
@@ -56,14 +60,15 @@ def interpolate(
     weights = [(1.0, 0.0), *((math.cos(a), math.sin(a)) for a in angles[1:-1]), (0.0, 1.0)]
     ends = []
     for a, b in weights:
-        ends.append(_run_chains(sampler, a * z1 + b * z2, noise, seed))
+        ends.append(_run_chains(sampler, a * z1 + b * z2, noise, first, seed))
         report("frame", len(ends), frames)
     return torch.stack(ends)
 
 
-def _run_chains(sampler: LangevinSampler, z: Tensor, noise: str, seed: int) -> Tensor:
-    """Run the chains of every model, from the one whose images have the size of z."""
-    shape = getattr(sampler.energy, "shape", None)
-    if sampler.start is not None and shape is not None and z.shape[1:] != torch.Size(shape):
-        z = enlarged(_run_chains(sampler.start, z, noise, start_seed(seed)), shape)
+def _run_chains(sampler: LangevinSampler, z: Tensor, noise: str, first: bool, seed: int) -> Tensor:
+    """Run the sampler's chains from z, or those of all its models from a start of the first."""
+    if first and sampler.start is not None:
+        small = _run_chains(sampler.start, z, noise, first, start_seed(seed))
+        energy: Any = sampler.energy
+        z = enlarged(small, energy.shape).to(device_of(energy) or small.device)
     return with_noise("interpolate", sampler, noise)(z, seed=seed)

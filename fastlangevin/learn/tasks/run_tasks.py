@@ -126,7 +126,10 @@ def interpolate_run(
             ("images", f"{len(truth)} of {source}"),
             ("their fit", f"{best.error.mean():.5f}   mean squared error per element, in [-1, 1]"),
         ]
-    x = interpolate(sampler, z[::2], z[1::2], frames, noise=noise, seed=seed, report=report)
+    x = interpolate(
+        sampler, z[::2], z[1::2], frames, noise=noise, first=images is None, seed=seed,
+        report=report,
+    )  # fmt: skip
     return TaskResult(
         rows,
         lambda path, tile: save_grid(x.transpose(0, 1).flatten(0, 1), path, len(x), tile),

@@ -270,7 +270,7 @@ def test_the_pages_tables_are_those_of_the_results(
     files = [Path(shutil.copy(path, tmp_path)) for path in found]
     contents = {path: json.loads(path.read_text()) for path in files}
     assert all(to_markdown(content) in page.read_text() for content in contents.values())
-    # The other sweeps' data are not in the package.
+    # The other sweeps' data are not in the package, so that their marks are not measured again.
     digits = [path for path in files if contents[path]["plan"]["centre"]["data"] == "digits"]
     digits[0].write_text(json.dumps(contents[digits[0]] | {"marks": {}}))
     report_sweep.main([*map(str, digits), "--marks", "--docs", str(page)])
@@ -361,6 +361,10 @@ def test_unknown_features_are_refused_before_a_run(plan: Sweep, tmp_path: Path) 
     unknown = dataclasses.replace(plan, features="pixel")
     with pytest.raises(ValueError, match=r"features must be auto, .* got 'pixel'"):
         run_sweep(unknown, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+    few = dataclasses.replace(plan.centre, limit=7, batch_size=4)
+    with pytest.raises(ValueError, match="the data must have at least 8 images, got 7"):
+        run_sweep(dataclasses.replace(plan, centre=few, features="pixels"), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
     with pytest.raises(ValueError, match="sweep: features must be a name, got 3"):
         dataclasses.replace(plan, features=3)

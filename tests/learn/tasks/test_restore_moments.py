@@ -17,7 +17,7 @@ from fastlangevin.learn.tasks.restore_moments import (
     ROUNDING,
     Conditional,
     Moments,
-    lacking,
+    lacking_std,
     moments,
     stationary,
 )
@@ -65,9 +65,16 @@ def test_moments_of_any_shape_are_a_covariance(shape: tuple[int, ...]) -> None:
 
 def test_ends_of_chains_without_noise_lack_what_the_diagonal_gets(operator: Any) -> None:
     """The default noise leaves the moments alone; none in the last step does not."""
-    assert lacking(fl.LangevinSampler(net(), steps=2)) == 0
     quiet = fl.LangevinSampler(net(), steps=2, noise_std=[0.01, 0.0])
-    assert lacking(quiet) == lacking(fl.LangevinSampler(net(), steps=2, noise_std=0.0)) == LACKING
+    for noise_std, want in (
+        (0.01, 0.0),
+        (0.0, LACKING),
+        ([0.01, 0.0], LACKING),
+        ([0.0, 0.01], 0.0),
+        (torch.tensor([[0.1, 0.1], [0.0, 0.0]]), LACKING),
+        (torch.tensor([0.0, 0.1]), 0.0),
+    ):
+        assert lacking_std(fl.LangevinSampler(net(), steps=2, noise_std=noise_std)) == want
     y, ends = operator(images(2)), quiet(n=6, seed=9)
     plain = moments(ends)
     wide = Moments(plain.mean, plain.covariance + LACKING**2 * torch.eye(D))
