@@ -73,7 +73,8 @@ def lacking_std(sampler: LangevinSampler) -> float:
     noise: Any = sampler.noise_std
     by_step = isinstance(noise, Sequence) or (isinstance(noise, Tensor) and noise.ndim == 2)
     last = noise[-1] if by_step else noise
-    return 0.0 if bool(torch.as_tensor(last).any()) else LACKING
+    noisy = bool(last.any()) if isinstance(last, Tensor) else last != 0
+    return 0.0 if noisy else LACKING
 
 
 def moments(samples: Tensor, lacking: float = 0.0) -> Moments:
