@@ -91,8 +91,9 @@ def moments(samples: Tensor, lacking: float = 0.0) -> Moments:
     samples.
 
     samples: two or more.
+
     lacking: standard deviation of what every element has and the samples lack. Smooth samples would
-        otherwise explain every detail of a measurement by large changes elsewhere.
+    otherwise explain every detail of a measurement by large changes elsewhere.
     """
     x = samples.double()
     n, d = len(x), math.prod(x.shape[1:])

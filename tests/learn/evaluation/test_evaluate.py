@@ -273,10 +273,12 @@ def test_real_samples_noisy_and_uniform_cifar(name: str) -> None:
     sets = {"held": held, **evaluate.yardsticks(held, [0.3, 1.0])}
     sets["samples"] = fl.load("cifar10")(n=n, seed=1)
     found = evaluate.evaluate(sets, train, features.make_features(name, train), held_out="held")
-    order = ("held", "samples", "data + noise of 0.3", "data + noise of 1", "uniform noise")
+    order = ("samples", "data + noise of 0.3", "data + noise of 1", "uniform noise")
     assert_ordered("frechet_distance", found, *order)
-    if name != "pixels":  # in 3072 of them 100 images with noise of 0.3 are the same to the kernel
-        assert_ordered("kernel_distance", found, *order)
+    # The Frechet distance of 100 images is biased upwards, less so for samples, which vary less than
+    # held-out images. In 3072 pixels, 100 images with noise of 0.3 are the same to the kernel.
+    if name != "pixels":
+        assert_ordered("kernel_distance", found, "held", *order)
 
 
 def test_efficientnet_knows_dogs_and_frogs() -> None:
