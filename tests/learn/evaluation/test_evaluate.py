@@ -275,8 +275,8 @@ def test_real_samples_noisy_and_uniform_cifar(name: str) -> None:
     found = evaluate.evaluate(sets, train, features.make_features(name, train), held_out="held")
     order = ("samples", "data + noise of 0.3", "data + noise of 1", "uniform noise")
     assert_ordered("frechet_distance", found, *order)
-    # The Frechet distance of 100 images is biased upwards, less so for samples, which vary less than
-    # held-out images. In 3072 pixels, 100 images with noise of 0.3 are the same to the kernel.
+    # The Frechet distance of 100 images is biased upwards, less so for samples, which vary less
+    # than held-out images. In 3072 pixels, 100 images with noise of 0.3 are equal to the kernel.
     if name != "pixels":
         assert_ordered("kernel_distance", found, "held", *order)
 
