@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 import fastlangevin.noise as _noise
 
 _START = 2**42  # folded into a seed, for the noise of the chains of smaller images
-_PASSES = 6  # of the enlargement, each of which leaves about half of the error
+_PASSES = 6  # Every pass of the enlargement halves the error, roughly.
 
 
 def check_shapes(op: str, small: Sequence[int] | None, shape: Sequence[int] | None) -> None:
