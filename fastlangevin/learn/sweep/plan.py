@@ -188,10 +188,10 @@ def read_sweep(
 def parse_values(name: str, text: str) -> list[Any]:
     """Parse a list of values of a setting, YAML without its brackets: 5,10,25 or [-1, 1],none."""
     try:
-        values = parse_yaml(f"[{text}]")
+        values: list[Any] = parse_yaml(f"[{text}]")
     except ValueError as error:
         raise ValueError(f"{name} must be values separated by commas, got {text!r}") from error
-    return [None if value == "none" else value for value in values]
+    return values
 
 
 def describe(point: Settings) -> str:
