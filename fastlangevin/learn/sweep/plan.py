@@ -44,8 +44,10 @@ class Sweep:
     grid: sweep all combinations of the axes instead.
     features: name of the features by which samples are also compared with the data, as for
         ``evaluate``; None for none.
+    together: fields that change with an axis, by that axis: {"steps": {"data_noise": [0.15, 0.1]}}
+        holds one value for each of steps.
 
-    If lr or data_noise is swept, its final value is scaled in proportion, unless that is swept too.
+    If lr or data_noise changes, its final value is scaled in proportion, unless that is given too.
     Raises ValueError naming the field and the invalid value.
     """
 
@@ -54,6 +56,7 @@ class Sweep:
     seeds: int = 3
     grid: bool = False
     features: str | None = None
+    together: dict[str, dict[str, list[Any]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.seeds, int) or isinstance(self.seeds, bool) or self.seeds < 1:
@@ -70,9 +73,45 @@ class Sweep:
         if count > _MOST_RUNS:
             raise ValueError(f"sweep: must have at most {_MOST_RUNS} runs, got {brief(count)}")
         object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "together", self._cast_together())
+
+    def _cast_together(self) -> dict[str, dict[str, list[Any]]]:
+        """Return ``together`` in the types of its fields; ValueError for invalid values."""
+        if not isinstance(self.together, Mapping):
+            raise ValueError(
+                f"sweep: together must hold lists by field by axis, got {brief(self.together)}"
+            )
+        cast: dict[str, dict[str, list[Any]]] = {}
+        taken = set(self.axes)
+        for axis, fields in self.together.items():
+            if axis not in self.axes:
+                raise ValueError(f"sweep: together has {axis}, which is not swept")
+            if not isinstance(fields, Mapping):
+                raise ValueError(
+                    f"sweep: together.{axis} must hold lists by field, got {brief(fields)}"
+                )
+            for name, values in fields.items():
+                if name in taken:
+                    raise ValueError(f"sweep: {name} may change with one axis only, got {axis}")
+                taken.add(name)
+                given = self._cast_values(name, values)
+                if len(given) != len(self.axes[axis]):
+                    raise ValueError(
+                        f"sweep: {name} must have a value for each of the {len(self.axes[axis])} "
+                        f"values of {axis}, got {len(given)}"
+                    )
+                cast.setdefault(axis, {})[name] = given
+        return cast
 
     def _cast_axis(self, name: str, values: Any) -> list[Any]:
-        """Return the values of an axis in the type of their field; ValueError for invalid ones."""
+        cast = self._cast_values(name, values)
+        for value in cast:
+            if cast.count(value) > 1:
+                raise ValueError(f"sweep: {name} must have distinct values, got {value} twice")
+        return cast
+
+    def _cast_values(self, name: str, values: Any) -> list[Any]:
+        """Return the values of a field in its type; ValueError for invalid ones."""
         if name not in FIELDS:
             raise ValueError(no_setting("sweep", [name]))
         if name == "seed":
@@ -81,11 +120,7 @@ class Sweep:
             raise ValueError(f"sweep: {name} must have a list of values, got {brief(values)}")
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")
-        cast = [getattr(self._config({name: value}), name) for value in values]
-        for value in cast:
-            if cast.count(value) > 1:
-                raise ValueError(f"sweep: {name} must have distinct values, got {value} twice")
-        return cast
+        return [getattr(self._config({name: value}), name) for value in values]
 
     def lines(self, name: str) -> list[list[Settings]]:
         """Return the points along an axis: a line through the centre, or all lines of the grid."""
@@ -115,13 +150,22 @@ class Sweep:
             for seed in range(self.centre.seed, self.centre.seed + self.seeds):
                 words = [f"{name}={value}" for name, value in point.items()]
                 label = re.sub(r"[^\w.+=-]+", "_", "-".join([*words, f"seed={seed}"]))
-                config = dataclasses.replace(self._config(point), seed=seed)
+                config = dataclasses.replace(self._config(self._full(point)), seed=seed)
                 runs.append(Run(f"{len(runs):03d}-{label[:120]}", point, config))
         return runs
 
     def plan(self) -> dict[str, Any]:
         """Return the sweep, JSON-ready."""
         return dict(as_json({"version": VERSION, **dataclasses.asdict(self)}))
+
+    def _full(self, point: Settings) -> Settings:
+        """Return a point with the fields that change together with its axes."""
+        full = dict(point)
+        for axis, fields in self.together.items():
+            if point[axis] in self.axes[axis]:  # the centre may lie beside its axis
+                index = self.axes[axis].index(point[axis])
+                full |= {name: values[index] for name, values in fields.items()}
+        return full
 
     def _config(self, point: Settings) -> TrainConfig:
         settings = dataclasses.asdict(self.centre)
@@ -134,7 +178,7 @@ class Sweep:
         for name, final in _FINAL.items():
             start, end = getattr(self.centre, name), getattr(self.centre, final)
             value = getattr(config, name)
-            if value != start and final not in self.axes:
+            if value != start and final not in point:
                 follows = value if start == end else value * end / start if start else end
                 config = dataclasses.replace(config, **{final: follows})
         return config
@@ -150,7 +194,7 @@ def read_sweep(
     """Make a sweep from a config, as for :func:`resolve`, and lists of values by field.
 
     A file may also hold ``axes`` (lists by field), ``seeds``, ``grid`` and ``features``, which the
-    arguments replace. A list of one value sets the centre; longer lists are axes.
+    arguments replace, and ``together``. A list of one value sets the centre; longer lists are axes.
 
     Raises ValueError naming the invalid setting, and FileError, whose message begins with the path,
     if the file is at fault.
@@ -165,9 +209,10 @@ def read_sweep(
     grid = file_grid if grid is None else grid
     file_features = changes.pop("features", None)
     features = file_features if features is None else features
+    together = changes.pop("together", {})
     for name in changes:
         if name not in FIELDS:
-            allowed = [*FIELDS, "axes", "seeds", "grid", "features", "config"]
+            allowed = [*FIELDS, "axes", "seeds", "grid", "features", "together", "config"]
             raise FileError(no_setting(str(config), [name], allowed))
     for name, values in (lists or {}).items():
         if not values:
@@ -178,7 +223,7 @@ def read_sweep(
         else:
             axes[name] = values
     try:
-        return Sweep(resolve(base, changes), axes, seeds, grid, features)
+        return Sweep(resolve(base, changes), axes, seeds, grid, features, together)
     except ValueError as error:
         if config is None or str(config) == base or lists:
             raise

@@ -179,6 +179,7 @@ def _check_folder(plan: Sweep, out: Path) -> None:
             f"sweep: {out} holds a sweep over precision from before train learned in bfloat16, "
             "which would now be another run; name another folder"
         )
+    saved.setdefault("together", {})  # sweeps from before it was a setting
     saved, asked = ({**of_its_version(p.pop("centre")), **p} for p in (saved, asked))
     for name in asked:
         if name != "device" and saved.get(name) != asked[name]:

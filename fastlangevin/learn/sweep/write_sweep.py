@@ -91,7 +91,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     parts = [
         f"{centre['data']}, {centre['iterations']} iterations, {seeds} seeds; mean and standard "
         f"error over the seeds. {content['samples']} samples a run. Machine: {machine}.",
-        "Centre: " + describe({name: centre[name] for name in axes}) + ".",
+        f"Centre: {describe({name: centre[name] for name in axes})}.{_together_text(content)}",
         "; ".join(
             f"{name}: sure {_text(mark['sure'])}, Frechet distance {_text(mark['frechet'])} "
             f"({mark['images']} against {mark['reference']}){_features_text(mark)}"
@@ -181,6 +181,15 @@ def _plot_measure(subplot: Any, content: Mapping[str, Any], axis: str, measure: 
 def _points_on(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator[Mapping[str, Any]]:
     for settings in line:
         yield next(point for point in content["points"] if point["settings"] == settings)
+
+
+def _together_text(content: Mapping[str, Any]) -> str:
+    together = content["plan"].get("together", {})  # missing in older files
+    return "".join(
+        f" With {axis}, {name} is {', '.join(map(str, values))}."
+        for axis, fields in together.items()
+        for name, values in fields.items()
+    )
 
 
 def _measures(content: Mapping[str, Any]) -> dict[str, str]:

@@ -110,6 +110,30 @@ def test_annealing_follows_what_is_swept(
     assert {run.config.data_noise_final for run in both.runs()} == {final, 0.5}
 
 
+def test_fields_change_together_with_an_axis(tmp_path: Path) -> None:
+    """At the axis' values; elsewhere the centre, which need not be one of them, keeps its own."""
+    content: dict[str, Any] = {
+        **CENTRE,
+        "data_noise": 0.04,
+        "data_noise_final": 0.01,
+        "axes": {"steps": [1, 5], "width": [2, 4]},
+        "together": {"steps": {"data_noise": ["8e-2", 0.02], "noise_std": [0, 1]}},
+        "seeds": 1,
+    }
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(content))
+    own = read_sweep(file)
+    found = [
+        (c.steps, c.width, c.data_noise, c.data_noise_final, c.noise_std)
+        for c in (run.config for run in own.runs())
+    ]
+    b = own.centre.noise_std
+    assert found[:2] == [(1, 2, 0.08, pytest.approx(0.02), 0), (5, 2, 0.02, 0.005, 1)]
+    assert found[2:] == [(2, 2, 0.04, 0.01, b), (2, 4, 0.04, 0.01, b)]
+    text = to_markdown(summarise(own, []))
+    assert "With steps, data_noise is 0.08, 0.02. With steps, noise_std is 0.0, 1.0." in text
+
+
 def test_energies_of_the_users_own_are_swept_without_settings_of_the_packages() -> None:
     swept = Sweep(resolve("digits"), {"energy": [None, "mine:Net"]}, seeds=1)
     assert [(run.config.energy, run.config.width) for run in swept.runs()] == [
@@ -381,9 +405,16 @@ def test_sweep_refuses_folders_that_it_cannot_use(
     other = dataclasses.replace(plan, axes={"steps": [1, 2, 3]})
     with pytest.raises(FileExistsError, match=r"another sweep: axes is .*\[1, 2\].* there"):
         run_sweep(other, whole[0])
+    other = dataclasses.replace(plan, together={"steps": {"lr": [0.1, 0.2]}})
+    with pytest.raises(FileExistsError, match=r"another sweep: together is \{\} there"):
+        run_sweep(other, whole[0])
     older = tmp_path.with_name(f"{tmp_path.name}-older")
     older.mkdir()
     text = (whole[0] / "sweep.yaml").read_text("utf-8")
+    without = text.replace("together: {}\n", "")
+    assert without != text
+    (older / "sweep.yaml").write_text(without, "utf-8")
+    sweep.run._check_folder(plan, older)  # from before fields could change together
     lines = [line for line in text.splitlines(keepends=True) if "learn_precision" not in line]
     before, axes = "".join(lines).split("axes:")
     text = f"{before}axes:{axes.replace('steps', 'precision', 1)}"

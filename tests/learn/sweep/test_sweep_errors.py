@@ -57,6 +57,25 @@ def test_wrong_plans_are_refused_by_name(axes: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("together", "message"),
+    [
+        ([1], r"together must hold lists by field by axis, got \[1\]"),
+        ({"width": {"lr": [1]}}, "together has width, which is not swept"),
+        ({"steps": [1]}, r"together.steps must hold lists by field, got \[1\]"),
+        ({"steps": {"lrr": [1, 2]}}, "no setting is called lrr; did you mean lr"),
+        ({"steps": {"seed": [1, 2]}}, "seed cannot be an axis"),
+        ({"steps": {"steps": [1, 2]}}, "steps may change with one axis only, got steps"),
+        ({"steps": {"lr": [1]}}, "lr must have a value for each of the 2 values of steps, got 1"),
+        ({"steps": {"lr": [1, -1]}}, "at lr=-1: train: lr must be"),
+        ({"steps": {"lr": [1, 2]}, "leak": {"lr": [1, 2]}}, "lr may change with one axis only"),
+    ],
+)
+def test_wrong_fields_beside_an_axis_are_refused_by_name(together: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sweep(resolve(overrides=CENTRE), {"steps": [1, 2], "leak": [0, 1]}, together=together)
+
+
+@pytest.mark.parametrize(
     ("axes", "message"),
     [
         ({"steps": [1, 0]}, "at steps=0: .*steps must be at least 1"),
