@@ -91,17 +91,21 @@ def evaluate_run(
                "quantise": quantise, "k": k, "seed": seed, "averaged": averaged}  # fmt: skip
     sources = {"the data": train, "the held-out images": held_out, "the samples": read}
     _compare_work(group, options, sources, checkpoint)
+    sampler = None
+    if read is None:
+        sampler = load(checkpoint, device=torch_device, averaged=averaged)
+        _check_shape(sampler, train)
     extract = make_features(features, train, torch_device, group)
     real = source.batch(order[:n]).to(torch_device)
     marks = yardsticks(real, list(noise), seed)
     facts: dict[str, Any] = {"run": str(run), "samples": samples}
-    if read is None:
-        sampler = load(checkpoint, device=torch_device, averaged=averaged)
+    if sampler is None:
+        assert read is not None
+        drawn = read.batch(shuffled(read, seed)[:n]).to(torch_device)
+    else:
         drawn = _draw(sampler, n, seed, group, report)
         iteration = read_checkpoint(checkpoint)[1].get("iteration")
         facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
-    else:
-        drawn = read.batch(shuffled(read, seed)[:n]).to(torch_device)
     evaluation = evaluate(
         {name: real, "samples": drawn} | marks, train, extract,
         held_out=name if held_out else None, reference=reference, quantised=quantise, k=k,
@@ -158,6 +162,14 @@ def _read_samples(samples: str | None, train: ImageData, on_corrupt: str) -> Ima
             f"{read.name}"
         )
     return read
+
+
+def _check_shape(sampler: LangevinSampler, train: ImageData) -> None:
+    shape = getattr(sampler.energy, "shape", None)
+    if shape is not None and tuple(shape) != tuple(train.shape):
+        raise ValueError(
+            f"evaluate: data must be images of the model's shape {list(shape)}, got {train.name}"
+        )
 
 
 def _draw(sampler: LangevinSampler, n: int, seed: int, group: Group, report: Report) -> Tensor:

@@ -415,6 +415,10 @@ def test_refusals(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         (("digits", "--samples", files / "large.npy"), "must be images of [1, 8, 8], as the data"),
         (
+            ("digits", "--data", files / "large.npy", "--n", "8"),
+            "data must be images of the model's shape [1, 8, 8], got large",
+        ),
+        (
             ("digits", "--samples", files / "bytes.npy"),
             "float images must lie in [0, 1] or [-1, 1]",
         ),
