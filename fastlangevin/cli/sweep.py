@@ -26,8 +26,8 @@ def sweep(
     Args:
         out: Folder of the sweep.
         config: Settings to start from: a config in the package (see configs), or a YAML, TOML or
-            JSON file, which may also hold axes (lists by setting), seeds and grid (default:
-            digits).
+            JSON file, which may also hold axes (lists by setting), together (settings that change
+            with an axis), seeds, grid and features (default: digits).
         seeds: Number of runs of each point, 1 or more, with consecutive seeds (default: 3).
         grid: Run all combinations of the lists, or sweep one axis at a time (default: --axes).
         features: Compare samples with the data also by these features, as evaluate does.

@@ -91,18 +91,14 @@ def evaluate_run(
                "quantise": quantise, "k": k, "seed": seed, "averaged": averaged}  # fmt: skip
     sources = {"the data": train, "the held-out images": held_out, "the samples": read}
     _compare_work(group, options, sources, checkpoint)
-    sampler = None
-    if read is None:
-        sampler = load(checkpoint, device=torch_device, averaged=averaged)
-        _check_shape(sampler, train)
+    sampler = None if read else _load_for(train, checkpoint, torch_device, averaged)
     extract = make_features(features, train, torch_device, group)
     real = source.batch(order[:n]).to(torch_device)
     marks = yardsticks(real, list(noise), seed)
     facts: dict[str, Any] = {"run": str(run), "samples": samples}
-    if sampler is None:
-        assert read is not None
+    if read:
         drawn = read.batch(shuffled(read, seed)[:n]).to(torch_device)
-    else:
+    elif sampler is not None:
         drawn = _draw(sampler, n, seed, group, report)
         iteration = read_checkpoint(checkpoint)[1].get("iteration")
         facts |= {"iteration": iteration, "averaged": averaged, "steps": sampler.steps}
@@ -164,12 +160,17 @@ def _read_samples(samples: str | None, train: ImageData, on_corrupt: str) -> Ima
     return read
 
 
-def _check_shape(sampler: LangevinSampler, train: ImageData) -> None:
+def _load_for(
+    train: ImageData, checkpoint: Path, device: torch.device, averaged: bool
+) -> LangevinSampler:
+    """Load a sampler; ValueError if its images do not have the data's shape."""
+    sampler = load(checkpoint, device=device, averaged=averaged)
     shape = getattr(sampler.energy, "shape", None)
     if shape is not None and tuple(shape) != tuple(train.shape):
         raise ValueError(
             f"evaluate: data must be images of the model's shape {list(shape)}, got {train.name}"
         )
+    return sampler
 
 
 def _draw(sampler: LangevinSampler, n: int, seed: int, group: Group, report: Report) -> Tensor:

@@ -82,7 +82,7 @@ class Sweep:
                 f"sweep: together must hold lists by field by axis, got {brief(self.together)}"
             )
         cast: dict[str, dict[str, list[Any]]] = {}
-        taken = set(self.axes)
+        axis_of: dict[str, str] = {}
         for axis, fields in self.together.items():
             if axis not in self.axes:
                 raise ValueError(f"sweep: together has {axis}, which is not swept")
@@ -91,16 +91,19 @@ class Sweep:
                     f"sweep: together.{axis} must hold lists by field, got {brief(fields)}"
                 )
             for name, values in fields.items():
-                if name in taken:
-                    raise ValueError(f"sweep: {name} may change with one axis only, got {axis}")
-                taken.add(name)
-                given = self._cast_values(name, values)
-                if len(given) != len(self.axes[axis]):
+                if name in self.axes:
+                    raise ValueError(f"sweep: {name} is swept, and cannot change with {axis}")
+                if axis_of.setdefault(name, axis) != axis:
+                    raise ValueError(
+                        f"sweep: {name} cannot change with both {axis_of[name]} and {axis}"
+                    )
+                cast_values = self._cast_values(name, values)
+                if len(cast_values) != len(self.axes[axis]):
                     raise ValueError(
                         f"sweep: {name} must have a value for each of the {len(self.axes[axis])} "
-                        f"values of {axis}, got {len(given)}"
+                        f"values of {axis}, got {len(cast_values)}"
                     )
-                cast.setdefault(axis, {})[name] = given
+                cast.setdefault(axis, {})[name] = cast_values
         return cast
 
     def _cast_axis(self, name: str, values: Any) -> list[Any]:
@@ -150,7 +153,7 @@ class Sweep:
             for seed in range(self.centre.seed, self.centre.seed + self.seeds):
                 words = [f"{name}={value}" for name, value in point.items()]
                 label = re.sub(r"[^\w.+=-]+", "_", "-".join([*words, f"seed={seed}"]))
-                config = dataclasses.replace(self._config(self._full(point)), seed=seed)
+                config = dataclasses.replace(self._config(self._with_together(point)), seed=seed)
                 runs.append(Run(f"{len(runs):03d}-{label[:120]}", point, config))
         return runs
 
@@ -158,14 +161,14 @@ class Sweep:
         """Return the sweep, JSON-ready."""
         return dict(as_json({"version": VERSION, **dataclasses.asdict(self)}))
 
-    def _full(self, point: Settings) -> Settings:
+    def _with_together(self, point: Settings) -> Settings:
         """Return a point with the fields that change together with its axes."""
-        full = dict(point)
+        settings = dict(point)
         for axis, fields in self.together.items():
-            if point[axis] in self.axes[axis]:  # the centre may lie beside its axis
+            if point[axis] in self.axes[axis]:  # the centre need not be one of them
                 index = self.axes[axis].index(point[axis])
-                full |= {name: values[index] for name, values in fields.items()}
-        return full
+                settings |= {name: values[index] for name, values in fields.items()}
+        return settings
 
     def _config(self, point: Settings) -> TrainConfig:
         settings = dataclasses.asdict(self.centre)
@@ -195,6 +198,7 @@ def read_sweep(
 
     A file may also hold ``axes`` (lists by field), ``seeds``, ``grid`` and ``features``, which the
     arguments replace, and ``together``. A list of one value sets the centre; longer lists are axes.
+    An axis that is replaced by one value loses the fields that change together with it.
 
     Raises ValueError naming the invalid setting, and FileError, whose message begins with the path,
     if the file is at fault.
@@ -209,7 +213,7 @@ def read_sweep(
     grid = file_grid if grid is None else grid
     file_features = changes.pop("features", None)
     features = file_features if features is None else features
-    together = changes.pop("together", {})
+    together = changes.pop("together", None) or {}
     for name in changes:
         if name not in FIELDS:
             allowed = [*FIELDS, "axes", "seeds", "grid", "features", "together", "config"]
@@ -217,9 +221,14 @@ def read_sweep(
     for name, values in (lists or {}).items():
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")
+        for axis, fields in together.items() if isinstance(together, dict) else ():
+            if isinstance(fields, dict) and name in fields:
+                raise ValueError(f"sweep: {name} changes together with {axis} in {config}")
         if len(values) == 1:
             changes[name] = values[0]
             axes.pop(name, None)
+            if isinstance(together, dict):
+                together.pop(name, None)
         else:
             axes[name] = values
     try:

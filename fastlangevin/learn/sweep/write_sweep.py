@@ -184,9 +184,12 @@ def _points_on(content: Mapping[str, Any], line: Sequence[Settings]) -> Iterator
 
 
 def _together_text(content: Mapping[str, Any]) -> str:
-    together = content["plan"].get("together", {})  # missing in older files
+    plan = content["plan"]
+    together = plan.get("together", {})  # missing in older files
     return "".join(
-        f" With {axis}, {name} is {', '.join(map(str, values))}."
+        f" {name} changes with {axis}: "
+        + ", ".join(f"{v} at {at}" for v, at in zip(values, plan["axes"][axis], strict=True))
+        + "."
         for axis, fields in together.items()
         for name, values in fields.items()
     )

@@ -122,16 +122,25 @@ def test_fields_change_together_with_an_axis(tmp_path: Path) -> None:
     }
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(content))
-    own = read_sweep(file)
-    found = [
+    swept = read_sweep(file)
+    settings = [
         (c.steps, c.width, c.data_noise, c.data_noise_final, c.noise_std)
-        for c in (run.config for run in own.runs())
+        for c in (run.config for run in swept.runs())
     ]
-    b = own.centre.noise_std
-    assert found[:2] == [(1, 2, 0.08, pytest.approx(0.02), 0), (5, 2, 0.02, 0.005, 1)]
-    assert found[2:] == [(2, 2, 0.04, 0.01, b), (2, 4, 0.04, 0.01, b)]
-    text = to_markdown(summarise(own, []))
-    assert "With steps, data_noise is 0.08, 0.02. With steps, noise_std is 0.0, 1.0." in text
+    noise_std = swept.centre.noise_std
+    assert settings[:2] == [(1, 2, 0.08, pytest.approx(0.02), 0), (5, 2, 0.02, 0.005, 1)]
+    assert settings[2:] == [(2, 2, 0.04, 0.01, noise_std), (2, 4, 0.04, 0.01, noise_std)]
+    text = to_markdown(summarise(swept, []))
+    assert "data_noise changes with steps: 0.08 at 1, 0.02 at 5. noise_std changes with" in text
+    alone = read_sweep(file, {"steps": [3]})
+    assert alone.together == {}
+    assert [run.config.data_noise for run in alone.runs()] == [0.04, 0.04]
+    with pytest.raises(
+        ValueError, match=r"data_noise changes together with steps in .*plan\.yaml$"
+    ):
+        read_sweep(file, {"data_noise": [0.5]})
+    file.write_text(yaml.safe_dump({"axes": {"steps": [1, 2]}, "together": None}))
+    assert read_sweep(file).together == {}
 
 
 def test_energies_of_the_users_own_are_swept_without_settings_of_the_packages() -> None:

@@ -64,13 +64,16 @@ def test_wrong_plans_are_refused_by_name(axes: Any, message: str) -> None:
         ({"steps": [1]}, r"together.steps must hold lists by field, got \[1\]"),
         ({"steps": {"lrr": [1, 2]}}, "no setting is called lrr; did you mean lr"),
         ({"steps": {"seed": [1, 2]}}, "seed cannot be an axis"),
-        ({"steps": {"steps": [1, 2]}}, "steps may change with one axis only, got steps"),
+        ({"steps": {"steps": [1, 2]}}, "steps is swept, and cannot change with steps"),
         ({"steps": {"lr": [1]}}, "lr must have a value for each of the 2 values of steps, got 1"),
         ({"steps": {"lr": [1, -1]}}, "at lr=-1: train: lr must be"),
-        ({"steps": {"lr": [1, 2]}, "leak": {"lr": [1, 2]}}, "lr may change with one axis only"),
+        (
+            {"steps": {"lr": [1, 2]}, "leak": {"lr": [1, 2]}},
+            "lr cannot change with both steps and leak",
+        ),
     ],
 )
-def test_wrong_fields_beside_an_axis_are_refused_by_name(together: Any, message: str) -> None:
+def test_wrong_fields_that_change_together_are_refused_by_name(together: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sweep(resolve(overrides=CENTRE), {"steps": [1, 2], "leak": [0, 1]}, together=together)
 
