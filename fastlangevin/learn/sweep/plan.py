@@ -204,16 +204,19 @@ def read_sweep(
     if the file is at fault.
     """
     base, changes = read_config(config)
-    axes = changes.pop("axes", None)
+    axes, together = changes.pop("axes", None), changes.pop("together", None)
     if not isinstance(axes, dict | None):
         raise FileError(f"{config}: axes must hold lists of values by setting, got {brief(axes)}")
-    axes = axes or {}
+    if not isinstance(together, dict | None):
+        raise FileError(
+            f"{config}: together must hold lists by field by axis, got {brief(together)}"
+        )
+    axes, together = axes or {}, together or {}
     file_seeds, file_grid = changes.pop("seeds", 3), changes.pop("grid", False)
     seeds = file_seeds if seeds is None else seeds
     grid = file_grid if grid is None else grid
     file_features = changes.pop("features", None)
     features = file_features if features is None else features
-    together = changes.pop("together", None) or {}
     for name in changes:
         if name not in FIELDS:
             allowed = [*FIELDS, "axes", "seeds", "grid", "features", "together", "config"]
@@ -221,14 +224,13 @@ def read_sweep(
     for name, values in (lists or {}).items():
         if not values:
             raise ValueError(f"sweep: {name} must have one value or more, got none")
-        for axis, fields in together.items() if isinstance(together, dict) else ():
+        for axis, fields in together.items():
             if isinstance(fields, dict) and name in fields:
                 raise ValueError(f"sweep: {name} changes together with {axis} in {config}")
         if len(values) == 1:
             changes[name] = values[0]
             axes.pop(name, None)
-            if isinstance(together, dict):
-                together.pop(name, None)
+            together.pop(name, None)
         else:
             axes[name] = values
     try:

@@ -101,6 +101,7 @@ def test_every_point_is_checked_before_any_work(axes: Any, message: str, tmp_pat
         ({"zzz": 5}, "plan.yaml: no setting is called zzz; the settings are data, "),
         ({"sedes": 5}, r"plan.yaml: no setting is called sedes; did you mean seeds\?$"),
         ({"axes": [1, 2]}, "plan.yaml: axes must hold lists"),
+        ({"together": [1, 2]}, "plan.yaml: together must hold lists"),
         ({"axes": {"steps": [1, 2]}, "seeds": 0}, "seeds must be at least 1"),
         ({"axes": {"steps": [1, 2]}, "grid": "yes please"}, "grid must be true or false"),
     ],
